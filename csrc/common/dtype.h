@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+// Element types and their conversions to and from float, by bits: the same on every compiler and processor.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define DLM_HD __host__ __device__ inline
+#else
+#define DLM_HD inline
+#endif
+
+namespace dlm {
+
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+DLM_HD float bits_to_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+DLM_HD uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+DLM_HD float to_float(float x) { return x; }
+DLM_HD float to_float(BFloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
+DLM_HD float to_float(Float16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
+  const uint32_t magnitude = x.bits & 0x7fff;
+  if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
+  // A subnormal half is a small integer times 2^-24, exact in float.
+  if (magnitude < 0x0400) {
+    return bits_to_float(sign | float_to_bits(float(magnitude) * 5.9604644775390625e-8f));
+  }
+  return bits_to_float(sign | ((magnitude << 13) + 0x38000000));
+}
+
+template <class T>
+DLM_HD T from_float(float x);
+template <>
+DLM_HD float from_float<float>(float x) {
+  return x;
+}
+template <>
+DLM_HD BFloat16 from_float<BFloat16>(float x) {
+  const uint32_t bits = float_to_bits(x);
+  if ((bits & 0x7fffffff) > 0x7f800000) return {uint16_t(bits >> 16 | 0x40)};  // keep NaN a NaN
+  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};                 // to nearest even
+}
+template <>
+DLM_HD Float16 from_float<Float16>(float x) {
+  const uint32_t bits = float_to_bits(x);
+  const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+  const uint32_t magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return {uint16_t(sign | 0x7e00)};
+  if (magnitude >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // rounds to 65536 or beyond
+  if (magnitude < 0x38800000) {
+    // Adding one half aligns the last bit kept with float's own rounding point.
+    const float aligned = bits_to_float(magnitude) + 0.5f;
+    return {uint16_t(sign | uint16_t(float_to_bits(aligned) - 0x3f000000))};
+  }
+  return {uint16_t(sign | uint16_t((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13))};
+}
+
+}  // namespace dlm

@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+// dlmkernels._C: importing it registers torch.ops.dlmkernels.*; its functions tell what was built and what is in use.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Registers torch.ops.dlmkernels when imported (after torch).";
+  m.def("build_info", [] {
+    py::dict info;
+    info["version"] = DLM_VERSION;
+    info["torch_headers"] = DLM_TORCH_HEADERS;
+    info["compiler"] = __VERSION__;
+    info["cuda_architectures"] = DLM_CUDA_ARCHITECTURES;
+    info["cuda_state"] = DLM_CUDA_STATE;
+    return info;
+  });
+  m.def("cpu_isa", [] { return dlm::cpu::isa_name(dlm::cpu::isa()); });
+  m.def("cpu_isa_reason", &dlm::cpu::isa_reason);
+  m.def("set_cpu_isa", &dlm::cpu::set_isa, py::arg("name"));
+}

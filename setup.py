@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Build dlmkernels._C by driving CMake; sources, flags and architectures are listed in CMakeLists.txt alone."""
+
+import os
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+BUILDS = {"build_ext", "bdist_wheel", "editable_wheel", "install", "develop"}
+
+
+def build_jobs() -> int:
+    """As many compilers as there are cores and gigabytes of memory to feed them."""
+    if jobs := os.environ.get("MAX_JOBS"):
+        return int(jobs)
+    gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
+    return max(1, min(os.cpu_count() or 1, gigabytes // 3))
+
+
+class CMakeBuild(build_ext):
+    """Configure, build and install the one CMake target."""
+
+    def build_extension(self, ext):
+        out = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        args = [
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DDLMKERNELS_VERSION={self.distribution.get_version()}",
+        ]
+        if shutil.which("ninja"):
+            args += ["-G", "Ninja"]
+        if cuda := os.environ.get("DLMKERNELS_CUDA"):
+            args.append(f"-DDLMKERNELS_CUDA={cuda}")
+        args += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        subprocess.run(["cmake", "-S", ROOT, "-B", build, *args], check=True)
+        subprocess.run(["cmake", "--build", build, "--parallel", str(build_jobs())], check=True)
+        subprocess.run(["cmake", "--install", build, "--prefix", out], check=True)
+
+
+if BUILDS & set(sys.argv):
+    # Said before pip resolves `torch>=2.11` by itself and downloads gigabytes.
+    find_torch = runpy.run_path(str(ROOT / "cmake" / "find_torch.py"))
+    if find_torch["find_torch"]() is None:
+        sys.exit(find_torch["MESSAGE"])
+
+setup(ext_modules=[Extension("dlmkernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
