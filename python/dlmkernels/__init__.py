@@ -1,9 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fused kernels and parallel decoding loops for diffusion language models."""
+"""Fused kernels and parallel decoding loops for diffusion language models.
+
+>>> import dlmkernels as dk
+>>> out = dk.generate(model, input_ids, rule=dk.Threshold(0.9), block_length=32, cache="dual")
+
+The kernels are `torch.ops.dlmkernels.*`, documented in `dlmkernels.ops`; they need torch alone. What works on models
+needs transformers, which is imported at first use.
+"""
+
+import importlib
 
 import torch  # noqa: F401  (its library must be loaded before ours)
 
 from . import _C  # registers torch.ops.dlmkernels
 from . import fakes as _fakes  # noqa: F401
+from . import ops as ops
+from .cache import KVCache as KVCache
+from .decoding.config import DecodingConfig as DecodingConfig
+from .decoding.presets import PRESETS as PRESETS
+from .decoding.presets import preset as preset
+from .decoding.rules import EntropyBound as EntropyBound
+from .decoding.rules import Factor as Factor
+from .decoding.rules import Quota as Quota
+from .decoding.rules import Rule as Rule
+from .decoding.rules import Threshold as Threshold
+from .decoding.rules import TimeQuota as TimeQuota
+from .trace import Trace as Trace
+from .window import AttentionWindow as AttentionWindow
+from .window import TokenWindow as TokenWindow
 
 __version__ = _C.build_info()["version"]
+
+_LAZY = {
+    "generate": ".decoding.generate",
+    "infill": ".decoding.generate",
+    "custom_generate": ".decoding.generate",
+    "DecodingOutput": ".decoding.output",
+    "adapt": ".models.adapt",
+    "load": ".models.load",
+}
+__all__ = [
+    "PRESETS", "AttentionWindow", "DecodingConfig", "EntropyBound", "Factor", "KVCache", "Quota", "Rule", "Threshold",
+    "TimeQuota", "TokenWindow", "Trace", "ops", "preset", *_LAZY,
+]  # fmt: skip
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module 'dlmkernels' has no attribute '{name}'")

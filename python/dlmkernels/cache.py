@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Key/value buffers: one slot a canvas position, written in place, never copied."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Dense key and value buffers of every layer, `[B, S, G, D]` each, allocated when a layer first writes.
+
+    Keys are stored rotated (position-encoded), so a slot keeps the position it was written for. Which slots hold
+    something is the business of the windows that read them: a cache has no length and nothing is ever copied out of it.
+
+    Parameters
+    ----------
+    num_slots : int
+        S, the number of canvas positions.
+    """
+
+    def __init__(self, num_slots: int):
+        self.num_slots = num_slots
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def layer(self, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Buffers of one layer; shape, dtype and device follow the first `k`, `v` `[B, Q, G, D]` seen."""
+        if index not in self._layers:
+            self._layers[index] = tuple(  # type: ignore[assignment]
+                torch.empty((x.shape[0], self.num_slots, *x.shape[2:]), dtype=x.dtype, device=x.device) for x in (k, v)
+            )
+        return self._layers[index]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held by all layers, in bytes."""
+        return sum(x.numel() * x.element_size() for pair in self._layers.values() for x in pair)

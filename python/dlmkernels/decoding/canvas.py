@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The canvas: a batch of token rows, each position open, decided or frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..window import TokenWindow
+
+OPEN, FROZEN = 1, 2  # bits of the state, as in csrc/common/params.h
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Tokens of a batch and what is known of each position; the ops write into these tensors.
+
+    Attributes
+    ----------
+    tokens : Tensor
+        int64 `[B, T]`.
+    state : Tensor
+        uint8 `[B, T]`: bits open, frozen, edited, changed since its keys and values were written.
+    origin : Tensor
+        int32 `[B]`: where each request starts (its left padding).
+    commit_step, confidence : Tensor
+        int32 and float32 `[B, T]`: step at which a position was committed (-1: given or open), and the probability
+        its token had then.
+    step : Tensor
+        int32 `[B]`: forwards each request has taken part in.
+    """
+
+    tokens: Tensor
+    state: Tensor
+    origin: Tensor
+    commit_step: Tensor
+    confidence: Tensor
+    step: Tensor
+
+    @classmethod
+    def of(cls, tokens: Tensor, is_open: Tensor, origin: Tensor) -> Canvas:
+        """A fresh canvas; positions that are not open are frozen. `tokens` is copied."""
+        batch = tokens.shape[0]
+        return cls(
+            tokens=tokens.clone(),
+            state=torch.where(is_open, OPEN, FROZEN).to(torch.uint8),
+            origin=origin.to(torch.int32),
+            commit_step=torch.full_like(tokens, -1, dtype=torch.int32),
+            confidence=torch.zeros_like(tokens, dtype=torch.float32),
+            step=torch.zeros(batch, dtype=torch.int32, device=tokens.device),
+        )
+
+    @property
+    def is_open(self) -> Tensor:
+        """bool `[B, T]`."""
+        return (self.state & OPEN) != 0
+
+    def window(self, start: int, end: int, capacity: int) -> TokenWindow:
+        """The open positions of `[start, end)` in ascending order, in `capacity` slots (at least as many as any row's).
+
+        Decided positions take no slot, so that no language-model head runs for them.
+        """
+        columns = torch.arange(start, end, dtype=torch.int32, device=self.tokens.device)
+        is_open = self.is_open[:, start:end]
+        if capacity == end - start:
+            return TokenWindow(torch.where(is_open, columns, -1), self.origin)
+        # Open columns keep their number, closed ones sort behind them.
+        ranked = torch.where(is_open, columns, columns + (end - start)).sort(dim=1).values[:, :capacity]
+        return TokenWindow(torch.where(ranked < end, ranked, -1), self.origin)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that can be chosen about a decoding, checked before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .rules import Quota, Rule
+
+SCORES = ("probability", "margin", "entropy", "random")
+CACHES = ("none", "prefix", "dual")
+ALIGNMENTS = ("same", "shift")
+DISTRIBUTIONS = ("raw", "tempered", "filtered")
+EOS_POLICIES = ("none", "fill")
+
+
+@dataclass(frozen=True)
+class DecodingConfig:
+    """How to decode. Every field is also a keyword of `generate` and `infill`.
+
+    Attributes
+    ----------
+    max_new_tokens : int
+        Tokens generated after the prompt.
+    block_length : int, optional
+        Blocks are decoded left to right, each until it has no mask left. None: one block.
+    steps : int, optional
+        Forwards of the whole generation, divided evenly among the blocks, for rules with a fixed schedule (`Quota`,
+        `TimeQuota`). None: one forward a token. Adaptive rules take as many as they need.
+    rule : Rule
+        Which positions a step commits.
+    score : {"probability", "margin", "entropy", "random"}
+        What orders the positions: probability of the proposal, gap between the two best probabilities, negative
+        entropy, or chance.
+    temperature : float
+        0: the most likely token; otherwise Gumbel-max sampling at this temperature.
+    top_k, top_p : int, float
+        Filters of the sampled distribution; 0 and 1 switch them off.
+    top_p_first, keep_crossing : bool
+        Order of the filters, and whether the token that crosses `top_p` stays (see `ops.token_confidence`).
+    distribution : {"raw", "tempered", "filtered"}
+        Which distribution the scores are read from: before temperature, after it, or after the filters.
+    order_temperature : float
+        Above 0 the order is drawn at random, position i with weight exp(score / order_temperature).
+    cache : {"none", "prefix", "dual"}
+        KV reuse. none: every forward takes the whole canvas (exact). prefix: keys and values left of the block are
+        kept from the block's first forward. dual: also those right of it; a forward then takes the block alone
+        (Fast-dLLM, arXiv:2505.22618). Both are approximations for bidirectional models.
+    seed : int or Tensor, optional
+        What a request's random draws depend on, whatever batch it is in. An int is every request's seed (equal
+        requests then give equal results), an int64 tensor `[B]` one for each; None draws them from torch's generator.
+    cfg_scale : float
+        Classifier-free guidance: logits u + (cfg_scale + 1)(c - u), u from a canvas whose given tokens are masked.
+        Doubles the work.
+    mask_token_id, eos_token_id, pad_token_id : int
+        Taken from the model's configuration when None. Several eos ids may be given.
+    suppress_token_ids : sequence of int
+        Never generated. The mask token never is.
+    eos_policy : {"none", "fill"}
+        fill: once an end token stands with nothing open before it, the rest of the request becomes padding and the
+        request is done. none: the full length is decoded.
+    logit_alignment : {"same", "shift"}, optional
+        Whether row i of the logits speaks of position i or of i + 1. None: what the model's family does.
+    """
+
+    max_new_tokens: int = 128
+    block_length: int | None = None
+    steps: int | None = None
+    rule: Rule = field(default_factory=Quota)
+    score: str = "probability"
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    top_p_first: bool = False
+    keep_crossing: bool = True
+    distribution: str = "raw"
+    order_temperature: float = 0.0
+    cache: str = "none"
+    seed: int | Tensor | None = None
+    cfg_scale: float = 0.0
+    mask_token_id: int | None = None
+    eos_token_id: int | Sequence[int] | None = None
+    pad_token_id: int | None = None
+    suppress_token_ids: Sequence[int] = ()
+    eos_policy: str = "fill"
+    logit_alignment: str | None = None
+
+    def __post_init__(self):
+        for name, choices in (
+            ("score", SCORES), ("cache", CACHES), ("distribution", DISTRIBUTIONS), ("eos_policy", EOS_POLICIES),
+            ("logit_alignment", (None, *ALIGNMENTS)),
+        ):  # fmt: skip
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}; got {getattr(self, name)!r}")
+        if not isinstance(self.rule, Rule):
+            raise TypeError(f"rule must be a Rule such as dlmkernels.Threshold(0.9); got {self.rule!r}")
+        for name, low in (("max_new_tokens", 1), ("block_length", 1), ("steps", 1), ("top_k", 0)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < low):
+                raise ValueError(f"{name} must be an integer of at least {low}; got {value!r}")
+        for name, low, high in (
+            ("temperature", 0.0, float("inf")), ("order_temperature", 0.0, float("inf")), ("top_p", 0.0, 1.0),
+            ("cfg_scale", 0.0, float("inf")),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not low <= value <= high:
+                raise ValueError(f"{name} must be a number from {low} to {high}; got {value!r}")
+
+    def replace(self, **changes) -> DecodingConfig:
+        """A copy with some fields changed; an unknown field is a TypeError that lists the known ones."""
+        known = [f.name for f in dataclasses.fields(self)]
+        if unknown := sorted(set(changes) - set(known)):
+            raise TypeError(f"unknown decoding option {', '.join(unknown)}; known: {', '.join(known)}")
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """`eos_token_id` as a list."""
+        if self.eos_token_id is None:
+            return []
+        return [self.eos_token_id] if isinstance(self.eos_token_id, int) else list(self.eos_token_id)

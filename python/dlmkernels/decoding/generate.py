@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The front doors: `generate` after a prompt, `infill` wherever the masks are."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ..models.adapt import DiffusionModel, adapt
+from .canvas import Canvas
+from .config import DecodingConfig
+from .loop import decode
+from .output import DecodingOutput
+
+
+def generate(
+    model,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    config: DecodingConfig | None = None,
+    streamer=None,
+    **overrides,
+) -> DecodingOutput:
+    """Decode `max_new_tokens` tokens after each prompt, in parallel.
+
+    Parameters
+    ----------
+    model : PreTrainedModel or DiffusionModel
+        A diffusion language model loaded by transformers, or what `adapt` made of it. It must be in evaluation mode.
+    input_ids : Tensor
+        int64 `[B, P]` prompts, shorter ones padded on the left; `[P]` is one prompt. On the model's device.
+    attention_mask : Tensor, optional
+        `[B, P]`, 0 for padding. Needed when prompts have different lengths.
+    config : DecodingConfig, optional
+        How to decode; defaults where None.
+    streamer : transformers streamer, optional
+        Receives the prompt, each finished block, and (if it has `put_draft`) the canvas after each step. One request
+        only. Reading the canvas for it costs a device synchronisation a step.
+    **overrides
+        Fields of `DecodingConfig`.
+
+    Returns
+    -------
+    DecodingOutput
+
+    Raises
+    ------
+    ValueError
+        When an argument has the wrong shape, dtype, device or range, the canvas is longer than the model can encode,
+        or an id the decoding needs is unknown. The message names it.
+
+    Examples
+    --------
+    >>> out = dlmkernels.generate(model, ids, max_new_tokens=128, block_length=32, rule=dlmkernels.Threshold(0.9))
+    >>> out.generated, out.tokens_per_forward
+    """
+    model, config = _prepare(model, config, overrides)
+    tokens, origin = _check_tokens("input_ids", model, config, input_ids, attention_mask)
+    if (tokens == config.mask_token_id).any():
+        raise ValueError(
+            f"input_ids holds the mask token ({config.mask_token_id}): generate decodes what comes after a prompt; "
+            "dlmkernels.infill decodes masks wherever they are"
+        )
+    batch, prompt_length = tokens.shape
+    length = prompt_length + config.max_new_tokens
+    if model.max_length is not None and length > model.max_length:
+        raise ValueError(
+            f"input_ids ({prompt_length} tokens) and max_new_tokens ({config.max_new_tokens}) make a canvas of {length}"
+            f", longer than the model's max_position_embeddings of {model.max_length}"
+        )
+    masks = tokens.new_full((batch, config.max_new_tokens), config.mask_token_id)
+    is_open = torch.arange(length, device=tokens.device).expand(batch, length) >= prompt_length
+    canvas = Canvas.of(torch.cat((tokens, masks), 1), is_open, origin)
+    _check_streamer(streamer, batch)
+    if streamer is not None:
+        streamer.put(tokens[0].cpu())
+    return decode(model, canvas, config, prompt_length, length, streamer)
+
+
+def infill(
+    model,
+    tokens: Tensor,
+    attention_mask: Tensor | None = None,
+    config: DecodingConfig | None = None,
+    streamer=None,
+    **overrides,
+) -> DecodingOutput:
+    """Decode the mask tokens of a canvas wherever they stand; every other token is kept.
+
+    Parameters
+    ----------
+    tokens : Tensor
+        int64 `[B, T]` or `[T]`, holding `mask_token_id` where a token is wanted.
+
+    The other parameters, the result and the errors are those of `generate`; `max_new_tokens` has no meaning here, and
+    `block_length` divides the whole canvas.
+    """
+    model, config = _prepare(model, config, overrides)
+    tokens, origin = _check_tokens("tokens", model, config, tokens, attention_mask)
+    batch, length = tokens.shape
+    if model.max_length is not None and length > model.max_length:
+        raise ValueError(
+            f"tokens is {length} long, longer than the model's max_position_embeddings of {model.max_length}"
+        )
+    is_padding = torch.arange(length, device=tokens.device) < origin[:, None]
+    canvas = Canvas.of(tokens, (tokens == config.mask_token_id) & ~is_padding, origin)
+    _check_streamer(streamer, batch)
+    return decode(model, canvas, config, 0, length, streamer)
+
+
+def custom_generate(model, input_ids: Tensor, generation_config=None, attention_mask=None, streamer=None, **kwargs):
+    """For transformers: `model.generate(ids, custom_generate=dlmkernels.custom_generate, max_new_tokens=…)`.
+
+    Takes length, temperature, top_k and top_p from the generation config when sampling is on; further fields of
+    `DecodingConfig` are passed as keywords. Returns the token ids alone, as transformers' own decoders do.
+    """
+    fields = {f.name for f in dataclasses.fields(DecodingConfig)}
+    overrides = {k: v for k, v in kwargs.items() if k in fields}
+    if generation_config is not None:
+        overrides.setdefault("max_new_tokens", generation_config.max_length - input_ids.shape[1])
+        if generation_config.do_sample:
+            for name in ("temperature", "top_k", "top_p"):
+                value = getattr(generation_config, name)
+                if value is not None:
+                    overrides.setdefault(name, value)
+    return generate(model, input_ids, attention_mask, streamer=streamer, **overrides).sequences
+
+
+def _prepare(model, config: DecodingConfig | None, overrides: dict) -> tuple[DiffusionModel, DecodingConfig]:
+    """Adapt the model and fill what the configuration leaves to it."""
+    model = adapt(model)
+    if getattr(model.model, "training", False):
+        raise ValueError("model is in training mode (dropout would be active): call model.eval() first")
+    config = (config or DecodingConfig()).replace(**overrides)
+    known = {
+        name: getattr(config, name)
+        if getattr(config, name) is not None
+        else _from_model(model, name)
+        for name in ("mask_token_id", "eos_token_id", "pad_token_id")
+    }
+    if known["mask_token_id"] is None:
+        raise ValueError(
+            "mask_token_id is not in the model's configuration: pass mask_token_id=… (tokenizer.mask_token_id)"
+        )
+    config = config.replace(
+        **known, logit_alignment=config.logit_alignment or model.family.logit_alignment
+    )
+    if config.pad_token_id is None:
+        # What follows an end token is padded; without a padding token, with the end token itself.
+        fallback = config.eos_token_ids[0] if config.eos_token_ids else config.mask_token_id
+        config = config.replace(pad_token_id=fallback)
+    vocab = model.vocab_size
+    for name, ids in (
+        ("mask_token_id", [config.mask_token_id]), ("eos_token_id", config.eos_token_ids),
+        ("pad_token_id", [config.pad_token_id]), ("suppress_token_ids", config.suppress_token_ids),
+    ):  # fmt: skip
+        for i in ids:
+            if not isinstance(i, int) or i < 0 or (vocab is not None and i >= vocab):
+                raise ValueError(f"{name} must be in the model's vocabulary, 0 … {vocab and vocab - 1}; got {i!r}")
+    if config.cache != "none" and not model.reuses_kv:
+        raise ValueError(
+            f"cache='{config.cache}' needs a model of a known type; {type(model.model).__name__} decodes with "
+            "cache='none'"
+        )
+    return model, config
+
+
+def _from_model(model: DiffusionModel, name: str):
+    """A token id from the model's configuration, else from its generation configuration."""
+    for source in (model.config, getattr(model.model, "generation_config", None)):
+        value = getattr(source, name, None)
+        if value is not None:
+            return value
+    return None
+
+
+def _check_tokens(
+    name: str, model: DiffusionModel, config: DecodingConfig, tokens: Tensor, attention_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Validated tokens `[B, T]` and the column at which each row starts, int64 `[B]`."""
+    if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
+        got = f"a tensor of {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(f"{name} must be an int64 tensor of token ids; got {got}")
+    if tokens.dim() == 1:
+        tokens = tokens[None]
+    if tokens.dim() != 2 or tokens.numel() == 0:
+        raise ValueError(f"{name} must have shape [batch, length], neither of them 0; got {list(tokens.shape)}")
+    if tokens.device != model.device:
+        raise ValueError(f"{name} must be on the model's device {model.device}; got {tokens.device}")
+    low, high = tokens.min().item(), tokens.max().item()
+    if low < 0 or (model.vocab_size is not None and high >= model.vocab_size):
+        raise ValueError(f"{name} must hold ids from 0 to {model.vocab_size} - 1; got ids from {low} to {high}")
+    if attention_mask is None:
+        return tokens, torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
+    if attention_mask.dim() == 1:
+        attention_mask = attention_mask[None]
+    if attention_mask.shape != tokens.shape:
+        raise ValueError(
+            f"attention_mask must have the shape of {name}, {list(tokens.shape)}; got {list(attention_mask.shape)}"
+        )
+    valid = attention_mask.to(tokens.device) != 0
+    origin = (~valid).sum(1)
+    if not torch.equal(valid, torch.arange(tokens.shape[1], device=tokens.device) >= origin[:, None]):
+        raise ValueError("attention_mask must be 0 for padding on the left and 1 after it: pad prompts on the left")
+    if (origin == tokens.shape[1]).any():
+        raise ValueError(f"attention_mask leaves row {int((origin == tokens.shape[1]).nonzero()[0])} of {name} empty")
+    return tokens, origin
+
+
+def _check_streamer(streamer, batch: int) -> None:
+    if streamer is not None and batch != 1:
+        raise ValueError(f"streamer takes one request; got a batch of {batch}")

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a decoding returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..trace import Trace
+
+
+@dataclass(frozen=True)
+class DecodingOutput:
+    """Result of `generate` and `infill`.
+
+    Attributes
+    ----------
+    sequences : Tensor
+        int64 `[B, T]`: prompt and decoded tokens; left padding is kept.
+    num_forwards : Tensor
+        int32 `[B]`: model forwards each request took part in before it was finished.
+    commit_step : Tensor
+        int32 `[B, T]`: forward (from 0) at which a token was committed, -1 for given tokens and for the padding after
+        an end token.
+    confidence : Tensor
+        float32 `[B, T]`: probability a token had when it was committed, 0 where `commit_step` is -1.
+    complete : Tensor
+        bool `[B]`: False where masks were left because their logits held no finite value.
+    prompt_length : int
+        Columns before the first generated one (0 for `infill`).
+    """
+
+    sequences: Tensor
+    num_forwards: Tensor
+    commit_step: Tensor
+    confidence: Tensor
+    complete: Tensor
+    prompt_length: int
+
+    @property
+    def generated(self) -> Tensor:
+        """`sequences` without the prompt."""
+        return self.sequences[:, self.prompt_length :]
+
+    @property
+    def tokens_per_forward(self) -> Tensor:
+        """Committed tokens over forwards, float32 `[B]`."""
+        committed = (self.commit_step >= 0).sum(1)
+        return committed / self.num_forwards.clamp(min=1)
+
+    @property
+    def trace(self) -> Trace:
+        """Which token was committed when, with pictures."""
+        return Trace(self.sequences, self.commit_step, self.confidence, self.prompt_length)

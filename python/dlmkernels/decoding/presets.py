@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published decoders by name."""
+
+from __future__ import annotations
+
+from .config import DecodingConfig
+from .rules import Quota, Threshold, TimeQuota
+
+PRESETS: dict[str, DecodingConfig] = {
+    # LLaDA, arXiv:2502.09992: low-confidence remasking, one block of the whole answer by default
+    "llada": DecodingConfig(rule=Quota(), score="probability", eos_policy="none"),
+    # Dream, arXiv:2508.15487: entropy order, nucleus before temperature's confidence is read, logits one row early
+    "dream": DecodingConfig(
+        rule=TimeQuota(), score="entropy", distribution="filtered", temperature=0.2, top_p=0.95, top_p_first=True,
+        eos_policy="none", logit_alignment="shift",
+    ),
+    # Fast-dLLM, arXiv:2505.22618: confidence threshold over a dual cache
+    "fast-dllm": DecodingConfig(
+        rule=Threshold(0.9), score="probability", cache="dual", block_length=32, eos_policy="none"
+    ),
+}  # fmt: skip
+
+
+def preset(name: str, **overrides) -> DecodingConfig:
+    """The configuration of a published decoder: one of `PRESETS`, with fields overridden."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+    return PRESETS[name].replace(**overrides)

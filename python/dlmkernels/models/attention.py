@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention function that stock transformers models call while we decode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+
+from .. import ops
+from ..window import AttentionWindow
+
+NAME = "dlmkernels"
+
+
+def attention_forward(
+    module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling: float | None = None,
+    dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None,
+    dlm_window: AttentionWindow | None = None, **kwargs,
+):  # fmt: skip
+    """Scatter the rows' keys and values into the layer's cache, then attend: transformers' attention interface.
+
+    `query` `[B, H, Q, D]`, `key` and `value` `[B, G, Q, D]` come rotated. Returns `[B, Q, H, D]` and no weights.
+    `attention_mask` is ignored: visibility is the window's.
+    """
+    if dlm_window is None:
+        raise RuntimeError(
+            f"attention implementation '{NAME}' serves decoding only: the model must be called with dlm_window=…, as "
+            "dlmkernels.generate does"
+        )
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    window = dlm_window
+    # transformers counts the query itself into `sliding_window`
+    reach = -1 if sliding_window is None else sliding_window - 1
+    if window.cache is None:
+        k_new = v_new = None
+        k_cache, v_cache = k, v
+    else:
+        k_new, v_new = k, v
+        k_cache, v_cache = window.cache.layer(module.layer_idx, k, v)
+    out, _ = ops.block_attention(
+        q, k_new, v_new, k_cache, v_cache, window.slots, window.kv_range,
+        causal_block=window.causal_block, block_origin=window.block_origin,
+        window_left=reach, window_right=reach, softcap=softcap or 0.0, scale=scaling,
+    )  # fmt: skip
+    return out, None
+
+
+# No mask function is registered beside it: transformers then builds no mask at all.
+AttentionInterface.register(NAME, attention_forward)
+
+
+@contextmanager
+def use_block_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let `model` attend through `attention_forward`; its own setting is restored on leaving."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
+    before = [(c, c._attn_implementation) for c in configs]
+    try:
+        for c, _ in before:
+            c._attn_implementation = NAME
+        yield
+    finally:
+        for c, implementation in before:
+            c._attn_implementation = implementation

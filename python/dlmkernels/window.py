@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one forward reads, writes and attends to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .cache import KVCache
+
+
+@dataclass(frozen=True)
+class AttentionWindow:
+    """The rows of one forward and what they may see; handed to every layer as the keyword argument `dlm_window`.
+
+    Attributes
+    ----------
+    slots : Tensor, optional
+        int32 `[B, Q]`: cache slot (= canvas position) of each row, -1 for an unused row. None: row i has slot i.
+    kv_range : Tensor, optional
+        int32 `[B, 2]` or `[B, N, 2]`: half-open ranges of slots that may be attended. None: all.
+    cache : KVCache, optional
+        Where the rows' keys and values are written and the other slots' are found. None: the rows attend to each
+        other alone and nothing is kept.
+    causal_block : int
+        0: bidirectional; 1: causal; n: block-causal with blocks of n.
+    block_origin : Tensor, optional
+        int32 `[B]`: slot at which block 0 starts.
+    """
+
+    slots: Tensor | None = None
+    kv_range: Tensor | None = None
+    cache: KVCache | None = None
+    causal_block: int = 0
+    block_origin: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TokenWindow:
+    """The canvas positions that one step may commit.
+
+    Attributes
+    ----------
+    positions : Tensor
+        int32 `[B, W]`: canvas position of each slot, ascending, -1 for an unused slot.
+    origin : Tensor
+        int32 `[B]`: canvas position at which each request starts (after its padding).
+    """
+
+    positions: Tensor
+    origin: Tensor
+
+    @property
+    def request_positions(self) -> Tensor:
+        """Positions counted from the start of the request: what random draws depend on, whatever the padding."""
+        return self.positions - self.origin[:, None]

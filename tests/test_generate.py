@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoding loop: what it returns, what it refuses, what it never does."""
+
+import pytest
+import small_models
+import torch
+from small_models import EOS, MASK, PAD, build, prompts
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dlmkernels as dk
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build()
+
+
+RULES = [dk.Quota(), dk.TimeQuota(), dk.Threshold(0.5), dk.Factor(1.0), dk.EntropyBound(0.5)]
+SHORT = {"max_new_tokens": 16, "block_length": 8, "eos_policy": "none"}
+
+
+class TestOutput:
+    @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+    @pytest.mark.parametrize("rule", RULES, ids=lambda r: type(r).__name__)
+    def test_everything_is_decoded(self, model, rule, cache):
+        ids = prompts(3, 7)
+        out = dk.generate(model, ids, rule=rule, cache=cache, **SHORT)
+        assert torch.equal(out.sequences[:, :7], ids)
+        assert out.generated.shape == (3, 16) and not (out.sequences == MASK).any()
+        assert out.complete.all()
+        assert (out.commit_step[:, :7] == -1).all() and (out.commit_step[:, 7:] >= 0).all()
+        assert (out.confidence[:, 7:] > 0).all() and (out.confidence <= 1).all()
+        assert torch.equal(out.num_forwards, out.commit_step.amax(1) + 1)
+        assert torch.equal(out.tokens_per_forward, 16 / out.num_forwards)
+
+    @pytest.mark.parametrize("steps,each", [(16, 1), (8, 2), (4, 4), (2, 8)])
+    def test_quota_spends_the_planned_steps(self, model, steps, each):
+        out = dk.generate(model, prompts(2, 5), steps=steps, **SHORT)
+        assert (out.num_forwards == steps).all()
+        counts = out.commit_step[0, 5:].bincount()
+        assert (counts == each).all()
+
+    def test_blocks_are_decoded_left_to_right(self, model):
+        steps = dk.generate(model, prompts(2, 5), **SHORT).commit_step[:, 5:]
+        assert (steps[:, :8].amax(1) < steps[:, 8:].amin(1)).all()
+
+    def test_threshold_commits_what_is_sure(self, model):
+        out = dk.generate(model, prompts(4, 6), rule=dk.Threshold(0.5), **SHORT)
+        for row in range(4):
+            for positions in out.trace.order(row):
+                sure = out.confidence[row, positions] >= 0.5
+                assert sure.all() or len(positions) == 1
+
+    def test_adaptive_rule_is_quicker(self, model):
+        ids = prompts(4, 6)
+        assert (dk.generate(model, ids, rule=dk.Threshold(0.3), **SHORT).num_forwards < 16).all()
+
+    def test_one_dimensional_prompt(self, model):
+        ids = prompts(1, 6)
+        assert torch.equal(dk.generate(model, ids[0], **SHORT).sequences, dk.generate(model, ids, **SHORT).sequences)
+
+    def test_inputs_are_untouched(self, model):
+        ids = prompts(2, 6)
+        before = ids.clone()
+        dk.generate(model, ids, **SHORT)
+        assert torch.equal(ids, before)
+
+    def test_mask_and_suppressed_tokens_are_never_generated(self, model):
+        banned = tuple(range(4, 60))
+        out = dk.generate(model, prompts(3, 5), suppress_token_ids=banned, temperature=1.5, seed=3, **SHORT)
+        assert not torch.isin(out.generated, torch.tensor([*banned, MASK])).any()
+
+    def test_custom_rule_in_ten_lines(self, model):
+        class HalfOfTheRest(dk.Rule):
+            def select(self, step):
+                return step.select("none", fill=(step.open_now + 1) // 2)
+
+        out = dk.generate(model, prompts(2, 5), rule=HalfOfTheRest(), **SHORT)
+        assert out.commit_step[0, 5:13].bincount().tolist() == [4, 2, 1, 1]
+
+    @pytest.mark.parametrize("alignment", ["same", "shift"])
+    def test_guidance_changes_the_result_and_keeps_the_prompt(self, model, alignment):
+        ids = prompts(2, 6)
+        plain = dk.generate(model, ids, logit_alignment=alignment, **SHORT)
+        guided = dk.generate(model, ids, logit_alignment=alignment, cfg_scale=2.0, **SHORT)
+        assert torch.equal(guided.sequences[:, :6], ids)
+        assert not torch.equal(plain.sequences, guided.sequences)
+
+
+class TestRandomness:
+    SAMPLED = SHORT | {"temperature": 1.0, "rule": dk.Threshold(0.5)}
+
+    def test_seed_decides(self, model):
+        ids = prompts(2, 6)
+        a, b, c = (dk.generate(model, ids, seed=s, **self.SAMPLED).sequences for s in (1, 1, 2))
+        assert torch.equal(a, b) and not torch.equal(a, c)
+
+    def test_without_a_seed_torch_decides(self, model):
+        ids = prompts(1, 6).repeat(2, 1)
+        torch.manual_seed(5)
+        a = dk.generate(model, ids, **self.SAMPLED).sequences
+        torch.manual_seed(5)
+        b = dk.generate(model, ids, **self.SAMPLED).sequences
+        assert torch.equal(a, b)
+        assert not torch.equal(a[0], a[1])
+
+    @pytest.mark.parametrize("options", [
+        {"temperature": 1.0}, {"score": "random"}, {"order_temperature": 0.5}, {"temperature": 0.7, "top_p": 0.9},
+    ], ids=str)  # fmt: skip
+    def test_a_request_does_not_depend_on_its_batch(self, model, options):
+        """Alone, shuffled in a batch, or padded to a longer neighbour: the same tokens, committed at the same steps."""
+        lengths = [3, 9, 6, 9, 4]
+        rows = [prompts(1, n, seed=n * 7 + i)[0] for i, n in enumerate(lengths)]
+        seeds = torch.arange(5) * 1000 + 17
+        options = SHORT | options
+        alone = [dk.generate(model, r, seed=s[None], **options) for r, s in zip(rows, seeds)]
+        for order in ([0, 1, 2, 3, 4], [4, 2, 0, 3, 1]):
+            ids = torch.stack([torch.cat((rows[i].new_full((9 - lengths[i],), PAD), rows[i])) for i in order])
+            valid = torch.stack([torch.arange(9) >= 9 - lengths[i] for i in order])
+            out = dk.generate(model, ids, valid, seed=seeds[order], **options)
+            for row, i in enumerate(order):
+                assert torch.equal(out.generated[row], alone[i].generated[0])
+                assert torch.equal(out.commit_step[row, 9:], alone[i].commit_step[0, lengths[i] :])
+                assert out.num_forwards[row] == alone[i].num_forwards[0]
+
+
+class TestEos:
+    @pytest.fixture(scope="class")
+    def ending(self):
+        """A model that likes to end."""
+        model = build(seed=4)
+        with torch.no_grad():
+            model.lm_head.weight[EOS] *= 3
+        return model
+
+    def test_fill(self, ending):
+        out = dk.generate(ending, prompts(6, 5), rule=dk.Threshold(0.9), max_new_tokens=32, block_length=8)
+        ended = (out.generated == EOS).any(1)
+        assert ended.any() and out.complete.all()
+        for row in ended.nonzero().flatten():
+            first = int((out.generated[row] == EOS).nonzero()[0])
+            rest = out.generated[row, first + 1 :]
+            assert (rest == PAD).all()
+
+    def test_rows_that_end_early_cost_no_forwards(self, ending):
+        ids = prompts(6, 5)
+        options = {"rule": dk.Threshold(0.9), "max_new_tokens": 32, "block_length": 8}
+        filled = dk.generate(ending, ids, **options)
+        full = dk.generate(ending, ids, eos_policy="none", **options)
+        assert (filled.num_forwards <= full.num_forwards).all() and (filled.num_forwards < full.num_forwards).any()
+
+    def test_end_token_in_the_prompt_ends_nothing(self, model):
+        ids = prompts(2, 6)
+        ids[:, 2] = EOS
+        out = dk.generate(model, ids, suppress_token_ids=[EOS], max_new_tokens=8)
+        assert (out.commit_step[:, 6:] >= 0).all()
+
+
+class TestInfill:
+    def test_given_tokens_stay(self, model):
+        tokens = prompts(3, 20)
+        holes = torch.rand(3, 20, generator=torch.Generator().manual_seed(3)) < 0.4
+        canvas = tokens.masked_fill(holes, MASK)
+        out = dk.infill(model, canvas, rule=dk.Threshold(0.7), block_length=5, eos_policy="none")
+        assert torch.equal(out.sequences[~holes], tokens[~holes])
+        assert not (out.sequences == MASK).any()
+        assert torch.equal(out.commit_step >= 0, holes)
+
+    def test_nothing_to_do(self, model):
+        tokens = prompts(2, 10)
+        out = dk.infill(model, tokens)
+        assert torch.equal(out.sequences, tokens) and (out.num_forwards == 0).all()
+
+    def test_equals_generate_when_the_masks_are_at_the_end(self, model):
+        ids = prompts(2, 8)
+        canvas = torch.cat((ids, torch.full((2, 16), MASK)), 1)
+        a = dk.infill(model, canvas, block_length=8, eos_policy="none")
+        b = dk.generate(model, ids, **SHORT)
+        assert torch.equal(a.sequences, b.sequences)
+
+
+class TestStreaming:
+    class Recorder:
+        def __init__(self):
+            self.blocks, self.drafts, self.ended = [], [], False
+
+        def put(self, value):
+            self.blocks.append(value.clone())
+
+        def put_draft(self, value):
+            self.drafts.append(value.clone())
+
+        def end(self):
+            self.ended = True
+
+    def test_prompt_drafts_blocks_end(self, model):
+        ids, recorder = prompts(1, 6), self.Recorder()
+        out = dk.generate(model, ids, streamer=recorder, **SHORT)
+        assert torch.equal(torch.cat(recorder.blocks), out.sequences[0]) and recorder.ended
+        assert len(recorder.blocks) == 3 and len(recorder.drafts) == 16
+        masks = [int((d == MASK).sum()) for d in recorder.drafts]
+        assert masks == list(range(15, -1, -1))
+
+    def test_one_request_only(self, model):
+        with pytest.raises(ValueError, match=r"streamer takes one request; got a batch of 2"):
+            dk.generate(model, prompts(2, 6), streamer=self.Recorder(), **SHORT)
+
+
+class TestTrace:
+    def test_canvas_at(self, model):
+        out = dk.generate(model, prompts(2, 6), rule=dk.Threshold(0.4), **SHORT)
+        assert (out.trace.canvas_at(-1, MASK)[:, 6:] == MASK).all()
+        last = int(out.commit_step.max())
+        assert torch.equal(out.trace.canvas_at(last, MASK), out.sequences)
+        assert sorted(sum(out.trace.order(0), [])) == list(range(6, 22))
+
+    def test_text_and_plot(self, model, tmp_path):
+        out = dk.generate(model, prompts(1, 6), **SHORT)
+        text = out.trace.text(lambda ids: "".join("_" if i == MASK else "x" for i in ids), MASK)
+        lines = text.splitlines()
+        assert len(lines) == 17 and lines[0].endswith("_" * 16) and lines[-1].endswith("x" * 16)
+        out.trace.plot(tmp_path / "trace.png")
+        assert (tmp_path / "trace.png").read_bytes()[:4] == b"\x89PNG"
+
+
+class TestErrors:
+    @pytest.mark.parametrize("kwargs,match", [
+        ({"input_ids": torch.zeros(1, 4)}, r"input_ids must be an int64 tensor.*float32"),
+        ({"input_ids": [1, 2]}, r"input_ids must be an int64 tensor.*list"),
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, r"input_ids must have shape.*\[1, 0\]"),
+        ({"input_ids": torch.zeros(1, 2, 3, dtype=torch.int64)}, r"input_ids must have shape"),
+        ({"input_ids": torch.full((1, 4), 97)}, r"input_ids must hold ids from 0 to 97 - 1; got ids from 97"),
+        ({"input_ids": torch.full((1, 4), -5)}, r"input_ids must hold ids"),
+        ({"input_ids": torch.full((1, 4), MASK)}, r"input_ids holds the mask token.*infill"),
+        ({"input_ids": torch.zeros(1, 4, dtype=torch.int64, device="meta")}, r"input_ids must be on the model's device"),
+        ({"max_new_tokens": 253}, r"canvas of 257.*max_position_embeddings of 256"),
+        ({"attention_mask": torch.ones(1, 5)}, r"attention_mask must have the shape"),
+        ({"attention_mask": torch.tensor([[1, 1, 1, 0]])}, r"pad prompts on the left"),
+        ({"attention_mask": torch.zeros(1, 4)}, r"attention_mask leaves row 0"),
+        ({"max_new_tokens": 0}, r"max_new_tokens must be an integer of at least 1; got 0"),
+        ({"temperature": -1.0}, r"temperature must be a number from 0"),
+        ({"temperature": float("nan")}, r"temperature must be a number"),
+        ({"top_p": 1.5}, r"top_p must be a number from 0.0 to 1.0; got 1.5"),
+        ({"score": "luck"}, r"score must be one of.*'luck'"),
+        ({"cache": "paged"}, r"cache must be one of.*'paged'"),
+        ({"steps": 5, "block_length": 8, "max_new_tokens": 16}, r"steps must be a multiple of the number of blocks"),
+        ({"mask_token_id": 500}, r"mask_token_id must be in the model's vocabulary.*500"),
+        ({"seed": torch.zeros(3, dtype=torch.int64)}, r"seed must be int64 of shape \[1\]"),
+    ], ids=lambda v: None if isinstance(v, str) else ",".join(v))  # fmt: skip
+    def test_value(self, model, kwargs, match):
+        ids = kwargs.pop("input_ids", torch.arange(4, 8)[None])
+        with pytest.raises(ValueError, match=match):
+            dk.generate(model, ids, **{"max_new_tokens": 8} | kwargs)
+
+    def test_unknown_option(self, model):
+        with pytest.raises(TypeError, match=r"unknown decoding option blocklength; known: .*block_length"):
+            dk.generate(model, prompts(1, 4), blocklength=4)
+
+    def test_rule_of_the_wrong_kind(self, model):
+        with pytest.raises(TypeError, match=r"rule must be a Rule.*'threshold'"):
+            dk.generate(model, prompts(1, 4), rule="threshold")
+
+    def test_training_mode(self):
+        with pytest.raises(ValueError, match=r"model\.eval\(\)"):
+            dk.generate(build().train(), prompts(1, 4))
+
+    def test_mask_token_unknown(self):
+        model = build()
+        del model.config.mask_token_id
+        with pytest.raises(ValueError, match="mask_token_id is not in the model's configuration"):
+            dk.generate(model, prompts(1, 4))
+
+    def test_cache_on_an_unknown_model(self):
+        class Odd(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.table = torch.nn.Embedding(8, 8)
+
+            def forward(self, tokens):
+                return type("Out", (), {"logits": self.table(tokens)})()
+
+        with pytest.warns(UserWarning), pytest.raises(ValueError, match="cache='dual' needs a model of a known type"):
+            dk.generate(Odd().eval(), torch.tensor([[1, 2]]), mask_token_id=7, cache="dual")
+
+    def test_unknown_model_without_cache_decodes(self):
+        class Bigram(torch.nn.Module):
+            """Whatever stands left, plus one."""
+
+            def __init__(self):
+                super().__init__()
+                self.table = torch.nn.Embedding(10, 10)
+                self.table.weight.data = torch.eye(10).roll(1, 1) * 20
+
+            def forward(self, tokens):
+                left = tokens.roll(1, 1)
+                sure = (left != 9).float()[..., None]
+                return type("Out", (), {"logits": self.table(left) * sure})()
+
+        with pytest.warns(UserWarning, match="no KV reuse"):
+            out = dk.generate(Bigram().eval(), torch.tensor([[2], [4]]), max_new_tokens=4, mask_token_id=9)
+        assert out.generated.tolist() == [[3, 4, 5, 6], [5, 6, 7, 8]]
+
+    def test_nan_logits_leave_masks_and_say_so(self):
+        """Rows whose logits are NaN stay masked and are reported; their neighbours are decoded as if alone."""
+        model = build()
+        ids = prompts(2, 6)
+        alone = dk.generate(model, ids[:1], **SHORT)
+        with torch.no_grad():
+            model.model.embed_tokens.weight[7] = torch.nan
+        ids[1, 0], ids[0] = 7, ids[0].masked_fill(ids[0] == 7, 8)
+        with pytest.warns(RuntimeWarning, match=r"masks are left in rows \[1\]"):
+            out = dk.generate(model, ids, **SHORT)
+        assert out.complete.tolist() == [True, False] and (out.generated[1] == MASK).all()
+        assert torch.equal(out.sequences[0], alone.sequences[0])
+
+
+class HostReads(TorchDispatchMode):
+    """Records every operation that hands a tensor's value to the host."""
+
+    READS = ("_local_scalar_dense", "item", "equal", "nonzero", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in self.READS:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [
+    {"rule": dk.Threshold(0.5), "cache": "dual"}, {"rule": dk.EntropyBound(), "cache": "prefix"},
+    {"rule": dk.Quota(), "score": "random", "temperature": 1.0, "top_k": 5}, {"rule": dk.Factor(), "cfg_scale": 1.0},
+], ids=str)  # fmt: skip
+def test_step_loop_reads_nothing_on_the_host(model, options, monkeypatch):
+    """Between two polls no tensor's value reaches the host."""
+    from dlmkernels.decoding import loop, poll
+
+    reads = HostReads()
+    real_remask, real_forward = loop.ops.remask_, loop.CanvasForward.__call__
+    steps = []
+
+    def forward(self, *args):
+        reads.__enter__()
+        return real_forward(self, *args)
+
+    def remask(*args, **kwargs):
+        out = real_remask(*args, **kwargs)
+        reads.__exit__(None, None, None)
+        steps.append(len(reads.seen))
+        return out
+
+    monkeypatch.setattr(loop.CanvasForward, "__call__", forward)
+    monkeypatch.setattr(loop.ops, "remask_", remask)
+    dk.generate(model, prompts(2, 6), **SHORT | options)
+    assert len(steps) > 2 and reads.seen == []
+    with reads:
+        poll.OpenCount(4).submit(torch.tensor([1, 2])), torch.tensor(3).item()
+    assert reads.seen  # the recorder does see reads
+
+
+def test_preset():
+    config = dk.preset("fast-dllm", max_new_tokens=64)
+    assert config.cache == "dual" and config.rule == dk.Threshold(0.9) and config.max_new_tokens == 64
+    with pytest.raises(ValueError, match=r"unknown preset 'fastdllm'; known: llada, dream, fast-dllm"):
+        dk.preset("fastdllm")
+
+
+def test_custom_generate(model):
+    ids = prompts(1, 6)
+    ours = dk.generate(model, ids, max_new_tokens=8, rule=dk.Threshold(0.5), eos_policy="none").sequences
+    out = model.generate(
+        ids, custom_generate=dk.custom_generate, max_new_tokens=8, rule=dk.Threshold(0.5), eos_policy="none"
+    )
+    assert torch.equal(out, ours)
+
+
+@pytest.mark.parametrize("kind", small_models.KINDS)
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_every_kind_decodes(kind, cache):
+    model = build(kind)
+    out = dk.generate(model, prompts(2, 6), cache=cache, rule=dk.Threshold(0.5), **SHORT)
+    assert out.complete.all()
