@@ -12,6 +12,7 @@ import math
 import torch
 
 MAX_RATIO, MEAN_RATIO = 2.0, 1.5
+MAX_NORMAL_SCORE = 4.0  # of a statistic that is normal when all is well
 
 
 def ulp(gold, dtype):
@@ -52,3 +53,21 @@ def assert_close(name, out, gold, peer):
 def poison_(t):
     """Fill a tensor with NaN (or a wild integer), so that reading what was never written shows."""
     return t.fill_(math.nan if t.is_floating_point() else torch.iinfo(t.dtype).min // 2 if t.dtype != torch.bool else 1)
+
+
+def assert_distribution(name, counts, probabilities):
+    """Check observed counts against exact probabilities: Pearson's chi-square, by the Wilson-Hilferty normal score.
+
+    A fair sampler fails one such test in some 30 000; the draws are fixed by their seeds, so a test passes or fails
+    for ever.
+    """
+    counts, p = torch.as_tensor(counts).double(), torch.as_tensor(probabilities).double()
+    expected = p * counts.sum()
+    assert counts[p == 0].sum() == 0, f"{name}: drew what has probability 0"
+    counts, expected = counts[p > 0], expected[p > 0]
+    assert expected.min() >= 5, f"{name}: too few draws for a chi-square test"
+    freedom = len(counts) - 1
+    chi_square = ((counts - expected) ** 2 / expected).sum().item()
+    spread = 2 / (9 * freedom)
+    score = ((chi_square / freedom) ** (1 / 3) - 1 + spread) / math.sqrt(spread)
+    assert score < MAX_NORMAL_SCORE, f"{name}: chi-square {chi_square:.1f} with {freedom} degrees of freedom"

@@ -35,3 +35,23 @@ class TestPolicy:
         out[:, 8] = -torch.inf
         with pytest.raises(AssertionError, match="-inf"):
             numerics.assert_close("x", out, gold, peer)
+
+
+class TestDistribution:
+    PROBABILITIES = (0.5, 0.3, 0.15, 0.05)
+
+    def draw(self, probabilities, n=40000):
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.multinomial(torch.tensor(probabilities), n, replacement=True, generator=generator)
+        return drawn.bincount(minlength=len(probabilities))
+
+    def test_accepts_the_right_one(self):
+        numerics.assert_distribution("x", self.draw(self.PROBABILITIES), self.PROBABILITIES)
+
+    def test_catches_a_small_bias(self):
+        with pytest.raises(AssertionError, match="chi-square"):
+            numerics.assert_distribution("x", self.draw((0.48, 0.32, 0.15, 0.05)), self.PROBABILITIES)
+
+    def test_catches_the_impossible(self):
+        with pytest.raises(AssertionError, match="probability 0"):
+            numerics.assert_distribution("x", [10, 10, 1], [0.5, 0.5, 0.0])

@@ -72,6 +72,9 @@ struct TokenConfidenceParams {
 // Bits of TokenConfidenceParams::flags.
 constexpr int32_t kFlagNaN = 1, kFlagPosInf = 2, kFlagNothingAllowed = 4;
 
+// Slots a row's window can have: what fits a kernel's scratch on the stack, or in shared memory.
+constexpr int64_t kMaxSlots = 4096;
+
 enum class Rule : int32_t { kNone, kAll, kThreshold, kFactor, kEntropyBound, kEntropySum, kBernoulli };
 
 struct SelectTokensParams {

@@ -28,7 +28,8 @@ std::string text(const Args&... args) {
   return out.str();
 }
 
-// Checks the arguments of one op. Every method throws std::runtime_error (RuntimeError in Python).
+// Checks the arguments of one op. Every method throws std::runtime_error (RuntimeError in Python). Messages are put
+// together only when they are needed: that costs more than all the checks of a call.
 class Check {
  public:
   // `anchor` is the argument whose device all others must share.
@@ -63,24 +64,28 @@ class Check {
   void sizes(const char* name, const Tensor& t, std::initializer_list<int64_t> want) const {
     bool ok = t.dim() == int64_t(want.size());
     int64_t i = 0;
-    std::string listed;
     for (const int64_t n : want) {
-      listed += text(listed.empty() ? "" : ", ", n < 0 ? std::string("*") : std::to_string(n));
       ok = ok && (n < 0 || t.size(i) == n);
       ++i;
     }
-    that(ok, name, " must have shape [", listed, "]; got ", shape(t));
+    if (ok) return;
+    std::string listed;
+    for (const int64_t n : want) {
+      listed += text(listed.empty() ? "" : ", ", n < 0 ? std::string("*") : std::to_string(n));
+    }
+    that(false, name, " must have shape [", listed, "]; got ", shape(t));
   }
 
   void contiguous(const char* name, const Tensor& t) const {
-    that(t.is_contiguous(), name, " must be contiguous; got strides ", strides(t));
+    if (t.is_contiguous()) return;
+    that(false, name, " must be contiguous; got strides ", strides(t));
   }
 
   // The last dimension must be dense; the others may have any stride.
   void rows_dense(const char* name, const Tensor& t) const {
     const int64_t last = t.dim() - 1;
-    that(t.numel() == 0 || t.size(last) <= 1 || t.stride(last) == 1, name,
-         " must have stride 1 in its last dimension; got strides ", strides(t));
+    if (t.numel() == 0 || t.size(last) <= 1 || t.stride(last) == 1) return;
+    that(false, name, " must have stride 1 in its last dimension; got strides ", strides(t));
   }
 
   // A contiguous tensor of one dtype and shape: the usual case.
@@ -118,7 +123,7 @@ class Check {
     if (!t) return {};
     device(name, *t);
     dtype(name, *t, {scalar_type<T>()});
-    that(t->dim() <= 1, name, " must have at most one dimension; got shape ", shape(*t));
+    if (t->dim() > 1) that(false, name, " must have at most one dimension; got shape ", shape(*t));
     contiguous(name, *t);
     return {static_cast<const T*>(t->const_data_ptr()), rows_per_value(name, t->numel(), rows)};
   }

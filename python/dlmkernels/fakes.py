@@ -2,3 +2,31 @@
 """Shapes and dtypes of every op's outputs, for torch.compile and fake tensors; same order as csrc/torch/ops.cpp."""
 
 import torch
+
+
+# --- select_tokens ---------------------------------------------------------------------------------------------------
+
+
+def _check_devices(op, anchor_name, anchor, arguments):
+    """Refuse tensors on several devices: with one of them on "meta" no kernel, and so none of its checks, would run."""
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor) and value.device != anchor.device:
+            raise RuntimeError(f"{op}: {name} must be on the device of {anchor_name}; got {value.device}")
+
+
+@torch.library.register_fake("dlmkernels::select_tokens")
+def _select_tokens(score, eligible, rule="none", **optional):
+    _check_devices("select_tokens", "score", score, {"eligible": eligible, **optional})
+    return score.new_empty(score.shape, dtype=torch.bool), score.new_empty(score.shape[:1], dtype=torch.int32)
+
+
+# --- remask_ ---------------------------------------------------------------------------------------------------------
+
+INFO_COLUMNS = 9  # kInfoColumns of csrc/common/params.h
+
+
+@torch.library.register_fake("dlmkernels::remask_")
+def _remask_(tokens, state, position, proposal, **optional):
+    needed = {"state": state, "position": position, "proposal": proposal}
+    _check_devices("remask_", "tokens", tokens, needed | optional)
+    return tokens.new_empty((tokens.shape[0], INFO_COLUMNS), dtype=torch.int32)

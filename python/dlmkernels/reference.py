@@ -84,3 +84,223 @@ def per_row(values: Tensor | None, rows: int, absent: float) -> Tensor:
         return torch.full((rows,), absent)
     values = values.reshape(-1)
     return values.repeat_interleave(rows // values.numel()) if values.numel() else values
+
+
+# --- select_tokens ---------------------------------------------------------------------------------------------------
+
+_MAX_COST = 2.0**20
+
+
+def _fixed_point(costs: Tensor, if_nan: float) -> Tensor:
+    """Costs as int64 with 32 fractional bits (csrc/common/fixed_point.h): their sums are exact in any order."""
+    clamped = costs.double().nan_to_num(if_nan).clamp(0.0, _MAX_COST)
+    return (clamped * 2.0**32 + 0.5).floor().long()
+
+
+def _longest_prefix(holds: Tensor) -> Tensor:
+    """True up to, not including, the first False."""
+    return holds.long().cumprod(-1).bool()
+
+
+def _rule_passes(rule: str, score: Tensor, parameter: Tensor, strict: bool, cost: Tensor, bits: Tensor) -> Tensor:
+    """Which slots pass, given one row's E within the gate in order, best first."""
+    n = score.numel()
+    if rule in ("threshold", "factor"):
+        if rule == "factor":
+            rank = torch.arange(1, n + 1, device=score.device).to(score.dtype)
+            parameter = 1 - parameter / (rank + 1)
+        reaches = score > parameter if strict else score >= parameter
+        if rule == "threshold":
+            return reaches
+        return _longest_prefix(reaches | (rank == 1))
+    if rule in ("entropy-bound", "entropy-sum"):
+        cost, budget = _fixed_point(cost, _MAX_COST), _fixed_point(parameter, 0.0)
+        total = cost.cumsum(-1)  # may overflow, but only beyond the first that exceeds the budget
+        if rule == "entropy-sum":
+            return _longest_prefix(total < budget)
+        largest = cost.cummax(-1).values if n else cost
+        return _longest_prefix(total - largest <= budget)
+    if rule == "bernoulli":
+        return bernoulli(bits, cost)
+    return torch.full((n,), rule == "all", device=score.device)
+
+
+def select_tokens(
+    score: Tensor,
+    eligible: Tensor,
+    rule: str = "none",
+    *,
+    parameter: Tensor | None = None,
+    strict: bool = False,
+    gate: Tensor | None = None,
+    cost: Tensor | None = None,
+    need: Tensor | None = None,
+    fill: Tensor | None = None,
+    cap: Tensor | None = None,
+    order_temperature: Tensor | None = None,
+    seed: Tensor | None = None,
+    step: Tensor | None = None,
+    position: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Choose slots of a window by score.
+
+    E is the eligible slots whose score is neither NaN nor -inf. The order of E is: score descending (-0 equals +0),
+    then slot ascending; where `order_temperature` is positive it is instead score / temperature + Gumbel noise
+    descending (NaN last, like -inf), which draws from softmax(score / temperature) without replacement. P is what the
+    gate and the rule leave of E:
+
+    - "none": nothing. "all": everything within the gate.
+    - "threshold": score >= parameter (strict: >).
+    - "factor": in order, the longest prefix of E within the gate whose score of rank i is >= 1 - parameter / (i + 1)
+      (strict: >); rank 1 always.
+    - "entropy-bound": the longest prefix with sum(cost) - max(cost) <= parameter.
+    - "entropy-sum": the longest prefix with sum(cost) < parameter. Costs and parameter of both entropy rules are
+      clamped to [0, 2^20] (a NaN cost to 2^20, a NaN parameter to 0) and taken as integers of 2^-32.
+    - "bernoulli": each slot by itself with probability `cost`.
+
+    If the rule is not "none" and P has at least min(need, |E|) slots, its best `cap` are selected; otherwise the best
+    `fill` of E, whatever the gate. Negative need, fill and cap count as 0.
+    """
+    B, W = score.shape
+    selected = torch.zeros_like(eligible)
+    parameter = per_row(parameter, B, 0.0).to(score)
+    need, fill, cap = per_row(need, B, 0), per_row(fill, B, 0), per_row(cap, B, W)
+    temperature = per_row(order_temperature, B, 0.0).to(score)
+    seed, step = (per_row(x, B, 0).long().unsqueeze(1).to(score.device) for x in (seed, step))
+
+    def bits(stream: str) -> Tensor:
+        zero = torch.zeros_like(score, dtype=torch.long)
+        return philox(seed, position.long(), step, stream, zero) if position is not None else zero
+
+    noise, coin = gumbel(bits("order")), bits("bernoulli")
+    for b in range(B):
+        value = score[b]
+        if temperature[b] > 0:
+            value = (value * (1 / temperature[b]) + noise[b]).nan_to_num(-torch.inf, torch.inf, -torch.inf)
+        slots = (eligible[b] & (score[b] > -torch.inf)).nonzero().flatten()
+        slots = slots[value[slots].argsort(descending=True, stable=True)]
+        inside = slots[gate[b, slots]] if gate is not None else slots
+        costs = cost[b, inside] if cost is not None else score[b, inside]
+        passed = inside[_rule_passes(rule, score[b, inside], parameter[b], strict, costs, coin[b, inside])]
+        if rule != "none" and len(passed) >= min(int(need[b]), len(slots)):
+            chosen = passed[: max(int(cap[b]), 0)]
+        else:
+            chosen = slots[: max(int(fill[b]), 0)]
+        selected[b, chosen] = True
+    return selected, selected.sum(-1, dtype=torch.int32)
+
+
+# --- remask_ ---------------------------------------------------------------------------------------------------------
+
+_OPEN, _FROZEN, _EDITED, _DIRTY = 1, 2, 4, 8  # bits of a position's state (csrc/common/params.h)
+
+
+def remask_(
+    tokens: Tensor,
+    state: Tensor,
+    position: Tensor,
+    proposal: Tensor,
+    *,
+    commit: Tensor | None = None,
+    edit: Tensor | None = None,
+    remask: Tensor | None = None,
+    renoise: Tensor | None = None,
+    confidence: Tensor | None = None,
+    commit_step: Tensor | None = None,
+    commit_confidence: Tensor | None = None,
+    step: Tensor | None = None,
+    seed: Tensor | None = None,
+    origin: Tensor | None = None,
+    mask_token_id: int = -1,
+    vocab_size: int = 0,
+    eos_token_ids: list[int] = (),
+    eos_policy: str = "none",
+    fill_token_id: int = -1,
+) -> Tensor:
+    """Write one denoising step into tokens, state and the records, in place; return the info of every row.
+
+    A frozen position is neither open nor decided and is never written. Of the masks that apply to a slot the last one
+    of commit, edit, remask, renoise acts, and the others leave no trace:
+
+    - commit (open, proposal >= 0): the proposal; the position is decided; step and confidence are recorded.
+    - edit (decided, proposal >= 0 and another token): the proposal; marked as edited; confidence is recorded.
+    - remask (decided, or to be committed in this call): the mask token; open; records -1 and 0.
+    - renoise: a uniform token; open; records -1 and 0.
+
+    Then, with eos_policy "fill", a row whose positions before its first decided end-of-sequence token are all decided
+    gets `fill_token_id` in all positions after it, and they are decided. Positions whose token is not what it was
+    before the call are marked dirty. The step of rows with a used slot grows by one.
+    """
+    B, T = tokens.shape
+    row, slot = (position >= 0).nonzero(as_tuple=True)
+    at = (row, position[row, slot].long())
+    before, token, bits, proposed = tokens.clone(), tokens[at], state[at], proposal[row, slot]
+    now = step.clone() if step is not None else torch.zeros(B, dtype=torch.int32, device=tokens.device)
+
+    def asked(mask: Tensor | None) -> Tensor:
+        return mask[row, slot] & (bits & _FROZEN == 0) if mask is not None else torch.zeros_like(row, dtype=torch.bool)
+
+    is_open = bits & _OPEN != 0
+    commits = asked(commit) & is_open & (proposed >= 0)
+    edits = asked(edit) & ~is_open & (proposed >= 0) & (proposed != token)
+    renoises = asked(renoise)
+    remasks = asked(remask) & (~is_open | commits) & ~renoises
+    commits &= ~remasks & ~renoises
+    edits &= ~remasks & ~renoises
+
+    token = torch.where(commits | edits, proposed, token).masked_fill(remasks, mask_token_id)
+    if renoise is not None:
+        key, start = per_row(seed, B, 0)[row], per_row(origin, B, 0)[row]
+        drawn = philox(key, at[1] - start, now[row].long(), "renoise", torch.zeros_like(row))
+        token = torch.where(renoises, uniform_below(drawn, vocab_size), token)
+    bits = torch.where(commits, bits & ~_OPEN, bits)
+    bits = torch.where(edits, bits | _EDITED, bits)
+    bits = torch.where(remasks | renoises, bits | _OPEN, bits)
+    tokens[at], state[at] = token, bits
+
+    if commit_step is not None:
+        recorded = torch.where(commits, now[row], commit_step[at])
+        commit_step[at] = recorded.masked_fill(remasks | renoises, -1)
+    if commit_confidence is not None:
+        recorded = commit_confidence[at]
+        if confidence is not None:
+            recorded = torch.where(commits | edits, confidence[row, slot], recorded)
+        commit_confidence[at] = recorded.masked_fill(remasks | renoises, 0.0)
+    if step is not None:
+        step += (position >= 0).any(-1)
+
+    index = torch.arange(T, device=tokens.device)
+
+    def first(where: Tensor) -> Tensor:
+        """Index of the first True of each row, or T."""
+        return torch.where(where, index, T).amin(1) if T else torch.zeros(B, dtype=torch.long, device=tokens.device)
+
+    def opens() -> Tensor:
+        return state & (_OPEN | _FROZEN) == _OPEN
+
+    decided = state & (_OPEN | _FROZEN) == 0
+    eos = first(decided & torch.isin(tokens, torch.tensor(eos_token_ids, dtype=torch.long, device=tokens.device)))
+    if eos_policy == "fill":
+        ends = (eos < T) & (first(opens()) > eos)
+        tail = ends[:, None] & (index > eos[:, None]) & (state & _FROZEN == 0)
+        tokens.masked_fill_(tail, fill_token_id)
+        state.copy_(torch.where(tail, state & ~_OPEN, state))
+    changed = tokens != before
+    state.copy_(torch.where(changed, state | _DIRTY, state))
+
+    def per_request(slots: Tensor) -> Tensor:
+        return torch.zeros(B, dtype=torch.long, device=tokens.device).index_add_(0, row, slots.long())
+
+    open_after = opens()
+    columns = (
+        per_request(open_after[at]),
+        open_after.sum(1),
+        per_request(commits),
+        per_request(edits),
+        per_request(remasks | renoises),
+        changed.sum(1),
+        torch.where(eos < T, eos, -1),
+        first(open_after),
+        ~open_after.any(1),
+    )
+    return torch.stack([column.to(torch.int32) for column in columns], 1)

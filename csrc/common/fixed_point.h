@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0
+// Non-negative costs as integers: a sum of them is exact, so it has the same bits in any order, on
+// every device.
+#pragma once
+#include "common/dtype.h"
+
+namespace dlm {
+
+// A cost is at most 2^20 and has 32 fractional bits: three of them fit an int64 many times over, so
+// a running sum that stops at the first one above a (likewise converted) budget cannot overflow.
+constexpr float kMaxCost = 1048576.0f;
+
+DLM_HD int64_t fixed_point(float cost, float if_nan) {
+  if (cost != cost) cost = if_nan;
+  cost = cost > 0.0f ? cost : 0.0f;
+  cost = cost < kMaxCost ? cost : kMaxCost;
+  return int64_t(double(cost) * 4294967296.0 + 0.5);  // product and sum are exact: rounds halves up
+}
+
+}  // namespace dlm

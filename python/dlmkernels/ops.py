@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops, one function each: documentation, defaults, and a call of torch.ops.dlmkernels."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# --- select_tokens ---------------------------------------------------------------------------------------------------
+
+
+class SelectedTokens(NamedTuple):
+    """What `select_tokens` returns."""
+
+    selected: Tensor  #: bool [B, W]
+    count: Tensor  #: int32 [B], how many are selected
+
+
+def select_tokens(
+    score: Tensor,
+    eligible: Tensor,
+    rule: str = "none",
+    *,
+    parameter: Tensor | None = None,
+    strict: bool = False,
+    gate: Tensor | None = None,
+    cost: Tensor | None = None,
+    need: Tensor | None = None,
+    fill: Tensor | None = None,
+    cap: Tensor | None = None,
+    order_temperature: Tensor | None = None,
+    seed: Tensor | None = None,
+    step: Tensor | None = None,
+    position: Tensor | None = None,
+) -> SelectedTokens:
+    """Choose the slots of each row's window to commit (or, with negated scores, to remask).
+
+    Let E be the eligible slots whose score is neither NaN nor -inf. E is ordered by score descending (-0 equals +0),
+    then by slot ascending. Let P be those of E that pass `gate` and `rule`. Then
+
+    - if the rule is not "none" and ``|P| >= min(need, |E|)``, the best `cap` of P are selected;
+    - otherwise the best ``min(fill, |E|)`` of E are, whatever gate and rule say of them.
+
+    Where E is empty nothing is selected. A row's result depends on that row alone.
+
+    Published decoders in these terms: LLaDA's quota of k a step is rule "none" with ``fill=k``; Fast-dLLM's threshold
+    is "threshold" with ``need=fill=1``; SDAR's dynamic remasking is "threshold", strict, with ``need=fill=k``; Dream's
+    ``alg_temp`` is ``order_temperature``.
+
+    Parameters
+    ----------
+    score : Tensor
+        float32 [B, W], contiguous; W is at most 4096. +inf is allowed; NaN and -inf are never selected.
+    eligible : Tensor
+        bool [B, W]: the open slots.
+    rule : str
+        What P holds, within the gate:
+
+        - "none": nothing.
+        - "all": everything.
+        - "threshold": every slot with ``score >= parameter``.
+        - "factor": in order, the longest prefix in which the score of rank i = 2, 3, … is at least
+          ``1 - parameter / (i + 1)``, computed in float32; rank 1 always passes (Fast-dLLM, arXiv 2505.22618, without
+          its code's exception for the last masked token).
+        - "entropy-bound": the longest prefix with ``sum(cost) - max(cost) <= parameter`` (EB-Sampler, arXiv
+          2505.24857).
+        - "entropy-sum": the longest prefix with ``sum(cost) < parameter`` (JetEngine).
+        - "bernoulli": every slot by itself with probability `cost`; needs `seed` and `position`.
+    parameter : Tensor, optional
+        float32: threshold, factor or budget of the rules that have one. A NaN lets nothing through but the first of
+        "factor" and "entropy-bound". Like `need`, `fill`, `cap`, `order_temperature`, `seed` and `step` it holds one
+        value, one for each row, or one for each group of consecutive rows.
+    strict : bool
+        Compare with > instead of >= in "threshold" and "factor".
+    gate : Tensor, optional
+        bool [B, W]: only these slots can be in P; ranks and sums count them alone.
+    cost : Tensor, optional
+        float32 [B, W]: entropies in nats for the entropy rules, which clamp them and the parameter to [0, 2^20] (NaN
+        to 2^20) and add them as integers of 2^-32, so that the result is exact on every device; probabilities for
+        "bernoulli", where NaN is 0.
+    need, fill, cap : Tensor, optional
+        int32, see above; default 0, 0 and no limit. A negative value counts as 0.
+    order_temperature : Tensor, optional
+        float32. In rows where it is positive the order of E is that of ``score * (1 / order_temperature)`` plus
+        standard Gumbel noise, which draws slots without replacement from ``softmax(score / order_temperature)``.
+        Thresholds still look at the score itself. Needs `seed` and `position`.
+    seed : Tensor, optional
+        int64: the request's random key.
+    step : Tensor, optional
+        int32: denoising step, default 0.
+    position : Tensor, optional
+        int32 [B, W]: the slots' positions in the request. Draws depend on (seed, position, step) alone.
+
+    Returns
+    -------
+    SelectedTokens
+        ``selected`` bool [B, W] and ``count`` int32 [B].
+
+    Raises
+    ------
+    RuntimeError
+        For a wrong device, dtype, shape or stride, W above 4096, an unknown rule, or a missing `parameter`, `cost`,
+        `seed` or `position`; the message names the argument.
+    """
+    return SelectedTokens(
+        *torch.ops.dlmkernels.select_tokens.default(
+            score,
+            eligible,
+            rule,
+            parameter=parameter,
+            strict=strict,
+            gate=gate,
+            cost=cost,
+            need=need,
+            fill=fill,
+            cap=cap,
+            order_temperature=order_temperature,
+            seed=seed,
+            step=step,
+            position=position,
+        )
+    )
+
+
+# --- remask_ ---------------------------------------------------------------------------------------------------------
+
+#: Bits of a canvas position's state.
+STATE_OPEN, STATE_FROZEN, STATE_EDITED, STATE_DIRTY = 1, 2, 4, 8
+
+#: Columns of the info that `remask_` returns.
+INFO_FIELDS = ("open_window", "open", "committed", "edited", "remasked", "changed", "first_eos", "prefix", "done")
+
+
+def remask_(
+    tokens: Tensor,
+    state: Tensor,
+    position: Tensor,
+    proposal: Tensor,
+    *,
+    commit: Tensor | None = None,
+    edit: Tensor | None = None,
+    remask: Tensor | None = None,
+    renoise: Tensor | None = None,
+    confidence: Tensor | None = None,
+    commit_step: Tensor | None = None,
+    commit_confidence: Tensor | None = None,
+    step: Tensor | None = None,
+    seed: Tensor | None = None,
+    origin: Tensor | None = None,
+    mask_token_id: int = -1,
+    vocab_size: int = 0,
+    eos_token_ids: list[int] | tuple[int, ...] = (),
+    eos_policy: str = "none",
+    fill_token_id: int = -1,
+) -> Tensor:
+    """Commit, edit, remask and renoise canvas positions of a batch: one denoising step, in place.
+
+    The state of a position is a sum of bits: ``STATE_OPEN`` (1, still to be decided), ``STATE_FROZEN`` (2, prompt,
+    padding or infill context: never written, neither open nor decided whatever its other bits), ``STATE_EDITED`` (4,
+    an edit has replaced its token), ``STATE_DIRTY`` (8, its token has changed since its keys and values were written;
+    whoever writes those clears it). Other bits are kept.
+
+    Of the masks that apply to a slot, only the last of this list acts, and the others leave no trace:
+
+    - `commit`, where the position is open: the token becomes the proposal, the position is decided, and step and
+      confidence are recorded;
+    - `edit`, where it is decided and holds another token than the proposal: the token becomes the proposal, the edited
+      bit is set and the confidence is recorded;
+    - `remask`, where it is decided or to be committed in this call: the token becomes `mask_token_id`, the position is
+      open, and -1 and 0 are recorded for step and confidence;
+    - `renoise`: the token becomes a uniform draw from [0, vocab_size), the position is open, -1 and 0 are recorded.
+
+    A negative proposal is neither committed nor edited in. Afterwards `eos_policy` "fill" completes each row that is
+    decided up to its first end-of-sequence token (the first one at a decided position): every position after it that
+    is not frozen becomes `fill_token_id` and decided; their records stay. A position whose token is not what it was
+    before the call gets the dirty bit. `step` grows by one in rows that have a used slot.
+
+    Parameters
+    ----------
+    tokens : Tensor
+        int64 [B, T], contiguous like all others; written.
+    state : Tensor
+        uint8 [B, T]; written.
+    position : Tensor
+        int32 [B, W]: canvas position of each slot, distinct within a row; -1: the slot is unused. W is at most 4096.
+    proposal : Tensor
+        int64 [B, W]: token for each slot; negative: none.
+    commit, edit, remask, renoise : Tensor, optional
+        bool [B, W].
+    confidence : Tensor, optional
+        float32 [B, W]: what `commit_confidence` records of a commit or an edit.
+    commit_step : Tensor, optional
+        int32 [B, T]; written: the step in which a position was committed (0 without `step`).
+    commit_confidence : Tensor, optional
+        float32 [B, T]; written.
+    step : Tensor, optional
+        int32 [B]; written: the number of steps a row has taken.
+    seed : Tensor, optional
+        int64, one value, one a row or one a group of rows: random key of `renoise`.
+    origin : Tensor, optional
+        int32, likewise: canvas position at which the row's request starts, default 0. The draws of `renoise` depend
+        on (seed, position - origin, step) alone.
+    mask_token_id : int
+        Needed by `remask`.
+    vocab_size : int
+        Needed by `renoise`. If positive, committing or editing in a token id beyond it is an error (on the CPU).
+    eos_token_ids : list of int
+        The end-of-sequence tokens; may be empty.
+    eos_policy : str
+        "none" or "fill".
+    fill_token_id : int
+        Needed by the policy "fill".
+
+    Returns
+    -------
+    Tensor
+        int32 [B, 9], the columns ``INFO_FIELDS``: open positions among the row's slots; open positions in the row;
+        positions committed, edited, and remasked or renoised (each counted once, under what acted on it); positions
+        whose token changed; canvas position of the first end-of-sequence token (-1: none) at a decided position; of
+        the first open position (T: none); 1 if no position is open, else 0. All are as the call leaves them.
+
+    Raises
+    ------
+    RuntimeError
+        Before anything is written: for a wrong device, dtype, shape or stride; an unknown policy; a missing
+        `confidence`, `seed`, `mask_token_id`, `vocab_size` or `fill_token_id`; and, on the CPU, a position outside
+        [-1, T) or given twice in a row and a token id beyond the vocabulary. The message names the argument.
+    """
+    return torch.ops.dlmkernels.remask_.default(
+        tokens,
+        state,
+        position,
+        proposal,
+        commit=commit,
+        edit=edit,
+        remask=remask,
+        renoise=renoise,
+        confidence=confidence,
+        commit_step=commit_step,
+        commit_confidence=commit_confidence,
+        step=step,
+        seed=seed,
+        origin=origin,
+        mask_token_id=mask_token_id,
+        vocab_size=vocab_size,
+        eos_token_ids=eos_token_ids,
+        eos_policy=eos_policy,
+        fill_token_id=fill_token_id,
+    )
