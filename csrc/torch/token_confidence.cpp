@@ -1,14 +1,158 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "cpu/token_confidence.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
 #include "torch/check.h"
 #include "torch/ops.h"
 
 namespace dlm {
+namespace {
+
+// A [V]-like vector shared by all rows, or [P, V] with a row for each group of N / P consecutive
+// rows.
+template <class T>
+const T* shared_rows(const Check& check, const char* name, const MaybeTensor& t, int64_t columns,
+                     int64_t N, int64_t* rows_per_value) {
+  *rows_per_value = std::max<int64_t>(N, 1);
+  if (!t) return nullptr;
+  if (t->dim() == 2) {
+    check.dense<T>(name, *t, {-1, columns});
+    *rows_per_value = check.rows_per_value(name, t->size(0), N);
+  } else {
+    check.dense<T>(name, *t, {columns});
+  }
+  return static_cast<const T*>(t->const_data_ptr());
+}
+
+template <class T>
+void check_range(const Check& check, const char* name, const T* values, int64_t count,
+                 int64_t end) {
+  if (!values) return;
+  for (int64_t i = 0; i < count; ++i) {
+    if (values[i] >= -1 && values[i] < end) continue;
+    check.that(false, name, " must be -1 or in [0, ", end, "); got ", values[i], " at ", i);
+  }
+}
+
+// Checks each value of a per-row parameter of `count` values.
+template <class T, class Fact>
+void check_values(const Check& check, const char* name, const MaybeTensor& t, const char* expected,
+                  Fact fact) {
+  if (!t) return;
+  const T* values = static_cast<const T*>(t->const_data_ptr());
+  for (int64_t i = 0; i < t->numel(); ++i) {
+    if (!fact(values[i]))
+      check.that(false, name, " must be ", expected, "; got ", values[i], " at ", i);
+  }
+}
+
+Distribution distribution_named(const Check& check, const std::string& name) {
+  if (name == "raw") return Distribution::kRaw;
+  if (name == "tempered") return Distribution::kTempered;
+  if (name == "filtered") return Distribution::kFiltered;
+  check.that(false, "distribution must be raw, tempered or filtered; got ", name);
+  return Distribution::kRaw;
+}
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_confidence(
-    const Tensor& logits, const MaybeTensor& row_map, const MaybeTensor& given, const MaybeTensor& uncond_logits,
-    const MaybeTensor& cfg_scale, const MaybeTensor& bias, const MaybeTensor& banned, const MaybeTensor& bitmask,
-    const MaybeTensor& temperature, const MaybeTensor& top_k, const MaybeTensor& top_p, bool top_p_first,
-    bool keep_crossing, const std::string& distribution, const MaybeTensor& seed, const MaybeTensor& step,
-    const MaybeTensor& position, bool with_margin, bool with_entropy) { throw std::runtime_error("not built yet"); }
+    const Tensor& logits, const MaybeTensor& row_map, const MaybeTensor& given,
+    const MaybeTensor& uncond_logits, const MaybeTensor& cfg_scale, const MaybeTensor& bias,
+    const MaybeTensor& banned, const MaybeTensor& bitmask, const MaybeTensor& temperature,
+    const MaybeTensor& top_k, const MaybeTensor& top_p, bool top_p_first, bool keep_crossing,
+    const std::string& distribution, const MaybeTensor& seed, const MaybeTensor& step,
+    const MaybeTensor& position, bool with_margin, bool with_entropy) {
+  const Check check("token_confidence", "logits", logits);
+  TokenConfidenceParams p{};
+
+  check.dtype("logits", logits, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+  check.sizes("logits", logits, {-1, -1});
+  check.rows_dense("logits", logits);
+  const int64_t R = p.R = logits.size(0), V = p.V = logits.size(1);
+  check.that(V >= 1, "logits must have at least one column; got shape ", Check::shape(logits));
+  p.dtype = element_type(logits);
+  p.logits = logits.const_data_ptr();
+  p.logits_stride = logits.stride(0);
+
+  p.row_map = check.dense<int32_t>("row_map", row_map, {-1});
+  const int64_t N = p.N = row_map ? row_map->numel() : R;
+  p.given = check.dense<int64_t>("given", given, {N});
+  if (uncond_logits) {
+    check.device("uncond_logits", *uncond_logits);
+    check.dtype("uncond_logits", *uncond_logits, {logits.scalar_type()});
+    check.sizes("uncond_logits", *uncond_logits, {R, V});
+    check.rows_dense("uncond_logits", *uncond_logits);
+    p.uncond_logits = uncond_logits->const_data_ptr();
+    p.uncond_stride = uncond_logits->stride(0);
+  }
+  p.cfg_scale = check.per_row<float>("cfg_scale", cfg_scale, N);
+  check.that(cfg_scale.has_value() == uncond_logits.has_value(),
+             cfg_scale ? "uncond_logits is required by cfg_scale; got None"
+                       : "cfg_scale is required by uncond_logits; got None");
+
+  p.bias = shared_rows<float>(check, "bias", bias, V, N, &p.bias_rows_per_value);
+  p.banned = shared_rows<int64_t>(check, "banned", banned, -1, N, &p.banned_rows_per_value);
+  p.banned_count = banned ? banned->size(banned->dim() - 1) : 0;
+  p.bitmask_words = (V + 31) / 32;
+  p.bitmask = shared_rows<int32_t>(check, "bitmask", bitmask, p.bitmask_words, N,
+                                   &p.bitmask_rows_per_value);
+
+  p.temperature = check.per_row<float>("temperature", temperature, N);
+  p.top_k = check.per_row<int32_t>("top_k", top_k, N);
+  p.top_p = check.per_row<float>("top_p", top_p, N);
+  p.top_p_first = top_p_first;
+  p.keep_crossing = keep_crossing;
+  p.distribution = distribution_named(check, distribution);
+  p.random.seed = check.per_row<int64_t>("seed", seed, N);
+  p.random.step = check.per_row<int32_t>("step", step, N);
+  p.random.position = check.dense<int32_t>("position", position, {N});
+  check.that(seed || !temperature, "seed is required by temperature; got None");
+  check.that(position || !seed, "position is required by seed; got None");
+
+  check_range(check, "row_map", p.row_map, N, R);
+  check_range(check, "given", p.given, N, V);
+  check_range(check, "banned", p.banned, banned ? banned->numel() : 0, V);
+  // below the smallest normal float 1/T would be infinite
+  check_values<float>(
+      check, "temperature", temperature, "0, or finite and at least 1.2e-38", [](float t) {
+        return t == 0.0f || (t >= std::numeric_limits<float>::min() && std::isfinite(t));
+      });
+  check_values<int32_t>(check, "top_k", top_k, "0 (off) or positive",
+                        [](int32_t k) { return k >= 0; });
+  check_values<float>(check, "top_p", top_p, "in [0, 1]",
+                      [](float q) { return q >= 0.0f && q <= 1.0f; });
+
+  const auto floats = [&](int64_t n) {
+    return torch::stable::new_empty(logits, {n}, ScalarType::Float);
+  };
+  const auto write = [](const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); };
+  Tensor token = torch::stable::new_empty(logits, {N}, ScalarType::Long);
+  Tensor argmax = torch::stable::new_empty(logits, {N}, ScalarType::Long);
+  Tensor confidence = floats(N), margin = floats(with_margin ? N : 0),
+         entropy = floats(with_entropy ? N : 0);
+  Tensor logsumexp = floats(N), p_given = floats(N);
+  Tensor flags = torch::stable::new_empty(logits, {N}, ScalarType::Int);
+  p.token = static_cast<int64_t*>(token.mutable_data_ptr());
+  p.argmax = static_cast<int64_t*>(argmax.mutable_data_ptr());
+  p.confidence = write(confidence);
+  p.margin = with_margin ? write(margin) : nullptr;
+  p.entropy = with_entropy ? write(entropy) : nullptr;
+  p.logsumexp = write(logsumexp);
+  p.p_given = write(p_given);
+  p.flags = static_cast<int32_t*>(flags.mutable_data_ptr());
+
+  if (N > 0) {
+    // A logit costs about a nanosecond; below some ten microseconds a second thread costs more than
+    // it brings.
+    const int64_t grain = std::max<int64_t>(1, 8192 / V);
+    torch::stable::parallel_for(
+        0, N, grain, [&](int64_t begin, int64_t end) { cpu::token_confidence(p, begin, end); });
+  }
+  return {token, argmax, confidence, margin, entropy, logsumexp, p_given, flags};
+}
 
 }  // namespace dlm
