@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import KINDS, build, prompts
 
 import dlmkernels as dk
+from small_models import KINDS, build, prompts
 
 
 @pytest.fixture

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stock models through our attention function: full forwards, KV reuse, padding."""
 
-import numerics
 import pytest
-import small_models
 import torch
-from small_models import KINDS, build, prompts
 
+import numerics
+import small_models
 from dlmkernels import AttentionWindow, KVCache, adapt
+from small_models import KINDS, build, prompts
 
 CAUSAL = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
@@ -38,6 +38,12 @@ def our_logits(model, tokens, window, positions):
         return adapted.logits(adapted.hidden(tokens, positions, window))
 
 
+@pytest.fixture(autouse=True)
+def _inference():
+    with torch.no_grad():
+        yield
+
+
 @pytest.fixture(params=KINDS, scope="module")
 def model(request):
     return build(request.param)
@@ -47,7 +53,6 @@ def span(first, last, batch=3):
     return torch.arange(first, last).expand(batch, -1)
 
 
-@torch.no_grad()
 def gold_and_peer(model, tokens, valid=None):
     peer = own_logits(model, tokens, valid)
     gold = own_logits(model.double(), tokens, valid)
@@ -55,7 +60,6 @@ def gold_and_peer(model, tokens, valid=None):
     return gold, peer
 
 
-@torch.no_grad()
 class TestForward:
     def test_full_forward(self, model):
         tokens = prompts(3, 33)
@@ -86,9 +90,7 @@ class TestForward:
         cache = KVCache(33)
         full = our_logits(model, tokens, AttentionWindow(cache=cache), span(0, 33))
         slots = span(first, last).int().contiguous()
-        block = our_logits(
-            model, tokens[:, first:last], AttentionWindow(slots=slots, cache=cache), span(first, last)
-        )
+        block = our_logits(model, tokens[:, first:last], AttentionWindow(slots=slots, cache=cache), span(first, last))
         gold, peer = gold_and_peer(model, tokens)
         numerics.assert_close("logits", block, gold[:, first:last], peer[:, first:last])
         numerics.assert_close("logits", full, gold, peer)

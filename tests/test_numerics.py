@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tolerance policy must itself catch what it is for."""
 
-import numerics
 import pytest
 import torch
+
+import numerics
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

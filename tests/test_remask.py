@@ -4,10 +4,10 @@
 import re
 from pathlib import Path
 
-import numerics
 import pytest
 import torch
 
+import numerics
 from dlmkernels import fakes, ops, reference
 
 OPEN, FROZEN, EDITED, DIRTY = ops.STATE_OPEN, ops.STATE_FROZEN, ops.STATE_EDITED, ops.STATE_DIRTY
@@ -75,7 +75,7 @@ def random_case(g, B, T, W, eos_policy="none", few_open=False):
         "origin": torch.randint(0, T + 1, (B,), generator=g, dtype=torch.int32),
     }
     for name, value in optional.items():
-        required = name == "seed" and "renoise" in case or name == "confidence"
+        required = (name == "seed" and "renoise" in case) or name == "confidence"
         if required or choose(g, True, True, False):
             case[name] = value
     return case
@@ -526,7 +526,7 @@ class TestErrors:
     def test_proposal_beyond_the_vocabulary(self):
         proposal = self.good()["proposal"]
         proposal[3, 2] = VOCAB
-        message = rf"proposal must be below vocab_size = 12; got 12 at \[3, 2\]"
+        message = r"proposal must be below vocab_size = 12; got 12 at \[3, 2\]"
         self.refuses(message, proposal=proposal)
         self.refuses(message, proposal=proposal, state=torch.zeros(self.B, self.T, dtype=torch.uint8), commit=None)
         # fine where it would not be written, or where the vocabulary is not known

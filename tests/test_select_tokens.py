@@ -5,10 +5,10 @@ import itertools
 import math
 import random
 
-import numerics
 import pytest
 import torch
 
+import numerics
 from dlmkernels import ops, reference
 
 RULES = ("none", "all", "threshold", "factor", "entropy-bound", "entropy-sum", "bernoulli")

@@ -22,7 +22,7 @@ def _multiply32(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def philox(seed: Tensor, position: Tensor, step: Tensor, stream: str, index: Tensor) -> Tensor:
-    """32 random bits (as int64) for each element: Philox4x32-10, key = seed, counter = (position, step, stream, index/4).
+    """32 random bits (int64) an element: Philox4x32-10, key = seed, counter = (position, step, stream, index / 4).
 
     Parameters
     ----------
@@ -213,7 +213,7 @@ def remask_(
     origin: Tensor | None = None,
     mask_token_id: int = -1,
     vocab_size: int = 0,
-    eos_token_ids: list[int] = (),
+    eos_token_ids: list[int] | tuple[int, ...] = (),
     eos_policy: str = "none",
     fill_token_id: int = -1,
 ) -> Tensor:

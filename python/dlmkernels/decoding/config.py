@@ -117,9 +117,20 @@ class DecodingConfig:
             raise TypeError(f"unknown decoding option {', '.join(unknown)}; known: {', '.join(known)}")
         return dataclasses.replace(self, **changes)
 
-    @property
-    def eos_token_ids(self) -> list[int]:
-        """`eos_token_id` as a list."""
-        if self.eos_token_id is None:
-            return []
-        return [self.eos_token_id] if isinstance(self.eos_token_id, int) else list(self.eos_token_id)
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """The ids a decoding needs, all known: from the configuration, else from the model.
+
+    Attributes
+    ----------
+    mask : int
+    eos : list of int
+        May be empty.
+    pad : int
+        What follows an end token.
+    """
+
+    mask: int
+    eos: list[int]
+    pad: int

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
 from ..models.adapt import DiffusionModel, adapt
 from .canvas import Canvas
-from .config import DecodingConfig
+from .config import DecodingConfig, SpecialTokens
 from .loop import decode
 from .output import DecodingOutput
 
@@ -56,11 +54,11 @@ def generate(
     >>> out = dlmkernels.generate(model, ids, max_new_tokens=128, block_length=32, rule=dlmkernels.Threshold(0.9))
     >>> out.generated, out.tokens_per_forward
     """
-    model, config = _prepare(model, config, overrides)
-    tokens, origin = _check_tokens("input_ids", model, config, input_ids, attention_mask)
-    if (tokens == config.mask_token_id).any():
+    model, config, special = _prepare(model, config, overrides)
+    tokens, origin = _check_tokens("input_ids", model, input_ids, attention_mask)
+    if bool((tokens == special.mask).any()):
         raise ValueError(
-            f"input_ids holds the mask token ({config.mask_token_id}): generate decodes what comes after a prompt; "
+            f"input_ids holds the mask token ({special.mask}): generate decodes what comes after a prompt; "
             "dlmkernels.infill decodes masks wherever they are"
         )
     batch, prompt_length = tokens.shape
@@ -70,13 +68,13 @@ def generate(
             f"input_ids ({prompt_length} tokens) and max_new_tokens ({config.max_new_tokens}) make a canvas of {length}"
             f", longer than the model's max_position_embeddings of {model.max_length}"
         )
-    masks = tokens.new_full((batch, config.max_new_tokens), config.mask_token_id)
+    masks = tokens.new_full((batch, config.max_new_tokens), special.mask)
     is_open = torch.arange(length, device=tokens.device).expand(batch, length) >= prompt_length
     canvas = Canvas.of(torch.cat((tokens, masks), 1), is_open, origin)
     _check_streamer(streamer, batch)
     if streamer is not None:
         streamer.put(tokens[0].cpu())
-    return decode(model, canvas, config, prompt_length, length, streamer)
+    return decode(model, canvas, config, special, prompt_length, length, streamer)
 
 
 def infill(
@@ -97,74 +95,79 @@ def infill(
     The other parameters, the result and the errors are those of `generate`; `max_new_tokens` has no meaning here, and
     `block_length` divides the whole canvas.
     """
-    model, config = _prepare(model, config, overrides)
-    tokens, origin = _check_tokens("tokens", model, config, tokens, attention_mask)
+    model, config, special = _prepare(model, config, overrides)
+    tokens, origin = _check_tokens("tokens", model, tokens, attention_mask)
     batch, length = tokens.shape
     if model.max_length is not None and length > model.max_length:
         raise ValueError(
             f"tokens is {length} long, longer than the model's max_position_embeddings of {model.max_length}"
         )
     is_padding = torch.arange(length, device=tokens.device) < origin[:, None]
-    canvas = Canvas.of(tokens, (tokens == config.mask_token_id) & ~is_padding, origin)
+    canvas = Canvas.of(tokens, (tokens == special.mask) & ~is_padding, origin)
     _check_streamer(streamer, batch)
-    return decode(model, canvas, config, 0, length, streamer)
+    return decode(model, canvas, config, special, 0, length, streamer)
 
 
-def custom_generate(model, input_ids: Tensor, generation_config=None, attention_mask=None, streamer=None, **kwargs):
+def custom_generate(
+    model,
+    input_ids: Tensor,
+    generation_config=None,
+    attention_mask: Tensor | None = None,
+    streamer=None,
+    decoding_config: DecodingConfig | None = None,
+    **unused,
+) -> Tensor:
     """For transformers: `model.generate(ids, custom_generate=dlmkernels.custom_generate, max_new_tokens=…)`.
 
-    Takes length, temperature, top_k and top_p from the generation config when sampling is on; further fields of
-    `DecodingConfig` are passed as keywords. Returns the token ids alone, as transformers' own decoders do.
+    Takes the length, and with `do_sample=True` temperature, top_k and top_p, from the generation config; the rest from
+    `decoding_config`. Returns the token ids alone, as transformers' own decoders do.
     """
-    fields = {f.name for f in dataclasses.fields(DecodingConfig)}
-    overrides = {k: v for k, v in kwargs.items() if k in fields}
+    overrides = {}
     if generation_config is not None:
-        overrides.setdefault("max_new_tokens", generation_config.max_length - input_ids.shape[1])
+        overrides["max_new_tokens"] = generation_config.max_length - input_ids.shape[1]
         if generation_config.do_sample:
-            for name in ("temperature", "top_k", "top_p"):
-                value = getattr(generation_config, name)
-                if value is not None:
-                    overrides.setdefault(name, value)
-    return generate(model, input_ids, attention_mask, streamer=streamer, **overrides).sequences
+            sampling = {name: getattr(generation_config, name) for name in ("temperature", "top_k", "top_p")}
+            overrides |= {name: value for name, value in sampling.items() if value is not None}
+    return generate(model, input_ids, attention_mask, decoding_config, streamer, **overrides).sequences
 
 
-def _prepare(model, config: DecodingConfig | None, overrides: dict) -> tuple[DiffusionModel, DecodingConfig]:
-    """Adapt the model and fill what the configuration leaves to it."""
+def _prepare(model, config: DecodingConfig | None, overrides: dict):
+    """Adapt the model; fill what the configuration leaves to it."""
     model = adapt(model)
     if getattr(model.model, "training", False):
         raise ValueError("model is in training mode (dropout would be active): call model.eval() first")
     config = (config or DecodingConfig()).replace(**overrides)
-    known = {
-        name: getattr(config, name)
-        if getattr(config, name) is not None
-        else _from_model(model, name)
-        for name in ("mask_token_id", "eos_token_id", "pad_token_id")
-    }
-    if known["mask_token_id"] is None:
-        raise ValueError(
-            "mask_token_id is not in the model's configuration: pass mask_token_id=… (tokenizer.mask_token_id)"
-        )
-    config = config.replace(
-        **known, logit_alignment=config.logit_alignment or model.family.logit_alignment
-    )
-    if config.pad_token_id is None:
-        # What follows an end token is padded; without a padding token, with the end token itself.
-        fallback = config.eos_token_ids[0] if config.eos_token_ids else config.mask_token_id
-        config = config.replace(pad_token_id=fallback)
-    vocab = model.vocab_size
-    for name, ids in (
-        ("mask_token_id", [config.mask_token_id]), ("eos_token_id", config.eos_token_ids),
-        ("pad_token_id", [config.pad_token_id]), ("suppress_token_ids", config.suppress_token_ids),
-    ):  # fmt: skip
-        for i in ids:
-            if not isinstance(i, int) or i < 0 or (vocab is not None and i >= vocab):
-                raise ValueError(f"{name} must be in the model's vocabulary, 0 … {vocab and vocab - 1}; got {i!r}")
     if config.cache != "none" and not model.reuses_kv:
         raise ValueError(
             f"cache='{config.cache}' needs a model of a known type; {type(model.model).__name__} decodes with "
             "cache='none'"
         )
-    return model, config
+    config = config.replace(logit_alignment=config.logit_alignment or model.family.logit_alignment)
+    return model, config, _special_tokens(model, config)
+
+
+def _special_tokens(model: DiffusionModel, config: DecodingConfig) -> SpecialTokens:
+    mask, eos, pad = (
+        _from_model(model, name) if getattr(config, name) is None else getattr(config, name)
+        for name in ("mask_token_id", "eos_token_id", "pad_token_id")
+    )
+    if mask is None:
+        raise ValueError(
+            "mask_token_id is not in the model's configuration: pass mask_token_id=… (tokenizer.mask_token_id)"
+        )
+    eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    if pad is None:
+        pad = eos[0] if eos else mask
+    vocab = model.vocab_size
+    for name, ids in (
+        ("mask_token_id", [mask]), ("eos_token_id", eos), ("pad_token_id", [pad]),
+        ("suppress_token_ids", config.suppress_token_ids),
+    ):  # fmt: skip
+        for i in ids:
+            if not isinstance(i, int) or i < 0 or (vocab is not None and i >= vocab):
+                limit = "" if vocab is None else f" of {vocab} tokens"
+                raise ValueError(f"{name} must be in the model's vocabulary{limit}; got {i!r}")
+    return SpecialTokens(mask, eos, pad)
 
 
 def _from_model(model: DiffusionModel, name: str):
@@ -177,7 +180,7 @@ def _from_model(model: DiffusionModel, name: str):
 
 
 def _check_tokens(
-    name: str, model: DiffusionModel, config: DecodingConfig, tokens: Tensor, attention_mask: Tensor | None
+    name: str, model: DiffusionModel, tokens: Tensor, attention_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Validated tokens `[B, T]` and the column at which each row starts, int64 `[B]`."""
     if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:

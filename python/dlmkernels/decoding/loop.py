@@ -7,7 +7,7 @@ Everything a step computes stays on the device. The host knows the plan (blocks,
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ..cache import KVCache
 from ..models.adapt import DiffusionModel
 from ..window import AttentionWindow, TokenWindow
 from .canvas import Canvas
-from .config import DecodingConfig
+from .config import DecodingConfig, SpecialTokens
 from .output import DecodingOutput
 from .poll import OpenCount
 from .schedule import Block, plan_blocks
@@ -26,11 +26,17 @@ from .step import RandomState, Step
 
 @torch.no_grad()
 def decode(
-    model: DiffusionModel, canvas: Canvas, config: DecodingConfig, start: int, end: int, streamer=None
+    model: DiffusionModel,
+    canvas: Canvas,
+    config: DecodingConfig,
+    special: SpecialTokens,
+    start: int,
+    end: int,
+    streamer=None,
 ) -> DecodingOutput:
-    """Decode the open positions of columns `[start, end)`; `config` is complete (no None where a model must say)."""
-    forward = CanvasForward(model, canvas, config)
-    propose = Proposer(model, canvas, config)
+    """Decode the open positions of columns `[start, end)`."""
+    forward = CanvasForward(model, canvas, config, special)
+    propose = Proposer(model, canvas, config, special)
     random = RandomState(propose.seed, canvas.step)
     blocks = plan_blocks(config, start, end)
     most_open = torch.stack([canvas.is_open[:, b.start : b.end].sum(1).max() for b in blocks]).tolist()
@@ -40,7 +46,7 @@ def decode(
             counts.submit(_open_counts(canvas, block))
             open_at_start = open_now = canvas.is_open[:, block.start : block.end].sum(1, dtype=torch.int32)
             for index in range(block.max_steps):
-                capacity, in_canvas = counts.latest()
+                capacity, _ = counts.latest()
                 if capacity == 0:
                     break
                 window = canvas.window(block.start, block.end, capacity)
@@ -52,9 +58,8 @@ def decode(
                 info = ops.remask_(
                     canvas.tokens, canvas.state, window.positions, step.token, commit=config.rule.select(step),
                     confidence=step.confidence, commit_step=canvas.commit_step, commit_confidence=canvas.confidence,
-                    step=canvas.step, mask_token_id=config.mask_token_id, eos_token_ids=config.eos_token_ids,
-                    eos_policy=config.eos_policy if config.eos_token_ids else "none",
-                    fill_token_id=config.pad_token_id,
+                    step=canvas.step, mask_token_id=special.mask, eos_token_ids=special.eos,
+                    eos_policy=config.eos_policy, fill_token_id=special.pad,
                 )  # fmt: skip
                 open_now = info[:, 0].contiguous()
                 counts.submit(info[:, :2].amax(0))
@@ -90,8 +95,8 @@ def _output(canvas: Canvas, prompt_length: int) -> DecodingOutput:
 class CanvasForward:
     """Runs the model on the part of the canvas a step needs, and returns hidden states of the window's slots."""
 
-    def __init__(self, model: DiffusionModel, canvas: Canvas, config: DecodingConfig):
-        self.model, self.canvas, self.config = model, canvas, config
+    def __init__(self, model: DiffusionModel, canvas: Canvas, config: DecodingConfig, special: SpecialTokens):
+        self.model, self.canvas, self.config, self.special = model, canvas, config, special
         length = canvas.tokens.shape[1]
         origin = canvas.origin
         if config.cfg_scale > 0:
@@ -101,7 +106,8 @@ class CanvasForward:
         columns = torch.arange(length, device=origin.device)
         self.positions = (columns - origin[:, None]).clamp(min=0)
         self.slots = columns.int().expand(len(origin), length)
-        self.kv_range = torch.stack((origin, torch.full_like(origin, length)), 1)
+        is_padded = bool(origin.any())
+        self.kv_range = torch.stack((origin, torch.full_like(origin, length)), 1) if is_padded else None
         self.cache = KVCache(length) if config.cache != "none" else None
 
     def __call__(self, block: Block, index: int, window: TokenWindow) -> Tensor:
@@ -110,7 +116,7 @@ class CanvasForward:
         first, last = self._columns(block, index, shift)
         tokens = self.canvas.tokens
         if self.config.cfg_scale > 0:
-            tokens = torch.cat((tokens, tokens.masked_fill(self.given, self.config.mask_token_id)))
+            tokens = torch.cat((tokens, tokens.masked_fill(self.given, self.special.mask)))
         hidden = self.model.hidden(
             tokens[:, first:last], self.positions[:, first:last],
             AttentionWindow(self.slots[:, first:last].contiguous(), self.kv_range, self.cache),
@@ -133,7 +139,7 @@ class CanvasForward:
 class Proposer:
     """Language-model head and `token_confidence` on the slots of a window."""
 
-    def __init__(self, model: DiffusionModel, canvas: Canvas, config: DecodingConfig):
+    def __init__(self, model: DiffusionModel, canvas: Canvas, config: DecodingConfig, special: SpecialTokens):
         self.model, self.canvas, self.config = model, canvas, config
         device, batch = canvas.tokens.device, canvas.tokens.shape[0]
 
@@ -142,9 +148,9 @@ class Proposer:
 
         self.seed = _seeds(config.seed, batch, device)
         sampled = config.temperature > 0
-        self.options = {
+        self.options: dict[str, Any] = {
             "cfg_scale": scalar(config.cfg_scale, torch.float32, config.cfg_scale > 0),
-            "banned": torch.tensor([config.mask_token_id, *config.suppress_token_ids], device=device),
+            "banned": torch.tensor([special.mask, *config.suppress_token_ids], device=device),
             "temperature": scalar(config.temperature, torch.float32, sampled),
             "top_k": scalar(config.top_k, torch.int32, config.top_k > 0),
             "top_p": scalar(config.top_p, torch.float32, config.top_p < 1),

@@ -33,7 +33,6 @@ def plan_blocks(config: DecodingConfig, start: int, end: int) -> list[Block]:
         )
     for s in starts:
         e = min(s + length, end)
-        fixed = config.rule.uses_steps and config.steps is not None
-        steps = config.steps // len(starts) if fixed else e - s
+        steps = config.steps // len(starts) if config.steps is not None and config.rule.uses_steps else e - s
         blocks.append(Block(s, e, steps, max(steps, e - s)))
     return blocks

@@ -50,36 +50,42 @@ class Step:
     score_name: str
     order_temperature: float
 
-    def _shaped(self, x: Tensor) -> Tensor:
+    def _shaped(self, name: str) -> Tensor:
+        x = getattr(self.stats, name)
+        if x.numel() != self.eligible.numel():
+            raise ValueError(f"the rule reads step.{name} but does not name it in `needs`")
         return x.view(self.eligible.shape)
 
     @property
     def token(self) -> Tensor:
         """Proposed token ids, int64 `[B, W]`."""
-        return self._shaped(self.stats.token)
+        return self._shaped("token")
 
     @property
     def confidence(self) -> Tensor:
         """Probability of the proposal, float32 `[B, W]`."""
-        return self._shaped(self.stats.confidence)
+        return self._shaped("confidence")
 
     @property
     def margin(self) -> Tensor:
         """Gap between the two largest probabilities, float32 `[B, W]`."""
-        return self._shaped(self.stats.margin)
+        return self._shaped("margin")
 
     @property
     def entropy(self) -> Tensor:
         """Entropy in nats, float32 `[B, W]`."""
-        return self._shaped(self.stats.entropy)
+        return self._shaped("entropy")
 
     @cached_property
     def score(self) -> Tensor:
         """The configured score, float32 `[B, W]`: larger is committed earlier."""
-        if self.score_name == "random":
-            return torch.zeros_like(self.confidence)
-        score = {"probability": self.confidence, "margin": self.margin}.get(self.score_name)
-        return -self.entropy if score is None else score
+        if self.score_name == "probability":
+            return self.confidence
+        if self.score_name == "margin":
+            return self.margin
+        if self.score_name == "entropy":
+            return -self.entropy
+        return torch.zeros_like(self.confidence)
 
     def select(
         self,

@@ -44,7 +44,8 @@ class DiffusionModel:
         return self.model.device
 
     @property
-    def vocab_size(self) -> int:
+    def vocab_size(self) -> int | None:
+        """Number of logits, or None when the model does not say."""
         return self.config.vocab_size
 
     @property
@@ -128,7 +129,7 @@ def adapt(model) -> DiffusionModel:
         raise TypeError(f"model must be a torch module that returns logits; got {type(model).__name__}")
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
-    family = FAMILIES.get(model_type)
+    family = FAMILIES.get(model_type or "")
     if family is None or not isinstance(model, PreTrainedModel):
         warnings.warn(
             f"dlmkernels does not know model type '{model_type or type(model).__name__}': decoding forwards the "
