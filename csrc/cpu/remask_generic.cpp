@@ -7,7 +7,6 @@
 // Tokens as they were before the call are kept for the slots alone: only slots and the tail can
 // change. Pass 2 reads 9 bytes a position and is the cost: about a nanosecond a position.
 #include <algorithm>
-#include <cstring>
 
 #include "common/philox.h"
 #include "cpu/remask.h"
@@ -30,7 +29,7 @@ class Row {
         info_(p.info + row * kInfoColumns) {}
 
   void run() {
-    memset(info_, 0, kInfoColumns * sizeof *info_);
+    std::fill_n(info_, int(kInfoColumns), 0);
     const bool used = write_slots();
     if (used && p_.step) ++p_.step[row_];
 

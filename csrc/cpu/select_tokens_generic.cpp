@@ -8,7 +8,6 @@
 // rules over prefixes sort them; "the best k" is one std::nth_element. Reads 5 to 10 bytes a slot;
 // the comparisons, not memory, are the limit.
 #include <algorithm>
-#include <cstring>
 #include <limits>
 
 #include "common/fixed_point.h"
@@ -134,7 +133,7 @@ void select_tokens(const SelectTokensParams& p, int64_t begin, int64_t end) {
     if (best < n) std::nth_element(keys, keys + best, keys + n);
 
     bool* selected = p.selected + b * p.W;
-    memset(selected, 0, size_t(p.W) * sizeof(bool));
+    std::fill_n(selected, p.W, false);
     for (int64_t i = 0; i < best; ++i) selected[Row::slot(keys[i])] = true;
     p.count[b] = int32_t(best);
   }

@@ -13,7 +13,7 @@ class SelectedTokens(NamedTuple):
     """What `select_tokens` returns."""
 
     selected: Tensor  #: bool [B, W]
-    count: Tensor  #: int32 [B], how many are selected
+    count: Tensor  # type: ignore[assignment]  #: int32 [B], how many are selected; hides tuple.count
 
 
 def select_tokens(

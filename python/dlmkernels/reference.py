@@ -213,7 +213,7 @@ def remask_(
     origin: Tensor | None = None,
     mask_token_id: int = -1,
     vocab_size: int = 0,
-    eos_token_ids: list[int] = (),
+    eos_token_ids: list[int] | tuple[int, ...] = (),
     eos_policy: str = "none",
     fill_token_id: int = -1,
 ) -> Tensor:
