@@ -75,7 +75,7 @@ def random_case(g, B, T, W, eos_policy="none", few_open=False):
         "origin": torch.randint(0, T + 1, (B,), generator=g, dtype=torch.int32),
     }
     for name, value in optional.items():
-        required = (name == "seed" and "renoise" in case) or name == "confidence"
+        required = name == "confidence" or (name == "seed" and "renoise" in case)
         if required or choose(g, True, True, False):
             case[name] = value
     return case
@@ -135,7 +135,7 @@ class TestReference:
         filled = 0
         for _ in range(120):
             case = random_case(g, 16, choose(g, 1, 2, 9, 40), choose(g, 1, 3, 8, 20, 45), eos_policy, few_open)
-            got, info = check(case)
+            _, info = check(case)
             filled += int((info[:, ops.INFO_FIELDS.index("done")] == 1).sum())
         assert filled > 50 or not few_open
 
@@ -328,10 +328,9 @@ class TestMeaning:
 
 
 class TestEndOfSequence:
-    ARGUMENTS = {"eos_token_ids": list(EOS), "eos_policy": "fill", "fill_token_id": 11}
-
-    def fill(self, tokens, state, **kwargs):
-        return row(tokens, state, kwargs.pop("position", []), kwargs.pop("proposal", []), **self.ARGUMENTS | kwargs)
+    def fill(self, tokens, state, position=(), proposal=(), **kwargs):
+        arguments = {"eos_token_ids": list(EOS), "eos_policy": "fill", "fill_token_id": 11} | kwargs
+        return row(tokens, state, list(position), list(proposal), **arguments)
 
     def test_fills_the_tail_of_a_complete_prefix(self):
         out = self.fill([1, 2, EOS[0], 9, 9], [FROZEN, 0, 0, OPEN, 0])

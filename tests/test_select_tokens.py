@@ -198,6 +198,11 @@ class TestMeaning:
         assert len(pick(score, rule="entropy-bound", cost=cost, parameter=4095 * 2.0**-20)) == 4096
         assert len(pick(score, rule="entropy-bound", cost=cost, parameter=4094 * 2.0**-20)) == 4095
 
+    def test_entropy_costs_round_to_the_nearest_unit(self):
+        unit = 2.0**-32
+        for cost, taken in ((0.25, 8), (0.5, 2), (0.75, 2), (1.25, 2), (1.5, 1)):
+            assert len(pick([0.0] * 8, rule="entropy-sum", cost=[cost * unit] * 8, parameter=3 * unit)) == taken
+
     def test_entropy_sums_do_not_overflow(self):
         cost = [math.inf, math.nan] * 2048
         assert pick([0.0] * 4096, rule="entropy-bound", cost=cost, parameter=math.inf) == [0, 1]

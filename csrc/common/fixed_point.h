@@ -6,8 +6,8 @@
 
 namespace dlm {
 
-// A cost is at most 2^20 and has 32 fractional bits: three of them fit an int64 many times over, so
-// a running sum that stops at the first one above a (likewise converted) budget cannot overflow.
+// A cost is at most 2^20 and has 32 fractional bits. A running sum that stops at the first excess
+// over a budget (which is converted likewise) stays below 2^54.
 constexpr float kMaxCost = 1048576.0f;
 
 DLM_HD int64_t fixed_point(float cost, float if_nan) {

@@ -7,7 +7,6 @@
 // Tokens as they were before the call are kept for the slots alone: only slots and the tail can
 // change. Pass 2 reads 9 bytes a position and is the cost: about a nanosecond a position.
 #include <algorithm>
-#include <cstring>
 
 #include "common/philox.h"
 #include "cpu/remask.h"
@@ -30,7 +29,7 @@ class Row {
         info_(p.info + row * kInfoColumns) {}
 
   void run() {
-    memset(info_, 0, kInfoColumns * sizeof *info_);
+    std::fill_n(info_, int(kInfoColumns), 0);
     const bool used = write_slots();
     if (used && p_.step) ++p_.step[row_];
 
@@ -104,16 +103,17 @@ class Row {
 
   int32_t step() const { return p_.step ? p_.step[row_] : 0; }
 
-  // First decided position that holds an end-of-sequence token, or -1.
+  // First decided position that holds an end-of-sequence token, or -1. One id at a time: a tight
+  // loop that ends where a former id was found.
   int64_t find_eos() const {
-    const int64_t* ids = p_.eos_token_ids;
-    if (p_.eos_count == 0) return -1;
-    for (int64_t t = 0; t < p_.T; ++t) {
-      bool eos = false;
-      for (int64_t k = 0; k < p_.eos_count; ++k) eos |= tokens_[t] == ids[k];
-      if (eos && is_decided(state_[t])) return t;
+    int64_t first = p_.T;
+    for (int64_t k = 0; k < p_.eos_count; ++k) {
+      const int64_t id = p_.eos_token_ids[k];
+      int64_t t = 0;
+      while (t < first && !(tokens_[t] == id && is_decided(state_[t]))) ++t;
+      first = t;
     }
-    return -1;
+    return first < p_.T ? first : -1;
   }
 
   // First open position, or T.

@@ -8,7 +8,6 @@
 // rules over prefixes sort them; "the best k" is one std::nth_element. Reads 5 to 10 bytes a slot;
 // the comparisons, not memory, are the limit.
 #include <algorithm>
-#include <cstring>
 #include <limits>
 
 #include "common/fixed_point.h"
@@ -32,10 +31,11 @@ class Row {
   // Writes the keys of E, or of E within the gate, in slot order; returns how many.
   int64_t gather(uint64_t* keys, const bool* gate) const {
     const bool* eligible = p_.eligible + offset_;
+    const bool* within = gate ? gate + offset_ : eligible;
     int64_t n = 0;
     for (int64_t w = 0; w < p_.W; ++w) {
       keys[n] = descending_key(score_[w], uint32_t(w));
-      n += eligible[w] & (!gate || gate[offset_ + w]) & (score_[w] > -kInfinity);  // false for NaN
+      n += eligible[w] & within[w] & (score_[w] > -kInfinity);  // false for NaN
     }
     const float temperature = p_.order_temperature.at(row_, 0.0f);
     if (temperature > 0.0f) {
@@ -134,7 +134,7 @@ void select_tokens(const SelectTokensParams& p, int64_t begin, int64_t end) {
     if (best < n) std::nth_element(keys, keys + best, keys + n);
 
     bool* selected = p.selected + b * p.W;
-    memset(selected, 0, size_t(p.W) * sizeof(bool));
+    std::fill_n(selected, p.W, false);
     for (int64_t i = 0; i < best; ++i) selected[Row::slot(keys[i])] = true;
     p.count[b] = int32_t(best);
   }

@@ -28,8 +28,8 @@ std::string text(const Args&... args) {
   return out.str();
 }
 
-// Checks the arguments of one op. Every method throws std::runtime_error (RuntimeError in Python). Messages are put
-// together only when they are needed: that costs more than all the checks of a call.
+// Checks the arguments of one op. Every method throws std::runtime_error (RuntimeError in Python).
+// Messages are put together only when needed: that would cost more than all the checks of a call.
 class Check {
  public:
   // `anchor` is the argument whose device all others must share.

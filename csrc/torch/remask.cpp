@@ -108,9 +108,9 @@ Tensor remask_(const Tensor& tokens, const Tensor& state, const Tensor& position
   p.info = static_cast<int32_t*>(info.mutable_data_ptr());
   if (B == 0) return info;
 
-  // A position costs about a nanosecond, a slot some ten; below some ten microseconds a second
-  // thread costs more than it brings.
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(T + 8 * W, 1));
+  // Waking a second thread pays from some 50 microseconds of work on: a position costs about a
+  // nanosecond, a slot some ten.
+  const int64_t grain = std::max<int64_t>(1, 50000 / std::max<int64_t>(T + 10 * W, 1));
   torch::stable::parallel_for(0, B, grain,
                               [&](int64_t begin, int64_t end) { cpu::remask(p, begin, end); });
   return info;

@@ -77,11 +77,12 @@ std::tuple<Tensor, Tensor> select_tokens(const Tensor& score, const Tensor& elig
   p.count = static_cast<int32_t*>(count.mutable_data_ptr());
   if (B == 0) return {selected, count};
 
-  // A slot costs about a nanosecond, ten times that when it is sorted or draws; below some ten
-  // microseconds a second thread costs more than it brings.
-  const bool heavy = random || p.rule == Rule::kFactor || p.rule == Rule::kEntropyBound ||
-                     p.rule == Rule::kEntropySum;
-  const int64_t grain = std::max<int64_t>(1, (heavy ? 1024 : 8192) / std::max<int64_t>(W, 1));
+  // Waking a second thread pays from some 50 microseconds of work on: a slot costs one or two
+  // nanoseconds, about ten where it is sorted, more where it draws.
+  const bool sorts =
+      p.rule == Rule::kFactor || p.rule == Rule::kEntropyBound || p.rule == Rule::kEntropySum;
+  const int64_t slots = random ? 1024 : sorts ? 4096 : 32768;
+  const int64_t grain = std::max<int64_t>(1, slots / std::max<int64_t>(W, 1));
   torch::stable::parallel_for(
       0, B, grain, [&](int64_t begin, int64_t end) { cpu::select_tokens(p, begin, end); });
   return {selected, count};
