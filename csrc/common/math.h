@@ -7,13 +7,19 @@
 
 namespace dlm {
 
+// x, or 0: by a mask, where compilers would make a branch of ?: around a product.
+DLM_HD float keep_if(bool condition, float x) {
+  return bits_to_float(float_to_bits(x) & (0u - uint32_t(condition)));
+}
+
 // Arguments below this give 0: their exponentials are not normal floats.
 constexpr float kExpUnderflow = -87.33654f;
 
 // e^x for x <= 88 within 2 units in the last place, 0 below kExpUnderflow (and for -inf): Cephes'
 // expf polynomial (Moshier) after x = n ln 2 + r, |r| <= ln(2) / 2.
 DLM_HD float plain_exp(float x) {
-  const float clamped = x > kExpUnderflow ? x : kExpUnderflow;
+  const bool normal = x >= kExpUnderflow;
+  const float clamped = keep_if(normal, x);
   const float shifted =
       clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: n is left in the lowest bits
   const float n = shifted - 12582912.0f;
@@ -27,7 +33,7 @@ DLM_HD float plain_exp(float x) {
   p = p * r + 5.0000001201e-1f;
   p = (p * (r * r) + r) + 1.0f;
   const float power = bits_to_float((float_to_bits(shifted) << 23) + 0x3f800000u);
-  return x >= kExpUnderflow ? p * power : 0.0f;
+  return keep_if(normal, p * power);
 }
 
 }  // namespace dlm

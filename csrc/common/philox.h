@@ -16,15 +16,19 @@ struct Philox4 {
   uint32_t word[4];
 };
 
+DLM_HD void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0, uint32_t k1) {
+  const uint64_t p0 = uint64_t(0xD2511F53u) * c0, p1 = uint64_t(0xCD9E8D57u) * c2;
+  c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
+  c2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
+  c1 = uint32_t(p1);
+  c3 = uint32_t(p0);
+}
+
 DLM_HD Philox4 philox(uint64_t seed, uint32_t position, uint32_t step, Stream stream, uint32_t index4) {
   uint32_t c0 = position, c1 = step, c2 = uint32_t(stream), c3 = index4;
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = uint64_t(0xD2511F53u) * c0, p1 = uint64_t(0xCD9E8D57u) * c2;
-    c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
-    c2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
-    c1 = uint32_t(p1);
-    c3 = uint32_t(p0);
+    philox_round(c0, c1, c2, c3, k0, k1);
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }

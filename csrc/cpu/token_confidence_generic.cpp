@@ -65,8 +65,9 @@ class Row {
       }
     }
     if (bitmask_) apply_bitmask(begin, n, z);
-    if (floor > -kInfinity) {
-      for (int i = 0; i < n; ++i) z[i] = z[i] >= floor ? z[i] : -kInfinity;
+    const float lowest = floor;
+    if (lowest > -kInfinity) {
+      for (int i = 0; i < n; ++i) z[i] = z[i] >= lowest ? z[i] : -kInfinity;
     }
     const int padded = (n + kLanes - 1) / kLanes * kLanes;
     for (int i = n; i < padded; ++i) z[i] = -kInfinity;
@@ -137,15 +138,7 @@ class Row {
 struct TopTwo {
   float first = -kInfinity, second = -kInfinity;
 };
-float largest(const float* z, int n) {
-  float lane[kLanes];
-  std::copy(z, z + kLanes, lane);
-  for (int i = kLanes; i < n; i += kLanes) {
-    for (int l = 0; l < kLanes; ++l) lane[l] = z[i + l] > lane[l] ? z[i + l] : lane[l];
-  }
-  return *std::max_element(lane, lane + kLanes);
-}
-TopTwo largest_two(const float* z, int n) {
+TopTwo top_two(const float* z, int n) {
   float first[kLanes], second[kLanes];
   std::fill(first, first + kLanes, -kInfinity);
   std::fill(second, second + kLanes, -kInfinity);
@@ -181,22 +174,44 @@ void exponentials(const float* z, int n, float max, float scale, float* weight) 
   for (int i = 0; i < n; ++i) weight[i] = plain_exp((z[i] - max) * scale);
 }
 
-// Bounds on Gumbel variates from 32 random bits by the number of leading zeros: -log(-log1p(-u)) <=
-// -log(u).
-struct GumbelBounds {
-  float by_leading_zeros[33];
-  constexpr GumbelBounds() : by_leading_zeros() {
-    // the margin covers the rounding errors of gumbel() many times over
-    for (int zeros = 0; zeros <= 32; ++zeros)
-      by_leading_zeros[zeros] = 0.6931472f * float(zeros + 1) + 1e-3f;
+// The words of 64 consecutive Philox counters, in the order of the vocabulary.
+constexpr int kChunk = 256;
+void random_words(uint64_t seed, uint32_t position, uint32_t step, uint32_t index4,
+                  uint32_t* word) {
+  constexpr int n = kChunk / 4;
+  uint32_t c0[n], c1[n], c2[n], c3[n];
+  for (int i = 0; i < n; ++i) {
+    c0[i] = position;
+    c1[i] = step;
+    c2[i] = uint32_t(Stream::kToken);
+    c3[i] = index4 + uint32_t(i);
   }
-  float any() const { return by_leading_zeros[32]; }
-  float of(uint32_t bits) const { return by_leading_zeros[bits ? __builtin_clz(bits) : 32]; }
-};
-constexpr GumbelBounds kGumbelBounds;
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    for (int i = 0; i < n; ++i) philox_round(c0[i], c1[i], c2[i], c3[i], k0, k1);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  for (int i = 0; i < n; ++i) {
+    word[4 * i] = c0[i];
+    word[4 * i + 1] = c1[i];
+    word[4 * i + 2] = c2[i];
+    word[4 * i + 3] = c3[i];
+  }
+}
 
-// The running argmax of z * (1/T) + noise. Adding a bound on the noise, in the same arithmetic,
-// tells what cannot win without drawing it: rounding is monotone.
+// At least gumbel(r): -log(-log1p(-u)) <= -log(u), u >= r / 2^32, and log2(m 2^e) >= e + (m - 1)
+// for m in [1, 2), which is how a float's bits read as an integer. 1e-3 covers the rounding errors
+// of both sides many times over.
+float gumbel_bound(uint32_t r) {
+  const float half = float(int32_t(r >> 1));
+  const float log2_half = float(int32_t(float_to_bits(half))) * 1.1920929e-7f - 127.0f;
+  return 0.6931472f * (31.0f - log2_half) + 1e-3f;
+}
+constexpr float kLargestGumbel = 22.9f;
+
+// The running argmax of z * (1/T) + noise. With a bound in place of the noise, the same arithmetic
+// (rounding is monotone) tells what cannot win; most noise is never computed.
 class Sampler {
  public:
   Sampler() = default;
@@ -208,20 +223,23 @@ class Sampler {
 
   // Blocks come in ascending order; only a strictly better token replaces the best.
   void add(const float* z, int n, int64_t begin, float block_largest) {
-    if (!(block_largest * inverse_temperature_ + kGumbelBounds.any() > best_)) return;
-    for (int i = 0; i < n; i += 4) {
-      const float group_largest = std::max(std::max(z[i], z[i + 1]), std::max(z[i + 2], z[i + 3]));
-      if (!(group_largest * inverse_temperature_ + kGumbelBounds.any() > best_)) continue;
-      const Philox4 random =
-          philox(seed_, position_, step_, Stream::kToken, uint32_t((begin + i) / 4));
-      for (int j = 0; j < 4; ++j) {
-        const float tempered = z[i + j] * inverse_temperature_;
-        if (!(tempered + kGumbelBounds.of(random.word[j]) > best_)) continue;
-        const float perturbed = tempered + gumbel(random.word[j]);
+    if (!can_win(block_largest, kLargestGumbel)) return;
+    for (int first = 0; first < n; first += kChunk) {
+      const float* chunk = z + first;
+      const int m = std::min(kChunk, n - first);
+      if (!can_win(top_two(chunk, m).first, kLargestGumbel)) continue;
+      uint32_t word[kChunk];
+      random_words(seed_, position_, step_, uint32_t((begin + first) / 4), word);
+      uint32_t any = 0;
+      for (int i = 0; i < m; ++i) any |= uint32_t(can_win(chunk[i], gumbel_bound(word[i])));
+      if (!any) continue;
+      for (int i = 0; i < m; ++i) {
+        if (!can_win(chunk[i], gumbel_bound(word[i]))) continue;
+        const float perturbed = chunk[i] * inverse_temperature_ + gumbel(word[i]);
         if (perturbed > best_) {
           best_ = perturbed;
-          token = begin + i + j;
-          logit = z[i + j];
+          token = begin + first + i;
+          logit = chunk[i];
         }
       }
     }
@@ -231,6 +249,8 @@ class Sampler {
   float logit = -kInfinity;
 
  private:
+  bool can_win(float z, float noise) const { return z * inverse_temperature_ + noise > best_; }
+
   uint64_t seed_ = 0;
   uint32_t position_ = 0, step_ = 0;
   float inverse_temperature_ = 1.0f;
@@ -246,7 +266,7 @@ struct Scan {
 };
 
 struct Wanted {
-  bool sums, entropy, second;
+  bool sums, entropy;
   float scale;  // 1/T of the distribution that the sums describe
 };
 
@@ -256,12 +276,7 @@ Scan scan(Row<T>& row, const Wanted& want, Sampler* sampler) {
   float z[kBlock], weight[kBlock];
   for (int64_t begin = 0; begin < row.V; begin += kBlock) {
     const int n = row.load(begin, z);
-    TopTwo top;
-    if (want.second) {
-      top = largest_two(z, n);
-    } else {
-      top.first = largest(z, n);
-    }
+    const TopTwo top = top_two(z, n);
     if (top.first == -kInfinity) continue;
     if (sampler) sampler->add(z, n, begin, top.first);
     if (top.first > found.max) {
@@ -407,9 +422,9 @@ void token_confidence_row(const TokenConfidenceParams& p, int64_t n) {
     const Filter filter{p.top_k.at(n, 0), p.top_p.at(n, 1.0f), p.top_p_first, p.keep_crossing};
     const bool about_kept = p.distribution == Distribution::kFiltered;
     const bool filters = (filter.k > 0 || filter.p < 1.0f) && (samples || about_kept);
-    const Wanted statistics{true, p.entropy != nullptr, p.margin != nullptr,
+    const Wanted statistics{true, p.entropy != nullptr,
                             p.distribution == Distribution::kRaw ? 1.0f : inverse};
-    const Wanted maximum{false, false, false, 1.0f};
+    const Wanted maximum{false, false, 1.0f};
 
     if (samples) sampler = Sampler(p.random, n, inverse);
     Scan found = scan(row, filters && about_kept ? maximum : statistics,
