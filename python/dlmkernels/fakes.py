@@ -3,14 +3,38 @@
 
 import torch
 
-# --- select_tokens ---------------------------------------------------------------------------------------------------
-
 
 def _check_devices(op, anchor_name, anchor, arguments):
     """Refuse tensors on several devices: with one of them on "meta" no kernel, and so none of its checks, would run."""
     for name, value in arguments.items():
         if isinstance(value, torch.Tensor) and value.device != anchor.device:
             raise RuntimeError(f"{op}: {name} must be on the device of {anchor_name}; got {value.device}")
+
+
+# --- token_confidence ------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("dlmkernels::token_confidence")
+def _token_confidence(logits, *, row_map=None, with_margin=True, with_entropy=True, **optional):
+    _check_devices("token_confidence", "logits", logits, {"row_map": row_map, **optional})
+    rows = logits.shape[0] if row_map is None else row_map.shape[0]
+
+    def empty(length, dtype=torch.float32):
+        return logits.new_empty((length,), dtype=dtype)
+
+    return (
+        empty(rows, torch.int64),
+        empty(rows, torch.int64),
+        empty(rows),
+        empty(rows if with_margin else 0),
+        empty(rows if with_entropy else 0),
+        empty(rows),
+        empty(rows),
+        empty(rows, torch.int32),
+    )
+
+
+# --- select_tokens ---------------------------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("dlmkernels::select_tokens")
@@ -29,28 +53,3 @@ def _remask_(tokens, state, position, proposal, **optional):
     needed = {"state": state, "position": position, "proposal": proposal}
     _check_devices("remask_", "tokens", tokens, needed | optional)
     return tokens.new_empty((tokens.shape[0], INFO_COLUMNS), dtype=torch.int32)
-
-# --- token_confidence ------------------------------------------------------------------------------------------------
-
-
-@torch.library.register_fake("dlmkernels::token_confidence")
-def _token_confidence(logits, *, row_map=None, with_margin=True, with_entropy=True, **optional):
-    # With one tensor on "meta" this runs in place of the kernel and its checks.
-    for name, value in {"row_map": row_map, **optional}.items():
-        if isinstance(value, torch.Tensor) and value.device != logits.device:
-            raise RuntimeError(f"token_confidence: {name} must be on the device of logits; got {value.device}")
-    rows = logits.shape[0] if row_map is None else row_map.shape[0]
-
-    def empty(length, dtype=torch.float32):
-        return logits.new_empty((length,), dtype=dtype)
-
-    return (
-        empty(rows, torch.int64),
-        empty(rows, torch.int64),
-        empty(rows),
-        empty(rows if with_margin else 0),
-        empty(rows if with_entropy else 0),
-        empty(rows),
-        empty(rows),
-        empty(rows, torch.int32),
-    )

@@ -6,96 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# --- select_tokens ---------------------------------------------------------------------------------------------------
-
-
-class SelectedTokens(NamedTuple):
-    """What `select_tokens` returns."""
-
-    selected: Tensor  #: bool [B, W]
-    count: Tensor  # type: ignore[assignment]  #: int32 [B], how many are selected
-    count: Tensor  # type: ignore[assignment]  #: int32 [B], how many are selected; hides tuple.count
-
-
-def select_tokens(
-    score: Tensor,
-    eligible: Tensor,
-    rule: str = "none",
-    *,
-    parameter: Tensor | None = None,
-    strict: bool = False,
-    gate: Tensor | None = None,
-    cost: Tensor | None = None,
-    need: Tensor | None = None,
-    fill: Tensor | None = None,
-    cap: Tensor | None = None,
-    order_temperature: Tensor | None = None,
-    seed: Tensor | None = None,
-    step: Tensor | None = None,
-    position: Tensor | None = None,
-) -> SelectedTokens:
-    """Choose the slots of each row's window to commit (or, with negated scores, to remask).
-
-    Let E be the eligible slots whose score is neither NaN nor -inf. E is ordered by score descending (-0 equals +0),
-    then by slot ascending. Let P be those of E that pass `gate` and `rule`. Then
-
-    - if the rule is not "none" and ``|P| >= min(need, |E|)``, the best `cap` of P are selected;
-    - otherwise the best ``min(fill, |E|)`` of E are, whatever gate and rule say of them.
-
-    Where E is empty nothing is selected. A row's result depends on that row alone.
-
-    Published decoders in these terms: LLaDA's quota of k a step is rule "none" with ``fill=k``; Fast-dLLM's threshold
-    is "threshold" with ``need=fill=1``; SDAR's dynamic remasking is "threshold", strict, with ``need=fill=k``; Dream's
-    ``alg_temp`` is ``order_temperature``.
-
-    Parameters
-    ----------
-    score : Tensor
-        float32 [B, W], contiguous; W is at most 4096. +inf is allowed; NaN and -inf are never selected.
-    eligible : Tensor
-        bool [B, W]: the open slots.
-    rule : str
-        What P holds, within the gate:
-
-        - "none": nothing.
-        - "all": everything.
-        - "threshold": every slot with ``score >= parameter``.
-        - "factor": in order, the longest prefix in which the score of rank i = 2, 3, … is at least
-          ``1 - parameter / (i + 1)``, computed in float32; rank 1 always passes (Fast-dLLM, arXiv 2505.22618, without
-          its code's exception for the last masked token).
-        - "entropy-bound": the longest prefix with ``sum(cost) - max(cost) <= parameter`` (EB-Sampler, arXiv
-          2505.24857).
-        - "entropy-sum": the longest prefix with ``sum(cost) < parameter`` (JetEngine).
-        - "bernoulli": every slot by itself with probability `cost`; needs `seed` and `position`.
-    parameter : Tensor, optional
-        float32: threshold, factor or budget of the rules that have one. A NaN lets nothing through but the first of
-        "factor" and "entropy-bound". Like `need`, `fill`, `cap`, `order_temperature`, `seed` and `step` it holds one
-        value, one for each row, or one for each group of consecutive rows.
-    strict : bool
-        Compare with > instead of >= in "threshold" and "factor".
-    gate : Tensor, optional
-        bool [B, W]: only these slots can be in P; ranks and sums count them alone.
-    cost : Tensor, optional
-        float32 [B, W]: entropies in nats for the entropy rules, which clamp them and the parameter to [0, 2^20] (NaN
-        to 2^20) and add them as integers of 2^-32, so that the result is exact on every device; probabilities for
-        "bernoulli", where NaN is 0.
-    need, fill, cap : Tensor, optional
-        int32, see above; default 0, 0 and no limit. A negative value counts as 0.
-    order_temperature : Tensor, optional
-        float32. In rows where it is positive the order of E is that of ``score * (1 / order_temperature)`` plus
-        standard Gumbel noise, which draws slots without replacement from ``softmax(score / order_temperature)``.
-        Thresholds still look at the score itself. Needs `seed` and `position`.
-    seed : Tensor, optional
-        int64: the request's random key.
-    step : Tensor, optional
-        int32: denoising step, default 0.
-    position : Tensor, optional
-        int32 [B, W]: the slots' positions in the request. Draws depend on (seed, position, step) alone.
-
-    Returns
-    -------
-    SelectedTokens
-        ``selected`` bool [B, W] and ``count`` int32 [B].
 # --- token_confidence ------------------------------------------------------------------------------------------------
 
 #: Bits of `TokenConfidence.flags`.
@@ -210,6 +120,129 @@ def token_confidence(
     TokenConfidence
         In an unused row, and where no id is left (flagged): token and argmax -1, confidence and logsumexp -inf,
         margin, entropy and p_given 0.
+
+    Raises
+    ------
+    RuntimeError
+        For a wrong device, dtype, shape or stride, an unknown distribution, a missing `seed`, `position`, `cfg_scale`
+        or `uncond_logits`; and, on the CPU, for a value out of range in `row_map`, `given`, `banned`, `temperature`,
+        `top_k` or `top_p`. The message names the argument.
+    """
+    return TokenConfidence(
+        *torch.ops.dlmkernels.token_confidence.default(
+            logits,
+            row_map=row_map,
+            given=given,
+            uncond_logits=uncond_logits,
+            cfg_scale=cfg_scale,
+            bias=bias,
+            banned=banned,
+            bitmask=bitmask,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            top_p_first=top_p_first,
+            keep_crossing=keep_crossing,
+            distribution=distribution,
+            seed=seed,
+            step=step,
+            position=position,
+            with_margin=with_margin,
+            with_entropy=with_entropy,
+        )
+    )
+
+
+# --- select_tokens ---------------------------------------------------------------------------------------------------
+
+
+class SelectedTokens(NamedTuple):
+    """What `select_tokens` returns."""
+
+    selected: Tensor  #: bool [B, W]
+    count: Tensor  # type: ignore[assignment]  #: int32 [B], how many are selected
+    count: Tensor  # type: ignore[assignment]  #: int32 [B], how many are selected; hides tuple.count
+
+
+def select_tokens(
+    score: Tensor,
+    eligible: Tensor,
+    rule: str = "none",
+    *,
+    parameter: Tensor | None = None,
+    strict: bool = False,
+    gate: Tensor | None = None,
+    cost: Tensor | None = None,
+    need: Tensor | None = None,
+    fill: Tensor | None = None,
+    cap: Tensor | None = None,
+    order_temperature: Tensor | None = None,
+    seed: Tensor | None = None,
+    step: Tensor | None = None,
+    position: Tensor | None = None,
+) -> SelectedTokens:
+    """Choose the slots of each row's window to commit (or, with negated scores, to remask).
+
+    Let E be the eligible slots whose score is neither NaN nor -inf. E is ordered by score descending (-0 equals +0),
+    then by slot ascending. Let P be those of E that pass `gate` and `rule`. Then
+
+    - if the rule is not "none" and ``|P| >= min(need, |E|)``, the best `cap` of P are selected;
+    - otherwise the best ``min(fill, |E|)`` of E are, whatever gate and rule say of them.
+
+    Where E is empty nothing is selected. A row's result depends on that row alone.
+
+    Published decoders in these terms: LLaDA's quota of k a step is rule "none" with ``fill=k``; Fast-dLLM's threshold
+    is "threshold" with ``need=fill=1``; SDAR's dynamic remasking is "threshold", strict, with ``need=fill=k``; Dream's
+    ``alg_temp`` is ``order_temperature``.
+
+    Parameters
+    ----------
+    score : Tensor
+        float32 [B, W], contiguous; W is at most 4096. +inf is allowed; NaN and -inf are never selected.
+    eligible : Tensor
+        bool [B, W]: the open slots.
+    rule : str
+        What P holds, within the gate:
+
+        - "none": nothing.
+        - "all": everything.
+        - "threshold": every slot with ``score >= parameter``.
+        - "factor": in order, the longest prefix in which the score of rank i = 2, 3, … is at least
+          ``1 - parameter / (i + 1)``, computed in float32; rank 1 always passes (Fast-dLLM, arXiv 2505.22618, without
+          its code's exception for the last masked token).
+        - "entropy-bound": the longest prefix with ``sum(cost) - max(cost) <= parameter`` (EB-Sampler, arXiv
+          2505.24857).
+        - "entropy-sum": the longest prefix with ``sum(cost) < parameter`` (JetEngine).
+        - "bernoulli": every slot by itself with probability `cost`; needs `seed` and `position`.
+    parameter : Tensor, optional
+        float32: threshold, factor or budget of the rules that have one. A NaN lets nothing through but the first of
+        "factor" and "entropy-bound". Like `need`, `fill`, `cap`, `order_temperature`, `seed` and `step` it holds one
+        value, one for each row, or one for each group of consecutive rows.
+    strict : bool
+        Compare with > instead of >= in "threshold" and "factor".
+    gate : Tensor, optional
+        bool [B, W]: only these slots can be in P; ranks and sums count them alone.
+    cost : Tensor, optional
+        float32 [B, W]: entropies in nats for the entropy rules, which clamp them and the parameter to [0, 2^20] (NaN
+        to 2^20) and add them as integers of 2^-32, so that the result is exact on every device; probabilities for
+        "bernoulli", where NaN is 0.
+    need, fill, cap : Tensor, optional
+        int32, see above; default 0, 0 and no limit. A negative value counts as 0.
+    order_temperature : Tensor, optional
+        float32. In rows where it is positive the order of E is that of ``score * (1 / order_temperature)`` plus
+        standard Gumbel noise, which draws slots without replacement from ``softmax(score / order_temperature)``.
+        Thresholds still look at the score itself. Needs `seed` and `position`.
+    seed : Tensor, optional
+        int64: the request's random key.
+    step : Tensor, optional
+        int32: denoising step, default 0.
+    position : Tensor, optional
+        int32 [B, W]: the slots' positions in the request. Draws depend on (seed, position, step) alone.
+
+    Returns
+    -------
+    SelectedTokens
+        ``selected`` bool [B, W] and ``count`` int32 [B].
 
     Raises
     ------
@@ -361,31 +394,4 @@ def remask_(
         eos_token_ids=eos_token_ids,
         eos_policy=eos_policy,
         fill_token_id=fill_token_id,
-    )
-        For a wrong device, dtype, shape or stride, an unknown distribution, a missing `seed`, `position`, `cfg_scale`
-        or `uncond_logits`; and, on the CPU, for a value out of range in `row_map`, `given`, `banned`, `temperature`,
-        `top_k` or `top_p`. The message names the argument.
-    """
-    return TokenConfidence(
-        *torch.ops.dlmkernels.token_confidence.default(
-            logits,
-            row_map=row_map,
-            given=given,
-            uncond_logits=uncond_logits,
-            cfg_scale=cfg_scale,
-            bias=bias,
-            banned=banned,
-            bitmask=bitmask,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            top_p_first=top_p_first,
-            keep_crossing=keep_crossing,
-            distribution=distribution,
-            seed=seed,
-            step=step,
-            position=position,
-            with_margin=with_margin,
-            with_entropy=with_entropy,
-        )
     )
