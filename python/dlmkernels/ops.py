@@ -161,7 +161,6 @@ class SelectedTokens(NamedTuple):
 
     selected: Tensor  #: bool [B, W]
     count: Tensor  # type: ignore[assignment]  #: int32 [B], how many are selected
-    count: Tensor  # type: ignore[assignment]  #: int32 [B], how many are selected; hides tuple.count
 
 
 def select_tokens(
