@@ -76,7 +76,8 @@ class Request:
 class Proposals:
     """What one forward says of some positions: lists of one element a position.
 
-    `lead` is how much larger the proposed token's logit is than any other's.
+    `lead` is how much larger the proposed token's logit is than any other's: infinite where filters left no other, and
+    probability and margin are then exactly 1 and the entropy 0 in any arithmetic.
     """
 
     positions: list[int]
@@ -121,7 +122,9 @@ def take(request: Request, proposals: Proposals, score: list[float], count: int)
     """Commit the `count` best."""
     order = ranking(score)
     if 0 < count < len(order):
-        request.note(score[order[count - 1]] - score[order[count]])
+        last, next_one = order[count - 1], order[count]
+        if not proposals.lead[last] == proposals.lead[next_one] == math.inf:
+            request.note(score[last] - score[next_one])
     request.commit(proposals, order[:count])
 
 
