@@ -35,14 +35,13 @@ DLM_HD uint32_t float_to_bits(float value) {
 DLM_HD float to_float(float x) { return x; }
 DLM_HD float to_float(BFloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
 DLM_HD float to_float(Float16 x) {
-  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
-  const uint32_t magnitude = x.bits & 0x7fff;
-  if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
-  // A subnormal half is a small integer times 2^-24, exact in float.
-  if (magnitude < 0x0400) {
-    return bits_to_float(sign | float_to_bits(float(magnitude) * 5.9604644775390625e-8f));
-  }
-  return bits_to_float(sign | ((magnitude << 13) + 0x38000000));
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
+  // By masks, not branches, so that compilers vectorise it: the exponent moves by 112, that of infinity and NaN by
+  // 112 again; a subnormal half is a small integer times 2^-24, exact in float.
+  const uint32_t special = 0u - uint32_t(magnitude >= 0x7c00), subnormal = 0u - uint32_t(magnitude < 0x0400);
+  const uint32_t moved = (magnitude << 13) + 0x38000000 + (special & 0x38000000);
+  const uint32_t counted = float_to_bits(float(int32_t(magnitude)) * 5.9604644775390625e-8f);
+  return bits_to_float(sign | (subnormal & counted) | (~subnormal & moved));
 }
 
 template <class T>
