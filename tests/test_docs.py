@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from small_models import build, prompts
-
 from dlmkernels.demo import MODEL_DIR
 from dlmkernels.demo.tasks import TASKS
+from small_models import build, prompts
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,7 +20,9 @@ def blocks(name):
 def test_readme_example(capsys):
     (code,) = blocks("README.md")
     problems = TASKS["addition"].make(2, seed=3)
-    code = code.replace("path/to/model", str(MODEL_DIR)).replace('"…", "…"', ", ".join(repr(p.prompt) for p in problems))
+    code = code.replace("path/to/model", str(MODEL_DIR)).replace(
+        '"…", "…"', ", ".join(repr(p.prompt) for p in problems)
+    )
     code = code.replace("max_new_tokens=256, block_length=32", "max_new_tokens=17, block_length=17")
     exec(compile(code, "README.md", "exec"), {})
     printed = capsys.readouterr().out
@@ -50,5 +51,3 @@ def test_quoted_files_exist():
         text = (ROOT / name).read_text()
         for path in re.findall(r"`((?:tests|csrc|python|docs|benchmarks|examples)/[\w./]+\.\w+)`", text):
             assert (ROOT / path).exists(), f"{name} speaks of {path}"
-
-

@@ -140,16 +140,19 @@ void multiply_add_seen(const Scratch& t, float* acc, int64_t rows, int64_t depth
 // The K tile as [D][kKeys]; slots that nobody needs are not read.
 template <class T>
 void load_keys(const T* k, int64_t stride, Mask needed, int64_t width, int64_t D, float* tile) {
-  constexpr int64_t kStep = 8;  // few destination rows at a time stay in the first-level cache
+  constexpr int64_t kStep = 8;  // converted in rows, transposed while in the first-level cache
+  float rows[kKeys * kStep];
   for (int64_t d = 0; d < D; d += kStep) {
     for (int64_t j = 0; j < width; ++j) {
-      float* to = tile + d * kKeys + j;
       if (needed >> j & 1) {
         const T* from = k + j * stride + d;
-        for (int64_t i = 0; i < kStep; ++i) to[i * kKeys] = to_float(from[i]);
+        for (int64_t i = 0; i < kStep; ++i) rows[j * kStep + i] = to_float(from[i]);
       } else {
-        for (int64_t i = 0; i < kStep; ++i) to[i * kKeys] = 0.0f;
+        std::fill_n(rows + j * kStep, kStep, 0.0f);
       }
+    }
+    for (int64_t i = 0; i < kStep; ++i) {
+      for (int64_t j = 0; j < width; ++j) tile[(d + i) * kKeys + j] = rows[j * kStep + i];
     }
   }
 }
@@ -197,12 +200,10 @@ float online_softmax(const BlockAttentionParams& p, float* s, Mask seen, int64_t
   // Only NaN and -inf so far: any finite number will do to subtract.
   const float base = maximum == -kInfinity ? 0.0f : maximum;
   const float shrink = plain_exp(*m - base);
+  for (int64_t j = 0; j < width; ++j) s[j] = plain_exp(s[j] - base);
   std::fill_n(lane, kLanes, 0.0f);
   for (int64_t j = 0; j < width; j += kLanes) {
-    for (int64_t i = 0; i < kLanes; ++i) {
-      s[j + i] = plain_exp(s[j + i] - base);
-      lane[i] += s[j + i];
-    }
+    for (int64_t i = 0; i < kLanes; ++i) lane[i] += s[j + i];
   }
   const float sum =
       ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));

@@ -17,7 +17,7 @@ void copy_strides(const Tensor& t, int64_t* strides) {
 
 void check_slots(const Check& check, const BlockAttentionParams& p) {
   if (!p.slots) {
-    check.that(p.Q <= p.S, "slots must be given when q has more rows (", p.Q,
+    check.that(p.Q <= p.S || p.B == 0, "slots must be given when q has more rows (", p.Q,
                ") than k_cache has slots (", p.S, ")");
     return;
   }
@@ -99,6 +99,9 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const MaybeTensor& k
     p.N = one_range ? 1 : kv_range->dim() == 3 ? kv_range->size(1) : -1;
     p.kv_range = one_range ? check.dense<int32_t>("kv_range", *kv_range, {p.B, 2})
                            : check.dense<int32_t>("kv_range", *kv_range, {p.B, -1, 2});
+    check.that(p.N > 0,
+               "kv_range must hold at least one range a batch row (it may be empty); got shape ",
+               Check::shape(*kv_range));
   }
   p.block_origin = check.per_row<int32_t>("block_origin", block_origin, p.B);
   p.q_limit = check.dense<int32_t>("q_limit", q_limit, {p.B, p.Q});
@@ -113,7 +116,8 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const MaybeTensor& k
   check.that(softcap >= 0 && std::isfinite(softcap), "softcap must be 0 (none) or positive; got ",
              softcap);
   check.that(!scale || std::isfinite(*scale), "scale must be finite; got ", scale.value_or(0));
-  // Beyond what two slots (or a slot and an origin) can be apart nothing changes, and no sum overflows.
+  // Beyond what two slots (or a slot and an origin) can be apart nothing changes, and no sum
+  // overflows.
   p.causal_block = std::min(causal_block, int64_t(1) << 33);
   p.window_left = std::min(window_left, p.S);
   p.window_right = std::min(window_right, p.S);

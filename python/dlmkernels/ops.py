@@ -61,7 +61,7 @@ def block_attention(
         the later row is written. None: row i has slot i (then Q <= S).
     kv_range : Tensor or None
         int32 [B, N, 2], or [B, 2] for one range: half-open ranges of attended slots, ascending. A range starts no
-        earlier than the ranges before it end, so an overlap counts once; start >= end is an empty range. None:
+        earlier than the ranges before it end, so an overlap counts once; start >= end is an empty range; N >= 1. None:
         [0, S). Left padding of p slots is a range that starts at p.
     causal_block : int
         0: no order between slots. n > 0: block-causal with blocks of n slots, a row sees the slots of its own block and

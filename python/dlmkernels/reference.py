@@ -110,7 +110,8 @@ def block_attention_mask(
     if kv_range is not None:
         in_range[:] = False
         reached = torch.zeros(B, 1, dtype=torch.long, device=slots.device)
-        for one_range in kv_range.long().reshape(B, -1, 2).unbind(1):
+        ranges = kv_range.long() if kv_range.dim() == 3 else kv_range.long().unsqueeze(1)
+        for one_range in ranges.unbind(1):
             start, end = one_range[:, :1], one_range[:, 1:]
             in_range |= (j >= torch.maximum(start, reached)) & (j < end)
             reached = torch.maximum(reached, end)
