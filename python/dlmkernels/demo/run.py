@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `dlmkernels demo` does: one Sudoku before your eyes, then unmasking rules compared on held-out problems."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import dlmkernels as dk
+
+from . import MODEL_DIR, board
+from .tasks import TASKS, Problem
+
+BATCH = 32  # canvases decoded together
+
+
+@dataclass(frozen=True)
+class LeftToRight(dk.Rule):
+    """The leftmost open position, whatever the model says of it: the order of autoregressive models."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def select(self, step):
+        return step.select("none", score=-step.window.positions.float(), fill=1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the comparison: a name, decoding options, and whether `--quick` keeps it."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    quick: bool = False
+
+
+CONFIDENCE, RANDOM = "one a forward, by confidence", "one a forward, random order"
+CASES = (
+    Case(CONFIDENCE, {}, quick=True),
+    Case(RANDOM, {"score": "random"}, quick=True),
+    Case("one a forward, left to right", {"rule": LeftToRight()}),
+    Case("Threshold(0.99)", {"rule": dk.Threshold(0.99)}),
+    Case("Threshold(0.9)", {"rule": dk.Threshold(0.9)}, quick=True),
+    Case("EntropyBound(0.01)", {"rule": dk.EntropyBound(0.01)}),
+    Case("EntropyBound(0.1)", {"rule": dk.EntropyBound(0.1)}, quick=True),
+    Case("Factor(0.5)", {"rule": dk.Factor(0.5)}),
+    Case("8 forwards", {"steps": 8}),
+    Case("4 forwards", {"steps": 4}, quick=True),
+)
+# title, task, difficulty
+SETS: tuple[tuple[str, str, int | None], ...] = (
+    ("Sudoku, 40 clues", "sudoku", 40),
+    ("Sudoku, 32 clues", "sudoku", 32),
+    ("16-digit addition", "addition", None),
+    ("running sum of 32 digits", "running-sum", None),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of the table: means over the problems of a set.
+
+    Attributes
+    ----------
+    solved : float
+        Share of problems whose whole answer is right.
+    forwards : float
+        Model forwards a problem took.
+    tokens_per_forward, tokens_per_second : float
+        Decoded tokens over forwards, and over seconds of wall clock with `BATCH` problems at a time.
+    """
+
+    set: str
+    rule: str
+    problems: int
+    solved: float
+    forwards: float
+    tokens_per_forward: float
+    tokens_per_second: float
+
+
+def run(
+    problems: int | None = None, quick: bool = False, out: str = "demo-out", json_file: str | None = None, seed: int = 1
+) -> list[Result]:
+    """The whole demonstration; prints as it goes.
+
+    Parameters
+    ----------
+    problems : int, optional
+        Problems of each set; 96, or 8 with `quick`.
+    quick : bool
+        Half of the rules.
+    out : str
+        Folder for the two pictures, made if it does not exist.
+    json_file : str, optional
+        Where to write the results, with the environment, as JSON.
+    seed : int
+        Which held-out problems are made.
+    """
+    start = time.perf_counter()
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)  # a mistake in the path should show before the work, not after it
+    model, tokenizer = load()
+    say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {model.config.model_type}; "
+        f"CPU kernels: {dk._C.cpu_isa()}; threads: {choose_threads(model)}\n")  # fmt: skip
+
+    trace = show_sudoku(model, seed)
+    board.plot(trace, folder / "dlmkernels-sudoku.png")
+
+    count = problems or (8 if quick else 96)
+    say(f"\n{count} held-out problems of each kind, {min(BATCH, count)} at a time\n")
+    results = compare(model, tokenizer, count, [c for c in CASES if c.quick or not quick], seed)
+    plot(results, folder / "dlmkernels-demo.png")
+    say(f"\npictures: {folder / 'dlmkernels-demo.png'}, {folder / 'dlmkernels-sudoku.png'}")
+    if json_file:
+        from ..info import collect
+
+        Path(json_file).write_text(
+            json.dumps(
+                {"environment": collect(), "seed": seed, "batch": BATCH, "results": [asdict(r) for r in results]},
+                indent=2,
+            )
+            + "\n"
+        )
+        say(f"data: {json_file}")
+    first = {r.rule: r for r in results if r.set == SETS[0][0]}
+    say(f"{SETS[0][0]}, one cell a forward: {first[CONFIDENCE].solved:.1%} solved in order of confidence, "
+        f"{first[RANDOM].solved:.1%} in random order. ({time.perf_counter() - start:.0f} s)")  # fmt: skip
+    return results
+
+
+def load():
+    """The shipped model, in float32 so that results are the same on every processor, and its tokenizer."""
+    import transformers
+
+    if not (MODEL_DIR / "model.safetensors").is_file():
+        raise ValueError(f"the demonstration model is not in {MODEL_DIR}: reinstall the package")
+    transformers.utils.logging.disable_progress_bar()
+    model = dk.load(MODEL_DIR, dtype=torch.float32)
+    return model, transformers.AutoTokenizer.from_pretrained(MODEL_DIR)
+
+
+def choose_threads(model) -> int:
+    """Use one thread where several are slower, as they are when other programs keep the processors busy."""
+    most = torch.get_num_threads()
+    tokens = torch.full((4, 82), model.config.mask_token_id)
+
+    def seconds(threads: int) -> float:
+        torch.set_num_threads(threads)
+        start = time.perf_counter()
+        dk.infill(model, tokens, steps=2)
+        return time.perf_counter() - start
+
+    if most > 1:
+        dk.infill(model, tokens, steps=1)
+        times = {threads: [] for threads in (1, most)}
+        for _ in range(3):
+            for threads, measured in times.items():
+                measured.append(seconds(threads))
+        torch.set_num_threads(min(times, key=lambda threads: sorted(times[threads])[1]))
+    return torch.get_num_threads()
+
+
+def show_sudoku(model, seed: int) -> dk.Trace:
+    """Decode one Sudoku with a parallel rule and show how the board filled."""
+    task = TASKS["sudoku"]
+    problem = task.make(1, seed=seed, difficulty=32)[0]
+    out = dk.infill(model, torch.from_numpy(problem.ids), rule=dk.EntropyBound(0.1))
+    trace = out.trace
+    if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+        board.play(trace, colour="NO_COLOR" not in os.environ)
+    else:
+        say(board.frames(trace))
+    solved = task.check(problem, board._text(trace, int(trace.commit_step.max())))
+    say(f"Sudoku of 32 clues, EntropyBound(0.1): {len(problem.blanks)} cells in {int(out.num_forwards[0])} forwards, "
+        f"{'solved' if solved else 'not solved'}")  # fmt: skip
+    return trace
+
+
+def compare(model, tokenizer, count: int, cases: list[Case], seed: int) -> list[Result]:
+    """Decode every set of problems with every rule; prints the table row by row."""
+    width = max(len(title) for title, *_ in SETS), max(len(case.name) for case in cases)
+    say(f"{'task':<{width[0]}}  {'rule':<{width[1]}}   solved  forwards  tokens/forward  tokens/s")
+    results = []
+    for title, name, difficulty in SETS:
+        problems = TASKS[name].make(count, seed=seed, difficulty=difficulty)
+        for i, case in enumerate(cases):
+            progress = Progress(f"{title}: {case.name}", count)
+            r = measure(model, tokenizer, title, problems, case, progress)
+            progress.clear()
+            say(f"{title if i == 0 else '':<{width[0]}}  {r.rule:<{width[1]}}  {r.solved:6.1%}  {r.forwards:8.1f}  "
+                f"{r.tokens_per_forward:14.2f}  {r.tokens_per_second:8.0f}".replace("100.0%", "100.0%"))  # fmt: skip
+            results.append(r)
+    return results
+
+
+def measure(
+    model, tokenizer, title: str, problems: list[Problem], case: Case, progress: Callable[[int], None] = lambda n: None
+) -> Result:
+    """Decode problems of one task, `BATCH` at a time, and check the answers by the task's rules."""
+    solved, forwards, tokens, seconds = 0, 0, 0, 0.0
+    for first in range(0, len(problems), BATCH):
+        part = problems[first : first + BATCH]
+        start = time.perf_counter()
+        out = decode(model, tokenizer, part, torch.arange(first, first + len(part)), case.options)
+        forwards += int(out.num_forwards.sum())
+        tokens += int((out.commit_step >= 0).sum())
+        seconds += time.perf_counter() - start
+        texts = tokenizer.batch_decode(out.sequences)
+        solved += sum(TASKS[p.task].check(p, text) for p, text in zip(part, texts))
+        progress(first + len(part))
+    n = len(problems)
+    return Result(title, case.name, n, solved / n, forwards / n, tokens / forwards, tokens / seconds)
+
+
+def decode(model, tokenizer, problems: list[Problem], seeds: Tensor, options: dict[str, Any]) -> dk.DecodingOutput:
+    """Fill in a batch of canvases of one task: after the prompt where all that follows is blank, else between clues."""
+    if all(len(p.blanks) == len(p.answer) for p in problems):
+        prompts = tokenizer([p.prompt for p in problems], return_tensors="pt")
+        return dk.generate(model, prompts.input_ids, max_new_tokens=len(problems[0].answer), seed=seeds, **options)
+    canvases = tokenizer([p.canvas for p in problems], return_tensors="pt")
+    return dk.infill(model, canvases.input_ids, seed=seeds, **options)
+
+
+def plot(results: list[Result], path: Path) -> None:
+    """Save a PNG: share of solved problems against forwards, a panel for each set of problems."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter, ScalarFormatter
+
+    titles = list(dict.fromkeys(r.set for r in results))
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, title in zip(figure.subplots(2, 2).flat, titles):
+        rows = [r for r in results if r.set == title]
+        highest = max(r.forwards for r in rows)
+        axes.set_xscale("log", base=2)
+        axes.set(xlim=(0.8, 1.6 * highest), ylim=(-0.06, 1.14), title=title, xlabel="forwards a problem",
+                 ylabel="solved")  # fmt: skip
+        axes.xaxis.set_major_locator(FixedLocator([2**i for i in range(8) if 2**i <= 1.6 * highest]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.set_yticks(np.linspace(0, 1, 6))
+        axes.grid(alpha=0.3)
+        for r in rows:
+            parallel = not r.rule.startswith("one a forward")
+            axes.scatter(r.forwards, r.solved, s=36, color="tab:blue" if parallel else "tab:orange", zorder=3)
+    figure.draw_without_rendering()  # places the panels, which the labels need to know
+    for axes, title in zip(figure.axes, titles):
+        _label(axes, [(r.forwards, r.solved, r.rule.replace("one a forward, ", "")) for r in results if r.set == title])
+    figure.savefig(path, dpi=120)
+
+
+def _label(axes, points: list[tuple[float, float, str]]) -> None:
+    """Write a label beside each point, at the nearest place where it covers neither points nor other labels."""
+    renderer = axes.figure.canvas.get_renderer()
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in axes.transData.transform([p[:2] for p in points])]
+    frame = axes.get_window_extent(renderer)
+    for x, y, text in points:
+        for dx, dy in sorted(
+            ((dx, dy) for dx in range(-120, 121, 8) for dy in range(-120, 121, 6)), key=lambda d: abs(d[0]) + abs(d[1])
+        ):
+            arrow = {"arrowstyle": "-", "lw": 0.5, "color": "grey"} if abs(dx) + abs(dy) > 24 else None
+            label = axes.annotate(
+                text, (x, y), (dx, dy), textcoords="offset points", fontsize=7, ha="center", va="center",
+                arrowprops=arrow,
+            )  # fmt: skip
+            box = label.get_tightbbox(renderer) if arrow is None else _text_box(label, renderer)
+            inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
+            if inside and not any(box.x0 < b[2] and b[0] < box.x1 and box.y0 < b[3] and b[1] < box.y1 for b in taken):
+                taken.append(box.extents)
+                break
+            label.remove()
+
+
+def _text_box(label, renderer):
+    from matplotlib.text import Text
+
+    label.update_positions(renderer)
+    return Text.get_window_extent(label, renderer)
+
+
+class Progress:
+    """A counter on stderr, shown in a terminal alone."""
+
+    def __init__(self, what: str, total: int):
+        self.what, self.total, self.shown = what, total, sys.stderr.isatty()
+        self(0)
+
+    def __call__(self, done: int) -> None:
+        if self.shown:
+            print(f"\r{self.what}  {done}/{self.total}\033[K", end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        if self.shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
