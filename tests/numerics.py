@@ -52,3 +52,16 @@ def assert_close(name, out, gold, peer):
 def poison_(t):
     """Fill a tensor with NaN (or a wild integer), so that reading what was never written shows."""
     return t.fill_(math.nan if t.is_floating_point() else torch.iinfo(t.dtype).min // 2 if t.dtype != torch.bool else 1)
+
+
+def assert_drawn_from(name, counts, probability):
+    """Check by Pearson's chi-square that `counts` are draws from `probability`; outcomes of probability 0 are exact."""
+    counts, probability = counts.double(), probability.double()
+    possible = probability > 0
+    assert not counts[~possible].any(), f"{name}: impossible outcomes drawn: {counts[~possible].sum():.0f}"
+    expected = probability[possible] * counts.sum()
+    assert expected.min() >= 5, f"{name}: too few draws for the test: {expected.min():.1f} expected of some outcome"
+    statistic = ((counts[possible] - expected) ** 2 / expected).sum()
+    freedom = torch.tensor((len(expected) - 1) / 2, dtype=torch.float64)
+    chance = torch.special.gammaincc(freedom, statistic / 2).item()
+    assert chance > 1e-4, f"{name}: chi-square {statistic:.1f} with {2 * freedom:.0f} degrees: chance {chance:.1e}"
