@@ -69,7 +69,7 @@ class Request:
         self.num_forwards += 1
 
     def note(self, *distances: float) -> None:
-        self.slack = min(self.slack, *distances)
+        self.slack = min((self.slack, *distances))
 
 
 @dataclass
@@ -189,7 +189,7 @@ def llada(
 def threshold_count(request: Request, confidence: list[float], threshold: float) -> int:
     """All that reach the threshold; at least one."""
     confidence = sorted(confidence, reverse=True)
-    request.note(*(abs(c - threshold) for c in confidence[1:]), math.inf)
+    request.note(*(abs(c - threshold) for c in confidence[1:]))
     return max(sum(c >= threshold for c in confidence), 1)
 
 
@@ -270,16 +270,11 @@ def time_quota(masks: float, step: int, steps: int, eps: float = 1e-3) -> int:
 
 def nucleus(request: Request, z: Tensor, top_p: float) -> Tensor:
     """Keep a logit if those above it hold at most `top_p` of the probability; equal logits together."""
-    out = z.clone()
-    for row, kept in zip(z, out):
-        p = torch.softmax(row, -1)
-        for value in row.unique():
-            above = p[row > value].sum().item()
-            if value > -torch.inf:
-                request.note(abs(above - top_p))
-            if above > top_p:
-                kept[row == value] = -torch.inf
-    return out
+    p = torch.softmax(z, -1)
+    larger = z[:, None, :] > z[:, :, None]  # [row, v, other]: the other's logit is larger than v's
+    above = (p[:, None, :] * larger).sum(-1)
+    request.note((above[z > -torch.inf] - top_p).abs().min().item())
+    return z.masked_fill(above > top_p, -torch.inf)
 
 
 def best_k(z: Tensor, k: int) -> Tensor:

@@ -14,8 +14,8 @@ import published
 from plain_llama import PlainLlama
 from small_models import KINDS, MASK, PAD, build, prompts
 
-# Two float32 programs differ by about a hundredth of this in the quantities compared.
-NEAR_TIE = 2e-5
+# Two float32 programs differ by less than this in the quantities compared.
+NEAR_TIE = 1e-5
 LENGTHS = (5, 11, 8)
 DECODERS = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
@@ -26,9 +26,28 @@ def _inference():
         yield
 
 
+def lively(kind: str = "llama", seed: int = 23):
+    """A random model in which much depends on context: weights of unit gain and more, biases and norms random too.
+
+    With transformers' own initialisation all masks look alike, and everything is a near tie.
+    """
+    model = build(kind, seed=seed)
+    head = model.get_output_embeddings().weight
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 1:
+                p.add_(0.2 * torch.randn_like(p))
+            else:
+                gain = 4.5 if p is head else p.shape[-1] ** 0.5 if "embed" in name else 2.0
+                p.normal_(std=gain / p.shape[-1] ** 0.5)
+    model.set_attn_implementation("eager")
+    return model
+
+
 @pytest.fixture(scope="module")
 def model():
-    return build(seed=2)
+    return lively()
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +141,7 @@ class TestLlada:
     def test_steps_that_do_not_divide_the_masks(self, model, plain, steps):
         assert_rows_same(model, lambda c, s: published.llada(plain, c, s, MASK, steps=steps), 16, steps=steps)
 
-    @pytest.mark.parametrize("cfg_scale", [0.5, 2.0])
+    @pytest.mark.parametrize("cfg_scale", [0.5, 1.0])
     @pytest.mark.parametrize("block_length", [None, 8])
     def test_guidance(self, model, plain, cfg_scale, block_length):
         options = {"cfg_scale": cfg_scale, "block_length": block_length, "steps": 8}
@@ -143,7 +162,9 @@ class TestLlada:
     def test_random_order(self, model, plain):
         """Which positions is chance; how many, and what they become, is not."""
         ids = prompts(2, 6)
-        out = dk.generate(model, ids, score="random", max_new_tokens=16, steps=5, seed=4, eos_policy="none")
+        out = dk.generate(
+            model, ids, score="random", max_new_tokens=16, steps=5, seed=torch.tensor([4, 5]), eos_policy="none"
+        )
         assert not torch.equal(out.commit_step[0], out.commit_step[1])
         for row in range(2):
             tokens = canvas_of(ids[row], 16)
@@ -252,14 +273,8 @@ class TestEntropyBound:
 
 @pytest.fixture(scope="module", params=KINDS)
 def any_model(request):
-    """A random model whose biases and norms are random too, with its own attention in plain torch."""
-    model = build(request.param, seed=3)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() == 1:
-                p.add_(0.3 * torch.randn_like(p) if "norm" in name.lower() else 0.2 * torch.randn_like(p))
-    model.set_attn_implementation("eager")
-    return model
+    """With its own attention in plain torch."""
+    return lively(request.param, seed=3)
 
 
 def own_logits(model, pads: int = 0):

@@ -14,7 +14,7 @@
 #include <cstring>
 #include <limits>
 
-#include "common/exp.h"
+#include "common/math.h"
 #include "cpu/block_attention.h"
 
 namespace dlm::cpu::generic {
