@@ -60,8 +60,7 @@ def test_quota(benchmark, harness, case):
 
     assert torch.equal(ours().selected, quota_loop(score, eligible, quota))
     harness.compare(benchmark, f"select_tokens, quota: {case}", ours,
-                    {"topk in a loop over requests": lambda: quota_loop(score, eligible, quota)},
-                    work=score.numel(), unit="slots/s")  # fmt: skip
+                    {"topk in a loop over requests": lambda: quota_loop(score, eligible, quota)})  # fmt: skip
 
 
 def test_threshold(benchmark, harness, case):
@@ -73,5 +72,4 @@ def test_threshold(benchmark, harness, case):
 
     assert torch.equal(ours().selected, threshold_loop(score, eligible, 0.9))
     harness.compare(benchmark, f"select_tokens, threshold: {case}", ours,
-                    {"Fast-dLLM's loop over positions": lambda: threshold_loop(score, eligible, 0.9)},
-                    work=score.numel(), unit="slots/s")  # fmt: skip
+                    {"Fast-dLLM's loop over positions": lambda: threshold_loop(score, eligible, 0.9)})  # fmt: skip

@@ -47,7 +47,7 @@ def float64_softmax(z):
 def margin_by_sort(z):
     """Dream, `topk_margin`: sort all probabilities, subtract the second from the first."""
     p = F.softmax(z, -1)
-    confidence, token = p.max(-1)
+    token = p.argmax(-1)
     ordered, _ = p.sort(-1, descending=True)
     return ordered[:, 0] - ordered[:, 1], token
 

@@ -28,8 +28,6 @@ def _seeded():
     torch.manual_seed(0)
 
 
-
-
 def pytest_generate_tests(metafunc):
     """A benchmark with an argument `case` takes its cases from QUICK and, with --full, FULL of its module."""
     if "case" in metafunc.fixturenames:

@@ -131,7 +131,6 @@ class Harness:
             ours()
             own.append(time.perf_counter() - start)
 
-        benchmark.group = group
         benchmark.pedantic(timed_ours, setup=others_first, rounds=rounds, iterations=1)
         result = Comparison(group)
         for name in baselines:

@@ -156,9 +156,8 @@ def train(args: argparse.Namespace) -> None:
     ]
     print(f"{sum(p.numel() for p in params.values()):,} parameters", flush=True)
     step, elapsed, tokens = 0, 0.0, 0
-    checkpoint = Path(args.checkpoint) if args.checkpoint else None
-    if checkpoint and checkpoint.exists():
-        saved = torch.load(checkpoint)
+    if args.checkpoint and Path(args.checkpoint).exists():
+        saved = torch.load(args.checkpoint)
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
@@ -169,9 +168,9 @@ def train(args: argparse.Namespace) -> None:
     while True:
         progress = step / args.steps if args.steps else elapsed / (60 * args.minutes)
         if progress >= 1 or elapsed > save:
-            if checkpoint:
+            if args.checkpoint:
                 state = dict(model=model.state_dict(), ema=ema, step=step, elapsed=elapsed, tokens=tokens)
-                torch.save(state | {"optimizers": [o.state_dict() for o in optimizers]}, checkpoint)
+                torch.save(state | {"optimizers": [o.state_dict() for o in optimizers]}, args.checkpoint)
             export(ema, Path(args.output))
             save = elapsed + 300
         if progress >= 1:
@@ -197,8 +196,7 @@ def train(args: argparse.Namespace) -> None:
             sums[:, i] += loss.sum().item(), count.sum().item()
         if elapsed > report:
             text = "  ".join(f"{name} {x:.4f}" for name, x in zip(ROWS, sums[0] / sums[1]))
-            speed = tokens / elapsed
-            print(f"{elapsed / 60:5.1f} min  step {step}  {speed:,.0f} tok/s  lr {lr:.1e}  {text}", flush=True)
+            print(f"{elapsed / 60:.1f} min, step {step}, {tokens / elapsed:.0f} tok/s, lr {lr:.0e}: {text}", flush=True)
             report, sums = elapsed + 30, np.zeros_like(sums)
     print(f"done: {step} steps, {tokens / 1e6:.1f} M tokens, {elapsed / 60:.1f} min", flush=True)
 
@@ -264,7 +262,7 @@ def decode_canvases(model: nn.Module, ids: Tensor, order: str, seed: int = 0) ->
 def evaluate(args: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(args.evaluate, dtype=getattr(torch, args.dtype)).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.evaluate, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.evaluate)
     rows = [("sudoku", 40), ("sudoku", 32), ("addition", None), ("addition", 12), ("running-sum", None)]
     print("| task | difficulty | order | solved | forwards |\n|---|---|---|---|---|")
@@ -274,8 +272,8 @@ def evaluate(args: argparse.Namespace) -> None:
         for order in args.orders.split(","):
             out, forwards = decode_canvases(model, ids, order, args.seed)
             solved = [TASKS[name].check(p, text) for p, text in zip(problems, tokenizer.batch_decode(out))]
-            level = "–" if difficulty is None else difficulty
-            print(f"| {name} | {level} | {order} | {100 * np.mean(solved):.1f} % | {forwards:.1f} |", flush=True)
+            row = name, "–" if difficulty is None else difficulty, order, f"{np.mean(solved):.1%}", f"{forwards:.1f}"
+            print(f"| {' | '.join(map(str, row))} |", flush=True)
 
 
 def main() -> None:
@@ -290,7 +288,6 @@ def main() -> None:
     parser.add_argument("--evaluate", metavar="FOLDER", help="measure an exported model instead of training")
     parser.add_argument("--problems", type=int, default=200, help="held-out problems for each row of the table")
     parser.add_argument("--orders", default="confidence,random,0.9,0.99")
-    parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.evaluate:

@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Solve a Sudoku before your eyes, then compare unmasking rules on held-out problems of three "
         "tasks. Writes pictures.",
     )  # fmt: skip
-    demo.add_argument("--problems", type=_positive, metavar="N", help="problems for each task (default 96)")
+    demo.add_argument("--problems", type=_positive, metavar="N", help="problems for each task (default 64)")
     demo.add_argument("--quick", action="store_true", help="8 problems for each task and few rules: some seconds")
     demo.add_argument("--out", default="demo-out", metavar="DIR", help="folder for the pictures (default demo-out)")
     demo.add_argument("--json", metavar="FILE", help="write the table as JSON as well")
@@ -120,8 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     bench.set_defaults(run=_bench)
 
-    about = commands.add_parser("info", help="versions, kernels in use, what is missing",
-                                description="Versions, what was built, what is in use, and what is missing.")  # fmt: skip
+    about = commands.add_parser("info", help="versions, kernels in use, what is missing", description=info.__doc__)
     info.add_arguments(about)
     about.set_defaults(run=info.run)
     return parser
