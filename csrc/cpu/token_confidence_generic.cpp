@@ -336,17 +336,14 @@ uint32_t crossing(Row<T>& row, const Measure& measure) {
     for (int64_t begin = 0; begin < row.V; begin += kBlock) {
       const int n = row.load(begin, z);
       for (int i = 0; i < n; ++i) key[i] = ordered_bits(z[i]);
-      // keys of this level's interval, without its prefix; all others are too large to be a bin
-      if (level) {
-        uint32_t any = 0;
-        for (int i = 0; i < n; ++i) {
-          key[i] = (key[i] >> shift) - (prefix << bits);
-          any |= uint32_t(key[i] < uint32_t(size));
-        }
-        if (!any) continue;
-      } else {
-        for (int i = 0; i < n; ++i) key[i] >>= shift;
+      // A key less this level's prefix is a bin; what lies outside the prefix's interval becomes
+      // too large to be one.
+      uint32_t any = 0;
+      for (int i = 0; i < n; ++i) {
+        key[i] = (key[i] >> shift) - (prefix << bits);
+        any |= uint32_t(key[i] < uint32_t(size)) & uint32_t(z[i] > -kInfinity);
       }
+      if (!any) continue;
       if (measure.mass) {
         exponentials(z, n, measure.max, measure.scale, weight);
       } else {
