@@ -260,6 +260,19 @@ def test_logits_of_any_size():
     )
 
 
+def test_infinite_logits():
+    """A logit of -inf weighs nothing, even where a whole tile, or all a row sees, is made of them."""
+    c = make(B=1, Q=3, S=140, H=2, G=1, D=8, new=False)
+    c["q"][..., 0] = torch.tensor([1.0, 0.5, -1.0]).view(1, 3, 1)
+    c["k_cache"][:, :70, :, 0] = -inf
+    out, _ = ops.block_attention(**c)
+    assert out[0, 2].isnan().all()  # its logits are +inf
+    c["q"], c["slots"] = c["q"][:, :2], ints([[0, 1]])
+    check(c)
+    out, lse = check(c | {"kv_range": ints([[0, 70]])})
+    assert not out.any() and (lse == -inf).all()
+
+
 # --- what must not matter --------------------------------------------------------------------------------------------
 
 

@@ -95,7 +95,8 @@ def block_attention(
     -----
     Arithmetic is float32. A row's result has the same bits whatever the batch, the other query rows and the number of
     threads; on the CPU also whatever the left padding (as `kv_range`), and a block attending to a cache gives the bits
-    of the same rows in a full forward. NaN in a row of `q` stays in that row.
+    of the same rows in a full forward. NaN in a row of `q` stays in that row. A visible logit of -inf weighs nothing,
+    one of +inf makes its row NaN.
 
     Online softmax: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018. Query heads that share
     a key head: Ainslie et al., "GQA", 2023. Block-causal order: Arriola et al., "Block Diffusion", 2025.

@@ -159,8 +159,8 @@ def block_attention(
        - ``k_order[b, j] <= q_limit[b, row]``, where these are given;
        - i - window_left <= j <= i + window_right, a side of -1 being open.
     3. s = scale * q.k over the visible slots (scale: 1/sqrt(D)), then softcap * tanh(s / softcap) if softcap > 0;
-       out = softmax(s) . v, lse = log sum exp(s). A row that sees nothing, or has slot -1: zeros and -inf. What it does
-       not see has no influence, NaN included.
+       out = softmax(s) . v, lse = log sum exp(s). A row that sees nothing (but logits of -inf), or has slot -1: zeros
+       and -inf. What it does not see has no influence, NaN included.
     """
     (B, Q, H, D), (S, G) = q.shape, k_cache.shape[1:3]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -189,8 +189,10 @@ def block_attention(
             s = scale * torch.einsum("hd,nhd->hn", q[b, row].to(wide), k)
             if softcap > 0:
                 s = softcap * torch.tanh(s / softcap)
-            lse[b, row] = torch.logsumexp(s, dim=1)
-            out[b, row] = torch.einsum("hn,nhd->hd", torch.softmax(s, dim=1), v).to(q.dtype)
+            total = torch.logsumexp(s, dim=1)
+            weights = torch.exp(s - torch.where(total == -torch.inf, 0, total).unsqueeze(1))
+            lse[b, row] = total
+            out[b, row] = torch.einsum("hn,nhd->hd", weights, v).to(q.dtype)
     return out, lse
 
 
