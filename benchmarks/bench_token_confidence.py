@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from harness import read_limit, touch
-from shapes import DEMO, DREAM, LLADA, Shape
 
 from dlmkernels import ops
+from harness import read_limit, touch
+from shapes import DEMO, DREAM, LLADA, Shape
 
 
 @dataclass(frozen=True)

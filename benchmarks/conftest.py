@@ -4,9 +4,9 @@ import platform
 
 import pytest
 import torch
-from harness import Harness
 
 from dlmkernels import _C
+from harness import Harness
 
 
 def pytest_addoption(parser):

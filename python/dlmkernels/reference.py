@@ -120,7 +120,7 @@ def block_attention_mask(
         origin = per_row(block_origin, B, 0).long().view(B, 1, 1)
         block_i, block_j = (torch.where(x < origin, -1, (x - origin) // causal_block) for x in (i, j))
         visible = visible & (block_j <= block_i)
-    if q_limit is not None:
+    if q_limit is not None and k_order is not None:
         visible = visible & (k_order.unsqueeze(1) <= q_limit.unsqueeze(2))
     if window_left >= 0:
         visible = visible & (j >= i - window_left)
@@ -167,7 +167,7 @@ def block_attention(
     scale = D**-0.5 if scale is None else scale
     if slots is None:
         slots = torch.arange(Q, device=q.device).expand(B, Q)
-    if k_new is not None:
+    if k_new is not None and v_new is not None:
         for b in range(B):
             for row, slot in enumerate(slots[b].tolist()):
                 if slot >= 0:
@@ -311,7 +311,7 @@ def token_confidence(
 
     argmax = z.argmax(-1)  # the first one
     token = argmax
-    if temperature is not None:
+    if temperature is not None and position is not None:
         key, now = per_row(seed, rows, 0).unsqueeze(1), per_row(step, rows, 0).long().unsqueeze(1)
         index = torch.arange(vocabulary, device=device)
         noise = gumbel(philox(key, position.long().unsqueeze(1), now, "token", index))
