@@ -5,17 +5,18 @@ Compared are the tokens, the forward that committed each, the number of forwards
 Batches are ragged and padded; every row must equal its request restated alone.
 """
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import dlmkernels as dk
+import numerics
 import published
 from plain_llama import PlainLlama
 from small_models import KINDS, MASK, PAD, build, prompts
 
-# Two float32 programs differ by less than this in the quantities compared.
-NEAR_TIE = 1e-5
 LENGTHS = (5, 11, 8)
 DECODERS = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
@@ -70,12 +71,14 @@ def canvas_of(prompt: Tensor, new_tokens: int, mask: int = MASK) -> Tensor:
 
 def assert_same(out, row: int, request: published.Request) -> None:
     """Row `row` of a decoding, without its padding, is the restated request."""
-    assert request.slack > NEAR_TIE, f"a near tie ({request.slack:.1e}): this comparison needs another seed"
+    assert request.slack > numerics.TWO_PROGRAMS, (
+        f"a near tie ({request.slack:.1e}): this comparison needs another seed"
+    )
     pads = out.sequences.shape[1] - len(request.tokens)
     assert torch.equal(out.sequences[row, pads:], request.tokens)
     assert torch.equal(out.commit_step[row, pads:], request.commit_step)
     assert out.num_forwards[row] == request.num_forwards
-    torch.testing.assert_close(out.confidence[row, pads:], request.confidence, rtol=0, atol=1e-5)
+    numerics.assert_same_probabilities(out.confidence[row, pads:], request.confidence)
 
 
 def assert_rows_same(model, restated, new_tokens: int, seed: int = 0, **options) -> None:
@@ -92,27 +95,34 @@ def assert_rows_same(model, restated, new_tokens: int, seed: int = 0, **options)
 
 
 class TestPlainLlama:
-    def test_full_forward(self, model, plain):
-        tokens = prompts(2, 21)
-        theirs = model(tokens, attention_mask=torch.zeros(1, 1, 21, 21)).logits
-        torch.testing.assert_close(plain(tokens)[0], theirs, rtol=1e-5, atol=5e-5)
+    """Itself compared with transformers' forward, and its caches with a forward of everything."""
 
-    def test_padding(self, model, plain):
+    @pytest.fixture(scope="class")
+    def exact(self, model):
+        return copy.deepcopy(model).double()
+
+    def test_full_forward(self, model, exact, plain):
+        tokens = prompts(2, 21)
+        gold, peer = (m(tokens, attention_mask=torch.zeros(1, 1, 21, 21, dtype=m.dtype)).logits for m in (exact, model))
+        numerics.assert_close("logits", plain(tokens)[0], gold, peer)
+
+    def test_padding(self, model, exact, plain):
         rows, ids, valid = ragged()
-        positions = (valid.cumsum(1) - 1).clamp(min=0)
-        mask = torch.zeros(3, 1, 11, 11).masked_fill(valid[:, None, None] == 0, torch.finfo(torch.float32).min)
-        theirs = model(ids, attention_mask=mask, position_ids=positions).logits
-        ours, _ = plain(ids, positions=positions, valid=valid.bool())
-        torch.testing.assert_close(ours[valid.bool()], theirs[valid.bool()], rtol=1e-5, atol=5e-5)
+        positions, keep = (valid.cumsum(1) - 1).clamp(min=0), valid.bool()
+        hidden = torch.zeros(3, 1, 11, 11).masked_fill(~keep[:, None, None], torch.finfo(torch.float32).min)
+        gold, peer = (m(ids, attention_mask=hidden.to(m.dtype), position_ids=positions).logits for m in (exact, model))
+        ours, _ = plain(ids, positions=positions, valid=keep)
+        numerics.assert_close("logits", ours[keep], gold[keep], peer[keep])
         for row, prompt in enumerate(rows):
-            alone, _ = plain(prompt[None])
-            torch.testing.assert_close(ours[row, 11 - len(prompt) :], alone[0], rtol=1e-5, atol=5e-5)
+            pads = 11 - len(prompt)
+            numerics.assert_close("alone", plain(prompt[None])[0][0], gold[row, pads:], peer[row, pads:])
 
-    def test_parts_of_an_unchanged_canvas(self, plain):
+    def test_parts_of_an_unchanged_canvas(self, exact, plain):
         tokens = prompts(2, 21)
-        logits, kept = plain(tokens)
-        torch.testing.assert_close(plain(tokens[:, 8:], kept, 8)[0], logits[:, 8:])
-        torch.testing.assert_close(plain(tokens[:, 8:13], kept, 8, True)[0], logits[:, 8:13])
+        gold, _ = PlainLlama(exact)(tokens)
+        peer, kept = plain(tokens)
+        numerics.assert_close("prefix", plain(tokens[:, 8:], kept, 8)[0], gold[:, 8:], peer[:, 8:])
+        numerics.assert_close("dual", plain(tokens[:, 8:13], kept, 8, True)[0], gold[:, 8:13], peer[:, 8:13])
 
     def test_what_the_caches_see(self, plain):
         """A prefix cache sees a change right of the block, a dual cache does not; neither sees one left of it."""
@@ -121,7 +131,7 @@ class TestPlainLlama:
         left, right = tokens.clone(), tokens.clone()
         left[0, 3], right[0, 17] = (tokens[0, 3] + 1) % 90, (tokens[0, 17] + 1) % 90
         assert torch.equal(plain(left[:, 8:], kept, 8)[0], plain(tokens[:, 8:], kept, 8)[0])
-        assert not torch.allclose(plain(right[:, 8:], kept, 8)[0][:, :5], logits[:, 8:13], atol=1e-2)
+        assert numerics.far(plain(right[:, 8:], kept, 8)[0][:, :5], logits[:, 8:13])
         assert torch.equal(plain(right[:, 8:13], kept, 8, True)[0], plain(tokens[:, 8:13], kept, 8, True)[0])
         _, replaced = plain(right[:, 8:18], kept, 8, True)
         assert torch.equal(replaced[0][0][:, 18:], kept[0][0][:, 18:])
@@ -206,7 +216,19 @@ class TestFastDllm:
             rule=dk.Threshold(threshold), logit_alignment="shift", **options,
         )  # fmt: skip
 
-    def test_quota_on_a_cache(self, model, plain):
+    @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+    def test_infilling(self, model, plain, cache):
+        """Blocks from the first column on; one row has nothing to do in the first block, one nothing at all."""
+        canvas = prompts(3, 24)
+        holes = torch.rand(3, 24, generator=torch.Generator().manual_seed(5)) < 0.5
+        holes[1, :8], holes[2] = False, False
+        canvas = canvas.masked_fill(holes, MASK)
+        options = {"cache": cache, "block_length": 8}
+        out = dk.infill(model, canvas, rule=dk.Threshold(0.6), eos_policy="none", **options)
+        for row in range(3):
+            assert_same(out, row, published.fast_dllm(plain, canvas[row], 0, MASK, threshold=0.6, **options))
+
+    def test_caches_matter(self, model):
         """The caches change the result, so the comparisons above do compare them."""
         ids = prompts(4, 9)
         options = {"max_new_tokens": 24, "block_length": 8, "rule": dk.Threshold(0.6), "eos_policy": "none"}
@@ -512,7 +534,7 @@ class TestDifferences:
                 request = published.fast_dllm(
                     plain, canvas_of(prompt, 32), len(prompt), MASK, threshold=0.6, block_length=8
                 )
-                assert request.slack > NEAR_TIE
+                assert request.slack > numerics.TWO_PROGRAMS
                 text = request.tokens[len(prompt) :]
                 ends = (text == eos).nonzero().flatten().tolist()
                 stop = ends[0] + 1 if ends else 32

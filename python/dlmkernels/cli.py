@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Solve a Sudoku before your eyes, then compare unmasking rules on held-out problems of three "
         "tasks. Writes pictures.",
     )  # fmt: skip
-    demo.add_argument("--problems", type=_positive, metavar="N", help="problems for each task (default 64)")
+    demo.add_argument("--problems", type=_positive, metavar="N", help="problems for each task (default 48)")
     demo.add_argument("--quick", action="store_true", help="8 problems for each task and few rules: some seconds")
     demo.add_argument("--out", default="demo-out", metavar="DIR", help="folder for the pictures (default demo-out)")
     demo.add_argument("--json", metavar="FILE", help="write the table as JSON as well")

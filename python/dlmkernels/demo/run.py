@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +20,7 @@ import dlmkernels as dk
 from . import MODEL_DIR, board
 from .tasks import TASKS, Problem
 
-BATCH = 32  # canvases decoded together
+BATCH = 16  # canvases decoded together
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class Case:
     quick: bool = False
 
 
+MARKERS = "o^vsDphX*P"
 CONFIDENCE, RANDOM = "one a forward, by confidence", "one a forward, random order"
 CASES = (
     Case(CONFIDENCE, {}, quick=True),
@@ -96,7 +96,7 @@ def run(
     Parameters
     ----------
     problems : int, optional
-        Problems of each set; 64, or 8 with `quick`.
+        Problems of each set; 48, or 8 with `quick`.
     quick : bool
         Half of the rules.
     out : str
@@ -116,7 +116,7 @@ def run(
     trace = show_sudoku(model, seed)
     board.plot(trace, folder / "dlmkernels-sudoku.png")
 
-    count = problems or (8 if quick else 64)
+    count = problems or (8 if quick else 48)
     say(f"\n{count} held-out problems of each kind, {min(BATCH, count)} at a time\n")
     results = compare(model, tokenizer, count, [c for c in CASES if c.quick or not quick], seed)
     plot(results, folder / "dlmkernels-demo.png")
@@ -236,54 +236,25 @@ def plot(results: list[Result], path: Path) -> None:
     """Save a PNG: share of solved problems against forwards, a panel for each set of problems."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter, ScalarFormatter
+    from matplotlib.ticker import NullLocator, PercentFormatter, StrMethodFormatter
 
-    titles = list(dict.fromkeys(r.set for r in results))
-    figure = Figure(figsize=(11, 8), layout="constrained")
+    titles, rules = (list(dict.fromkeys(getattr(r, name) for r in results)) for name in ("set", "rule"))
+    figure = Figure(figsize=(11, 8.6), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, title in zip(figure.subplots(2, 2).flat, titles):
-        rows = [r for r in results if r.set == title]
-        highest = max(r.forwards for r in rows)
         axes.set_xscale("log", base=2)
-        axes.set(xlim=(0.8, 1.6 * highest), ylim=(-0.06, 1.14), title=title, xlabel="forwards a problem",
-                 ylabel="solved")  # fmt: skip
-        axes.xaxis.set_major_locator(FixedLocator([2**i for i in range(8) if 2**i <= 1.6 * highest]))
+        axes.set(xlim=(0.8, 64), ylim=(-0.05, 1.07), title=title, xlabel="forwards a problem", ylabel="solved")
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
-        axes.set_yticks(np.linspace(0, 1, 6))
         axes.grid(alpha=0.3)
-        for r in rows:
-            parallel = not r.rule.startswith("one a forward")
-            axes.scatter(r.forwards, r.solved, s=36, color="tab:blue" if parallel else "tab:orange", zorder=3)
-    figure.draw_without_rendering()  # places the panels, which the labels need to know
-    for axes, title in zip(figure.axes, titles):
-        _label(axes, [(r.forwards, r.solved, r.rule.replace("one a forward, ", "")) for r in results if r.set == title])
+        for i, rule in enumerate(rules):
+            r = next(r for r in results if (r.set, r.rule) == (title, rule))
+            # hollow, each of another size and shape: where points coincide, all of them can be seen
+            axes.plot(r.forwards, r.solved, MARKERS[i % len(MARKERS)], label=rule, color=f"C{i % 10}", mfc="none",
+                      ms=13 - i * 0.7, mew=1.8, ls="none", clip_on=False, zorder=3)  # fmt: skip
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=120)
-
-
-def _label(axes, points: list[tuple[float, float, str]]) -> None:
-    """Write a label beside each point, at the nearest place where it covers neither points nor other labels."""
-    renderer = axes.figure.canvas.get_renderer()
-    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in axes.transData.transform([p[:2] for p in points])]
-    frame = axes.get_window_extent(renderer)
-    offsets = sorted(
-        ((dx, dy) for dx in range(-120, 121, 8) for dy in range(-120, 121, 6)), key=lambda d: abs(d[0]) + abs(d[1])
-    )
-    for x, y, text in points:
-        for offset in offsets:
-            label = axes.annotate(
-                text, (x, y), offset, textcoords="offset points", fontsize=7, ha="center", va="center"
-            )
-            box = label.get_window_extent(renderer)
-            inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
-            if inside and not any(box.x0 < b[2] and b[0] < box.x1 and box.y0 < b[3] and b[1] < box.y1 for b in taken):
-                taken.append(box.extents)
-                if abs(offset[0]) + abs(offset[1]) > 24:
-                    axes.annotate("", (x, y), offset, textcoords="offset points",
-                                  arrowprops={"arrowstyle": "-", "lw": 0.5, "color": "grey"})  # fmt: skip
-                break
-            label.remove()
 
 
 class Progress:
