@@ -152,7 +152,7 @@ def test_play_redraws_in_place(trace, colour):
 
 def test_left_to_right(shipped):
     problem = TASKS["addition"].make(1)[0]
-    out = run.decode(*shipped, [problem], torch.tensor([0]), {"rule": run.LeftToRight()})
+    out = run.decode(*shipped, [problem], torch.tensor([0]), {"score": "position"})
     assert out.trace.order() == [[i] for i in range(problem.prompt_length, TASKS["addition"].length)]
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..window import TokenWindow
 
 OPEN, FROZEN = 1, 2  # bits of the state, as in csrc/common/params.h
@@ -69,3 +70,16 @@ class Canvas:
         # Open columns keep their number, closed ones sort behind them.
         ranked = torch.where(is_open, columns, columns + (end - start)).sort(dim=1).values[:, :capacity]
         return TokenWindow(torch.where(ranked < end, ranked, -1), self.origin)
+
+    def free_window(self, start: int, end: int, working: Tensor) -> TokenWindow:
+        """All positions of `[start, end)` that are not given, in the rows that are `working` (bool `[B]`)."""
+        columns = torch.arange(start, end, dtype=torch.int32, device=self.tokens.device)
+        free = ((self.state[:, start:end] & FROZEN) == 0) & working[:, None]
+        return TokenWindow(torch.where(free, columns, -1), self.origin)
+
+    def fill_after_eos(self, eos: list[int], pad: int) -> None:
+        """Complete the requests that have an end token with nothing open before it: all after it becomes `pad`."""
+        nothing = torch.full_like(self.tokens[:, :1], -1)
+        ops.remask_(
+            self.tokens, self.state, nothing.int(), nothing, eos_token_ids=eos, eos_policy="fill", fill_token_id=pad
+        )

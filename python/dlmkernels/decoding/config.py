@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from .rules import Quota, Rule
+from .scores import SCORES, Score
 
-SCORES = ("probability", "margin", "entropy", "random")
 CACHES = ("none", "prefix", "dual")
 ALIGNMENTS = ("same", "shift")
 DISTRIBUTIONS = ("raw", "tempered", "filtered")
-EOS_POLICIES = ("none", "fill")
+EOS_POLICIES = ("none", "fill", "block")
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class DecodingConfig:
         `TimeQuota`). None: one forward a token. Adaptive rules take as many as they need.
     rule : Rule
         Which positions a step commits.
-    score : {"probability", "margin", "entropy", "random"}
+    score : {"probability", "margin", "entropy", "random", "position"} or Score
         What orders the positions: probability of the proposal, gap between the two best probabilities, negative
-        entropy, or chance.
+        entropy, chance, left to right, or a score of `dlmkernels.scores`.
     temperature : float
         0: the most likely token; otherwise Gumbel-max sampling at this temperature.
     top_k, top_p : int, float
@@ -60,9 +60,12 @@ class DecodingConfig:
         Taken from the model's configuration when None. Several eos ids may be given.
     suppress_token_ids : sequence of int
         Never generated. The mask token never is.
-    eos_policy : {"none", "fill"}
+    defer_token_ids : sequence of int
+        Positions where one of these is proposed come last, whatever their score.
+    eos_policy : {"none", "fill", "block"}
         fill: once an end token stands with nothing open before it, the rest of the request becomes padding and the
-        request is done. none: the full length is decoded.
+        request is done. block: the same, but only when its block is finished, as must be with rules that take
+        committed tokens back. none: the full length is decoded.
     logit_alignment : {"same", "shift"}, optional
         Whether row i of the logits speaks of position i or of i + 1. None: what the model's family does.
     """
@@ -71,7 +74,7 @@ class DecodingConfig:
     block_length: int | None = None
     steps: int | None = None
     rule: Rule = field(default_factory=Quota)
-    score: str = "probability"
+    score: str | Score = "probability"
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -86,16 +89,19 @@ class DecodingConfig:
     eos_token_id: int | Sequence[int] | None = None
     pad_token_id: int | None = None
     suppress_token_ids: Sequence[int] = ()
+    defer_token_ids: Sequence[int] = ()
     eos_policy: str = "fill"
     logit_alignment: str | None = None
 
     def __post_init__(self):
         for name, choices in (
-            ("score", SCORES), ("cache", CACHES), ("distribution", DISTRIBUTIONS), ("eos_policy", EOS_POLICIES),
+            ("cache", CACHES), ("distribution", DISTRIBUTIONS), ("eos_policy", EOS_POLICIES),
             ("logit_alignment", (None, *ALIGNMENTS)),
         ):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}; got {getattr(self, name)!r}")
+        if not isinstance(self.score, Score) and self.score not in SCORES:
+            raise ValueError(f"score must be one of {tuple(SCORES)} or a Score; got {self.score!r}")
         if not isinstance(self.rule, Rule):
             raise TypeError(f"rule must be a Rule such as dlmkernels.Threshold(0.9); got {self.rule!r}")
         for name, low in (("max_new_tokens", 1), ("block_length", 1), ("steps", 1), ("top_k", 0)):

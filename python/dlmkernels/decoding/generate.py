@@ -161,7 +161,7 @@ def _special_tokens(model: DiffusionModel, config: DecodingConfig) -> SpecialTok
     vocab = model.vocab_size
     for name, ids in (
         ("mask_token_id", [mask]), ("eos_token_id", eos), ("pad_token_id", [pad]),
-        ("suppress_token_ids", config.suppress_token_ids),
+        ("suppress_token_ids", config.suppress_token_ids), ("defer_token_ids", config.defer_token_ids),
     ):  # fmt: skip
         for i in ids:
             if not isinstance(i, int) or i < 0 or (vocab is not None and i >= vocab):

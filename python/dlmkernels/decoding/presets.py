@@ -4,21 +4,74 @@
 from __future__ import annotations
 
 from .config import DecodingConfig
-from .rules import Quota, Threshold, TimeQuota
+from .rules import (
+    Ancestral,
+    CreditThreshold,
+    DilatedSchedule,
+    DynamicThreshold,
+    EarlyAnswer,
+    EntropyBound,
+    EntropySum,
+    Factor,
+    HierarchicalThreshold,
+    LocalThreshold,
+    Quota,
+    SmoothedThreshold,
+    StableThreshold,
+    Threshold,
+    TimeQuota,
+)
+from .scores import DensityWeighted, PositionWeighted
+
+LLADA = DecodingConfig(rule=Quota(), score="probability", eos_policy="none")
+# entropy order, nucleus before temperature's confidence is read, logits one row early
+DREAM = DecodingConfig(
+    rule=TimeQuota(), score="entropy", distribution="filtered", temperature=0.2, top_p=0.95, top_p_first=True,
+    eos_policy="none", logit_alignment="shift",
+)  # fmt: skip
+FAST_DLLM = DecodingConfig(rule=Threshold(0.9), cache="dual", block_length=32, eos_policy="none")
+SDAR = DecodingConfig(rule=DynamicThreshold(0.85), distribution="filtered", temperature=1.0, block_length=4)
+DINFER = DecodingConfig(rule=Threshold(0.9, tie=1e-5), block_length=32, eos_policy="block")
 
 PRESETS: dict[str, DecodingConfig] = {
     # LLaDA, arXiv:2502.09992: low-confidence remasking, one block of the whole answer by default
-    "llada": DecodingConfig(rule=Quota(), score="probability", eos_policy="none"),
-    # Dream, arXiv:2508.15487: entropy order, nucleus before temperature's confidence is read, logits one row early
-    "dream": DecodingConfig(
-        rule=TimeQuota(), score="entropy", distribution="filtered", temperature=0.2, top_p=0.95, top_p_first=True,
-        eos_policy="none", logit_alignment="shift",
-    ),
-    # Fast-dLLM, arXiv:2505.22618: confidence threshold over a dual cache
-    "fast-dllm": DecodingConfig(
-        rule=Threshold(0.9), score="probability", cache="dual", block_length=32, eos_policy="none"
-    ),
-}  # fmt: skip
+    "llada": LLADA,
+    "llada-random": LLADA.replace(score="random"),
+    # Dream, arXiv:2508.15487: its four algorithms
+    "dream": DREAM,
+    "dream-maskgit-plus": DREAM.replace(score="probability"),
+    "dream-topk-margin": DREAM.replace(score="margin"),
+    "dream-origin": DREAM.replace(rule=Ancestral(eps=1e-3, denoise=False)),
+    # Fast-dLLM, arXiv:2505.22618: confidence over a dual cache
+    "fast-dllm": FAST_DLLM,
+    "fast-dllm-factor": FAST_DLLM.replace(rule=Factor(1.0)),
+    # SDAR, arXiv:2510.06303, and JetEngine, which serves it
+    "sdar": SDAR,
+    "sdar-static": SDAR.replace(rule=Quota(of_block=True)),
+    "sdar-sequential": SDAR.replace(rule=Quota(of_block=True), score="position"),
+    "sdar-entropy-bounded": SDAR.replace(rule=EntropySum(0.35), distribution="tempered"),
+    # LLaDA2.0, arXiv:2512.15745
+    "llada2": DecodingConfig(rule=DynamicThreshold(0.95), block_length=32),
+    # EB-Sampler, arXiv:2505.24857
+    "eb-sampler": DecodingConfig(rule=EntropyBound(0.1), score="entropy"),
+    # dInfer, arXiv:2510.08666
+    "dinfer-threshold": DINFER,
+    "dinfer-hierarchy": DINFER.replace(rule=HierarchicalThreshold(0.9, 0.4)),
+    "dinfer-credit": DINFER.replace(rule=CreditThreshold(0.9)),
+    "dinfer-smoothing": DINFER.replace(rule=SmoothedThreshold(0.9)),
+    # KLASS, arXiv:2511.05664
+    "klass": DecodingConfig(rule=StableThreshold(0.9, 0.01, 2), block_length=64, eos_policy="none"),
+    # Prophet, arXiv:2508.19982
+    "prophet": LLADA.replace(rule=EarlyAnswer()),
+    # PC-Sampler, arXiv:2508.13021; score=scores.PositionWeighted(frequency) adds the corpus' frequencies
+    "pc-sampler": LLADA.replace(score=PositionWeighted()),
+    # d2Cache, arXiv:2509.23094: the order alone, not the cache
+    "d2cache-order": LLADA.replace(score=DensityWeighted()),
+    # LocalLeap, arXiv:2510.07081
+    "localleap": DecodingConfig(rule=LocalThreshold(0.9, 0.75, 4), block_length=32, eos_policy="none"),
+    # DUS, arXiv:2506.19037
+    "dus": DecodingConfig(rule=DilatedSchedule(2), block_length=32, eos_policy="none"),
+}
 
 
 def preset(name: str, **overrides) -> DecodingConfig:

@@ -34,5 +34,5 @@ def plan_blocks(config: DecodingConfig, start: int, end: int) -> list[Block]:
     for s in starts:
         e = min(s + length, end)
         steps = config.steps // len(starts) if config.steps is not None and config.rule.uses_steps else e - s
-        blocks.append(Block(s, e, steps, max(steps, e - s)))
+        blocks.append(Block(s, e, steps, config.rule.max_steps(e - s, steps)))
     return blocks

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,16 +21,6 @@ from . import MODEL_DIR, board
 from .tasks import TASKS, Problem
 
 BATCH = 16  # canvases decoded together
-
-
-@dataclass(frozen=True)
-class LeftToRight(dk.Rule):
-    """The leftmost open position, whatever the model says of it: the order of autoregressive models."""
-
-    needs: ClassVar[frozenset[str]] = frozenset()
-
-    def select(self, step):
-        return step.select("none", score=-step.window.positions.float(), fill=1)
 
 
 @dataclass(frozen=True)
@@ -47,7 +37,7 @@ CONFIDENCE, RANDOM = "one a forward, by confidence", "one a forward, random orde
 CASES = (
     Case(CONFIDENCE, {}, quick=True),
     Case(RANDOM, {"score": "random"}, quick=True),
-    Case("one a forward, left to right", {"rule": LeftToRight()}),
+    Case("one a forward, left to right", {"score": "position"}),
     Case("Threshold(0.99)", {"rule": dk.Threshold(0.99)}),
     Case("Threshold(0.9)", {"rule": dk.Threshold(0.9)}, quick=True),
     Case("EntropyBound(0.01)", {"rule": dk.EntropyBound(0.01)}),

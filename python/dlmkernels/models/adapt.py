@@ -58,10 +58,20 @@ class DiffusionModel:
         """While entered, the model's layers attend through our kernels."""
         return use_block_attention(self.model)
 
-    def hidden(self, tokens: Tensor, positions: Tensor, window: AttentionWindow) -> Tensor:
-        """Last hidden states `[B, Q, hidden]` of the rows `tokens` int64 `[B, Q]` standing at `positions` `[B, Q]`."""
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Input embeddings `[B, Q, hidden]` of tokens `[B, Q]`."""
+        return self.model.get_input_embeddings()(tokens)
+
+    def hidden(
+        self, tokens: Tensor, positions: Tensor, window: AttentionWindow, embeds: Tensor | None = None
+    ) -> Tensor:
+        """Last hidden states `[B, Q, hidden]` of the rows `tokens` int64 `[B, Q]` standing at `positions` `[B, Q]`.
+
+        `embeds` `[B, Q, hidden]`, where given, stands in for the tokens' own input embeddings.
+        """
+        inputs = {"input_ids": tokens} if embeds is None else {"inputs_embeds": embeds}
         return self.model.base_model(
-            input_ids=tokens, position_ids=positions + self._offset, dlm_window=window, use_cache=False
+            **inputs, position_ids=positions + self._offset, dlm_window=window, use_cache=False
         ).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -92,12 +102,16 @@ class LogitsModel(DiffusionModel):
     def attached(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def hidden(self, tokens: Tensor, positions: Tensor, window: AttentionWindow) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, positions: Tensor, window: AttentionWindow, embeds: Tensor | None = None
+    ) -> Tensor:
         """Logits stand in for hidden states: their rows are picked the same way."""
-        if window.kv_range is None:
-            return self.model(tokens).logits
-        slots = torch.arange(tokens.shape[1], device=tokens.device)
-        return self.model(tokens, attention_mask=(slots >= window.kv_range[:, :1]).long()).logits
+        inputs = (tokens,) if embeds is None else ()
+        named = {} if embeds is None else {"inputs_embeds": embeds}
+        if window.kv_range is not None:
+            slots = torch.arange(tokens.shape[1], device=tokens.device)
+            named["attention_mask"] = (slots >= window.kv_range[:, :1]).long()
+        return self.model(*inputs, **named).logits
 
     def logits(self, hidden: Tensor) -> Tensor:
         return hidden
