@@ -110,7 +110,11 @@ class TestRandomness:
     @pytest.mark.parametrize("options", [
         {"temperature": 1.0}, {"score": "random"}, {"order_temperature": 0.5}, {"temperature": 0.7, "top_p": 0.9},
     {"rule": dk.Ancestral(), "temperature": 1.0}, {"rule": dk.StableThreshold(0.3, 0.5), "temperature": 1.0},
-    {"rule": dk.CreditThreshold(0.6)}, {"rule": dk.SmoothedThreshold(0.4)}, {"rule": dk.EarlyAnswer((2.0, 1.5, 1.0))},
+    {"rule": dk.CreditThreshold(0.6)}, {"rule": dk.SmoothedThreshold(0.4)},
+    {"rule": dk.TokenEditing(0.5, 0.3), "temperature": 0.5}, {"rule": dk.RunEditing(0.5, soft=False)},
+    {"rule": dk.Backtracking()}, {"rule": dk.PathPlanning(), "temperature": 1.0},
+    *({"rule": dk.AncestralRemask(strategy=s, eta=0.3), "temperature": 1.0} for s in ("cap", "conf", "loop")),
+    {"rule": dk.RenoisedEntropyBound(2.0), "distribution": "tempered", "block_length": 16}, {"rule": dk.EarlyAnswer((2.0, 1.5, 1.0))},
     ], ids=str)  # fmt: skip
     def test_a_request_does_not_depend_on_its_batch(self, model, options):
         """Alone, shuffled in a batch, or padded to a longer neighbour: the same tokens, committed at the same steps."""
@@ -348,15 +352,17 @@ def test_step_loop_reads_nothing_on_the_host(model, options, monkeypatch):
 
     reads = HostReads()
     real_remask, real_forward = loop.ops.remask_, loop.CanvasForward.__call__
-    steps = []
+    steps, watching = [], []
 
     def forward(self, *args):
         reads.__enter__()
+        watching.append(True)
         return real_forward(self, *args)
 
     def remask(*args, **kwargs):
         out = real_remask(*args, **kwargs)
-        if kwargs.get("step") is not None:  # a step, and not the end of a block
+        if watching:  # a step, and neither the first noise nor the end of a block
+            watching.pop()
             reads.__exit__(None, None, None)
         steps.append(len(reads.seen))
         return out

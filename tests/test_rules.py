@@ -465,13 +465,17 @@ def shipped():
     return demo.load()
 
 
+# decoders of models that have learnt to judge a token that stands there, which the shipped one has not
+OF_EDITORS = ("llada2.1", "llada2.1-speed", "dmax", "diffusion-gemma")
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", dk.PRESETS)
 def test_every_preset_decodes_the_shipped_model(shipped, name):
-    """Valid additions; the shift of the models that were trained with one is left out."""
+    """Right additions; the shift of the models that were trained with one is left out."""
     problems = TASKS["addition"].make(2, seed=2)
     options = {"config": dk.preset(name), "logit_alignment": "same"}
     out = demo.decode(*shipped, problems, torch.arange(2), options)
     assert out.complete.all()
     for problem, text in zip(problems, shipped[1].batch_decode(out.sequences)):
-        assert TASKS["addition"].check(problem, text)
+        assert name in OF_EDITORS or TASKS["addition"].check(problem, text)

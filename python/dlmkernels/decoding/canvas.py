@@ -83,3 +83,13 @@ class Canvas:
         ops.remask_(
             self.tokens, self.state, nothing.int(), nothing, eos_token_ids=eos, eos_policy="fill", fill_token_id=pad
         )
+
+    def renoise(self, seed: Tensor, vocab_size: int) -> None:
+        """Put tokens drawn uniformly from the vocabulary at all open positions."""
+        columns = torch.arange(self.tokens.shape[1], dtype=torch.int32, device=self.tokens.device)
+        position = torch.where(self.is_open, columns, -1)
+        before_the_first = torch.full_like(self.step, -1)  # the draws of step 0 are that step's own
+        ops.remask_(
+            self.tokens, self.state, position, torch.full_like(self.tokens, -1), renoise=self.is_open,
+            step=before_the_first, seed=seed, origin=self.origin, vocab_size=vocab_size,
+        )  # fmt: skip

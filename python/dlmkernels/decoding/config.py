@@ -131,6 +131,7 @@ class SpecialTokens:
     Attributes
     ----------
     mask : int
+        -1 for models that have none.
     eos : list of int
         May be empty.
     pad : int

@@ -68,7 +68,7 @@ def generate(
             f"input_ids ({prompt_length} tokens) and max_new_tokens ({config.max_new_tokens}) make a canvas of {length}"
             f", longer than the model's max_position_embeddings of {model.max_length}"
         )
-    masks = tokens.new_full((batch, config.max_new_tokens), special.mask)
+    masks = tokens.new_full((batch, config.max_new_tokens), max(special.mask, 0))
     is_open = torch.arange(length, device=tokens.device).expand(batch, length) >= prompt_length
     canvas = Canvas.of(torch.cat((tokens, masks), 1), is_open, origin)
     _check_streamer(streamer, batch)
@@ -151,16 +151,18 @@ def _special_tokens(model: DiffusionModel, config: DecodingConfig) -> SpecialTok
         _from_model(model, name) if getattr(config, name) is None else getattr(config, name)
         for name in ("mask_token_id", "eos_token_id", "pad_token_id")
     )
-    if mask is None:
+    if mask is None and config.rule.noise == "uniform":
+        mask = -1  # such models have none
+    elif mask is None:
         raise ValueError(
             "mask_token_id is not in the model's configuration: pass mask_token_id=… (tokenizer.mask_token_id)"
         )
     eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     if pad is None:
-        pad = eos[0] if eos else mask
+        pad = eos[0] if eos else max(mask, 0)
     vocab = model.vocab_size
     for name, ids in (
-        ("mask_token_id", [mask]), ("eos_token_id", eos), ("pad_token_id", [pad]),
+        ("mask_token_id", [mask] if mask != -1 else []), ("eos_token_id", eos), ("pad_token_id", [pad]),
         ("suppress_token_ids", config.suppress_token_ids), ("defer_token_ids", config.defer_token_ids),
     ):  # fmt: skip
         for i in ids:

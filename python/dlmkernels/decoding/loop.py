@@ -40,6 +40,10 @@ def decode(
     propose = Proposer(model, canvas, config, special)
     rule = config.rule
     options = StepOptions(propose, canvas, config)
+    if rule.noise == "uniform":
+        if model.vocab_size is None:
+            raise ValueError(f"{type(rule).__name__} draws from the vocabulary, whose size the model does not say")
+        canvas.renoise(propose.seed, model.vocab_size)
     blocks = plan_blocks(config, start, end)
     planned, behind = sum(b.num_steps for b in blocks), 0
     most_open = torch.stack([canvas.is_open[:, b.start : b.end].sum(1).max() for b in blocks]).tolist()
@@ -179,7 +183,7 @@ class Proposer:
     """Language-model head and `token_confidence` on the slots of a window."""
 
     def __init__(self, model: DiffusionModel, canvas: Canvas, config: DecodingConfig, special: SpecialTokens):
-        self.model, self.canvas, self.config = model, canvas, config
+        self.model, self.canvas, self.config, self.special = model, canvas, config, special
         device, batch = canvas.tokens.device, canvas.tokens.shape[0]
 
         def scalar(value, dtype, wanted):
@@ -187,10 +191,12 @@ class Proposer:
 
         self.seed = _seeds(config.seed, batch, device)
         needs = config.rule.needs | score_named(config.score).needs
+        banned = [i for i in (special.mask, *config.suppress_token_ids) if i >= 0]
+        self.never = torch.tensor(banned, dtype=torch.int64, device=device)
         sampled = config.temperature > 0 or config.rule.temperature(0, 1) is not None
         self.options: dict[str, Any] = {
             "cfg_scale": scalar(config.cfg_scale, torch.float32, config.cfg_scale > 0),
-            "banned": torch.tensor([special.mask, *config.suppress_token_ids], device=device),
+            "banned": self.never if banned else None,
             "temperature": scalar(config.temperature, torch.float32, sampled),
             "top_k": scalar(config.top_k, torch.int32, config.top_k > 0),
             "top_p": scalar(config.top_p, torch.float32, config.top_p < 1),
@@ -237,7 +243,7 @@ class Proposer:
             blind = pick(rows + len(logits) // 2)
             z = blind + (self.config.cfg_scale + 1) * (z - blind)
         z = z.nan_to_num(-torch.inf, torch.finfo(torch.float32).max, -torch.inf)
-        return z.index_fill(1, self.options["banned"], -torch.inf) if ids is None else z
+        return z.index_fill(1, self.never, -torch.inf) if ids is None else z
 
 
 class StepOptions:

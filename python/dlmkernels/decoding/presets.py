@@ -6,6 +6,8 @@ from __future__ import annotations
 from .config import DecodingConfig
 from .rules import (
     Ancestral,
+    AncestralRemask,
+    Backtracking,
     CreditThreshold,
     DilatedSchedule,
     DynamicThreshold,
@@ -15,11 +17,15 @@ from .rules import (
     Factor,
     HierarchicalThreshold,
     LocalThreshold,
+    PathPlanning,
     Quota,
+    RenoisedEntropyBound,
+    RunEditing,
     SmoothedThreshold,
     StableThreshold,
     Threshold,
     TimeQuota,
+    TokenEditing,
 )
 from .scores import DensityWeighted, PositionWeighted
 
@@ -31,6 +37,10 @@ DREAM = DecodingConfig(
 )  # fmt: skip
 FAST_DLLM = DecodingConfig(rule=Threshold(0.9), cache="dual", block_length=32, eos_policy="none")
 SDAR = DecodingConfig(rule=DynamicThreshold(0.85), distribution="filtered", temperature=1.0, block_length=4)
+REMDM = DecodingConfig(
+    rule=AncestralRemask(strategy="cap", eta=0.008), temperature=1.0, top_p=0.9, keep_crossing=False,
+    distribution="filtered", eos_policy="none",
+)  # fmt: skip
 DINFER = DecodingConfig(rule=Threshold(0.9, tie=1e-5), block_length=32, eos_policy="block")
 
 PRESETS: dict[str, DecodingConfig] = {
@@ -71,6 +81,24 @@ PRESETS: dict[str, DecodingConfig] = {
     "localleap": DecodingConfig(rule=LocalThreshold(0.9, 0.75, 4), block_length=32, eos_policy="none"),
     # DUS, arXiv:2506.19037
     "dus": DecodingConfig(rule=DilatedSchedule(2), block_length=32, eos_policy="none"),
+    # LLaDA2.1, arXiv:2602.08676: its quality and its speed mode
+    "llada2.1": DecodingConfig(rule=TokenEditing(0.95, 0.9), block_length=32),
+    "llada2.1-speed": DecodingConfig(rule=TokenEditing(0.5, 0.0), block_length=32),
+    # DMax, arXiv:2604.08302
+    "dmax": DecodingConfig(rule=RunEditing(0.5), block_length=32),
+    # Saber, arXiv:2510.18165
+    "saber": DecodingConfig(rule=Backtracking(2), eos_policy="none"),
+    # P2, arXiv:2502.03540
+    "p2": DecodingConfig(rule=PathPlanning(1.0), temperature=1.0, eos_policy="none"),
+    # ReMDM, arXiv:2503.00307
+    "remdm": REMDM,
+    "remdm-rescale": REMDM.replace(rule=AncestralRemask(strategy="rescale", eta=0.015)),
+    "remdm-conf": REMDM.replace(rule=AncestralRemask(strategy="conf")),
+    "remdm-loop": REMDM.replace(rule=AncestralRemask(strategy="loop", eta=0.02)),
+    # DiffusionGemma, as in transformers
+    "diffusion-gemma": DecodingConfig(
+        rule=RenoisedEntropyBound(), steps=48, distribution="tempered", eos_policy="fill", block_length=256
+    ),
 }
 
 

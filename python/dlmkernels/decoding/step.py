@@ -182,6 +182,15 @@ class Step:
         """Positions counted from the block's first, int32 `[B, W]`."""
         return self.window.positions - self.block_start[:, None]
 
+    @property
+    def mask_token(self) -> int:
+        """Id of the mask token."""
+        return self.proposer.special.mask
+
+    def everyone(self, value: bool) -> Tensor:
+        """The same for every request, bool `[B]`."""
+        return torch.full_like(self.open_now, value, dtype=torch.bool)
+
     def recall(self, name: str, *shape: int) -> Tensor:
         """What `keep` was last given for the slots' positions, float32 `[B, W, *shape]`; 0 at first."""
         if name not in self.memory:

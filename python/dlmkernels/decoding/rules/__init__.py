@@ -16,9 +16,18 @@ from .confidence import (
     TimeQuota,
 )
 from .history import CreditThreshold, EarlyAnswer, SmoothedThreshold, StableThreshold
+from .revision import (
+    AncestralRemask,
+    Backtracking,
+    PathPlanning,
+    RenoisedEntropyBound,
+    RunEditing,
+    TokenEditing,
+)
 
 __all__ = [
-    "Action", "Ancestral", "CreditThreshold", "DilatedSchedule", "DynamicThreshold", "EarlyAnswer", "EntropyBound",
-    "EntropySum", "Factor", "HierarchicalThreshold", "LocalThreshold", "Quota", "Rule", "SmoothedThreshold",
-    "StableThreshold", "Threshold", "TimeQuota",
+    "Action", "Ancestral", "AncestralRemask", "Backtracking", "CreditThreshold", "DilatedSchedule",
+    "DynamicThreshold", "EarlyAnswer", "EntropyBound", "EntropySum", "Factor", "HierarchicalThreshold",
+    "LocalThreshold", "PathPlanning", "Quota", "RenoisedEntropyBound", "Rule", "RunEditing", "SmoothedThreshold",
+    "StableThreshold", "Threshold", "TimeQuota", "TokenEditing",
 ]  # fmt: skip

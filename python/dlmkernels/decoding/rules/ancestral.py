@@ -45,6 +45,16 @@ class TimeGrid(Rule):
         """Whether this forward decides everything that is left."""
         return step.index >= step.num_steps - 1
 
+    def last_action(self, step: Step) -> Action:
+        """Decide everything that is left: the likeliest tokens with `denoise`, else the proposals."""
+        everything, nobody = step.eligible, step.everyone(False)
+        if not self.denoise:
+            return Action(everything, working=nobody)
+        return Action(everything, token=step.argmax, confidence=step.argmax_confidence, working=nobody)
+
+    def max_steps(self, length: int, num_steps: int) -> int:
+        return num_steps
+
     def times(self, step: Step) -> tuple[float, float]:
         """Ends t > s of the step's interval."""
         intervals = max(step.num_steps - self.denoise, 1)
@@ -65,9 +75,7 @@ class Ancestral(TimeGrid):
 
     def act(self, step: Step) -> Action:
         if self.is_last(step):
-            if not self.denoise:
-                return Action(step.eligible)
-            return Action(step.eligible, token=step.argmax, confidence=step.argmax_confidence)
+            return self.last_action(step)
         t, s = self.times(step)
         chance = torch.full_like(step.confidence, 1 - s / t)
         return Action(step.select("bernoulli", score=step.confidence, cost=chance))

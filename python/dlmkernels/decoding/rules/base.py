@@ -65,10 +65,13 @@ class Rule:
     slots : {"open", "block", "canvas"}
         Which positions the step's window holds: the open ones of the block; all of the block that are not given; or
         all of the canvas that are not given. The head runs for all of them.
+    noise : {"mask", "uniform"}
+        What stands at open positions: the mask token, or tokens drawn uniformly from the vocabulary.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"margin", "entropy"})
     slots: ClassVar[str] = "open"
+    noise: ClassVar[str] = "mask"
 
     def select(self, step: Step) -> Tensor:
         """Positions to commit: bool `[B, W]`, a subset of `step.eligible`."""
@@ -97,3 +100,13 @@ def check_number(name: str, value: float, low: float = -math.inf, high: float = 
     if not isinstance(value, (int, float)) or not low <= value <= high:
         limits = "" if (low, high) == (-math.inf, math.inf) else f" from {low:g} to {high:g}"
         raise ValueError(f"{name} must be a number{limits}; got {value!r}")
+
+
+def row_mean(values: Tensor, where: Tensor) -> Tensor:
+    """Mean of the chosen non-negative values of each row, float32 `[B]`; 0 where there are none.
+
+    Summed as integers of 2^-32, so that it does not depend on the batch or the device.
+    """
+    fixed = (values.double().nan_to_num(0.0, 2.0**18, 0.0).clamp(0, 2.0**18) * 2.0**32).round().long()
+    total = fixed.masked_fill(~where, 0).sum(1).double() / 2.0**32
+    return (total / where.sum(1).clamp(min=1)).float()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Action, Rule, check_number
+from .base import Action, Rule, check_number, row_mean
 from .confidence import Quota
 
 if TYPE_CHECKING:
@@ -154,13 +154,3 @@ class EarlyAnswer(Rule):
     @property
     def uses_steps(self) -> bool:
         return True
-
-
-def row_mean(values: Tensor, where: Tensor) -> Tensor:
-    """Mean of the chosen non-negative values of each row, float32 `[B]`; 0 where there are none.
-
-    Summed as integers of 2^-32, so that it does not depend on the batch or the device.
-    """
-    fixed = (values.double().nan_to_num(0.0, 2.0**18, 0.0).clamp(0, 2.0**18) * 2.0**32).round().long()
-    total = fixed.masked_fill(~where, 0).sum(1).double() / 2.0**32
-    return (total / where.sum(1).clamp(min=1)).float()
