@@ -34,6 +34,8 @@ _LAZY = {
     "infill": ".decoding.generate",
     "custom_generate": ".decoding.generate",
     "DecodingOutput": ".decoding.output",
+    "log_likelihood": ".decoding.likelihood",
+    "LogLikelihood": ".decoding.likelihood",
     "adapt": ".models.adapt",
     "load": ".models.load",
 }

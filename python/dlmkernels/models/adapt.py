@@ -110,7 +110,8 @@ class LogitsModel(DiffusionModel):
         named = {} if embeds is None else {"inputs_embeds": embeds}
         if window.kv_range is not None:
             slots = torch.arange(tokens.shape[1], device=tokens.device)
-            named["attention_mask"] = (slots >= window.kv_range[:, :1]).long()
+            first, last = window.kv_range[:, :1], window.kv_range[:, 1:]
+            named["attention_mask"] = ((slots >= first) & (slots < last)).long()
         return self.model(*inputs, **named).logits
 
     def logits(self, hidden: Tensor) -> Tensor:
