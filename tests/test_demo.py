@@ -156,13 +156,14 @@ def test_left_to_right(shipped):
     assert out.trace.order() == [[i] for i in range(problem.prompt_length, TASKS["addition"].length)]
 
 
-def test_pictures(trace, tmp_path):
+@pytest.mark.parametrize("cases", [run.CASES, run.PUBLISHED])
+def test_pictures(trace, tmp_path, cases):
     board.plot(trace, tmp_path / "board.png")
     trace.plot(tmp_path / "trace.png")
     results = [
         run.Result(title, case.name, 8, 0.5, 4.0 + i, 2.0, 100.0)
         for title, *_ in run.SETS
-        for i, case in enumerate(run.CASES)
+        for i, case in enumerate(cases)
     ]
     run.plot(results, tmp_path / "results.png")
     for name in ("board", "trace", "results"):

@@ -466,7 +466,7 @@ def shipped():
 
 
 # decoders of models that have learnt to judge a token that stands there, which the shipped one has not
-OF_EDITORS = ("llada2.1", "llada2.1-speed", "dmax", "diffusion-gemma")
+OF_EDITORS = ("llada2.1", "llada2.1-speed", "dmax", "diffusion-gemma", "duo")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -21,11 +21,13 @@ from .rules import (
     Quota,
     RenoisedEntropyBound,
     RunEditing,
+    ScoreAncestral,
     SmoothedThreshold,
     StableThreshold,
     Threshold,
     TimeQuota,
     TokenEditing,
+    UniformState,
 )
 from .scores import DensityWeighted, PositionWeighted
 
@@ -37,6 +39,7 @@ DREAM = DecodingConfig(
 )  # fmt: skip
 FAST_DLLM = DecodingConfig(rule=Threshold(0.9), cache="dual", block_length=32, eos_policy="none")
 SDAR = DecodingConfig(rule=DynamicThreshold(0.85), distribution="filtered", temperature=1.0, block_length=4)
+MDLM = DecodingConfig(rule=Ancestral(), temperature=1.0, eos_policy="none")
 REMDM = DecodingConfig(
     rule=AncestralRemask(strategy="cap", eta=0.008), temperature=1.0, top_p=0.9, keep_crossing=False,
     distribution="filtered", eos_policy="none",
@@ -90,6 +93,12 @@ PRESETS: dict[str, DecodingConfig] = {
     "saber": DecodingConfig(rule=Backtracking(2), eos_policy="none"),
     # P2, arXiv:2502.03540
     "p2": DecodingConfig(rule=PathPlanning(1.0), temperature=1.0, eos_policy="none"),
+    # MDLM, arXiv:2406.07524; SEDD, arXiv:2310.16834; Duo, arXiv:2506.10892
+    "mdlm": MDLM,
+    "sedd": MDLM.replace(rule=ScoreAncestral()),
+    "duo": MDLM.replace(rule=UniformState()),
+    # BD3-LM, arXiv:2503.09573, with the first-hitting sampler of arXiv:2409.02908: one random position a forward
+    "bd3-lm": DecodingConfig(rule=Quota(), score="random", temperature=1.0, block_length=16),
     # ReMDM, arXiv:2503.00307
     "remdm": REMDM,
     "remdm-rescale": REMDM.replace(rule=AncestralRemask(strategy="rescale", eta=0.015)),

@@ -183,6 +183,11 @@ class Step:
         return self.window.positions - self.block_start[:, None]
 
     @property
+    def vocab_size(self) -> int:
+        """Number of logits of a position."""
+        return self.raw_logits.shape[1]
+
+    @property
     def mask_token(self) -> int:
         """Id of the mask token."""
         return self.proposer.special.mask

@@ -7,6 +7,7 @@ not replaced at time t.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -30,6 +31,8 @@ class TimeGrid(Rule):
         True: the last forward comes after the grid, and decides what is left. False: it is the grid's last interval,
         in which everything left is decided.
     """
+
+    draws: ClassVar[bool] = True
 
     eps: float = 1e-5
     denoise: bool = True
@@ -79,3 +82,74 @@ class Ancestral(TimeGrid):
         t, s = self.times(step)
         chance = torch.full_like(step.confidence, 1 - s / t)
         return Action(step.select("bernoulli", score=step.confidence, cost=chance))
+
+
+@dataclass(frozen=True)
+class ScoreAncestral(TimeGrid):
+    """The reverse process of a model that predicts ratios: logits are ``ln s``, s the concrete score of each token.
+
+    SEDD with an absorbing state (Lou et al., arXiv:2310.16834), its analytic sampler. With the log-linear noise
+    ``sigma(t) = -ln(1 - (1 - noise_eps) t)`` an open position is decided with probability
+    ``(exp(sigma(t) - sigma(s)) - 1) sum(s)``, at most 1, and takes each token in proportion to its score. The last
+    forward draws what is left.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    noise_eps: float = 1e-3
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_number("noise_eps", self.noise_eps, 0, 1)
+
+    def act(self, step: Step) -> Action:
+        if self.is_last(step):
+            return Action(step.eligible)
+        t, s = self.times(step)
+        left_t, left_s = (1 - (1 - self.noise_eps) * x for x in (t, s))
+        rate = left_s / left_t - 1 if left_t > 0 else math.inf
+        chance = (rate * step.logsumexp.exp()).clamp(max=1)
+        return Action(step.select("bernoulli", score=step.confidence, cost=chance))
+
+
+@dataclass(frozen=True)
+class UniformState(TimeGrid):
+    """The reverse process whose noise is other tokens: each position stays, takes a sample, or takes noise again.
+
+    Duo and other uniform-state diffusion models (Sahoo et al., arXiv:2506.10892). For a token with probability p of the
+    V that there are, ``alpha(t) = 1 - (1 - noise_eps) t``, a = alpha(t), b = alpha(s) and ``Z = a V p + 1 - a``, the
+    posterior is a mixture: it stays with probability ``(a V p + a / b - a) / Z``, takes a sample of the model's
+    distribution with ``(b - a) / Z``, and a uniform token with ``(1 - a / b)(1 - b) / Z``. The last forward takes the
+    likeliest tokens; without `denoise`, the last interval ends without noise.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"p_current"})
+    slots: ClassVar[str] = "block"
+    noise: ClassVar[str] = "uniform"
+
+    noise_eps: float = 1e-3
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_number("noise_eps", self.noise_eps, 0, 1)
+
+    def act(self, step: Step) -> Action:
+        is_last = self.is_last(step)
+        if is_last and self.denoise:
+            return Action(
+                step.is_open, step.decided, token=step.argmax, confidence=step.argmax_confidence,
+                working=step.everyone(False),
+            )  # fmt: skip
+        t, s = self.times(step)
+        a, b = (1 - (1 - self.noise_eps) * x for x in (t, 0.0 if is_last else s))
+        total = a * step.vocab_size * step.p_current + 1 - a
+        noise, draw = (1 - a / b) * (1 - b) / total, (b - a) / total
+        # One and the same uniform number for both: below `noise`, or below their sum.
+        renoise = step.select("bernoulli", score=step.confidence, eligible=step.used, cost=noise)
+        moves = step.select("bernoulli", score=step.confidence, eligible=step.used, cost=noise + draw)
+        drawn = moves & ~renoise
+        return Action(
+            (drawn | is_last) & step.is_open, drawn & step.decided, renoise=renoise,
+            token=torch.where(drawn, step.token, step.current),
+            confidence=torch.where(drawn, step.confidence, step.p_current), working=step.everyone(not is_last),
+        )  # fmt: skip

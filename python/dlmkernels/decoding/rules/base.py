@@ -67,11 +67,14 @@ class Rule:
         all of the canvas that are not given. The head runs for all of them.
     noise : {"mask", "uniform"}
         What stands at open positions: the mask token, or tokens drawn uniformly from the vocabulary.
+    draws : bool
+        Whether the rule itself leaves something to chance, even where tokens are not sampled.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"margin", "entropy"})
     slots: ClassVar[str] = "open"
     noise: ClassVar[str] = "mask"
+    draws: ClassVar[bool] = False
 
     def select(self, step: Step) -> Tensor:
         """Positions to commit: bool `[B, W]`, a subset of `step.eligible`."""

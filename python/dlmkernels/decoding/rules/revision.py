@@ -248,6 +248,7 @@ class RenoisedEntropyBound(Rule):
     needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
     slots: ClassVar[str] = "block"
     noise: ClassVar[str] = "uniform"
+    draws: ClassVar[bool] = True
 
     bound: float = 0.1
     t_min: float = 0.4
