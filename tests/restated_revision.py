@@ -186,12 +186,18 @@ def soft_inputs(table: Tensor, mask: int) -> Callable:
     return embed
 
 
-def backtracking(n: int) -> Callable:
-    """Saber: a threshold at the mean of the commit confidences; the positions that gained least are opened again."""
+def backtracking(n: int, quirk: bool = False) -> Callable:
+    """Saber: a threshold at the mean of the commit confidences; the positions that gained least are opened again.
+
+    `quirk`: the mean is over the last commitment of every position, of those that are open again too.
+    """
 
     def act(request: Revised, view: View, state: dict) -> bool:
         decided = [i for i in range(len(request.tokens)) if request.commit_step[i] >= 0]
-        tau = sum(request.confidence[i].item() for i in decided) / len(decided) if decided else 1.0
+        committed = {i: request.confidence[i].item() for i in decided}
+        if quirk:
+            state["all"] = committed = state.get("all", {}) | committed
+        tau = sum(committed.values()) / len(committed) if committed else 1.0
         is_open = [i for i in view.p if request.is_open[i]]
         score = [view.p[i] for i in is_open]
         request.note(*(abs(s - tau) for s in score))
@@ -201,6 +207,7 @@ def backtracking(n: int) -> Callable:
             commits = [is_open[k] for k in ranking(score)[:n]]
         for i in commits:
             request.write(i, view)
+            state.setdefault("all", {})[i] = view.p[i]
         before = state.setdefault("before", {})
         gain = {i: view.p[i] - before.get(i, 0.0) for i in view.p}
         state["before"] = dict(view.p)

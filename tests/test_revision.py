@@ -190,6 +190,20 @@ class TestRemdm:
             taken_back += sum(backs)
         assert taken_back > 0 or eta == 0.05
 
+    def test_a_request_that_has_ended_stays_so(self):
+        """Padding behind an end token is not masked again in the blocks that follow."""
+        model = build(seed=4)
+        with torch.no_grad():
+            model.lm_head.weight[EOS] *= 3
+        rule = dk.AncestralRemask(eta=0.5)
+        out = dk.generate(model, prompts(6, 5), rule=rule, max_new_tokens=32, block_length=8, steps=24, seed=1)
+        ended = 0
+        for row, forwards in zip(out.generated, out.num_forwards.tolist()):
+            at = (row == EOS).nonzero().flatten().tolist() or [31]
+            assert (row[at[0] + 1 :] == PAD).all() and forwards == 6 * (at[0] // 8 + 1)
+            ended += at[0] < 24
+        assert ended
+
 
 class TestRenoising:
     @pytest.mark.parametrize("bound,stability,limit,low,steps,block_length,stops", [
@@ -218,6 +232,36 @@ class TestRenoising:
         assert out.complete.all() and (out.num_forwards == 4).all()
         with pytest.raises(ValueError, match="mask_token_id is not in the model's configuration"):
             dk.generate(model, prompts(2, 5), max_new_tokens=8)
+
+
+class TestDifferences:
+    """Where the programs do something else, on purpose."""
+
+    def test_path_planning_masks_as_many_as_it_should(self):
+        """Four positions that score the same: one is freed a step. The program would free all of them at once."""
+        out = decode(Table([sure(1, 0.7)] * 4), [FEW_MASK] * 4, rule=dk.PathPlanning())
+        assert out.commit_step.tolist() == [[3, 2, 1, 0]] and out.num_forwards.tolist() == [4]
+
+    def test_backtracking_with_one_position_left(self):
+        """Two commitments are wanted and one position is open: it is taken, and nothing else is touched."""
+        table = Table([sure(1, 0.9), sure(2, 0.8), sure(3, 0.7)])
+        out = decode(table, [FEW_MASK, FEW_MASK, 3], rule=dk.Backtracking(2))
+        assert out.commit_step.tolist() == [[0, 0, -1]]
+        out = decode(table, [FEW_MASK, 2, 3], rule=dk.Backtracking(2))
+        assert out.sequences.tolist() == [[1, 2, 3]] and out.num_forwards.tolist() == [1]
+
+    def test_backtracking_averages_over_what_stands(self, model, plain):
+        """Positions that were masked again do not count: with the program's average the result is another."""
+        differs = False
+        for seed in range(3):
+            rows, ids, valid = ragged(seed=seed)
+            out = dk.generate(model, ids, valid, rule=dk.Backtracking(), max_new_tokens=NEW, eos_policy="none")
+            for row, prompt in enumerate(rows):
+                program = restated.revise(
+                    plain, canvas_of(prompt, NEW), len(prompt), MASK, restated.backtracking(2, quirk=True)
+                )
+                differs |= not torch.equal(out.commit_step[row, -NEW:], program.commit_step[-NEW:])
+        assert differs
 
 
 def test_row_mean():

@@ -46,12 +46,12 @@ CASES = (
     Case("8 forwards", {"steps": 8}),
     Case("4 forwards", {"steps": 4}, quick=True),
 )
-# Every preset that runs on the shipped model, which knows masks, not noise, and whose logits stand in their own rows.
-# Decoders of models that have learnt to edit are among them, and show what happens to one that has not.
+# Every preset that runs on the shipped model, which knows masks, not noise, whose logits are no ratios, and stand in
+# their own rows. Decoders of models that have learnt to edit are among them, and show what happens to one that has not.
 PUBLISHED = tuple(
     Case(name, {"config": config, "logit_alignment": "same"})
     for name, config in dk.PRESETS.items()
-    if config.rule.noise == "mask"
+    if config.rule.noise == "mask" and not isinstance(config.rule, dk.ScoreAncestral)
 )
 # title, task, difficulty
 SETS: tuple[tuple[str, str, int | None], ...] = (
