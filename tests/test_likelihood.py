@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Log-likelihoods: against every mask written out, against a known joint distribution, and whatever the batch."""
 
+import copy
 import itertools
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 import dlmkernels as dk
 import numerics
+from dlmkernels.decoding import likelihood
 from joint_model import Joint
 from plain_llama import PlainLlama
-from small_models import MASK, PAD, prompts
+from small_models import MASK, PAD, build, prompts
 from test_published import lively
 
 pytestmark = pytest.mark.filterwarnings("ignore:dlmkernels does not know:UserWarning")
@@ -95,29 +98,48 @@ class TestMonteCarlo:
         """As many samples as tokens: every size once, so that an answer of one token has no spread at all."""
         out = dk.log_likelihood(model, prompts(2, 5), prompts(2, 1, seed=2), num_samples=7, seed=1)
         numerics.assert_same_probabilities(out.standard_error, torch.zeros(2, dtype=torch.float64))
-        from dlmkernels.decoding import likelihood
+        sizes = self.sizes(model, num_samples=6, method="monte-carlo")
+        assert sizes.sort(1).values.tolist() == [[1, 2, 3, 4, 5, 6]] * 3
+        assert not torch.equal(sizes[0], sizes[1]) or not torch.equal(sizes[1], sizes[2])
+        assert self.sizes(model, num_samples=5, method="coupled").sort(1).values.tolist() == [[1, 2, 3, 4, 5]] * 3
 
-        seen = []
-        real = likelihood._Draws.some
+    @pytest.mark.parametrize("method,largest", [("monte-carlo", 6), ("coupled", 5)])
+    def test_a_single_size_is_any(self, model, method, largest):
+        sizes = self.sizes(model, rows=600, num_samples=1, method=method)[:, 0]
+        numerics.assert_distribution("sizes", sizes.bincount()[1:], [1 / largest] * largest)
 
-        def some(self, eligible, count, sample):
-            seen.append(count.tolist())
-            return real(self, eligible, count, sample)
+    def sizes(self, model, rows=3, **options):
+        """How many tokens of an answer of six each sample masks, `[rows, samples]`."""
+        ids, answers = prompts(1, 5).expand(rows, -1), prompts(1, 6, seed=2).expand(rows, -1)
+        with watched() as masks:
+            dk.log_likelihood(model, ids, answers, seed=torch.arange(rows), batch_size=600, **options)
+        counts = torch.stack([m.sum(1) for m in masks], 1)
+        return counts if options["method"] == "monte-carlo" else counts[:, :-1:2]
 
-        likelihood._Draws.some = some
-        try:
-            dk.log_likelihood(model, prompts(2, 5), prompts(2, 6, seed=2), num_samples=6, seed=torch.tensor([1, 2]))
-            dk.log_likelihood(model, prompts(1, 5), prompts(1, 6, seed=2), num_samples=5, seed=4, method="coupled")
-        finally:
-            likelihood._Draws.some = real
-        for row in range(2):
-            assert sorted(sizes[row] for sizes in seen[1:7]) == [1, 2, 3, 4, 5, 6]
-        assert sorted(sizes[0] for sizes in seen[8:13]) == [1, 2, 3, 4, 5]
+
+@contextmanager
+def watched():
+    """What `log_likelihood` masks, one bool `[B, T]` after the other."""
+    masks, real = [], likelihood._Task._forward
+
+    def forward(self, some):
+        masks.extend(some)
+        return real(self, some)
+
+    likelihood._Task._forward = forward
+    try:
+        yield masks
+    finally:
+        likelihood._Task._forward = real
 
 
 class TestMeanField:
     @pytest.mark.parametrize("alignment", ["same", "shift"])
-    def test_one_forward(self, model, plain, alignment):
+    def test_one_forward(self, model, alignment):
+        """Of a model that would rather predict the mask: it has no part in the probabilities."""
+        model = copy.deepcopy(model)
+        model.lm_head.weight[MASK] = 2 * model.lm_head.weight[5:9].sum(0)
+        plain = PlainLlama(model)
         parts, (ids, answers, ids_mask, answers_mask) = ragged_answers()
         out = dk.log_likelihood(
             model, ids, answers, ids_mask, answers_mask, method="mean-field", logit_alignment=alignment
@@ -147,6 +169,11 @@ class TestCoupled:
     def test_every_token_once_a_pair(self, model, plain):
         """Each token's mean over all sizes and sets, each set with the one of the pair's forwards that masks it."""
         prompt, answer = prompts(1, 6)[0], prompts(1, 4, seed=3)[0]
+        with watched() as masks:
+            dk.log_likelihood(model, prompt, answer, method="coupled", num_samples=5, seed=9)
+        assert len(masks) == 11 and masks[-1][0].tolist() == [False] * 6 + [True] * 4
+        for one, other in zip(masks[:-1:2], masks[1::2]):
+            assert torch.equal(one | other, masks[-1]) and not (one & other).any()
         n, expected = 4, torch.zeros(4, dtype=torch.float64)
         for size in range(1, n):
             sets = list(itertools.combinations(range(n), size))
@@ -177,8 +204,20 @@ def test_a_request_does_not_depend_on_its_batch(model, method, batch_size):
         assert (out.per_token[row, len(answer) :] == 0).all()
 
 
-def test_what_has_no_probability():
+def test_absolute_positions_count_from_the_request():
+    parts, batch = ragged_answers()
+    model = build("bert")
+    out = dk.log_likelihood(model, *batch, method="mean-field")
+    for row, (prompt, answer) in enumerate(parts):
+        alone = dk.log_likelihood(model, prompt, answer, method="mean-field").per_token[0]
+        numerics.assert_same_probabilities(out.per_token[row, : len(answer)].exp(), alone.exp())
+
+
+def test_what_has_no_probability(model):
     """A token the model excludes, the mask itself for one, has log-likelihood -inf; the others are unharmed."""
+    answer = torch.tensor([[5, MASK, 7]])
+    out = dk.log_likelihood(model, prompts(1, 4), answer, method="mean-field")
+    assert torch.isfinite(out.per_token[0]).tolist() == [True, False, True] and out.total[0] == -torch.inf
     joint = Joint(3, 2)
     with torch.no_grad():
         texts = torch.tensor([[0, 3], [0, 1]])

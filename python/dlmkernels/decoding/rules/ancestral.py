@@ -144,10 +144,9 @@ class UniformState(TimeGrid):
         a, b = (1 - (1 - self.noise_eps) * x for x in (t, 0.0 if is_last else s))
         total = a * step.vocab_size * step.p_current + 1 - a
         noise, draw = (1 - a / b) * (1 - b) / total, (b - a) / total
-        # One and the same uniform number for both: below `noise`, or below their sum.
+        # One and the same uniform number for both: below `noise`, or below their sum; noise acts where both apply.
         renoise = step.select("bernoulli", score=step.confidence, eligible=step.used, cost=noise)
-        moves = step.select("bernoulli", score=step.confidence, eligible=step.used, cost=noise + draw)
-        drawn = moves & ~renoise
+        drawn = step.select("bernoulli", score=step.confidence, eligible=step.used, cost=noise + draw)
         return Action(
             (drawn | is_last) & step.is_open, drawn & step.decided, renoise=renoise,
             token=torch.where(drawn, step.token, step.current),
