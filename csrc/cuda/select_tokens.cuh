@@ -25,7 +25,7 @@ enum class SelectFault {
   kNone,
   kSortReadsTooEarly,
   kSortWritesTooEarly,
-  kSortMergesOneWay,
+  kSortStopsEarly,
   kLimitReadTooEarly,
   kTotalsReadTooEarly,
   kUnmaskedTail,
@@ -59,7 +59,7 @@ class SelectRow {
   static constexpr SortFault kSortFault =
       fault == SelectFault::kSortReadsTooEarly    ? SortFault::kReadsTooEarly
       : fault == SelectFault::kSortWritesTooEarly ? SortFault::kWritesTooEarly
-      : fault == SelectFault::kSortMergesOneWay   ? SortFault::kMergesOneWay
+      : fault == SelectFault::kSortStopsEarly   ? SortFault::kStopsEarly
                                                   : SortFault::kNone;
 
  public:

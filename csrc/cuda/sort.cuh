@@ -8,7 +8,7 @@
 
 namespace dlm::cuda {
 
-enum class SortFault { kNone, kReadsTooEarly, kWritesTooEarly, kMergesOneWay };
+enum class SortFault { kNone, kReadsTooEarly, kWritesTooEarly, kStopsEarly };
 
 // Of places `at` and `at ^ stride`, `at` the lower.
 DLM_DEVICE void order_pair(uint64_t& low, uint64_t& high, bool descending) {
@@ -33,8 +33,9 @@ DLM_DEVICE void block_sort(uint64_t (&key)[kKeys], uint64_t* exchange) {
       }
     }
   }
-  for (uint32_t size = 2 * kKeys; size <= places; size *= 2) {
-    const bool descending = fault != SortFault::kMergesOneWay && (first & size);
+  const uint32_t last = fault == SortFault::kStopsEarly ? places / 2 : places;
+  for (uint32_t size = 2 * kKeys; size <= last; size *= 2) {
+    const bool descending = first & size;
     for (uint32_t distance = size / kKeys / 2; distance > 0; distance /= 2) {
       const bool keep_smaller = !(threadIdx.x & distance) != descending;
       if (distance >= 32) {

@@ -18,7 +18,9 @@ void check_case(int64_t B, int64_t W, int rule, unsigned with, uint64_t seed) {
 TEST(all_combinations) {
   uint64_t seed = 0;
   for (int rule = 0; rule < 7; ++rule) {
-    for (unsigned with = 0; with < 128; ++with) check_case(3, (const int64_t[]){1, 7, 31, 32}[++seed % 4], rule, with, seed);
+    for (unsigned with = 0; with < 128; ++with) {
+      for (const int64_t W : {1, 31, 32}) check_case(3, W, rule, with, ++seed);
+    }
   }
 }
 

@@ -17,6 +17,17 @@ struct Canvas {
   Array<uint8_t> state;
   Array<int32_t> commit_step, step, info;
   Array<float> commit_confidence;
+
+  Canvas(int64_t B, int64_t T)
+      : tokens(size_t(B * T)), state(size_t(B * T)), commit_step(size_t(B * T)), step(size_t(B)),
+        info(size_t(B * dlm::kInfoColumns), -77), commit_confidence(size_t(B * T)) {}
+  void copy(Canvas& from) {
+    std::copy(from.tokens.begin(), from.tokens.end(), tokens.begin());
+    std::copy(from.state.begin(), from.state.end(), state.begin());
+    std::copy(from.commit_step.begin(), from.commit_step.end(), commit_step.begin());
+    std::copy(from.step.begin(), from.step.end(), step.begin());
+    std::copy(from.commit_confidence.begin(), from.commit_confidence.end(), commit_confidence.begin());
+  }
 };
 
 struct RemaskCase {
@@ -27,18 +38,15 @@ struct RemaskCase {
   Canvas got, expected;
   Array<int32_t> position, distinct, origin;
   Array<int64_t> proposal, seed, eos;
-  Array<uint8_t> mask[4];
+  Array<uint8_t> mask;  // commit, edit, remask, renoise
   Array<float> confidence;
 
   RemaskCase(int64_t B, int64_t T, int64_t W, unsigned with, uint64_t random_seed)
-      : got{Array<int64_t>(size_t(B * T)), Array<uint8_t>(size_t(B * T)), Array<int32_t>(size_t(B * T)),
-            Array<int32_t>(size_t(B)), Array<int32_t>(size_t(B * dlm::kInfoColumns), -77), Array<float>(size_t(B * T))},
-        position(size_t(B * W), -1), distinct(size_t(B * W), -1), origin(size_t(B)), proposal(size_t(B * W)),
-        seed(size_t(B)), eos(3), mask{}, confidence(size_t(B * W)) {
+      : got(B, T), expected(B, T), position(size_t(B * W), -1), distinct(size_t(B * W), -1), origin(size_t(B)), proposal(size_t(B * W)),
+        seed(size_t(B)), eos(3), mask(size_t(4 * B * W)), confidence(size_t(B * W)) {
     Random random(random_seed);
-    auto below = [&](int64_t n) { return int64_t(random.uniform() * double(n)); };
+    auto below = [&](int64_t n) { return int64_t(random.uniform(0, double(n))); };
     for (size_t k = 0; k < eos.size(); ++k) eos[k] = 2 + int64_t(k);
-    for (auto& m : mask) m = Array<uint8_t>(size_t(B * W));
     for (int64_t b = 0; b < B; ++b) {
       // Rows that are wide open, nearly done, done; eos rare or frequent.
       const int64_t openness = below(3), tokens = below(2) ? 8 : 400;
@@ -71,20 +79,19 @@ struct RemaskCase {
         // What a tensor may hold against the rules: a position off the canvas, or given before in the row.
         if (below(8) == 0) position[w] = int32_t(below(2) ? T + below(3) : below(2) ? -5 : INT32_MAX), distinct[w] = -1;
         if (i > 0 && below(4) == 0) position[w] = position[size_t(b * W + first + below(i))], distinct[w] = -1;
-        for (int64_t j = 0; j < first + i && position[w] >= 0 && position[w] < T; ++j) {
-          if (distinct[size_t(b * W + j)] == position[w]) distinct[w] = -1;
-        }
       }
       for (int64_t w = 0; w < W; ++w) {
         const size_t i = size_t(b * W + w);
         proposal[i] = below(10) ? below(tokens) : -1;
-        confidence[i] = float(random.uniform());
-        for (auto& m : mask) m[i] = below(&m - mask < 2 ? 2 : 5) == 0;
+        confidence[i] = float(random.uniform(0, 1));
+        for (int64_t k = 0; k < 4; ++k) mask[size_t(k * B * W) + i] = below(k < 2 ? 2 : 5) == 0;
       }
     }
-    expected = got;
+    expected.copy(got);
 
-    auto asked = [&](int k) { return with >> k & 1 ? reinterpret_cast<const bool*>(mask[k].data()) : nullptr; };
+    auto asked = [&](int k) {
+      return with >> k & 1 ? reinterpret_cast<const bool*>(mask.data() + k * B * W) : nullptr;
+    };
     p.B = B, p.T = T, p.W = W;
     p.position = distinct.data(), p.proposal = proposal.data(), p.confidence = confidence.data();
     p.commit = asked(0), p.edit = asked(1), p.remask = asked(2), p.renoise = asked(3);

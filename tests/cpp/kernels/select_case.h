@@ -27,14 +27,14 @@ struct SelectCase {
         need(size_t(B)), fill(size_t(B)), cap(size_t(B)), step(1), position(size_t(B * W)), count(size_t(B), -7),
         expected_count(size_t(B), -9), seed(size_t(B)) {
     Random random(random_seed);
-    auto below = [&](int64_t n) { return int64_t(random.uniform() * double(n)); };
+    auto below = [&](int64_t n) { return int64_t(random.uniform(0, double(n))); };
     const float odd[] = {NAN, -INFINITY, INFINITY, 0.0f, -0.0f, 1.0f};
     for (int64_t b = 0; b < B; ++b) {
       const bool distinct = with & kWide, sparse = below(4) == 0;
       for (int64_t w = 0; w < W; ++w) {
         const size_t i = size_t(b * W + w);
-        score[i] = distinct ? float(random.uniform()) : float(below(9)) / 8;
-        cost[i] = rule == dlm::Rule::kBernoulli ? float(random.uniform()) : float(below(64)) / 256;
+        score[i] = distinct ? float(random.uniform(0, 1)) : float(below(9)) / 8;
+        cost[i] = rule == dlm::Rule::kBernoulli ? float(random.uniform(0, 1)) : float(below(64)) / 256;
         if (below(distinct ? 200 : 12) == 0) score[i] = odd[below(6)];
         if (below(400) == 0) cost[i] = odd[below(3)];
         eligible[i] = below(10) > 0 && !(sparse && below(4));
@@ -42,12 +42,15 @@ struct SelectCase {
         position[i] = int32_t(below(100000)) - 10;
       }
       // Budgets that end within the window, wherever its end is.
-      const bool factor = rule == dlm::Rule::kFactor, threshold = rule == dlm::Rule::kThreshold;
-      parameter[size_t(b)] = threshold ? float(below(9)) / 8
-                             : factor  ? float(random.uniform()) * (below(2) ? 3.0f : 0.3f)
-                                       : float(random.uniform() * double(W)) / 8;
+      const bool threshold = rule == dlm::Rule::kThreshold;
+      parameter[size_t(b)] = threshold ? float(below(9)) / 8 : float(random.uniform(0, double(W))) / 8;
+      // Scores that cross the levels of "factor" at a middling rank.
+      for (int64_t w = 0; w < W && rule == dlm::Rule::kFactor; ++w) {
+        const double x = random.uniform(0, 1);
+        if (score[size_t(b * W + w)] > 0) score[size_t(b * W + w)] = float(1 - parameter[size_t(b)] * x * x * x);
+      }
       if (below(30) == 0) parameter[size_t(b)] = odd[below(3)];
-      temperature[size_t(b)] = below(3) ? 0.1f + float(random.uniform()) : 0.0f;
+      temperature[size_t(b)] = below(3) ? 0.1f + float(random.uniform(0, 1)) : 0.0f;
       const int64_t some = below(2) ? W : 4;
       need[size_t(b)] = int32_t(below(some + 3)) - 1;
       fill[size_t(b)] = int32_t(below(some + 3)) - 1;
