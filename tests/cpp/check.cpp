@@ -65,7 +65,7 @@ void for_each_schedule(const std::function<void()>& body) {
       if (!chosen) {
         o.schedule = simt::Schedule(schedule);
         o.landing = simt::Landing(landing);
-        o.resident_blocks = (schedule + landing) % 2 ? 3 : 1;
+        o.resident_blocks = schedule ? 3 : 1;
         o.seed = 1 + schedule * 3 + landing;
         context = std::string(" [SIMT_SCHED=") + schedules[schedule] + " SIMT_ASYNC=" + landings[landing] +
                   " SIMT_BLOCKS=" + std::to_string(o.resident_blocks) + " SIMT_SEED=" + std::to_string(o.seed) + "]";

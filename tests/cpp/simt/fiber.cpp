@@ -90,7 +90,12 @@ void Fiber::adopt_caller() {
 void Fiber::destroy() {
   unpoison(stack, stack_size);
   unmap_pages(stack - kPage, kPage + stack_size);
-  if (under_tsan()) __tsan_destroy_fiber(tsan);
+  if (under_tsan()) {  // it may have stopped in mid-kernel: what it did happens before what the caller does now
+    void* caller = __tsan_get_current_fiber();
+    __tsan_switch_to_fiber(tsan, 0);
+    __tsan_switch_to_fiber(caller, 0);
+    __tsan_destroy_fiber(tsan);
+  }
 }
 
 void entered(Fiber& self) {

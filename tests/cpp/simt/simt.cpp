@@ -462,7 +462,7 @@ void launch(const void* kernel, dim3 grid, dim3 block, size_t smem_bytes, const 
   for (int i = 0; i < 8; ++i) rng.next();
   ++counters().launches;
   const unsigned resident = std::max(1u, options().resident_blocks);
-  if (blocks.size() != resident || block_dim.x != block.x || block_dim.y != block.y || block_dim.z != block.z) {
+  if (blocks.size() < resident || block_dim.x != block.x || block_dim.y != block.y || block_dim.z != block.z) {
     drop_blocks();
     block_dim = block;
     for (unsigned i = 0; i < resident; ++i) make_block(block.x * block.y * block.z);
@@ -479,8 +479,8 @@ void launch(const void* kernel, dim3 grid, dim3 block, size_t smem_bytes, const 
   size_t started = 0, left = order.size();
   polled_at = progress++;
   while (left) {
-    for (auto& b : blocks) {
-      if (!b->running && started < order.size()) start_block(*b, order[started++], smem_bytes);
+    for (unsigned i = 0; i < resident && started < order.size(); ++i) {
+      if (!blocks[i]->running) start_block(*blocks[i], order[started++], smem_bytes);
     }
     finished = nullptr;
     running_warp = nullptr;
