@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+// The tester tested: kernels with one planted fault each, and what must notice it in which build. Each runs in a child
+// process, since a sanitizer's report ends the process.
+#include "must_fail.h"
+
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <string>
+
+#include "kernels/carriers.h"
+#include "simt/fiber.h"
+
+namespace check {
+namespace {
+
+using dlm::cuda::RowFault;
+using dlm::cuda::TileFault;
+
+template <RowFault fault>
+std::string row() {
+  RowCase c(2, 603, 3, 7);  // the shares leave the second warp without work
+  dlm::cuda::row_reduce<fault>(c.params(), c.rows, nullptr);
+  return c.wrong();
+}
+template <TileFault fault>
+std::string tile() {
+  TileCase c(63, 28, 104, 5);
+  dlm::cuda::tile_product<fault>(c.params(), nullptr);
+  return c.wrong();
+}
+
+// What notices: "value" a wrong result, "simt" the machine, "asan", "race" (ThreadSanitizer), "-" nothing,
+// "?" is undefined: what lies behind an allocation.
+// In the last column, what differs when the kernel is nvcc's PTX: "" nothing does, "skip" it is not tried.
+struct Fault {
+  const char* name;
+  std::string (*run)();
+  const char *plain, *asan, *tsan, *ptx;
+};
+const Fault kFaults[] = {
+    // clang-format off
+    // name                               kernel                                           plain    asan     tsan
+    {"row_none",                          row<RowFault::kNone>,                            "-",     "-",     "-",    ""},
+    {"row_missing_barrier",               row<RowFault::kMissingBarrier>,                  "value", "value", "race", ""},
+    {"row_overread",                      row<RowFault::kOverread>,                        "?",     "asan",  "?",    ""},
+    {"row_smem_overrun",                  row<RowFault::kSmemOverrun>,                     "value", "asan",  "value", ""},
+    {"row_unmasked_tail",                 row<RowFault::kUnmaskedTail>,                    "value", "value", "value", ""},
+    {"row_wrong_splits",                  row<RowFault::kWrongSplits>,                     "value", "value", "race", ""},
+    {"row_relaxed_counter",               row<RowFault::kRelaxedCounter>,                  "-",     "-",     "race", ""},
+    {"row_divergent_shuffle",             row<RowFault::kDivergentShuffle>,                "simt",  "simt",  "simt", ""},
+    {"row_early_exit",                    row<RowFault::kEarlyExit>,                       "simt",  "simt",  "simt", ""},
+    {"row_wrong_mask",                    row<RowFault::kWrongMask>,                       "simt",  "simt",  "simt", ""},
+    {"tile_none",                         tile<TileFault::kNone>,                          "-",     "-",     "-",    ""},
+    {"tile_missing_barrier_after_wait",   tile<TileFault::kMissingBarrierAfterWait>,       "value", "value", "race", ""},
+    {"tile_missing_barrier_before_overwrite", tile<TileFault::kMissingBarrierBeforeOverwrite>, "value", "value", "race", ""},
+    {"tile_lax_wait",                     tile<TileFault::kLaxWait>,                       "value", "value", "value", ""},
+    {"tile_swapped_registers",            tile<TileFault::kSwappedRegisters>,              "value", "value", "value", ""},
+    {"tile_overread",                     tile<TileFault::kOverread>,                      "?",     "asan",  "?",    ""},
+    {"tile_smem_overrun",                 tile<TileFault::kSmemOverrun>,                   "value", "asan",  "race", ""},
+    {"tile_unmasked_tail",                tile<TileFault::kUnmaskedTail>,                  "value", "value", "value", ""},
+    {"tile_missing_syncwarp",             tile<TileFault::kMissingSyncwarp>,               "value", "value", "race", ""},
+    {"tile_divergent_barrier",            tile<TileFault::kDivergentBarrier>,              "simt",  "simt",  "simt", ""},
+    // clang-format on
+};
+
+std::string self_path() {
+  char path[4096] = {};
+  return readlink("/proc/self/exe", path, sizeof path - 1) > 0 ? path : "";
+}
+const char* kind(const std::string& output) {
+  if (output.find("ThreadSanitizer: data race") != output.npos) return "race";
+  if (output.find("ERROR: AddressSanitizer") != output.npos) return "asan";
+  if (output.find("runtime error:") != output.npos) return "ubsan";
+  if (output.find("simt: ") == 0) return "simt";
+  if (output.find("value: ") == 0) return "value";
+  return output.find("nothing noticed") == 0 ? "-" : "crash";
+}
+
+}  // namespace
+
+int run_fault(const char* name) {
+  for (auto& fault : kFaults) {
+    if (strcmp(fault.name, name)) continue;
+    simt::Options& o = simt::options();
+    try {
+      for (int turn = 0; turn < 9; ++turn) {
+        o.schedule = simt::Schedule((turn + 2) % 3);  // pct first: one warp runs ahead
+        o.landing = simt::Landing(turn / 3);
+        o.resident_blocks = turn % 2 ? 1 : 3;
+        o.seed = uint64_t(turn + 1);
+        const std::string wrong = fault.run();
+        if (!wrong.empty()) {
+          printf("value: %s\n", wrong.c_str());
+          return 1;
+        }
+      }
+    } catch (const simt::Error& e) {
+      printf("simt: %s\n", e.what());
+      fflush(stdout);
+      _exit(1);  // abandoned threads are not worth a leak report
+    }
+    printf("nothing noticed\n");
+    return 0;
+  }
+  fprintf(stderr, "no fault %s\n", name);
+  return 2;
+}
+
+}  // namespace check
+
+using namespace check;
+
+TEST(planted_faults_are_noticed) {
+  const std::string self = self_path();
+  CHECK(!self.empty(), "/proc/self/exe is not readable");
+  for (auto& fault : kFaults) {
+    const char* want = simt::under_tsan() ? fault.tsan : simt::under_asan() ? fault.asan : fault.plain;
+    if (simt::translated_ptx()) {
+      if (!strcmp(fault.ptx, "skip")) continue;
+      if (*fault.ptx) want = fault.ptx;
+    }
+    FILE* child = popen(("'" + self + "' --fault " + fault.name + " 2>&1").c_str(), "r");
+    std::string output;
+    char buffer[4096];
+    while (size_t n = fread(buffer, 1, sizeof buffer, child)) output.append(buffer, n);
+    pclose(child);
+    CHECK(!strcmp(kind(output), want) || !strcmp(want, "?"), "%s: noticed by %s, expected %s:\n%.600s", fault.name, kind(output), want,
+          output.c_str());
+  }
+}
