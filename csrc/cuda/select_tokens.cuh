@@ -35,8 +35,8 @@ enum class SelectFault {
   kSumsWithinWarp,
 };
 
-// One key a thread is quickest while a block's warps fit one SM's four schedulers twice over; then
-// four keys a thread, which halve the steps that go through shared memory.
+// One key a thread is quickest while each of an SM's four schedulers has two warps at most; then
+// four, since steps within a thread are the cheapest. Eight would spill registers.
 struct SlotBlock {
   int64_t slots;
   uint32_t threads;
@@ -55,7 +55,7 @@ DLM_DEVICE Costs joined(Costs a, Costs b) {
 
 template <int kKeys, SelectFault fault>
 class SelectRow {
-  static constexpr uint64_t kNoKey = ~uint64_t(0);  // no float has it: its upper half stands for NaN
+  static constexpr uint64_t kNoKey = ~uint64_t(0);  // no number has it: its upper half is a NaN's
   static constexpr SortFault kSortFault =
       fault == SelectFault::kSortReadsTooEarly    ? SortFault::kReadsTooEarly
       : fault == SelectFault::kSortWritesTooEarly ? SortFault::kWritesTooEarly
@@ -91,13 +91,11 @@ class SelectRow {
     read_slots();
 
     // Both counts are at most kMaxSlots.
-    uint32_t counts = 0;
-#pragma unroll
-    for (int k = 0; k < kKeys; ++k) counts += uint32_t(inside_[k]) | uint32_t(in_e(k)) << 16;
-    counts = block_reduce<Sum>(counts, partial_);
+    const uint32_t counts = block_reduce<Sum>(
+        uint32_t(__popc(inside_)) | uint32_t(__popc(in_e_)) << 16, partial_);
     const int32_t inside = int32_t(counts & 0xffff), all = int32_t(counts >> 16);
 
-    if (by_prefix) sort(false);
+    if (by_prefix) sort(inside_);
     const int32_t passed = by_prefix ? prefix_length(inside) : inside;
     const bool falls_back = p_.rule == Rule::kNone || passed < min(need, all);
     const int32_t available = falls_back ? all : passed;
@@ -106,15 +104,16 @@ class SelectRow {
     uint64_t limit = best > 0 ? kNoKey : 0;
     if (best > 0 && (best < available || (by_prefix && !falls_back))) {
       const bool sorted = by_prefix && (!falls_back || inside == all);
-      if (!sorted) sort(falls_back);
+      if (!sorted) sort(falls_back ? in_e_ : inside_);
       limit = key_of_rank(best - 1);
     }
-    const bool from_all = falls_back && fault != SelectFault::kFillWithinGate;
+    const uint32_t members =
+        falls_back && fault != SelectFault::kFillWithinGate ? in_e_ : inside_;
 #pragma unroll
     for (int k = 0; k < kKeys; ++k) {
       const uint32_t w = slot(k);
       if (w < p_.W) {
-        p_.selected[offset_ + w] = (from_all ? in_e(k) : inside_[k]) && key_[k] <= limit;
+        p_.selected[offset_ + w] = (members >> k & 1) && key(k) <= limit;
       }
     }
     if (threadIdx.x == 0) p_.count[row_] = best;
@@ -125,7 +124,10 @@ class SelectRow {
   DLM_DEVICE static uint32_t slot_of(uint64_t key) {
     return fault == SelectFault::kHighSlotWinsTies ? ~uint32_t(key) : uint32_t(key);
   }
-  DLM_DEVICE bool in_e(int k) const { return key_[k] != kNoKey; }
+  DLM_DEVICE uint64_t key(int k) const {
+    const uint32_t w = slot(k);
+    return uint64_t(order_[k]) << 32 | (fault == SelectFault::kHighSlotWinsTies ? ~w : w);
+  }
 
   DLM_DEVICE uint32_t bits(Stream stream, uint32_t w) const {
     return philox(seed_, uint32_t(p_.random.position[offset_ + w]), step_, stream, 0).word[0];
@@ -134,42 +136,58 @@ class SelectRow {
     return p_.strict ? score > level : score >= level;
   }
 
-  // key_: of slots in E. inside_: those of E within the gate and, where the rule looks at one slot
-  // at a time, within the rule: then P.
+  // in_e_, inside_: a bit for each slot of this thread that is in E; in E within the gate and, where
+  // the rule looks at one slot at a time, within the rule: then P. order_: upper halves of the keys.
   DLM_DEVICE void read_slots() {
-    const float temperature = row_value(p_.order_temperature, row_, 0.0f);
-    const float inverse = temperature > 0.0f ? div_rn(1.0f, temperature) : 0.0f;
 #pragma unroll
     for (int k = 0; k < kKeys; ++k) {
-      key_[k] = kNoKey;
-      inside_[k] = false;
+      order_[k] = 0;
       const uint32_t w = slot(k);
       if (fault != SelectFault::kUnmaskedTail && w >= p_.W) continue;
       const float score = p_.score[offset_ + w];
       const bool gate = p_.gate ? p_.gate[offset_ + w] : true;
-      if (!(p_.eligible[offset_ + w] & (score > -INFINITY))) continue;  // false for NaN
-      float value = score;
-      if (temperature > 0.0f) {
-        value = mul_add_rn(score, inverse, gumbel(bits(Stream::kOrder, w)));
-        if (value != value) value = -INFINITY;
-      }
-      key_[k] = descending_key(value, fault == SelectFault::kHighSlotWinsTies ? ~w : w);
-      inside_[k] = gate && passes_alone(score, w);
+      const bool member = p_.eligible[offset_ + w] & (score > -INFINITY);  // not NaN
+      const bool passes = p_.rule == Rule::kThreshold ? reaches(score, parameter_)
+                                                      : p_.rule != Rule::kNone;
+      order_[k] = uint32_t(descending_key(score, 0) >> 32);
+      in_e_ |= uint32_t(member) << k;
+      inside_ |= uint32_t(member & gate & passes) << k;
     }
+    const float temperature = row_value(p_.order_temperature, row_, 0.0f);
+    if (temperature > 0.0f) perturb(div_rn(1.0f, temperature));
+    if (p_.rule == Rule::kBernoulli) toss();
   }
 
-  DLM_DEVICE bool passes_alone(float score, uint32_t w) const {
-    if (p_.rule == Rule::kThreshold) return reaches(score, parameter_);
-    if (p_.rule == Rule::kBernoulli) {
-      return bernoulli(bits(Stream::kBernoulli, w), p_.cost[offset_ + w]);
+  // Loops over draws are not unrolled: they would fill the registers and the instruction cache.
+  DLM_DEVICE void perturb(float inverse) {
+#pragma unroll 1
+    for (int k = 0; k < kKeys; ++k) {
+      const uint32_t w = slot(k);
+      if (!(in_e_ >> k & 1)) continue;
+      float value = mul_add_rn(p_.score[offset_ + w], inverse, gumbel(bits(Stream::kOrder, w)));
+      if (value != value) value = -INFINITY;
+      exchange_[w] = descending_key(value, 0);
     }
-    return p_.rule != Rule::kNone;
-  }
-
-  // sorted_: the keys of E, or those inside, in order.
-  DLM_DEVICE void sort(bool all) {
 #pragma unroll
-    for (int k = 0; k < kKeys; ++k) sorted_[k] = all || inside_[k] ? key_[k] : kNoKey;
+    for (int k = 0; k < kKeys; ++k) {
+      if (in_e_ >> k & 1) order_[k] = uint32_t(exchange_[slot(k)] >> 32);
+    }
+  }
+
+  DLM_DEVICE void toss() {
+#pragma unroll 1
+    for (int k = 0; k < kKeys; ++k) {
+      const uint32_t w = slot(k);
+      if (!(inside_ >> k & 1)) continue;
+      const bool heads = bernoulli(bits(Stream::kBernoulli, w), p_.cost[offset_ + w]);
+      inside_ &= ~(uint32_t(!heads) << k);
+    }
+  }
+
+  // sorted_: the keys of these slots, in order.
+  DLM_DEVICE void sort(uint32_t members) {
+#pragma unroll
+    for (int k = 0; k < kKeys; ++k) sorted_[k] = members >> k & 1 ? key(k) : kNoKey;
     block_sort<kKeys, kSortFault>(sorted_, exchange_);
   }
 
@@ -187,20 +205,21 @@ class SelectRow {
         if (!reaches(p_.score[offset_ + slot_of(sorted_[k])], level)) first = i;
       }
     } else {
-      uint64_t cost[kKeys];
+      // Read twice rather than kept: registers are short.
+      const auto cost = [&](uint32_t k) -> Costs {
+        if (rank + k >= count) return {0, 0};
+        const float given = p_.cost[offset_ + slot_of(sorted_[k])];
+        const uint64_t units = uint64_t(fixed_point(given, kMaxCost));
+        return {units, units};
+      };
       Costs mine{0, 0};
 #pragma unroll
-      for (uint32_t k = 0; k < kKeys; ++k) {
-        const bool valid = rank + k < count;
-        const float given = valid ? p_.cost[offset_ + slot_of(sorted_[k])] : 0.0f;
-        cost[k] = uint64_t(fixed_point(given, kMaxCost));
-        mine = joined(mine, {cost[k], cost[k]});
-      }
+      for (uint32_t k = 0; k < kKeys; ++k) mine = joined(mine, cost(k));
       Costs before = costs_before(mine);
       const int64_t budget = fixed_point(parameter_, 0.0f);
 #pragma unroll
       for (uint32_t k = 0; k < kKeys; ++k) {
-        before = joined(before, {cost[k], cost[k]});
+        before = joined(before, cost(k));
         const int64_t sum = int64_t(before.sum), rest = int64_t(before.sum - before.largest);
         const bool fails = p_.rule == Rule::kEntropyBound ? rest > budget : sum >= budget;
         if (fails) first = min(first, rank + k);
@@ -247,8 +266,8 @@ class SelectRow {
   const float parameter_;
   const uint64_t seed_;
   const uint32_t step_;
-  uint64_t key_[kKeys], sorted_[kKeys];
-  bool inside_[kKeys];
+  uint32_t order_[kKeys], in_e_ = 0, inside_ = 0;
+  uint64_t sorted_[kKeys];
 };
 
 template <int kKeys, SelectFault fault>

@@ -40,3 +40,10 @@ STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CPU, m) {
   m.impl("select_tokens", TORCH_BOX(&dlm::select_tokens));
   m.impl("remask_", TORCH_BOX(&dlm::remask_));
 }
+
+#ifdef DLM_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CUDA, m) {
+  m.impl("select_tokens", TORCH_BOX(&dlm::select_tokens));
+  m.impl("remask_", TORCH_BOX(&dlm::remask_));
+}
+#endif
