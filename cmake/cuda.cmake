@@ -1,6 +1,6 @@
 # Finds nvcc, chooses the GPU architectures, and compiles csrc/cuda. TORCH_CUDA_ARCH_LIST, in the environment, is read
 # as torch reads it: "8.0;9.0a;10.0+PTX", by semicolons or blanks; +PTX adds code that later GPUs translate when they
-# load it. Changing it takes effect on the next configuration.
+# load it. Sets CMAKE_CUDA_COMPILER and, unless nvcc is refused, cuda_architectures and dlm_cuda_library().
 include(CheckLanguage)
 set(CMAKE_CUDA_ARCHITECTURES OFF)  # written out below: CMake has no notation for all of them
 if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX} AND EXISTS "$ENV{CUDA_HOME}/bin/nvcc")
@@ -16,8 +16,8 @@ set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.0)
-  message(FATAL_ERROR "dlmkernels needs CUDA 12 or newer to build its CUDA kernels; nvcc is "
-                      "${CMAKE_CUDA_COMPILER_VERSION}. DLMKERNELS_CUDA=0 builds without them")
+  set(cuda_refused "nvcc ${CMAKE_CUDA_COMPILER_VERSION} found, 12.0 or newer needed")
+  return()
 endif()
 
 # A100 and its like; H100, H200; B200; RTX 50 and what comes later. Older nvcc knows the first two.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Single IEEE-754 operations, each rounded to nearest even by itself. nvcc would contract a product and a sum into one
-// fused operation; where the bits must be those of the CPU (built with contraction off), kernels use these.
+// Single IEEE-754 operations, each rounded to nearest even by itself. nvcc would contract a product
+// and a sum into one fused operation; where the bits must be those of the CPU (built with
+// contraction off), kernels use these.
 #pragma once
 #include "common/dtype.h"
 

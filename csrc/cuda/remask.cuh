@@ -59,7 +59,17 @@ DLM_DEVICE bool asks(const bool* mask, int64_t i) { return mask && mask[i]; }
 
 template <int kKeys, RemaskFault fault>
 class RemaskRow {
-  enum Partial { kRuns, kFirstEos, kFirstOpen, kOpen, kUsed, kWritten, kRewritten, kTail, kPartials };
+  enum Partial {
+    kRuns,
+    kFirstEos,
+    kFirstOpen,
+    kOpen,
+    kUsed,
+    kWritten,
+    kRewritten,
+    kTail,
+    kPartials
+  };
   static constexpr int kPairs = kKeys == 1 ? 4 : 2;  // of positions in flight; registers bound it
 
  public:
@@ -165,7 +175,8 @@ class RemaskRow {
     for (int k = 0; k < kKeys; ++k) {
       if (k == 0 && threadIdx.x == 0) continue;
       const uint64_t left = k > 0 ? key[k > 0 ? k - 1 : 0] : exchange_[threadIdx.x - 1];
-      const bool used = key[k] != ~uint64_t(0), twice = uint32_t(left >> 32) == uint32_t(key[k] >> 32);
+      const bool used = key[k] != ~uint64_t(0),
+                 twice = uint32_t(left >> 32) == uint32_t(key[k] >> 32);
       const uint32_t order = uint32_t(key[k]);
       if (used && twice) lost_[fault == RemaskFault::kLastSlotWins ? ~order : order] = 1;
     }
@@ -231,8 +242,8 @@ class RemaskRow {
   DLM_DEVICE int64_t noise(int32_t at) const {
     const uint32_t origin =
         fault == RemaskFault::kNoOrigin ? 0 : uint32_t(row_value(p_.origin, row_, 0));
-    const Philox4 bits = philox(uint64_t(row_value(p_.seed, row_, int64_t(0))), uint32_t(at) - origin,
-                                uint32_t(step_), Stream::kRenoise, 0);
+    const Philox4 bits = philox(uint64_t(row_value(p_.seed, row_, int64_t(0))),
+                                uint32_t(at) - origin, uint32_t(step_), Stream::kRenoise, 0);
     return uniform_below(bits.word[0], uint32_t(p_.vocab_size));
   }
 
@@ -349,8 +360,7 @@ class RemaskRow {
 };
 
 template <int kKeys, RemaskFault fault>
-__global__ void __launch_bounds__(1024)
-    remask_kernel(const __grid_constant__ RemaskLaunch launch) {
+__global__ void __launch_bounds__(1024) remask_kernel(const __grid_constant__ RemaskLaunch launch) {
   SmemCarver smem;
   RemaskRow<kKeys, fault>(launch, smem).run();
 }
@@ -373,7 +383,7 @@ cudaError_t start_remask(const RemaskParams& p, cudaStream_t stream) {
 
   const CanvasBlock* block = kCanvasBlocks;
   while (block->slots < p.W || block->positions < p.T) ++block;
-  const dim3 grid(uint32_t(p.B)), threads(block->threads);
+  const dim3 grid(uint32_t(p.B)), threads(block -> threads);
   if (p.W <= block->threads) {
     return launch(remask_kernel<1, fault>, grid, threads,
                   RemaskRow<1, fault>::smem(block->threads).bytes, stream, a);

@@ -42,8 +42,9 @@ struct SlotBlock {
   uint32_t threads;
   int keys;
 };
-constexpr SlotBlock kSlotBlocks[] = {{32, 32, 1},   {64, 64, 1},    {128, 128, 1},  {256, 256, 1},
-                                     {512, 128, 4}, {1024, 256, 4}, {2048, 512, 4}, {4096, 1024, 4}};
+constexpr SlotBlock kSlotBlocks[] = {{32, 32, 1},    {64, 64, 1},    {128, 128, 1},
+                                     {256, 256, 1},  {512, 128, 4},  {1024, 256, 4},
+                                     {2048, 512, 4}, {4096, 1024, 4}};
 
 // Costs up to some rank. Sums wrap only beyond 2048 largest costs, long after the first excess.
 struct Costs {
@@ -59,7 +60,7 @@ class SelectRow {
   static constexpr SortFault kSortFault =
       fault == SelectFault::kSortReadsTooEarly    ? SortFault::kReadsTooEarly
       : fault == SelectFault::kSortWritesTooEarly ? SortFault::kWritesTooEarly
-      : fault == SelectFault::kSortStopsEarly   ? SortFault::kStopsEarly
+      : fault == SelectFault::kSortStopsEarly     ? SortFault::kStopsEarly
                                                   : SortFault::kNone;
 
  public:
@@ -86,13 +87,13 @@ class SelectRow {
   DLM_DEVICE void run() {
     const int32_t need = row_value(p_.need, row_, 0), fill = row_value(p_.fill, row_, 0);
     const int32_t cap = row_value(p_.cap, row_, int32_t(kMaxSlots));
-    const bool by_prefix = p_.rule == Rule::kFactor || p_.rule == Rule::kEntropyBound ||
-                           p_.rule == Rule::kEntropySum;
+    const bool by_prefix =
+        p_.rule == Rule::kFactor || p_.rule == Rule::kEntropyBound || p_.rule == Rule::kEntropySum;
     read_slots();
 
     // Both counts are at most kMaxSlots.
-    const uint32_t counts = block_reduce<Sum>(
-        uint32_t(__popc(inside_)) | uint32_t(__popc(in_e_)) << 16, partial_);
+    const uint32_t counts =
+        block_reduce<Sum>(uint32_t(__popc(inside_)) | uint32_t(__popc(in_e_)) << 16, partial_);
     const int32_t inside = int32_t(counts & 0xffff), all = int32_t(counts >> 16);
 
     if (by_prefix) sort(inside_);
@@ -107,8 +108,7 @@ class SelectRow {
       if (!sorted) sort(falls_back ? in_e_ : inside_);
       limit = key_of_rank(best - 1);
     }
-    const uint32_t members =
-        falls_back && fault != SelectFault::kFillWithinGate ? in_e_ : inside_;
+    const uint32_t members = falls_back && fault != SelectFault::kFillWithinGate ? in_e_ : inside_;
 #pragma unroll
     for (int k = 0; k < kKeys; ++k) {
       const uint32_t w = slot(k);
@@ -136,8 +136,9 @@ class SelectRow {
     return p_.strict ? score > level : score >= level;
   }
 
-  // in_e_, inside_: a bit for each slot of this thread that is in E; in E within the gate and, where
-  // the rule looks at one slot at a time, within the rule: then P. order_: upper halves of the keys.
+  // in_e_, inside_: a bit for each slot of this thread that is in E; in E within the gate and,
+  // where the rule looks at one slot at a time, within the rule: then P. order_: upper halves of
+  // the keys.
   DLM_DEVICE void read_slots() {
 #pragma unroll
     for (int k = 0; k < kKeys; ++k) {
@@ -147,8 +148,8 @@ class SelectRow {
       const float score = p_.score[offset_ + w];
       const bool gate = p_.gate ? p_.gate[offset_ + w] : true;
       const bool member = p_.eligible[offset_ + w] & (score > -INFINITY);  // not NaN
-      const bool passes = p_.rule == Rule::kThreshold ? reaches(score, parameter_)
-                                                      : p_.rule != Rule::kNone;
+      const bool passes =
+          p_.rule == Rule::kThreshold ? reaches(score, parameter_) : p_.rule != Rule::kNone;
       order_[k] = uint32_t(descending_key(score, 0) >> 32);
       in_e_ |= uint32_t(member) << k;
       inside_ |= uint32_t(member & gate & passes) << k;
@@ -286,7 +287,7 @@ cudaError_t start_select_tokens(const SelectTokensParams& p, cudaStream_t stream
   if (p.B == 0) return cudaSuccess;
   const SlotBlock* block = kSlotBlocks;
   while (block->slots < p.W) ++block;  // W <= kMaxSlots
-  const dim3 grid(uint32_t(p.B)), threads(block->threads);
+  const dim3 grid(uint32_t(p.B)), threads(block -> threads);
   if (block->keys == 1) {
     return launch(select_tokens_kernel<1, fault>, grid, threads,
                   SelectRow<1, fault>::smem(block->threads).bytes, stream, p);

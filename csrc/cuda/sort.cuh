@@ -47,9 +47,8 @@ DLM_DEVICE void block_sort(uint64_t (&key)[kKeys], uint64_t* exchange) {
       }
 #pragma unroll
       for (int k = 0; k < kKeys; ++k) {
-        const uint64_t other = distance >= 32
-                                   ? exchange[k * blockDim.x + (threadIdx.x ^ distance)]
-                                   : __shfl_xor_sync(kAllLanes, key[k], int(distance));
+        const uint64_t other = distance >= 32 ? exchange[k * blockDim.x + (threadIdx.x ^ distance)]
+                                              : __shfl_xor_sync(kAllLanes, key[k], int(distance));
         if ((other < key[k]) == keep_smaller) key[k] = other;
       }
     }

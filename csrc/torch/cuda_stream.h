@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // What an op needs around its CUDA kernel:
-//   const CudaCall call(check, score);              torch's device and stream, until the end of the scope
-//   call.supports(cuda::unsupported_<op>(p));       before anything is written
+//   const CudaCall call(check, score);              torch's device and stream, until the end of the
+//   scope call.supports(cuda::unsupported_<op>(p));       before anything is written
 //   call.succeeded(cuda::run_<op>(p, call.stream()));
-// The getter of torch's current stream lives in libtorch_cuda, which a CPU-only torch does not have, and which torch
-// has loaded by the time there is a CUDA tensor: it is looked up then, so one build loads beside every torch.
+// The getter of torch's current stream lives in libtorch_cuda, which a CPU-only torch does not
+// have, and which torch has loaded by the time there is a CUDA tensor: it is looked up then, so one
+// build loads beside every torch.
 #pragma once
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
@@ -19,7 +20,8 @@ inline void* current_cuda_stream(int32_t device) {
   using Getter = int32_t (*)(int32_t, void**);
   static const Getter getter = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return library ? reinterpret_cast<Getter>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+    return library ? reinterpret_cast<Getter>(dlsym(library, "aoti_torch_get_current_cuda_stream"))
+                   : nullptr;
   }();
   void* stream = nullptr;
   if (!getter || getter(device, &stream) != 0) {
@@ -31,7 +33,9 @@ inline void* current_cuda_stream(int32_t device) {
 class CudaCall {
  public:
   CudaCall(const Check& check, const Tensor& anchor)
-      : check_(check), guard_(anchor.get_device_index()), stream_(current_cuda_stream(anchor.get_device_index())) {}
+      : check_(check),
+        guard_(anchor.get_device_index()),
+        stream_(current_cuda_stream(anchor.get_device_index())) {}
 
   void* stream() const { return stream_; }
   void supports(const char* why_not) const {

@@ -331,6 +331,8 @@ def remask_(
         uint8 [B, T]; written.
     position : Tensor
         int32 [B, W]: canvas position of each slot, distinct within a row; -1: the slot is unused. W is at most 4096.
+        On CUDA, where values are not checked, a position off the canvas is unused too, and of slots at one position
+        only the first is used.
     proposal : Tensor
         int64 [B, W]: token for each slot; negative: none.
     commit, edit, remask, renoise : Tensor, optional
@@ -353,7 +355,7 @@ def remask_(
     vocab_size : int
         Needed by `renoise`. If positive, committing or editing in a token id beyond it is an error (on the CPU).
     eos_token_ids : list of int
-        The end-of-sequence tokens; may be empty.
+        The end-of-sequence tokens; may be empty. On CUDA at most 64.
     eos_policy : str
         "none" or "fill".
     fill_token_id : int

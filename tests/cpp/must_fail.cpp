@@ -10,12 +10,16 @@
 #include <string>
 
 #include "kernels/carriers.h"
+#include "kernels/remask_case.h"
+#include "kernels/select_case.h"
 #include "simt/fiber.h"
 
 namespace check {
 namespace {
 
+using dlm::cuda::RemaskFault;
 using dlm::cuda::RowFault;
+using dlm::cuda::SelectFault;
 using dlm::cuda::TileFault;
 
 template <RowFault fault>
@@ -62,6 +66,27 @@ const Fault kFaults[] = {
     {"tile_unmasked_tail",                tile<TileFault::kUnmaskedTail>,                  "value", "value", "value", ""},
     {"tile_missing_syncwarp",             tile<TileFault::kMissingSyncwarp>,               "value", "value", "race", ""},
     {"tile_divergent_barrier",            tile<TileFault::kDivergentBarrier>,              "simt",  "simt",  "simt", ""},
+    {"select_none",                       try_select<SelectFault::kNone>,                  "-",     "-",     "-",     ""},
+    {"select_sort_reads_too_early",       try_select<SelectFault::kSortReadsTooEarly>,     "value", "value", "race",  ""},
+    {"select_sort_writes_too_early",      try_select<SelectFault::kSortWritesTooEarly>,    "value", "value", "race",  ""},
+    {"select_sort_stops_early",           try_select<SelectFault::kSortStopsEarly>,        "value", "value", "value", ""},
+    {"select_limit_read_too_early",       try_select<SelectFault::kLimitReadTooEarly>,     "value", "value", "race",  ""},
+    {"select_totals_read_too_early",      try_select<SelectFault::kTotalsReadTooEarly>,    "value", "value", "race",  ""},
+    {"select_unmasked_tail",              try_select<SelectFault::kUnmaskedTail>,          "value", "asan",  "value", ""},
+    {"select_high_slot_wins_ties",        try_select<SelectFault::kHighSlotWinsTies>,      "value", "value", "value", ""},
+    {"select_rank_off_by_one",            try_select<SelectFault::kRankOffByOne>,          "value", "value", "value", ""},
+    {"select_fill_within_gate",           try_select<SelectFault::kFillWithinGate>,        "value", "value", "value", ""},
+    {"select_sums_within_warp",           try_select<SelectFault::kSumsWithinWarp>,        "value", "value", "value", ""},
+    {"remask_none",                       try_remask<RemaskFault::kNone>,                  "-",     "-",     "-",     ""},
+    {"remask_searches_too_early",         try_remask<RemaskFault::kSearchesTooEarly>,      "value", "value", "race",  ""},
+    {"remask_partials_read_too_early",    try_remask<RemaskFault::kPartialsReadTooEarly>,  "simt",  "simt",  "race",  ""},
+    {"remask_fills_too_early",            try_remask<RemaskFault::kFillsTooEarly>,         "value", "value", "race",  ""},
+    {"remask_last_slot_wins",             try_remask<RemaskFault::kLastSlotWins>,          "value", "value", "value", ""},
+    {"remask_trusts_positions",           try_remask<RemaskFault::kTrustsPositions>,       "crash", "asan",  "crash", ""},
+    {"remask_skips_sort",                 try_remask<RemaskFault::kSkipsSort>,             "value", "value", "race",  ""},
+    {"remask_odd_tail",                   try_remask<RemaskFault::kOddTail>,               "value", "asan",  "value", ""},
+    {"remask_keeps_overfilled",           try_remask<RemaskFault::kKeepsOverfilled>,       "value", "value", "value", ""},
+    {"remask_no_origin",                  try_remask<RemaskFault::kNoOrigin>,              "value", "value", "value", ""},
     // clang-format on
 };
 

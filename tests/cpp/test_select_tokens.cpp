@@ -36,7 +36,8 @@ TEST(every_block_size) {
 TEST(largest_windows) {
   uint64_t seed = 2000;
   for (const int64_t W : {2000, 4095, 4096}) {
-    for (const auto& [rule, with] : {std::pair{0, 70u}, {2, 66u}, {3, 64u}, {4, 1u}, {5, 16u}, {6, 79u}}) {
+    for (const auto& [rule, with] :
+         {std::pair{0, 70u}, {2, 66u}, {3, 64u}, {4, 1u}, {5, 16u}, {6, 79u}}) {
       check_case(1, W, rule, with, ++seed);
     }
   }
@@ -61,7 +62,7 @@ TEST(largest_costs) {
     dlm::cpu::generic::select_tokens(c.p, 0, 1);
     c.p.selected = reinterpret_cast<bool*>(c.selected.data()), c.p.count = c.count.data();
     run(dlm::cuda::start_select_tokens(c.p, nullptr));
-    CHECK(c.wrong().empty() && c.count[0] == (rule == dlm::Rule::kEntropyBound ? 2 : 0), "count %d; %s", c.count[0],
-          c.wrong().c_str());
+    CHECK(c.wrong().empty() && c.count[0] == (rule == dlm::Rule::kEntropyBound ? 2 : 0),
+          "count %d; %s", c.count[0], c.wrong().c_str());
   }
 }

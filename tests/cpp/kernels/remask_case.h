@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Random canvases for remask_; what the CPU kernel makes of them is what the CUDA kernel must make, bit for bit.
+// Random canvases for remask_; what the CPU kernel makes of them is what the CUDA kernel must make,
+// bit for bit.
 #pragma once
 #include <algorithm>
 #include <string>
@@ -19,20 +20,36 @@ struct Canvas {
   Array<float> commit_confidence;
 
   Canvas(int64_t B, int64_t T)
-      : tokens(size_t(B * T)), state(size_t(B * T)), commit_step(size_t(B * T)), step(size_t(B)),
-        info(size_t(B * dlm::kInfoColumns), -77), commit_confidence(size_t(B * T)) {}
+      : tokens(size_t(B * T)),
+        state(size_t(B * T)),
+        commit_step(size_t(B * T)),
+        step(size_t(B)),
+        info(size_t(B * dlm::kInfoColumns), -77),
+        commit_confidence(size_t(B * T)) {}
   void copy(Canvas& from) {
     std::copy(from.tokens.begin(), from.tokens.end(), tokens.begin());
     std::copy(from.state.begin(), from.state.end(), state.begin());
     std::copy(from.commit_step.begin(), from.commit_step.end(), commit_step.begin());
     std::copy(from.step.begin(), from.step.end(), step.begin());
-    std::copy(from.commit_confidence.begin(), from.commit_confidence.end(), commit_confidence.begin());
+    std::copy(from.commit_confidence.begin(), from.commit_confidence.end(),
+              commit_confidence.begin());
   }
 };
 
 struct RemaskCase {
-  enum With : unsigned { kCommit = 1, kEdit = 2, kRemask = 4, kRenoise = 8, kRecords = 16, kStep = 32, kFill = 64,
-                         kEos = 128, kUnordered = 256, kOdd = 512, kTwice = 1024 };
+  enum With : unsigned {
+    kCommit = 1,
+    kEdit = 2,
+    kRemask = 4,
+    kRenoise = 8,
+    kRecords = 16,
+    kStep = 32,
+    kFill = 64,
+    kEos = 128,
+    kUnordered = 256,
+    kOdd = 512,
+    kTwice = 1024
+  };
 
   dlm::RemaskParams p{};
   Canvas got, expected;
@@ -42,8 +59,16 @@ struct RemaskCase {
   Array<float> confidence;
 
   RemaskCase(int64_t B, int64_t T, int64_t W, unsigned with, uint64_t random_seed)
-      : got(B, T), expected(B, T), position(size_t(B * W), -1), distinct(size_t(B * W), -1), origin(size_t(B)), proposal(size_t(B * W)),
-        seed(size_t(B)), eos(3), mask(size_t(4 * B * W)), confidence(size_t(B * W)) {
+      : got(B, T),
+        expected(B, T),
+        position(size_t(B * W), -1),
+        distinct(size_t(B * W), -1),
+        origin(size_t(B)),
+        proposal(size_t(B * W)),
+        seed(size_t(B)),
+        eos(3),
+        mask(size_t(4 * B * W)),
+        confidence(size_t(B * W)) {
     Random random(random_seed);
     auto below = [&](int64_t n) { return int64_t(random.uniform(0, double(n))); };
     for (size_t k = 0; k < eos.size(); ++k) eos[k] = 2 + int64_t(k);
@@ -54,7 +79,8 @@ struct RemaskCase {
         const size_t i = size_t(b * T + t);
         got.tokens[i] = below(tokens);
         const bool open = openness == 0 ? below(2) : openness == 1 ? below(T) < 2 : false;
-        got.state[i] = uint8_t(open | (below(9) == 0) << 1 | below(2) << 2 | (below(4) == 0) << 3 | below(2) << 6);
+        got.state[i] = uint8_t(open | (below(9) == 0) << 1 | below(2) << 2 | (below(4) == 0) << 3 |
+                               below(2) << 6);
         got.commit_step[i] = int32_t(below(9)) - 1;
         got.commit_confidence[i] = float(below(9));
       }
@@ -62,13 +88,16 @@ struct RemaskCase {
       origin[size_t(b)] = int32_t(below(5));
       seed[size_t(b)] = below(1ll << 50) - (1ll << 49);
 
-      // Every T / W-th position from somewhere on, and unused slots at both ends; else in any order, with gaps.
+      // Every T / W-th position from somewhere on, and unused slots at both ends; else in any
+      // order, with gaps.
       std::vector<int32_t> all;
       for (int64_t t = 0; t < T; ++t) all.push_back(int32_t(t));
       if (with & kUnordered) {
-        for (size_t i = all.size(); i > 1; --i) std::swap(all[i - 1], all[size_t(below(int64_t(i)))]);
+        for (size_t i = all.size(); i > 1; --i)
+          std::swap(all[i - 1], all[size_t(below(int64_t(i)))]);
       }
-      const int64_t used = std::min(T, below(5) ? W : below(W + 1)), first = W > used ? below(W - used + 1) : 0;
+      const int64_t used = std::min(T, below(5) ? W : below(W + 1)),
+                    first = W > used ? below(W - used + 1) : 0;
       const int64_t start = T > used ? below(T - used + 1) : 0;
       for (int64_t i = 0; i < used; ++i) {
         const size_t w = size_t(b * W + first + i);
@@ -76,9 +105,15 @@ struct RemaskCase {
         if (!(with & kUnordered)) continue;
         if (below(8) == 0) position[w] = distinct[w] = -1;
         if (!(with & kTwice)) continue;
-        // What a tensor may hold against the rules: a position off the canvas, or given before in the row.
-        if (below(8) == 0) position[w] = int32_t(below(2) ? T + below(3) : below(2) ? -5 : INT32_MAX), distinct[w] = -1;
-        if (i > 0 && below(4) == 0) position[w] = position[size_t(b * W + first + below(i))], distinct[w] = -1;
+        // What a tensor may hold against the rules: a position off the canvas, or given before in
+        // the row.
+        if (below(8) == 0)
+          position[w] = int32_t(below(2)   ? T + below(3)
+                                : below(2) ? -5
+                                           : INT32_MAX),
+          distinct[w] = -1;
+        if (i > 0 && below(4) == 0)
+          position[w] = position[size_t(b * W + first + below(i))], distinct[w] = -1;
       }
       for (int64_t w = 0; w < W; ++w) {
         const size_t i = size_t(b * W + w);
@@ -118,8 +153,9 @@ struct RemaskCase {
       for (size_t i = 0; i < a.size() && text.empty(); ++i) {
         if (a[i] == b[i]) continue;
         char line[200];
-        snprintf(line, sizeof line, "%s[%d, %d] is %g, expected %g (B %d, T %d, W %d)", name, int(int64_t(i) / columns),
-                 int(int64_t(i) % columns), double(a[i]), double(b[i]), int(p.B), int(p.T), int(p.W));
+        snprintf(line, sizeof line, "%s[%d, %d] is %g, expected %g (B %d, T %d, W %d)", name,
+                 int(int64_t(i) / columns), int(int64_t(i) % columns), double(a[i]), double(b[i]),
+                 int(p.B), int(p.T), int(p.W));
         text = line;
       }
     };

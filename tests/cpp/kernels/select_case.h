@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Random windows for select_tokens, full of ties and of values that are no numbers; what the CPU kernel says of them is
-// what the CUDA kernel must say, bit for bit.
+// Random windows for select_tokens, full of ties and of values that are no numbers; what the CPU
+// kernel says of them is what the CUDA kernel must say, bit for bit.
 #pragma once
 #include <string>
 
@@ -13,7 +13,15 @@ namespace check {
 
 struct SelectCase {
   // What of the optional arguments there is.
-  enum With : unsigned { kGate = 1, kNeed = 2, kFill = 4, kCap = 8, kOrder = 16, kStrict = 32, kWide = 64 };
+  enum With : unsigned {
+    kGate = 1,
+    kNeed = 2,
+    kFill = 4,
+    kCap = 8,
+    kOrder = 16,
+    kStrict = 32,
+    kWide = 64
+  };
 
   dlm::SelectTokensParams p{};
   Array<float> score, cost, parameter, temperature;
@@ -22,10 +30,22 @@ struct SelectCase {
   Array<int64_t> seed;
 
   SelectCase(int64_t B, int64_t W, dlm::Rule rule, unsigned with, uint64_t random_seed)
-      : score(size_t(B * W)), cost(size_t(B * W)), parameter(size_t(B)), temperature(size_t(B)),
-        eligible(size_t(B * W)), gate(size_t(B * W)), selected(size_t(B * W), 0xaa), expected(size_t(B * W), 0xbb),
-        need(size_t(B)), fill(size_t(B)), cap(size_t(B)), step(1), position(size_t(B * W)), count(size_t(B), -7),
-        expected_count(size_t(B), -9), seed(size_t(B)) {
+      : score(size_t(B * W)),
+        cost(size_t(B * W)),
+        parameter(size_t(B)),
+        temperature(size_t(B)),
+        eligible(size_t(B * W)),
+        gate(size_t(B * W)),
+        selected(size_t(B * W), 0xaa),
+        expected(size_t(B * W), 0xbb),
+        need(size_t(B)),
+        fill(size_t(B)),
+        cap(size_t(B)),
+        step(1),
+        position(size_t(B * W)),
+        count(size_t(B), -7),
+        expected_count(size_t(B), -9),
+        seed(size_t(B)) {
     Random random(random_seed);
     auto below = [&](int64_t n) { return int64_t(random.uniform(0, double(n))); };
     const float odd[] = {NAN, -INFINITY, INFINITY, 0.0f, -0.0f, 1.0f};
@@ -34,7 +54,8 @@ struct SelectCase {
       for (int64_t w = 0; w < W; ++w) {
         const size_t i = size_t(b * W + w);
         score[i] = distinct ? float(random.uniform(0, 1)) : float(below(9)) / 8;
-        cost[i] = rule == dlm::Rule::kBernoulli ? float(random.uniform(0, 1)) : float(below(64)) / 256;
+        cost[i] =
+            rule == dlm::Rule::kBernoulli ? float(random.uniform(0, 1)) : float(below(64)) / 256;
         if (below(distinct ? 200 : 12) == 0) score[i] = odd[below(6)];
         if (below(400) == 0) cost[i] = odd[below(3)];
         eligible[i] = below(10) > 0 && !(sparse && below(4));
@@ -43,11 +64,13 @@ struct SelectCase {
       }
       // Budgets that end within the window, wherever its end is.
       const bool threshold = rule == dlm::Rule::kThreshold;
-      parameter[size_t(b)] = threshold ? float(below(9)) / 8 : float(random.uniform(0, double(W))) / 8;
+      parameter[size_t(b)] =
+          threshold ? float(below(9)) / 8 : float(random.uniform(0, double(W))) / 8;
       // Scores that cross the levels of "factor" at a middling rank.
       for (int64_t w = 0; w < W && rule == dlm::Rule::kFactor; ++w) {
         const double x = random.uniform(0, 1);
-        if (score[size_t(b * W + w)] > 0) score[size_t(b * W + w)] = float(1 - parameter[size_t(b)] * x * x * x);
+        if (score[size_t(b * W + w)] > 0)
+          score[size_t(b * W + w)] = float(1 - parameter[size_t(b)] * x * x * x);
       }
       if (below(30) == 0) parameter[size_t(b)] = odd[below(3)];
       temperature[size_t(b)] = below(3) ? 0.1f + float(random.uniform(0, 1)) : 0.0f;
@@ -80,13 +103,13 @@ struct SelectCase {
       for (int64_t w = 0; w < p.W; ++w) {
         const size_t i = size_t(b * p.W + w);
         if (selected[i] == expected[i]) continue;
-        snprintf(text, sizeof text, "selected[%d, %d] is %d, expected %d (B %d, W %d, rule %d)", int(b), int(w),
-                 selected[i], expected[i], int(p.B), int(p.W), int(p.rule));
+        snprintf(text, sizeof text, "selected[%d, %d] is %d, expected %d (B %d, W %d, rule %d)",
+                 int(b), int(w), selected[i], expected[i], int(p.B), int(p.W), int(p.rule));
         return text;
       }
       if (count[size_t(b)] == expected_count[size_t(b)]) continue;
-      snprintf(text, sizeof text, "count[%d] is %d, expected %d (B %d, W %d, rule %d)", int(b), count[size_t(b)],
-               expected_count[size_t(b)], int(p.B), int(p.W), int(p.rule));
+      snprintf(text, sizeof text, "count[%d] is %d, expected %d (B %d, W %d, rule %d)", int(b),
+               count[size_t(b)], expected_count[size_t(b)], int(p.B), int(p.W), int(p.rule));
       return text;
     }
     return "";
@@ -99,8 +122,9 @@ std::string try_select() {
   uint64_t seed = 1;
   for (const int64_t W : {5, 90, 200, 400}) {
     for (int rule = 0; rule < 7; ++rule) {
-      for (const unsigned with : {SelectCase::kFill | SelectCase::kNeed, SelectCase::kCap | SelectCase::kGate | 0u,
-                                  SelectCase::kGate | SelectCase::kFill | SelectCase::kNeed | 0u}) {
+      for (const unsigned with :
+           {SelectCase::kFill | SelectCase::kNeed, SelectCase::kCap | SelectCase::kGate | 0u,
+            SelectCase::kGate | SelectCase::kFill | SelectCase::kNeed | 0u}) {
         SelectCase c(3, W, dlm::Rule(rule), with, ++seed);
         dlm::cuda::start_select_tokens<fault>(c.p, nullptr);
         if (std::string wrong = c.wrong(); !wrong.empty()) return wrong;
