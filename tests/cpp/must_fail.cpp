@@ -70,6 +70,7 @@ std::string self_path() {
   return readlink("/proc/self/exe", path, sizeof path - 1) > 0 ? path : "";
 }
 const char* kind(const std::string& output) {
+  if (output.find("not among the translated kernels") != output.npos) return "nothing: it did not run";
   if (output.find("ThreadSanitizer: data race") != output.npos) return "race";
   if (output.find("ERROR: AddressSanitizer") != output.npos) return "asan";
   if (output.find("runtime error:") != output.npos) return "ubsan";
