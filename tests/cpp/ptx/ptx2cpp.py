@@ -229,7 +229,7 @@ class Kernel:
         )
 
 
-# --- data movement -----------------------------------------------------------------------------------------------------
+# --- data movement --------------------------------------------------------------------------------------------------
 
 
 @rule(r"mov\.(?P<t>pred|f32|f64|[usb](?:16|32|64))")
@@ -341,7 +341,7 @@ def cp_async_wait(k, a, m):
     k.emit(f"simt::cp_async_wait({k.read(a[0], 'u32')});")
 
 
-# --- control and synchronisation ---------------------------------------------------------------------------------------
+# --- control and synchronisation ------------------------------------------------------------------------------------
 
 
 @rule(r"bra(?:\.uni)?")
@@ -393,7 +393,7 @@ def redux(k, a, m):
     k.write(a[0], t, f"__reduce_{m['what']}_sync({k.read(a[2], 'u32')}, {k.read(a[1], t)})")
 
 
-# --- matrices ----------------------------------------------------------------------------------------------------------
+# --- matrices -------------------------------------------------------------------------------------------------------
 
 
 @rule(r"ldmatrix\.sync\.aligned\.m8n8\.x(?P<n>[124])(?P<trans>\.trans)?\.shared\.b16")
@@ -416,7 +416,7 @@ def mma(k, a, m):
     k.emit("}")
 
 
-# --- arithmetic --------------------------------------------------------------------------------------------------------
+# --- arithmetic -----------------------------------------------------------------------------------------------------
 
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 COMPARE |= {"lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
@@ -524,7 +524,11 @@ def divide(k, a, m):
 @rule(r"(?P<o>popc|clz)\.b(?P<n>32|64)")
 def count_bits(k, a, m):
     x = k.read(a[1], f"u{m['n']}")
-    value = f"__builtin_popcountll({x})" if m["o"] == "popc" else f"{x} ? __builtin_clzll({x}) - {64 - int(m['n'])} : {m['n']}"
+    value = (
+        f"__builtin_popcountll({x})"
+        if m["o"] == "popc"
+        else f"{x} ? __builtin_clzll({x}) - {64 - int(m['n'])} : {m['n']}"
+    )
     k.write(a[0], "u32", value)
 
 
@@ -549,7 +553,7 @@ def transcendental(k, a, m):
     k.write(a[0], "f32", f"ptx::{'exp2' if m['o'] == 'ex2' else 'log2'}_approx({k.read(a[1], 'f32')})")
 
 
-# --- conversions -------------------------------------------------------------------------------------------------------
+# --- conversions ----------------------------------------------------------------------------------------------------
 
 
 @rule(r"cvt\.(?P<d>[us](?:8|16|32|64))\.INT")
@@ -592,7 +596,7 @@ def cvt_pack(k, a, m):
     k.write(a[0], "u32", f"ptx::pack_{m['d']}({k.read(a[2], 'f32')}, {k.read(a[1], 'f32')})")
 
 
-# --- the file ----------------------------------------------------------------------------------------------------------
+# --- the file -------------------------------------------------------------------------------------------------------
 
 
 def translate(text):
@@ -617,7 +621,7 @@ def translate(text):
         functions.append(kernel.function())
     if not functions:
         raise SystemExit("ptx2cpp: no kernel in the file")
-    header = "// Made by ptx2cpp.py\n#include \"ptx/ptx_run.h\"\nusing namespace ptx_run;\n\n"
+    header = '// Made by ptx2cpp.py\n#include "ptx/ptx_run.h"\nusing namespace ptx_run;\n\n'
     return header + "\n".join(functions)
 
 

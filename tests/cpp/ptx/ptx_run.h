@@ -48,13 +48,17 @@ inline uint32_t funnel(bool left, bool clamp, uint32_t low, uint32_t high, uint3
 }
 template <class T>
 T high_product(T a, T b) {
-  using Wide = std::conditional_t<sizeof(T) == 8, std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>,
-                                  std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>>;
+  using Wide =
+      std::conditional_t<sizeof(T) == 8,
+                         std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>,
+                         std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>>;
   return T(Wide(a) * b >> sizeof(T) * 8);
 }
 template <class T>
 T quotient(T a, T b) {  // an integer division by zero does not trap
-  return b == 0 ? T(-1) : std::is_signed_v<T> && b == T(-1) ? T(0 - std::make_unsigned_t<T>(a)) : T(a / b);
+  return b == 0                              ? T(-1)
+         : std::is_signed_v<T> && b == T(-1) ? T(0 - std::make_unsigned_t<T>(a))
+                                             : T(a / b);
 }
 template <class T>
 T remainder(T a, T b) {
@@ -62,7 +66,8 @@ T remainder(T a, T b) {
 }
 inline uint32_t lop3(uint32_t a, uint32_t b, uint32_t c, uint32_t table) {
   uint32_t r = 0;
-  for (int i = 0; i < 32; ++i) r |= (table >> ((a >> i & 1) * 4 + (b >> i & 1) * 2 + (c >> i & 1)) & 1) << i;
+  for (int i = 0; i < 32; ++i)
+    r |= (table >> ((a >> i & 1) * 4 + (b >> i & 1) * 2 + (c >> i & 1)) & 1) << i;
   return r;
 }
 inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
@@ -86,7 +91,8 @@ inline uint32_t bfi(uint32_t field, uint32_t into, uint32_t position, uint32_t l
 inline uint32_t bfe_u32(uint32_t a, uint32_t position, uint32_t length) {
   position &= 255;
   length &= 255;
-  return position >= 32 || length == 0 ? 0 : a >> position & (length >= 32 ? ~0u : (1u << length) - 1);
+  return position >= 32 || length == 0 ? 0
+                                       : a >> position & (length >= 32 ? ~0u : (1u << length) - 1);
 }
 inline uint32_t brev(uint32_t a) {
   uint32_t r = 0;
@@ -104,7 +110,8 @@ T to_integer(double rounded) {
 }
 
 // shfl.sync with the c operand as PTX packs it; the high word says whether the source was in range.
-inline uint64_t shuffle(char mode, uint32_t mask, uint32_t value, uint32_t b, uint32_t c, SIMT_SITE) {
+inline uint64_t shuffle(char mode, uint32_t mask, uint32_t value, uint32_t b, uint32_t c,
+                        SIMT_SITE) {
   const int lane = simt::lane(), clamp = c & 31, segment = c >> 8 & 31, by = b & 31;
   const int lowest = lane & segment, limit = lowest | (clamp & ~segment);
   const int from = mode == 'u'   ? lane - by
@@ -112,10 +119,12 @@ inline uint64_t shuffle(char mode, uint32_t mask, uint32_t value, uint32_t b, ui
                    : mode == 'b' ? lane ^ by
                                  : lowest | (by & ~segment);
   const bool in_range = mode == 'u' ? from >= limit : from <= limit;
-  return uint64_t(in_range) << 32 | simt::shuffle(mask, value, in_range ? from : -1, "shfl.sync", site);
+  return uint64_t(in_range) << 32 |
+         simt::shuffle(mask, value, in_range ? from : -1, "shfl.sync", site);
 }
 inline void cp_async_16(uint32_t to, uint64_t from, uint32_t source_bytes, SIMT_SITE) {
-  if (source_bytes != 0 && source_bytes != 16) simt::fail("cp.async: %u source bytes, 0 or 16 expected", source_bytes);
+  if (source_bytes != 0 && source_bytes != 16)
+    simt::fail("cp.async: %u source bytes, 0 or 16 expected", source_bytes);
   ptx::cp_async_16(to, reinterpret_cast<const void*>(from), source_bytes != 0, site);
 }
 
