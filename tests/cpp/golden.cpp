@@ -58,7 +58,8 @@ void compare(const std::string& name, const uint32_t* inputs, size_t input_words
     printf("  %s: no golden data yet: consistent with the model only\n", name.c_str());
     return;
   }
-  CHECK(about.find(key) != about.npos, "%s: golden data of other inputs", name.c_str());
+  const bool same_inputs = about.find("\"" + key + "\"") != about.npos;
+  CHECK(same_inputs, "%s: golden data of other inputs", name.c_str());
   CHECK(bytes.size() == output_words * 4, "%s: golden data of %zu bytes, expected %zu",
         name.c_str(), bytes.size(), output_words * 4);
   if (bytes.size() != output_words * 4) return;

@@ -56,7 +56,7 @@ const Fault kFaults[] = {
     {"row_wrong_mask", row<Row::kWrongMask>, "simt", "simt", "simt", ""},
     {"tile_none", tile<Tile::kNone>, "-", "-", "-", ""},
     {"tile_no_barrier_after_wait", tile<Tile::kNoBarrierAfterWait>, "value", "value", "race", ""},
-    {"tile_no_barrier_before_reuse", tile<Tile::kNoBarrierBeforeReuse>, "value", "value", "race", ""},
+    {"tile_no_barrier_at_end", tile<Tile::kNoBarrierBeforeReuse>, "value", "value", "race", ""},
     {"tile_lax_wait", tile<Tile::kLaxWait>, "value", "value", "value", ""},
     {"tile_swapped_registers", tile<Tile::kSwappedRegisters>, "value", "value", "value", ""},
     {"tile_overread", tile<Tile::kOverread>, "?", "asan", "?", ""},
