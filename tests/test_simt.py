@@ -4,6 +4,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,35 @@ def test_translated_ptx(arch, flavour, tmp_path):
     if not has_sanitizer(flavour, tmp_path):
         pytest.skip(f"the compiler or the machine lacks {FLAG[flavour]}")
     run_native(build(f"ptx{arch}_{flavour}"))
+
+
+def test_golden_data_is_compared(tmp_path):
+    """Golden data passes where it agrees (here the model's own) and fails where a word or the inputs differ."""
+    program = build("simt_plain")
+    call([program, "--dump-golden", tmp_path, "the model", "test_ptx"])
+    assert len(list(tmp_path.glob("*.bin"))) == len(list(tmp_path.glob("*.json"))) >= 15
+    environment = {**os.environ, "DLM_GOLDEN": str(tmp_path)}
+    out = call([program, "test_ptx"], env=environment)
+    assert "no golden data" not in out
+    words = bytearray((tmp_path / "mma_bf16.bin").read_bytes())
+    words[3] ^= 1  # an exponent bit
+    (tmp_path / "mma_bf16.bin").write_bytes(words)
+    about = tmp_path / "cp_async.json"
+    about.write_text(about.read_text().replace('"inputs": "', '"inputs": "not '))
+    done = subprocess.run([str(program), "test_ptx"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert "mma_bf16: 1 of 128 words differ" in done.stdout
+    assert "cp_async: golden data of other inputs" in done.stdout
+
+
+def test_unknown_instructions_stop_the_translation(tmp_path):
+    ptx = tmp_path / "k.ptx"
+    translator = [sys.executable, SOURCE / "ptx" / "ptx2cpp.py", ptx, tmp_path / "k.cpp"]
+    kernel = ".visible .entry k(\n\t.param .u64 k_param_0\n)\n{{\n\t.reg .b32 \t%r<3>;\n\t{}\n\tret;\n}}\n"
+    ptx.write_text(kernel.format("add.s32 \t%r1, %r2, 7;"))
+    call(translator)
+    for text in ("frobnicate.u32 %r1, %r2;", "add.sat.s32 %r1, %r2, 7;", "membar.gl;", "add.s32 %r1, %clock, 7;"):
+        ptx.write_text(kernel.format(text))
+        done = subprocess.run(translator, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "kernel k" in done.stderr and "not translated" in done.stderr, done.stderr

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The seam between a kernel and the machine under it: the CUDA toolkit, or with DLM_SIMT the stand-ins of
-// tests/cpp/simt, which run the same source on the host. A kernel file includes this, cuda/ptx.cuh and csrc/common.
+// The seam between a kernel and the machine under it: the CUDA toolkit, or with DLM_SIMT the
+// stand-ins of tests/cpp/simt, which run the same source on the host. A kernel file includes this,
+// cuda/ptx.cuh and csrc/common.
 //
 //   launch       the one way to start a kernel
-//   SmemCarver   the one way to get shared memory (static __shared__ arrays are not used: they can be neither
-//                poisoned nor fenced by the host tests); SmemSize adds up the same takes on the host
+//   SmemCarver   the one way to get shared memory; SmemSize adds up the same takes on the host
+//
+// Static __shared__ arrays are not used: the host tests could neither poison nor fence them.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -45,7 +47,8 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t smem_by
 
 #else
 
-// Hands out dynamic shared memory in order; all threads make the same takes. Offsets fold to constants.
+// Hands out dynamic shared memory in order; all threads make the same takes. Offsets fold to
+// constants.
 class SmemCarver {
  public:
   template <class T>
@@ -60,13 +63,14 @@ class SmemCarver {
   uint32_t used_ = 0;
 };
 
-// Starts `kernel(params)`. Kernels take one struct by value: `const __grid_constant__ Params params`.
+// Starts `kernel(params)`. Kernels take one struct by value, `const __grid_constant__ Params`.
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t smem_bytes,
                    cudaStream_t stream, const Params& params) {
   if (smem_bytes > 48 * 1024) {  // more than the default needs the kernel's consent
-    const cudaError_t error = cudaFuncSetAttribute(
-        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(smem_bytes));
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, int(smem_bytes));
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config{};

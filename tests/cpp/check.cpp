@@ -8,11 +8,15 @@
 #include <exception>
 
 #include "golden.h"
+#ifdef DLM_SIMT
 #include "must_fail.h"
+#endif
 
 #ifdef DLM_SIMT
 // One report is enough, and its exit status tells it from a failed check.
-extern "C" const char* __tsan_default_options() { return "halt_on_error=1:exitcode=66:report_thread_leaks=0"; }
+extern "C" const char* __tsan_default_options() {
+  return "halt_on_error=1:exitcode=66:report_thread_leaks=0";
+}
 extern "C" const char* __asan_default_options() { return "exitcode=67:detect_leaks=0"; }
 extern "C" const char* __ubsan_default_options() { return "print_stacktrace=1"; }
 #endif
@@ -39,7 +43,9 @@ std::string stem(const char* file) {
 
 }  // namespace
 
-Register::Register(const char* name, const char* file, void (*test)()) { tests().push_back({name, stem(file), test}); }
+Register::Register(const char* name, const char* file, void (*test)()) {
+  tests().push_back({name, stem(file), test});
+}
 
 void fail(const char* file, int line, const char* format, ...) {
   if (++failures > 8) return;
@@ -57,7 +63,8 @@ bool failed() { return failures > 0; }
 void for_each_schedule(const std::function<void()>& body) {
   simt::Options& o = simt::options();
   const simt::Options before = o;
-  const bool chosen = getenv("SIMT_SCHED") || getenv("SIMT_ASYNC") || getenv("SIMT_SEED") || getenv("SIMT_BLOCKS");
+  const bool chosen =
+      getenv("SIMT_SCHED") || getenv("SIMT_ASYNC") || getenv("SIMT_SEED") || getenv("SIMT_BLOCKS");
   const char* schedules[] = {"in_order", "random", "pct"};
   const char* landings[] = {"lazy", "eager", "random"};
   for (int schedule = 0; schedule < 3; ++schedule) {
@@ -67,8 +74,10 @@ void for_each_schedule(const std::function<void()>& body) {
         o.landing = simt::Landing(landing);
         o.resident_blocks = schedule ? 3 : 1;
         o.seed = 1 + schedule * 3 + landing;
-        context = std::string(" [SIMT_SCHED=") + schedules[schedule] + " SIMT_ASYNC=" + landings[landing] +
-                  " SIMT_BLOCKS=" + std::to_string(o.resident_blocks) + " SIMT_SEED=" + std::to_string(o.seed) + "]";
+        context = std::string(" [SIMT_SCHED=") + schedules[schedule] +
+                  " SIMT_ASYNC=" + landings[landing] +
+                  " SIMT_BLOCKS=" + std::to_string(o.resident_blocks) +
+                  " SIMT_SEED=" + std::to_string(o.seed) + "]";
       }
       body();
       if (chosen || failed()) {
@@ -83,9 +92,17 @@ void for_each_schedule(const std::function<void()>& body) {
 }
 #endif
 
-// usage: [--list] [--fault NAME] [--dump-golden FOLDER DEVICE] [NAME...], a NAME being a test's or a file's
+// usage: [--list] [--fault NAME] [--dump-golden FOLDER DEVICE] [NAME...], a NAME being a test's or
+// a file's
 int main(int argc, char** argv) {
   setvbuf(stdout, nullptr, _IOLBF, 0);
+#ifndef DLM_SIMT
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || !devices) {
+    printf("no CUDA device\n");
+    return 77;
+  }
+#endif
   std::vector<std::string> wanted;
   for (int i = 1; i < argc; ++i) {
     const std::string argument = argv[i];
@@ -93,7 +110,9 @@ int main(int argc, char** argv) {
       for (auto& test : tests()) printf("%s %s\n", test.file.c_str(), test.name.c_str());
       return 0;
     }
+#ifdef DLM_SIMT
     if (argument == "--fault" && i + 1 < argc) return run_fault(argv[i + 1]);
+#endif
     if (argument == "--dump-golden" && i + 2 < argc) {
       golden::dump_to(argv[i + 1], argv[i + 2]);
       i += 2;
@@ -115,9 +134,10 @@ int main(int argc, char** argv) {
     }
     context.clear();
     if (passes + failures == 0) fail(test.file.c_str(), 0, "the test checks nothing");
-    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    printf("%s %s.%s: %d checks, %.2f s\n", failures ? "FAIL" : "PASS", test.file.c_str(), test.name.c_str(),
-           passes + failures, seconds);
+    const double seconds =
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    printf("%s %s.%s: %d checks, %.2f s\n", failures ? "FAIL" : "PASS", test.file.c_str(),
+           test.name.c_str(), passes + failures, seconds);
     ++ran;
     bad += failures > 0;
   }

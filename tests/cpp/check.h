@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// A small test harness. The same test files run on the host (g++, DLM_SIMT) and, built by nvcc, on a GPU.
+// A small test harness. The same test files run on the host (g++, DLM_SIMT) and, built by nvcc, on
+// a GPU.
 //
 //   TEST(name) { ... }            registers a test; CHECK(condition, "format", ...) inside it
-//   for_each_schedule([&] {...})  runs its argument under every scheduler and copy timing, and with 1 and 3 blocks
-//   Array<T>                      memory that the test and the kernel both use; under ASan with a fence at both ends
+//   for_each_schedule([&] {...})  under every scheduler and copy timing, 1 and 3 blocks at once
+//   Array<T>                      memory of the test and the kernel; ASan fences it at both ends
 //   run(launch(...))              checks the launch and waits for it
 #pragma once
 #include <cstdio>
@@ -19,23 +20,24 @@ namespace check {
 struct Register {
   Register(const char* name, const char* file, void (*test)());
 };
-void fail(const char* file, int line, const char* format, ...) __attribute__((format(printf, 3, 4)));
+void fail(const char* file, int line, const char* format, ...)
+    __attribute__((format(printf, 3, 4)));
 void passed();
 bool failed();  // has the running test failed?
 int main(int argc, char** argv);
 
-#define TEST(NAME)                                                  \
-  static void NAME();                                               \
+#define TEST(NAME)                                                     \
+  static void NAME();                                                  \
   static const check::Register register_##NAME(#NAME, __FILE__, NAME); \
   static void NAME()
 
-#define CHECK(CONDITION, ...)                              \
-  do {                                                     \
-    if (CONDITION) {                                       \
-      check::passed();                                     \
-    } else {                                               \
-      check::fail(__FILE__, __LINE__, __VA_ARGS__);        \
-    }                                                      \
+#define CHECK(CONDITION, ...)                       \
+  do {                                              \
+    if (CONDITION) {                                \
+      check::passed();                              \
+    } else {                                        \
+      check::fail(__FILE__, __LINE__, __VA_ARGS__); \
+    }                                               \
   } while (0)
 
 #ifdef DLM_SIMT
@@ -49,14 +51,18 @@ struct Aligned {
   Aligned() = default;
   template <class U>
   Aligned(const Aligned<U>&) {}
-  T* allocate(size_t n) { return static_cast<T*>(operator new(n * sizeof(T), std::align_val_t(256))); }
+  T* allocate(size_t n) {
+    return static_cast<T*>(operator new(n * sizeof(T), std::align_val_t(256)));
+  }
   void deallocate(T* p, size_t) { operator delete(p, std::align_val_t(256)); }
   bool operator==(const Aligned&) const { return true; }
 };
 template <class T>
 using Array = std::vector<T, Aligned<T>>;
 
-inline void run(cudaError_t error) { CHECK(error == cudaSuccess, "launch: %s", cudaGetErrorString(error)); }
+inline void run(cudaError_t error) {
+  CHECK(error == cudaSuccess, "launch: %s", cudaGetErrorString(error));
+}
 
 #else
 

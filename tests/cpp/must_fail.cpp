@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The tester tested: kernels with one planted fault each, and what must notice it in which build. Each runs in a child
-// process, since a sanitizer's report ends the process.
+// The tester tested: kernels with one planted fault each, and what must notice it in which build.
+// Each runs in a child process, since a sanitizer's report ends the process.
 #include "must_fail.h"
 
 #include <sys/wait.h>
@@ -17,27 +17,31 @@
 namespace check {
 namespace {
 
-using dlm::cuda::RemaskFault;
-using dlm::cuda::RowFault;
-using dlm::cuda::SelectFault;
-using dlm::cuda::TileFault;
+using Row = dlm::cuda::RowFault;
+using Tile = dlm::cuda::TileFault;
+using Select = dlm::cuda::SelectFault;
+using Remask = dlm::cuda::RemaskFault;
 
-template <RowFault fault>
+template <Row fault>
 std::string row() {
   RowCase c(2, 603, 3, 7);  // the shares leave the second warp without work
   dlm::cuda::row_reduce<fault>(c.params(), c.rows, nullptr);
   return c.wrong();
 }
-template <TileFault fault>
+template <Tile fault>
 std::string tile() {
   TileCase c(63, 28, 104, 5);
   dlm::cuda::tile_product<fault>(c.params(), nullptr);
   return c.wrong();
 }
 
-// What notices: "value" a wrong result, "simt" the machine, "asan", "race" (ThreadSanitizer), "-" nothing,
-// "?" is undefined: what lies behind an allocation.
-// In the last column, what differs when the kernel is nvcc's PTX: "" nothing does, "skip" it is not tried.
+// What notices: "value" a wrong result, "simt" the machine, "asan", "race" ThreadSanitizer,
+// "crash" a signal, "-" nothing; "?": undefined, since what lies behind an allocation is.
+// In the last column, what notices it when the kernel is nvcc's PTX, in every build; "": as before.
+// Overruns from one array into the next differ: nvcc has folded the offsets, so there is no fence
+// between the arrays.
+// Of the ops, only what the library holds is translated.
+constexpr char kNotRun[] = "nothing: it did not run";
 struct Fault {
   const char* name;
   std::string (*run)();
@@ -45,48 +49,48 @@ struct Fault {
 };
 const Fault kFaults[] = {
     // clang-format off
-    // name                               kernel                                           plain    asan     tsan
-    {"row_none",                          row<RowFault::kNone>,                            "-",     "-",     "-",    ""},
-    {"row_missing_barrier",               row<RowFault::kMissingBarrier>,                  "value", "value", "race", ""},
-    {"row_overread",                      row<RowFault::kOverread>,                        "?",     "asan",  "?",    ""},
-    {"row_smem_overrun",                  row<RowFault::kSmemOverrun>,                     "value", "asan",  "value", ""},
-    {"row_unmasked_tail",                 row<RowFault::kUnmaskedTail>,                    "value", "value", "value", ""},
-    {"row_wrong_splits",                  row<RowFault::kWrongSplits>,                     "value", "value", "race", ""},
-    {"row_relaxed_counter",               row<RowFault::kRelaxedCounter>,                  "-",     "-",     "race", ""},
-    {"row_divergent_shuffle",             row<RowFault::kDivergentShuffle>,                "simt",  "simt",  "simt", ""},
-    {"row_early_exit",                    row<RowFault::kEarlyExit>,                       "simt",  "simt",  "simt", ""},
-    {"row_wrong_mask",                    row<RowFault::kWrongMask>,                       "simt",  "simt",  "simt", ""},
-    {"tile_none",                         tile<TileFault::kNone>,                          "-",     "-",     "-",    ""},
-    {"tile_missing_barrier_after_wait",   tile<TileFault::kMissingBarrierAfterWait>,       "value", "value", "race", ""},
-    {"tile_missing_barrier_before_overwrite", tile<TileFault::kMissingBarrierBeforeOverwrite>, "value", "value", "race", ""},
-    {"tile_lax_wait",                     tile<TileFault::kLaxWait>,                       "value", "value", "value", ""},
-    {"tile_swapped_registers",            tile<TileFault::kSwappedRegisters>,              "value", "value", "value", ""},
-    {"tile_overread",                     tile<TileFault::kOverread>,                      "?",     "asan",  "?",    ""},
-    {"tile_smem_overrun",                 tile<TileFault::kSmemOverrun>,                   "value", "asan",  "race", ""},
-    {"tile_unmasked_tail",                tile<TileFault::kUnmaskedTail>,                  "value", "value", "value", ""},
-    {"tile_missing_syncwarp",             tile<TileFault::kMissingSyncwarp>,               "value", "value", "race", ""},
-    {"tile_divergent_barrier",            tile<TileFault::kDivergentBarrier>,              "simt",  "simt",  "simt", ""},
-    {"select_none",                       try_select<SelectFault::kNone>,                  "-",     "-",     "-",     ""},
-    {"select_sort_reads_too_early",       try_select<SelectFault::kSortReadsTooEarly>,     "value", "value", "race",  ""},
-    {"select_sort_writes_too_early",      try_select<SelectFault::kSortWritesTooEarly>,    "value", "value", "race",  ""},
-    {"select_sort_stops_early",           try_select<SelectFault::kSortStopsEarly>,        "value", "value", "value", ""},
-    {"select_limit_read_too_early",       try_select<SelectFault::kLimitReadTooEarly>,     "value", "value", "race",  ""},
-    {"select_totals_read_too_early",      try_select<SelectFault::kTotalsReadTooEarly>,    "value", "value", "race",  ""},
-    {"select_unmasked_tail",              try_select<SelectFault::kUnmaskedTail>,          "value", "asan",  "value", ""},
-    {"select_high_slot_wins_ties",        try_select<SelectFault::kHighSlotWinsTies>,      "value", "value", "value", ""},
-    {"select_rank_off_by_one",            try_select<SelectFault::kRankOffByOne>,          "value", "value", "value", ""},
-    {"select_fill_within_gate",           try_select<SelectFault::kFillWithinGate>,        "value", "value", "value", ""},
-    {"select_sums_within_warp",           try_select<SelectFault::kSumsWithinWarp>,        "value", "value", "value", ""},
-    {"remask_none",                       try_remask<RemaskFault::kNone>,                  "-",     "-",     "-",     ""},
-    {"remask_searches_too_early",         try_remask<RemaskFault::kSearchesTooEarly>,      "value", "value", "race",  ""},
-    {"remask_partials_read_too_early",    try_remask<RemaskFault::kPartialsReadTooEarly>,  "simt",  "simt",  "race",  ""},
-    {"remask_fills_too_early",            try_remask<RemaskFault::kFillsTooEarly>,         "value", "value", "race",  ""},
-    {"remask_last_slot_wins",             try_remask<RemaskFault::kLastSlotWins>,          "value", "value", "value", ""},
-    {"remask_trusts_positions",           try_remask<RemaskFault::kTrustsPositions>,       "crash", "asan",  "crash", ""},
-    {"remask_skips_sort",                 try_remask<RemaskFault::kSkipsSort>,             "value", "value", "race",  ""},
-    {"remask_odd_tail",                   try_remask<RemaskFault::kOddTail>,               "value", "asan",  "value", ""},
-    {"remask_keeps_overfilled",           try_remask<RemaskFault::kKeepsOverfilled>,       "value", "value", "value", ""},
-    {"remask_no_origin",                  try_remask<RemaskFault::kNoOrigin>,              "value", "value", "value", ""},
+    // name, kernel, and what notices it: plain, asan, tsan, ptx
+    {"row_none", row<Row::kNone>, "-", "-", "-", ""},
+    {"row_missing_barrier", row<Row::kMissingBarrier>, "value", "value", "race", ""},
+    {"row_overread", row<Row::kOverread>, "?", "asan", "?", ""},
+    {"row_smem_overrun", row<Row::kSmemOverrun>, "value", "asan", "value", "value"},
+    {"row_unmasked_tail", row<Row::kUnmaskedTail>, "value", "value", "value", ""},
+    {"row_wrong_splits", row<Row::kWrongSplits>, "value", "value", "race", ""},
+    {"row_relaxed_counter", row<Row::kRelaxedCounter>, "-", "-", "race", ""},
+    {"row_divergent_shuffle", row<Row::kDivergentShuffle>, "simt", "simt", "simt", ""},
+    {"row_early_exit", row<Row::kEarlyExit>, "simt", "simt", "simt", ""},
+    {"row_wrong_mask", row<Row::kWrongMask>, "simt", "simt", "simt", ""},
+    {"tile_none", tile<Tile::kNone>, "-", "-", "-", ""},
+    {"tile_no_barrier_after_wait", tile<Tile::kNoBarrierAfterWait>, "value", "value", "race", ""},
+    {"tile_no_barrier_at_end", tile<Tile::kNoBarrierBeforeReuse>, "value", "value", "race", ""},
+    {"tile_lax_wait", tile<Tile::kLaxWait>, "value", "value", "value", ""},
+    {"tile_swapped_registers", tile<Tile::kSwappedRegisters>, "value", "value", "value", ""},
+    {"tile_overread", tile<Tile::kOverread>, "?", "asan", "?", ""},
+    {"tile_smem_overrun", tile<Tile::kSmemOverrun>, "value", "asan", "race", "value"},
+    {"tile_unmasked_tail", tile<Tile::kUnmaskedTail>, "value", "value", "value", ""},
+    {"tile_missing_syncwarp", tile<Tile::kMissingSyncwarp>, "value", "value", "race", ""},
+    {"tile_divergent_barrier", tile<Tile::kDivergentBarrier>, "simt", "simt", "simt", ""},
+    {"select_none", try_select<Select::kNone>, "-", "-", "-", ""},
+    {"select_sort_reads_too_early", try_select<Select::kSortReadsTooEarly>, "value", "value", "race", kNotRun},
+    {"select_sort_writes_too_early", try_select<Select::kSortWritesTooEarly>, "value", "value", "race", kNotRun},
+    {"select_sort_stops_early", try_select<Select::kSortStopsEarly>, "value", "value", "value", kNotRun},
+    {"select_limit_read_too_early", try_select<Select::kLimitReadTooEarly>, "value", "value", "race", kNotRun},
+    {"select_totals_read_too_early", try_select<Select::kTotalsReadTooEarly>, "value", "value", "race", kNotRun},
+    {"select_unmasked_tail", try_select<Select::kUnmaskedTail>, "value", "asan", "value", kNotRun},
+    {"select_high_slot_wins_ties", try_select<Select::kHighSlotWinsTies>, "value", "value", "value", kNotRun},
+    {"select_rank_off_by_one", try_select<Select::kRankOffByOne>, "value", "value", "value", kNotRun},
+    {"select_fill_within_gate", try_select<Select::kFillWithinGate>, "value", "value", "value", kNotRun},
+    {"select_sums_within_warp", try_select<Select::kSumsWithinWarp>, "value", "value", "value", kNotRun},
+    {"remask_none", try_remask<Remask::kNone>, "-", "-", "-", ""},
+    {"remask_searches_too_early", try_remask<Remask::kSearchesTooEarly>, "value", "value", "race", kNotRun},
+    {"remask_partials_read_too_early", try_remask<Remask::kPartialsReadTooEarly>, "simt", "simt", "race", kNotRun},
+    {"remask_fills_too_early", try_remask<Remask::kFillsTooEarly>, "value", "value", "race", kNotRun},
+    {"remask_last_slot_wins", try_remask<Remask::kLastSlotWins>, "value", "value", "value", kNotRun},
+    {"remask_trusts_positions", try_remask<Remask::kTrustsPositions>, "crash", "asan", "crash", kNotRun},
+    {"remask_skips_sort", try_remask<Remask::kSkipsSort>, "value", "value", "race", kNotRun},
+    {"remask_odd_tail", try_remask<Remask::kOddTail>, "value", "asan", "value", kNotRun},
+    {"remask_keeps_overfilled", try_remask<Remask::kKeepsOverfilled>, "value", "value", "value", kNotRun},
+    {"remask_no_origin", try_remask<Remask::kNoOrigin>, "value", "value", "value", kNotRun},
     // clang-format on
 };
 
@@ -95,6 +99,8 @@ std::string self_path() {
   return readlink("/proc/self/exe", path, sizeof path - 1) > 0 ? path : "";
 }
 const char* kind(const std::string& output) {
+  if (output.find("not among the translated kernels") != output.npos)
+    return kNotRun;
   if (output.find("ThreadSanitizer: data race") != output.npos) return "race";
   if (output.find("ERROR: AddressSanitizer") != output.npos) return "asan";
   if (output.find("runtime error:") != output.npos) return "ubsan";
@@ -141,17 +147,17 @@ TEST(planted_faults_are_noticed) {
   const std::string self = self_path();
   CHECK(!self.empty(), "/proc/self/exe is not readable");
   for (auto& fault : kFaults) {
-    const char* want = simt::under_tsan() ? fault.tsan : simt::under_asan() ? fault.asan : fault.plain;
-    if (simt::translated_ptx()) {
-      if (!strcmp(fault.ptx, "skip")) continue;
-      if (*fault.ptx) want = fault.ptx;
-    }
+    const char* want = simt::under_tsan()   ? fault.tsan
+                       : simt::under_asan() ? fault.asan
+                                            : fault.plain;
+    if (simt::translated_ptx() && *fault.ptx) want = fault.ptx;
     FILE* child = popen(("'" + self + "' --fault " + fault.name + " 2>&1").c_str(), "r");
     std::string output;
     char buffer[4096];
     while (size_t n = fread(buffer, 1, sizeof buffer, child)) output.append(buffer, n);
     pclose(child);
-    CHECK(!strcmp(kind(output), want) || !strcmp(want, "?"), "%s: noticed by %s, expected %s:\n%.600s", fault.name, kind(output), want,
+    CHECK(!strcmp(kind(output), want) || !strcmp(want, "?"),
+          "%s: noticed by %s, expected %s:\n%.600s", fault.name, kind(output), want,
           output.c_str());
   }
 }

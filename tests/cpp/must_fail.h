@@ -2,5 +2,6 @@
 #pragma once
 
 namespace check {
-int run_fault(const char* name);  // runs one faulty kernel of must_fail.cpp and says what was noticed
+int run_fault(
+    const char* name);  // runs one faulty kernel of must_fail.cpp and says what was noticed
 }

@@ -20,7 +20,9 @@ class Random {
   }
   uint32_t word() { return uint32_t(bits() >> 32); }
   uint32_t below(uint32_t n) { return uint32_t(uint64_t(word()) * n >> 32); }
-  double uniform(double low, double high) { return low + (high - low) * (double(bits() >> 11) * 0x1p-53); }
+  double uniform(double low, double high) {
+    return low + (high - low) * (double(bits() >> 11) * 0x1p-53);
+  }
   // Sum of 12 uniforms: near enough to a normal variate, and exact in every libm.
   double normal() {
     double sum = -6;
@@ -38,7 +40,8 @@ void fill_normal(T& array, Random& random, double scale = 1) {
   for (auto& x : array) x = dlm::from_float<Element>(float(scale * random.normal()));
 }
 
-// |got - want| <= tolerance * max(1, |want|); false for NaN, unless both are; equal infinities agree.
+// |got - want| <= tolerance * max(1, |want|); false for NaN, unless both are; equal infinities
+// agree.
 inline bool close(double got, double want, double tolerance) {
   if (std::isnan(want)) return std::isnan(got);
   if (std::isinf(want)) return got == want;

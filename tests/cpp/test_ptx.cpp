@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every function of cuda/ptx.cuh against a definition written apart from the model: where the model goes from a lane's
-// register to a matrix element, these go from the element to the lane.
+// Every function of cuda/ptx.cuh against a definition written apart from the model: where the model
+// goes from a lane's register to a matrix element, these go from the element to the lane.
 #include <cmath>
 #include <cstring>
 
@@ -19,9 +19,9 @@ using Agree = std::function<bool(uint32_t, uint32_t)>;
 bool same(uint32_t a, uint32_t b) { return a == b; }
 
 // Runs the kernel under every schedule, compares with `want`, at the end with golden data.
-void check_words(const char* name, void (*kernel)(WrapperParams), const Words& in, const std::vector<uint32_t>& want,
-                 const Agree& agree = same, dim3 grid = 1, int threads = 32, size_t smem = 4096, int n = 0,
-                 bool resident_together = false) {
+void check_words(const char* name, void (*kernel)(WrapperParams), const Words& in,
+                 const std::vector<uint32_t>& want, const Agree& agree = same, dim3 grid = 1,
+                 int threads = 32, size_t smem = 4096, int n = 0, bool resident_together = false) {
   std::vector<uint32_t> last;
   for_each_schedule([&] {
 #ifdef DLM_SIMT
@@ -35,8 +35,8 @@ void check_words(const char* name, void (*kernel)(WrapperParams), const Words& i
     for (size_t i = 0; i < want.size(); ++i) {
       if (!agree(out[i], want[i]) && wrong++ == 0) first = i;
     }
-    CHECK(wrong == 0, "%s: %zu of %zu words wrong; word %zu is %08x, expected %08x", name, wrong, want.size(), first,
-          out[first], want[first]);
+    CHECK(wrong == 0, "%s: %zu of %zu words wrong; word %zu is %08x, expected %08x", name, wrong,
+          want.size(), first, out[first], want[first]);
     last.assign(out.begin(), out.end());
 #ifdef DLM_SIMT
     simt::options() = before;
@@ -47,7 +47,9 @@ void check_words(const char* name, void (*kernel)(WrapperParams), const Words& i
 }
 
 Agree floats_agree(double tolerance) {
-  return [=](uint32_t a, uint32_t b) { return close(dlm::bits_to_float(a), dlm::bits_to_float(b), tolerance); };
+  return [=](uint32_t a, uint32_t b) {
+    return close(dlm::bits_to_float(a), dlm::bits_to_float(b), tolerance);
+  };
 }
 
 template <int count, bool trans>
@@ -62,7 +64,8 @@ void check_ldmatrix(const char* name) {
     for (int row = 0; row < 8; ++row) {
       for (int column = 0; column < 8; ++column) {
         const uint32_t address_lane = in[m * 8 + row];
-        const uint32_t element = in[32 + address_lane * 4 + column / 2] >> (column % 2 * 16) & 0xffff;
+        const uint32_t element =
+            in[32 + address_lane * 4 + column / 2] >> (column % 2 * 16) & 0xffff;
         const int i = trans ? column : row, j = trans ? row : column;
         want[(i * 4 + j / 2) * count + m] |= element << (j % 2 * 16);
       }
@@ -77,10 +80,12 @@ void check_mma(const char* name) {
   Random random(16);
   const auto element = [&] {
     const float x = float(random.normal());
-    return uint32_t(bf16 ? dlm::from_float<dlm::BFloat16>(x).bits : dlm::from_float<dlm::Float16>(x).bits);
+    return uint32_t(bf16 ? dlm::from_float<dlm::BFloat16>(x).bits
+                         : dlm::from_float<dlm::Float16>(x).bits);
   };
   const auto value = [](uint32_t bits) {
-    return double(bf16 ? dlm::to_float(dlm::BFloat16{uint16_t(bits)}) : dlm::to_float(dlm::Float16{uint16_t(bits)}));
+    return double(bf16 ? dlm::to_float(dlm::BFloat16{uint16_t(bits)})
+                       : dlm::to_float(dlm::Float16{uint16_t(bits)}));
   };
   for (int lane = 0; lane < 32; ++lane) {
     for (int i = 0; i < 6; ++i) {
@@ -89,11 +94,14 @@ void check_mma(const char* name) {
     }
     for (int i = 6; i < 10; ++i) in[lane * 10 + i] = dlm::float_to_bits(float(random.normal()));
   }
-  // Which lane, word and half holds an element of a (16 x 16, row-major) and of b (16 x 8, column-major).
+  // Which lane, word and half holds an element of a (16 x 16, row-major) and of b (16 x 8,
+  // column-major).
   const auto a = [&](int i, int k) {
     return value(in[(i % 8 * 4 + k % 8 / 2) * 10 + k / 8 * 2 + i / 8] >> (k % 2 * 16) & 0xffff);
   };
-  const auto b = [&](int k, int j) { return value(in[(j * 4 + k % 8 / 2) * 10 + 4 + k / 8] >> (k % 2 * 16) & 0xffff); };
+  const auto b = [&](int k, int j) {
+    return value(in[(j * 4 + k % 8 / 2) * 10 + 4 + k / 8] >> (k % 2 * 16) & 0xffff);
+  };
   std::vector<uint32_t> want(128);
   for (int i = 0; i < 16; ++i) {
     for (int j = 0; j < 8; ++j) {
@@ -147,18 +155,26 @@ TEST(copy_16) {
 }
 
 TEST(arithmetic) {
-  std::vector<float> values = {0.0f,  -0.0f,  1.0f,     -1.0f,    2.0f,    0.5f,    INFINITY, -INFINITY,
-                               NAN,   127.5f, 128.5f,   -125.5f,  -126.5f, -149.0f, -200.0f,  1e-40f,
-                               65504, 65520,  6.1e-05f, 5.96e-8f, 2.9e-8f, 3.4e38f, 1e-38f,   -1e-40f};
+  std::vector<float> values = {0.0f,     -0.0f,     1.0f,    -1.0f,   2.0f,   0.5f,
+                               INFINITY, -INFINITY, NAN,     127.5f,  128.5f, -125.5f,
+                               -126.5f,  -149.0f,   -200.0f, 1e-40f,  65504,  65520,
+                               6.1e-05f, 5.96e-8f,  2.9e-8f, 3.4e38f, 1e-38f, -1e-40f};
   Random random(5);
-  while (values.size() < 256) values.push_back(float(random.normal() * std::exp2(random.uniform(-20, 6))));
+  while (values.size() < 256)
+    values.push_back(float(random.normal() * std::exp2(random.uniform(-20, 6))));
   const int n = int(values.size());
   Words in(values.size());
   for (int i = 0; i < n; ++i) in[i] = dlm::float_to_bits(values[i]);
 
-  const auto flushed = [](float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; };
-  const auto bf16 = [](float x) { return uint32_t(x != x ? 0x7fff : dlm::from_float<dlm::BFloat16>(x).bits); };
-  const auto f16 = [](float x) { return uint32_t(x != x ? 0x7fff : dlm::from_float<dlm::Float16>(x).bits); };
+  const auto flushed = [](float x) {
+    return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x;
+  };
+  const auto bf16 = [](float x) {
+    return uint32_t(x != x ? 0x7fff : dlm::from_float<dlm::BFloat16>(x).bits);
+  };
+  const auto f16 = [](float x) {
+    return uint32_t(x != x ? 0x7fff : dlm::from_float<dlm::Float16>(x).bits);
+  };
   std::vector<uint32_t> want(values.size() * 8);
   for (int i = 0; i < n; ++i) {
     const float x = values[i], y = values[i ^ 1];
@@ -172,11 +188,13 @@ TEST(arithmetic) {
     out[6] = dlm::float_to_bits(dlm::to_float(dlm::Float16{uint16_t(in[i])}));
     out[7] = dlm::float_to_bits(dlm::to_float(dlm::Float16{uint16_t(in[i] >> 16)}));
   }
-  // ex2 and lg2: 2^-21 relative (lg2 of a value near 1: 2^-22 absolute). The rest is exact, NaN for NaN.
+  // ex2 and lg2: 2^-21 relative (lg2 of a value near 1: 2^-22 absolute). The rest is exact, NaN for
+  // NaN.
   const Agree agree = [](uint32_t got, uint32_t wanted) {
     const float a = dlm::bits_to_float(got), b = dlm::bits_to_float(wanted);
     if (got == wanted || (std::isnan(a) && std::isnan(b))) return true;
-    return std::fabs(double(a) - b) <= std::fmax(0x1p-21 * std::fabs(double(b)), std::fabs(b) > 1e-3 ? 0x1p-22 : 0);
+    return std::fabs(double(a) - b) <=
+           std::fmax(0x1p-21 * std::fabs(double(b)), std::fabs(b) > 1e-3 ? 0x1p-22 : 0);
   };
   check_words("arithmetic", arithmetic_kernel, in, want, agree, 1, 32, 0, n);
 }

@@ -5,7 +5,8 @@ using namespace check;
 
 TEST(matches_reference) {
   for_each_schedule([] {
-    for (auto [rows, columns, splits] : {std::tuple{1, 1, 1}, {2, 7, 2}, {3, 512, 1}, {2, 1003, 3}, {1, 4099, 5}}) {
+    for (auto [rows, columns, splits] :
+         {std::tuple{1, 1, 1}, {2, 7, 2}, {3, 512, 1}, {2, 1003, 3}, {1, 4099, 5}}) {
       RowCase c(rows, columns, splits, uint64_t(columns));
       run(dlm::cuda::row_reduce(c.params(), c.rows, nullptr));
       CHECK(c.wrong().empty(), "%d x %d, %d splits: %s", rows, columns, splits, c.wrong().c_str());
@@ -31,7 +32,7 @@ TEST(loads_are_coalesced) {
   simt::counters() = {};
   run(dlm::cuda::row_reduce(c.params(), c.rows, nullptr));
   const auto& n = simt::counters();
-  CHECK(n.gmem_sectors == n.gmem_ideal_sectors && n.gmem_requests == 2 * 4096 / 8 / 32, "%zu sectors, ideal %zu",
-        size_t(n.gmem_sectors), size_t(n.gmem_ideal_sectors));
+  CHECK(n.gmem_sectors == n.gmem_ideal_sectors && n.gmem_requests == 2 * 4096 / 8 / 32,
+        "%zu sectors, ideal %zu", size_t(n.gmem_sectors), size_t(n.gmem_ideal_sectors));
 }
 #endif

@@ -82,8 +82,10 @@ TEST(launch_limits) {
   uint32_t out[32];
   expect_fault(fault(smem_kernel, 1, 1025, 0, {out, 0}), "block of 1025");
   expect_fault(fault(smem_kernel, dim3(1, 65536), 32, 0, {out, 0}), "grid of 1 x 65536");
-  expect_fault(fault(smem_kernel, 1, 32, 300 * 1024, {out, 0}), "307200 bytes of dynamic shared memory");
-  expect_fault(fault(smem_kernel, 1, 32, 128, {out, 4}), "takes 144 bytes and was launched with 128");
+  expect_fault(fault(smem_kernel, 1, 32, 300 * 1024, {out, 0}),
+               "307200 bytes of dynamic shared memory");
+  expect_fault(fault(smem_kernel, 1, 32, 128, {out, 4}),
+               "takes 144 bytes and was launched with 128");
 }
 
 TEST(shared_memory_is_poisoned) {

@@ -20,8 +20,8 @@ TEST(swizzle_avoids_bank_conflicts) {
     simt::counters() = {};
     run(product(c.params(), nullptr));
     CHECK(c.wrong().empty(), "%s", c.wrong().c_str());
-    CHECK(simt::counters().ldmatrix == 2 * 2 * 4 && simt::counters().mma == 2 * 2 * 4, "%zu ldmatrix, %zu mma",
-          size_t(simt::counters().ldmatrix), size_t(simt::counters().mma));
+    CHECK(simt::counters().ldmatrix == 2 * 2 * 4 && simt::counters().mma == 2 * 2 * 4,
+          "%zu ldmatrix, %zu mma", size_t(simt::counters().ldmatrix), size_t(simt::counters().mma));
     return simt::counters().smem_conflicts;
   };
   using namespace dlm::cuda;

@@ -20,19 +20,28 @@ struct RowCase {
   int64_t rows;
   int32_t columns, splits;
   int64_t stride;
-  Array<dlm::BFloat16> x;  // ends with the last chunk of the last row, so that reading on leaves the allocation
+  Array<dlm::BFloat16>
+      x;  // ends with the last chunk of the last row, so that reading on leaves the allocation
   Array<dlm::cuda::RowPart> out, part;
   Array<uint32_t> arrived;
 
   RowCase(int64_t rows_, int32_t columns_, int32_t splits_, uint64_t seed)
-      : rows(rows_), columns(columns_), splits(splits_), stride((columns + 7) / 8 * 8), x(size_t(rows * stride)),
-        out(size_t(rows)), part(size_t(rows * splits)), arrived(size_t(rows)) {
+      : rows(rows_),
+        columns(columns_),
+        splits(splits_),
+        stride((columns + 7) / 8 * 8),
+        x(size_t(rows * stride)),
+        out(size_t(rows)),
+        part(size_t(rows * splits)),
+        arrived(size_t(rows)) {
     Random random(seed);
     fill_normal(x, random);
     for (int64_t r = 0; r < rows; ++r) {
       // A tie, far apart; and in the padding values that would show.
-      x[size_t(r * stride + columns / 3)] = x[size_t(r * stride + columns - 1)] = dlm::from_float<dlm::BFloat16>(20);
-      for (int64_t i = columns; i < stride; ++i) x[size_t(r * stride + i)] = dlm::from_float<dlm::BFloat16>(99);
+      x[size_t(r * stride + columns / 3)] = x[size_t(r * stride + columns - 1)] =
+          dlm::from_float<dlm::BFloat16>(20);
+      for (int64_t i = columns; i < stride; ++i)
+        x[size_t(r * stride + i)] = dlm::from_float<dlm::BFloat16>(99);
       out[size_t(r)] = {NAN, -1, NAN};
     }
     for (auto& p : part) p = {NAN, -1, NAN};
@@ -52,10 +61,12 @@ struct RowCase {
       }
       const auto& got = out[size_t(r)];
       if (got.maximum != maximum || got.index != index) {
-        return message("row %g: maximum %g at %g, expected at %g", double(r), got.maximum, got.index, index);
+        return message("row %g: maximum %g at %g, expected at %g", double(r), got.maximum,
+                       got.index, index);
       }
       if (!(std::fabs(got.sum - sum) <= 1e-6 * magnitude)) {
-        return message("row %g: sum %.9g, expected %.9g (%g columns)", double(r), got.sum, sum, columns);
+        return message("row %g: sum %.9g, expected %.9g (%g columns)", double(r), got.sum, sum,
+                       columns);
       }
       if (arrived[size_t(r)] != 0) return "the counter was not reset";
     }
@@ -70,7 +81,12 @@ struct TileCase {
   Array<float> c;
 
   TileCase(int32_t M_, int32_t N_, int32_t K_, uint64_t seed)
-      : M(M_), N(N_), K(K_), stride((K + 31) / 32 * 32), a(size_t(M * stride)), b(size_t(N * stride)),
+      : M(M_),
+        N(N_),
+        K(K_),
+        stride((K + 31) / 32 * 32),
+        a(size_t(M * stride)),
+        b(size_t(N * stride)),
         c(size_t(M) * N, NAN) {
     Random random(seed);
     fill_normal(a, random);
@@ -87,7 +103,8 @@ struct TileCase {
       for (int n = 0; n < N; ++n) {
         double sum = 0, magnitude = 0;
         for (int k = 0; k < K; ++k) {
-          const double term = double(dlm::to_float(a[size_t(m * stride + k)])) * dlm::to_float(b[size_t(n * stride + k)]);
+          const double term = double(dlm::to_float(a[size_t(m * stride + k)])) *
+                              dlm::to_float(b[size_t(n * stride + k)]);
           sum += term;
           magnitude += std::fabs(term);
         }

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Maximum of each row of a matrix, the lowest index where it stands, and the sum of the row.
-//   grid (splits, rows), kThreads threads: a block reduces its share of the row's 16-byte chunks; the last block of a
-//   row to arrive merges the shares, in order, so the result does not depend on which block that is.
-// A test of the tools more than of itself: `fault` plants one of the faults that the host tests must notice.
+//   grid (splits, rows), kThreads threads: a block reduces its share of the row's 16-byte chunks;
+//   the last block of a row to arrive merges the shares, in order, so the result does not depend on
+//   which block that is.
+// A test of the tools more than of itself: `fault` plants one of the faults that the host tests
+// must notice.
 #pragma once
 #include <climits>
 #include <cmath>
@@ -54,7 +56,8 @@ DLM_DEVICE RowPart warp_merge(RowPart part) {
   const uint32_t mask = fault == RowFault::kWrongMask ? 0x7fffffffu : 0xffffffffu;
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {
-    const RowPart other{__shfl_xor_sync(mask, part.maximum, distance), __shfl_xor_sync(mask, part.index, distance),
+    const RowPart other{__shfl_xor_sync(mask, part.maximum, distance),
+                        __shfl_xor_sync(mask, part.index, distance),
                         __shfl_xor_sync(mask, part.sum, distance)};
     // Lower lanes first: both partners compute the same sum.
     part = threadIdx.x & distance ? merge(other, part) : merge(part, other);
@@ -63,7 +66,8 @@ DLM_DEVICE RowPart warp_merge(RowPart part) {
 }
 
 template <RowFault fault>
-__global__ void __launch_bounds__(kRowThreads) row_reduce_kernel(const __grid_constant__ RowReduceParams p) {
+__global__ void __launch_bounds__(kRowThreads)
+    row_reduce_kernel(const __grid_constant__ RowReduceParams p) {
   SmemCarver smem;
   RowPart* of_warp = smem.take<RowPart>(kRowThreads / 32);
   uint32_t* is_last = smem.take<uint32_t>(1);
@@ -100,8 +104,9 @@ __global__ void __launch_bounds__(kRowThreads) row_reduce_kernel(const __grid_co
   if (threadIdx.x == 0) {
     for (int i = 1; i < kRowThreads / 32; ++i) mine = merge(mine, of_warp[i]);
     p.part[row * p.splits + blockIdx.x] = mine;
-    const uint32_t before = fault == RowFault::kRelaxedCounter ? atomicAdd(&p.arrived[row], 1u)
-                                                               : ptx::atomic_add_acq_rel(&p.arrived[row], 1);
+    const uint32_t before = fault == RowFault::kRelaxedCounter
+                                ? atomicAdd(&p.arrived[row], 1u)
+                                : ptx::atomic_add_acq_rel(&p.arrived[row], 1);
     const int wanted = p.splits - (fault == RowFault::kWrongSplits ? 2 : 1);
     *is_last = int(before) == wanted;
     if (int(before) == p.splits - 1) p.arrived[row] = 0;
@@ -115,8 +120,8 @@ __global__ void __launch_bounds__(kRowThreads) row_reduce_kernel(const __grid_co
 
 template <RowFault fault = RowFault::kNone>
 cudaError_t row_reduce(const RowReduceParams& p, int64_t rows, cudaStream_t stream) {
-  return launch(row_reduce_kernel<fault>, dim3(unsigned(p.splits), unsigned(rows)), dim3(kRowThreads), kRowSmem.bytes,
-                stream, p);
+  return launch(row_reduce_kernel<fault>, dim3(unsigned(p.splits), unsigned(rows)),
+                dim3(kRowThreads), kRowSmem.bytes, stream, p);
 }
 
 }  // namespace dlm::cuda

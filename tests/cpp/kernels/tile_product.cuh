@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // c[M,N] = a[M,K] b[N,K]^T, bf16 in, float out, on tensor cores.
-//   grid (N / 16, M / 32), 2 warps: a warp owns 16 x 16 of c. Tiles of 32 columns of a and b come by cp.async, double
-//   buffered; ldmatrix feeds mma.m16n8k16; results leave through shared memory, 16 bytes a lane.
-// A test of the tools more than of itself: `fault` plants one of the faults that the host tests must notice.
+//   grid (N / 16, M / 32), 2 warps: a warp owns 16 x 16 of c. Tiles of 32 columns of a and b come
+//   by cp.async, double buffered; ldmatrix feeds mma.m16n8k16; results leave through shared memory,
+//   16 bytes a lane.
+// A test of the tools more than of itself: `fault` plants one of the faults that the host tests
+// must notice.
 #pragma once
 #include "common/dtype.h"
 #include "cuda/device.h"
@@ -12,8 +14,8 @@ namespace dlm::cuda {
 
 enum class TileFault {
   kNone,
-  kMissingBarrierAfterWait,
-  kMissingBarrierBeforeOverwrite,
+  kNoBarrierAfterWait,
+  kNoBarrierBeforeReuse,
   kLaxWait,
   kSwappedRegisters,
   kOverread,
@@ -27,8 +29,8 @@ enum class TileFault {
 struct TileProductParams {
   const BFloat16 *a, *b;  // [M, stride], [N, stride], rows 16-byte aligned
   int64_t stride;
-  int32_t M, N, K;        // N a multiple of 4, K of 8
-  float* c;               // [M, N]
+  int32_t M, N, K;  // N a multiple of 4, K of 8
+  float* c;         // [M, N]
 };
 
 constexpr int kTileM = 32, kTileN = 16, kTileK = 32, kTileThreads = 64;
@@ -38,16 +40,19 @@ constexpr SmemSize kTileSmem = SmemSize{}
                                    .take<BFloat16>(2 * kTileN * kTileK)
                                    .take<float>(kTileM * kTileN);
 
-// Byte offset of a 16-byte chunk in a tile. Two rows fill the 32 banks; the exclusive or spreads eight rows over them.
+// Byte offset of a 16-byte chunk in a tile. Two rows fill the 32 banks; the exclusive or spreads
+// eight rows over them.
 template <TileFault fault>
 DLM_DEVICE uint32_t tile_offset(int row, int chunk) {
   if (fault == TileFault::kNoSwizzle) return uint32_t(row * kTileRowBytes + chunk * 16);
   return uint32_t(row * kTileRowBytes + (chunk ^ (row / 2 & 3)) * 16);
 }
 
-// Starts copying rows of `x` from `row0`, columns from `k0`, into a tile; what lies outside becomes zero.
+// Starts copying rows of `x` from `row0`, columns from `k0`, into a tile; what lies outside becomes
+// zero.
 template <int rows, TileFault fault>
-DLM_DEVICE void load_tile(uint32_t tile, const BFloat16* x, int64_t stride, int row0, int row_limit, int k0, int K) {
+DLM_DEVICE void load_tile(uint32_t tile, const BFloat16* x, int64_t stride, int row0, int row_limit,
+                          int k0, int K) {
   constexpr int kChunks = kTileK / 8;
   constexpr int kTurns = rows * kChunks / kTileThreads + (fault == TileFault::kSmemOverrun ? 1 : 0);
 #pragma unroll
@@ -61,7 +66,8 @@ DLM_DEVICE void load_tile(uint32_t tile, const BFloat16* x, int64_t stride, int 
 }
 
 template <TileFault fault>
-__global__ void __launch_bounds__(kTileThreads) tile_product_kernel(const __grid_constant__ TileProductParams p) {
+__global__ void __launch_bounds__(kTileThreads)
+    tile_product_kernel(const __grid_constant__ TileProductParams p) {
   SmemCarver smem;
   const uint32_t a_tiles = ptx::smem_address(smem.take<BFloat16>(2 * kTileM * kTileK));
   const uint32_t b_tiles = ptx::smem_address(smem.take<BFloat16>(2 * kTileN * kTileK));
@@ -72,9 +78,11 @@ __global__ void __launch_bounds__(kTileThreads) tile_product_kernel(const __grid
 
   const auto load_step = [&](int step) {
     const uint32_t stage = uint32_t(step & 1);
-    load_tile<kTileM, fault>(a_tiles + stage * kTileM * kTileRowBytes, p.a, p.stride, m0, p.M, step * kTileK, p.K);
+    load_tile<kTileM, fault>(a_tiles + stage * kTileM * kTileRowBytes, p.a, p.stride, m0, p.M,
+                             step * kTileK, p.K);
     constexpr TileFault b_fault = fault == TileFault::kSmemOverrun ? TileFault::kNone : fault;
-    load_tile<kTileN, b_fault>(b_tiles + stage * kTileN * kTileRowBytes, p.b, p.stride, n0, p.N, step * kTileK, p.K);
+    load_tile<kTileN, b_fault>(b_tiles + stage * kTileN * kTileRowBytes, p.b, p.stride, n0, p.N,
+                               step * kTileK, p.K);
     ptx::cp_async_commit();
   };
 
@@ -94,7 +102,7 @@ __global__ void __launch_bounds__(kTileThreads) tile_product_kernel(const __grid
       } else {
         __syncthreads();
       }
-    } else if (fault != TileFault::kMissingBarrierAfterWait) {
+    } else if (fault != TileFault::kNoBarrierAfterWait) {
       __syncthreads();
     }
     const uint32_t a_tile = a_tiles + uint32_t(step & 1) * kTileM * kTileRowBytes;
@@ -112,7 +120,7 @@ __global__ void __launch_bounds__(kTileThreads) tile_product_kernel(const __grid
       ptx::mma_m16n8k16_bf16(acc[0], a, b[0], b[1]);
       ptx::mma_m16n8k16_bf16(acc[1], a, b[2], b[3]);
     }
-    if (fault != TileFault::kMissingBarrierBeforeOverwrite) __syncthreads();
+    if (fault != TileFault::kNoBarrierBeforeReuse) __syncthreads();
   }
 
   // Each warp turns its own 16 x 16 results into rows.
@@ -120,7 +128,8 @@ __global__ void __launch_bounds__(kTileThreads) tile_product_kernel(const __grid
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
 #pragma unroll
-    for (int r = 0; r < 4; ++r) mine[(lane / 4 + r / 2 * 8) * kTileN + i * 8 + lane % 4 * 2 + r % 2] = acc[i][r];
+    for (int r = 0; r < 4; ++r)
+      mine[(lane / 4 + r / 2 * 8) * kTileN + i * 8 + lane % 4 * 2 + r % 2] = acc[i][r];
   }
   if (fault != TileFault::kMissingSyncwarp) __syncwarp();
 #pragma unroll

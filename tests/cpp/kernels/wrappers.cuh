@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One small kernel for each function of cuda/ptx.cuh and for the warp intrinsics: words in, words out, one warp unless
-// it says otherwise. test_ptx.cpp compares each with its definition.
+// One small kernel for each function of cuda/ptx.cuh and for the warp intrinsics: words in, words
+// out, one warp unless it says otherwise. test_ptx.cpp compares each with its definition.
 #pragma once
 #include "cuda/device.h"
 #include "cuda/ptx.cuh"
@@ -13,7 +13,7 @@ struct WrapperParams {
   int32_t n;
 };
 
-// in: 32 row numbers, then 32 rows of 8 words (8x8 16-bit elements make 8 rows of 4 words; rows are 16 bytes apart x 2).
+// in: for each lane the row whose address it gives, then 32 rows of 8 16-bit elements: 4 words.
 template <int count, bool trans>
 __global__ void ldmatrix_kernel(const __grid_constant__ WrapperParams p) {
   SmemCarver smem;
@@ -46,8 +46,8 @@ __global__ void mma_kernel(const __grid_constant__ WrapperParams p) {
   for (int i = 0; i < 4; ++i) p.out[threadIdx.x * 4 + i] = __float_as_uint(c[i]);
 }
 
-// Each lane copies 3 pieces of 16 bytes in 3 groups, piece i valid if bit i of its flag is set, and reads them as they
-// become complete. in: 32 flags, then 32 x 3 pieces.
+// Each lane copies 3 pieces of 16 bytes in 3 groups, piece i valid if bit i of its flag is set, and
+// reads them as they become complete. in: 32 flags, then 32 x 3 pieces.
 __global__ void cp_async_kernel(const __grid_constant__ WrapperParams p) {
   SmemCarver smem;
   const int lane = int(threadIdx.x);
@@ -76,7 +76,8 @@ __global__ void copy_16_kernel(const __grid_constant__ WrapperParams p) {
   ptx::st_global_16(p.out + 128 + lane * 4, ptx::ld_global_16(p.in + 128 + lane * 4));
 }
 
-// out: exp2, log2, pack_bf16 with the neighbour, pack_f16, then unpack_bf16 and unpack_f16 of the word: 8 a lane
+// out: exp2, log2, pack_bf16 with the neighbour, pack_f16, then unpack_bf16 and unpack_f16 of the
+// word: 8 a lane
 __global__ void arithmetic_kernel(const __grid_constant__ WrapperParams p) {
   for (int i = int(threadIdx.x); i < p.n; i += 32) {
     const float x = __uint_as_float(p.in[i]), y = __uint_as_float(p.in[i ^ 1]);
@@ -93,13 +94,15 @@ __global__ void arithmetic_kernel(const __grid_constant__ WrapperParams p) {
   }
 }
 
-// Each block publishes n words, counts itself, and the last one copies all. grid: as many blocks as wanted
+// Each block publishes n words, counts itself, and the last one copies all. grid: as many blocks as
+// wanted
 __global__ void last_block_kernel(const __grid_constant__ WrapperParams p) {
   SmemCarver smem;
   uint32_t* is_last = smem.take<uint32_t>(1);
   uint32_t* counter = p.scratch;
   uint32_t* all = p.scratch + 1;
-  for (int i = int(threadIdx.x); i < p.n; i += 32) all[blockIdx.x * p.n + i] = p.in[blockIdx.x * p.n + i] + 1;
+  for (int i = int(threadIdx.x); i < p.n; i += 32)
+    all[blockIdx.x * p.n + i] = p.in[blockIdx.x * p.n + i] + 1;
   __syncthreads();
   if (threadIdx.x == 0) *is_last = ptx::atomic_add_acq_rel(counter, 1) == gridDim.x - 1;
   __syncthreads();
@@ -121,7 +124,8 @@ __global__ void message_kernel(const __grid_constant__ WrapperParams p) {
   }
 }
 
-// 3 warps: warp 0 fills a buffer and goes on, warps 1 and 2 wait for it, then warp 1 frees it for warp 0's next round.
+// 3 warps: warp 0 fills a buffer and goes on, warps 1 and 2 wait for it, then warp 1 frees it for
+// warp 0's next round.
 __global__ void named_barrier_kernel(const __grid_constant__ WrapperParams p) {
   SmemCarver smem;
   uint32_t* buffer = smem.take<uint32_t>(32);

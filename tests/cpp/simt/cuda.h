@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stand-in for the CUDA toolkit's headers: the keywords, types and intrinsics that kernels may use, and no others.
+// Stand-in for the CUDA toolkit's headers: the keywords, types and intrinsics that kernels may use,
+// and no others.
 // __shared__, __constant__ and __activemask are missing on purpose.
 #pragma once
 #include <cmath>
@@ -23,18 +24,12 @@
 #define gridDim (simt::grid_dim)
 constexpr int warpSize = 32;
 
-#define SIMT_VECTOR_TYPES(T, NAME)                                      \
-  struct alignas(2 * sizeof(T)) NAME##2 {                               \
-    T x, y;                                                             \
-  };                                                                    \
-  struct NAME##3 {                                                      \
-    T x, y, z;                                                          \
-  };                                                                    \
-  struct alignas(4 * sizeof(T)) NAME##4 {                               \
-    T x, y, z, w;                                                       \
-  };                                                                    \
-  inline NAME##2 make_##NAME##2(T x, T y) { return {x, y}; }            \
-  inline NAME##3 make_##NAME##3(T x, T y, T z) { return {x, y, z}; }    \
+#define SIMT_VECTOR_TYPES(T, NAME)                                   \
+  struct alignas(2 * sizeof(T)) NAME##2 { T x, y; };                 \
+  struct NAME##3 { T x, y, z; };                                     \
+  struct alignas(4 * sizeof(T)) NAME##4 { T x, y, z, w; };           \
+  inline NAME##2 make_##NAME##2(T x, T y) { return {x, y}; }         \
+  inline NAME##3 make_##NAME##3(T x, T y, T z) { return {x, y, z}; } \
   inline NAME##4 make_##NAME##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 SIMT_VECTOR_TYPES(int, int)
 SIMT_VECTOR_TYPES(unsigned, uint)
@@ -44,7 +39,9 @@ SIMT_VECTOR_TYPES(float, float)
 // --- runtime: device memory is host memory, a launch has finished when it returns ---
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorNotSupported = 801 };
-inline const char* cudaGetErrorString(cudaError_t e) { return e == cudaSuccess ? "no error" : "error"; }
+inline const char* cudaGetErrorString(cudaError_t e) {
+  return e == cudaSuccess ? "no error" : "error";
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
   memset(p, value, bytes);
@@ -54,7 +51,8 @@ inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_
 namespace simt {
 
 template <class Params>
-cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t smem_bytes, const Params& params) {
+cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t smem_bytes,
+                   const Params& params) {
   static_assert(std::is_trivially_copyable_v<Params>);
   launch(reinterpret_cast<const void*>(kernel), grid, block, smem_bytes, &params, sizeof params,
          [](const void* k, const void* p) {
@@ -80,7 +78,8 @@ T shuffle(uint32_t mask, T value, int source, const char* name, Site site) {
       if (!(m >> i & 1)) continue;
       int from = static_cast<const Lane*>(lanes[i].in)->source;
       if (from < 0) from = i;
-      if (!(m >> from & 1)) fail("shuffle: lane %d reads lane %d, which is not in mask %08x", i, from, m);
+      if (!(m >> from & 1))
+        fail("shuffle: lane %d reads lane %d, which is not in mask %08x", i, from, m);
       *static_cast<T*>(lanes[i].out) = static_cast<const Lane*>(lanes[from].in)->value;
     }
   };
@@ -138,12 +137,12 @@ T __shfl_up_sync(unsigned mask, T v, unsigned delta, int width = 32, SIMT_SITE) 
   return simt::shuffle(mask, v, source >= base ? source : -1, "__shfl_up_sync", site);
 }
 
-#define SIMT_REDUCE(NAME, T, EXPRESSION)                          \
-  inline T NAME(unsigned mask, T v, SIMT_SITE) {                  \
-    struct Combine {                                              \
-      T operator()(T a, T b) const { return EXPRESSION; }         \
-    };                                                            \
-    return simt::reduce<Combine>(mask, v, #NAME, site);           \
+#define SIMT_REDUCE(NAME, T, EXPRESSION)                  \
+  inline T NAME(unsigned mask, T v, SIMT_SITE) {          \
+    struct Combine {                                      \
+      T operator()(T a, T b) const { return EXPRESSION; } \
+    };                                                    \
+    return simt::reduce<Combine>(mask, v, #NAME, site);   \
   }
 SIMT_REDUCE(__reduce_add_sync, unsigned, a + b)
 SIMT_REDUCE(__reduce_add_sync, int, int(unsigned(a) + unsigned(b)))
@@ -161,13 +160,19 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, SIMT_SITE) {
   };
   return simt::reduce<Or>(mask, predicate ? 1u << simt::lane() : 0u, "__ballot_sync", site);
 }
-inline int __any_sync(unsigned mask, int predicate, SIMT_SITE) { return __ballot_sync(mask, predicate, site) != 0; }
-inline int __all_sync(unsigned mask, int predicate, SIMT_SITE) { return __ballot_sync(mask, predicate, site) == mask; }
+inline int __any_sync(unsigned mask, int predicate, SIMT_SITE) {
+  return __ballot_sync(mask, predicate, site) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate, SIMT_SITE) {
+  return __ballot_sync(mask, predicate, site) == mask;
+}
 
-// --- atomics: relaxed, as on the device. To order other memory: ptx::atomic_add_acq_rel and its kin ---
+// --- atomics: relaxed, as on the device. To order other memory: ptx::atomic_add_acq_rel and its
+// kin ---
 template <class T>
 T atomicAdd(T* p, T v) {
-  static_assert(std::is_integral_v<T>, "float atomics would make results depend on the order of threads");
+  static_assert(std::is_integral_v<T>,
+                "float atomics would make results depend on the order of threads");
   simt::maybe_yield();
   simt::memory_changed();
   return __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
@@ -177,7 +182,8 @@ T atomicMax(T* p, T v) {
   simt::maybe_yield();
   simt::memory_changed();
   T seen = __atomic_load_n(p, __ATOMIC_RELAXED);
-  while (seen < v && !__atomic_compare_exchange_n(p, &seen, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  while (seen < v &&
+         !__atomic_compare_exchange_n(p, &seen, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
   }
   return seen;
 }
@@ -186,7 +192,8 @@ T atomicMin(T* p, T v) {
   simt::maybe_yield();
   simt::memory_changed();
   T seen = __atomic_load_n(p, __ATOMIC_RELAXED);
-  while (v < seen && !__atomic_compare_exchange_n(p, &seen, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  while (v < seen &&
+         !__atomic_compare_exchange_n(p, &seen, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
   }
   return seen;
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compiled without sanitizers: the hooks are weak, so one object serves the plain, ASan and TSan programs.
+// Compiled without sanitizers: the hooks are weak, so one object serves the plain, ASan and TSan
+// programs.
 #include "simt/fiber.h"
 
 #include <pthread.h>
@@ -22,7 +23,8 @@ WEAK void __tsan_release(void*);
 WEAK void AnnotateIgnoreWritesBegin(const char*, int);
 WEAK void AnnotateIgnoreWritesEnd(const char*, int);
 
-// Saves the callee-saved registers on the stack, stores the stack pointer, and continues on another stack.
+// Saves the callee-saved registers on the stack, stores the stack pointer, and continues on another
+// stack.
 #if defined(__x86_64__) && !defined(SIMT_UCONTEXT)
 extern "C" void simt_switch_stack(void** save, void* load);
 asm(R"(
@@ -90,7 +92,8 @@ void Fiber::adopt_caller() {
 void Fiber::destroy() {
   unpoison(stack, stack_size);
   unmap_pages(stack - kPage, kPage + stack_size);
-  if (under_tsan()) {  // it may have stopped in mid-kernel: what it did happens before what the caller does now
+  if (under_tsan()) {  // it may have stopped in mid-kernel: what it did happens before what the
+                       // caller does now
     void* caller = __tsan_get_current_fiber();
     __tsan_switch_to_fiber(tsan, 0);
     __tsan_switch_to_fiber(caller, 0);
@@ -126,7 +129,8 @@ void unpoison(void* p, size_t bytes) {
   if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(p, bytes);
 }
 void* map_pages(size_t bytes) {
-  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) throw std::bad_alloc();
   return p;
 }

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// A fiber: a stack and a saved stack pointer, switched without the operating system. Also every sanitizer hook.
+// A fiber: a stack and a saved stack pointer, switched without the operating system. Also every
+// sanitizer hook.
 //
-// ThreadSanitizer sees each fiber as a thread. A switch makes no happens-before edge: edges come only from
-// sync_release/sync_acquire, which the runtime calls where CUDA synchronises. So two accesses that CUDA does not order
-// are a race even though the fibers run one after another.
+// ThreadSanitizer sees each fiber as a thread. A switch makes no happens-before edge: edges come
+// only from sync_release/sync_acquire, which the runtime calls where CUDA synchronises. So two
+// accesses that CUDA does not order are a race even though the fibers run one after another.
 #pragma once
 #include <cstddef>
 

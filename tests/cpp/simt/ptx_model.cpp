@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The warp-wide instructions: which lane's register holds which element. Compiled without sanitizers.
+// The warp-wide instructions: which lane's register holds which element. Compiled without
+// sanitizers.
 #include "simt/ptx_model.h"
 
 #include "common/dtype.h"
@@ -18,13 +19,14 @@ void ldmatrix_lanes(uint32_t mask, Operands* lanes) {
   if (mask != ~0u) fail("ldmatrix: needs the whole warp, mask is %08x", mask);
   for (int m = 0; m < count; ++m) {
     const auto element = [&](int row, int column) {
-      const uint32_t word = static_cast<const LdmatrixOperand*>(lanes[m * 8 + row].in)->row[column / 2];
+      const uint32_t word =
+          static_cast<const LdmatrixOperand*>(lanes[m * 8 + row].in)->row[column / 2];
       return word >> (column % 2 * 16) & 0xffff;
     };
     for (int i = 0; i < 32; ++i) {
       const int g = i / 4, t = i % 4 * 2;
-      static_cast<uint32_t*>(lanes[i].out)[m] = trans ? element(t, g) | element(t + 1, g) << 16
-                                                      : element(g, t) | element(g, t + 1) << 16;
+      static_cast<uint32_t*>(lanes[i].out)[m] =
+          trans ? element(t, g) | element(t + 1, g) << 16 : element(g, t) | element(g, t + 1) << 16;
     }
   }
   ++counters().ldmatrix;
@@ -39,8 +41,12 @@ template void ldmatrix_lanes<4, true>(uint32_t, Operands*);
 template <bool bf16>
 void mma_m16n8k16_lanes(uint32_t mask, Operands* lanes) {
   if (mask != ~0u) fail("mma: needs the whole warp, mask is %08x", mask);
-  const auto low = [](uint32_t w) { return bf16 ? __uint_as_float(w << 16) : half_to_float(w & 0xffff); };
-  const auto high = [](uint32_t w) { return bf16 ? __uint_as_float(w & 0xffff0000u) : half_to_float(w >> 16); };
+  const auto low = [](uint32_t w) {
+    return bf16 ? __uint_as_float(w << 16) : half_to_float(w & 0xffff);
+  };
+  const auto high = [](uint32_t w) {
+    return bf16 ? __uint_as_float(w & 0xffff0000u) : half_to_float(w >> 16);
+  };
   float a[16][16], b[16][8], c[16][8];
   for (int i = 0; i < 32; ++i) {
     const auto& in = *static_cast<const MmaOperand*>(lanes[i].in);

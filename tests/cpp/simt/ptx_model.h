@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What each function of csrc/cuda/ptx.cuh does, on the host. Memory is touched here, inlined into the kernel and in the
-// name of the lane that issues the instruction, so that the sanitizers blame the right line; what passes between lanes
-// is in ptx_model.cpp, which is never instrumented.
+// What each function of csrc/cuda/ptx.cuh does, on the host. Memory is touched here, inlined into
+// the kernel and in the name of the lane that issues the instruction, so that the sanitizers blame
+// the right line; what passes between lanes is in ptx_model.cpp, which is never instrumented.
 #pragma once
 #include "simt/cuda.h"
 
@@ -36,7 +36,8 @@ void ldmatrix(uint32_t* r, uint32_t address, Site site) {
     for (int i = 0; i < 4; ++i) in.row[i] = row[i];
     note_smem_16(address, site);
   }
-  collective(~0u, trans ? "ldmatrix.trans" : "ldmatrix", ldmatrix_lanes<count, trans>, &in, r, false, site);
+  collective(~0u, trans ? "ldmatrix.trans" : "ldmatrix", ldmatrix_lanes<count, trans>, &in, r,
+             false, site);
 }
 
 }  // namespace simt
@@ -58,13 +59,15 @@ inline void st_shared_16(uint32_t address, uint4 v, SIMT_SITE) {
 
 // --- global memory ---
 inline uint4 ld_global_16(const void* p, SIMT_SITE) {
-  if (reinterpret_cast<uintptr_t>(p) % 16) simt::fail("ld.global.v4: %p is not a multiple of 16", p);
+  if (reinterpret_cast<uintptr_t>(p) % 16)
+    simt::fail("ld.global.v4: %p is not a multiple of 16", p);
   simt::note_gmem(p, 16, site);
   return *static_cast<const uint4*>(p);
 }
 inline uint4 ld_global_stream_16(const void* p, SIMT_SITE) { return ld_global_16(p, site); }
 inline void st_global_16(void* p, uint4 v, SIMT_SITE) {
-  if (reinterpret_cast<uintptr_t>(p) % 16) simt::fail("st.global.v4: %p is not a multiple of 16", p);
+  if (reinterpret_cast<uintptr_t>(p) % 16)
+    simt::fail("st.global.v4: %p is not a multiple of 16", p);
   simt::note_gmem(p, 16, site);
   *static_cast<uint4*>(p) = v;
 }
@@ -85,8 +88,12 @@ inline void store_release(uint32_t* p, uint32_t v) {
 inline void spin_pause(SIMT_SITE) { simt::spin_yield(site); }
 
 // --- barriers ---
-inline void barrier_sync(uint32_t id, uint32_t threads, SIMT_SITE) { simt::barrier(id, threads, site); }
-inline void barrier_arrive(uint32_t id, uint32_t threads, SIMT_SITE) { simt::barrier_arrive(id, threads, site); }
+inline void barrier_sync(uint32_t id, uint32_t threads, SIMT_SITE) {
+  simt::barrier(id, threads, site);
+}
+inline void barrier_arrive(uint32_t id, uint32_t threads, SIMT_SITE) {
+  simt::barrier_arrive(id, threads, site);
+}
 
 // --- cp.async ---
 inline void cp_async_16(uint32_t shared, const void* global, bool valid = true, SIMT_SITE) {
@@ -117,11 +124,13 @@ template <int count>
 void ldmatrix_trans(uint32_t (&r)[count], uint32_t address, SIMT_SITE) {
   simt::ldmatrix<count, true>(r, address, site);
 }
-inline void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SIMT_SITE) {
+inline void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                              SIMT_SITE) {
   const simt::MmaOperand in{{a[0], a[1], a[2], a[3]}, {b0, b1}};
   simt::collective(~0u, "mma bf16", simt::mma_m16n8k16_lanes<true>, &in, c, false, site);
 }
-inline void mma_m16n8k16_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SIMT_SITE) {
+inline void mma_m16n8k16_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                             SIMT_SITE) {
   const simt::MmaOperand in{{a[0], a[1], a[2], a[3]}, {b0, b1}};
   simt::collective(~0u, "mma f16", simt::mma_m16n8k16_lanes<false>, &in, c, false, site);
 }
@@ -129,9 +138,17 @@ inline void mma_m16n8k16_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
 // --- arithmetic ---
 inline float exp2_approx(float x) { return simt::flush(exp2f(simt::flush(x))); }
 inline float log2_approx(float x) { return log2f(simt::flush(x)); }
-inline uint32_t pack_bf16(float low, float high) { return simt::float_to_bf16(low) | simt::float_to_bf16(high) << 16; }
-inline uint32_t pack_f16(float low, float high) { return simt::float_to_half(low) | simt::float_to_half(high) << 16; }
-inline float2 unpack_bf16(uint32_t pair) { return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)}; }
-inline float2 unpack_f16(uint32_t pair) { return {simt::half_to_float(pair & 0xffff), simt::half_to_float(pair >> 16)}; }
+inline uint32_t pack_bf16(float low, float high) {
+  return simt::float_to_bf16(low) | simt::float_to_bf16(high) << 16;
+}
+inline uint32_t pack_f16(float low, float high) {
+  return simt::float_to_half(low) | simt::float_to_half(high) << 16;
+}
+inline float2 unpack_bf16(uint32_t pair) {
+  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+}
+inline float2 unpack_f16(uint32_t pair) {
+  return {simt::half_to_float(pair & 0xffff), simt::half_to_float(pair >> 16)};
+}
 
 }  // namespace dlm::cuda::ptx

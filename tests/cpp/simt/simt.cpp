@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scheduler, barriers, warp collectives, the shared-memory arena, cp.async. Compiled without sanitizers: all fibers
-// share its data on purpose.
+// Scheduler, barriers, warp collectives, the shared-memory arena, cp.async. Compiled without
+// sanitizers: all fibers share its data on purpose.
 #include "simt/simt.h"
 
 #include <cxxabi.h>
@@ -48,7 +48,8 @@ struct Copy {
   bool valid;
 };
 
-// Two ThreadSanitizer objects used in turn: the next phase's releases must not leak into this one's acquires.
+// Two ThreadSanitizer objects used in turn: the next phase's releases must not leak into this one's
+// acquires.
 struct SyncPair {
   char object[2] = {};
   unsigned phase = 0;
@@ -78,7 +79,8 @@ struct Meeting {  // a warp collective some lanes have reached
 struct Request {
   std::set<uintptr_t> sectors;
   unsigned bytes = 0;
-  std::array<std::vector<uint32_t>, 4> quarter;  // shared addresses of 8 lanes each, served together
+  std::array<std::vector<uint32_t>, 4>
+      quarter;  // shared addresses of 8 lanes each, served together
 };
 struct Warp {
   uint32_t ready = 0, alive = 0;
@@ -115,9 +117,9 @@ struct Job {  // the launch under way
 
 Random rng;
 Job job;
-Fiber host;               // the code that called launch()
-std::string fault;        // set by fail()
-Block* finished;          // set when a block's last thread ends
+Fiber host;         // the code that called launch()
+std::string fault;  // set by fail()
+Block* finished;    // set when a block's last thread ends
 Warp* running_warp;
 char launch_sync, done_sync;
 uint64_t progress, polled_at;  // events a polling loop may be waiting for
@@ -135,14 +137,16 @@ Thread* self() { return static_cast<Thread*>(current); }
 std::string text(Site site) {
   return std::string(site.file_name()) + ":" + std::to_string(site.line());
 }
-bool same_line(Site a, Site b) { return a.line() == b.line() && !strcmp(a.file_name(), b.file_name()); }
+bool same_line(Site a, Site b) {
+  return a.line() == b.line() && !strcmp(a.file_name(), b.file_name());
+}
 uint64_t key(Site site) {
   uint64_t hash = site.line() * 0x9E3779B97F4A7C15ull;
   for (const char* c = site.file_name(); *c; ++c) hash = (hash ^ uint8_t(*c)) * 0x100000001B3ull;
   return hash;
 }
 
-// --- scheduling ------------------------------------------------------------------------------------------------------
+// --- scheduling --------------------------------------------------------------------------------
 
 Warp* pick_warp() {
   Warp* best = nullptr;
@@ -151,7 +155,8 @@ Warp* pick_warp() {
     for (auto& warp : block->warps) {
       if (!warp.ready) continue;
       switch (options().schedule) {
-        case Schedule::kInOrder: return &warp;
+        case Schedule::kInOrder:
+          return &warp;
         case Schedule::kRandom:
           if (rng.below(++seen) == 0) best = &warp;
           break;
@@ -164,7 +169,8 @@ Warp* pick_warp() {
   return best;
 }
 Thread* pick_thread() {
-  if (options().schedule == Schedule::kRandom || !running_warp || !running_warp->ready) running_warp = pick_warp();
+  if (options().schedule == Schedule::kRandom || !running_warp || !running_warp->ready)
+    running_warp = pick_warp();
   if (!running_warp) return nullptr;
   const uint32_t ready = running_warp->ready;
   if (options().schedule == Schedule::kInOrder) return running_warp->lane[__builtin_ctz(ready)];
@@ -241,8 +247,8 @@ void end_thread() {
   if (--block->live == 0) {
     finished = block;
   } else if (block->barriers[0].arrived) {
-    fail("thread %u exits while %u others wait at __syncthreads (%s)", me->linear, block->barriers[0].arrived,
-         text(block->barriers[0].first).c_str());
+    fail("thread %u exits while %u others wait at __syncthreads (%s)", me->linear,
+         block->barriers[0].arrived, text(block->barriers[0].first).c_str());
   }
 }
 void thread_main() {
@@ -266,9 +272,11 @@ std::string describe_deadlock() {
     if (!block->running) continue;
     for (auto& thread : block->threads) {
       if (thread->done) continue;
-      const std::string where = blocks.size() > 1 ? "b" + std::to_string(thread->block.x) + "/" : "";
-      waiting[std::string(thread->waits_in ? thread->waits_in : "nothing") + " at " + text(thread->site)].push_back(
-          where + std::to_string(thread->linear));
+      const std::string where =
+          blocks.size() > 1 ? "b" + std::to_string(thread->block.x) + "/" : "";
+      waiting[std::string(thread->waits_in ? thread->waits_in : "nothing") + " at " +
+              text(thread->site)]
+          .push_back(where + std::to_string(thread->linear));
     }
   }
   std::string s = "deadlock:";
@@ -280,7 +288,7 @@ std::string describe_deadlock() {
   return s;
 }
 
-// --- blocks ----------------------------------------------------------------------------------------------------------
+// --- blocks ------------------------------------------------------------------------------------
 
 void drop_blocks() {
   Quiet quiet;
@@ -306,7 +314,8 @@ void make_block(unsigned threads) {
     thread->linear = i;
     thread->lane = i % 32;
     thread->warp = i / 32;
-    thread->thread = dim3(i % block_dim.x, i / block_dim.x % block_dim.y, i / (block_dim.x * block_dim.y));
+    thread->thread =
+        dim3(i % block_dim.x, i / block_dim.x % block_dim.y, i / (block_dim.x * block_dim.y));
     block->threads.push_back(std::move(thread));
   }
   blocks.push_back(std::move(block));
@@ -320,7 +329,8 @@ void start_block(Block& block, uint64_t index, size_t smem_bytes) {
   }
   if (!block.arena) block.arena = static_cast<uint8_t*>(map_pages(kArenaBytes));
   unpoison(block.arena, kArenaBytes);
-  memset(block.arena, 0xFF, std::min(kArenaBytes, smem_bytes * 2 + 4096));  // NaN in every float format
+  memset(block.arena, 0xFF,
+         std::min(kArenaBytes, smem_bytes * 2 + 4096));  // NaN in every float format
   poison(block.arena, kArenaBytes);
   block.smem_bytes = smem_bytes;
   block.live = unsigned(block.threads.size());
@@ -340,8 +350,8 @@ void start_block(Block& block, uint64_t index, size_t smem_bytes) {
     warp.smem.clear();
   }
   for (auto& thread : block.threads) {
-    thread->block =
-        dim3(index % grid_dim.x, index / grid_dim.x % grid_dim.y, unsigned(index / grid_dim.x / grid_dim.y));
+    thread->block = dim3(index % grid_dim.x, index / grid_dim.x % grid_dim.y,
+                         unsigned(index / grid_dim.x / grid_dim.y));
     thread->done = false;
     thread->open_group.clear();
     thread->groups.clear();
@@ -362,7 +372,8 @@ void finish_block(Block& block) {
     }
     for (auto& [where, request] : warp.smem) {
       ++c.smem_requests;
-      for (auto& addresses : request.quarter) {  // each quarter warp moves 8 x 16 bytes: all 32 banks once
+      for (auto& addresses :
+           request.quarter) {  // each quarter warp moves 8 x 16 bytes: all 32 banks once
         std::set<uint32_t> rows(addresses.begin(), addresses.end());
         unsigned passes[8] = {}, worst = 0;
         for (uint32_t address : rows) worst = std::max(worst, ++passes[address / 16 % 8]);
@@ -377,17 +388,19 @@ void check_limits(const char* name, dim3 grid, dim3 block, size_t smem_bytes) {
   const auto say = [&](auto... arguments) { snprintf(buffer, sizeof buffer, arguments...); };
   if (threads == 0 || threads > 1024 || block.z > 64) {
     say("%s: block of %u x %u x %u threads", name, block.x, block.y, block.z);
-  } else if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
+  } else if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 ||
+             grid.z > 65535) {
     say("%s: grid of %u x %u x %u blocks", name, grid.x, grid.y, grid.z);
   } else if (smem_bytes > options().max_dynamic_smem) {
-    say("%s: %zu bytes of dynamic shared memory, at most %zu", name, smem_bytes, options().max_dynamic_smem);
+    say("%s: %zu bytes of dynamic shared memory, at most %zu", name, smem_bytes,
+        options().max_dynamic_smem);
   }
   if (*buffer) throw Error(buffer);
 }
 
 }  // namespace
 
-// --- launching -------------------------------------------------------------------------------------------------------
+// --- launching ---------------------------------------------------------------------------------
 
 Options& options() {
   static Options all = [] {
@@ -402,7 +415,8 @@ Options& options() {
     if (landing == "eager") o.landing = Landing::kEager;
     if (landing == "random") o.landing = Landing::kRandom;
     if (auto s = variable("SIMT_SEED"); !s.empty()) o.seed = strtoull(s.c_str(), nullptr, 0);
-    if (auto s = variable("SIMT_BLOCKS"); !s.empty()) o.resident_blocks = unsigned(strtoul(s.c_str(), nullptr, 0));
+    if (auto s = variable("SIMT_BLOCKS"); !s.empty())
+      o.resident_blocks = unsigned(strtoul(s.c_str(), nullptr, 0));
     return o;
   }();
   return all;
@@ -421,8 +435,8 @@ void fail(const char* format, ...) {
   if (!current) throw Error(buffer);
   end_quiet();
   Thread* me = self();
-  snprintf(buffer + strlen(buffer), sizeof buffer - strlen(buffer), " [block %u,%u,%u thread %u]", me->block.x,
-           me->block.y, me->block.z, me->linear);
+  snprintf(buffer + strlen(buffer), sizeof buffer - strlen(buffer), " [block %u,%u,%u thread %u]",
+           me->block.x, me->block.y, me->block.z, me->linear);
   {
     Quiet quiet;
     fault = buffer;
@@ -432,13 +446,14 @@ void fail(const char* format, ...) {
   abort();  // nobody comes back to a failed thread
 }
 
-RegisterTranslated::RegisterTranslated(const char* symbol, TranslatedKernel kernel, size_t param_bytes) {
+RegisterTranslated::RegisterTranslated(const char* symbol, TranslatedKernel kernel,
+                                       size_t param_bytes) {
   translations()[symbol] = {kernel, param_bytes};
 }
 bool translated_ptx() { return !translations().empty(); }
 
-void launch(const void* kernel, dim3 grid, dim3 block, size_t smem_bytes, const void* params, size_t param_bytes,
-            void (*call)(const void*, const void*)) {
+void launch(const void* kernel, dim3 grid, dim3 block, size_t smem_bytes, const void* params,
+            size_t param_bytes, void (*call)(const void*, const void*)) {
   Dl_info symbol{};
   dladdr(kernel, &symbol);  // needs -rdynamic
   const std::string mangled = symbol.dli_sname ? symbol.dli_sname : "";
@@ -450,7 +465,8 @@ void launch(const void* kernel, dim3 grid, dim3 block, size_t smem_bytes, const 
   job = {kernel, params, call, nullptr};
   if (translated_ptx()) {
     const auto found = translations().find(mangled);
-    if (found == translations().end()) throw Error(name + ": not among the translated kernels (" + mangled + ")");
+    if (found == translations().end())
+      throw Error(name + ": not among the translated kernels (" + mangled + ")");
     if (found->second.param_bytes != param_bytes) {
       throw Error(name + ": parameters have " + std::to_string(param_bytes) + " bytes here, " +
                   std::to_string(found->second.param_bytes) + " for nvcc");
@@ -462,7 +478,8 @@ void launch(const void* kernel, dim3 grid, dim3 block, size_t smem_bytes, const 
   for (int i = 0; i < 8; ++i) rng.next();
   ++counters().launches;
   const unsigned resident = std::max(1u, options().resident_blocks);
-  if (blocks.size() < resident || block_dim.x != block.x || block_dim.y != block.y || block_dim.z != block.z) {
+  if (blocks.size() < resident || block_dim.x != block.x || block_dim.y != block.y ||
+      block_dim.z != block.z) {
     drop_blocks();
     block_dim = block;
     for (unsigned i = 0; i < resident; ++i) make_block(block.x * block.y * block.z);
@@ -474,7 +491,8 @@ void launch(const void* kernel, dim3 grid, dim3 block, size_t smem_bytes, const 
   std::vector<uint64_t> order(uint64_t(grid.x) * grid.y * grid.z);
   for (size_t i = 0; i < order.size(); ++i) order[i] = i;
   if (options().schedule != Schedule::kInOrder) {
-    for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[rng.below(unsigned(i))]);
+    for (size_t i = order.size(); i > 1; --i)
+      std::swap(order[i - 1], order[rng.below(unsigned(i))]);
   }
   size_t started = 0, left = order.size();
   polled_at = progress++;
@@ -505,12 +523,13 @@ void launch(const void* kernel, dim3 grid, dim3 block, size_t smem_bytes, const 
   sync_acquire(&done_sync);
 }
 
-// --- barriers --------------------------------------------------------------------------------------------------------
+// --- barriers ----------------------------------------------------------------------------------
 
 static Barrier& arrive(unsigned id, unsigned threads, Site site) {
   Block& block = *self()->owner;
   if (id >= block.barriers.size()) fail("barrier %u: there are 16 (%s)", id, text(site).c_str());
-  if (threads % 32) fail("barrier %u: %u threads is no multiple of 32 (%s)", id, threads, text(site).c_str());
+  if (threads % 32)
+    fail("barrier %u: %u threads is no multiple of 32 (%s)", id, threads, text(site).c_str());
   Barrier& barrier = block.barriers[id];
   if (!threads && block.live != block.threads.size()) {
     fail("__syncthreads (%s) after %zu threads of the block have exited", text(site).c_str(),
@@ -520,11 +539,12 @@ static Barrier& arrive(unsigned id, unsigned threads, Site site) {
     barrier.expected = threads;
     barrier.first = site;
   } else if (barrier.expected != threads) {
-    fail("barrier %u: %u threads at %s, %u at %s", id, threads, text(site).c_str(), barrier.expected,
-         text(barrier.first).c_str());
-  } else if (!threads && (!same_line(barrier.first, site) || barrier.first.column() != site.column())) {
-    fail("divergent __syncthreads: thread %u at %s:%u, others at %s:%u", current->linear, text(site).c_str(),
-         site.column(), text(barrier.first).c_str(), barrier.first.column());
+    fail("barrier %u: %u threads at %s, %u at %s", id, threads, text(site).c_str(),
+         barrier.expected, text(barrier.first).c_str());
+  } else if (!threads &&
+             (!same_line(barrier.first, site) || barrier.first.column() != site.column())) {
+    fail("divergent __syncthreads: thread %u at %s:%u, others at %s:%u", current->linear,
+         text(site).c_str(), site.column(), text(barrier.first).c_str(), barrier.first.column());
   }
   sync_release(barrier.sync.now());
   ++barrier.arrived;
@@ -564,15 +584,17 @@ void spin_yield(Site site) {
   wait("a polling loop", site);
 }
 
-// --- warp collectives ------------------------------------------------------------------------------------------------
+// --- warp collectives --------------------------------------------------------------------------
 
-void collective(uint32_t mask, const char* name, WarpFunction fn, const void* in, void* out, bool orders_memory,
-                Site site) {
+void collective(uint32_t mask, const char* name, WarpFunction fn, const void* in, void* out,
+                bool orders_memory, Site site) {
   Thread* me = self();
   Warp& warp = *me->warp_state;
-  if (!(mask >> me->lane & 1)) fail("%s (%s): lane %u is not in mask %08x", name, text(site).c_str(), me->lane, mask);
+  if (!(mask >> me->lane & 1))
+    fail("%s (%s): lane %u is not in mask %08x", name, text(site).c_str(), me->lane, mask);
   if (mask & ~warp.alive) {
-    fail("%s (%s): mask %08x names lanes %08x, which have exited", name, text(site).c_str(), mask, mask & ~warp.alive);
+    fail("%s (%s): mask %08x names lanes %08x, which have exited", name, text(site).c_str(), mask,
+         mask & ~warp.alive);
   }
   ++counters().collectives;
   me->operands = {in, out};
@@ -580,12 +602,12 @@ void collective(uint32_t mask, const char* name, WarpFunction fn, const void* in
   for (auto& other : warp.meetings) {
     if (!(other.mask & mask)) continue;
     if (other.mask != mask) {
-      fail("%s (%s): mask %08x, but lanes of it wait in %s (%s) with mask %08x", name, text(site).c_str(), mask,
-           other.name, text(other.site).c_str(), other.mask);
+      fail("%s (%s): mask %08x, but lanes of it wait in %s (%s) with mask %08x", name,
+           text(site).c_str(), mask, other.name, text(other.site).c_str(), other.mask);
     }
     if (other.fn != fn || !same_line(other.site, site)) {
-      fail("lanes of one warp meet in different operations: %s (%s) and %s (%s)", name, text(site).c_str(), other.name,
-           text(other.site).c_str());
+      fail("lanes of one warp meet in different operations: %s (%s) and %s (%s)", name,
+           text(site).c_str(), other.name, text(other.site).c_str());
     }
     meeting = &other;
   }
@@ -617,13 +639,14 @@ void collective(uint32_t mask, const char* name, WarpFunction fn, const void* in
   if (orders_memory) sync_acquire(sync);
 }
 
-// --- shared memory ---------------------------------------------------------------------------------------------------
+// --- shared memory -----------------------------------------------------------------------------
 
 void* SmemCarver::take_bytes(size_t bytes) {
   Block& block = *self()->owner;
   used_ = (used_ + kSmemAlign - 1) / kSmemAlign * kSmemAlign + bytes;
   if (used_ > block.smem_bytes) {
-    fail("shared memory: the kernel takes %zu bytes and was launched with %zu", used_, block.smem_bytes);
+    fail("shared memory: the kernel takes %zu bytes and was launched with %zu", used_,
+         block.smem_bytes);
   }
   const size_t start = (at_ + kRedzone + kSmemAlign - 1) / kSmemAlign * kSmemAlign;
   at_ = start + bytes;
@@ -645,7 +668,7 @@ uint32_t smem_address(const void* p) {
   return uint32_t(static_cast<const uint8_t*>(p) - self()->owner->arena);
 }
 
-// --- asynchronous copies ---------------------------------------------------------------------------------------------
+// --- asynchronous copies -----------------------------------------------------------------------
 
 static void land(const Copy& copy) {
   uint8_t* shared = smem_pointer(copy.shared, copy.bytes, "cp.async");
@@ -657,7 +680,8 @@ static void land(const Copy& copy) {
 }
 void cp_async(uint32_t shared, const void* global, unsigned bytes, bool valid) {
   Quiet quiet;
-  if (shared % bytes || reinterpret_cast<uintptr_t>(global) % bytes) fail("cp.async: misaligned %u-byte copy", bytes);
+  if (shared % bytes || reinterpret_cast<uintptr_t>(global) % bytes)
+    fail("cp.async: misaligned %u-byte copy", bytes);
   if (valid && is_shared(global)) fail("cp.async: the source is shared memory");
   counters().cp_async_bytes += bytes;
   const Copy copy{shared, global, bytes, valid};
@@ -682,7 +706,7 @@ void cp_async_wait(unsigned pending_groups) {
   }
 }
 
-// --- counters --------------------------------------------------------------------------------------------------------
+// --- counters ----------------------------------------------------------------------------------
 
 static Request& request(decltype(Warp::gmem)& all, uint64_t where) {
   return all[{where, self()->access_count[where]++}];
@@ -691,7 +715,8 @@ void note_gmem(const void* p, unsigned bytes, Site site) {
   Quiet quiet;
   Request& r = request(self()->warp_state->gmem, key(site));
   const auto first = reinterpret_cast<uintptr_t>(p);
-  for (auto sector = first / 32; sector <= (first + bytes - 1) / 32; ++sector) r.sectors.insert(sector);
+  for (auto sector = first / 32; sector <= (first + bytes - 1) / 32; ++sector)
+    r.sectors.insert(sector);
   r.bytes += bytes;
 }
 void note_smem_16(uint32_t address, Site site) {
