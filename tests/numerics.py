@@ -13,6 +13,7 @@ import torch
 
 MAX_RATIO, MEAN_RATIO = 2.0, 1.5
 MAX_NORMAL_SCORE = 4.0  # of a statistic that is normal when all is well
+TWO_PROGRAMS = 1e-5  # two float32 programs of one small model differ by less than this in their probabilities
 
 
 def ulp(gold, dtype):
@@ -48,6 +49,16 @@ def assert_close(name, out, gold, peer):
     assert mean <= MEAN_RATIO * peer_mean + unit / 4, (
         f"{name}: mean error {mean:.3e} looks like a bias; peer's mean {peer_mean:.3e}, unit {unit:.3e}"
     )
+
+
+def assert_same_probabilities(out, expected):
+    """Check probabilities that two float32 programs of one small model computed."""
+    torch.testing.assert_close(out, expected, rtol=0, atol=TWO_PROGRAMS)
+
+
+def far(a, b):
+    """Whether two tensors differ by far more than rounding explains."""
+    return (a - b).abs().max().item() > 1000 * TWO_PROGRAMS
 
 
 def poison_(t):

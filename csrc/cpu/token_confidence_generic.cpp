@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // token = argmax z or argmax (z/T + Gumbel noise); its probability, and the statistics of
-// softmax(z) or softmax(z/T), from one pass over a row of logits, a block at a time: the block is
-// converted to float on the stack, and joins
-//   S = sum of e^((z_v - max) / T),  X = sum of (z_v - max)/T e^((z_v - max)/T)  over all v but the
-//   argmax
+// softmax(z) or softmax(z/T), from one pass over a row of logits: a block is converted to float on
+// the stack, and its terms join, for x_v = (z_v - max) / T and all v but the argmax,
+//   S = sum of e^x_v,   X = sum of x_v e^x_v
 // so that 1 - confidence = S / (1 + S) and entropy = log(1 + S) - X / (1 + S) keep their relative
-// accuracy in peaked rows, where the answer is decided. Sums are float over lanes of a block and
-// double over blocks, in a fixed order. Top-k and top-p keep the logits above a floor; the floor is
-// found by histograms over the bits of the value, 11 at a time, in three more passes each, and rows
-// with a floor take a second pass. A row belongs to one thread. Bytes: V elements a pass (from L2
-// or L3 after the first). Some 30 flops a logit: arithmetic is the limit, not memory, until the
-// vectors are wide. Philox runs only where a block could still beat the best token so far.
+// accuracy in peaked rows, where decisions fall. Sums are float over the lanes of a block and
+// double over blocks, in a fixed order. Top-k and top-p both keep the logits above some floor,
+// found by a radix search over the bits of the value (three passes each); a row with a floor is
+// scanned again. A row belongs to one thread.
+// Bytes: V elements a pass (from L2 or L3 after the first). Some 30 operations a logit: arithmetic
+// is the limit, not memory, until vectors are wide. Noise, some 40 operations a logit, is drawn
+// only where a chunk of the row could still beat the best token so far.
 #include "cpu/token_confidence.h"
 
 #include <algorithm>
@@ -157,13 +157,16 @@ TopTwo top_two(const float* z, int n) {
   return top;
 }
 
-// Sum of n values (a multiple of kLanes): lanes, then the lanes pairwise.
+// Sum of n values (n <= kBlock): of 64 lanes, so that no lane is longer than 16, then pairwise.
 double sum(const float* x, int n) {
-  float lane[kLanes] = {};
-  for (int i = 0; i < n; i += kLanes) {
-    for (int l = 0; l < kLanes; ++l) lane[l] += x[i + l];
+  constexpr int lanes = 64;
+  float lane[lanes] = {};
+  int i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    for (int l = 0; l < lanes; ++l) lane[l] += x[i + l];
   }
-  for (int width = kLanes / 2; width; width /= 2) {
+  for (int l = 0; l < n - i; ++l) lane[l] += x[i + l];
+  for (int width = lanes / 2; width; width /= 2) {
     for (int l = 0; l < width; ++l) lane[l] += lane[l + width];
   }
   return double(lane[0]);
@@ -171,7 +174,7 @@ double sum(const float* x, int n) {
 
 // weight[i] = e^((z[i] - max) * scale). Differences first: a product of its own could overflow.
 void exponentials(const float* z, int n, float max, float scale, float* weight) {
-  for (int i = 0; i < n; ++i) weight[i] = plain_exp((z[i] - max) * scale);
+  for (int i = 0; i < n; ++i) weight[i] = exp_normal((z[i] - max) * scale);
 }
 
 // The words of 64 consecutive Philox counters, in the order of the vocabulary.
@@ -333,17 +336,14 @@ uint32_t crossing(Row<T>& row, const Measure& measure) {
     for (int64_t begin = 0; begin < row.V; begin += kBlock) {
       const int n = row.load(begin, z);
       for (int i = 0; i < n; ++i) key[i] = ordered_bits(z[i]);
-      // keys of this level's interval, without its prefix; all others are too large to be a bin
-      if (level) {
-        uint32_t any = 0;
-        for (int i = 0; i < n; ++i) {
-          key[i] = (key[i] >> shift) - (prefix << bits);
-          any |= uint32_t(key[i] < uint32_t(size));
-        }
-        if (!any) continue;
-      } else {
-        for (int i = 0; i < n; ++i) key[i] >>= shift;
+      // A key less this level's prefix is a bin; what lies outside the prefix's interval becomes
+      // too large to be one.
+      uint32_t any = 0;
+      for (int i = 0; i < n; ++i) {
+        key[i] = (key[i] >> shift) - (prefix << bits);
+        any |= uint32_t(key[i] < uint32_t(size)) & uint32_t(z[i] > -kInfinity);
       }
+      if (!any) continue;
       if (measure.mass) {
         exponentials(z, n, measure.max, measure.scale, weight);
       } else {

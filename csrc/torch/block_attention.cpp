@@ -1,13 +1,161 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "cpu/block_attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
 #include "torch/check.h"
 #include "torch/ops.h"
 
 namespace dlm {
+namespace {
 
-std::tuple<Tensor, Tensor> block_attention(
-    const Tensor& q, const MaybeTensor& k_new, const MaybeTensor& v_new, const Tensor& k_cache, const Tensor& v_cache,
-    const MaybeTensor& slots, const MaybeTensor& kv_range, int64_t causal_block, const MaybeTensor& block_origin,
-    const MaybeTensor& q_limit, const MaybeTensor& k_order, int64_t window_left, int64_t window_right, double softcap,
-    std::optional<double> scale) { throw std::runtime_error("not built yet"); }
+void copy_strides(const Tensor& t, int64_t* strides) {
+  for (int i = 0; i < 3; ++i) strides[i] = t.stride(i);
+}
+
+void check_slots(const Check& check, const BlockAttentionParams& p) {
+  if (!p.slots) {
+    check.that(p.Q <= p.S || p.B == 0, "slots must be given when q has more rows (", p.Q,
+               ") than k_cache has slots (", p.S, ")");
+    return;
+  }
+  for (int64_t i = 0; i < p.B * p.Q; ++i) {
+    check.that(p.slots[i] >= -1 && p.slots[i] < p.S, "slots must lie in [-1, ", p.S, "); got ",
+               p.slots[i], " at [", i / p.Q, ", ", i % p.Q, "]");
+  }
+}
+
+void check_ranges(const Check& check, const BlockAttentionParams& p) {
+  for (int64_t i = 0; p.kv_range && i < p.B * p.N * 2; ++i) {
+    check.that(p.kv_range[i] >= 0 && p.kv_range[i] <= p.S, "kv_range must lie in [0, ", p.S,
+               "]; got ", p.kv_range[i], " in batch row ", i / (p.N * 2));
+  }
+}
+
+// Rows that share memory would be written by several threads at once.
+void check_writable(const Check& check, const char* name, const Tensor& t) {
+  for (int64_t i = 0; i < 3; ++i) {
+    check.that(t.size(i) <= 1 || t.stride(i) != 0, name,
+               " must not overlap itself (an expanded tensor) when k_new is written to it; "
+               "dimension ",
+               i, " has stride 0");
+  }
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const MaybeTensor& k_new,
+                                           const MaybeTensor& v_new, const Tensor& k_cache,
+                                           const Tensor& v_cache, const MaybeTensor& slots,
+                                           const MaybeTensor& kv_range, int64_t causal_block,
+                                           const MaybeTensor& block_origin,
+                                           const MaybeTensor& q_limit, const MaybeTensor& k_order,
+                                           int64_t window_left, int64_t window_right,
+                                           double softcap, std::optional<double> scale) {
+  const Check check("block_attention", "q", q);
+  check.that(k_new.has_value() == v_new.has_value(),
+             "k_new and v_new must be given together; got only ", k_new ? "k_new" : "v_new");
+  check.that(q_limit.has_value() == k_order.has_value(),
+             "q_limit and k_order must be given together; got only ",
+             q_limit ? "q_limit" : "k_order");
+
+  check.dtype("q", q, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+  check.sizes("q", q, {-1, -1, -1, -1});
+  check.rows_dense("q", q);
+  auto like_q = [&](const char* name, const Tensor& t, std::initializer_list<int64_t> want) {
+    check.device(name, t);
+    check.dtype(name, t, {q.scalar_type()});
+    check.sizes(name, t, want);
+    check.rows_dense(name, t);
+  };
+  BlockAttentionParams p{};
+  p.dtype = element_type(q);
+  p.B = q.size(0);
+  p.Q = q.size(1);
+  p.H = q.size(2);
+  p.D = q.size(3);
+  like_q("k_cache", k_cache, {p.B, -1, -1, p.D});
+  p.S = k_cache.size(1);
+  p.G = k_cache.size(2);
+  like_q("v_cache", v_cache, {p.B, p.S, p.G, p.D});
+  if (k_new) like_q("k_new", *k_new, {p.B, p.Q, p.G, p.D});
+  if (v_new) like_q("v_new", *v_new, {p.B, p.Q, p.G, p.D});
+  check.that(p.G > 0 && p.H > 0 && p.H % p.G == 0, "q must have a multiple of k_cache's heads (",
+             p.G, "); got ", p.H);
+  check.that(p.D > 0 && p.D % 8 == 0 && p.D <= cpu::kMaxHeadDim,
+             "q must have a head dimension that is a multiple of 8 and at most ", cpu::kMaxHeadDim,
+             "; got ", p.D);
+  check.that(p.S <= std::numeric_limits<int32_t>::max(), "k_cache must have fewer than 2^31 slots");
+  if (k_new) {
+    check_writable(check, "k_cache", k_cache);
+    check_writable(check, "v_cache", v_cache);
+  }
+
+  p.slots = check.dense<int32_t>("slots", slots, {p.B, p.Q});
+  if (kv_range) {
+    const bool one_range = kv_range->dim() == 2;
+    p.N = one_range ? 1 : kv_range->dim() == 3 ? kv_range->size(1) : -1;
+    p.kv_range = one_range ? check.dense<int32_t>("kv_range", *kv_range, {p.B, 2})
+                           : check.dense<int32_t>("kv_range", *kv_range, {p.B, -1, 2});
+    check.that(p.N > 0,
+               "kv_range must hold at least one range a batch row (it may be empty); got shape ",
+               Check::shape(*kv_range));
+  }
+  p.block_origin = check.per_row<int32_t>("block_origin", block_origin, p.B);
+  p.q_limit = check.dense<int32_t>("q_limit", q_limit, {p.B, p.Q});
+  p.k_order = check.dense<int32_t>("k_order", k_order, {p.B, p.S});
+
+  check.that(causal_block >= 0, "causal_block must be 0 (full), 1 (causal) or a block length; got ",
+             causal_block);
+  check.that(window_left >= -1, "window_left must be -1 (all) or a count of slots; got ",
+             window_left);
+  check.that(window_right >= -1, "window_right must be -1 (all) or a count of slots; got ",
+             window_right);
+  check.that(softcap >= 0 && std::isfinite(softcap), "softcap must be 0 (none) or positive; got ",
+             softcap);
+  check.that(!scale || std::isfinite(*scale), "scale must be finite; got ", scale.value_or(0));
+  // Beyond what two slots (or a slot and an origin) can be apart nothing changes, and no sum
+  // overflows.
+  p.causal_block = std::min(causal_block, int64_t(1) << 33);
+  p.window_left = std::min(window_left, p.S);
+  p.window_right = std::min(window_right, p.S);
+  p.softcap = float(softcap);
+  p.scale = float(scale.value_or(1.0 / std::sqrt(double(p.D))));
+  check_slots(check, p);
+  check_ranges(check, p);
+
+  Tensor out = torch::stable::new_empty(q, {p.B, p.Q, p.H, p.D});
+  Tensor lse = torch::stable::new_empty(q, {p.B, p.Q, p.H}, ScalarType::Float);
+  if (p.B * p.Q == 0) return {out, lse};
+
+  p.q = q.const_data_ptr();
+  p.k_cache = k_cache.mutable_data_ptr();
+  p.v_cache = v_cache.mutable_data_ptr();
+  p.out = out.mutable_data_ptr();
+  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  copy_strides(q, p.q_stride);
+  copy_strides(k_cache, p.k_cache_stride);
+  copy_strides(v_cache, p.v_cache_stride);
+
+  // Threads are worth waking for some tens of microseconds of work.
+  if (k_new) {
+    p.k_new = k_new->const_data_ptr();
+    p.v_new = v_new->const_data_ptr();
+    copy_strides(*k_new, p.k_new_stride);
+    copy_strides(*v_new, p.v_new_stride);
+    const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 16) / (p.Q * p.D));
+    torch::stable::parallel_for(0, p.B * p.G, grain, [&](int64_t begin, int64_t end) {
+      cpu::scatter_new_rows(p, begin, end);
+    });
+  }
+  const int64_t items = cpu::block_attention_items(p);
+  const int64_t products = p.B * p.Q * p.H * std::max<int64_t>(p.S, 1) * p.D / items;
+  const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 17) / std::max<int64_t>(products, 1));
+  torch::stable::parallel_for(
+      0, items, grain, [&](int64_t begin, int64_t end) { cpu::block_attention(p, begin, end); });
+  return {out, lse};
+}
 
 }  // namespace dlm

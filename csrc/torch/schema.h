@@ -79,7 +79,10 @@ inline std::string types(std::string_view list) {
     }
     item.clear();
   };
+  bool quoted = false;
   for (const char c : list) {
+    if (c == '"') quoted = !quoted;
+    if (quoted) continue;
     if (c == '(' || c == ')') {
       depth += c == '(' ? 1 : -1;
     } else if (depth == 0 && c == ',') {

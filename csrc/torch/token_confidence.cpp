@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
   check.sizes("logits", logits, {-1, -1});
   check.rows_dense("logits", logits);
   const int64_t R = p.R = logits.size(0), V = p.V = logits.size(1);
-  check.that(V >= 1, "logits must have at least one column; got shape ", Check::shape(logits));
+  if (V < 1) check.that(false, "logits must have at least one column; got ", Check::shape(logits));
   p.dtype = element_type(logits);
   p.logits = logits.const_data_ptr();
   p.logits_stride = logits.stride(0);

@@ -11,6 +11,16 @@ def _check_devices(op, anchor_name, anchor, arguments):
             raise RuntimeError(f"{op}: {name} must be on the device of {anchor_name}; got {value.device}")
 
 
+# --- block_attention -------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("dlmkernels::block_attention")
+def _block_attention(q, k_new, v_new, k_cache, v_cache, slots=None, kv_range=None, **optional):
+    given = {"k_new": k_new, "v_new": v_new, "k_cache": k_cache, "v_cache": v_cache, "slots": slots}
+    _check_devices("block_attention", "q", q, given | {"kv_range": kv_range} | optional)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
 # --- token_confidence ------------------------------------------------------------------------------------------------
 
 

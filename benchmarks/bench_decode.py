@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole decodings of a small random Llama, beside a plain loop in the manner of the published programs.
+
+Both commit the same number of positions in every forward (a fixed schedule), so that they run the same forwards
+whatever the random weights say.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import transformers
+
+import dlmkernels as dk
+
+MASK = 31999
+
+
+@dataclass(frozen=True)
+class Case:
+    cache: str
+    batch: int = 1
+    prompt: int = 64
+    new: int = 64
+    block: int = 32
+    steps: int = 16
+
+    def __str__(self):
+        return (f"cache {self.cache}, batch {self.batch}, prompt {self.prompt}, {self.new} new tokens in blocks of "
+                f"{self.block}, {self.steps} forwards")  # fmt: skip
+
+
+QUICK = [Case("none"), Case("dual")]
+FULL = [
+    Case("none", batch=8), Case("dual", batch=8), Case("dual", prompt=512, new=256, steps=64),
+    Case("none", prompt=512, new=256, steps=64),
+]  # fmt: skip
+
+
+@functools.cache
+def build():
+    """Random Llama: vocabulary 32,000, width 256, 4 layers, 8 heads, float32."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=32000, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=8, max_position_embeddings=2048, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.5)
+    return model
+
+
+def plain_attention(module, query, key, value, attention_mask, scaling=None, bench_cache=None, **kwargs):
+    """Bidirectional SDPA; with a cache, rows `bench_cache[1]` of it are replaced and the whole of it is attended."""
+    if bench_cache is not None:
+        layers, rows = bench_cache
+        if rows is None:
+            layers[module.layer_idx] = (key, value)
+        else:
+            k, v = layers[module.layer_idx]
+            k[:, :, rows], v[:, :, rows] = key, value
+            key, value = k, v
+    return F.scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2), None
+
+
+transformers.AttentionInterface.register("dlmkernels_bench_plain", plain_attention)
+
+
+@torch.no_grad()
+def plain_decode(model, ids, case):
+    """Fast-dLLM's loop (arXiv:2505.22618): logits of every forwarded row, float64 softmax, topk for each request."""
+    attention = model.config._attn_implementation
+    model.config._attn_implementation = "dlmkernels_bench_plain"
+    try:
+        batch, prompt = ids.shape
+        tokens = torch.cat((ids, ids.new_full((batch, case.new), MASK)), 1)
+        positions = torch.arange(prompt + case.new)[None].expand(batch, -1)
+        blocks = case.new // case.block
+        steps = case.steps // blocks
+        for begin in range(prompt, prompt + case.new, case.block):
+            end, layers = begin + case.block, {}
+            for step in range(steps):
+                whole = case.cache == "none" or step == 0
+                part = slice(None) if whole else slice(begin, end)
+                cache = None if case.cache == "none" else (layers, None if step == 0 else part)
+                logits = model(
+                    input_ids=tokens[:, part], position_ids=positions[:, part], bench_cache=cache, use_cache=False
+                ).logits
+                logits[..., MASK] = -torch.inf
+                token = logits.argmax(-1)
+                p = F.softmax(logits.to(torch.float64), -1).gather(-1, token[..., None])[..., 0]
+                if whole:
+                    token, p = token[:, begin:end], p[:, begin:end]
+                is_mask = tokens[:, begin:end] == MASK
+                token = torch.where(is_mask, token, tokens[:, begin:end])
+                p = torch.where(is_mask, p, -torch.inf)
+                chosen = torch.zeros_like(is_mask)
+                for row in range(batch):
+                    masks = int(is_mask[row].sum())
+                    quota = case.block // steps + (step < case.block % steps)
+                    _, best = torch.topk(p[row], k=min(quota, masks))
+                    chosen[row, best] = True
+                tokens[:, begin:end][chosen] = token[chosen]
+        return tokens
+    finally:
+        model.config._attn_implementation = attention
+
+
+def test_decode(benchmark, harness, case):
+    model = build()
+    ids = torch.randint(4, MASK, (case.batch, case.prompt))
+
+    def ours():
+        return dk.generate(
+            model, ids, max_new_tokens=case.new, block_length=case.block, steps=case.steps, cache=case.cache,
+            mask_token_id=MASK, eos_policy="none",
+        )  # fmt: skip
+
+    out = ours()
+    assert int(out.num_forwards[0]) == case.steps
+    same = (out.sequences == plain_decode(model, ids, case))[:, case.prompt :].float().mean().item()
+    assert same > 0.9  # float32 and float64 may part at a near tie
+    harness.compare(benchmark, f"generate: {case}", ours,
+                    {"plain loop (Fast-dLLM)": lambda: plain_decode(model, ids, case)},
+                    work=case.batch * case.new, unit="tokens/s")  # fmt: skip

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""token_confidence beside what published decoders do with the logits of the open positions."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from dlmkernels import ops
+from harness import read_limit, touch
+from shapes import DEMO, DREAM, LLADA, Shape
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: Shape
+    rows: int
+    dtype: torch.dtype
+
+    def __str__(self):
+        return f"{self.shape}, {self.rows} x {self.shape.vocab} {str(self.dtype).removeprefix('torch.')}"
+
+    def logits(self):
+        return (4 * torch.randn(self.rows, self.shape.vocab)).to(self.dtype)
+
+
+QUICK = [Case(LLADA, 32, torch.bfloat16), Case(DEMO, 2624, torch.float32)]
+FULL = [
+    Case(LLADA, 32, torch.float32),
+    Case(LLADA, 64, torch.bfloat16),
+    Case(LLADA, 256, torch.bfloat16),
+    Case(DREAM, 32, torch.bfloat16),
+]
+
+
+def fp32_softmax_max(z):
+    """The least that plain torch can do."""
+    return F.softmax(z, -1, dtype=torch.float32).max(-1)
+
+
+def float64_softmax(z):
+    """Fast-dLLM: argmax of the logits, its probability from a float64 softmax."""
+    token = z.argmax(-1)
+    return F.softmax(z.to(torch.float64), -1).gather(-1, token[:, None])[:, 0], token
+
+
+def margin_by_sort(z):
+    """Dream, `topk_margin`: sort all probabilities, subtract the second from the first."""
+    p = F.softmax(z, -1)
+    token = p.argmax(-1)
+    ordered, _ = p.sort(-1, descending=True)
+    return ordered[:, 0] - ordered[:, 1], token
+
+
+def margin_by_top2(z):
+    """The same with torch.topk."""
+    top, token = F.softmax(z, -1).topk(2, -1)
+    return top[:, 0] - top[:, 1], token[:, 0]
+
+
+def entropy_in_three_ops(z):
+    """Dream, `entropy`: log, product and sum over the probabilities."""
+    p = F.softmax(z, -1)
+    token = p.argmax(-1)
+    return -(p * torch.log(p + 1e-10)).sum(-1), token
+
+
+def gumbel_float64(z, temperature=0.7):
+    """LLaDA: Gumbel-max sampling in float64, confidence from another softmax."""
+    z64 = z.to(torch.float64)
+    noise = (-torch.log(torch.rand_like(z64))) ** temperature
+    token = (z64.exp() / noise).argmax(-1)
+    return F.softmax(z, -1).gather(-1, token[:, None])[:, 0], token
+
+
+def multinomial(z, temperature=0.7):
+    """SDAR: softmax, torch.multinomial, gather."""
+    p = F.softmax(z / temperature, -1)
+    token = torch.multinomial(p, 1)
+    return p.gather(-1, token)[:, 0], token[:, 0]
+
+
+def test_greedy(benchmark, harness, case):
+    z = case.logits()
+    ours = ops.token_confidence(z, with_margin=False, with_entropy=False)
+    confidence, token = float64_softmax(z)
+    assert torch.equal(ours.token, token)
+    torch.testing.assert_close(ours.confidence, confidence.float())
+    harness.compare(
+        benchmark, f"token and confidence: {case}",
+        lambda: ops.token_confidence(z, with_margin=False, with_entropy=False),
+        {"fp32 softmax + max": lambda: fp32_softmax_max(z),
+         "float64 softmax + argmax + gather": lambda: float64_softmax(z)},
+        before=touch(z), limit=read_limit(z), work=z.nbytes,
+    )  # fmt: skip
+
+
+def test_margin(benchmark, harness, case):
+    z = case.logits()
+    ours = ops.token_confidence(z, with_entropy=False).margin
+    torch.testing.assert_close(ours, margin_by_sort(z.float())[0], rtol=1e-3, atol=1e-5)
+    harness.compare(
+        benchmark, f"token and margin: {case}", lambda: ops.token_confidence(z, with_entropy=False),
+        {"softmax + full sort": lambda: margin_by_sort(z), "softmax + topk(2)": lambda: margin_by_top2(z)},
+        before=touch(z), limit=read_limit(z), work=z.nbytes,
+    )  # fmt: skip
+
+
+def test_entropy(benchmark, harness, case):
+    z = case.logits()
+    ours = ops.token_confidence(z, with_margin=False).entropy
+    torch.testing.assert_close(ours, entropy_in_three_ops(z.float())[0], rtol=1e-3, atol=1e-4)
+    harness.compare(
+        benchmark, f"token and entropy: {case}", lambda: ops.token_confidence(z, with_margin=False),
+        {"softmax, log, product, sum": lambda: entropy_in_three_ops(z)},
+        before=touch(z), limit=read_limit(z), work=z.nbytes,
+    )  # fmt: skip
+
+
+def test_sample(benchmark, harness, case):
+    z = case.logits()
+    temperature, seed = torch.tensor([0.7]), torch.tensor([1])
+    position = torch.arange(case.rows, dtype=torch.int32)
+
+    def ours():
+        return ops.token_confidence(
+            z, temperature=temperature, seed=seed, position=position, with_margin=False, with_entropy=False
+        )
+
+    # Another generator draws other tokens: what can be compared is the probability of those that were drawn.
+    token = ours().token
+    torch.testing.assert_close(
+        ours().confidence, F.softmax(z.double(), -1).gather(-1, token[:, None])[:, 0].float(), rtol=1e-4, atol=1e-7
+    )
+    harness.compare(
+        benchmark, f"sample and confidence: {case}", ours,
+        {"softmax + multinomial": lambda: multinomial(z), "float64 Gumbel + softmax": lambda: gumbel_float64(z)},
+        before=touch(z), limit=read_limit(z), work=z.nbytes,
+    )  # fmt: skip

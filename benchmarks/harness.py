@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paired timing: ours and its baselines take turns in one run, beside a limit of the machine measured in between."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Function = Callable[[], object]
+
+
+@dataclass
+class Row:
+    """One timed candidate. `ratio` is its time over ours, the median over the rounds; None for ours and the limit."""
+
+    name: str
+    seconds: float
+    ratio: float | None = None
+    rate: float = 0.0
+    unit: str = ""
+    share: float | None = None
+
+
+@dataclass
+class Comparison:
+    """The rows of one group: the limit if there is one, baselines, ours last."""
+
+    group: str
+    rows: list[Row] = field(default_factory=list)
+
+
+class Limit:
+    """What the machine allows: work a second, measured by something that does nothing else."""
+
+    def __init__(self, name: str, run: Function, work: float, unit: str):
+        self.name, self.run, self.work, self.unit = name, run, work, unit
+
+
+def read_limit(*tensors: Tensor) -> Limit:
+    """Reading the same tensors once, in the same cache state: a sum over their bytes taken as float32."""
+    flat = [t.contiguous().view(-1).view(torch.float32) for t in tensors]
+
+    def run():
+        for x in flat:
+            x.sum()
+
+    return Limit("one read of the input", run, sum(t.numel() * t.element_size() for t in tensors), "GB/s")
+
+
+def matmul_limit(dtype: torch.dtype, n: int = 1024) -> Limit:
+    """A square product in the same dtype."""
+    a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
+    return Limit(f"{n} x {n} x {n} product", lambda: torch.mm(a, b), 2.0 * n**3, "GFLOP/s")
+
+
+def touch(*tensors: Tensor) -> Function:
+    """Reads tensors, so that every candidate finds them in the same state of the caches."""
+
+    def run():
+        for t in tensors:
+            t.view(-1).view(torch.uint8).sum()
+
+    return run
+
+
+class Harness:
+    """Runs comparisons and keeps their results for the summary."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self.comparisons: list[Comparison] = []
+
+    def compare(
+        self,
+        benchmark,
+        group: str,
+        ours: Function,
+        baselines: dict[str, Function],
+        *,
+        before: Function | None = None,
+        limit: Limit | None = None,
+        work: float = 0.0,
+        unit: str = "",
+    ) -> Comparison:
+        """Time `ours` through the `benchmark` fixture, and between its rounds each baseline once.
+
+        Parameters
+        ----------
+        benchmark : fixture
+            pytest-benchmark's; the other rows go to its `extra_info`.
+        group : str
+        ours : callable
+        baselines : dict
+            name -> callable.
+        before : callable, optional
+            Called before each candidate, outside its time.
+        limit : Limit, optional
+            Timed in turn with the others.
+        work : float
+            Bytes, floating-point operations or tokens of one call of ours; the limit's unit where there is one.
+        unit : str
+            Unit of the rate where there is no limit: "tokens/s".
+        """
+        before = before or (lambda: None)
+        others = dict(baselines)
+        if limit is not None:
+            others[limit.name] = limit.run
+        everything = [*others.values(), ours]
+        for run in everything:
+            run()
+        round_seconds = sum(_timed(run, before) for run in everything)
+        rounds = max(5, min(100, round(self.seconds / round_seconds)))
+        times: dict[str, list[float]] = {name: [] for name in others}
+        own: list[float] = []
+        names = list(others)
+
+        def others_first():
+            for i in range(len(names)):  # another one goes first each round
+                name = names[(i + len(own)) % len(names)]
+                times[name].append(_timed(others[name], before))
+            before()
+
+        def timed_ours():
+            start = time.perf_counter()
+            ours()
+            own.append(time.perf_counter() - start)
+
+        benchmark.pedantic(timed_ours, setup=others_first, rounds=rounds, iterations=1)
+        result = Comparison(group)
+        for name in baselines:
+            ratio = statistics.median(t / o for t, o in zip(times[name], own))
+            result.rows.append(Row(name, statistics.median(times[name]), ratio))
+        mine = Row("dlmkernels", statistics.median(own), None, work / statistics.median(own), unit)
+        if limit is not None:
+            seconds = statistics.median(times[limit.name])
+            best = Row(limit.name, seconds, None, limit.work / seconds, limit.unit)
+            mine.unit, mine.share = limit.unit, mine.rate / best.rate
+            result.rows.insert(0, best)
+        result.rows.append(mine)
+        benchmark.extra_info["comparison"] = [vars(row) for row in result.rows]
+        self.comparisons.append(result)
+        return result
+
+    def table(self) -> list[str]:
+        """All comparisons as lines of text."""
+        width = max((len(row.name) for c in self.comparisons for row in c.rows), default=0)
+        lines = [f"  {'':<{width}}  {'median':>11}  {'ours is':>13}  {'rate':>15}  {'of the limit':>12}"]
+        for comparison in self.comparisons:
+            lines += ["", comparison.group]
+            for row in comparison.rows:
+                rate = f"{_short(row.rate / (1e9 if row.unit.startswith('G') else 1))} {row.unit}" if row.rate else ""
+                share = "" if row.share is None else f"{row.share:.0%}"
+                lines.append(
+                    f"  {row.name:<{width}}  {_milliseconds(row.seconds):>11}  {_ratio(row.ratio):>13}  {rate:>15}  "
+                    f"{share:>12}".rstrip()
+                )
+        return lines
+
+
+def _timed(run: Function, before: Function) -> float:
+    before()
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _short(x: float) -> str:
+    """Three significant digits."""
+    digits = max(0, 2 - math.floor(math.log10(x))) if x > 0 else 0
+    return f"{x:,.{digits}f}"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{_short(seconds * 1e3)} ms"
+
+
+def _ratio(ratio: float | None) -> str:
+    if ratio is None:
+        return ""
+    return f"{_short(ratio)}x faster" if ratio >= 1 else f"{_short(1 / ratio)}x slower"

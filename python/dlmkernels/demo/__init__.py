@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demonstration: a small masked diffusion model shipped with the package, and the tasks it was trained on."""
+
+from pathlib import Path
+
+MODEL_DIR = Path(__file__).parent / "model"
+
+__all__ = ["MODEL_DIR"]

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `dlmkernels demo` does: one Sudoku before your eyes, then unmasking rules compared on held-out problems."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+import dlmkernels as dk
+
+from . import MODEL_DIR, board
+from .tasks import TASKS, Problem
+
+BATCH = 16  # canvases decoded together
+
+
+@dataclass(frozen=True)
+class LeftToRight(dk.Rule):
+    """The leftmost open position, whatever the model says of it: the order of autoregressive models."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def select(self, step):
+        return step.select("none", score=-step.window.positions.float(), fill=1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the comparison: a name, decoding options, and whether `--quick` keeps it."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    quick: bool = False
+
+
+MARKERS = "o^vsDphX*P"
+CONFIDENCE, RANDOM = "one a forward, by confidence", "one a forward, random order"
+CASES = (
+    Case(CONFIDENCE, {}, quick=True),
+    Case(RANDOM, {"score": "random"}, quick=True),
+    Case("one a forward, left to right", {"rule": LeftToRight()}),
+    Case("Threshold(0.99)", {"rule": dk.Threshold(0.99)}),
+    Case("Threshold(0.9)", {"rule": dk.Threshold(0.9)}, quick=True),
+    Case("EntropyBound(0.01)", {"rule": dk.EntropyBound(0.01)}),
+    Case("EntropyBound(0.1)", {"rule": dk.EntropyBound(0.1)}, quick=True),
+    Case("Factor(0.5)", {"rule": dk.Factor(0.5)}),
+    Case("8 forwards", {"steps": 8}),
+    Case("4 forwards", {"steps": 4}, quick=True),
+)
+# title, task, difficulty
+SETS: tuple[tuple[str, str, int | None], ...] = (
+    ("Sudoku, 40 clues", "sudoku", 40),
+    ("Sudoku, 32 clues", "sudoku", 32),
+    ("16-digit addition", "addition", None),
+    ("running sum of 32 digits", "running-sum", None),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of the table: means over the problems of a set.
+
+    Attributes
+    ----------
+    solved : float
+        Share of problems whose whole answer is right.
+    forwards : float
+        Model forwards a problem took.
+    tokens_per_forward, tokens_per_second : float
+        Decoded tokens over forwards, and over seconds of wall clock with `BATCH` problems at a time.
+    """
+
+    set: str
+    rule: str
+    problems: int
+    solved: float
+    forwards: float
+    tokens_per_forward: float
+    tokens_per_second: float
+
+
+def run(
+    problems: int | None = None, quick: bool = False, out: str = "demo-out", json_file: str | None = None, seed: int = 1
+) -> list[Result]:
+    """The whole demonstration; prints as it goes.
+
+    Parameters
+    ----------
+    problems : int, optional
+        Problems of each set; 48, or 8 with `quick`.
+    quick : bool
+        Half of the rules.
+    out : str
+        Folder for the two pictures, made if it does not exist.
+    json_file : str, optional
+        Where to write the results, with the environment, as JSON.
+    seed : int
+        Which held-out problems are made.
+    """
+    start = time.perf_counter()
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)  # a mistake in the path should show before the work, not after it
+    model, tokenizer = load()
+    say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {model.config.model_type}; "
+        f"CPU kernels: {dk._C.cpu_isa()}; threads: {choose_threads(model)}\n")  # fmt: skip
+
+    trace = show_sudoku(model, seed)
+    board.plot(trace, folder / "dlmkernels-sudoku.png")
+
+    count = problems or (8 if quick else 48)
+    say(f"\n{count} held-out problems of each kind, {min(BATCH, count)} at a time\n")
+    results = compare(model, tokenizer, count, [c for c in CASES if c.quick or not quick], seed)
+    plot(results, folder / "dlmkernels-demo.png")
+    say(f"\npictures: {folder / 'dlmkernels-demo.png'}, {folder / 'dlmkernels-sudoku.png'}")
+    if json_file:
+        from ..info import collect
+
+        Path(json_file).write_text(
+            json.dumps(
+                {"environment": collect(), "seed": seed, "batch": BATCH, "results": [asdict(r) for r in results]},
+                indent=2,
+            )
+            + "\n"
+        )
+        say(f"data: {json_file}")
+    say(f"\n{time.perf_counter() - start:.0f} s. One cell a forward, in order of confidence against random order:")
+    for title in (SETS[0][0], SETS[1][0]):
+        solved = {r.rule: r.solved for r in results if r.set == title}
+        say(f"{title}: {solved[CONFIDENCE]:.1%} solved against {solved[RANDOM]:.1%}.")
+    return results
+
+
+def load():
+    """The shipped model, in float32 so that results are the same on every processor, and its tokenizer."""
+    import transformers
+
+    if not (MODEL_DIR / "model.safetensors").is_file():
+        raise ValueError(f"the demonstration model is not in {MODEL_DIR}: reinstall the package")
+    transformers.utils.logging.disable_progress_bar()
+    model = dk.load(MODEL_DIR, dtype=torch.float32)
+    return model, transformers.AutoTokenizer.from_pretrained(MODEL_DIR)
+
+
+def choose_threads(model) -> int:
+    """Use one thread where several are slower, as they are when other programs keep the processors busy."""
+    most = torch.get_num_threads()
+    tokens = torch.full((4, 82), model.config.mask_token_id)
+
+    def seconds(threads: int) -> float:
+        torch.set_num_threads(threads)
+        start = time.perf_counter()
+        dk.infill(model, tokens, steps=2)
+        return time.perf_counter() - start
+
+    if most > 1:
+        dk.infill(model, tokens, steps=1)
+        times: dict[int, list[float]] = {threads: [] for threads in (1, most)}
+        for _ in range(3):
+            for threads, measured in times.items():
+                measured.append(seconds(threads))
+        torch.set_num_threads(min(times, key=lambda threads: sorted(times[threads])[1]))
+    return torch.get_num_threads()
+
+
+def show_sudoku(model, seed: int) -> dk.Trace:
+    """Decode one Sudoku with a parallel rule and show how the board filled."""
+    task = TASKS["sudoku"]
+    problem = task.make(1, seed=seed, difficulty=32)[0]
+    out = dk.infill(model, torch.from_numpy(problem.ids), rule=dk.EntropyBound(0.1))
+    trace = out.trace
+    if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+        board.play(trace, colour="NO_COLOR" not in os.environ)
+    else:
+        say(board.frames(trace))
+    solved = task.check(problem, board._text(trace, int(trace.commit_step.max())))
+    say(f"Sudoku of 32 clues, EntropyBound(0.1): {len(problem.blanks)} cells in {int(out.num_forwards[0])} forwards, "
+        f"{'solved' if solved else 'not solved'}")  # fmt: skip
+    return trace
+
+
+def compare(model, tokenizer, count: int, cases: list[Case], seed: int) -> list[Result]:
+    """Decode every set of problems with every rule; prints the table row by row."""
+    width = max(len(title) for title, *_ in SETS), max(len(case.name) for case in cases)
+    say(f"{'task':<{width[0]}}  {'rule':<{width[1]}}   solved  forwards  tokens/forward  tokens/s")
+    results = []
+    for title, name, difficulty in SETS:
+        problems = TASKS[name].make(count, seed=seed, difficulty=difficulty)
+        for i, case in enumerate(cases):
+            progress = Progress(f"{title}: {case.name}", count)
+            r = measure(model, tokenizer, title, problems, case, progress)
+            progress.clear()
+            say(f"{title if i == 0 else '':<{width[0]}}  {r.rule:<{width[1]}}  {r.solved:6.1%}  {r.forwards:8.1f}  "
+                f"{r.tokens_per_forward:14.2f}  {r.tokens_per_second:8.0f}")  # fmt: skip
+            results.append(r)
+    return results
+
+
+def measure(
+    model, tokenizer, title: str, problems: list[Problem], case: Case, progress: Callable[[int], None] = lambda n: None
+) -> Result:
+    """Decode problems of one task, `BATCH` at a time, and check the answers by the task's rules."""
+    solved, forwards, tokens, seconds = 0, 0, 0, 0.0
+    for first in range(0, len(problems), BATCH):
+        part = problems[first : first + BATCH]
+        start = time.perf_counter()
+        out = decode(model, tokenizer, part, torch.arange(first, first + len(part)), case.options)
+        forwards += int(out.num_forwards.sum())
+        tokens += int((out.commit_step >= 0).sum())
+        seconds += time.perf_counter() - start
+        texts = tokenizer.batch_decode(out.sequences)
+        solved += sum(TASKS[p.task].check(p, text) for p, text in zip(part, texts))
+        progress(first + len(part))
+    n = len(problems)
+    return Result(title, case.name, n, solved / n, forwards / n, tokens / forwards, tokens / seconds)
+
+
+def decode(model, tokenizer, problems: list[Problem], seeds: Tensor, options: dict[str, Any]) -> dk.DecodingOutput:
+    """Fill in a batch of canvases of one task: after the prompt where all that follows is blank, else between clues."""
+    if all(len(p.blanks) == len(p.answer) for p in problems):
+        prompts = tokenizer([p.prompt for p in problems], return_tensors="pt")
+        return dk.generate(model, prompts.input_ids, max_new_tokens=len(problems[0].answer), seed=seeds, **options)
+    canvases = tokenizer([p.canvas for p in problems], return_tensors="pt")
+    return dk.infill(model, canvases.input_ids, seed=seeds, **options)
+
+
+def plot(results: list[Result], path: Path) -> None:
+    """Save a PNG: share of solved problems against forwards, a panel for each set of problems."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator, PercentFormatter, StrMethodFormatter
+
+    titles, rules = (list(dict.fromkeys(getattr(r, name) for r in results)) for name in ("set", "rule"))
+    figure = Figure(figsize=(11, 8.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, title in zip(figure.subplots(2, 2).flat, titles):
+        axes.set_xscale("log", base=2)
+        axes.set(xlim=(0.8, 64), ylim=(-0.05, 1.07), title=title, xlabel="forwards a problem", ylabel="solved")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.grid(alpha=0.3)
+        for i, rule in enumerate(rules):
+            r = next(r for r in results if (r.set, r.rule) == (title, rule))
+            # hollow, each of another size and shape: where points coincide, all of them can be seen
+            axes.plot(r.forwards, r.solved, MARKERS[i % len(MARKERS)], label=rule, color=f"C{i % 10}", mfc="none",
+                      ms=13 - i * 0.7, mew=1.8, ls="none", clip_on=False, zorder=3)  # fmt: skip
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+class Progress:
+    """A counter on stderr, shown in a terminal alone."""
+
+    def __init__(self, what: str, total: int):
+        self.what, self.total, self.shown = what, total, sys.stderr.isatty()
+        self(0)
+
+    def __call__(self, done: int) -> None:
+        if self.shown:
+            print(f"\r{self.what}  {done}/{self.total}\033[K", end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        if self.shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)

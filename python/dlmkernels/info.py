@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this installation has, what it uses, and what it lacks."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import sys
+from typing import Any
+
+# package -> what it is needed for; none of them is imported here
+OPTIONAL = {
+    "transformers": "models: generate, infill, load, the demo",
+    "safetensors": "loading checkpoints",
+    "matplotlib": "pictures: Trace.plot, the demo's plot",
+    "pytest_benchmark": "`dlmkernels bench`",
+}
+
+
+def collect() -> dict[str, Any]:
+    """Versions, what was built, what is in use, and what is missing.
+
+    Returns
+    -------
+    dict
+        Can be written as JSON. `versions`: package -> version or None; `build`: compiler, the torch it was built with,
+        CUDA architectures and why there are no others; `cuda_devices`: names that torch sees; `cpu`: instruction set in
+        use and why not a better one, threads, processors; `missing`: a list of {what, needed_for, how}.
+    """
+    import numpy
+    import torch
+
+    from . import _C, __version__
+    from .demo import MODEL_DIR
+
+    build = _C.build_info()
+    architectures = [a for a in build["cuda_architectures"].replace(";", ",").split(",") if a]
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    versions = {
+        "dlmkernels": __version__,
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+    } | {name: _version(name) for name in OPTIONAL}
+    missing = [
+        {"what": name, "needed_for": OPTIONAL[name], "how": f"pip install {name.replace('_', '-')}"}
+        for name in OPTIONAL
+        if versions[name] is None
+    ]
+    if devices and not architectures:
+        missing.append({
+            "what": "CUDA kernels", "needed_for": "models on the GPU",
+            "how": f"not in this build: {build['cuda_state']}",
+        })  # fmt: skip
+    if architectures and not devices:
+        missing.append({
+            "what": "CUDA device", "needed_for": "the CUDA kernels of this build",
+            "how": "torch sees none: " + ("no driver or no GPU" if torch.version.cuda else "it is a CPU-only torch"),
+        })  # fmt: skip
+    if not (MODEL_DIR / "model.safetensors").is_file():
+        missing.append({
+            "what": "demonstration model", "needed_for": "`dlmkernels demo`", "how": f"not found in {MODEL_DIR}",
+        })  # fmt: skip
+    return {
+        "versions": versions,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "build": {
+            "compiler": build["compiler"],
+            "torch": build["torch_headers"],
+            "cuda_architectures": architectures,
+            "cuda_state": build["cuda_state"],
+        },
+        "torch_cuda": torch.version.cuda,
+        "cuda_devices": devices,
+        "cpu": {
+            "instruction_set": _C.cpu_isa(),
+            "why_not_better": _C.cpu_isa_reason(),
+            "threads": torch.get_num_threads(),
+            "processors": usable_processors(),
+        },
+        "missing": missing,
+    }
+
+
+def usable_processors() -> int:
+    """Processors this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def text(info: dict[str, Any]) -> str:
+    """`collect()` laid out for people."""
+    build, cpu = info["build"], info["cpu"]
+    rows: list[tuple[str, str]] = [
+        (name, version or "not installed") for name, version in info["versions"].items()
+    ]  # fmt: skip
+    rows += [
+        ("platform", info["platform"]),
+        ("", ""),
+        ("compiler", build["compiler"]),
+        ("built with torch", build["torch"]),
+        ("CPU kernels", _with_reason(cpu["instruction_set"], cpu["why_not_better"])),
+        ("CPU threads", f"{cpu['threads']} of {cpu['processors']} processors"),
+        ("CUDA kernels", _with_reason(", ".join(build["cuda_architectures"]) or "none", build["cuda_state"])),
+        ("CUDA of torch", info["torch_cuda"] or "none (CPU-only torch)"),
+        ("CUDA devices", ", ".join(info["cuda_devices"]) or "none visible to torch"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {value}".rstrip() for name, value in rows]
+    if info["missing"]:
+        lines += ["", "missing"]
+        width = max(len(m["what"]) for m in info["missing"])
+        lines += [f"  {m['what']:<{width}}  for {m['needed_for']}: {m['how']}" for m in info["missing"]]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print what `collect` found, as text or with `--json` as JSON."""
+    parser = argparse.ArgumentParser(prog="dlmkernels info", description=__doc__)
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    info = collect()
+    print(json.dumps(info, indent=2) if args.json else text(info))
+    return 0
+
+
+def _version(package: str) -> str | None:
+    """Version of an installed package, read without importing it."""
+    if importlib.util.find_spec(package) is None:
+        return None
+    try:
+        return importlib.metadata.version(package.replace("_", "-"))
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _with_reason(value: str, reason: str) -> str:
+    return f"{value} ({reason})" if reason else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published decoders restated in plain Python, one request at a time: what `dlmkernels.generate` is compared with.
+
+Each function follows its paper and the authors' program as formulas, in float32, at temperature 0, and differs from
+that program only where dlmkernels does so on purpose. All share these differences:
+
+- equal scores go to the lowest position and equal logits to the lowest id (the programs: wherever `torch.topk` and
+  `torch.argmax` put them);
+- the mask token is never proposed: its logit is -inf before anything else, so that the other probabilities are
+  renormalised without it (the programs can commit it, and the position then stays masked);
+- the softmax is taken in float32 (Fast-dLLM: float64; LLaDA, Dream: the model's dtype);
+- what a step may commit are the masks of the current block, and its quota counts exactly these;
+- nothing is forwarded for a block that has no mask left.
+
+Every function takes `quirk=True`, which restores what the program does beside the paper, so that tests can show each
+difference on a case made for it. (Ties stay as above: where the programs put them is not defined.)
+
+A model is a callable `model(tokens[1, T])` that returns logits `[1, T, V]`, or a `PlainLlama`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class Endless(Exception):
+    """A program's loop would not come to an end."""
+
+
+class Request:
+    """A canvas `[T]` with masks, and what is recorded while they are decoded.
+
+    Attributes
+    ----------
+    tokens : Tensor
+        int64 `[T]`.
+    commit_step, confidence : Tensor
+        int32 and float32 `[T]`: the forward (from 0) that decided a position (-1: it was given), and the probability
+        that its token had then.
+    num_forwards : int
+    slack : float
+        How little was missing, in the quantity compared, for any decision to come out otherwise: where this is no
+        larger than the rounding of two different float32 programs, they may rightly differ.
+    """
+
+    def __init__(self, canvas: Tensor, mask: int):
+        self.tokens, self.mask = canvas.clone(), mask
+        self.commit_step = torch.full_like(canvas, -1, dtype=torch.int32)
+        self.confidence = torch.zeros(canvas.shape)
+        self.num_forwards, self.slack = 0, math.inf
+
+    def open(self, start: int, end: int) -> list[int]:
+        """Masked positions of `[start, end)`."""
+        return [i for i in range(start, end) if self.tokens[i] == self.mask]
+
+    def commit(self, proposals: Proposals, chosen: list[int]) -> None:
+        """Write the chosen ones (indices into the proposals) and count the forward they came from."""
+        for i in chosen:
+            position = proposals.positions[i]
+            self.tokens[position] = proposals.token[i]
+            self.commit_step[position] = self.num_forwards
+            self.confidence[position] = proposals.probability[i]
+            self.note(proposals.lead[i])
+        self.num_forwards += 1
+
+    def note(self, *distances: float) -> None:
+        self.slack = min((self.slack, *distances))
+
+
+@dataclass
+class Proposals:
+    """What one forward says of some positions: lists of one element a position.
+
+    `lead` is how much larger the proposed token's logit is than any other's: infinite where filters left no other, and
+    probability and margin are then exactly 1 and the entropy 0 in any arithmetic.
+    """
+
+    positions: list[int]
+    token: list[int]
+    probability: list[float]
+    margin: list[float]
+    entropy: list[float]
+    lead: list[float]
+
+
+def propose(logits: Tensor, positions: list[int], mask: int, quirk: bool = False) -> Proposals:
+    """Greedy proposals at some positions from `logits` `[T, V]`, which hold a row for every canvas position."""
+    z = logits[positions]
+    if not quirk:
+        z = z.float().index_fill(1, torch.tensor([mask]), -torch.inf)
+    return _describe(z, positions)
+
+
+def _describe(z: Tensor, positions: list[int]) -> Proposals:
+    p = torch.softmax(z, -1)  # in the dtype of z
+    ids = torch.arange(z.shape[1])
+    token = torch.where(z == z.amax(-1, keepdim=True), ids, z.shape[1]).amin(-1)
+    top = p.sort(-1, descending=True).values
+    best = z.sort(-1, descending=True).values
+    return Proposals(
+        positions,
+        token.tolist(),
+        p.gather(1, token[:, None])[:, 0].tolist(),
+        (top[:, 0] - top[:, 1]).tolist(),
+        # Dream's program guards the logarithm in this way; it changes an entropy by less than 1e-10 V
+        (-p * torch.log(p + 1e-10)).sum(-1).tolist(),
+        (best[:, 0] - best[:, 1]).tolist(),
+    )
+
+
+def ranking(score: list[float]) -> list[int]:
+    """Indices by score, largest first; equal scores by index."""
+    return sorted(range(len(score)), key=lambda i: (-score[i], i))
+
+
+def take(request: Request, proposals: Proposals, score: list[float], count: int) -> None:
+    """Commit the `count` best."""
+    order = ranking(score)
+    if 0 < count < len(order):
+        last, next_one = order[count - 1], order[count]
+        if not proposals.lead[last] == proposals.lead[next_one] == math.inf:
+            request.note(score[last] - score[next_one])
+    request.commit(proposals, order[:count])
+
+
+def blocks_of(start: int, end: int, length: int | None) -> list[tuple[int, int]]:
+    length = length or end - start
+    return [(s, min(s + length, end)) for s in range(start, end, length)]
+
+
+def forward(model: Callable, tokens: Tensor, *reuse) -> tuple[Tensor, list | None]:
+    """Logits `[T, V]` of one canvas, and keys and values if the model returns them."""
+    out = model(tokens[None], *reuse)
+    logits, kept = out if isinstance(out, tuple) else (out, None)
+    return logits[0], kept
+
+
+def shifted(logits: Tensor) -> Tensor:
+    """For models that speak of the next position: row i - 1 at i; the first position keeps its own."""
+    return torch.cat((logits[:1], logits[:-1]))
+
+
+# --- LLaDA -----------------------------------------------------------------------------------------------------------
+
+
+def linear_quota(masks: int, steps: int) -> list[int]:
+    """Equal shares, the first `masks % steps` of them larger by one."""
+    return [masks // steps + (step < masks % steps) for step in range(steps)]
+
+
+def llada(
+    model: Callable, canvas: Tensor, start: int, mask: int, *, block_length: int | None = None,
+    steps: int | None = None, cfg_scale: float = 0.0, quirk: bool = False,
+) -> Request:  # fmt: skip
+    """LLaDA's low-confidence remasking (Nie et al., arXiv:2502.09992, section 2.4 and appendix B.4).
+
+    Block by block, each of its share of the steps commits its share of the block's masks, most probable first. With
+    guidance the logits are u + (s + 1)(c - u), u from the canvas whose given tokens are masked.
+
+    `quirk`: masks left of the block compete for its quota without being counted in it; the mask token may win; the
+    softmax has the dtype of the logits; and all steps are run, even when nothing is left to commit.
+    """
+    request = Request(canvas, mask)
+    given = canvas != mask
+    blocks = blocks_of(start, len(canvas), block_length)
+    for begin, end in blocks:
+        masks = len(request.open(begin, end))
+        for count in linear_quota(masks, (steps or end - begin) // (len(blocks) if steps else 1)):
+            eligible = request.open(0 if quirk else begin, end)
+            if not eligible and not quirk:
+                break
+            logits, _ = forward(model, request.tokens)
+            if cfg_scale > 0:
+                blind, _ = forward(model, request.tokens.masked_fill(given, mask))
+                logits = blind + (cfg_scale + 1) * (logits - blind)
+            proposals = propose(logits, eligible, mask, quirk)
+            take(request, proposals, proposals.probability, count)
+    return request
+
+
+# --- Fast-dLLM -------------------------------------------------------------------------------------------------------
+
+
+def threshold_count(request: Request, confidence: list[float], threshold: float) -> int:
+    """All that reach the threshold; at least one."""
+    confidence = sorted(confidence, reverse=True)
+    request.note(*(abs(c - threshold) for c in confidence[1:]))
+    return max(sum(c >= threshold for c in confidence), 1)
+
+
+def factor_count(request: Request, confidence: list[float], factor: float, quirk: bool) -> int:
+    """The longest run of ranks n, from the best, with c_n >= 1 - factor / (n + 1); at least one.
+
+    `quirk`: when only the very last one fails it is taken all the same.
+    """
+    confidence = sorted(confidence, reverse=True)
+    count = 1
+    while count < len(confidence):
+        excess = confidence[count] - (1 - factor / (count + 2))
+        request.note(abs(excess))
+        if excess < 0:
+            break
+        count += 1
+    return len(confidence) if quirk and count == len(confidence) - 1 else count
+
+
+def fast_dllm(
+    model: Callable, canvas: Tensor, start: int, mask: int, *, threshold: float | None = None,
+    factor: float | None = None, block_length: int | None = None, cache: str = "none", shift: bool = False,
+    quirk: bool = False,
+) -> Request:  # fmt: skip
+    """Fast-dLLM's confidence-aware parallel decoding (Wu et al., arXiv:2505.22618, section 3).
+
+    Each forward commits what reaches the threshold, or what the factor rule allows, until the block has no mask. The
+    first forward of a block takes the whole canvas. Later ones take, with cache "prefix", the positions from the
+    block's start on and what was kept left of them; with "dual" the block alone and what was kept on both sides.
+
+    `shift`: logits speak of the next position. Forwards then start one position before the block, which is computed
+    and kept anew with it, so that the block's first position is read from the row before it.
+
+    `quirk`: the factor rule's last rank, see `factor_count`; the mask token may win; the softmax is in float64; and
+    with `shift` (the program's adaptation to Dream) the first forward of a block commits its first position, whatever
+    its confidence, and nothing else, and later ones start at the block.
+    """
+    request = Request(canvas, mask)
+    for begin, end in blocks_of(start, len(canvas), block_length):
+        kept, entering = None, True
+        while eligible := request.open(begin, end):
+            if request.num_forwards > 4 * len(canvas):
+                raise Endless
+            if cache == "none" or entering:
+                first, (logits, kept) = 0, forward(model, request.tokens)
+            else:
+                first = max(begin - (shift and not quirk), 0)
+                last = end if cache == "dual" else len(canvas)
+                logits, again = forward(model, request.tokens[first:last], kept, first, cache == "dual")
+                if cache == "dual":
+                    kept = again
+            logits = shifted(logits) if shift else logits
+            if shift and quirk and entering:
+                eligible = [begin]
+            rows = [i - first for i in eligible]
+            proposals = propose(logits.double() if quirk else logits, rows, mask, quirk)
+            proposals.positions = eligible
+            c = proposals.probability
+            if threshold is not None:
+                count = threshold_count(request, c, threshold)
+            else:
+                count = factor_count(request, c, factor, quirk)
+            take(request, proposals, c, count)
+            entering = False
+    return request
+
+
+# --- Dream -----------------------------------------------------------------------------------------------------------
+
+
+def time_quota(masks: float, step: int, steps: int, eps: float = 1e-3) -> int:
+    """`int(n (1 - t[i+1] / t[i]))` with t falling linearly from 1 to eps, in float32; the last step takes the rest."""
+    t = torch.linspace(1, eps, steps + 1)
+    if step == steps - 1:
+        return int(masks)
+    return int(torch.tensor(masks, dtype=torch.float32) * (1 - t[step + 1] / t[step]))
+
+
+def nucleus(request: Request, z: Tensor, top_p: float) -> Tensor:
+    """Keep a logit if those above it hold at most `top_p` of the probability; equal logits together."""
+    p = torch.softmax(z, -1)
+    larger = z[:, None, :] > z[:, :, None]  # [row, v, other]: the other's logit is larger than v's
+    above = (p[:, None, :] * larger).sum(-1)
+    request.note((above[z > -torch.inf] - top_p).abs().min().item())
+    return z.masked_fill(above > top_p, -torch.inf)
+
+
+def best_k(z: Tensor, k: int) -> Tensor:
+    """Keep a logit if it is at least the k-th largest."""
+    return z.masked_fill(z < z.sort(-1, descending=True).values[:, k - 1 : k], -torch.inf)
+
+
+def dream(
+    model: Callable, canvases: Tensor, mask: int, *, steps: int, alg: str = "entropy", top_p: float | None = None,
+    top_k: int | None = None, eps: float = 1e-3, quirk: bool = False,
+) -> list[Request]:  # fmt: skip
+    """Dream's decoder (Ye et al., arXiv:2508.15487, and its program `diffusion_generate`) for a batch `[B, T]`.
+
+    Logits of position i stand in row i - 1. At step i of S, `time_quota` of the masks are committed, in the order of
+    the probability (`maskgit_plus`), of the gap between the two best (`topk_margin`) or of the negative entropy
+    (`entropy`) of the distribution after top-p, then top-k.
+
+    `quirk`: the quota is that of the batch's mean number of masks; a row with fewer masks then also picks decided
+    positions, and has them masked again; the mask token may win.
+    """
+    requests = [Request(canvas, mask) for canvas in canvases]
+    length = canvases.shape[1]
+    for step in range(steps):
+        mean = sum(len(r.open(0, length)) for r in requests) / len(requests)
+        for request in requests:
+            eligible = request.open(0, length)
+            if not eligible and not quirk:
+                continue
+            logits = shifted(forward(model, request.tokens)[0])
+            z = logits[eligible]
+            if not quirk:
+                z = z.float().index_fill(1, torch.tensor([mask]), -torch.inf)
+            if top_p is not None and top_p < 1:
+                z = nucleus(request, z, top_p)
+            if top_k is not None:
+                z = best_k(z, top_k)
+            proposals = _describe(z, eligible)
+            score = {
+                "maskgit_plus": proposals.probability,
+                "topk_margin": proposals.margin,
+                "entropy": [-h for h in proposals.entropy],
+            }[alg]
+            count = time_quota(mean if quirk else len(eligible), step, steps, eps)
+            decided = [i for i in range(length) if i not in eligible]
+            take(request, proposals, score, count)
+            for i in decided[: max(count - len(eligible), 0)]:
+                request.tokens[i] = mask
+    return requests
+
+
+# --- EB-Sampler ------------------------------------------------------------------------------------------------------
+
+
+def entropy_bounded(
+    model: Callable, canvas: Tensor, start: int, mask: int, *, bound: float, block_length: int | None = None,
+    quirk: bool = False,
+) -> Request:  # fmt: skip
+    """EB-Sampler (Ben-Hamu et al., arXiv:2505.24857, algorithm 1) in blocks, with entropy as its error proxy.
+
+    In order of entropy, the longest prefix whose entropies, without the largest, sum to at most `bound`; at least one.
+
+    `quirk`: the mask token may win.
+    """
+    request = Request(canvas, mask)
+    for begin, end in blocks_of(start, len(canvas), block_length):
+        while eligible := request.open(begin, end):
+            if request.num_forwards > 4 * len(canvas):
+                raise Endless
+            proposals = propose(forward(model, request.tokens)[0], eligible, mask, quirk)
+            entropy = sorted(proposals.entropy)
+            count = 1
+            while count < len(entropy):
+                before = sum(entropy[:count])  # ascending, so the largest of the prefix is its last
+                request.note(abs(before - bound))
+                if before > bound:
+                    break
+                count += 1
+            take(request, proposals, [-h for h in proposals.entropy], count)
+    return request

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The code that README and docs show must run as it stands."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dlmkernels.demo import MODEL_DIR
+from dlmkernels.demo.tasks import TASKS
+from small_models import build, prompts
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(name):
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S)
+
+
+def test_readme_example(capsys):
+    (code,) = blocks("README.md")
+    problems = TASKS["addition"].make(2, seed=3)
+    code = code.replace("path/to/model", str(MODEL_DIR)).replace(
+        '"…", "…"', ", ".join(repr(p.prompt) for p in problems)
+    )
+    code = code.replace("max_new_tokens=256, block_length=32", "max_new_tokens=17, block_length=17")
+    exec(compile(code, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    for problem in problems:
+        a, b = problem.prompt[1:-1].split("+")
+        assert f"{int(a) + int(b):017d}" in printed
+
+
+def test_rule_of_your_own():
+    (code,) = blocks("docs/decoding.md")
+    names = {"model": build(), "ids": prompts(2, 5)}
+    exec(compile(code, "docs/decoding.md", "exec"), names)
+    assert names["out"].complete.all() and names["out"].commit_step[0, 5:].bincount().tolist()[:2] == [64, 32]
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/decoding.md", "csrc/README.md"])
+def test_links_lead_somewhere(name):
+    folder = (ROOT / name).parent
+    for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / name).read_text()):
+        assert (folder / target).exists(), f"{name} links to {target}"
+
+
+def test_quoted_files_exist():
+    """Paths in backticks that look like files of this project are there."""
+    for name in ("README.md", "CONTRIBUTING.md", "docs/decoding.md"):
+        text = (ROOT / name).read_text()
+        for path in re.findall(r"`((?:tests|csrc|python|docs|benchmarks|examples)/[\w./]+\.\w+)`", text):
+            assert (ROOT / path).exists(), f"{name} speaks of {path}"

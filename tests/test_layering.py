@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dependency rules of csrc/README.md: common <- {cuda, cpu} <- torch <- python."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dlmkernels
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC, PYTHON, TESTS = ROOT / "csrc", ROOT / "python" / "dlmkernels", ROOT / "tests"
+SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in {".h", ".cpp", ".cuh", ".cu"})
+MAY_INCLUDE = {
+    "common": {"common"},
+    "cpu": {"common", "cpu"},
+    "cuda": {"common", "cuda"},
+    "torch": {"common", "cpu", "cuda", "torch", "pybind11"},
+}
+# Headers that are neither ours nor the standard library's, and the one place for each.
+INTRINSICS = re.compile(r"\w*intrin\.h|arm_neon\.h|arm_sve\.h")
+ELSEWHERE = [
+    (INTRINSICS, re.compile(r"cpu/(simd_\w+|amx_tile)\.h")),
+    (re.compile(r"cuda\w*\.h|mma\.h|cooperative_groups\.h"), re.compile(r"cuda/.*")),
+    (re.compile(r"cpuid\.h|unistd\.h|sys/\w+\.h|asm/\w+\.h"), re.compile(r"cpu/isa\.cpp")),
+]
+MACHINE_CODE = re.compile(r"\b(__)?asm(__)?\b|\b_mm\d*_\w+|\b__m(64|128|256|512)\w*|\b_tile_\w+")
+MACHINE_CODE_FILES = re.compile(r"cpu/(simd_\w+|amx_tile)\.h|cuda/ptx\.cuh")
+NOT_IN_KERNELS = re.compile(
+    r"\b(malloc|calloc|realloc|free|alloca|new|delete|throw|try|catch|printf|fprintf|puts|exit|abort|assert"
+    r"|std::(thread|jthread|async|mutex|atomic|vector|string|map|set|deque|list|function|unique_ptr|shared_ptr"
+    r"|make_unique|make_shared|cout|cerr|stable_sort|stable_partition|inplace_merge)|omp)\b"
+)
+
+
+def relative(path):
+    return path.relative_to(CSRC).as_posix()
+
+
+def includes(path):
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(encoding="utf-8"), re.M)
+
+
+def code(path):
+    """The text of a source file without comments and string literals."""
+    text = re.sub(r'"(?:[^"\\\n]|\\.)*"', '""', path.read_text(encoding="utf-8"))
+    return re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.S)
+
+
+def ops():
+    """Op names, from their schemas."""
+    return re.findall(r'DLM_DEF\(\s*m,\s*"(\w+)\(', (CSRC / "torch/ops.cpp").read_text(encoding="utf-8"))
+
+
+def cmake_ops():
+    return re.search(r"set\(ops ([\w\s]+)\)", (ROOT / "CMakeLists.txt").read_text(encoding="utf-8"))[1].split()
+
+
+def functions(path):
+    return {node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)}
+
+
+def imports(path):
+    """Every module a file imports, with every name it takes from one: 'torch', '.', '._C', 'dlmkernels._C' ..."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def test_sources_are_found():
+    assert {relative(path).split("/")[0] for path in SOURCES} >= {"common", "cpu", "torch"} and len(SOURCES) > 15
+    assert sorted(name.rstrip("_") for name in ops()) == sorted(cmake_ops())
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_includes_point_down(path):
+    name = relative(path)
+    folder = name.split("/")[0]
+    for header in includes(path):
+        top = header.split("/")[0]
+        place = next((files for headers, files in ELSEWHERE if headers.fullmatch(header)), None)
+        if place:
+            assert place.fullmatch(name), f"{name} includes {header}, which belongs in {place.pattern}"
+        elif "/" in header:
+            assert top in MAY_INCLUDE[folder], f"{name} includes {header}, which {folder}/ must not know"
+            if top in MAY_INCLUDE and not header.startswith("torch/"):
+                assert (CSRC / header).exists(), f"{name} includes {header} from outside csrc"
+        else:
+            assert re.fullmatch(r"[a-z_]+[0-9]*", header) or (header == "Python.h" and folder == "torch"), (
+                f"{name} includes {header}: neither ours (from the root of csrc) nor of the C++ standard library"
+            )
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_machine_code_stays_in_its_headers(path):
+    name = relative(path)
+    if not MACHINE_CODE_FILES.fullmatch(name):
+        found = MACHINE_CODE.search(code(path))
+        assert not found, f"{name} contains {found[0]}"
+
+
+KERNELS = [path for path in SOURCES if not re.match(r"torch/|cpu/isa\.", relative(path))]
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=relative)
+def test_kernels_only_compute(path):
+    """No heap, no exceptions, no printing, no threads."""
+    found = NOT_IN_KERNELS.search(code(path))
+    assert not found, f"{relative(path)} contains {found[0]}"
+
+
+@pytest.mark.parametrize("path", [p for p in (CSRC / "cpu").glob("*_*.cpp") if p.stem not in cmake_ops()], ids=relative)
+def test_instruction_sets_have_their_namespaces(path):
+    """Code compiled with other flags must not be merged with code that runs everywhere."""
+    isa = path.stem.rsplit("_", 1)[1]
+    assert f"namespace dlm::cpu::{isa} {{" in code(path)
+
+
+@pytest.mark.parametrize("op", ops())
+def test_an_op_is_present_in_every_layer(op):
+    name = op.rstrip("_")
+    for file in (f"torch/{name}.cpp", f"cpu/{name}.h", f"cpu/{name}.cpp", f"cpu/{name}_generic.cpp"):
+        assert (CSRC / file).is_file(), f"csrc/{file} is missing"
+    for file in ("ops.py", "reference.py"):
+        assert op in functions(PYTHON / file), f"{file} has no function {op}"
+    assert f'register_fake("dlmkernels::{op}")' in (PYTHON / "fakes.py").read_text(encoding="utf-8")
+    tests = TESTS / f"test_{name}.py"
+    assert tests.is_file(), f"tests/{tests.name} is missing"
+    for proof in (f"reference.{op}", "opcheck(", "fullgraph=True"):
+        assert proof in tests.read_text(encoding="utf-8"), f"{tests.name} does without {proof}"
+
+
+@pytest.mark.parametrize("name", ["reference.py", "fakes.py", "ops.py"])
+def test_op_modules_import_torch_only(name):
+    modules = {module.split(".")[0] for module in imports(PYTHON / name)}
+    assert modules - set(sys.stdlib_module_names) == {"torch"}
+
+
+@pytest.mark.parametrize("path", sorted((PYTHON / "decoding").glob("**/*.py")) or [None], ids=lambda p: p and p.name)
+def test_decoding_goes_through_the_ops(path):
+    if path is not None:
+        assert not [module for module in imports(path) if re.search(r"(^|\.)_C(\.|$)", module)]
+
+
+# --- the built extension ---------------------------------------------------------------------------------------------
+
+
+def symbols(*options):
+    nm = shutil.which("nm")
+    if not nm:
+        pytest.skip("no nm")
+    run = subprocess.run([nm, "-D", "-C", *options, dlmkernels._C.__file__], capture_output=True, text=True, check=True)
+    return [line.split(maxsplit=1 + (options[0] == "--defined-only"))[-1] for line in run.stdout.splitlines()]
+
+
+def test_extension_needs_the_stable_abi_alone():
+    """One build serves many versions of torch: no C++ symbol of it is linked against."""
+    undefined = symbols("--undefined-only")
+    assert any(name.startswith("aoti_torch_") for name in undefined)
+    assert not [name for name in undefined if re.search(r"\b(c10|at|torch|caffe2)::", name)]
+
+
+def test_extension_exports_its_init_function_alone():
+    assert symbols("--defined-only") == ["PyInit__C"]
