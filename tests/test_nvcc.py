@@ -12,8 +12,7 @@ ROOT = Path(__file__).parent.parent
 # The kernels of the native tests are compiled too, so there is always something to compile.
 SOURCES = [*sorted((ROOT / "csrc" / "cuda").rglob("*.cu")), ROOT / "tests" / "cpp" / "kernels" / "instantiate.cu"]
 ARCHITECTURES = ["80", "90a", "100a", "120a"]
-# --fmad=false: a product and a sum round separately, as on the CPU; kernels write fmaf where they want one rounding.
-FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'cpp'}"]
+FLAGS = ["-std=c++17", "-O3", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'cpp'}"]
 # Part of a kernel's readable name -> why it may spill or use local memory.
 MAY_USE_LOCAL_MEMORY: dict[str, str] = {}
 

@@ -532,7 +532,14 @@ def count_bits(k, a, m):
     k.write(a[0], "u32", value)
 
 
-@rule(r"(?P<o>bfi|prmt|brev)\.b32|(?P<b>bfe)\.u32|(?P<l>lop3)\.b32")
+@rule(r"bfi\.b(?P<n>32|64)")
+def bit_insert(k, a, m):
+    t = f"u{m['n']}"
+    field, into = (k.read(v, t) for v in a[1:3])
+    k.write(a[0], t, f"bfi<{C_TYPE[t]}>({field}, {into}, {k.read(a[3], 'u32')}, {k.read(a[4], 'u32')})")
+
+
+@rule(r"(?P<o>prmt|brev)\.b32|(?P<b>bfe)\.u32|(?P<l>lop3)\.b32")
 def bit_functions(k, a, m):
     name = m["o"] or (m["b"] and "bfe_u32") or m["l"]
     k.write(a[0], "u32", f"{name}({', '.join(k.read(v, 'u32') for v in a[1:])})")
