@@ -99,8 +99,7 @@ std::string self_path() {
   return readlink("/proc/self/exe", path, sizeof path - 1) > 0 ? path : "";
 }
 const char* kind(const std::string& output) {
-  if (output.find("not among the translated kernels") != output.npos)
-    return kNotRun;
+  if (output.find("not among the translated kernels") != output.npos) return kNotRun;
   if (output.find("ThreadSanitizer: data race") != output.npos) return "race";
   if (output.find("ERROR: AddressSanitizer") != output.npos) return "asan";
   if (output.find("runtime error:") != output.npos) return "ubsan";
@@ -116,7 +115,8 @@ int run_fault(const char* name) {
     if (strcmp(fault.name, name)) continue;
     simt::Options& o = simt::options();
     try {
-      for (int turn = 0; turn < 9; ++turn) {
+      const bool faultless = strstr(name, "_none");  // run under every schedule elsewhere
+      for (int turn = 0; turn < (faultless ? 3 : 9); ++turn) {
         o.schedule = simt::Schedule((turn + 2) % 3);  // pct first: one warp runs ahead
         o.landing = simt::Landing(turn / 3);
         o.resident_blocks = turn % 2 ? 1 : 3;
@@ -146,16 +146,27 @@ using namespace check;
 TEST(planted_faults_are_noticed) {
   const std::string self = self_path();
   CHECK(!self.empty(), "/proc/self/exe is not readable");
-  for (auto& fault : kFaults) {
+  // Some at a time, and without the sources' lines, which take longer to find than the race:
+  // `--fault NAME` prints them.
+  constexpr size_t kTogether = 4, kCount = sizeof kFaults / sizeof *kFaults;
+  FILE* children[kCount];
+  auto start = [&](size_t i) {
+    const std::string command =
+        "TSAN_OPTIONS=symbolize=0 '" + self + "' --fault " + kFaults[i].name + " 2>&1";
+    children[i] = popen(command.c_str(), "r");
+  };
+  for (size_t i = 0; i < kTogether; ++i) start(i);
+  for (size_t i = 0; i < kCount; ++i) {
+    std::string output;
+    char buffer[4096];
+    while (size_t n = fread(buffer, 1, sizeof buffer, children[i])) output.append(buffer, n);
+    pclose(children[i]);
+    if (i + kTogether < kCount) start(i + kTogether);
+    const Fault& fault = kFaults[i];
     const char* want = simt::under_tsan()   ? fault.tsan
                        : simt::under_asan() ? fault.asan
                                             : fault.plain;
     if (simt::translated_ptx() && *fault.ptx) want = fault.ptx;
-    FILE* child = popen(("'" + self + "' --fault " + fault.name + " 2>&1").c_str(), "r");
-    std::string output;
-    char buffer[4096];
-    while (size_t n = fread(buffer, 1, sizeof buffer, child)) output.append(buffer, n);
-    pclose(child);
     CHECK(!strcmp(kind(output), want) || !strcmp(want, "?"),
           "%s: noticed by %s, expected %s:\n%.600s", fault.name, kind(output), want,
           output.c_str());

@@ -82,6 +82,7 @@ void Fiber::create(void (*entry)()) {
 }
 void Fiber::adopt_caller() {
   if (under_tsan()) tsan = __tsan_get_current_fiber();
+  if (stack) return;  // always the same thread, and asking reads all of /proc/self/maps
   pthread_attr_t attributes;
   void* base;
   pthread_getattr_np(pthread_self(), &attributes);
