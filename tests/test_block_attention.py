@@ -498,6 +498,7 @@ ERRORS = {
 }  # fmt: skip
 
 
+@pytest.mark.on_cpu  # a GPU would have to wait for the values
 @pytest.mark.parametrize("case", ERRORS)
 def test_errors(case):
     """The message names the argument, and nothing has been written."""

@@ -626,6 +626,7 @@ ERRORS = [
 ]
 
 
+@pytest.mark.on_cpu  # a GPU would have to wait for the values
 @pytest.mark.parametrize(("name", "arguments"), ERRORS)
 def test_errors(name, arguments):
     with pytest.raises(RuntimeError, match=f"^token_confidence: {name} "):
