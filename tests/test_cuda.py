@@ -158,7 +158,7 @@ def test_no_wait_in_the_step_loop(device):
 class TestErrors:
     def test_head_dim(self):
         q, kv = torch.zeros(1, 4, 2, 24, device="cuda"), torch.zeros(1, 8, 2, 24, device="cuda")
-        with pytest.raises(RuntimeError, match="q must have a head dimension of .*24"):
+        with pytest.raises(RuntimeError, match=r"q must have a head dimension of .*24"):
             ops.block_attention(
                 q, None, None, kv, kv.clone(), kv_range=torch.tensor([[0, 8]], dtype=torch.int32).cuda()
             )
