@@ -6,13 +6,12 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-Function = Callable[[], object]
+from device import Floors, Function, Repeated
 
 
 @dataclass
@@ -72,8 +71,9 @@ def touch(*tensors: Tensor) -> Function:
 class Harness:
     """Runs comparisons and keeps their results for the summary."""
 
-    def __init__(self, seconds: float):
+    def __init__(self, seconds: float, device: str = "cpu"):
         self.seconds = seconds
+        self.floors = Floors() if device == "cuda" else None
         self.comparisons: list[Comparison] = []
 
     def compare(
@@ -86,6 +86,7 @@ class Harness:
         before: Function | None = None,
         limit: Limit | None = None,
         work: float = 0.0,
+        moved: float = 0.0,
         unit: str = "",
     ) -> Comparison:
         """Time `ours` through the `benchmark` fixture, and between its rounds each baseline once.
@@ -104,9 +105,13 @@ class Harness:
             Timed in turn with the others.
         work : float
             Bytes, floating-point operations or tokens of one call of ours; the limit's unit where there is one.
+        moved : float
+            Bytes that one call must read and write, where `work` is something else: for a GPU's floors.
         unit : str
             Unit of the rate where there is no limit: "tokens/s".
         """
+        if self.floors is not None:
+            return self._compare_on_gpu(benchmark, group, ours, baselines, limit, work, moved, unit)
         before = before or (lambda: None)
         others = dict(baselines)
         if limit is not None:
@@ -143,7 +148,43 @@ class Harness:
             mine.unit, mine.share = limit.unit, mine.rate / best.rate
             result.rows.insert(0, best)
         result.rows.append(mine)
-        benchmark.extra_info["comparison"] = [vars(row) for row in result.rows]
+        benchmark.extra_info |= {"group": group, "comparison": [vars(row) for row in result.rows]}
+        self.comparisons.append(result)
+        return result
+
+    def _compare_on_gpu(self, benchmark, group, ours, baselines, limit, work, moved, unit) -> Comparison:
+        """The same on a GPU: device time of captured graphs, the caches as the call before left them."""
+        for run in (*baselines.values(), ours):
+            run()
+        torch.cuda.synchronize()
+        others = {name: Repeated(run) for name, run in baselines.items()}
+        mine = Repeated(ours)
+        times: dict[str, list[float]] = {name: [] for name in others}
+        own: list[float] = []
+
+        def others_first():
+            for name, run in others.items():
+                times[name].append(run.seconds())
+
+        round_seconds = sum(run.seconds() * run.calls for run in (*others.values(), mine))
+        rounds = max(5, min(50, round(self.seconds / round_seconds)))
+        benchmark.pedantic(lambda: own.append(mine.seconds()), setup=others_first, rounds=rounds, iterations=1)
+        result = Comparison(group)
+        for name, seconds in times.items():
+            ratio = statistics.median(t / o for t, o in zip(seconds, own))
+            result.rows.append(Row(name, statistics.median(seconds), ratio))
+        row = Row("dlmkernels", statistics.median(own), None, work / statistics.median(own), unit)
+        if limit is not None:
+            row.unit = limit.unit
+            bytes_, flops = (work, 0.0) if limit.unit == "GB/s" else (moved, work)
+            name, floor = self.floors.seconds(bytes_, flops)
+            row.share = floor / row.seconds
+            result.rows.insert(0, Row(name, floor, None, work / floor, limit.unit))
+        result.rows.append(row)
+        benchmark.extra_info |= {
+            "group": group, "comparison": [vars(r) for r in result.rows], "calls_a_round": mine.calls,
+            "captured": mine.captured,
+        }  # fmt: skip
         self.comparisons.append(result)
         return result
 
