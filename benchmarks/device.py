@@ -63,12 +63,9 @@ class Floors:
 
     def seconds(self, moved: float, flops: float) -> tuple[str, float]:
         """The larger of the two floors, and its name."""
-        by = {
-            "bytes / copy bandwidth": moved / self.bytes_a_second,
-            "flops / bf16 product": flops / self.flops_a_second,
-        }
-        name = max(by, key=lambda n: by[n])
-        return name, by[name]
+        copy = ("bytes / copy bandwidth", moved / self.bytes_a_second)
+        product = ("flops / bf16 product", flops / self.flops_a_second)
+        return max(copy, product, key=lambda floor: floor[1])
 
     @staticmethod
     def _best(run: Function) -> float:
