@@ -129,8 +129,11 @@ class SpecialTokens:
         May be empty.
     pad : int
         What follows an end token.
+    banned : list of int
+        Never proposed: the mask, what was asked for, and ids that the tokenizer does not know.
     """
 
     mask: int
     eos: list[int]
     pad: int
+    banned: list[int]

@@ -11,6 +11,7 @@ from .canvas import Canvas
 from .config import DecodingConfig, SpecialTokens
 from .loop import decode
 from .output import DecodingOutput
+from .presets import preset
 
 
 def generate(
@@ -136,29 +137,33 @@ def _prepare(model, config: DecodingConfig | None, overrides: dict):
     model = adapt(model)
     if getattr(model.model, "training", False):
         raise ValueError("model is in training mode (dropout would be active): call model.eval() first")
-    config = (config or DecodingConfig()).replace(**overrides)
+    if config is None:
+        config = preset(model.family.preset) if model.family.preset else DecodingConfig()
+    config = config.replace(**overrides)
     if config.cache != "none" and not model.reuses_kv:
         raise ValueError(
-            f"cache='{config.cache}' needs a model of a known type; {type(model.model).__name__} decodes with "
-            "cache='none'"
+            f"cache='{config.cache}' needs a model of a known type whose rows can be forwarded in parts; "
+            f"{type(model.model).__name__} (of unknown type, or with token_dropout) decodes with cache='none'"
         )
     config = config.replace(logit_alignment=config.logit_alignment or model.family.logit_alignment)
     return model, config, _special_tokens(model, config)
 
 
 def _special_tokens(model: DiffusionModel, config: DecodingConfig) -> SpecialTokens:
-    mask, eos, pad = (
+    mask, pad = (
         _from_model(model, name) if getattr(config, name) is None else getattr(config, name)
-        for name in ("mask_token_id", "eos_token_id", "pad_token_id")
+        for name in ("mask_token_id", "pad_token_id")
     )
+    eos = config.eos_token_id
     if mask is None:
         raise ValueError(
             "mask_token_id is not in the model's configuration: pass mask_token_id=… (tokenizer.mask_token_id)"
         )
-    eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    eos = _stop_ids(model) if eos is None else [eos] if isinstance(eos, int) else list(eos)
     if pad is None:
         pad = eos[0] if eos else mask
     vocab = model.vocab_size
+    known = model.family.num_tokens if model.family.knows_ids_of(model.config) else None
     for name, ids in (
         ("mask_token_id", [mask]), ("eos_token_id", eos), ("pad_token_id", [pad]),
         ("suppress_token_ids", config.suppress_token_ids),
@@ -167,7 +172,20 @@ def _special_tokens(model: DiffusionModel, config: DecodingConfig) -> SpecialTok
             if not isinstance(i, int) or i < 0 or (vocab is not None and i >= vocab):
                 limit = "" if vocab is None else f" of {vocab} tokens"
                 raise ValueError(f"{name} must be in the model's vocabulary{limit}; got {i!r}")
-    return SpecialTokens(mask, eos, pad)
+    # Logits beyond the tokenizer's last id stand for nothing.
+    unknown = range(known, vocab) if known is not None and vocab is not None else ()
+    return SpecialTokens(mask, eos, pad, [mask, *config.suppress_token_ids, *unknown])
+
+
+def _stop_ids(model: DiffusionModel) -> list[int]:
+    """End tokens of the model's configuration, of its generation configuration and of its family."""
+    ids: list[int] = []
+    for source in (model.config, getattr(model.model, "generation_config", None)):
+        value = getattr(source, "eos_token_id", None)
+        ids += [] if value is None else [value] if isinstance(value, int) else value
+    if model.family.knows_ids_of(model.config):
+        ids += model.family.eos_token_ids
+    return list(dict.fromkeys(ids))
 
 
 def _from_model(model: DiffusionModel, name: str):

@@ -150,7 +150,7 @@ class Proposer:
         sampled = config.temperature > 0
         self.options: dict[str, Any] = {
             "cfg_scale": scalar(config.cfg_scale, torch.float32, config.cfg_scale > 0),
-            "banned": torch.tensor([special.mask, *config.suppress_token_ids], device=device),
+            "banned": torch.tensor(special.banned, device=device),
             "temperature": scalar(config.temperature, torch.float32, sampled),
             "top_k": scalar(config.top_k, torch.int32, config.top_k > 0),
             "top_p": scalar(config.top_p, torch.float32, config.top_p < 1),
