@@ -107,10 +107,10 @@ def experts(count: int, size: int):
     )
 
 
-def checkpoint(config: dict, shapes: dict, seed: int, **plain) -> Checkpoint:
+def checkpoint(config: dict, shapes: dict, seed: int, kind=PlainDecoder, **plain) -> Checkpoint:
     weights = random_weights(shapes, seed)
     options = {"layers": LAYERS, "heads": HEADS, "groups": GROUPS, "eps": 1e-6, "theta": 1e6} | plain
-    model = PlainDecoder(weights, **options)
+    model = kind(weights, **options)
     return Checkpoint(config, weights, model, model.double())
 
 
@@ -187,3 +187,91 @@ def diffugpt(seed: int = 0) -> Checkpoint:
     where = {"layers": LAYERS, "heads": HEADS, "prefix": "denoise_model.", "embed": "embed_tokens", "head": "lm_head"}
     exact = {name: w.double() for name, w in weights.items()}
     return Checkpoint(config, weights, plain_models.gpt2(weights, **where), plain_models.gpt2(exact, **where))
+
+
+def sdar(seed: int = 0, block_size: int | None = 4) -> Checkpoint:
+    config = QWEN | {
+        "architectures": ["SDARForCausalLM"], "model_type": "sdar", "head_dim": 16, "block_size": block_size,
+        "attention_bias": False, "attn_implementation": "flex_attention", "fuse_cross_entropy": True,
+    }  # fmt: skip
+    return checkpoint(config, decoder_shapes(head_dim=16, qk_norm=True), seed)
+
+
+def sdar_moe(seed: int = 0) -> Checkpoint:
+    config = sdar().config | {
+        "architectures": ["SDARMoeForCausalLM"], "model_type": "sdar_moe", "num_experts": 6, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24, "norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1,
+        "block_size": None,
+    }  # fmt: skip
+    shapes = decoder_shapes(head_dim=16, qk_norm=True, ffn=experts(6, 24))
+    return checkpoint(config, shapes, seed, ffn=plain_models.softmax_experts(6, 2, normalised=True))
+
+
+LLADA2 = {
+    "embed": "model.word_embeddings", "o": "attention.dense", "q_norm": "attention.query_layernorm",
+    "k_norm": "attention.key_layernorm",
+}  # fmt: skip
+
+
+def llada2(seed: int = 0) -> Checkpoint:
+    """First layer dense, 8 experts in 4 groups, rotary embedding of half of each head."""
+    config = QWEN | {
+        "architectures": ["LLaDA2MoeModelLM"], "model_type": "llada2_moe", "head_dim": 16, "num_experts": 8,
+        "num_experts_per_tok": 3, "num_shared_experts": 1, "n_group": 4, "topk_group": 2, "moe_intermediate_size": 24,
+        "routed_scaling_factor": 2.5, "first_k_dense_replace": 1, "partial_rotary_factor": 0.5, "rotary_dim": 8,
+        "use_bias": False, "use_qkv_bias": False, "use_qk_norm": True, "norm_head": False, "norm_topk_prob": True,
+        "score_function": "sigmoid", "moe_router_enable_expert_bias": True, "rope_theta": 600000,
+        "embedding_dropout": 0.0, "output_dropout": 0.0, "output_router_logits": False, "router_dtype": "fp32",
+    }  # fmt: skip
+    names = USUAL | LLADA2
+
+    def ffn(i: int) -> dict:
+        sizes = {"gate_proj": (24, HIDDEN), "up_proj": (24, HIDDEN), "down_proj": (HIDDEN, 24)}
+        if i == 0:
+            return {f"mlp.{n}": s for n, s in {"gate_proj": (FFN, HIDDEN), "up_proj": (FFN, HIDDEN),
+                                               "down_proj": (HIDDEN, FFN)}.items()}  # fmt: skip
+        return experts(8, 24)(i) | {f"mlp.shared_experts.{n}": s for n, s in sizes.items()}
+
+    shapes = decoder_shapes(names, head_dim=16, qk_norm=True, ffn=ffn)
+    for i in range(LAYERS):
+        for part in "qkv":
+            del shapes[f"model.layers.{i}.{names[part]}.weight"]
+        shapes[f"model.layers.{i}.attention.query_key_value.weight"] = ((HEADS + 2 * GROUPS) * 16, HIDDEN)
+    shapes["model.layers.1.mlp.gate.expert_bias"] = (8,)
+    experts_of = plain_models.grouped_experts(8, 4, 2, 3, 2.5, dense_layers=1)
+    return checkpoint(
+        config, shapes, seed, kind=plain_models.PlainLLaDA2, names=names, theta=6e5, rotary_dim=8, ffn=experts_of
+    )
+
+
+def fast_dllm_v2(seed: int = 0) -> Checkpoint:
+    config = QWEN | {"architectures": ["Fast_dLLM_QwenForCausalLM"], "model_type": "Fast_dLLM_Qwen", "bd_size": 8}
+    return checkpoint(config, decoder_shapes(biases="qkv"), seed)
+
+
+def a2d_qwen3(seed: int = 0) -> Checkpoint:
+    made = sdar(seed)
+    made.config |= {"architectures": ["A2DQwen3LMHeadModel"], "model_type": "a2d-qwen3", "block_size": None}
+    return made
+
+
+def nemotron(seed: int = 0) -> Checkpoint:
+    rope = {
+        "rope_type": "yarn", "type": "yarn", "rope_theta": 1e6, "factor": 16.0, "beta_fast": 32.0, "beta_slow": 1.0,
+        "original_max_position_embeddings": 8, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+    }  # fmt: skip
+    config = QWEN | {
+        "architectures": ["NemotronLabsDiffusionModel"], "model_type": "nemotron_labs_diffusion", "head_dim": 16,
+        "rope_parameters": rope, "block_size": 8, "dlm_paradigm": "block_diff", "rms_norm_eps": 1e-5,
+        "attention_bias": False, "mlp_bias": False,
+    }  # fmt: skip
+    config = {name: value for name, value in config.items() if name not in ("rope_theta", "rope_scaling")}
+    names = USUAL | {
+        "embed": "encoder.embed_tokens", "norm": "encoder.norm", "head": "diffusion_head", "layer": "encoder.layers.{}."
+    }  # fmt: skip
+    made = checkpoint(
+        config, decoder_shapes(names, head_dim=16), seed, kind=plain_models.PlainMinistral, names=names, eps=1e-5
+    )
+    for plain in (made.plain, made.double):
+        plain.yarn = {"original": 8, "factor": 16.0, "beta_fast": 32.0, "beta_slow": 1.0, "beta": 0.1}
+    return made

@@ -81,11 +81,13 @@ class PlainDecoder:
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotary embedding of the first `rotary_dim` elements: d of their first half and d of their second turn."""
         dim = self.rotary_dim or x.shape[-1]
-        frequency = self.theta ** (-torch.arange(dim // 2, dtype=torch.float32) / (dim // 2))
-        angle = positions[:, None, None].float() * frequency
+        angle = positions[:, None, None].float() * self.frequency(dim)
         cos, sin = angle.cos().to(x), angle.sin().to(x)
         a, b, rest = x[..., : dim // 2], x[..., dim // 2 : dim], x[..., dim:]
         return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
+
+    def frequency(self, dim: int) -> Tensor:
+        return self.theta ** (-torch.arange(dim // 2, dtype=torch.float32) / (dim // 2))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         q = q.unflatten(2, (self.groups, self.heads // self.groups))
@@ -112,6 +114,59 @@ def softmax_experts(count: int, chosen: int, normalised: bool):
         return (torch.stack(outs, -1) * weight[..., None, :]).sum(-1)
 
     return ffn
+
+
+def grouped_experts(count: int, groups: int, kept: int, chosen: int, scale: float, dense_layers: int):
+    """LLaDA2: sigmoid scores; a bias takes part in the choice alone; the best groups by the sum of their two best."""
+
+    def ffn(model: PlainDecoder, layer: int, x: Tensor) -> Tensor:
+        prefix = model.names["layer"].format(layer) + "mlp."
+        if layer < dense_layers:
+            return model.swiglu(x, prefix, EXPERT)
+        score = torch.sigmoid(model.linear(x, prefix + "gate"))
+        biased = score + model.w[prefix + "gate.expert_bias"]
+        by_group = biased.unflatten(-1, (groups, -1))
+        value = by_group.sort(-1, descending=True).values[..., :2].sum(-1)
+        in_best = value >= value.sort(-1, descending=True).values[..., kept - 1 : kept]
+        biased = by_group.masked_fill(~in_best[..., None], -torch.inf).flatten(-2)
+        weight = torch.where(biased >= biased.sort(-1, descending=True).values[..., chosen - 1 : chosen], score, 0.0)
+        weight = scale * weight / weight.sum(-1, keepdim=True)
+        outs = [model.swiglu(x, f"{prefix}experts.{e}.", EXPERT) for e in range(count)]
+        routed = (torch.stack(outs, -1) * weight[..., None, :]).sum(-1)
+        return routed + model.swiglu(x, prefix + "shared_experts.", EXPERT)
+
+    return ffn
+
+
+class PlainLLaDA2(PlainDecoder):
+    """Queries, keys and values come from one matrix."""
+
+    def qkv(self, layer: str, h: Tensor) -> list[Tensor]:
+        heads = self.linear(h, layer + "attention.query_key_value").unflatten(-1, (self.heads + 2 * self.groups, -1))
+        q, k, v = heads.split([self.heads, self.groups, self.groups], -2)
+        return [self.norm(q, layer + self.names["q_norm"]), self.norm(k, layer + self.names["k_norm"]), v]
+
+
+class PlainMinistral(PlainDecoder):
+    """Rotary frequencies stretched as by YaRN (arXiv:2309.00071); queries grow with the logarithm of the position."""
+
+    yarn: dict
+
+    def frequency(self, dim: int) -> Tensor:
+        base = self.theta ** (-torch.arange(dim // 2, dtype=torch.float32) / (dim // 2))
+        low, high = (
+            dim * torch.log(torch.tensor(self.yarn["original"] / (turns * 2 * torch.pi))).item()
+            / (2 * torch.log(torch.tensor(self.theta)).item())
+            for turns in (self.yarn["beta_fast"], self.yarn["beta_slow"])
+        )  # fmt: skip
+        low, high = max(int(low // 1), 0), min(int(-(-high // 1)), dim - 1)
+        ramp = ((torch.arange(dim // 2) - low) / max(high - low, 0.001)).clamp(0, 1)
+        return base / self.yarn["factor"] * ramp + base * (1 - ramp)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+        far = torch.arange(q.shape[1]) // self.yarn["original"]
+        scale = (1 + self.yarn["beta"] * torch.log(1 + far)).to(q)
+        return super().attend(q * scale[:, None, None], k, v, visible)
 
 
 def gpt2(w: dict[str, Tensor], layers: int, heads: int, prefix: str, embed: str, head: str):

@@ -354,3 +354,71 @@ def entropy_bounded(
                 count += 1
             take(request, proposals, [-h for h in proposals.entropy], count)
     return request
+
+
+# --- blocks after a finished context ---------------------------------------------------------------------------------
+
+
+def block_causal(length: int, block: int, first: int) -> Tensor:
+    """Who sees whom, bool `[T, T]`: blocks of `block` counted from `first`, what stands left of it one block more."""
+    column = torch.arange(length)
+    number = torch.where(column < first, -1, (column - first).div(block, rounding_mode="floor"))
+    return number[None] <= number[:, None]
+
+
+def block_diffusion(
+    model: Callable, prompt: Tensor, new_tokens: int, mask: int, *, block: int, threshold: float, strict: bool = True,
+    grid: str = "absolute", attention: str = "block", shift: bool = False, seeded: bool = False,
+    part: int | None = None, fused: bool = True,
+) -> Request:  # fmt: skip
+    """Blocks decoded one after another, each seeing those before it and all of itself; nothing is kept in a cache.
+
+    - SDAR (arXiv:2510.06303, `generate.py`, low_confidence_dynamic) and LLaDA2.0 (arXiv:2512.15745): `grid` absolute:
+      the prompt's last, incomplete block is completed first, and the last block is decoded whole;
+    - Fast-dLLM v2 (arXiv:2509.26328): so too, with `shift` and `seeded`: a block's first token is what the row before
+      it predicts, and the rest is decoded in parts of `part`;
+    - D2F (arXiv:2508.09192), its blocks one after another: `grid` prompt: the prompt is one block;
+    - dllm's BD3-LM sampler: `grid` both-ways, prompts being padded to whole blocks;
+    - Nemotron-Labs-Diffusion (arXiv:2607.05722): `attention` causal-context: what is decided sees what stands left of
+      it alone, `seeded`.
+
+    A forward commits everything surer than the threshold (`strict`: than, else: as), at least one. What is decided is
+    forwarded once more before it can be seen: by itself, or (`fused`) with the first step of the next block.
+
+    `model(tokens, visible)` returns the logits of all rows.
+    """
+    first = len(prompt) // block * block if grid == "absolute" else len(prompt)
+    length = len(prompt) + new_tokens
+    if grid == "absolute":
+        length = -(-length // block) * block
+    request = Request(torch.cat((prompt, prompt.new_full((length - len(prompt),), mask))), mask)
+    origin = {"absolute": 0, "prompt": first, "both-ways": first % block}[grid]
+
+    def logits(begin: int, end: int) -> Tensor:
+        """Of the columns up to `end`, those from `begin` on being the open block."""
+        visible = block_causal(end, block, origin)
+        if attention != "block":
+            visible = torch.ones(end, end).tril().bool()
+        if attention == "causal-context":
+            visible[begin:] = True
+        return model(request.tokens[None, :end], visible)[0]
+
+    for begin in range(first, length, block):
+        end = min(begin + block, length)
+        if begin > 0 and (seeded or not fused):
+            row = logits(begin, begin)[-1:]
+            seed = propose(row, [0], mask)
+            seed.positions = [begin]
+            request.commit(seed, [0] if seeded and request.open(begin, begin + 1) else [])
+        for start in range(begin, end, part or block):
+            stop = min(start + (part or block), end)
+            while eligible := request.open(start, stop):
+                z = logits(begin, end)
+                proposals = propose(shifted(z) if shift else z, eligible, mask)
+                c = proposals.probability
+                request.note(*(abs(p - threshold) for p in sorted(c)[:-1]))
+                take(request, proposals, c, max(sum(p > threshold if strict else p >= threshold for p in c), 1))
+    kept = len(prompt) + new_tokens
+    request.tokens, request.commit_step = request.tokens[:kept], request.commit_step[:kept]
+    request.confidence = request.confidence[:kept]
+    return request

@@ -8,7 +8,7 @@ import checkpoints
 import dlmkernels as dk
 import numerics
 import published
-from checkpoints import EOS, HIDDEN, MASK, VOCAB
+from checkpoints import EOS, HIDDEN, MASK, PAD, VOCAB
 from dlmkernels import AttentionWindow
 from dlmkernels.models.adapt import adapt
 from small_models import prompts
@@ -98,6 +98,230 @@ class TestFull:
             assert torch.equal(a, b), name
 
 
+# --- blocks after a finished context ---------------------------------------------------------------------------------
+
+BLOCKS = {
+    "sdar": checkpoints.sdar, "sdar-moe": checkpoints.sdar_moe, "llada2": checkpoints.llada2,
+    "fast-dllm-v2": checkpoints.fast_dllm_v2, "a2d-bd3lm": checkpoints.a2d_qwen3, "nemotron": checkpoints.nemotron,
+    "d2f-llada": checkpoints.llada, "d2f-dream": checkpoints.dream, "shifted": checkpoints.rnd1,
+}  # fmt: skip
+UNNAMED |= {"a2d-bd3lm": "a2d-bd3lm", "d2f-llada": "d2f-llada", "d2f-dream": "d2f-dream", "shifted": "bd3-lm"}
+#: How the restated decoder is told of each family, and how ours is told what differs from the family's defaults.
+RESTATED = {
+    "sdar": {"block": 4}, "sdar-moe": {"block": 4}, "llada2": {"block": 8},
+    "fast-dllm-v2": {"block": 8, "shift": True, "seeded": True, "part": 4},
+    "a2d-bd3lm": {"block": 8, "grid": "both-ways"},
+    "nemotron": {"block": 8, "grid": "prompt", "attention": "causal-context", "seeded": True, "strict": False},
+    "d2f-llada": {"block": 8, "grid": "prompt"}, "d2f-dream": {"block": 8, "grid": "prompt", "shift": True},
+    "shifted": {"block": 8, "shift": True},
+}  # fmt: skip
+OURS = {
+    "llada2": {"block_length": 8}, "fast-dllm-v2": {"sub_block_length": 4},
+    "a2d-bd3lm": {"block_length": 8}, "d2f-llada": {"block_length": 8}, "d2f-dream": {"block_length": 8},
+    "shifted": {"block_length": 8, "logit_alignment": "shift"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+class TestBlocks:
+    def test_logits(self, name, loaded):
+        checkpoint, model = loaded(name, BLOCKS[name])
+        tokens = prompts(2, 23)
+        for window, visible in (
+            ({}, None), ({"causal_block": 4}, published.block_causal(23, 4, 0)),
+            ({"causal_block": 1}, torch.ones(23, 23).tril().bool()),
+            ({"causal_block": 8, "block_origin": torch.tensor([5, 5], dtype=torch.int32)},
+             published.block_causal(23, 8, 5)),
+        ):  # fmt: skip
+            numerics.assert_close(
+                "logits", our_logits(model, tokens, **window), checkpoint.double(tokens, visible),
+                checkpoint.plain(tokens, visible),
+            )  # fmt: skip
+
+    @pytest.mark.parametrize("cache,fused", [("block", True), ("block", False), ("none", True)])
+    @pytest.mark.parametrize("threshold", [0.3, 0.7])
+    def test_published_decoder(self, name, threshold, cache, fused, loaded):
+        """Ragged prompts that end within a block, at its end, and before the first block is full."""
+        checkpoint, model = loaded(name, BLOCKS[name])
+        told = RESTATED[name] | {"threshold": threshold, "fused": fused or cache == "none"}
+        if told.get("attention") == "causal-context":
+            told["fused"] = False
+        ours = OURS.get(name, {}) | {"cache": cache, "fuse_commit": fused}
+        rule = dk.Threshold(threshold, strict=told.get("strict", True))
+        assert_rows_same(
+            model, lambda c, s: published.block_diffusion(checkpoint.plain, c[:s], 18, MASK, **told), 18,
+            rule=rule, temperature=0.0, seed=1, **ours,
+        )  # fmt: skip
+
+    def test_commit_is_fused(self, name, loaded):
+        """One forward a block less; the tokens are the same."""
+        _, model = loaded(name, BLOCKS[name])
+        options = OURS.get(name, {}) | {"cache": "block", "temperature": 0.0, "eos_policy": "none"}
+        options |= {"rule": dk.Threshold(0.5), "max_new_tokens": 32}
+        together, apart = (dk.generate(model, prompts(2, 16), fuse_commit=f, **options) for f in (True, False))
+        assert torch.equal(together.sequences, apart.sequences)
+        saved = apart.num_forwards - together.num_forwards
+        blocks = 32 // (options.get("block_length") or adapt(model).block_length)
+        assert (saved == (0 if name in ("fast-dllm-v2", "nemotron") else blocks)).all()
+
+    def test_defaults(self, name, loaded):
+        """`generate` alone reuses keys and values, and forwards what it must."""
+        _, model = loaded(name, BLOCKS[name])
+        if adapt(model).family.preset is None:
+            with pytest.raises(ValueError, match="block_length is needed"):
+                dk.generate(model, prompts(2, 9), max_new_tokens=12)
+            return
+        out = dk.generate(model, prompts(2, 9), max_new_tokens=12, seed=1)
+        assert out.complete.all() and (out.num_forwards <= 16).all()
+
+    def test_saved_again(self, name, loaded, tmp_path):
+        _, model = loaded(name, BLOCKS[name])
+        model.save_pretrained(tmp_path)
+        tokens = prompts(1, 9)
+        again = dk.load(tmp_path)
+        assert adapt(again).family == adapt(model).family
+        assert adapt(again).block_length == adapt(model).block_length
+        assert torch.equal(our_logits(again, tokens), our_logits(model, tokens))
+
+
+class TestBlockDecoding:
+    """What holds for every model with blocks, shown on SDAR and (both kinds of attention in turn) Nemotron."""
+
+    @pytest.fixture(scope="class")
+    def sdar(self, loaded):
+        return loaded("sdar", checkpoints.sdar)[1]
+
+    OPTIONS = {"max_new_tokens": 19, "temperature": 0.0, "eos_policy": "none", "rule": dk.Threshold(0.5)}
+
+    def test_guidance(self, sdar):
+        rows = [prompts(1, n)[0] for n in (5, 9)]
+        ids = torch.stack([torch.cat((rows[0].new_full((4,), PAD), rows[0])), rows[1]])
+        valid = (torch.arange(9) >= torch.tensor([[4], [0]])).long()
+        for options in ({"seeded": False}, {"seeded": True}, {"logit_alignment": "shift"}):
+            options = self.OPTIONS | options | {"cfg_scale": 0.7}
+            exact = dk.generate(sdar, ids, valid, cache="none", **options)
+            assert torch.equal(dk.generate(sdar, ids, valid, cache="block", **options).sequences, exact.sequences)
+            assert not torch.equal(
+                dk.generate(sdar, ids, valid, **options | {"cfg_scale": 0.0}).sequences, exact.sequences
+            )
+
+    def test_infilling(self, sdar):
+        """Blocks without a mask are passed over and their keys and values appended with the next."""
+        canvas = prompts(3, 27)
+        holes = torch.rand(3, 27, generator=torch.Generator().manual_seed(3)) < 0.4
+        holes[:, 8:16], holes[1, :16], holes[2, 4:] = False, False, False
+        holes[2, 0] = True
+        canvas = canvas.masked_fill(holes, MASK)
+        options = self.OPTIONS | {"max_new_tokens": 1}
+        for alignment in ("same", "shift"):
+            options |= {"logit_alignment": alignment}
+            exact = dk.infill(sdar, canvas, cache="none", **options)
+            for fused in (True, False):
+                ours = dk.infill(sdar, canvas, cache="block", fuse_commit=fused, **options)
+                assert torch.equal(ours.sequences, exact.sequences) and ours.complete.all()
+
+    def test_sampling_does_not_depend_on_the_batch(self, sdar):
+        rows = [prompts(1, n, seed=n)[0] for n in (3, 8, 6)]
+        ids = torch.stack([torch.cat((r.new_full((8 - len(r),), PAD), r)) for r in rows])
+        valid = torch.stack([torch.arange(8) >= 8 - len(r) for r in rows]).long()
+        options = self.OPTIONS | {"temperature": 1.0, "cache": "block"}
+        seeds = torch.tensor([11, 12, 13])
+        out = dk.generate(sdar, ids, valid, seed=seeds, **options)
+        for i, row in enumerate(rows):
+            alone = dk.generate(sdar, row, seed=seeds[i : i + 1], **options)
+            assert torch.equal(out.generated[i], alone.generated[0])
+            assert torch.equal(out.commit_step[i, 8:], alone.commit_step[0, len(row) :])
+
+    @pytest.mark.parametrize("name", ["sdar", "nemotron", "fast-dllm-v2"])
+    def test_stop_token(self, name, loaded):
+        """A request that has ended is not forwarded again and leaves its neighbours as they were."""
+        _, model = loaded(name, BLOCKS[name])
+        ids, options = prompts(6, 7), self.OPTIONS | {"cache": "block", "max_new_tokens": 24}
+        whole = dk.generate(model, ids, **options)
+        ended = 0
+        for eos in range(4, 40):
+            out = dk.generate(model, ids, **options | {"eos_policy": "fill", "eos_token_id": eos, "pad_token_id": PAD})
+            for row in range(6):
+                text = whole.generated[row].tolist()
+                stop = text.index(eos) + 1 if eos in text else 24
+                assert torch.equal(out.generated[row, :stop], whole.generated[row, :stop])
+                assert (out.generated[row, stop:] == PAD).all()
+                ended += stop <= 12
+                assert out.num_forwards[row] < whole.num_forwards[row] or stop > 12
+        assert ended > 3
+
+    def test_streamer(self, sdar):
+        class Streamer:
+            def __init__(self):
+                self.got = []
+
+            def put(self, tokens):
+                self.got += tokens.tolist()
+
+            def end(self):
+                self.got.append("end")
+
+        streamer = Streamer()
+        out = dk.generate(sdar, prompts(1, 6), streamer=streamer, **self.OPTIONS)
+        assert streamer.got == [*out.sequences[0].tolist(), "end"]
+
+    @pytest.mark.parametrize("options,match", [
+        ({"cache": "dual"}, r"cache must be one of \('none', 'block'\) with attention='block'; got 'dual'"),
+        ({"attention": "full"}, r"cache must be one of \('none', 'prefix', 'dual'\) with attention='full'; got 'block'"),
+        ({"attention": "full", "cache": "none", "seeded": True}, "seeded needs a context"),
+        ({"attention": "diagonal"}, "attention must be one of"),
+        ({"block_grid": "hexagonal"}, "block_grid must be one of"),
+        ({"sub_block_length": 0}, "sub_block_length must be an integer of at least 1"),
+    ], ids=str)  # fmt: skip
+    def test_refused(self, sdar, options, match):
+        with pytest.raises(ValueError, match=match):
+            dk.generate(sdar, prompts(1, 4), **self.OPTIONS | options)
+
+    def test_unknown_model_attends_by_itself(self):
+        class Odd(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.table = torch.nn.Embedding(8, 8)
+
+            def forward(self, tokens):
+                return type("Out", (), {"logits": self.table(tokens)})()
+
+        with pytest.warns(UserWarning), pytest.raises(ValueError, match="attention='block' needs a model of a known"):
+            dk.generate(Odd().eval(), torch.tensor([[1, 2]]), mask_token_id=7, attention="block", block_length=4)
+
+
+@pytest.mark.parametrize("name,options", [
+    ("llada", {"cache": "none"}), ("dream", {"cache": "dual", "block_length": 8}), ("sdar", {"cache": "block"}),
+    ("llada", {"cfg_scale": 0.5}), ("diffugpt", {}), ("nemotron", {}),
+], ids=str)  # fmt: skip
+def test_embedded_prompts(name, options, loaded):
+    """The embeddings of a prompt's tokens decode like the tokens; other embeddings do not."""
+    _, model = loaded(name, (FULL | BLOCKS)[name])
+    ids = prompts(2, 9)
+    valid = torch.ones(2, 9, dtype=torch.int64)
+    valid[0, :4] = 0
+    options = {"max_new_tokens": 12, "temperature": 0.0, "rule": dk.Threshold(0.5)} | options
+    embeds = model.get_input_embeddings()(ids)
+    expected = dk.generate(model, ids, valid, **options)
+    out = dk.generate(model, attention_mask=valid, inputs_embeds=embeds, **options)
+    assert torch.equal(out.generated, expected.generated) and (out.sequences[:, :9] == PAD).all()
+    other = dk.generate(model, attention_mask=valid, inputs_embeds=embeds.roll(1, 1), **options)
+    assert not torch.equal(other.generated, expected.generated)
+
+
+@pytest.mark.parametrize("embeds,match", [
+    (torch.zeros(2, 9), r"inputs_embeds must have shape \[batch, length, 48\]; got \[2, 9\]"),
+    (torch.zeros(2, 9, 40), r"inputs_embeds must have shape \[batch, length, 48\]; got \[2, 9, 40\]"),
+    (torch.zeros(2, 9, 48).double(), r"inputs_embeds must be torch.float32 on cpu; got torch.float64"),
+], ids=["rank", "width", "dtype"])  # fmt: skip
+def test_embedded_prompts_are_checked(embeds, match, loaded):
+    _, model = loaded("llada", checkpoints.llada)
+    with pytest.raises(ValueError, match=match):
+        dk.generate(model, inputs_embeds=embeds)
+    with pytest.raises(ValueError, match="input_ids or inputs_embeds must be given, and not both"):
+        dk.generate(model, prompts(1, 4), inputs_embeds=torch.zeros(1, 4, 48))
+
+
 # --- facts that tell families apart, ids, refusals -------------------------------------------------------------------
 
 
@@ -119,6 +343,20 @@ class TestFacts:
         assert (moe.family.name, moe.model_class.__name__) == ("llada-moe", "Qwen3MoeForCausalLM")
         assert plan(checkpoints.llada_moe().config | {"model_type": "lladamoe"}).family.name == "llada-moe"
 
+    def test_block_lengths_tell_sdar_from_i_dlm(self):
+        from dlmkernels.models.published import plan
+
+        assert plan(checkpoints.sdar(block_size=64).config).family.name == "sdar"
+        with pytest.raises(ValueError, match="Pass family='sdar' or family='i-dlm'"):
+            plan(checkpoints.sdar(block_size=None).config)
+        assert plan(checkpoints.sdar(block_size=None).config, "sdar").family.name == "sdar"
+
+    def test_a_stock_model_by_another_name_must_be_explained(self):
+        from dlmkernels.models.published import plan
+
+        with pytest.raises(ValueError, match=r"family='masked'.*family='a2d-bd3lm'"):
+            plan(checkpoints.a2d_qwen3().config)
+
     def test_dense_layers_of_a_mixture(self, tmp_path):
         config = checkpoints.llada_moe().config | {"moe_layer_freq": [0, 1]}
         from dlmkernels.models.published import plan
@@ -134,30 +372,35 @@ class TestFacts:
         ("llada-moe", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0.5"),
         ("llada-moe", {"moe_router_enable_expert_bias": True}, r"moe_router_enable_expert_bias=True"),
         ("dream", {"use_sliding_window": True}, r"use_sliding_window=True"),
+        ("llada2", {"use_bias": True}, r"use_bias=True"),
+        ("llada2", {"score_function": "softmax"}, r"score_function='softmax'"),
+        ("llada2", {"num_shared_experts": 0}, r"no shared expert"),
+        ("llada2", {"rotary_dim": 16}, r"rotary_dim=16 and partial_rotary_factor=0.5"),
+        ("nemotron", {"dlm_paradigm": "autoregressive"}, r"dlm_paradigm='autoregressive'"),
     ])  # fmt: skip
     def test_what_the_stock_class_does_not_do(self, name, changes, match, tmp_path):
         with pytest.raises(ValueError, match=match):
-            dk.load(write(tmp_path, FULL[name], **changes))
+            dk.load(write(tmp_path, (FULL | BLOCKS)[name], **changes))
 
-    @pytest.mark.parametrize("name", FULL)
+    @pytest.mark.parametrize("name", FULL | BLOCKS)
     def test_weights_that_do_not_fit(self, name, tmp_path):
-        last = sorted(FULL[name]().weights)[-1]
+        last = sorted((FULL | BLOCKS)[name]().weights)[-1]
         with pytest.raises(ValueError, match="missing keys"):
-            dk.load(write(tmp_path, FULL[name], lambda w: w.pop(last)), family=UNNAMED.get(name))
+            dk.load(write(tmp_path, (FULL | BLOCKS)[name], lambda w: w.pop(last)), family=UNNAMED.get(name))
         with pytest.raises(ValueError, match=r"unexpected keys: model\.extra"):
             dk.load(
-                write(tmp_path, FULL[name], lambda w: w.update({"model.extra": torch.zeros(2)})),
+                write(tmp_path, (FULL | BLOCKS)[name], lambda w: w.update({"model.extra": torch.zeros(2)})),
                 family=UNNAMED.get(name),
             )
 
-    @pytest.mark.parametrize("name", FULL)
+    @pytest.mark.parametrize("name", FULL | BLOCKS)
     def test_weights_of_another_shape(self, name, tmp_path):
         def damage(weights):
             key = next(k for k in weights if weights[k].dim() == 1)
             weights[key] = torch.zeros(HIDDEN + 8)
 
         with pytest.raises(ValueError, match=r"wrong shapes: \S+ \[56\], expected \[\d+\]"):
-            dk.load(write(tmp_path, FULL[name], damage), family=UNNAMED.get(name))
+            dk.load(write(tmp_path, (FULL | BLOCKS)[name], damage), family=UNNAMED.get(name))
 
     def test_mislabelled(self, tmp_path):
         """The weights of one family under the configuration of another."""

@@ -18,6 +18,20 @@ PRESETS: dict[str, DecodingConfig] = {
     "fast-dllm": DecodingConfig(
         rule=Threshold(0.9), score="probability", cache="dual", block_length=32, eos_policy="none"
     ),
+    # SDAR, arXiv:2510.06303: all that is surer than 0.85, of what was drawn
+    "sdar": DecodingConfig(
+        rule=Threshold(0.85, strict=True), temperature=1.0, distribution="filtered", cache="block"
+    ),
+    # LLaDA2.0, arXiv:2512.15745
+    "llada2": DecodingConfig(rule=Threshold(0.95, strict=True), distribution="filtered", cache="block"),
+    # Fast-dLLM v2, arXiv:2509.26328: parts of a block one after another
+    "fast-dllm-v2": DecodingConfig(
+        rule=Threshold(0.9, strict=True), distribution="filtered", cache="block", sub_block_length=8
+    ),
+    # Discrete Diffusion Forcing, arXiv:2508.09192, its blocks one after another
+    "d2f": DecodingConfig(rule=Threshold(0.9, strict=True), cache="block"),
+    # Nemotron-Labs-Diffusion, arXiv:2607.05722
+    "nemotron": DecodingConfig(rule=Threshold(0.9), cache="block"),
 }  # fmt: skip
 
 

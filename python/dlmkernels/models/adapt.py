@@ -7,7 +7,6 @@ import warnings
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -29,15 +28,18 @@ class DiffusionModel:
         How models of its kind are decoded.
     reuses_kv : bool
         Whether a forward may take part of the canvas and find the rest in a cache.
+    embeds_by_token : bool
+        Whether a token's input embedding depends on nothing but the token.
     """
 
     reuses_kv = True
+    embeds_by_token = True
 
     def __init__(self, model: PreTrainedModel, architecture: Architecture, family: Family):
         self.model, self.family = model, family
         self._head = architecture.head(model)
         self._offset = architecture.position_offset(model.config)
-        self.reuses_kv = not architecture.whole_canvas(model.config)
+        self.reuses_kv = self.embeds_by_token = not architecture.whole_canvas(model.config)
 
     @property
     def config(self):
@@ -175,7 +177,7 @@ def adapt(model, *, family: str | None = None) -> DiffusionModel:
                 "model must have a language-model head: load it with dlmkernels.load or "
                 f"{architecture.model_class}; got {type(model).__name__}"
             )
-        if isinstance(model, getattr(transformers, architecture.model_class)):
+        if isinstance(model, architecture.load_class()):
             name = family or getattr(config, "dlm_family", None) or "masked"
             return DiffusionModel(model, architecture, FAMILIES[name])
     if isinstance(model, PreTrainedModel) and form_of(model.config.to_dict()) is not None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ class Architecture:
     Attributes
     ----------
     model_class : str
-        The transformers class with its language-model head.
+        The class with its language-model head.
     head : callable
         `head(model)` returns the module that maps hidden states to logits.
     position_offset : callable
@@ -27,12 +28,18 @@ class Architecture:
     whole_canvas : callable
         `whole_canvas(config)`: whether what a row becomes depends on all of its tokens even before attention, so that
         no part of a canvas can be forwarded alone.
+    module : str
+        Where the class is found.
     """
 
     model_class: str
     head: Callable[[Any], Callable[[Tensor], Tensor]]
     position_offset: Callable[[Any], int] = lambda config: 0
     whole_canvas: Callable[[Any], bool] = lambda config: False
+    module: str = "transformers"
+
+    def load_class(self) -> Any:
+        return getattr(importlib.import_module(self.module, __package__), self.model_class)
 
 
 def _lm_head(model):
@@ -49,6 +56,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": Architecture("Qwen2ForCausalLM", _lm_head),
     "qwen3": Architecture("Qwen3ForCausalLM", _lm_head),
     "qwen3_moe": Architecture("Qwen3MoeForCausalLM", _lm_head),
+    "llada2_moe": Architecture("LLaDA2ForCausalLM", _lm_head, module=".llada2"),
     "ministral3": Architecture("Ministral3ForCausalLM", _lm_head),
     "gpt2": Architecture("GPT2LMHeadModel", _lm_head),
     "bert": Architecture("BertForMaskedLM", head=lambda model: model.cls),
@@ -65,7 +73,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 # --- families: how a kind of checkpoint is decoded -------------------------------------------------------------------
 
 ATTENTIONS = ("full", "block", "causal", "causal-context")
-GRIDS = ("absolute", "prompt")
+GRIDS = ("absolute", "prompt", "both-ways")
 
 
 @dataclass(frozen=True)
@@ -81,9 +89,10 @@ class Family:
     attention : {"full", "block", "causal", "causal-context"}
         What a position sees. full: everything. block: its own block and those before it. causal: what stands left of
         it. causal-context: decided blocks see what stands left, the open block sees them and all of itself.
-    block_grid : {"absolute", "prompt"}
-        Where blocks are counted from: the request's first token, or the end of its prompt (the prompt is then one
-        block that sees itself).
+    block_grid : {"absolute", "prompt", "both-ways"}
+        Where blocks are counted from. absolute: the request's first token. prompt: the end of its prompt, which is
+        one block that sees itself. both-ways: the end of its prompt, which has blocks too, only the first of them
+        shorter.
     block_length : int, optional
         Length of the blocks of "block" and "causal-context" attention where the configuration does not say.
     seeded : bool
@@ -136,6 +145,31 @@ FAMILIES: dict[str, Family] = {
         Family("dream", logit_alignment="shift", mask_token_id=151666, num_tokens=151667, **QWEN2_IDS, preset="dream"),
         # RND1, github.com/RadicalNumerics/RND1
         Family("rnd1", logit_alignment="shift", **QWEN3_IDS),
+        # BD3-LM, arXiv:2503.09573: any model that denoises a block after clean ones
+        Family("bd3-lm", attention="block", block_grid="absolute"),
+        # the same as trained by github.com/ZHZisZZ/dllm, which pads prompts to whole blocks
+        Family("a2d-bd3lm", attention="block", block_grid="both-ways"),
+        # SDAR, arXiv:2510.06303
+        Family("sdar", attention="block", block_grid="absolute", block_length=4, **QWEN3_IDS, preset="sdar"),
+        # LLaDA2.0, arXiv:2512.15745; 2.1 has the same architecture
+        Family("llada2", attention="block", block_grid="absolute", block_length=32, **LLADA2_IDS, preset="llada2"),
+        # Fast-dLLM v2, arXiv:2509.26328
+        Family(
+            "fast-dllm-v2", logit_alignment="shift", attention="block", block_grid="absolute", block_length=32,
+            seeded=True, mask_token_id=151665, eos_token_ids=(151645,), num_tokens=151666, vocab_size=152064,
+            preset="fast-dllm-v2",
+        ),
+        # Discrete Diffusion Forcing, arXiv:2508.09192: adapters of LLaDA and Dream
+        Family("d2f-llada", attention="block", block_grid="prompt", block_length=32, **LLADA_IDS, preset="d2f"),
+        Family(
+            "d2f-dream", logit_alignment="shift", attention="block", block_grid="prompt", block_length=32,
+            mask_token_id=151666, num_tokens=151667, **QWEN2_IDS, preset="d2f",
+        ),
+        # Nemotron-Labs-Diffusion, arXiv:2607.05722
+        Family(
+            "nemotron", attention="causal-context", block_length=32, seeded=True, mask_token_id=100,
+            eos_token_ids=(11,), vocab_size=131072, preset="nemotron",
+        ),
         # DiffuLLaMA, DiffuGPT, arXiv:2410.17891
         Family("diffullama", logit_alignment="shift"),
     )

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import transformers
 from transformers import PreTrainedConfig
 
 from .families import ARCHITECTURES, FAMILIES, Family
@@ -167,6 +166,81 @@ def _rnd1(raw: Mapping):
     return "qwen3_moe", defaults | {name: value for name, value in fields.items() if value is not False}
 
 
+def _sdar(raw: Mapping):
+    require(raw, use_sliding_window=False, attention_bias=False)
+    return "qwen3", pick(raw, *DECODER)
+
+
+def _sdar_moe(raw: Mapping):
+    require(raw, use_sliding_window=False, attention_bias=False)
+    return "qwen3_moe", pick(raw, *DECODER, *EXPERTS)
+
+
+def _sdar_family(raw: Mapping) -> str:
+    """SDAR's blocks have 4 to 64 tokens; I-DLM publishes strictly causal models, blocks of up to 3, in its form."""
+    block = raw.get("block_size")
+    if block is None:
+        raise Question(
+            "its configuration has SDAR's form and no block_size: it may be a block-causal SDAR or a strictly causal "
+            "I-DLM. Pass family='sdar' or family='i-dlm'"
+        )
+    return "sdar" if block >= 4 else "i-dlm"
+
+
+def _a2d(stock: str):
+    """Stock models turned into diffusion models by dllm; their configurations do not say which kind."""
+
+    def translate(raw: Mapping):
+        fields = {key: value for key, value in raw.items() if key not in COMMON}
+        return stock, fields
+
+    return translate
+
+
+def _a2d_family(raw: Mapping) -> str:
+    raise Question(
+        "its configuration does not say how it was trained: pass family='masked' (mdlm) or family='a2d-bd3lm' and "
+        "give generate the block_length"
+    )
+
+
+def _fast_dllm_v2(raw: Mapping):
+    require(raw, use_sliding_window=False)
+    return "qwen2", pick(raw, *DECODER)
+
+
+def _llada2(raw: Mapping):
+    require(
+        raw, use_bias=False, use_qk_norm=True, norm_head=False, norm_topk_prob=(True, None), use_sliding_window=False,
+        score_function=("sigmoid", None), moe_router_enable_expert_bias=(True, None),
+    )  # fmt: skip
+    shared = raw.get("num_shared_experts") or 0
+    if shared < 1:
+        raise ValueError("its configuration has no shared expert (num_shared_experts), which is not supported")
+    rotary, factor = raw.get("rotary_dim"), raw.get("partial_rotary_factor", 0.5)
+    if rotary is not None and rotary != int(raw["head_dim"] * factor):
+        raise ValueError(f"its configuration has rotary_dim={rotary} and partial_rotary_factor={factor}")
+    names = ("moe_intermediate_size", "num_experts_per_tok", "n_group", "topk_group", "routed_scaling_factor",
+             "first_k_dense_replace")  # fmt: skip
+    return "llada2_moe", pick(raw, *DECODER, *names) | {
+        "n_routed_experts": raw["num_experts"],
+        "n_shared_experts": shared,
+        "attention_bias": bool(raw.get("use_qkv_bias", False)),
+        "partial_rotary_factor": factor,
+        "use_qk_norm": True,
+        "norm_topk_prob": True,
+        "num_mtp_layers": 0,
+    }
+
+
+def _nemotron(raw: Mapping):
+    require(raw, dlm_paradigm=("block_diff", "bidirectional", None), attention_bias=False, mlp_bias=False,
+            sliding_window=None)  # fmt: skip
+    return "ministral3", pick(raw, *DECODER)
+
+
+NEMOTRON_KEYS = {r"^encoder\.": "model.", r"^diffusion_head\.": "lm_head."}
+
 #: DiffuLLaMA and DiffuGPT: names of the wrapper that some of their checkpoints were saved in, by stock model type.
 WRAPPED_KEYS = {
     "gpt2": {r"^denoise_model\.": "transformer.", r"^embed_tokens\.": "transformer.wte."},
@@ -179,12 +253,22 @@ FORMS: dict[str, Form] = {
     "lladamoe": Form("llada-moe", _llada_moe),
     "Dream": Form("dream", _dream),
     "rnd1": Form("rnd1", _rnd1),
+    "sdar": Form(_sdar_family, _sdar),
+    "sdar_moe": Form("sdar", _sdar_moe),
+    "llada2_moe": Form("llada2", _llada2),
+    "Fast_dLLM_Qwen": Form("fast-dllm-v2", _fast_dllm_v2),
+    "nemotron_labs_diffusion": Form("nemotron", _nemotron, NEMOTRON_KEYS),
+    "a2d-llama": Form(_a2d_family, _a2d("llama")),
+    "a2d-qwen2": Form(_a2d_family, _a2d("qwen2")),
+    "a2d-qwen3": Form(_a2d_family, _a2d("qwen3")),
 }
 
 
 def form_of(raw: Mapping) -> Form | None:
     """The published form of a raw configuration, None if it is a stock one."""
     model_type = raw.get("model_type")
+    if raw.get("dlm_family") and model_type in ARCHITECTURES:
+        return None  # saved again by transformers after `load`
     # LLaDA-8B and LLaDA-MoE have one model type
     if model_type == "llada" and raw.get("num_experts"):
         model_type = "lladamoe"
@@ -226,11 +310,13 @@ def plan(raw: Mapping, family: str | None = None) -> Plan:
     else:
         name = family or (form.family if isinstance(form.family, str) else form.family(raw))
         model_type, fields = form.translate(raw)
-        fields = pick(raw, *COMMON) | fields
+        # how long its blocks are, under one name
+        blocks = {"block_size": raw.get("block_size") or raw.get("bd_size")}
+        fields = pick(raw, *COMMON) | pick(blocks, "block_size") | fields
         key_mapping = form.key_mapping
     if name not in FAMILIES:
         raise ValueError(f"its configuration names the family {name!r}; known families: {', '.join(FAMILIES)}")
-    model_class = getattr(transformers, ARCHITECTURES[model_type].model_class)
+    model_class = ARCHITECTURES[model_type].load_class()
     fields = {key: value for key, value in fields.items() if key not in ("model_type", "architectures", "auto_map")}
     config = model_class.config_class.from_dict(fields)
     config.dlm_family = name
