@@ -6,25 +6,34 @@ from __future__ import annotations
 from os import PathLike
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
-from .published import Plan, plan
+from . import adapters
+from .families import FAMILIES
+from .published import Plan, Question, plan
 
 #: Arguments of `from_pretrained` that say where a file is found.
 WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+OF_ONE_REPOSITORY = ("revision", "subfolder")
 
 
-def load(path_or_id: str | PathLike, *, family: str | None = None, allow_pickle: bool = False, **kwargs: Any):
+def load(
+    path_or_id: str | PathLike, *, family: str | None = None, base: str | PathLike | None = None,
+    allow_pickle: bool = False, **kwargs: Any,
+):  # fmt: skip
     """Load a diffusion language model.
 
     Parameters
     ----------
     path_or_id : str or path
-        A local folder or a hub id, in Hugging Face format: the published form of any known family, or a stock
-        transformers model.
+        A local folder or a hub id, in Hugging Face format: the published form of any known family, a stock
+        transformers model, or a LoRA adapter in PEFT's format, which is merged into its base (PEFT is not needed).
     family : str, optional
         How it is decoded (a key of `FAMILIES`), where its configuration does not tell: a `LlamaForCausalLM` may have
         been trained as anything.
+    base : str or path, optional
+        The model an adapter is for, where it is not where `adapter_config.json` says.
     allow_pickle : bool
         Also read `pytorch_model.bin`, with `torch.load(weights_only=True)`. Off: safetensors alone.
     **kwargs
@@ -50,8 +59,11 @@ def load(path_or_id: str | PathLike, *, family: str | None = None, allow_pickle:
     where = {name: kwargs[name] for name in WHERE if name in kwargs}
     try:
         raw, _ = PreTrainedConfig.get_config_dict(path_or_id, **where)
+        adapter = adapters.adapter_config(path_or_id, where)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"path_or_id: no readable model configuration at '{path_or_id}': {error}") from error
+    if adapter is not None:
+        return _load_adapted(path_or_id, adapter, base, family, where, allow_pickle, kwargs)
     if not raw:
         raise ValueError(f"path_or_id: no readable model configuration at '{path_or_id}': there is no config.json")
     try:
@@ -59,6 +71,27 @@ def load(path_or_id: str | PathLike, *, family: str | None = None, allow_pickle:
     except (ValueError, TypeError) as error:
         raise ValueError(f"path_or_id: '{path_or_id}' cannot be loaded: {error}") from error
     return from_pretrained(how, path_or_id, use_safetensors=None if allow_pickle else True, **kwargs)
+
+
+def _load_adapted(path_or_id, adapter: dict, base, family: str | None, where: dict, allow_pickle: bool, kwargs: dict):
+    """The base of an adapter, and the adapter merged into it."""
+    base = base or adapter.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"path_or_id: the adapter at '{path_or_id}' does not name its base model: pass base=…")
+    # the base has its own revision and folder
+    raw, _ = PreTrainedConfig.get_config_dict(base, **{k: v for k, v in where.items() if k not in OF_ONE_REPOSITORY})
+    kwargs = {name: value for name, value in kwargs.items() if name not in OF_ONE_REPOSITORY}
+    try:
+        how = plan(raw, family)
+        if family is None and f"d2f-{how.family.name}" in FAMILIES:
+            raise Question(
+                f"nothing says how it was trained: pass family='{how.family.name}' or family='d2f-{how.family.name}'"
+            )
+        model = from_pretrained(how, base, use_safetensors=None if allow_pickle else True, **kwargs)
+        adapters.merge(model, path_or_id, adapter, how.key_mapping, where, allow_pickle)
+    except (ValueError, TypeError, OSError, SafetensorError) as error:
+        raise ValueError(f"path_or_id: the adapter at '{path_or_id}' cannot be loaded: {error}") from error
+    return model
 
 
 def from_pretrained(how: Plan, path_or_id: str | PathLike | None, **kwargs: Any):
