@@ -275,3 +275,8 @@ def nemotron(seed: int = 0) -> Checkpoint:
     for plain in (made.plain, made.double):
         plain.yarn = {"original": 8, "factor": 16.0, "beta_fast": 32.0, "beta_slow": 1.0, "beta": 0.1}
     return made
+
+
+def i_dlm(seed: int = 0) -> Checkpoint:
+    """SDAR's form, with blocks shorter than SDAR's."""
+    return sdar(seed, block_size=3)

@@ -422,3 +422,37 @@ def block_diffusion(
     request.tokens, request.commit_step = request.tokens[:kept], request.commit_step[:kept]
     request.confidence = request.confidence[:kept]
     return request
+
+
+# --- strictly causal models ------------------------------------------------------------------------------------------
+
+
+def introspective(model: Callable, prompt: Tensor, new_tokens: int, mask: int, *, stride: int) -> Request:
+    """I-DLM's strided decoding (arXiv:2604.11035) at temperature 0; row i speaks of position i + 1.
+
+    A forward holds the tokens so far, the drafts and `stride` - 1 masks. Drafts are accepted from the left while each is
+    the most likely token; then one more token is taken. If all were accepted, the masks' rows draft the next ones.
+    `model(tokens, visible)` returns the logits of all rows.
+    """
+    length = len(prompt) + new_tokens
+    request = Request(torch.cat((prompt, prompt.new_full((new_tokens,), mask))), mask)
+    reached, drafts = len(prompt), []
+    while reached < length:
+        row = torch.cat((request.tokens[:reached], torch.tensor(drafts, dtype=torch.int64)))
+        row = torch.cat((row, row.new_full((stride - 1,), mask)))
+        logits = model(row[None], torch.ones(len(row), len(row)).tril().bool())[0]
+        said = propose(logits, list(range(len(row))), mask)
+        accepted = 0
+        while accepted < len(drafts) and said.token[reached - 1 + accepted] == drafts[accepted]:
+            accepted += 1
+        rows = [i for i in range(reached - 1, reached + accepted) if i + 1 < length]
+        chosen = [getattr(said, name) for name in ("token", "probability", "margin", "entropy", "lead")]
+        request.commit(
+            Proposals([i + 1 for i in rows], *([x[i] for i in rows] for x in chosen)), list(range(len(rows)))
+        )
+        first = reached + len(drafts)  # of the masks' rows
+        request.note(*said.lead[first : first + stride - 1])
+        all_accepted = accepted == len(drafts)
+        reached += accepted + 1
+        drafts = said.token[first : first + stride - 1] if all_accepted else []
+    return request

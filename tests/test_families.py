@@ -292,6 +292,131 @@ class TestBlockDecoding:
             dk.generate(Odd().eval(), torch.tensor([[1, 2]]), mask_token_id=7, attention="block", block_length=4)
 
 
+def causal(length):
+    return torch.ones(length, length).tril().bool()
+
+
+class TestStrided:
+    @pytest.fixture(scope="class")
+    def echo(self, tmp_path_factory):
+        """A checkpoint whose drafts are accepted about half of the time."""
+        checkpoint = checkpoints.i_dlm(4)
+        row = checkpoint.weights["model.embed_tokens.weight"]
+        for i in range(checkpoints.LAYERS):
+            for part in ("self_attn.o_proj", "mlp.down_proj"):
+                checkpoint.weights[f"model.layers.{i}.{part}.weight"] *= 0.25
+        # one token that mostly follows itself, and is what masks look like
+        row[MASK] = row[5] * 0.8
+        checkpoint.weights["lm_head.weight"][5] = 0.6 * row[5]
+        return checkpoint, dk.load(checkpoint.write(tmp_path_factory.mktemp("echo")))
+
+    def test_logits(self, loaded):
+        checkpoint, model = loaded("i-dlm", checkpoints.i_dlm)
+        tokens = prompts(2, 23)
+        numerics.assert_close(
+            "logits", our_logits(model, tokens, causal_block=1), checkpoint.double(tokens, causal(23)),
+            checkpoint.plain(tokens, causal(23)),
+        )  # fmt: skip
+        assert adapt(model).family.name == "i-dlm"
+
+    @pytest.mark.parametrize("stride", [2, 3, 4])
+    @pytest.mark.parametrize("which", ["plain", "echo"])
+    def test_published_decoder(self, which, stride, loaded, echo):
+        checkpoint, model = echo if which == "echo" else loaded("i-dlm", checkpoints.i_dlm)
+        assert_rows_same(
+            model, lambda c, s: published.introspective(checkpoint.plain, c[:s], 17, MASK, stride=stride), 17,
+            rule=dk.Strided(stride), temperature=0.0, top_k=0, top_p=1.0, seed=1,
+        )  # fmt: skip
+
+    def test_greedy_is_one_after_another_in_fewer_forwards(self, echo):
+        _, model = echo
+        options = {"max_new_tokens": 40, "temperature": 0.0, "eos_policy": "none"}
+        ids = prompts(4, 7)
+        out = dk.generate(model, ids, rule=dk.Strided(4), **options)
+        slow = dk.generate(model, ids, rule=dk.Quota(), block_length=1, cache="none", **options)
+        assert torch.equal(out.sequences, slow.sequences)
+        assert out.num_forwards.min() < 20 and len(set(out.num_forwards.tolist())) > 1
+
+    def test_sampling_does_not_depend_on_the_batch(self, echo):
+        _, model = echo
+        rows = [prompts(1, n, seed=n)[0] for n in (3, 8, 6)]
+        ids = torch.stack([torch.cat((r.new_full((8 - len(r),), PAD), r)) for r in rows])
+        valid = torch.stack([torch.arange(8) >= 8 - len(r) for r in rows]).long()
+        options, seeds = {"max_new_tokens": 16, "eos_policy": "none"}, torch.tensor([1, 2, 3])
+        out = dk.generate(model, ids, valid, seed=seeds, **options)
+        assert out.complete.all() and not (out.sequences == MASK).any()
+        for i, row in enumerate(rows):
+            alone = dk.generate(model, row, seed=seeds[i : i + 1], **options)
+            assert torch.equal(out.generated[i], alone.generated[0]) and out.num_forwards[i] == alone.num_forwards[0]
+
+    @pytest.mark.parametrize("leniency", [1.0, 0.8])
+    def test_verification(self, leniency):
+        """The token after a draft: the draft with probability min(1, p / (leniency q)), else one of max(0, p - q)."""
+        from types import SimpleNamespace
+
+        from dlmkernels.decoding.strided import Verifier
+
+        draws, words, temperature = 6000, 7, 0.8
+        generator = torch.Generator().manual_seed(3)
+        z, wrong = torch.randn(2, words, generator=generator)
+        banned = torch.tensor([6])
+        p, q = (torch.softmax(x.index_fill(0, banned, -torch.inf) / temperature, -1) for x in (z, wrong))
+        draft = int(q.argmax())
+        passes = min(1.0, float(p[draft] / (leniency * q[draft])))
+        assert 0.1 < passes < 0.9
+        expected = (1 - passes) * (p - q).clamp(min=0) / (p - q).clamp(min=0).sum()
+        expected[draft] += passes
+
+        zeros, seeds = torch.zeros(draws, dtype=torch.int32), torch.arange(draws)
+        one = torch.full((1,), temperature)
+        options = {"banned": banned, "temperature": one, "seed": seeds, "step": zeros, "distribution": "tempered"}
+        verify = Verifier(
+            SimpleNamespace(origin=zeros, step=zeros),
+            SimpleNamespace(rule=dk.Strided(2, leniency), temperature=temperature),
+            SimpleNamespace(options=options, seed=seeds),
+        )
+        logits = z.expand(draws, 3, words).contiguous()
+        drafts = torch.full((draws, 1), draft)
+        accepted, token, probability = verify(
+            logits, drafts, wrong.expand(draws, 1, words).contiguous(), zeros + 1, zeros
+        )
+        counts = token[:, 0].bincount(minlength=words)
+        numerics.assert_distribution("token", counts, expected)
+        assert ((token[:, 0] == draft) == (accepted == 1)).all()
+        numerics.assert_distribution("next", token[accepted == 1, 1].bincount(minlength=words), p)
+        numerics.assert_same_probabilities(probability[accepted == 1, 1], p[token[accepted == 1, 1]])
+
+    def test_stop_token_and_streamer(self, echo):
+        _, model = echo
+        options = {"max_new_tokens": 24, "temperature": 0.0, "pad_token_id": PAD}
+        whole = dk.generate(model, prompts(1, 6), eos_policy="none", **options)
+        eos = whole.generated[0, 9].item()
+        stop = whole.generated[0].tolist().index(eos) + 1
+        got = []
+        streamer = type(
+            "S", (), {"put": lambda self, t: got.extend(t.tolist()), "end": lambda self: got.append("end")}
+        )()
+        out = dk.generate(model, prompts(1, 6), eos_token_id=eos, streamer=streamer, **options)
+        assert torch.equal(out.generated[0, :stop], whole.generated[0, :stop])
+        assert (out.generated[0, stop:] == PAD).all() and out.num_forwards < whole.num_forwards
+        assert got == [*out.sequences[0].tolist(), "end"]
+
+    @pytest.mark.parametrize("options,match", [
+        ({"attention": "full", "cache": "none"}, "rule Strided needs attention='causal'"),
+        ({"cache": "none"}, "rule Strided needs .*cache='block'; got .*'none'"),
+        ({"logit_alignment": "same"}, "rule Strided needs .*logit_alignment='shift'"),
+        ({"cfg_scale": 1.0}, "cfg_scale cannot be used"),
+    ], ids=str)  # fmt: skip
+    def test_refused(self, options, match, loaded):
+        _, model = loaded("i-dlm", checkpoints.i_dlm)
+        with pytest.raises(ValueError, match=match):
+            dk.generate(model, prompts(1, 4), max_new_tokens=4, **options)
+        with pytest.raises(ValueError, match="stride must be an integer of at least 2; got 1"):
+            dk.Strided(1)
+        with pytest.raises(ValueError, match="leniency must be a positive number; got 0"):
+            dk.Strided(leniency=0)
+
+
 @pytest.mark.parametrize("name,options", [
     ("llada", {"cache": "none"}), ("dream", {"cache": "dual", "block_length": 8}), ("sdar", {"cache": "block"}),
     ("llada", {"cfg_scale": 0.5}), ("diffugpt", {}), ("nemotron", {}),

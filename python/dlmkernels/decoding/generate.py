@@ -13,6 +13,8 @@ from .loop import decode
 from .output import DecodingOutput
 from .presets import preset
 from .schedule import Grid
+from .streams import Strided
+from .strided import decode_strided
 
 
 def generate(
@@ -88,7 +90,8 @@ def generate(
     _check_streamer(streamer, batch)
     if streamer is not None:
         streamer.put(tokens[0].cpu())
-    return decode(model, canvas, config, special, grid, prompt_length, end, streamer, inputs_embeds)
+    loop = decode_strided if isinstance(config.rule, Strided) else decode
+    return loop(model, canvas, config, special, grid, prompt_length, end, streamer, inputs_embeds)
 
 
 def infill(
@@ -119,6 +122,8 @@ def infill(
     is_padding = torch.arange(length, device=tokens.device) < origin[:, None]
     canvas = Canvas.of(tokens, (tokens == special.mask) & ~is_padding, origin)
     _check_streamer(streamer, batch)
+    if isinstance(config.rule, Strided):
+        raise ValueError("rule Strided decodes what comes after a prompt: use generate")
     grid = Grid.of(config, canvas.origin, 0, length, grows=False)
     return decode(model, canvas, config, special, grid, 0, length, streamer)
 

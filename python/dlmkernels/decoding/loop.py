@@ -44,12 +44,7 @@ def decode(
     most_open = torch.stack([canvas.open_in(b.start, b.length).sum(1).max() for b in blocks]).tolist()
 
     def commit(window: TokenWindow, step: Step, chosen: Tensor) -> Tensor:
-        return ops.remask_(
-            canvas.tokens, canvas.state, window.positions, step.token, commit=chosen, confidence=step.confidence,
-            commit_step=canvas.commit_step, commit_confidence=canvas.confidence, step=canvas.step,
-            mask_token_id=special.mask, eos_token_ids=special.eos, eos_policy=config.eos_policy,
-            fill_token_id=special.pad,
-        )  # fmt: skip
+        return commit_tokens(canvas, config, special, window.positions, step.token, chosen, step.confidence)
 
     with model.attached():
         for block, in_block in zip(blocks, most_open):
@@ -85,10 +80,23 @@ def decode(
                 break
     if streamer is not None:
         streamer.end()
-    return _output(canvas, start, end)
+    return output_of(canvas, start, end)
 
 
-def _output(canvas: Canvas, prompt_length: int, end: int) -> DecodingOutput:
+def commit_tokens(
+    canvas: Canvas, config: DecodingConfig, special: SpecialTokens, positions: Tensor, tokens: Tensor, chosen: Tensor,
+    confidence: Tensor,
+) -> Tensor:  # fmt: skip
+    """Write the chosen ones of the tokens `[B, W]` at canvas `positions`; the info of `ops.remask_`."""
+    return ops.remask_(
+        canvas.tokens, canvas.state, positions, tokens, commit=chosen, confidence=confidence,
+        commit_step=canvas.commit_step, commit_confidence=canvas.confidence, step=canvas.step,
+        mask_token_id=special.mask, eos_token_ids=special.eos, eos_policy=config.eos_policy, fill_token_id=special.pad,
+    )  # fmt: skip
+
+
+def output_of(canvas: Canvas, prompt_length: int, end: int) -> DecodingOutput:
+    """The first `end` columns of a canvas as the result; a warning says where masks are left."""
     complete = ~canvas.is_open[:, :end].any(1)
     if not complete.all():
         rows = (~complete).nonzero().flatten().tolist()
@@ -191,17 +199,25 @@ class CanvasForward:
 
     def _forward_rows(self, block: Block, start: Tensor, length: int, decided: bool = False) -> Tensor:
         """Hidden states of `length` columns of each row from `start` on, as far as they are to be forwarded."""
-        width = self.canvas.tokens.shape[1]
         columns = start[:, None] + torch.arange(length, dtype=torch.int32, device=start.device)
-        used = (columns >= self.origin[:, None]) & (columns < self.ends[:, None])
-        inside = columns.clamp(0, width - 1).long()
-        tokens = self._tokens().gather(1, inside)
         # beyond the block nothing has been written
         end = torch.minimum(self._twice(block.outer) + block.outer_length, self.ends)
-        kv_range = torch.stack((self.origin, end), 1)
-        window = AttentionWindow(
-            torch.where(used, columns, -1), kv_range, self.cache, **self._visibility(block, decided)
-        )
+        return self.at(columns, end, **self._visibility(block, decided))
+
+    def at(
+        self, columns: Tensor, end: Tensor, used: Tensor | None = None, tokens: Tensor | None = None, **visibility: Any
+    ) -> Tensor:
+        """Hidden states `[B, Q, hidden]` of the canvas columns int32 `[B, Q]`, which see nothing from `end` `[B]` on.
+
+        Columns outside of the request, and those not `used` bool `[B, Q]`, are unused slots. `tokens` int64 `[B, Q]`
+        stand in for what the canvas holds there.
+        """
+        outside = (columns < self.origin[:, None]) | (columns >= self.ends[:, None])
+        inside = columns.clamp(0, self.canvas.tokens.shape[1] - 1).long()
+        if tokens is None:
+            tokens = self._tokens().gather(1, inside)
+        slots = torch.where(outside if used is None else outside | ~used, -1, columns)
+        window = AttentionWindow(slots, torch.stack((self.origin, end), 1), self.cache, **visibility)
         return self.model.hidden(tokens, self.positions.gather(1, inside), window, self._embeds(tokens, inside))
 
     def _forward_columns(self, block: Block, first: int, last: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from .config import DecodingConfig
 from .rules import Quota, Threshold, TimeQuota
+from .streams import Strided
 
 PRESETS: dict[str, DecodingConfig] = {
     # LLaDA, arXiv:2502.09992: low-confidence remasking, one block of the whole answer by default
@@ -32,6 +33,10 @@ PRESETS: dict[str, DecodingConfig] = {
     "d2f": DecodingConfig(rule=Threshold(0.9, strict=True), cache="block"),
     # Nemotron-Labs-Diffusion, arXiv:2607.05722
     "nemotron": DecodingConfig(rule=Threshold(0.9), cache="block"),
+    # I-DLM, arXiv:2604.11035
+    "i-dlm": DecodingConfig(
+        rule=Strided(4), temperature=1.0, top_k=50, top_p=0.95, distribution="filtered", cache="block"
+    ),
 }  # fmt: skip
 
 

@@ -170,6 +170,8 @@ FAMILIES: dict[str, Family] = {
             "nemotron", attention="causal-context", block_length=32, seeded=True, mask_token_id=100,
             eos_token_ids=(11,), vocab_size=131072, preset="nemotron",
         ),
+        # I-DLM, arXiv:2604.11035
+        Family("i-dlm", logit_alignment="shift", attention="causal", **QWEN3_IDS, preset="i-dlm"),
         # DiffuLLaMA, DiffuGPT, arXiv:2410.17891
         Family("diffullama", logit_alignment="shift"),
     )
