@@ -280,3 +280,11 @@ def nemotron(seed: int = 0) -> Checkpoint:
 def i_dlm(seed: int = 0) -> Checkpoint:
     """SDAR's form, with blocks shorter than SDAR's."""
     return sdar(seed, block_size=3)
+
+
+def wedlm(seed: int = 0, qk_norm: bool = True) -> Checkpoint:
+    config = QWEN | {
+        "architectures": ["WeDLMForCausalLM"], "model_type": "wedlm", "head_dim": 16, "qk_norm": qk_norm,
+        "attention_bias": not qk_norm, "layer_types": ["full_attention"] * LAYERS,
+    }  # fmt: skip
+    return checkpoint(config, decoder_shapes(head_dim=16, qk_norm=qk_norm, biases="" if qk_norm else "qkv"), seed)

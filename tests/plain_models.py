@@ -43,11 +43,13 @@ class PlainDecoder:
         twin.w = {name: w.double() if w.is_floating_point() else w for name, w in self.w.items()}
         return twin
 
-    def __call__(self, tokens: Tensor, visible: Tensor | None = None, embeds: Tensor | None = None) -> Tensor:
-        """Logits `[B, T, V]` of `tokens` `[B, T]`; row i sees column j where `visible[i, j]` (default: all)."""
-        x = self.w[self.names["embed"] + ".weight"][tokens] if embeds is None else embeds
-        batch, length = x.shape[:2]
-        positions = torch.arange(length)
+    def __call__(self, tokens: Tensor, visible: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """Logits `[B, T, V]` of `tokens` `[B, T]` at `positions` `[T]` (default: 0, 1, …).
+
+        Row i sees column j where `visible[i, j]` (default: all).
+        """
+        x = self.w[self.names["embed"] + ".weight"][tokens]
+        positions = torch.arange(tokens.shape[1]) if positions is None else positions
         for i in range(self.layers):
             layer = self.names["layer"].format(i)
             h = self.norm(x, layer + self.names["first_norm"])

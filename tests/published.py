@@ -456,3 +456,29 @@ def introspective(model: Callable, prompt: Tensor, new_tokens: int, mask: int, *
         reached += accepted + 1
         drafts = said.token[first : first + stride - 1] if all_accepted else []
     return request
+
+
+def reordered(
+    model: Callable, prompt: Tensor, new_tokens: int, mask: int, *, window: int, threshold: float, penalty: float
+) -> Request:
+    """WeDLM's streaming decoder (arXiv:2512.22737) at temperature 0, as it is published: tokens change places.
+
+    A row of decided tokens, then the masks of the window, goes through a causal model with the positions they have in
+    the text. Masks whose entropy and penalty for the distance from the first are below the threshold are filled, at
+    least one. The window is `window` columns from the first mask on (published: as far as memory goes; here: to the end).
+    `model(tokens, visible, positions)` returns the logits of all rows.
+    """
+    length = len(prompt) + new_tokens
+    request = Request(torch.cat((prompt, prompt.new_full((new_tokens,), mask))), mask)
+    while open_ := request.open(0, length):
+        masks = [i for i in open_ if i < open_[0] + window]
+        decided = [i for i in range(min(open_[0] + window, length)) if i not in masks]
+        order = decided + masks
+        visible = torch.ones(len(order), len(order)).tril().bool()
+        logits = model(request.tokens[order][None], visible, torch.tensor(order))[0]
+        proposals = propose(logits[len(decided) :], list(range(len(masks))), mask)
+        proposals.positions = masks
+        cost = [h + penalty * (i - masks[0]) for h, i in zip(proposals.entropy, masks)]
+        request.note(*(abs(c - threshold) for c in sorted(cost)[1:]))
+        take(request, proposals, [-c for c in cost], max(sum(c < threshold for c in cost), 1))
+    return request

@@ -417,6 +417,89 @@ class TestStrided:
             dk.Strided(leniency=0)
 
 
+class TestReordered:
+    WEDLM = {"wedlm-8b": checkpoints.wedlm, "wedlm-7b": lambda: checkpoints.wedlm(qk_norm=False)}
+
+    @pytest.mark.parametrize("name", WEDLM)
+    def test_logits(self, name, loaded):
+        checkpoint, model = loaded(name, self.WEDLM[name])
+        tokens = prompts(2, 23)
+        numerics.assert_close(
+            "logits", our_logits(model, tokens, causal_block=1), checkpoint.double(tokens, causal(23)),
+            checkpoint.plain(tokens, causal(23)),
+        )  # fmt: skip
+        assert adapt(model).family.name == "wedlm"
+        assert type(model).__name__ == ("Qwen3ForCausalLM" if name == "wedlm-8b" else "Qwen2ForCausalLM")
+
+    @pytest.mark.parametrize("window,threshold,penalty", [(4, 1.5, 0.1), (6, 3.0, 0.02), (16, 2.5, 0.0), (1, 1.0, 0.0)])
+    @pytest.mark.parametrize("name", WEDLM)
+    def test_published_decoder(self, name, window, threshold, penalty, loaded):
+        checkpoint, model = loaded(name, self.WEDLM[name])
+        options = {"window": window, "threshold": threshold, "penalty": penalty}
+        assert_rows_same(
+            model, lambda c, s: published.reordered(checkpoint.plain, c[:s], 18, MASK, **options), 18,
+            rule=dk.Reordered(window, threshold, penalty), temperature=0.0, seed=3,
+        )  # fmt: skip
+
+    def test_without_a_cache(self, loaded):
+        """The whole canvas in the same order, by any rule: a block of masks after what is decided."""
+        checkpoint, model = loaded("wedlm-8b", self.WEDLM["wedlm-8b"])
+        ids = prompts(1, 7)
+        out = dk.generate(
+            model, ids, config=dk.DecodingConfig(rule=dk.Threshold(0.4)), max_new_tokens=12, block_length=4,
+            eos_policy="none",
+        )  # fmt: skip
+        request = published.Request(torch.cat((ids[0], torch.full((12,), MASK))), MASK)
+        for begin in range(7, 19, 4):
+            while masks := request.open(begin, begin + 4):
+                order = [i for i in range(begin + 4) if i not in masks] + masks
+                logits = checkpoint.plain(request.tokens[order][None], causal(begin + 4), torch.tensor(order))[0]
+                proposals = published.propose(logits[-len(masks) :], list(range(len(masks))), MASK)
+                proposals.positions = masks
+                c = proposals.probability
+                published.take(request, proposals, c, published.threshold_count(request, c, 0.4))
+        assert_same(out, 0, request)
+
+    def test_sampling_stopping_streaming(self, loaded):
+        _, model = loaded("wedlm-8b", self.WEDLM["wedlm-8b"])
+        rows = [prompts(1, n, seed=n)[0] for n in (3, 8, 6)]
+        ids = torch.stack([torch.cat((r.new_full((8 - len(r),), PAD), r)) for r in rows])
+        valid = torch.stack([torch.arange(8) >= 8 - len(r) for r in rows]).long()
+        options, seeds = {"max_new_tokens": 21, "rule": dk.Reordered(6, 2.5)}, torch.tensor([1, 2, 3])
+        whole = dk.generate(model, ids, valid, seed=seeds, eos_policy="none", **options)
+        assert whole.complete.all()
+        eos = whole.generated[0, 5].item()
+        options |= {"eos_token_id": eos, "pad_token_id": PAD}
+        out = dk.generate(model, ids, valid, seed=seeds, **options)
+        for i, row in enumerate(rows):
+            got = []
+            streamer = type("S", (), {"put": lambda self, t: got.extend(t.tolist()), "end": lambda self: None})()  # noqa: B023
+            alone = dk.generate(model, row, seed=seeds[i : i + 1], streamer=streamer, **options)
+            assert torch.equal(out.generated[i], alone.generated[0]) and out.num_forwards[i] == alone.num_forwards[0]
+            assert got == alone.sequences[0].tolist()
+            text = whole.generated[i].tolist()
+            stop = text.index(eos) + 1 if eos in text else 21
+            assert torch.equal(out.generated[i, :stop], whole.generated[i, :stop])
+            assert (out.generated[i, stop:] == PAD).all()
+
+    @pytest.mark.parametrize("options,match", [
+        ({"attention": "full", "cache": "none"}, "rule Reordered needs attention='reordered'"),
+        ({"cache": "none"}, "rule Reordered needs .*got .*'none'"),
+        ({"cfg_scale": 1.0}, "cfg_scale cannot be used"),
+        ({"rule": dk.Quota()}, "needs the rule Reordered"),
+    ], ids=str)  # fmt: skip
+    def test_refused(self, options, match, loaded, tmp_path):
+        _, model = loaded("wedlm-8b", self.WEDLM["wedlm-8b"])
+        with pytest.raises(ValueError, match=match):
+            dk.generate(model, prompts(1, 4), max_new_tokens=4, **options)
+        with pytest.raises(ValueError, match="rule Reordered decodes what comes after a prompt"):
+            dk.infill(model, torch.tensor([[5, MASK]]))
+        with pytest.raises(ValueError, match="window must be an integer of at least 1; got 0"):
+            dk.Reordered(0)
+        with pytest.raises(ValueError, match="qk_norm=False and attention_bias=False"):
+            dk.load(write(tmp_path, checkpoints.wedlm, qk_norm=False))
+
+
 @pytest.mark.parametrize("name,options", [
     ("llada", {"cache": "none"}), ("dream", {"cache": "dual", "block_length": 8}), ("sdar", {"cache": "block"}),
     ("llada", {"cfg_scale": 0.5}), ("diffugpt", {}), ("nemotron", {}),

@@ -14,7 +14,7 @@ from .rules import Quota, Rule
 SCORES = ("probability", "margin", "entropy", "random")
 CACHES = ("none", "prefix", "dual", "block")
 ALIGNMENTS = ("same", "shift")
-ATTENTIONS = ("full", "block", "causal", "causal-context")
+ATTENTIONS = ("full", "block", "causal", "causal-context", "reordered")
 GRIDS = ("absolute", "prompt", "both-ways")
 DISTRIBUTIONS = ("raw", "tempered", "filtered")
 EOS_POLICIES = ("none", "fill")
@@ -77,7 +77,7 @@ class DecodingConfig:
         request is done. none: the full length is decoded.
     logit_alignment : {"same", "shift"}, optional
         Whether row i of the logits speaks of position i or of i + 1. None: what the model's family does.
-    attention : {"full", "block", "causal", "causal-context"}, optional
+    attention : {"full", "block", "causal", "causal-context", "reordered"}, optional
         What a position sees (see `models.families.Family`). None: what the model's family does.
     block_grid : {"absolute", "prompt", "both-ways"}, optional
         Where the blocks of attention="block" are counted from (see `models.families.Family`). None: what the model's

@@ -12,8 +12,9 @@ from .config import DecodingConfig, SpecialTokens
 from .loop import decode
 from .output import DecodingOutput
 from .presets import preset
+from .reordered import decode_reordered
 from .schedule import Grid
-from .streams import Strided
+from .streams import Reordered, Strided
 from .strided import decode_strided
 
 
@@ -90,7 +91,11 @@ def generate(
     _check_streamer(streamer, batch)
     if streamer is not None:
         streamer.put(tokens[0].cpu())
-    loop = decode_strided if isinstance(config.rule, Strided) else decode
+    loop = decode
+    if isinstance(config.rule, Strided):
+        loop = decode_strided
+    elif isinstance(config.rule, Reordered):
+        loop = decode_reordered
     return loop(model, canvas, config, special, grid, prompt_length, end, streamer, inputs_embeds)
 
 
@@ -122,8 +127,8 @@ def infill(
     is_padding = torch.arange(length, device=tokens.device) < origin[:, None]
     canvas = Canvas.of(tokens, (tokens == special.mask) & ~is_padding, origin)
     _check_streamer(streamer, batch)
-    if isinstance(config.rule, Strided):
-        raise ValueError("rule Strided decodes what comes after a prompt: use generate")
+    if isinstance(config.rule, (Strided, Reordered)):
+        raise ValueError(f"rule {type(config.rule).__name__} decodes what comes after a prompt: use generate")
     grid = Grid.of(config, canvas.origin, 0, length, grows=False)
     return decode(model, canvas, config, special, grid, 0, length, streamer)
 
@@ -188,6 +193,8 @@ def _of_the_family(model: DiffusionModel, config: DecodingConfig) -> DecodingCon
     allowed = ("none", "prefix", "dual") if attention == "full" else ("none", "block")
     if config.cache not in allowed:
         raise ValueError(f"cache must be one of {allowed} with attention='{attention}'; got '{config.cache}'")
+    if attention == "reordered" and config.cache == "block" and not isinstance(config.rule, Reordered):
+        raise ValueError("cache='block' with attention='reordered' needs the rule Reordered; use cache='none'")
     seeded = family.seeded if config.seeded is None else config.seeded
     if seeded and attention == "full":
         raise ValueError("seeded needs a context that later tokens do not change; attention is 'full'")

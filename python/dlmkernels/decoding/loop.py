@@ -254,7 +254,15 @@ class CanvasForward:
             end = start + block.outer_length
             order = torch.where((self.slots < start) | (self.slots >= end), self.slots, end - 1).contiguous()
             return {"q_limit": order, "k_order": order}
+        if attention == "reordered":
+            order = self.reading_order()
+            return {"q_limit": order, "k_order": order}
         return {}
+
+    def reading_order(self) -> Tensor:
+        """Place of every column if what is decided were read before what is open: int32 `[B, T]`."""
+        is_open = self._twice(self.canvas.is_open)
+        return torch.where(is_open, self.slots + self.slots.shape[1], self.slots).contiguous()
 
     def _tokens(self) -> Tensor:
         tokens = self.canvas.tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from .config import DecodingConfig
 from .rules import Quota, Threshold, TimeQuota
-from .streams import Strided
+from .streams import Reordered, Strided
 
 PRESETS: dict[str, DecodingConfig] = {
     # LLaDA, arXiv:2502.09992: low-confidence remasking, one block of the whole answer by default
@@ -33,6 +33,8 @@ PRESETS: dict[str, DecodingConfig] = {
     "d2f": DecodingConfig(rule=Threshold(0.9, strict=True), cache="block"),
     # Nemotron-Labs-Diffusion, arXiv:2607.05722
     "nemotron": DecodingConfig(rule=Threshold(0.9), cache="block"),
+    # WeDLM, arXiv:2512.22737
+    "wedlm": DecodingConfig(rule=Reordered(), temperature=0.2, cache="block"),
     # I-DLM, arXiv:2604.11035
     "i-dlm": DecodingConfig(
         rule=Strided(4), temperature=1.0, top_k=50, top_p=0.95, distribution="filtered", cache="block"

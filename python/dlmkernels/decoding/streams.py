@@ -4,8 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
 
 from .rules import Rule
+
+if TYPE_CHECKING:
+    from .step import Step
 
 
 @dataclass(frozen=True)
@@ -32,3 +38,29 @@ class Strided(Rule):
 
     def select(self, step):
         raise TypeError("Strided has a loop of its own and selects nothing of a step")
+
+
+@dataclass(frozen=True)
+class Reordered(Rule):
+    """A window of masks that slides with what is decided before it, all of it read again as if in another order.
+
+    WeDLM (arXiv:2512.22737), for causal models that fill masks in place. A forward takes the decided tokens first, then
+    the masks of the window, each seeing those before it in this order, at its own place in the text. So what is decided
+    up to the first mask is final, and is appended to the cache. Masks are filled where entropy + `distance_penalty`
+    (distance from the first mask) is below `entropy_threshold` nats; at least the least.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
+
+    window: int = 16
+    entropy_threshold: float = 0.4
+    distance_penalty: float = 0.02
+
+    def __post_init__(self):
+        if not isinstance(self.window, int) or self.window < 1:
+            raise ValueError(f"window must be an integer of at least 1; got {self.window!r}")
+
+    def select(self, step: Step) -> Tensor:
+        distance = step.window.positions - step.window.positions[:, :1]  # slots ascend
+        score = -(step.entropy + self.distance_penalty * distance)
+        return step.select("threshold", score=score, parameter=-self.entropy_threshold, strict=True, need=1, fill=1)

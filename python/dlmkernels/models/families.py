@@ -72,7 +72,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 # --- families: how a kind of checkpoint is decoded -------------------------------------------------------------------
 
-ATTENTIONS = ("full", "block", "causal", "causal-context")
+ATTENTIONS = ("full", "block", "causal", "causal-context", "reordered")
 GRIDS = ("absolute", "prompt", "both-ways")
 
 
@@ -86,9 +86,10 @@ class Family:
         What `load(..., family=…)` and `config.dlm_family` call it.
     logit_alignment : {"same", "shift"}
         Whether the logits of position i are found in row i or in row i - 1.
-    attention : {"full", "block", "causal", "causal-context"}
+    attention : {"full", "block", "causal", "causal-context", "reordered"}
         What a position sees. full: everything. block: its own block and those before it. causal: what stands left of
-        it. causal-context: decided blocks see what stands left, the open block sees them and all of itself.
+        it. causal-context: decided blocks see what stands left, the open block sees them and all of itself. reordered:
+        causal, as if what is decided stood before what is open.
     block_grid : {"absolute", "prompt", "both-ways"}
         Where blocks are counted from. absolute: the request's first token. prompt: the end of its prompt, which is
         one block that sees itself. both-ways: the end of its prompt, which has blocks too, only the first of them
@@ -172,6 +173,11 @@ FAMILIES: dict[str, Family] = {
         ),
         # I-DLM, arXiv:2604.11035
         Family("i-dlm", logit_alignment="shift", attention="causal", **QWEN3_IDS, preset="i-dlm"),
+        # WeDLM, arXiv:2512.22737
+        Family(
+            "wedlm", attention="reordered", mask_token_id=151665, eos_token_ids=(151643, 151645), vocab_size=151936,
+            preset="wedlm",
+        ),
         # DiffuLLaMA, DiffuGPT, arXiv:2410.17891
         Family("diffullama", logit_alignment="shift"),
     )

@@ -241,6 +241,16 @@ def _nemotron(raw: Mapping):
 
 NEMOTRON_KEYS = {r"^encoder\.": "model.", r"^diffusion_head\.": "lm_head."}
 
+
+def _wedlm(raw: Mapping):
+    """WeDLM: Qwen2.5 (biases, no norms of queries and keys) or Qwen3 (norms, no biases)."""
+    require(raw, use_sliding_window=False)
+    norms, biases = bool(raw.get("qk_norm", False)), bool(raw.get("attention_bias", True))
+    if norms == biases:
+        raise ValueError(f"its configuration has qk_norm={norms} and attention_bias={biases}, which is not supported")
+    return "qwen3" if norms else "qwen2", pick(raw, *DECODER)
+
+
 #: DiffuLLaMA and DiffuGPT: names of the wrapper that some of their checkpoints were saved in, by stock model type.
 WRAPPED_KEYS = {
     "gpt2": {r"^denoise_model\.": "transformer.", r"^embed_tokens\.": "transformer.wte."},
@@ -257,6 +267,7 @@ FORMS: dict[str, Form] = {
     "sdar_moe": Form("sdar", _sdar_moe),
     "llada2_moe": Form("llada2", _llada2),
     "Fast_dLLM_Qwen": Form("fast-dllm-v2", _fast_dllm_v2),
+    "wedlm": Form("wedlm", _wedlm),
     "nemotron_labs_diffusion": Form("nemotron", _nemotron, NEMOTRON_KEYS),
     "a2d-llama": Form(_a2d_family, _a2d("llama")),
     "a2d-qwen2": Form(_a2d_family, _a2d("qwen2")),
