@@ -641,6 +641,53 @@ class TestFacts:
         assert dk.load(tmp_path, allow_pickle=True).config.dlm_family == "dream"
 
 
+class TestTraps:
+    """Facts of single families that are easily got wrong, where no test above is about them."""
+
+    def test_thresholds_are_strict_where_they_are_published_so(self):
+        strict = {
+            name: config.rule.strict for name, config in dk.PRESETS.items() if isinstance(config.rule, dk.Threshold)
+        }
+        for name in ("sdar", "llada2", "fast-dllm-v2", "d2f"):
+            assert strict[name]
+        for name in ("fast-dllm", "nemotron"):
+            assert not strict[name]
+
+    def test_where_blocks_are_counted_from_matters_unless_the_prompt_is_whole_blocks(self, loaded):
+        _, model = loaded("sdar", checkpoints.sdar)
+        options = {"max_new_tokens": 16, "temperature": 0.0, "rule": dk.Threshold(0.5), "eos_policy": "none"}
+        for length, same in ((12, True), (10, False)):
+            grids = [dk.generate(model, prompts(2, length), block_grid=g, **options) for g in ("absolute", "both-ways")]
+            assert torch.equal(grids[0].sequences, grids[1].sequences) == same
+
+    def test_seven_query_heads_a_key_head(self, tmp_path, monkeypatch):
+        """Dream and Qwen2.5-7B have groups of 7, which is no power of two."""
+        monkeypatch.setattr(checkpoints, "HEADS", 7)
+        monkeypatch.setattr(checkpoints, "GROUPS", 1)
+        config = {"num_attention_heads": 7, "num_key_value_heads": 1, "head_dim": 8, "hidden_size": HIDDEN}
+        monkeypatch.setattr(checkpoints, "QWEN", checkpoints.QWEN | config)
+        checkpoint = checkpoints.checkpoint(
+            checkpoints.QWEN | {"model_type": "Dream"}, checkpoints.decoder_shapes(biases="qkv", groups=1), 3,
+            heads=7, groups=1,
+        )  # fmt: skip
+        model = dk.load(checkpoint.write(tmp_path))
+        tokens = prompts(2, 13)
+        numerics.assert_close("logits", our_logits(model, tokens), checkpoint.double(tokens), checkpoint.plain(tokens))
+
+    def test_heads_too_wide_for_the_kernels_are_refused_by_name(self, tmp_path):
+        config = checkpoints.sdar().config | {"head_dim": 512}
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+
+        model = Qwen3ForCausalLM(Qwen3Config(**{k: v for k, v in config.items() if k != "model_type"})).eval()
+        with pytest.raises(RuntimeError, match="head dimension that is a multiple of 8 and at most 256; got 512"):
+            dk.generate(model, prompts(1, 4), max_new_tokens=4)
+
+    def test_diffusion_gemma_is_left_to_transformers(self, tmp_path):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "diffusion_gemma"}))
+        with pytest.raises(ValueError, match="DiffusionGemma is decoded by transformers itself"):
+            dk.load(tmp_path)
+
+
 class TestAdapter:
     """A low-rank adapter beside its base, merged by the formula W + alpha / r B A."""
 

@@ -180,6 +180,8 @@ def adapt(model, *, family: str | None = None) -> DiffusionModel:
         if isinstance(model, architecture.load_class()):
             name = family or getattr(config, "dlm_family", None) or "masked"
             return DiffusionModel(model, architecture, FAMILIES[name])
+    if model_type == "diffusion_gemma":
+        raise ValueError("model is a DiffusionGemma: it is decoded by its own generate, and not here")
     if isinstance(model, PreTrainedModel) and form_of(model.config.to_dict()) is not None:
         return _restock(model, family)
     warnings.warn(
