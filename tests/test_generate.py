@@ -333,6 +333,8 @@ class HostReads(TorchDispatchMode):
 @pytest.mark.parametrize("options", [
     {"rule": dk.Threshold(0.5), "cache": "dual"}, {"rule": dk.EntropyBound(), "cache": "prefix"},
     {"rule": dk.Quota(), "score": "random", "temperature": 1.0, "top_k": 5}, {"rule": dk.Factor(), "cfg_scale": 1.0},
+    {"rule": dk.Threshold(0.5), "cache": "block", "attention": "block", "logit_alignment": "shift"},
+    {"rule": dk.Threshold(0.5), "cache": "block", "attention": "causal-context"},
 ], ids=str)  # fmt: skip
 def test_step_loop_reads_nothing_on_the_host(model, options, monkeypatch):
     """Between two polls no tensor's value reaches the host."""

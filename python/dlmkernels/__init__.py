@@ -25,6 +25,8 @@ from .decoding.rules import Quota as Quota
 from .decoding.rules import Rule as Rule
 from .decoding.rules import Threshold as Threshold
 from .decoding.rules import TimeQuota as TimeQuota
+from .decoding.streams import Reordered as Reordered
+from .decoding.streams import Strided as Strided
 from .trace import Trace as Trace
 from .window import AttentionWindow as AttentionWindow
 from .window import TokenWindow as TokenWindow
@@ -40,8 +42,8 @@ _LAZY = {
     "load": ".models.load",
 }
 __all__ = [
-    "PRESETS", "AttentionWindow", "DecodingConfig", "EntropyBound", "Factor", "KVCache", "Quota", "Rule", "Threshold",
-    "TimeQuota", "TokenWindow", "Trace", "ops", "preset", *_LAZY,
+    "PRESETS", "AttentionWindow", "DecodingConfig", "EntropyBound", "Factor", "KVCache", "Quota", "Reordered", "Rule",
+    "Strided", "Threshold", "TimeQuota", "TokenWindow", "Trace", "ops", "preset", *_LAZY,
 ]  # fmt: skip
 
 

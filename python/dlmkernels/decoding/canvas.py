@@ -57,15 +57,22 @@ class Canvas:
         """bool `[B, T]`."""
         return (self.state & OPEN) != 0
 
-    def window(self, start: int, end: int, capacity: int) -> TokenWindow:
-        """The open positions of `[start, end)` in ascending order, in `capacity` slots (at least as many as any row's).
+    def open_in(self, start: Tensor, length: int) -> Tensor:
+        """Which of the columns `start[b]` … `start[b] + length` of each row are open: bool `[B, length]`."""
+        columns = start.long()[:, None] + torch.arange(length, device=start.device)
+        inside = columns < self.state.shape[1]
+        return self.is_open.gather(1, columns.clamp(max=self.state.shape[1] - 1)) & inside
 
-        Decided positions take no slot, so that no language-model head runs for them.
+    def window(self, start: Tensor, length: int, capacity: int) -> TokenWindow:
+        """The open positions among `length` columns from `start` int32 `[B]` on, ascending, in `capacity` slots.
+
+        `capacity` is at least as many as any row has. Decided positions take no slot, so that no language-model head
+        runs for them.
         """
-        columns = torch.arange(start, end, dtype=torch.int32, device=self.tokens.device)
-        is_open = self.is_open[:, start:end]
-        if capacity == end - start:
+        columns = start[:, None] + torch.arange(length, dtype=torch.int32, device=start.device)
+        is_open = self.open_in(start, length)
+        if capacity == length:
             return TokenWindow(torch.where(is_open, columns, -1), self.origin)
         # Open columns keep their number, closed ones sort behind them.
-        ranked = torch.where(is_open, columns, columns + (end - start)).sort(dim=1).values[:, :capacity]
-        return TokenWindow(torch.where(ranked < end, ranked, -1), self.origin)
+        ranked = torch.where(is_open, columns, columns + length).sort(dim=1).values[:, :capacity]
+        return TokenWindow(torch.where(ranked < start[:, None] + length, ranked, -1), self.origin)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..window import TokenWindow
+from .config import DecodingConfig
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,20 @@ class Step:
     random: RandomState
     score_name: str
     order_temperature: float
+
+    @classmethod
+    def of(
+        cls, stats: ops.TokenConfidence, window: TokenWindow, random: RandomState, config: DecodingConfig,
+        index: int = 0, num_steps: int = 1, open_at_start: Tensor | None = None, open_now: Tensor | None = None,
+    ) -> Step:  # fmt: skip
+        """A step on the used slots of a window; without counts, one that commits them all."""
+        eligible = window.positions >= 0
+        if open_at_start is None or open_now is None:
+            open_at_start = open_now = eligible.sum(1, dtype=torch.int32)
+        return cls(
+            stats, window, eligible, index, num_steps, open_at_start, open_now, random, config.score,
+            config.order_temperature,
+        )  # fmt: skip
 
     def _shaped(self, name: str) -> Tensor:
         x = getattr(self.stats, name)
