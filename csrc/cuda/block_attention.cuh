@@ -155,8 +155,9 @@ inline int64_t attend_workspace(const BlockAttentionParams& op) {
 }
 
 inline const char* why_not_attend(const BlockAttentionParams& p) {
-  if (p.D != 64 && p.D != 128 && p.D != 256) {
-    return "q must have a head dimension of 64, 128 or 256";
+  const bool small = p.D == 32 && p.dtype == DType::kFloat32;
+  if (!small && p.D != 64 && p.D != 128 && p.D != 256) {
+    return "q must have a head dimension of 64, 128 or 256, or 32 in float32,";
   }
   if (p.S > INT32_MAX - 4096) return "k_cache must have fewer than 2^31 - 4096 slots";
   if (p.Q * p.H > INT32_MAX / 2) return "q must have fewer than 2^30 rows of heads a batch row";
@@ -225,9 +226,13 @@ cudaError_t start_combine(const AttendParams& p, cudaStream_t stream) {
 
 template <class T, AttentionFault fault>
 cudaError_t start_by_head_dim(const AttendParams& p, cudaStream_t stream) {
-  const cudaError_t error = p.op.D == 64    ? start_attend<T, 64, fault>(p, stream)
-                            : p.op.D == 128 ? start_attend<T, 128, fault>(p, stream)
-                                            : start_attend<T, 256, fault>(p, stream);
+  cudaError_t error = cudaErrorInvalidValue;
+  if (p.op.D == 64) error = start_attend<T, 64, fault>(p, stream);
+  if (p.op.D == 128) error = start_attend<T, 128, fault>(p, stream);
+  if (p.op.D == 256) error = start_attend<T, 256, fault>(p, stream);
+  if constexpr (std::is_same_v<T, float>) {
+    if (p.op.D == 32) error = start_attend<T, 32, fault>(p, stream);
+  }
   return error != cudaSuccess || p.splits == 1 ? error : start_combine<T>(p, stream);
 }
 

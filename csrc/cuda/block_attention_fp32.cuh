@@ -187,8 +187,9 @@ struct AttendFp32 {
   }
 };
 
+// As many blocks as shared memory lets a multiprocessor hold; told nothing, ptxas spills for more.
 template <int kD, AttentionFault fault = AttentionFault::kNone>
-__global__ void __launch_bounds__(kAttendThreads)
+__global__ void __launch_bounds__(kAttendThreads, kD == 256 ? 1 : 2)
     attend_fp32_kernel(const __grid_constant__ AttendParams p) {
   AttendFp32<kD, fault>(p).run();
 }

@@ -64,7 +64,7 @@ constexpr uint32_t kExponents = 0x80008000u - kExponentUnits<T>;
 // Sign bits of the elements that are NaN or infinite.
 template <class T>
 DLM_DEVICE uint32_t not_finite(uint32_t pair) {
-  return (pair & kExponents<T>)+kExponentUnits<T> & 0x80008000u;
+  return ((pair & kExponents<T>)+kExponentUnits<T>)&0x80008000u;
 }
 
 template <class T, int kD, bool kWide, AttentionFault fault = AttentionFault::kNone>
@@ -75,6 +75,7 @@ struct Attend {
   static constexpr int kBlocks16 = Tiling::kBlocks16, kWarpRows = Tiling::kWarpRows;
   static constexpr int kWarpKeys = Tiling::kWarpKeys, kRows = Tiling::kRows;
   static constexpr int kChunks = kD / 8, kSumChunks = kD / 4;
+  static constexpr uint32_t k16Rows = 16 * kD * 2;  // bytes, in a tile
   static constexpr Mask kAll = Mask(~Mask(0)) >> (int(sizeof(Mask)) * 8 - kWarpKeys);
 
   const AttendParams& p;
@@ -141,20 +142,20 @@ struct Attend {
 
   // s = q k^T
   DLM_DEVICE void multiply_keys(float (&s)[kBlocks16][kWarpKeys / 8][4], uint32_t k_tile) const {
+    const uint32_t q_row = row_start<kChunks>(queries, warp_row + lane % 16, lane / 16);
+    const uint32_t k_row =
+        row_start<kChunks>(k_tile, warp_key + lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
     for (int d = 0; d < kD / 16; ++d) {
       uint32_t q[kBlocks16][4];
 #pragma unroll
       for (int i = 0; i < kBlocks16; ++i) {
-        ptx::ldmatrix(q[i], queries + chunk_offset<kChunks>(warp_row + i * 16 + lane % 16,
-                                                            d * 2 + lane / 16));
+        ptx::ldmatrix(q[i], chunk_from(q_row, d * 2) + i * k16Rows);
       }
 #pragma unroll
       for (int j = 0; j < kWarpKeys / 16; ++j) {
         uint32_t k[4];
-        ptx::ldmatrix(k,
-                      k_tile + chunk_offset<kChunks>(warp_key + j * 16 + lane % 8 + lane / 16 * 8,
-                                                     d * 2 + lane / 8 % 2));
+        ptx::ldmatrix(k, chunk_from(k_row, d * 2) + j * k16Rows);
 #pragma unroll
         for (int i = 0; i < kBlocks16; ++i) {
           mma<T>(s[i][j * 2], q[i], k[0], k[1]);
@@ -254,6 +255,7 @@ struct Attend {
   // NaN and infinities count as 0 there, and whether there were any is returned.
   DLM_DEVICE bool multiply_values(const float (&s)[kBlocks16][kWarpKeys / 8][4], uint32_t v_tile,
                                   bool masked) {
+    const uint32_t v_row = row_start<kChunks>(v_tile, warp_key + lane % 16, lane / 16);
     uint32_t poison = 0;
 #pragma unroll
     for (int j = 0; j < kWarpKeys / 16; ++j) {
@@ -269,8 +271,7 @@ struct Attend {
 #pragma unroll
       for (int d = 0; d < kD / 16; ++d) {
         uint32_t v[4];
-        ptx::ldmatrix_trans(
-            v, v_tile + chunk_offset<kChunks>(warp_key + j * 16 + lane % 16, d * 2 + lane / 16));
+        ptx::ldmatrix_trans(v, chunk_from(v_row, d * 2) + j * k16Rows);
         if (masked && fault != AttentionFault::kZeroTimesNaN) {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
@@ -296,10 +297,8 @@ struct Attend {
 #pragma unroll
       for (int d = 0; d < kD / 8; ++d) {
         const uint4 eight = ptx::ld_shared_16(v_tile + chunk_offset<kChunks>(warp_key + key, d));
-        const uint32_t words[4] = {eight.x, eight.y, eight.z, eight.w};
-        uint32_t pair = words[0];
-#pragma unroll
-        for (int e = 1; e < 4; ++e) pair = lane % 4 == e ? words[e] : pair;
+        const uint32_t left = lane & 1 ? eight.y : eight.x, right = lane & 1 ? eight.w : eight.z;
+        const uint32_t pair = lane & 2 ? right : left;
         const uint32_t wrong = not_finite<T>(pair);
         if (wrong == 0) continue;
 #pragma unroll
@@ -320,10 +319,11 @@ struct Attend {
 
   // --- the end ---
 
-  // Where a row's four columns lie in the tile of sums. Here lanes write 8 bytes, half a warp at a
-  // time: 4 rows of 2 chunks.
+  // Where a row's four columns lie in the tile of sums: even chunks left, odd ones right, since 8
+  // lanes read every other chunk of a row; and half a warp writes 2 chunks of 4 rows.
   DLM_DEVICE static uint32_t sum_chunk(int row, int chunk) {
-    return uint32_t(row * kSumChunks + (chunk ^ (row & 3) * 2));
+    const int odd = chunk & 1, place = chunk / 2 + odd * (kSumChunks / 2);
+    return uint32_t(row * kSumChunks + (place ^ ((row & 3) * 2 + odd)));
   }
 
   // This warp's sums and norms to shared memory.

@@ -238,6 +238,16 @@ DLM_DEVICE uint32_t chunk_offset(int row, int chunk) {
   return uint32_t(row * chunks * 16 + chunk / 8 * 128 + ((chunk ^ row) & 7) * 16);
 }
 
+// The same in two parts, so that unrolled loops over constant even chunks keep one address: where
+// a row's first chunk lies, or with `odd` its second; and from there, `chunk` chunks on.
+template <int chunks>
+DLM_DEVICE uint32_t row_start(uint32_t tile, int row, int odd) {
+  return tile + uint32_t(row * chunks * 16 + ((row ^ odd) & 7) * 16);
+}
+DLM_DEVICE uint32_t chunk_from(uint32_t start, int chunk) {
+  return (start ^ uint32_t((chunk & 7) * 16)) + uint32_t(chunk / 8 * 128);
+}
+
 // Starts copying the rows of a K or V tile whose bit is set; the others become zero: what nobody
 // sees may hold anything.
 template <class T, int kHeadDim, int kKeys>

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <string>
 
+#include "kernels/attention_case.h"
 #include "kernels/carriers.h"
 #include "kernels/remask_case.h"
 #include "kernels/select_case.h"
@@ -19,6 +20,7 @@ namespace {
 
 using Row = dlm::cuda::RowFault;
 using Tile = dlm::cuda::TileFault;
+using Attention = dlm::cuda::AttentionFault;
 using Select = dlm::cuda::SelectFault;
 using Remask = dlm::cuda::RemaskFault;
 
@@ -70,6 +72,16 @@ const Fault kFaults[] = {
     {"tile_unmasked_tail", tile<Tile::kUnmaskedTail>, "value", "value", "value", ""},
     {"tile_missing_syncwarp", tile<Tile::kMissingSyncwarp>, "value", "value", "race", ""},
     {"tile_divergent_barrier", tile<Tile::kDivergentBarrier>, "simt", "simt", "simt", ""},
+    {"attention_none", try_attention<Attention::kNone>, "-", "-", "-", ""},
+    {"attention_no_barrier_before_reuse", try_attention<Attention::kNoBarrierBeforeReuse>, "value", "value", "race", kNotRun},
+    {"attention_lax_wait", try_attention<Attention::kLaxWait>, "value", "value", "value", kNotRun},
+    {"attention_tail_unmasked", try_attention<Attention::kTailUnmasked>, "value", "value", "value", kNotRun},
+    {"attention_splits_overlap", try_attention<Attention::kSplitsOverlap>, "value", "value", "value", kNotRun},
+    {"attention_not_rescaled", try_attention<Attention::kNotRescaled>, "value", "value", "value", kNotRun},
+    {"attention_zero_times_nan", try_attention<Attention::kZeroTimesNaN>, "value", "value", "value", kNotRun},
+    {"attention_merged_too_early", try_attention<Attention::kMergedTooEarly>, "value", "value", "race", kNotRun},
+    {"attention_maxima_mixed", try_attention<Attention::kMaximaMixed>, "value", "value", "value", kNotRun},
+    {"attention_first_row_wins", try_attention<Attention::kFirstRowWins>, "value", "value", "value", kNotRun},
     {"select_none", try_select<Select::kNone>, "-", "-", "-", ""},
     {"select_sort_reads_too_early", try_select<Select::kSortReadsTooEarly>, "value", "value", "race", kNotRun},
     {"select_sort_writes_too_early", try_select<Select::kSortWritesTooEarly>, "value", "value", "race", kNotRun},

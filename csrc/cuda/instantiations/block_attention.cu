@@ -3,6 +3,7 @@
 
 namespace dlm::cuda {
 
+extern template cudaError_t start_attend<float, 32>(const AttendParams&, cudaStream_t);
 extern template cudaError_t start_attend<float, 64>(const AttendParams&, cudaStream_t);
 extern template cudaError_t start_attend<float, 128>(const AttendParams&, cudaStream_t);
 extern template cudaError_t start_attend<float, 256>(const AttendParams&, cudaStream_t);
