@@ -206,8 +206,7 @@ template <class T, int kD, AttentionFault fault = AttentionFault::kNone>
 cudaError_t start_attend(const AttendParams& p, cudaStream_t stream) {
   const dim3 grid(unsigned(p.op.B * p.op.G * p.row_tiles * p.splits)), block(kAttendThreads);
   if constexpr (std::is_same_v<T, float>) {
-    return launch(attend_fp32_kernel<kD, fault>, grid, block, Fp32Tiling<kD>::kSmem.bytes, stream,
-                  p);
+    return launch(attend_fp32_kernel<kD>, grid, block, Fp32Tiling<kD>::kSmem.bytes, stream, p);
   } else if (p.rows <= kNarrowRows) {
     return launch(attend_kernel<T, kD, false, fault>, grid, block,
                   AttendTiling<kD, false>::kSmem.bytes, stream, p);
@@ -224,33 +223,32 @@ cudaError_t start_combine(const AttendParams& p, cudaStream_t stream) {
                 dim3(kAttendThreads), 0, stream, p);
 }
 
-template <class T, AttentionFault fault>
+template <class T>
 cudaError_t start_by_head_dim(const AttendParams& p, cudaStream_t stream) {
   cudaError_t error = cudaErrorInvalidValue;
-  if (p.op.D == 64) error = start_attend<T, 64, fault>(p, stream);
-  if (p.op.D == 128) error = start_attend<T, 128, fault>(p, stream);
-  if (p.op.D == 256) error = start_attend<T, 256, fault>(p, stream);
+  if (p.op.D == 64) error = start_attend<T, 64>(p, stream);
+  if (p.op.D == 128) error = start_attend<T, 128>(p, stream);
+  if (p.op.D == 256) error = start_attend<T, 256>(p, stream);
   if constexpr (std::is_same_v<T, float>) {
-    if (p.op.D == 32) error = start_attend<T, 32, fault>(p, stream);
+    if (p.op.D == 32) error = start_attend<T, 32>(p, stream);
   }
   return error != cudaSuccess || p.splits == 1 ? error : start_combine<T>(p, stream);
 }
 
-template <AttentionFault fault = AttentionFault::kNone>
-cudaError_t start_block_attention(const BlockAttentionParams& op, float* workspace,
-                                  cudaStream_t stream) {
+inline cudaError_t start_block_attention(const BlockAttentionParams& op, float* workspace,
+                                         cudaStream_t stream) {
   if (op.k_new) {
-    const cudaError_t error = start_scatter<fault>(op, stream);
+    const cudaError_t error = start_scatter(op, stream);
     if (error != cudaSuccess) return error;
   }
   const AttendParams p = attend_params(op, workspace);
   switch (op.dtype) {
     case DType::kFloat32:
-      return start_by_head_dim<float, fault>(p, stream);
+      return start_by_head_dim<float>(p, stream);
     case DType::kBFloat16:
-      return start_by_head_dim<BFloat16, fault>(p, stream);
+      return start_by_head_dim<BFloat16>(p, stream);
     default:
-      return start_by_head_dim<Float16, fault>(p, stream);
+      return start_by_head_dim<Float16>(p, stream);
   }
 }
 

@@ -26,7 +26,7 @@ struct Fp32Tiling {
   static_assert(kSmem.bytes <= 99 * 1024);
 };
 
-template <int kD, AttentionFault fault = AttentionFault::kNone>
+template <int kD>
 struct AttendFp32 {
   using Tiling = Fp32Tiling<kD>;
   using Tile = KeyTile<Tiling::kKeys>;
@@ -55,7 +55,7 @@ struct AttendFp32 {
     __syncthreads();
     KeyTiles<Tiling::kKeys> tiles(p.op, place.b);
     tiles.confine(bounds_of(limits, 0, kFp32Rows), place.split, p.split_length);
-    for_each_key_tile<float, kD, Tiling::kKeys, Tiling::kStages, fault>(
+    for_each_key_tile<float, kD, Tiling::kKeys, Tiling::kStages, AttentionFault::kNone>(
         p, place, tiles, queries + Tiling::kQueryBytes,
         [&](const Tile& tile, uint32_t at) { attend(tile, at, at + Tiling::kTileBytes); });
     finish();
@@ -107,8 +107,7 @@ struct AttendFp32 {
         maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, other));
       }
       const float base = base_of(maximum);
-      const float shrink =
-          fault == AttentionFault::kNotRescaled ? 1.0f : exp2f(norm[r].maximum - base);
+      const float shrink = exp2f(norm[r].maximum - base);
       norm[r].maximum = maximum;
       float sum = 0.0f;
 #pragma unroll
@@ -142,7 +141,7 @@ struct AttendFp32 {
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
             // A row must not even multiply by zero what it does not see.
-            if (!visible[r] && fault != AttentionFault::kZeroTimesNaN) continue;
+            if (!visible[r]) continue;
             sums[r][c][0] = fmaf(weight[r], v.x, sums[r][c][0]);
             sums[r][c][1] = fmaf(weight[r], v.y, sums[r][c][1]);
             sums[r][c][2] = fmaf(weight[r], v.z, sums[r][c][2]);
@@ -188,10 +187,10 @@ struct AttendFp32 {
 };
 
 // As many blocks as shared memory lets a multiprocessor hold; told nothing, ptxas spills for more.
-template <int kD, AttentionFault fault = AttentionFault::kNone>
+template <int kD>
 __global__ void __launch_bounds__(kAttendThreads, kD == 256 ? 1 : 2)
     attend_fp32_kernel(const __grid_constant__ AttendParams p) {
-  AttendFp32<kD, fault>(p).run();
+  AttendFp32<kD>(p).run();
 }
 
 }  // namespace dlm::cuda
