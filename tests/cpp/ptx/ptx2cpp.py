@@ -532,7 +532,14 @@ def count_bits(k, a, m):
     k.write(a[0], "u32", value)
 
 
-@rule(r"(?P<o>bfi|prmt|brev)\.b32|(?P<b>bfe)\.u32|(?P<l>lop3)\.b32")
+@rule(r"bfi\.b(?P<n>32|64)")
+def bfi(k, a, m):
+    t = f"u{m['n']}"
+    operands = [k.read(a[1], t), k.read(a[2], t), k.read(a[3], "u32"), k.read(a[4], "u32")]
+    k.write(a[0], t, f"bfi<{C_TYPE[t]}>({', '.join(operands)})")
+
+
+@rule(r"(?P<o>prmt|brev)\.b32|(?P<b>bfe)\.u32|(?P<l>lop3)\.b32")
 def bit_functions(k, a, m):
     name = m["o"] or (m["b"] and "bfe_u32") or m["l"]
     k.write(a[0], "u32", f"{name}({', '.join(k.read(v, 'u32') for v in a[1:])})")
@@ -546,6 +553,12 @@ def floating(k, a, m):
     forms |= {"fma": "std::fma({0}, {1}, {2})", "neg": "-{0}", "abs": "std::fabs({0})", "sqrt": "std::sqrt({0})"}
     forms |= {"min": "std::fmin({0}, {1})", "max": "std::fmax({0}, {1})", "rcp": one + " / {0}"}
     k.write(a[0], t, forms[m["o"]].format(*(k.read(v, t) for v in a[1:])))
+
+
+@rule(r"max\.NaN\.(?P<t>f32|bf16x2|f16x2)")
+def max_nan(k, a, m):
+    name, t = ("max_nan", "f32") if m["t"] == "f32" else (f"max_nan_{m['t'][:-2]}", "u32")
+    k.write(a[0], t, f"ptx::{name}({k.read(a[1], t)}, {k.read(a[2], t)})")
 
 
 @rule(r"(?P<o>ex2|lg2)\.approx\.ftz\.f32")

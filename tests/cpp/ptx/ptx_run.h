@@ -81,11 +81,13 @@ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   }
   return r;
 }
-inline uint32_t bfi(uint32_t field, uint32_t into, uint32_t position, uint32_t length) {
+template <class T>
+T bfi(T field, T into, uint32_t position, uint32_t length) {
+  constexpr uint32_t width = sizeof(T) * 8;
   position &= 255;
   length &= 255;
-  if (position >= 32 || length == 0) return into;
-  const uint32_t mask = (length >= 32 ? ~0u : (1u << length) - 1) << position;
+  if (position >= width || length == 0) return into;
+  const T mask = (length >= width ? ~T(0) : (T(1) << length) - 1) << position;
   return (into & ~mask) | (field << position & mask);
 }
 inline uint32_t bfe_u32(uint32_t a, uint32_t position, uint32_t length) {
