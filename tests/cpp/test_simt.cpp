@@ -110,8 +110,8 @@ TEST(misaligned_access) {
   expect_fault(fault(misaligned_kernel, 1, 1, 0, {x, 0}), "not a multiple of 16");
 }
 
-// "Integer Arithmetic Instructions: bfi": what lies beyond the register falls away.
-TEST(bit_field_insert) {
+// "Integer Arithmetic Instructions: bfi, bfind": what lies beyond the register falls away.
+TEST(bit_fields) {
   const uint32_t a = 0xabcdef12;
   const uint64_t b = 0x1122334455667788;
   CHECK(ptx_run::bfi<uint32_t>(a, 0, 8, 16) == 0x00ef1200, "inside");
@@ -120,4 +120,5 @@ TEST(bit_field_insert) {
         "none");
   CHECK(ptx_run::bfi<uint64_t>(a, b, 32, 32) == 0xabcdef1255667788, "upper half");
   CHECK(ptx_run::bfi<uint64_t>(b, a, 0, 64) == b, "whole");
+  CHECK(ptx_run::bfind_shift(0x00ffu) == 24 && ptx_run::bfind_shift(0) == ~0u, "highest bit");
 }

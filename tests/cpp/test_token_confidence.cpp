@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/token_confidence_generic.cpp"
 #include "kernels/confidence_case.h"
+#ifdef DLM_SIMT
+#include "simt/fiber.h"
+#endif
 
 using namespace check;
 using C = ConfidenceCase;
@@ -9,8 +12,19 @@ namespace {
 
 constexpr dlm::DType kTypes[] = {dlm::DType::kFloat32, dlm::DType::kBFloat16, dlm::DType::kFloat16};
 
+// ThreadSanitizer is slow, and looks for what does not depend on the numbers.
+bool skipped(uint64_t seed) {
+#ifdef DLM_SIMT
+  return simt::under_tsan() && seed % 4;
+#else
+  (void)seed;
+  return false;
+#endif
+}
+
 void check_case(dlm::DType dtype, int64_t N, int64_t V, unsigned with, int distribution,
                 uint64_t seed) {
+  if (skipped(seed)) return;
   C c(dtype, N, V, with, dlm::Distribution(distribution), seed);
   run(c.start());
   CHECK(c.wrong().empty(), "seed %d: %s", int(seed), c.wrong().c_str());
@@ -39,14 +53,14 @@ TEST(every_width) {
 
 TEST(every_shift) {
   for (const dlm::DType dtype : kTypes) {
-    for (uint64_t seed = 100; seed < 124; ++seed)
+    for (uint64_t seed = 100; seed < 116; ++seed)
       check_case(dtype, 4, 500 + int64_t(seed % 3), C::kShifted | C::kBanned, 0, seed);
   }
 }
 
 TEST(random_arguments) {
   Random random(7);
-  for (uint64_t seed = 1000; seed < 1240; ++seed) {
+  for (uint64_t seed = 1000; seed < 1200; ++seed) {
     const unsigned with = random.word() & random.word() & 0xffff;
     const int64_t V = 1 + random.below(random.below(4) ? 700 : 9000);
     check_case(kTypes[seed % 3], 4, V, with, int(random.below(3)), seed);
@@ -72,17 +86,16 @@ TEST(filters) {
 }
 
 TEST(many_tiles) {
-  check_case(dlm::DType::kBFloat16, 2, 126464, C::kSample, 0, 3000);
-  check_case(dlm::DType::kFloat32, 1, 300001, C::kSample | C::kTopP | C::kShifted, 2, 3001);
+  check_case(dlm::DType::kBFloat16, 2, 126464, C::kSample, 0, 3200);
+  check_case(dlm::DType::kFloat32, 1, 300001, C::kSample | C::kTopP | C::kShifted, 2, 3204);
   check_case(dlm::DType::kFloat16, 2, 50000, C::kBias | C::kGuidance | C::kSample | C::kPeaked, 1,
-             3002);
+             3208);
 }
 
 TEST(under_every_schedule) {
   for_each_schedule([] {
-    uint64_t seed = 4000;
-    check_case(dlm::DType::kBFloat16, 2, 17003, C::kSample | C::kShifted, 0, ++seed);
-    check_case(dlm::DType::kFloat32, 2, 900, C::kSample | C::kTopK | C::kTopP, 2, ++seed);
+    check_case(dlm::DType::kBFloat16, 2, 17003, C::kSample | C::kShifted, 0, 4000);
+    check_case(dlm::DType::kFloat32, 2, 900, C::kSample | C::kTopK | C::kTopP, 2, 4004);
   });
 }
 
@@ -93,6 +106,7 @@ TEST(rows_are_independent) {
     run(c.start());
     const int64_t size = dtype == dlm::DType::kFloat32 ? 4 : 2;
     for (int64_t n = 0; n < 6; ++n) {
+      if (skipped(uint64_t(n))) continue;
       // Row n alone, `n` elements from the start of an allocation that ends with it.
       const auto* row = static_cast<const uint8_t*>(c.p.logits) + n * c.p.logits_stride * size;
       Array<uint8_t> moved(size_t((n + c.p.V) * size));
@@ -183,10 +197,12 @@ TEST(memory_traffic) {
       simt::counters() = {};
       run(c.start());
       const auto& counts = simt::counters();
-      const uint64_t ideal = uint64_t(2 * 20000 * size / 32),
-                     tiles = uint64_t(2 * dlm::cuda::tiles_of(c.p));
-      CHECK(counts.gmem_sectors <= ideal + tiles * (1 + 2 * uint64_t(shift)) + 8,
-            "%llu sectors, ideal %llu", (unsigned long long)counts.gmem_sectors,
+      const uint64_t ideal = uint64_t(2 * 20000 * size / 32), got = counts.gmem_sectors;
+      const auto tiles = uint64_t(dlm::cuda::tiles_of(c.p));
+      // Where a row starts within a chunk, its first lane is a load behind the other lanes, so the
+      // counter finds a sector more in each of the eight.
+      const uint64_t most = shift ? ideal + 2 * (tiles + 8) : ideal;
+      CHECK(ideal <= got && got <= most, "%llu sectors, ideal %llu", (unsigned long long)got,
             (unsigned long long)ideal);
       CHECK(counts.smem_conflicts == 0, "%llu conflicts",
             (unsigned long long)counts.smem_conflicts);

@@ -280,7 +280,8 @@ std::string try_confidence() {
   for (const auto& [V, with, distribution] :
        {std::tuple{20003, C::kTies | 0u, 0},
         {16391, C::kSample | C::kShifted | 0u, 1},
-        {3001, C::kSample | C::kTopK | C::kTopP | C::kBanned | 0u, 2}}) {
+        {3001, C::kSample | C::kTopP | C::kBanned | 0u, 2},
+        {3001, C::kTopK | 0u, 2}}) {
     C c(dlm::DType::kBFloat16, 2, V, with, dlm::Distribution(distribution), ++seed);
     c.start<fault>();
     if (std::string wrong = c.wrong(); !wrong.empty()) return wrong;

@@ -532,6 +532,11 @@ def count_bits(k, a, m):
     k.write(a[0], "u32", value)
 
 
+@rule(r"bfind\.shiftamt\.u32")
+def bfind_shift(k, a, m):
+    k.write(a[0], "u32", f"bfind_shift({k.read(a[1], 'u32')})")
+
+
 @rule(r"bfi\.b(?P<n>32|64)")
 def bfi(k, a, m):
     t = f"u{m['n']}"

@@ -90,6 +90,8 @@ T bfi(T field, T into, uint32_t position, uint32_t length) {
   const T mask = (length >= width ? ~T(0) : (T(1) << length) - 1) << position;
   return (into & ~mask) | (field << position & mask);
 }
+// How far the highest bit is from the top.
+inline uint32_t bfind_shift(uint32_t a) { return a ? uint32_t(__builtin_clz(a)) : ~0u; }
 inline uint32_t bfe_u32(uint32_t a, uint32_t position, uint32_t length) {
   position &= 255;
   length &= 255;
