@@ -122,3 +122,11 @@ TEST(bit_fields) {
   CHECK(ptx_run::bfi<uint64_t>(b, a, 0, 64) == b, "whole");
   CHECK(ptx_run::bfind_shift(0x00ffu) == 24 && ptx_run::bfind_shift(0) == ~0u, "highest bit");
 }
+
+// "Floating Point Instructions: rcp.approx.ftz.f64".
+TEST(gross_reciprocal) {
+  const double y = ptx_run::rcp_gross(3.0);
+  CHECK(std::fabs(y * 3 - 1) < 0x1p-20 && y != 1 / 3.0, "1/3 is %.17g", y);
+  CHECK(ptx_run::rcp_gross(-0.25) == -4 && ptx_run::rcp_gross(0.0) == INFINITY, "exact");
+  CHECK(ptx_run::rcp_gross(-1e-310) == -INFINITY && ptx_run::rcp_gross(1e308) == 0, "subnormal");
+}

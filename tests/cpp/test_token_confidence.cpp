@@ -201,10 +201,13 @@ TEST(memory_traffic) {
       const auto tiles = uint64_t(dlm::cuda::tiles_of(c.p));
       // Where a row starts within a chunk, its first lane is a load behind the other lanes, so the
       // counter finds a sector more in each of the eight.
-      const uint64_t most = shift ? ideal + 2 * (tiles + 8) : ideal;
+      // In PTX, what a tile's warps and the tiles themselves found is read and written by 16 bytes
+      // too, where two findings lie 32 bytes apart.
+      const uint64_t of_parts = simt::translated_ptx() ? 2 * tiles : 0;
+      const uint64_t most = (shift ? ideal + 2 * (tiles + 8) : ideal) + 4 * of_parts;
       CHECK(ideal <= got && got <= most, "%llu sectors, ideal %llu", (unsigned long long)got,
             (unsigned long long)ideal);
-      CHECK(counts.smem_conflicts == 0, "%llu conflicts",
+      CHECK(counts.smem_conflicts <= 2 * of_parts, "%llu conflicts",
             (unsigned long long)counts.smem_conflicts);
     }
   }

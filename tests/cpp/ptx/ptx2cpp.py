@@ -560,6 +560,11 @@ def floating(k, a, m):
     k.write(a[0], t, forms[m["o"]].format(*(k.read(v, t) for v in a[1:])))
 
 
+@rule(r"rcp\.approx\.ftz\.f64")
+def rcp_gross(k, a, m):
+    k.write(a[0], "f64", f"rcp_gross({k.read(a[1], 'f64')})")
+
+
 @rule(r"max\.NaN\.(?P<t>f32|bf16x2|f16x2)")
 def max_nan(k, a, m):
     name, t = ("max_nan", "f32") if m["t"] == "f32" else (f"max_nan_{m['t'][:-2]}", "u32")

@@ -104,6 +104,14 @@ inline uint32_t brev(uint32_t a) {
   return r;
 }
 
+// Only the upper word of argument and result counts: relative error 2^-20. Subnormals are zero.
+inline double rcp_gross(double x) {
+  constexpr uint64_t upper = 0xffffffff00000000ull;
+  x = bits<double>(bits<uint64_t>(x) & upper);
+  const double y = 1 / (std::fabs(x) < 0x1p-1022 ? std::copysign(0.0, x) : x);
+  return std::fabs(y) < 0x1p-1022 ? std::copysign(0.0, y) : bits<double>(bits<uint64_t>(y) & upper);
+}
+
 // Float to integer: out of range goes to the nearest end, NaN to zero.
 template <class T>
 T to_integer(double rounded) {
