@@ -1,17 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Token, probability and statistics of each row of logits, in two kernels. For all v but the
-// argmax, x_v = (z_v - max) / T:  S = sum of e^x_v,  X = sum of x_v e^x_v
-//   scan    a block takes a tile of a row (32 KiB of logits: 8 chunks of 16 bytes a thread), copies
-//           it to shared memory, finds its maximum, leaves the argmax out, adds up S and X, and
-//           keeps the best perturbed logit; each thread works on the chunks that it copied
-//   finish  a warp takes a row: joins its tiles, in double, in a fixed order, and writes the
-//   results
-// Tiles depend on V and the element type alone, so a row's bits do not depend on the batch. A
-// second kernel, rather than the last block to arrive, needs no counter that somebody must have
-// cleared. Where there are filters, token_confidence_filter.cuh finds the floor of each filtered
-// row in between, and these rows are scanned again, from L2. Other rows are read once. Bytes: V
-// elements a row, once; some 8 instructions a logit, 20 more where it draws: memory is the limit,
-// but for rows that draw. Needs sm_80.
+// Token, probability and statistics of each row of logits. For all v but the argmax,
+//   x_v = (z_v - max) / T,   S = sum of e^x_v,   X = sum of x_v e^x_v
+// scan: a block takes a tile of a row (32 KiB, 8 chunks of 16 bytes a thread), copies it to shared
+// memory, finds the maximum, leaves the argmax out, adds up S and X, keeps the best perturbed
+// logit. finish: a warp takes a row and joins its tiles, in double, in a fixed order. Tiles depend
+// on V and the element type alone, so a row's bits do not depend on the batch. A second kernel, not
+// the last block to arrive, needs no counter that somebody must have cleared. Filtered rows:
+// token_confidence_filter.cuh finds their floors in between, and they are scanned again, from L2.
+// Other rows are read once: V elements; 9 PTX instructions a logit in the two loops over a tile are
+// meant to take less time than the loads, but for rows that draw. Needs sm_80.
 #pragma once
 #include <type_traits>
 
