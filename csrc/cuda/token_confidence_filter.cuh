@@ -4,8 +4,8 @@
 // counted for top-k, their probabilities added up for top-p. A block takes a row and finds the
 // value by a radix search over its bits, three passes over the row (from L2), without a sort: a
 // pass fills 2048 bins in shared memory. Probabilities are integers there (as many bits behind the
-// point as their sum leaves room for), so that sums are exact in any order. Bytes: V elements a
-// pass, three or six of them, from L2; some 12 instructions a logit on one SM: they are the limit.
+// point as their sum leaves room for), so that sums are exact in any order.
+// V elements a pass, three or six passes, from L2: one SM's arithmetic is the limit.
 #pragma once
 #include "common/math.h"
 #include "common/order.h"
