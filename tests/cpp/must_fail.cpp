@@ -11,6 +11,7 @@
 
 #include "kernels/attention_case.h"
 #include "kernels/carriers.h"
+#include "kernels/confidence_case.h"
 #include "kernels/remask_case.h"
 #include "kernels/select_case.h"
 #include "simt/fiber.h"
@@ -23,6 +24,7 @@ using Tile = dlm::cuda::TileFault;
 using Attention = dlm::cuda::AttentionFault;
 using Select = dlm::cuda::SelectFault;
 using Remask = dlm::cuda::RemaskFault;
+using Confidence = dlm::cuda::ConfidenceFault;
 
 template <Row fault>
 std::string row() {
@@ -103,6 +105,21 @@ const Fault kFaults[] = {
     {"remask_odd_tail", try_remask<Remask::kOddTail>, "value", "asan", "value", kNotRun},
     {"remask_keeps_overfilled", try_remask<Remask::kKeepsOverfilled>, "value", "value", "value", kNotRun},
     {"remask_no_origin", try_remask<Remask::kNoOrigin>, "value", "value", "value", kNotRun},
+    {"confidence_none", try_confidence<Confidence::kNone>, "-", "-", "-", ""},
+    {"confidence_maximum_read_too_early", try_confidence<Confidence::kMaximumReadTooEarly>, "value", "value", "race", kNotRun},
+    {"confidence_parts_read_too_early", try_confidence<Confidence::kPartsReadTooEarly>, "value", "value", "race", kNotRun},
+    {"confidence_lax_wait", try_confidence<Confidence::kLaxWait>, "value", "value", "value", kNotRun},
+    {"confidence_moves_too_early", try_confidence<Confidence::kMovesTooEarly>, "value", "value", "race", kNotRun},
+    {"confidence_loads_one_off", try_confidence<Confidence::kLoadsOneOff>, "simt", "ubsan", "simt", kNotRun},
+    {"confidence_overread", try_confidence<Confidence::kOverread>, "value", "asan", "value", kNotRun},
+    {"confidence_unmasked_tail", try_confidence<Confidence::kUnmaskedTail>, "value", "asan", "value", kNotRun},
+    {"confidence_divergent_shuffle", try_confidence<Confidence::kDivergentShuffle>, "simt", "simt", "simt", kNotRun},
+    {"confidence_high_id_wins_ties", try_confidence<Confidence::kHighIdWinsTies>, "value", "value", "value", kNotRun},
+    {"confidence_maximum_stays", try_confidence<Confidence::kMaximumStays>, "value", "value", "value", kNotRun},
+    {"confidence_bound_too_high", try_confidence<Confidence::kBoundTooHigh>, "value", "value", "value", kNotRun},
+    {"confidence_wrong_tiles", try_confidence<Confidence::kWrongTiles>, "value", "value", "value", kNotRun},
+    {"confidence_bins_read_too_early", try_confidence<Confidence::kBinsReadTooEarly>, "value", "value", "race", kNotRun},
+    {"confidence_limit_off_by_one", try_confidence<Confidence::kLimitOffByOne>, "value", "value", "value", kNotRun},
     // clang-format on
 };
 
