@@ -216,6 +216,19 @@ cudaError_t start_attend(const AttendParams& p, cudaStream_t stream) {
   }
 }
 
+#ifndef DLM_SIMT
+extern template cudaError_t start_attend<float, 32>(const AttendParams&, cudaStream_t);
+extern template cudaError_t start_attend<float, 64>(const AttendParams&, cudaStream_t);
+extern template cudaError_t start_attend<float, 128>(const AttendParams&, cudaStream_t);
+extern template cudaError_t start_attend<float, 256>(const AttendParams&, cudaStream_t);
+extern template cudaError_t start_attend<BFloat16, 64>(const AttendParams&, cudaStream_t);
+extern template cudaError_t start_attend<BFloat16, 128>(const AttendParams&, cudaStream_t);
+extern template cudaError_t start_attend<BFloat16, 256>(const AttendParams&, cudaStream_t);
+extern template cudaError_t start_attend<Float16, 64>(const AttendParams&, cudaStream_t);
+extern template cudaError_t start_attend<Float16, 128>(const AttendParams&, cudaStream_t);
+extern template cudaError_t start_attend<Float16, 256>(const AttendParams&, cudaStream_t);
+#endif
+
 template <class T>
 cudaError_t start_combine(const AttendParams& p, cudaStream_t stream) {
   const int64_t rows = p.op.B * p.op.Q * p.op.H, rows_a_block = kAttendThreads / 32;

@@ -565,10 +565,27 @@ def rcp_gross(k, a, m):
     k.write(a[0], "f64", f"rcp_gross({k.read(a[1], 'f64')})")
 
 
+@rule(r"copysign\.FLOAT")
+def copysign(k, a, m):
+    sign, magnitude = (k.read(v, m["t"]) for v in a[1:])
+    k.write(a[0], m["t"], f"std::copysign({magnitude}, {sign})")
+
+
+@rule(r"(?P<o>rcp|div)\.(?:approx|full)(?:\.ftz)?\.f32")
+def approximate_division(k, a, m):
+    operands = ["1.0f"] * (m["o"] == "rcp") + [k.read(v, "f32") for v in a[1:]]
+    k.write(a[0], "f32", " / ".join(operands))
+
+
 @rule(r"max\.NaN\.(?P<t>f32|bf16x2|f16x2)")
 def max_nan(k, a, m):
     name, t = ("max_nan", "f32") if m["t"] == "f32" else (f"max_nan_{m['t'][:-2]}", "u32")
     k.write(a[0], t, f"ptx::{name}({k.read(a[1], t)}, {k.read(a[2], t)})")
+
+
+@rule(r"ex2\.approx\.f32")
+def exp2_with_subnormals(k, a, m):
+    k.write(a[0], "f32", f"std::exp2({k.read(a[1], 'f32')})")
 
 
 @rule(r"(?P<o>ex2|lg2)\.approx\.ftz\.f32")
