@@ -12,6 +12,10 @@ DLM_HD uint32_t ordered_bits(float value) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
+DLM_HD float ordered_value(uint32_t ordered) {
+  return bits_to_float(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
+}
+
 // A key whose ascending order is: value descending, index ascending.
 DLM_HD uint64_t descending_key(float value, uint32_t index) {
   return uint64_t(~ordered_bits(value)) << 32 | index;

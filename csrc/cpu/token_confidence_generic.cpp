@@ -376,10 +376,6 @@ uint32_t crossing(Row<T>& row, const Measure& measure) {
   return prefix;
 }
 
-float value_of(uint32_t ordered) {
-  return bits_to_float(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
-}
-
 struct Filter {
   int32_t k;  // 0: off
   float p;    // 1: off
@@ -393,14 +389,15 @@ float filter_floor(Row<T>& row, const Filter& filter, float max, float scale) {
   float by_count = -kInfinity, by_mass = -kInfinity;
   if (filter.k > 0 && filter.k < row.V) {
     const uint32_t kth = crossing(row, Measure{false, double(filter.k) - 1.0, max, scale});
-    if (kth) by_count = value_of(kth);
+    if (kth) by_count = ordered_value(kth);
   }
   if (filter.p < 1.0f) {
     if (!filter.p_first) row.floor = by_count;  // the mass of what top-k left
     const uint32_t crossed = crossing(row, Measure{true, double(filter.p), max, scale});
     row.floor = -kInfinity;
     if (crossed)
-      by_mass = filter.keep_crossing ? value_of(crossed) : std::min(value_of(crossed + 1), max);
+      by_mass =
+          filter.keep_crossing ? ordered_value(crossed) : std::min(ordered_value(crossed + 1), max);
   }
   return std::max(by_count, by_mass);
 }

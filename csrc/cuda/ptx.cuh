@@ -208,6 +208,24 @@ DLM_DEVICE float2 unpack_f16(uint32_t pair) {
       : "r"(pair));
   return make_float2(low, high);
 }
+// The larger; NaN where one of them is. "Floating Point Instructions: max", "Half Precision
+// Floating Point Instructions: max".
+DLM_DEVICE float max_nan(float a, float b) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+// Of each half of two pairs.
+DLM_DEVICE uint32_t max_nan_bf16(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+DLM_DEVICE uint32_t max_nan_f16(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
 
 }  // namespace dlm::cuda::ptx
 #endif  // DLM_SIMT

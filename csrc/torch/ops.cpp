@@ -43,6 +43,7 @@ STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CPU, m) {
 
 #ifdef DLM_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CUDA, m) {
+  m.impl("token_confidence", TORCH_BOX(&dlm::token_confidence));
   m.impl("select_tokens", TORCH_BOX(&dlm::select_tokens));
   m.impl("remask_", TORCH_BOX(&dlm::remask_));
 }

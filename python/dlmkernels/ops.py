@@ -230,7 +230,8 @@ def token_confidence(
     RuntimeError
         For a wrong device, dtype, shape or stride, an unknown distribution, a missing `seed`, `position`, `cfg_scale`
         or `uncond_logits`; and, on the CPU, for a value out of range in `row_map`, `given`, `banned`, `temperature`,
-        `top_k` or `top_p`. The message names the argument.
+        `top_k` or `top_p`. The message names the argument. On CUDA, where values are not checked, a row or an id out of
+        range is none, and a temperature or a filter below its range is off.
     """
     return TokenConfidence(
         *torch.ops.dlmkernels.token_confidence.default(

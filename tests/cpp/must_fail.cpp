@@ -9,7 +9,9 @@
 #include <cstring>
 #include <string>
 
+#include "kernels/attention_case.h"
 #include "kernels/carriers.h"
+#include "kernels/confidence_case.h"
 #include "kernels/remask_case.h"
 #include "kernels/select_case.h"
 #include "simt/fiber.h"
@@ -19,8 +21,10 @@ namespace {
 
 using Row = dlm::cuda::RowFault;
 using Tile = dlm::cuda::TileFault;
+using Attention = dlm::cuda::AttentionFault;
 using Select = dlm::cuda::SelectFault;
 using Remask = dlm::cuda::RemaskFault;
+using Confidence = dlm::cuda::ConfidenceFault;
 
 template <Row fault>
 std::string row() {
@@ -70,6 +74,16 @@ const Fault kFaults[] = {
     {"tile_unmasked_tail", tile<Tile::kUnmaskedTail>, "value", "value", "value", ""},
     {"tile_missing_syncwarp", tile<Tile::kMissingSyncwarp>, "value", "value", "race", ""},
     {"tile_divergent_barrier", tile<Tile::kDivergentBarrier>, "simt", "simt", "simt", ""},
+    {"attention_none", try_attention<Attention::kNone>, "-", "-", "-", ""},
+    {"attention_no_barrier_before_reuse", try_attention<Attention::kNoBarrierBeforeReuse>, "value", "value", "race", kNotRun},
+    {"attention_lax_wait", try_attention<Attention::kLaxWait>, "value", "value", "value", kNotRun},
+    {"attention_tail_unmasked", try_attention<Attention::kTailUnmasked>, "value", "value", "value", kNotRun},
+    {"attention_splits_overlap", try_attention<Attention::kSplitsOverlap>, "value", "value", "value", kNotRun},
+    {"attention_not_rescaled", try_attention<Attention::kNotRescaled>, "value", "value", "value", kNotRun},
+    {"attention_zero_times_nan", try_attention<Attention::kZeroTimesNaN>, "value", "value", "value", kNotRun},
+    {"attention_merged_too_early", try_attention<Attention::kMergedTooEarly>, "value", "value", "race", kNotRun},
+    {"attention_maxima_mixed", try_attention<Attention::kMaximaMixed>, "value", "value", "value", kNotRun},
+    {"attention_first_row_wins", try_attention<Attention::kFirstRowWins>, "value", "value", "value", kNotRun},
     {"select_none", try_select<Select::kNone>, "-", "-", "-", ""},
     {"select_sort_reads_too_early", try_select<Select::kSortReadsTooEarly>, "value", "value", "race", kNotRun},
     {"select_sort_writes_too_early", try_select<Select::kSortWritesTooEarly>, "value", "value", "race", kNotRun},
@@ -91,6 +105,21 @@ const Fault kFaults[] = {
     {"remask_odd_tail", try_remask<Remask::kOddTail>, "value", "asan", "value", kNotRun},
     {"remask_keeps_overfilled", try_remask<Remask::kKeepsOverfilled>, "value", "value", "value", kNotRun},
     {"remask_no_origin", try_remask<Remask::kNoOrigin>, "value", "value", "value", kNotRun},
+    {"confidence_none", try_confidence<Confidence::kNone>, "-", "-", "-", ""},
+    {"confidence_maximum_read_too_early", try_confidence<Confidence::kMaximumReadTooEarly>, "value", "value", "race", kNotRun},
+    {"confidence_parts_read_too_early", try_confidence<Confidence::kPartsReadTooEarly>, "value", "value", "race", kNotRun},
+    {"confidence_lax_wait", try_confidence<Confidence::kLaxWait>, "value", "value", "value", kNotRun},
+    {"confidence_moves_too_early", try_confidence<Confidence::kMovesTooEarly>, "value", "value", "race", kNotRun},
+    {"confidence_loads_one_off", try_confidence<Confidence::kLoadsOneOff>, "simt", "ubsan", "simt", kNotRun},
+    {"confidence_overread", try_confidence<Confidence::kOverread>, "value", "asan", "value", kNotRun},
+    {"confidence_unmasked_tail", try_confidence<Confidence::kUnmaskedTail>, "value", "asan", "value", kNotRun},
+    {"confidence_divergent_shuffle", try_confidence<Confidence::kDivergentShuffle>, "simt", "simt", "simt", kNotRun},
+    {"confidence_high_id_wins_ties", try_confidence<Confidence::kHighIdWinsTies>, "value", "value", "value", kNotRun},
+    {"confidence_maximum_stays", try_confidence<Confidence::kMaximumStays>, "value", "value", "value", kNotRun},
+    {"confidence_bound_too_high", try_confidence<Confidence::kBoundTooHigh>, "value", "value", "value", kNotRun},
+    {"confidence_wrong_tiles", try_confidence<Confidence::kWrongTiles>, "value", "value", "value", kNotRun},
+    {"confidence_bins_read_too_early", try_confidence<Confidence::kBinsReadTooEarly>, "value", "value", "race", kNotRun},
+    {"confidence_limit_off_by_one", try_confidence<Confidence::kLimitOffByOne>, "value", "value", "value", kNotRun},
     // clang-format on
 };
 

@@ -175,10 +175,17 @@ TEST(arithmetic) {
   const auto f16 = [](float x) {
     return uint32_t(x != x ? 0x7fff : dlm::from_float<dlm::Float16>(x).bits);
   };
-  std::vector<uint32_t> want(values.size() * 8);
+  // Halves of two words, compared as integers that grow with the value.
+  const auto larger = [](uint32_t a, uint32_t b, int shift, uint32_t infinity) {
+    const auto order = [](uint32_t h) { return h & 0x8000 ? -int(h & 0x7fff) - 1 : int(h); };
+    a = a >> shift & 0xffff, b = b >> shift & 0xffff;
+    const bool nan = (a & 0x7fff) > infinity || (b & 0x7fff) > infinity;
+    return (nan ? 0x7fff : order(a) > order(b) ? a : b) << shift;
+  };
+  std::vector<uint32_t> want(values.size() * 11);
   for (int i = 0; i < n; ++i) {
     const float x = values[i], y = values[i ^ 1];
-    uint32_t* out = want.data() + i * 8;
+    uint32_t* out = want.data() + i * 11;
     out[0] = dlm::float_to_bits(flushed(float(std::exp2(double(flushed(x))))));
     out[1] = dlm::float_to_bits(float(std::log2(double(flushed(x)))));
     out[2] = bf16(x) | bf16(y) << 16;
@@ -187,6 +194,10 @@ TEST(arithmetic) {
     out[5] = in[i] & 0xffff0000u;
     out[6] = dlm::float_to_bits(dlm::to_float(dlm::Float16{uint16_t(in[i])}));
     out[7] = dlm::float_to_bits(dlm::to_float(dlm::Float16{uint16_t(in[i] >> 16)}));
+    out[8] = dlm::float_to_bits(x != x || y != y ? NAN : std::fmax(x, y));
+    if (x == 0 && y == 0) out[8] = in[i] & in[i ^ 1];
+    out[9] = larger(in[i], in[i ^ 1], 0, 0x7f80) | larger(in[i], in[i ^ 1], 16, 0x7f80);
+    out[10] = larger(in[i], in[i ^ 1], 0, 0x7c00) | larger(in[i], in[i ^ 1], 16, 0x7c00);
   }
   // ex2 and lg2: 2^-21 relative (lg2 of a value near 1: 2^-22 absolute). The rest is exact, NaN for
   // NaN.

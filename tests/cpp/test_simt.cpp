@@ -4,6 +4,7 @@
 
 #include "check.h"
 #include "cuda/ptx.cuh"
+#include "ptx/ptx_run.h"
 
 using namespace check;
 using namespace dlm::cuda;
@@ -107,4 +108,25 @@ TEST(disjoint_masks_may_meet_apart) {
 TEST(misaligned_access) {
   alignas(16) uint32_t x[8] = {};
   expect_fault(fault(misaligned_kernel, 1, 1, 0, {x, 0}), "not a multiple of 16");
+}
+
+// "Integer Arithmetic Instructions: bfi, bfind": what lies beyond the register falls away.
+TEST(bit_fields) {
+  const uint32_t a = 0xabcdef12;
+  const uint64_t b = 0x1122334455667788;
+  CHECK(ptx_run::bfi<uint32_t>(a, 0, 8, 16) == 0x00ef1200, "inside");
+  CHECK(ptx_run::bfi<uint32_t>(a, ~0u, 24, 32) == 0x12ffffff, "over the end");
+  CHECK(ptx_run::bfi<uint32_t>(a, 7, 32, 8) == 7 && ptx_run::bfi<uint32_t>(a, 7, 3, 0) == 7,
+        "none");
+  CHECK(ptx_run::bfi<uint64_t>(a, b, 32, 32) == 0xabcdef1255667788, "upper half");
+  CHECK(ptx_run::bfi<uint64_t>(b, a, 0, 64) == b, "whole");
+  CHECK(ptx_run::bfind_shift(0x00ffu) == 24 && ptx_run::bfind_shift(0) == ~0u, "highest bit");
+}
+
+// "Floating Point Instructions: rcp.approx.ftz.f64".
+TEST(gross_reciprocal) {
+  const double y = ptx_run::rcp_gross(3.0);
+  CHECK(std::fabs(y * 3 - 1) < 0x1p-20 && y != 1 / 3.0, "1/3 is %.17g", y);
+  CHECK(ptx_run::rcp_gross(-0.25) == -4 && ptx_run::rcp_gross(0.0) == INFINITY, "exact");
+  CHECK(ptx_run::rcp_gross(-1e-310) == -INFINITY && ptx_run::rcp_gross(1e308) == 0, "subnormal");
 }

@@ -77,11 +77,11 @@ __global__ void copy_16_kernel(const __grid_constant__ WrapperParams p) {
 }
 
 // out: exp2, log2, pack_bf16 with the neighbour, pack_f16, then unpack_bf16 and unpack_f16 of the
-// word: 8 a lane
+// word, max_nan of x and y, and of the two words as bf16 and f16 pairs: 11 a lane
 __global__ void arithmetic_kernel(const __grid_constant__ WrapperParams p) {
   for (int i = int(threadIdx.x); i < p.n; i += 32) {
     const float x = __uint_as_float(p.in[i]), y = __uint_as_float(p.in[i ^ 1]);
-    uint32_t* out = p.out + i * 8;
+    uint32_t* out = p.out + i * 11;
     out[0] = __float_as_uint(ptx::exp2_approx(x));
     out[1] = __float_as_uint(ptx::log2_approx(x));
     out[2] = ptx::pack_bf16(x, y);
@@ -91,6 +91,9 @@ __global__ void arithmetic_kernel(const __grid_constant__ WrapperParams p) {
     out[5] = __float_as_uint(a.y);
     out[6] = __float_as_uint(b.x);
     out[7] = __float_as_uint(b.y);
+    out[8] = __float_as_uint(ptx::max_nan(x, y));
+    out[9] = ptx::max_nan_bf16(p.in[i], p.in[i ^ 1]);
+    out[10] = ptx::max_nan_f16(p.in[i], p.in[i ^ 1]);
   }
 }
 

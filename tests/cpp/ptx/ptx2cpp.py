@@ -532,11 +532,16 @@ def count_bits(k, a, m):
     k.write(a[0], "u32", value)
 
 
+@rule(r"bfind\.shiftamt\.u32")
+def bfind_shift(k, a, m):
+    k.write(a[0], "u32", f"bfind_shift({k.read(a[1], 'u32')})")
+
+
 @rule(r"bfi\.b(?P<n>32|64)")
-def bit_insert(k, a, m):
+def bfi(k, a, m):
     t = f"u{m['n']}"
-    field, into = (k.read(v, t) for v in a[1:3])
-    k.write(a[0], t, f"bfi<{C_TYPE[t]}>({field}, {into}, {k.read(a[3], 'u32')}, {k.read(a[4], 'u32')})")
+    operands = [k.read(a[1], t), k.read(a[2], t), k.read(a[3], "u32"), k.read(a[4], "u32")]
+    k.write(a[0], t, f"bfi<{C_TYPE[t]}>({', '.join(operands)})")
 
 
 @rule(r"(?P<o>prmt|brev)\.b32|(?P<b>bfe)\.u32|(?P<l>lop3)\.b32")
@@ -553,6 +558,34 @@ def floating(k, a, m):
     forms |= {"fma": "std::fma({0}, {1}, {2})", "neg": "-{0}", "abs": "std::fabs({0})", "sqrt": "std::sqrt({0})"}
     forms |= {"min": "std::fmin({0}, {1})", "max": "std::fmax({0}, {1})", "rcp": one + " / {0}"}
     k.write(a[0], t, forms[m["o"]].format(*(k.read(v, t) for v in a[1:])))
+
+
+@rule(r"rcp\.approx\.ftz\.f64")
+def rcp_gross(k, a, m):
+    k.write(a[0], "f64", f"rcp_gross({k.read(a[1], 'f64')})")
+
+
+@rule(r"copysign\.FLOAT")
+def copysign(k, a, m):
+    sign, magnitude = (k.read(v, m["t"]) for v in a[1:])
+    k.write(a[0], m["t"], f"std::copysign({magnitude}, {sign})")
+
+
+@rule(r"(?P<o>rcp|div)\.(?:approx|full)(?:\.ftz)?\.f32")
+def approximate_division(k, a, m):
+    operands = ["1.0f"] * (m["o"] == "rcp") + [k.read(v, "f32") for v in a[1:]]
+    k.write(a[0], "f32", " / ".join(operands))
+
+
+@rule(r"max\.NaN\.(?P<t>f32|bf16x2|f16x2)")
+def max_nan(k, a, m):
+    name, t = ("max_nan", "f32") if m["t"] == "f32" else (f"max_nan_{m['t'][:-2]}", "u32")
+    k.write(a[0], t, f"ptx::{name}({k.read(a[1], t)}, {k.read(a[2], t)})")
+
+
+@rule(r"ex2\.approx\.f32")
+def exp2_with_subnormals(k, a, m):
+    k.write(a[0], "f32", f"std::exp2({k.read(a[1], 'f32')})")
 
 
 @rule(r"(?P<o>ex2|lg2)\.approx\.ftz\.f32")

@@ -83,13 +83,15 @@ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
 }
 template <class T>
 T bfi(T field, T into, uint32_t position, uint32_t length) {
-  constexpr uint32_t kBits = 8 * sizeof(T);
+  constexpr uint32_t width = sizeof(T) * 8;
   position &= 255;
   length &= 255;
-  if (position >= kBits || length == 0) return into;
-  const T mask = (length >= kBits ? ~T(0) : (T(1) << length) - 1) << position;
+  if (position >= width || length == 0) return into;
+  const T mask = (length >= width ? ~T(0) : (T(1) << length) - 1) << position;
   return (into & ~mask) | (field << position & mask);
 }
+// How far the highest bit is from the top.
+inline uint32_t bfind_shift(uint32_t a) { return a ? uint32_t(__builtin_clz(a)) : ~0u; }
 inline uint32_t bfe_u32(uint32_t a, uint32_t position, uint32_t length) {
   position &= 255;
   length &= 255;
@@ -100,6 +102,14 @@ inline uint32_t brev(uint32_t a) {
   uint32_t r = 0;
   for (int i = 0; i < 32; ++i) r |= (a >> i & 1) << (31 - i);
   return r;
+}
+
+// Only the upper word of argument and result counts: relative error 2^-20. Subnormals are zero.
+inline double rcp_gross(double x) {
+  constexpr uint64_t upper = 0xffffffff00000000ull;
+  x = bits<double>(bits<uint64_t>(x) & upper);
+  const double y = 1 / (std::fabs(x) < 0x1p-1022 ? std::copysign(0.0, x) : x);
+  return std::fabs(y) < 0x1p-1022 ? std::copysign(0.0, y) : bits<double>(bits<uint64_t>(y) & upper);
 }
 
 // Float to integer: out of range goes to the nearest end, NaN to zero.

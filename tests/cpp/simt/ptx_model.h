@@ -150,5 +150,17 @@ inline float2 unpack_bf16(uint32_t pair) {
 inline float2 unpack_f16(uint32_t pair) {
   return {simt::half_to_float(pair & 0xffff), simt::half_to_float(pair >> 16)};
 }
+inline float max_nan(float a, float b) {
+  if (a != a || b != b) return __uint_as_float(0x7fffffff);
+  return a > b || (a == b && !std::signbit(a)) ? a : b;  // +0 is above -0
+}
+inline uint32_t max_nan_bf16(uint32_t a, uint32_t b) {
+  const float2 x = unpack_bf16(a), y = unpack_bf16(b);
+  return pack_bf16(max_nan(x.x, y.x), max_nan(x.y, y.y));
+}
+inline uint32_t max_nan_f16(uint32_t a, uint32_t b) {
+  const float2 x = unpack_f16(a), y = unpack_f16(b);
+  return pack_f16(max_nan(x.x, y.x), max_nan(x.y, y.y));
+}
 
 }  // namespace dlm::cuda::ptx

@@ -125,7 +125,9 @@ char launch_sync, done_sync;
 uint64_t progress, polled_at;  // events a polling loop may be waiting for
 
 // Never destroyed: fibers may be abandoned in mid-kernel, even at exit.
-auto& blocks = *new std::vector<std::unique_ptr<Block>>;
+using Blocks = std::vector<std::unique_ptr<Block>>;
+auto& blocks = *new Blocks;
+auto& resting = *new std::map<std::array<unsigned, 3>, Blocks>;  // by their dimensions
 auto& pollers = *new std::vector<Thread*>;
 std::map<std::string, Translation>& translations() {
   static auto& all = *new std::map<std::string, Translation>;
@@ -301,6 +303,31 @@ void drop_blocks() {
   }
   blocks.clear();
   pollers.clear();
+}
+// Fibers are dear under ThreadSanitizer, and few: a few thousand of them are kept for launches of
+// the same dimensions.
+void change_dimensions(dim3 block) {
+  constexpr size_t kMostThreads = 4096;
+  size_t threads = 0;
+  {
+    Quiet quiet;
+    resting[{block_dim.x, block_dim.y, block_dim.z}] = std::move(blocks);
+    blocks.clear();
+    for (auto& [dimensions, group] : resting) {
+      for (auto& b : group) threads += b->threads.size();
+    }
+  }
+  if (threads > kMostThreads) {
+    for (auto& [dimensions, group] : resting) {
+      Quiet quiet;
+      blocks = std::move(group);
+      drop_blocks();
+    }
+    resting.clear();
+  }
+  Quiet quiet;
+  blocks = std::move(resting[{block.x, block.y, block.z}]);
+  block_dim = block;
 }
 void make_block(unsigned threads) {
   auto block = std::make_unique<Block>();
@@ -478,12 +505,9 @@ void launch(const void* kernel, dim3 grid, dim3 block, size_t smem_bytes, const 
   for (int i = 0; i < 8; ++i) rng.next();
   ++counters().launches;
   const unsigned resident = std::max(1u, options().resident_blocks);
-  if (blocks.size() < resident || block_dim.x != block.x || block_dim.y != block.y ||
-      block_dim.z != block.z) {
-    drop_blocks();
-    block_dim = block;
-    for (unsigned i = 0; i < resident; ++i) make_block(block.x * block.y * block.z);
-  }
+  if (block_dim.x != block.x || block_dim.y != block.y || block_dim.z != block.z)
+    change_dimensions(block);
+  while (blocks.size() < resident) make_block(block.x * block.y * block.z);
   grid_dim = grid;
   host.adopt_caller();
   sync_release(&launch_sync);
