@@ -61,9 +61,9 @@ def test_source(flavour, tmp_path):
     run_native(build(f"simt_{flavour}"))
 
 
+# The two architectures' PTX differs in a few instructions: the sanitizers look at one of them.
 @pytest.mark.slow
-@pytest.mark.parametrize("flavour", ["plain", "asan", "tsan"])
-@pytest.mark.parametrize("arch", ["80", "90a"])
+@pytest.mark.parametrize(("arch", "flavour"), [("80", "plain"), ("90a", "plain"), ("80", "asan"), ("80", "tsan")])
 def test_translated_ptx(arch, flavour, tmp_path):
     """The PTX that nvcc makes of the kernels, inline assembly included, translated to C++."""
     if not shutil.which("nvcc"):

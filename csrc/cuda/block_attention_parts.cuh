@@ -312,7 +312,7 @@ DLM_DEVICE void for_each_key_tile(const AttendParams& p, const Place& place, Key
     ahead[i] = tiles.next();
     start(ahead[i], i);
   }
-  int stage = 0, free = stages - 1;
+  int stage = 0, unused = stages - 1;
 #pragma unroll 1
   while (ahead[0].slot >= 0) {
     ptx::cp_async_wait<fault == AttentionFault::kLaxWait ? stages - 1 : stages - 2>();
@@ -321,9 +321,9 @@ DLM_DEVICE void for_each_key_tile(const AttendParams& p, const Place& place, Key
 #pragma unroll
     for (int i = 0; i + 2 < stages; ++i) ahead[i] = ahead[i + 1];
     ahead[stages - 2] = tiles.next();
-    start(ahead[stages - 2], free);
+    start(ahead[stages - 2], unused);
     compute(tile, ring + uint32_t(stage) * kStageBytes);
-    free = stage;
+    unused = stage;
     stage = stage + 1 == stages ? 0 : stage + 1;
   }
   ptx::cp_async_wait<0>();
