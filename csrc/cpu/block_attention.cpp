@@ -9,20 +9,12 @@ void scatter_new_rows(const BlockAttentionParams& params, int64_t begin, int64_t
   generic::scatter_new_rows(params, begin, end);  // a copy: no instruction set does better
 }
 
-int64_t block_attention_items(const BlockAttentionParams& params) {
-  switch (isa()) {
-    case Isa::kGeneric:
-      break;
-  }
-  return generic::block_attention_items(params);
-}
-
-void block_attention(const BlockAttentionParams& params, int64_t begin, int64_t end) {
-  switch (isa()) {
-    case Isa::kGeneric:
-      break;
-  }
-  generic::block_attention(params, begin, end);
+const BlockAttentionKernels& block_attention_kernels() {
+  static const BlockAttentionKernels kernels[] = {
+      {generic::block_attention_work, generic::block_attention, generic::merge_block_attention},
+      {avx512::block_attention_work, avx512::block_attention, avx512::merge_block_attention},
+  };
+  return kernels[int(isa())];
 }
 
 }  // namespace dlm::cpu

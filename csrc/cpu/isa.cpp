@@ -8,10 +8,10 @@
 namespace dlm::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"generic"};
+constexpr const char* kNames[] = {"generic", "avx512"};
 constexpr int kCompiled = sizeof(kNames) / sizeof(kNames[0]);
 
-Isa best() { return Isa::kGeneric; }
+Isa best() { return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512 : Isa::kGeneric; }
 
 Isa named(const std::string& name) {
   for (int i = 0; i < kCompiled; ++i) {

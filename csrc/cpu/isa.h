@@ -5,7 +5,7 @@
 
 namespace dlm::cpu {
 
-enum class Isa : int { kGeneric };  // ascending: a later one is preferred
+enum class Isa : int { kGeneric, kAvx512 };  // ascending: a later one is preferred
 
 const char* isa_name(Isa isa);
 Isa isa();                 // in use: the best available, or DLMKERNELS_CPU_ISA
