@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/block_attention.h"
 
-#include "cpu/isa.h"
-
 namespace dlm::cpu {
 
 void scatter_new_rows(const BlockAttentionParams& params, int64_t begin, int64_t end) {
@@ -10,18 +8,10 @@ void scatter_new_rows(const BlockAttentionParams& params, int64_t begin, int64_t
 }
 
 int64_t block_attention_items(const BlockAttentionParams& params) {
-  switch (isa()) {
-    case Isa::kGeneric:
-      break;
-  }
   return generic::block_attention_items(params);
 }
 
 void block_attention(const BlockAttentionParams& params, int64_t begin, int64_t end) {
-  switch (isa()) {
-    case Isa::kGeneric:
-      break;
-  }
   generic::block_attention(params, begin, end);
 }
 
