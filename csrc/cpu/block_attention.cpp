@@ -9,12 +9,17 @@ void scatter_new_rows(const BlockAttentionParams& params, int64_t begin, int64_t
   generic::scatter_new_rows(params, begin, end);  // a copy: no instruction set does better
 }
 
-const BlockAttentionKernels& block_attention_kernels() {
-  static const BlockAttentionKernels kernels[] = {
-      {generic::block_attention_work, generic::block_attention, generic::merge_block_attention},
-      {avx512::block_attention_work, avx512::block_attention, avx512::merge_block_attention},
-  };
-  return kernels[int(isa())];
+BlockAttentionKernels block_attention(DType dtype) {
+  switch (isa()) {
+#ifdef DLM_AVX512
+    case Isa::kAvx512Bf16:
+      return avx512bf16::block_attention(dtype);
+    case Isa::kAvx512:
+      return avx512::block_attention(dtype);
+#endif
+    default:
+      return generic::block_attention(dtype);
+  }
 }
 
 }  // namespace dlm::cpu

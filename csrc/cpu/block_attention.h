@@ -26,19 +26,17 @@ struct BlockAttentionKernels {
   void (*merge)(const BlockAttentionParams&, int64_t begin, int64_t end);
 };
 // Of the instruction set in use.
-const BlockAttentionKernels& block_attention_kernels();
+BlockAttentionKernels block_attention(DType dtype);
 
 namespace generic {
 void scatter_new_rows(const BlockAttentionParams& params, int64_t begin, int64_t end);
-BlockAttentionWork block_attention_work(const BlockAttentionParams& params);
-void block_attention(const BlockAttentionParams& params, int64_t begin, int64_t end);
-void merge_block_attention(const BlockAttentionParams& params, int64_t begin, int64_t end);
+BlockAttentionKernels block_attention(DType dtype);
 }  // namespace generic
-
 namespace avx512 {
-BlockAttentionWork block_attention_work(const BlockAttentionParams& params);
-void block_attention(const BlockAttentionParams& params, int64_t begin, int64_t end);
-void merge_block_attention(const BlockAttentionParams& params, int64_t begin, int64_t end);
+BlockAttentionKernels block_attention(DType dtype);
 }  // namespace avx512
+namespace avx512bf16 {
+BlockAttentionKernels block_attention(DType dtype);
+}  // namespace avx512bf16
 
 }  // namespace dlm::cpu

@@ -33,7 +33,7 @@ struct Scratch {
   alignas(64) float zeros[kMaxHeadDim];
   float m[kRows], l[kRows];         // running maximum, sum of exp(s - m)
   int64_t low[kRows], high[kRows];  // slots a row may see: [low, high), ranges and order apart
-  Mask seen[kRows];                 // slots of the tile a row sees
+  SlotMask seen[kRows];             // slots of the tile a row sees
 };
 
 // c[r][n] += sum over four k of a[r][k] * b[k][n]. The association is the same for one row and for
@@ -88,7 +88,7 @@ void multiply_add_seen(const Scratch& t, float* acc, int64_t rows, int64_t depth
 
 // The K tile as [D][kKeys]; slots that nobody needs are not read.
 template <class T>
-void load_keys(const T* k, int64_t stride, Mask needed, int64_t width, int64_t D, float* tile) {
+void load_keys(const T* k, int64_t stride, SlotMask needed, int64_t width, int64_t D, float* tile) {
   constexpr int64_t kStep = 8;  // converted in rows, transposed while in the first-level cache
   float rows[kKeys * kStep];
   for (int64_t d = 0; d < D; d += kStep) {
@@ -108,7 +108,8 @@ void load_keys(const T* k, int64_t stride, Mask needed, int64_t width, int64_t D
 
 // The V tile as [slot][D]; true if all of it is finite.
 template <class T>
-bool load_values(const T* v, int64_t stride, Mask needed, int64_t width, int64_t D, float* tile) {
+bool load_values(const T* v, int64_t stride, SlotMask needed, int64_t width, int64_t D,
+                 float* tile) {
   uint32_t overflow = 0;  // the top bit: an exponent of all ones was seen
   for (int64_t j = 0; j < width; ++j) {
     float* to = tile + j * D;
@@ -127,8 +128,8 @@ bool load_values(const T* v, int64_t stride, Mask needed, int64_t width, int64_t
 
 // One tile of one row: logits to weights in place; updates m and l and returns the factor by which
 // the sums so far shrink. Reductions run in kLanes fixed lanes: unseen slots change no bit.
-float online_softmax(const BlockAttentionParams& p, float* s, Mask seen, int64_t width, float* m,
-                     float* l) {
+float online_softmax(const BlockAttentionParams& p, float* s, SlotMask seen, int64_t width,
+                     float* m, float* l) {
   if (!seen) {
     std::fill_n(s, width, 0.0f);
     return 1.0f;
@@ -137,7 +138,7 @@ float online_softmax(const BlockAttentionParams& p, float* s, Mask seen, int64_t
   if (p.softcap > 0) {
     for (int64_t j = 0; j < width; ++j) s[j] = p.softcap * plain_tanh(s[j] / p.softcap);
   }
-  if (seen != ~Mask(0)) {
+  if (seen != ~SlotMask(0)) {
     for (int64_t j = 0; j < width; ++j) s[j] = seen >> j & 1 ? s[j] : -kInfinity;
   }
   float lane[kLanes];
@@ -199,8 +200,8 @@ void attend(const BlockAttentionParams& p, int64_t begin, int64_t end) {
     last = std::min(last, attended_end);
     for (int64_t slot = grid + std::max<int64_t>(first - grid, 0) / kKeys * kKeys; slot < last;
          slot += kKeys) {
-      const Mask attended = ranges.tile(slot);
-      Mask needed = 0;
+      const SlotMask attended = ranges.tile(slot);
+      SlotMask needed = 0;
       for (int64_t r = 0; r < rows && attended; ++r) {
         if (r > 0 && query(r) == query(r - 1)) {
           t.seen[r] = t.seen[r - 1];
@@ -268,6 +269,10 @@ void scatter(const BlockAttentionParams& p, int64_t begin, int64_t end) {
   }
 }
 
+BlockAttentionWork work(const BlockAttentionParams& p) {
+  return {p.B * p.G * ((p.Q * (p.H / p.G) + kRows - 1) / kRows), 0, 0};
+}
+
 }  // namespace
 
 void scatter_new_rows(const BlockAttentionParams& params, int64_t begin, int64_t end) {
@@ -275,21 +280,15 @@ void scatter_new_rows(const BlockAttentionParams& params, int64_t begin, int64_t
                                   : scatter<uint16_t>(params, begin, end);
 }
 
-BlockAttentionWork block_attention_work(const BlockAttentionParams& p) {
-  return {p.B * p.G * ((p.Q * (p.H / p.G) + kRows - 1) / kRows), 0, 0};
-}
-
-void block_attention(const BlockAttentionParams& params, int64_t begin, int64_t end) {
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return attend<float>(params, begin, end);
+BlockAttentionKernels block_attention(DType dtype) {
+  switch (dtype) {
     case DType::kBFloat16:
-      return attend<BFloat16>(params, begin, end);
+      return {work, attend<BFloat16>, nullptr};
     case DType::kFloat16:
-      return attend<Float16>(params, begin, end);
+      return {work, attend<Float16>, nullptr};
+    default:
+      return {work, attend<float>, nullptr};
   }
 }
-
-void merge_block_attention(const BlockAttentionParams&, int64_t, int64_t) {}  // nothing is split
 
 }  // namespace dlm::cpu::generic

@@ -10,15 +10,15 @@
 namespace dlm::cpu {
 namespace {
 
-constexpr int64_t kKeys = 64;  // slots of a tile: one bit each in a Mask
-using Mask = uint64_t;
+constexpr int64_t kKeys = 64;  // slots of a tile: one bit each in a SlotMask
+using SlotMask = uint64_t;
 
 // Bits [low, high) of a word, clamped to it.
-inline Mask bits_between(int64_t low, int64_t high) {
+inline SlotMask bits_between(int64_t low, int64_t high) {
   low = std::max<int64_t>(low, 0);
   high = std::min<int64_t>(high, kKeys);
   if (low >= high) return 0;
-  return ~Mask(0) >> (kKeys - (high - low)) << low;
+  return ~SlotMask(0) >> (kKeys - (high - low)) << low;
 }
 
 // The attended ranges of one batch row. A range starts no earlier than the ranges before it end.
@@ -44,8 +44,8 @@ struct Ranges {
     }
   }
   // The slots of a tile that lie in a range.
-  Mask tile(int64_t first) const {
-    Mask bits = 0;
+  SlotMask tile(int64_t first) const {
+    SlotMask bits = 0;
     each([&](int64_t start, int64_t end) { bits |= bits_between(start - first, end - first); });
     return bits;
   }
@@ -78,11 +78,11 @@ inline void interval(const BlockAttentionParams& p, int64_t b, int64_t i, int64_
 }
 
 // The slots of the tile at `first` whose order is at most `limit`.
-inline Mask in_order(const BlockAttentionParams& p, int64_t b, int64_t first, int64_t limit) {
+inline SlotMask in_order(const BlockAttentionParams& p, int64_t b, int64_t first, int64_t limit) {
   const int32_t* order = p.k_order + b * p.S + first;
   const int64_t width = std::min(kKeys, p.S - first);
-  Mask open = 0;
-  for (int64_t j = 0; j < width; ++j) open |= Mask(order[j] <= limit) << j;
+  SlotMask open = 0;
+  for (int64_t j = 0; j < width; ++j) open |= SlotMask(order[j] <= limit) << j;
   return open;
 }
 

@@ -1,106 +1,178 @@
 // SPDX-License-Identifier: Apache-2.0
-// AVX-512 as value types: Floats and Words are sixteen floats and sixteen 32-bit words. Thin: one
-// or two instructions a function, except the transposition and the exponential. Needs AVX-512 F,
-// BW, DQ and VL; dot of bf16 pairs needs AVX512_BF16.
+// The vectors of *_avx512.cpp: 512 bits as GNU vector types (their + - * & ^ << work on every
+// element), and by name what has no operator. Needs AVX-512F, BW, DQ and VL.
+//
+// Everything is always inlined, here as in csrc/common: a copy made with these instructions could
+// be the one the linker keeps for files that must run without them.
 #pragma once
 #include <immintrin.h>
 
-#include <cstdint>
-
 #include "common/dtype.h"
-
-#define DLM_SIMD static inline __attribute__((always_inline))
 
 namespace dlm::cpu::avx512 {
 
-constexpr int64_t kLanes = 16;
+using Floats = __m512;
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint64_t Longs __attribute__((vector_size(64)));
+using Mask = __mmask16;
 
-struct Floats {
-  __m512 v;
-};
-struct Words {
-  __m512i v;
-};
-using LaneMask = __mmask16;
+constexpr int kWidth = 16;
 
-DLM_SIMD LaneMask first_lanes(int64_t n) {
-  return n >= kLanes ? LaneMask(0xffff) : LaneMask((1u << n) - 1);
+#define DLM_SIMD inline __attribute__((always_inline))
+
+DLM_SIMD Floats splat(float x) { return _mm512_set1_ps(x); }
+DLM_SIMD Words splat(uint32_t x) { return (Words)_mm512_set1_epi32(int(x)); }
+DLM_SIMD Longs splat(uint64_t x) { return (Longs)_mm512_set1_epi64(int64_t(x)); }
+
+// --- memory ------------------------------------------------------------------------------------
+
+DLM_SIMD Floats load(const float* x) { return _mm512_loadu_ps(x); }
+DLM_SIMD Words load(const uint32_t* x) { return (Words)_mm512_loadu_si512(x); }
+DLM_SIMD Floats from_bfloat16(__m256i x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+DLM_SIMD Floats load(const BFloat16* x) {
+  return from_bfloat16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+}
+DLM_SIMD Floats load(const Float16* x) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
 }
 
-// --- floats
-// ---------------------------------------------------------------------------------------
-DLM_SIMD Floats broadcast(float x) { return {_mm512_set1_ps(x)}; }
-DLM_SIMD Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
-DLM_SIMD void store(float* p, Floats x) { _mm512_storeu_ps(p, x.v); }
-DLM_SIMD Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
-DLM_SIMD Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
-DLM_SIMD Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
-DLM_SIMD Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
-DLM_SIMD Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-// The larger; b if either is NaN.
-DLM_SIMD Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
-DLM_SIMD LaneMask equal(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
-DLM_SIMD LaneMask less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
-DLM_SIMD Floats select(LaneMask m, Floats yes, Floats no) {
-  return {_mm512_mask_blend_ps(m, no.v, yes.v)};
+// The elements that `mask` names, 0 elsewhere; no other memory is touched.
+DLM_SIMD Floats load(Mask mask, const float* x) { return _mm512_maskz_loadu_ps(mask, x); }
+DLM_SIMD Floats load(Mask mask, const BFloat16* x) {
+  return from_bfloat16(_mm256_maskz_loadu_epi16(mask, x));
 }
-DLM_SIMD Floats magnitude(Floats x) { return {_mm512_abs_ps(x.v)}; }
-DLM_SIMD Floats with_sign_of(Floats sign, Floats x) {
-  const __m512i bit = _mm512_set1_epi32(INT32_MIN);
-  return {_mm512_castsi512_ps(
-      _mm512_ternarylogic_epi32(bit, _mm512_castps_si512(sign.v), _mm512_castps_si512(x.v), 0xca))};
+DLM_SIMD Floats load(Mask mask, const Float16* x) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, x));
 }
 
-// 2^x for x <= 0 (and -inf, NaN) within 2 units in the last place, exact at 0; results below the
-// smallest subnormal are 0. Polynomial on [-1/2, 1/2] with the least relative error.
-DLM_SIMD Floats exp2_nonpositive(Floats x) {
-  const __m512 clamped = _mm512_max_ps(_mm512_set1_ps(-160.0f), x.v);  // a NaN stays
-  const __m512 n = _mm512_roundscale_ps(clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_sub_ps(clamped, n);
-  __m512 p = _mm512_set1_ps(1.326472615e-03f);
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.671512991e-03f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.550733581e-02f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.402224243e-01f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931470037e-01f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-  return {_mm512_scalef_ps(p, n)};
+DLM_SIMD void store(float* to, Floats x) { _mm512_storeu_ps(to, x); }
+DLM_SIMD void store(uint32_t* to, Words x) { _mm512_storeu_si512(to, (__m512i)x); }
+DLM_SIMD void store(uint64_t* to, Longs x) { _mm512_storeu_si512(to, (__m512i)x); }
+
+// --- arithmetic --------------------------------------------------------------------------------
+
+DLM_SIMD Words bits(Floats x) { return (Words)x; }
+DLM_SIMD Floats from_bits(Words x) { return (Floats)x; }
+DLM_SIMD Floats to_floats(Words x) { return _mm512_cvtepi32_ps((__m512i)x); }  // as signed integers
+DLM_SIMD Words to_words(Floats x) { return (Words)_mm512_cvttps_epu32(x); }
+
+// a * b + c and a * b - c, rounded once. (Products and sums written as such round separately.)
+DLM_SIMD Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+DLM_SIMD Floats fms(Floats a, Floats b, Floats c) { return _mm512_fmsub_ps(a, b, c); }
+DLM_SIMD Floats fma_where(Mask mask, Floats a, Floats b, Floats c) {  // c elsewhere
+  return _mm512_mask3_fmadd_ps(a, b, c, mask);
+}
+DLM_SIMD Floats fma_or_zero(Mask mask, Floats a, Floats b, Floats c) {
+  return _mm512_maskz_fmadd_ps(mask, a, b, c);
 }
 
-// tanh x: Cephes' polynomial (Moshier) around 0, from e^-2|x| elsewhere.
-DLM_SIMD Floats tanh(Floats x) {
-  const Floats z = x * x;
-  Floats p = broadcast(-5.70498872745e-3f);
-  p = fma(p, z, broadcast(2.06390887954e-2f));
-  p = fma(p, z, broadcast(-5.37397155531e-2f));
-  p = fma(p, z, broadcast(1.33314422036e-1f));
-  p = fma(p, z, broadcast(-3.33332819422e-1f));
-  const Floats near = fma(p * z, x, x);
-  const Floats e = exp2_nonpositive(magnitude(x) * broadcast(-2.88539008f));  // -2 / ln 2
-  const Floats one = broadcast(1.0f);
-  const Floats far = with_sign_of(x, (one - e) / (one + e));
-  return select(less(z, broadcast(0.390625f)), near, far);
+DLM_SIMD Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }  // b where one is NaN
+DLM_SIMD Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+DLM_SIMD Words min(Words a, Words b) { return (Words)_mm512_min_epu32((__m512i)a, (__m512i)b); }
+DLM_SIMD Floats magnitude(Floats x) { return _mm512_abs_ps(x); }
+
+// The low halves' 64-bit products.
+DLM_SIMD Longs multiply_low(Longs a, Longs b) {
+  return (Longs)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+}
+DLM_SIMD Longs exclusive_or(Longs a, Longs b, Longs c) {
+  return (Longs)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)c, 0x96);
 }
 
-// --- words
-// ----------------------------------------------------------------------------------------
-DLM_SIMD Words zero_words() { return {_mm512_setzero_si512()}; }
-DLM_SIMD Words broadcast(uint32_t x) { return {_mm512_set1_epi32(int32_t(x))}; }
-DLM_SIMD Words load(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
-DLM_SIMD void store(uint32_t* p, Words x) { _mm512_storeu_si512(p, x.v); }
-DLM_SIMD Words operator&(Words a, Words b) { return {_mm512_and_si512(a.v, b.v)}; }
-DLM_SIMD Words operator|(Words a, Words b) { return {_mm512_or_si512(a.v, b.v)}; }
-DLM_SIMD Words operator^(Words a, Words b) { return {_mm512_xor_si512(a.v, b.v)}; }
-DLM_SIMD Words keep(LaneMask m, Words x) { return {_mm512_maskz_mov_epi32(m, x.v)}; }
-DLM_SIMD Floats as_floats(Words x) { return {_mm512_castsi512_ps(x.v)}; }
-DLM_SIMD Words as_words(Floats x) { return {_mm512_castps_si512(x.v)}; }
+// --- masks -------------------------------------------------------------------------------------
+
+DLM_SIMD Mask equal(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+DLM_SIMD Mask less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+DLM_SIMD Mask greater(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+DLM_SIMD Mask at_least(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+// These hold where one is NaN.
+DLM_SIMD Mask not_less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
+DLM_SIMD Mask not_at_most(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
+DLM_SIMD Mask is_nan(Floats a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
+DLM_SIMD Mask at_most(Words a, Words b) { return _mm512_cmple_epu32_mask((__m512i)a, (__m512i)b); }
+DLM_SIMD Mask at_most(Mask of, Words a, Words b) {
+  return _mm512_mask_cmple_epu32_mask(of, (__m512i)a, (__m512i)b);
+}
+
+DLM_SIMD Floats select(Mask mask, Floats where, Floats elsewhere) {
+  return _mm512_mask_mov_ps(elsewhere, mask, where);
+}
+DLM_SIMD Words select(Mask mask, Words where, Words elsewhere) {
+  return (Words)_mm512_mask_mov_epi32((__m512i)elsewhere, mask, (__m512i)where);
+}
+
+// --- across elements ---------------------------------------------------------------------------
+
+// table[index % 16]
+DLM_SIMD Floats look_up(Words index, Floats table) {
+  return _mm512_permutexvar_ps((__m512i)index, table);
+}
+DLM_SIMD Words look_up(Words index, Words table) {
+  return (Words)_mm512_permutexvar_epi32((__m512i)index, (__m512i)table);
+}
+DLM_SIMD float largest(Floats x) { return _mm512_reduce_max_ps(x); }
+DLM_SIMD float sum(Floats x) { return _mm512_reduce_add_ps(x); }  // pairwise
+DLM_SIMD uint64_t sum(Longs x) { return uint64_t(_mm512_reduce_add_epi64((__m512i)x)); }
+// The elements that `mask` names, moved together.
+DLM_SIMD Words compress(Mask mask, Words x) {
+  return (Words)_mm512_maskz_compress_epi32(mask, (__m512i)x);
+}
+DLM_SIMD Longs compress(__mmask8 mask, Longs x) {
+  return (Longs)_mm512_maskz_compress_epi64(mask, (__m512i)x);
+}
+// Elements 2 l of a and b, and elements 2 l + 1, side by side.
+DLM_SIMD Longs pair_even(Longs a, Longs b) {
+  return (Longs)_mm512_unpacklo_epi64((__m512i)a, (__m512i)b);
+}
+DLM_SIMD Longs pair_odd(Longs a, Longs b) {
+  return (Longs)_mm512_unpackhi_epi64((__m512i)a, (__m512i)b);
+}
+// Non-negative floats below 2^63 without their fractions: the first eight, the last eight.
+DLM_SIMD Longs first_to_longs(Floats x) {
+  return (Longs)_mm512_cvttps_epi64(_mm512_castps512_ps256(x));
+}
+DLM_SIMD Longs last_to_longs(Floats x) {
+  return (Longs)_mm512_cvttps_epi64(_mm512_extractf32x8_ps(x, 1));
+}
+
+// --- parts of a vector, rows and columns ---------------------------------------------------------
+
+DLM_SIMD Mask first(int64_t n) { return n >= kWidth ? Mask(0xffff) : Mask((1u << n) - 1); }
+
+DLM_SIMD Words load(Mask mask, const uint32_t* x) {
+  return (Words)_mm512_maskz_loadu_epi32(mask, x);
+}
+DLM_SIMD void store(Mask mask, uint32_t* to, Words x) {
+  _mm512_mask_storeu_epi32(to, mask, (__m512i)x);
+}
+DLM_SIMD void store(Mask mask, float* to, Floats x) { _mm512_mask_storeu_ps(to, mask, x); }
+DLM_SIMD void store(Mask mask, BFloat16* to, Floats x) {  // to nearest even; a NaN stays one
+  const Words b = bits(x), rounded = b + 0x7fff + (b >> 16 & 1);
+  const Words half = select(is_nan(x), b | 0x400000, rounded) >> 16;
+  _mm256_mask_storeu_epi16(to, mask, _mm512_cvtepi32_epi16((__m512i)half));
+}
+DLM_SIMD void store(Mask mask, Float16* to, Floats x) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  _mm256_mask_storeu_epi16(to, mask, _mm512_cvtps_ph(x, kNearest));
+}
+
+// In which of sixteen 64-bit words bit `index` is set.
+DLM_SIMD Mask with_bit(const uint64_t* words, int64_t index) {
+  const __m512i bit = _mm512_set1_epi64(int64_t(uint64_t(1) << index));
+  const __mmask8 low = _mm512_test_epi64_mask(_mm512_loadu_si512(words), bit);
+  const __mmask8 high = _mm512_test_epi64_mask(_mm512_loadu_si512(words + 8), bit);
+  return Mask(low | high << 8);
+}
 
 // Rows become columns: word j of row i goes to word i of row j.
 DLM_SIMD void transpose(Words (&row)[16]) {
   __m512i a[16], b[16];
 #pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) {
-    a[i] = _mm512_unpacklo_epi32(row[i].v, row[i + 1].v);
-    a[i + 1] = _mm512_unpackhi_epi32(row[i].v, row[i + 1].v);
+    a[i] = _mm512_unpacklo_epi32((__m512i)row[i], (__m512i)row[i + 1]);
+    a[i + 1] = _mm512_unpackhi_epi32((__m512i)row[i], (__m512i)row[i + 1]);
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 16; i += 4) {
@@ -109,8 +181,9 @@ DLM_SIMD void transpose(Words (&row)[16]) {
     b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
     b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
   }
+  // Quarter l of b[4 r + i] is words 4 r .. 4 r + 3 of column 4 l + i.
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {  // 128-bit lanes: word 4 l + i of rows 0..3, 4..7, 8..11, 12..15
+  for (int i = 0; i < 4; ++i) {
     a[i] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88);
     a[i + 4] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
     a[i + 8] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88);
@@ -118,92 +191,71 @@ DLM_SIMD void transpose(Words (&row)[16]) {
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    row[i].v = _mm512_shuffle_i32x4(a[i], a[i + 8], 0x88);
-    row[i + 8].v = _mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd);
-    row[i + 4].v = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0x88);
-    row[i + 12].v = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0xdd);
+    row[i] = (Words)_mm512_shuffle_i32x4(a[i], a[i + 8], 0x88);
+    row[i + 4] = (Words)_mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0x88);
+    row[i + 8] = (Words)_mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd);
+    row[i + 12] = (Words)_mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0xdd);
   }
 }
 
-// In which of sixteen 64-bit words bit `index` is set.
-DLM_SIMD LaneMask lanes_with_bit(const uint64_t* words, int64_t index) {
-  const __m512i bit = _mm512_set1_epi64(int64_t(uint64_t(1) << index));
-  const __mmask8 low = _mm512_test_epi64_mask(_mm512_loadu_si512(words), bit);
-  const __mmask8 high = _mm512_test_epi64_mask(_mm512_loadu_si512(words + 8), bit);
-  return LaneMask(low | high << 8);
+// --- elementary functions that may round products and sums once
+// ------------------------------------
+
+// 2^x for x <= 0 (and -inf, NaN) within 2 units in the last place, exact at 0; results below the
+// smallest subnormal are 0. The polynomial has the least relative error on [-1/2, 1/2].
+DLM_SIMD Floats exp2_nonpositive(Floats x) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  const Floats clamped = max(splat(-160.0f), x);  // a NaN stays
+  const Floats n = _mm512_roundscale_ps(clamped, kNearest), f = clamped - n;
+  Floats p = splat(1.326472615e-03f);
+  p = fma(p, f, splat(9.671512991e-03f));
+  p = fma(p, f, splat(5.550733581e-02f));
+  p = fma(p, f, splat(2.402224243e-01f));
+  p = fma(p, f, splat(6.931470037e-01f));
+  p = fma(p, f, splat(1.0f));
+  return _mm512_scalef_ps(p, n);
 }
 
-// --- element types: `n` of them read (the others are 0) or written
-// ----------------------------------
-DLM_SIMD Words load_words(const void* p, int64_t n) {
-  return {_mm512_maskz_loadu_epi32(first_lanes(n), p)};
-}
-DLM_SIMD void store(uint32_t* p, Words x, int64_t n) {
-  _mm512_mask_storeu_epi32(p, first_lanes(n), x.v);
-}
-DLM_SIMD Floats load(const float* p, int64_t n) {
-  return {_mm512_maskz_loadu_ps(first_lanes(n), p)};
-}
-DLM_SIMD Floats load(const BFloat16* p, int64_t n) {
-  const __m256i half = _mm256_maskz_loadu_epi16(first_lanes(n), p);
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
-}
-DLM_SIMD Floats load(const Float16* p, int64_t n) {
-  return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p))};
-}
-DLM_SIMD void store(float* p, Floats x, int64_t n) {
-  _mm512_mask_storeu_ps(p, first_lanes(n), x.v);
-}
-DLM_SIMD void store(BFloat16* p, Floats x, int64_t n) {
-  const __m512i bits = _mm512_castps_si512(x.v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
-  const __m512i rounded =  // to nearest even; a NaN stays one
-      _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x400000));
-  const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
-  _mm256_mask_storeu_epi16(p, first_lanes(n), half);
-}
-DLM_SIMD void store(Float16* p, Floats x, int64_t n) {
-  const __m256i half = _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  _mm256_mask_storeu_epi16(p, first_lanes(n), half);
+// tanh x: Cephes' polynomial (Moshier) around 0, from e^-2|x| elsewhere.
+DLM_SIMD Floats tanh(Floats x) {
+  const Floats z = x * x, one = splat(1.0f);
+  Floats p = splat(-5.70498872745e-3f);
+  p = fma(p, z, splat(2.06390887954e-2f));
+  p = fma(p, z, splat(-5.37397155531e-2f));
+  p = fma(p, z, splat(1.33314422036e-1f));
+  p = fma(p, z, splat(-3.33332819422e-1f));
+  const Floats near = fma(p * z, x, x);
+  const Floats e = exp2_nonpositive(magnitude(x) * splat(-2.88539008f));  // -2 / ln 2
+  const Words sign = bits(x) & 0x80000000u;
+  const Floats far = from_bits(bits((one - e) / (one + e)) | sign);
+  return select(less(z, splat(0.390625f)), near, far);
 }
 
-// --- bf16 pairs: the lower half of a word comes first
-// ----------------------------------------------- 32 elements of each of two rows, as pairs (a[i],
-// b[i]).
+// --- pairs of bf16: the lower half of a word is the first
+// -------------------------------------------
+
+// The sixteen-bit halves of two rows side by side: a[0] b[0] a[1] b[1] ... in two vectors.
 DLM_SIMD void interleave(Words a, Words b, Words* low, Words* high) {
-  const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
+  const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
                                          8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
-  low->v = _mm512_permutex2var_epi16(a.v, first, b.v);
-  high->v = _mm512_permutex2var_epi16(a.v, second, b.v);
+  const __m512i next = _mm512_add_epi16(order, _mm512_set1_epi16(16));
+  *low = (Words)_mm512_permutex2var_epi16((__m512i)a, order, (__m512i)b);
+  *high = (Words)_mm512_permutex2var_epi16((__m512i)a, next, (__m512i)b);
 }
-// The larger of the magnitudes' bits, element by element; seen to hold infinity or NaN.
-DLM_SIMD Words max_magnitude16(Words a, Words x) {
-  const __m512i bits = _mm512_and_si512(x.v, _mm512_set1_epi16(0x7fff));
-  return {_mm512_max_epu16(a.v, bits)};
+// The larger of two half-words, in both halves.
+DLM_SIMD Words max_halves(Words a, Words b) {
+  return (Words)_mm512_max_epu16((__m512i)a, (__m512i)b);
 }
-DLM_SIMD Words max_magnitude32(Words a, Words x) {
-  const __m512i bits = _mm512_and_si512(x.v, _mm512_set1_epi32(0x7fffffff));
-  return {_mm512_max_epu32(a.v, bits)};
-}
-DLM_SIMD bool all_finite16(Words magnitude) {
-  return !_mm512_cmpge_epu16_mask(magnitude.v, _mm512_set1_epi16(0x7f80));
-}
-DLM_SIMD bool all_finite32(Words magnitude) {
-  return !_mm512_cmpge_epu32_mask(magnitude.v, _mm512_set1_epi32(0x7f800000));
-}
+DLM_SIMD Words max(Words a, Words b) { return (Words)_mm512_max_epu32((__m512i)a, (__m512i)b); }
 #ifdef __AVX512BF16__
 DLM_SIMD Words pairs(Floats first, Floats second) {
-  const __m512i narrow = (__m512i)_mm512_cvtne2ps_pbh(second.v, first.v);
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
                                          8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return {_mm512_permutexvar_epi16(order, narrow)};
+  return (Words)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(second, first));
 }
 // sum + a.first * b.first + a.second * b.second
 DLM_SIMD Floats dot_pairs(Words a, Words b, Floats sum) {
-  return {_mm512_dpbf16_ps(sum.v, (__m512bh)a.v, (__m512bh)b.v)};
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 }
 #endif
 

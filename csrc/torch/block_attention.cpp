@@ -150,7 +150,7 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const MaybeTensor& k
       cpu::scatter_new_rows(p, begin, end);
     });
   }
-  const cpu::BlockAttentionKernels& kernels = cpu::block_attention_kernels();
+  const cpu::BlockAttentionKernels kernels = cpu::block_attention(p.dtype);
   const cpu::BlockAttentionWork work = kernels.work(p);
   Tensor workspace = torch::stable::new_empty(q, {work.workspace}, ScalarType::Float);
   p.workspace = static_cast<float*>(workspace.mutable_data_ptr());

@@ -1,0 +1,633 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cpu/block_attention.h"
+#include "cpu/block_attention_mask.h"
+#include "cpu/simd_avx512.h"
+
+namespace dlm::cpu::avx512 {
+namespace {
+
+constexpr int64_t kLanes = kWidth;
+constexpr int64_t kTileRows = 2 * kLanes;        // rows of a row tile: two vectors
+constexpr int64_t kMaxRows = 512;                // rows of a work item,
+constexpr int64_t kRowElements = 32 * 1024;      // ... and rows times D
+constexpr int64_t kMaxSpan = 512;                // slots of a span,
+constexpr int64_t kPackWords = 32 * 1024;        // ... and words of its keys, or its values
+constexpr int64_t kMaxTiles = kMaxSpan / kKeys;  // key tiles of a span
+constexpr int64_t kManyItems = 32;               // that keep all cores busy,
+constexpr int64_t kMaxSplits = 64;               // ... if keys are split no further than this
+constexpr int64_t kCount = 8;                    // D is a multiple of it
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLog2E = 1.44269504f;
+alignas(64) constexpr float kOnes[kTileRows] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+                                                1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+
+// What the products run over: words of one float, or of a pair of bf16 elements (along D in q.k,
+// along the slots in p.v).
+template <class T>
+struct FloatWords {
+  using Element = T;
+  static constexpr int64_t kElements = 1;             // of a word
+  static constexpr int64_t kChains = 2, kDepth = 32;  // sums of every other word; words in them
+  static constexpr uint32_t kSign = 0x80000000u;
+
+  static Words words(const T* p, int64_t n) { return bits(load(first(n), p)); }
+  // `n` words of the values of one word of slots. `worst`: the largest magnitude so far.
+  static void values(const T* const* row, int64_t n, uint32_t* to, Words* worst) {
+    for (int64_t d = 0; d < n; d += kLanes) {
+      const Words x = words(row[0] + d, n - d);
+      *worst = max(*worst, x & 0x7fffffffu);
+      store(first(n - d), to + d, x);
+    }
+  }
+  static bool finite(Words worst) { return at_most(splat(0x7f800000u), worst) == 0; }
+  static Floats dot(Words a, Words b, Floats sum) { return fma(from_bits(a), from_bits(b), sum); }
+  static Words weights(const Floats* p) { return bits(p[0]); }
+  static Words visible(const Mask* seen) { return select(seen[0], splat(~0u), splat(0u)); }
+};
+
+#ifdef __AVX512BF16__
+struct PairWords {
+  using Element = BFloat16;
+  static constexpr int64_t kElements = 2, kChains = 1, kDepth = 64;
+  static constexpr uint32_t kSign = 0x80008000u;
+
+  static Words words(const BFloat16* p, int64_t n) {
+    return load(first(n), reinterpret_cast<const uint32_t*>(p));
+  }
+  static void values(const BFloat16* const* row, int64_t n, uint32_t* to, Words* worst) {
+    for (int64_t d = 0; d < n; d += 2 * kLanes) {
+      const Words a = words(row[0] + d, (n - d) / 2), b = words(row[1] + d, (n - d) / 2);
+      *worst = max_halves(max_halves(*worst, a & 0x7fff7fffu), b & 0x7fff7fffu);
+      Words low, high;
+      interleave(a, b, &low, &high);
+      store(first(n - d), to + d, low);
+      if (n - d > kLanes) store(first(n - d - kLanes), to + d + kLanes, high);
+    }
+  }
+  static bool finite(Words worst) {
+    return at_most(splat(0x7f80u), max(worst >> 16, worst & 0xffffu)) == 0;
+  }
+  static Floats dot(Words a, Words b, Floats sum) { return dot_pairs(a, b, sum); }
+  static Words weights(const Floats* p) { return pairs(p[0], p[1]); }
+  static Words visible(const Mask* seen) {
+    const Words none = splat(0u);
+    return select(seen[0], splat(0x0000ffffu), none) | select(seen[1], splat(0xffff0000u), none);
+  }
+};
+#endif
+
+// Consecutive query rows of a KV head; a row is one query of one of its heads.
+struct Rows {
+  int64_t b, g, group, first, count;
+  int64_t query(int64_t r) const { return (first + r) / group; }
+  int64_t head(int64_t r) const { return g * group + (first + r) % group; }
+  int64_t lanes() const { return count > kLanes ? kTileRows : kLanes; }  // of a row tile
+};
+
+// How a call is divided; by its shape alone.
+struct Plan {
+  int64_t all_rows, rows, blocks;  // query rows of a KV head; of a work item; items they make
+  int64_t tiles;                   // row tiles of a work item
+  int64_t words;                   // of a key
+  int64_t span, spans, splits;     // slots of a span; spans; items that the spans make
+
+  // `elements`: of a word.
+  Plan(const BlockAttentionParams& p, int64_t elements) {
+    words = p.D / elements;
+    span = std::min(kMaxSpan, kPackWords / words / kKeys * kKeys);
+    spans = std::max<int64_t>(1, (p.S + span - 1) / span);
+    all_rows = p.Q * (p.H / p.G);
+    const int64_t most = std::min(kMaxRows, kRowElements / p.D / kTileRows * kTileRows);
+    blocks = (all_rows + most - 1) / most;
+    tiles = ((all_rows + blocks - 1) / blocks + kTileRows - 1) / kTileRows;
+    rows = tiles * kTileRows;
+    blocks = (all_rows + rows - 1) / rows;
+    splits = p.B * p.G * blocks < kManyItems && spans <= kMaxSplits ? spans : 1;
+  }
+
+  // All rows of a work item.
+  Rows rows_of(const BlockAttentionParams& p, int64_t item) const {
+    const int64_t first = item % blocks * rows;
+    return {item / blocks / p.G, item / blocks % p.G, p.H / p.G, first,
+            std::min(rows, all_rows - first)};
+  }
+  // The rows of one of its row tiles.
+  Rows rows_of(const BlockAttentionParams& p, int64_t item, int64_t tile) const {
+    Rows r = rows_of(p, item);
+    r.first += tile * kTileRows;
+    r.count = std::min(kTileRows, r.count - tile * kTileRows);
+    return r;
+  }
+};
+
+// Sums over some slots: m is the largest logit (as stored, see Logits), l the sum of the weights.
+struct State {
+  float* acc;    // [D][lanes]
+  float *m, *l;  // [lanes]
+
+  static constexpr int64_t floats(int64_t D) { return (D + 2) * kTileRows; }
+  State(float* at, int64_t D) : acc(at), m(at + D * kTileRows), l(at + (D + 1) * kTileRows) {}
+
+  void clear(int64_t D, int64_t lanes) const {
+    std::fill_n(acc, D * lanes, 0.0f);
+    std::fill_n(m, lanes, -kInfinity);
+    std::fill_n(l, lanes, 0.0f);
+  }
+};
+
+struct Scratch {
+  alignas(64) uint32_t q[kRowElements];             // [row tile][word of D][lane]
+  alignas(64) uint32_t k[kPackWords];               // [slot][word of D]
+  alignas(64) uint32_t v[kPackWords];               // [word of slots][D]
+  alignas(64) float s[kKeys * kTileRows];           // logits, then weights [slot, or word][lane]
+  alignas(64) uint32_t visible[kKeys * kTileRows];  // as the weights: all bits, or none
+  alignas(64) float sums[kRowElements + 2 * kMaxRows];         // a State for each row tile
+  alignas(64) float more_sums[kTileRows * (kMaxHeadDim + 2)];  // the State of a later span
+  alignas(64) float shrink[kTileRows];
+  alignas(64) uint16_t zeros[kMaxHeadDim * 2];
+  int64_t low[kMaxRows],
+      high[kMaxRows];                    // slots a row may see: [low, high), ranges and order apart
+  alignas(64) SlotMask seen[kTileRows];  // slots of the key tile a row sees
+  Mask lanes[2][kKeys];                  // rows that see a slot
+};
+
+// c[n][:] = c[n][:] * before + sum over i of a[i][:] * b[n * b_out + i * b_in], n < kOut, in an
+// order of i that depends neither on kVectors nor on kOut; without `before`, c is not read. With
+// `visible`, what is not visible counts as 0.
+template <class F, int kVectors, int kOut, bool kMasked = false>
+void multiply(const uint32_t* a, const uint32_t* b, int64_t b_out, int64_t b_in, int64_t depth,
+              const float* before, float* c, const uint32_t* visible = nullptr) {
+  constexpr int64_t kStride = kVectors * kLanes;
+  Floats sum[F::kChains][kOut][kVectors];
+#pragma GCC unroll 2
+  for (int chain = 0; chain < F::kChains; ++chain) {
+#pragma GCC unroll 16
+    for (int n = 0; n < kOut; ++n) {
+#pragma GCC unroll 2
+      for (int x = 0; x < kVectors; ++x) sum[chain][n][x] = splat(0.0f);
+    }
+  }
+  for (int64_t i = 0; i < depth; i += F::kChains) {
+#pragma GCC unroll 2
+    for (int chain = 0; chain < F::kChains; ++chain) {
+      Words left[kVectors], seen[kVectors];
+#pragma GCC unroll 2
+      for (int x = 0; x < kVectors; ++x) {
+        left[x] = load(a + (i + chain) * kStride + x * kLanes);
+        if (kMasked) seen[x] = load(visible + (i + chain) * kStride + x * kLanes);
+      }
+#pragma GCC unroll 16
+      for (int n = 0; n < kOut; ++n) {
+        const Words right = splat(b[n * b_out + (i + chain) * b_in]);
+#pragma GCC unroll 2
+        for (int x = 0; x < kVectors; ++x) {
+          sum[chain][n][x] = F::dot(left[x], kMasked ? right & seen[x] : right, sum[chain][n][x]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int n = 0; n < kOut; ++n) {
+#pragma GCC unroll 2
+    for (int x = 0; x < kVectors; ++x) {
+      float* to = c + n * kStride + x * kLanes;
+      Floats all = sum[0][n][x];
+      if (F::kChains == 2) all = all + sum[F::kChains - 1][n][x];
+      store(to, before ? fma(load(to), load(before + x * kLanes), all) : all);
+    }
+  }
+}
+
+// The same for all outputs and any depth: sixteen sums at a time hide the latency of a product, and
+// short chains keep the rounding errors of a sum small.
+template <class F, int kVectors>
+void multiply_all(const uint32_t* a, const uint32_t* b, int64_t b_out, int64_t b_in, int64_t depth,
+                  const float* before, float* c, int64_t count, const uint32_t* visible = nullptr) {
+  constexpr int64_t kStride = kVectors * kLanes, kOut = 16 / (kVectors * F::kChains);
+  for (int64_t i = 0; i < depth; i += F::kDepth) {
+    const int64_t part = std::min(F::kDepth, depth - i);
+    int64_t n = 0;
+    for (; !visible && n + kOut <= count; n += kOut) {
+      multiply<F, kVectors, kOut>(a, b + n * b_out, b_out, b_in, part, before, c + n * kStride);
+    }
+    for (; !visible && n < count; n += kCount) {
+      multiply<F, kVectors, kCount>(a, b + n * b_out, b_out, b_in, part, before, c + n * kStride);
+    }
+    for (; n < count; n += kCount) {
+      multiply<F, kVectors, kCount, true>(a, b + n * b_out, b_out, b_in, part, before,
+                                          c + n * kStride, visible);
+    }
+    a += part * kStride;
+    b += part * b_in;
+    if (visible) visible += part * kStride;
+    before = kOnes;
+  }
+}
+
+Floats finite_base(Floats m) { return select(equal(m, splat(-kInfinity)), splat(0.0f), m); }
+
+// A logit is `unit` times what is stored of it: q.k, or the hyperbolic tangent of a soft-cap. Only
+// differences from the maximum are multiplied by it, whose rounding errors are small where the
+// weights are large. (The sign of the scale is in the queries.)
+struct Logits {
+  float cap, unit, log2_unit;  // cap: 0, or what q.k is multiplied by under the hyperbolic tangent
+
+  explicit Logits(const BlockAttentionParams& p) {
+    const float scale = std::abs(p.scale);
+    cap = p.softcap > 0 ? scale / p.softcap : 0.0f;
+    unit = p.softcap > 0 ? p.softcap : scale;
+    // Never 0, which would make NaN of the -inf that stands for what is not seen.
+    log2_unit = std::max(unit * kLog2E, std::numeric_limits<float>::min());
+  }
+  Floats weight(Floats x, Floats base) const {
+    return exp2_nonpositive((x - base) * splat(log2_unit));
+  }
+};
+
+// One vector of rows over one key tile: logits to weights in place (as words), m, l, and the factor
+// by which the sums so far shrink. `lanes`: which rows see a slot; null: all.
+template <class F>
+void online_softmax(const Logits& logits, float* s, int64_t stride, int64_t width,
+                    const Mask* lanes, float* m, float* l, float* shrink) {
+  const Floats before = load(m);
+  Floats top = before;
+  if (logits.cap > 0) {
+    for (int64_t j = 0; j < width; ++j) {
+      store(s + j * stride, tanh(load(s + j * stride) * splat(logits.cap)));
+    }
+  }
+  if (lanes) {
+    for (int64_t j = 0; j < width; ++j) {
+      store(s + j * stride, select(lanes[j], load(s + j * stride), splat(-kInfinity)));
+    }
+  }
+  for (int64_t j = 0; j < width; ++j) top = max(load(s + j * stride), top);
+  // Only NaN and -inf so far: any finite number will do to subtract.
+  const Floats base = finite_base(top), factor = logits.weight(before, base);
+  Floats sum[4];
+  for (Floats& x : sum) x = splat(0.0f);
+  uint32_t* words = reinterpret_cast<uint32_t*>(s);
+  for (int64_t j = 0; j < width; j += 4) {
+    Floats e[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      e[i] = logits.weight(load(s + (j + i) * stride), base);
+      sum[i] = sum[i] + e[i];
+    }
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < 4; i += F::kElements) {
+      store(words + (j + i) / F::kElements * stride, F::weights(e + i));
+    }
+  }
+  store(m, top);
+  store(l, load(l) * factor + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
+  store(shrink, factor);
+}
+
+// a += b, of other slots.
+void merge(const Logits& logits, const State& a, const State& b, int64_t D, int64_t lanes) {
+  for (int64_t x = 0; x < lanes; x += kLanes) {
+    const Floats am = load(a.m + x), bm = load(b.m + x), m = max(am, bm), base = finite_base(m);
+    const Floats fa = logits.weight(am, base), fb = logits.weight(bm, base);
+    store(a.m + x, m);
+    store(a.l + x, load(a.l + x) * fa + load(b.l + x) * fb);
+    for (int64_t i = x; i < D * lanes; i += lanes) {
+      store(a.acc + i, load(a.acc + i) * fa + load(b.acc + i) * fb);
+    }
+  }
+}
+
+// out = acc / l and lse of one row tile.
+template <class T>
+void finish(const BlockAttentionParams& p, const Rows& rows, const State& t) {
+  const int64_t lanes = rows.lanes();
+  const double unit = Logits(p).unit;
+  for (int64_t x = 0; x < rows.count; x += kLanes) {
+    const Floats l = load(t.l + x), zero = splat(0.0f);
+    const Mask blind = equal(l, zero);
+    T* to[kLanes];
+    const int64_t count = std::min(rows.count - x, kLanes);
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t row = (rows.b * p.Q + rows.query(x + r)) * p.H + rows.head(x + r);
+      to[r] = static_cast<T*>(p.out) + row * p.D;
+      const double sum = t.l[x + r], m = t.m[x + r];
+      const double lse = (m == -kInfinity ? 0.0 : m * unit) + std::log(sum);
+      p.lse[row] = sum == 0 ? -kInfinity : float(lse);
+    }
+    for (int64_t d = 0; d < p.D; d += kLanes) {
+      Words block[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const Floats acc = d + i < p.D ? load(t.acc + (d + i) * lanes + x) : zero;
+        // + 0: an underflowed sum is +0 whichever sign it had before tiles of zeros were added
+        block[i] = bits(select(blind, zero, acc / l + zero));
+      }
+      transpose(block);
+      for (int64_t r = 0; r < count; ++r) store(first(p.D - d), to[r] + d, from_bits(block[r]));
+    }
+  }
+}
+
+// The part of a work item that its row tiles share.
+template <class F>
+class Item {
+ public:
+  using T = typename F::Element;
+
+  Item(const BlockAttentionParams& p, const Plan& plan, Scratch& t, int64_t item)
+      : p_(p),
+        plan_(plan),
+        logits_(p),
+        t_(t),
+        item_(item),
+        rows_(plan.rows_of(p, item)),
+        ranges_(p, rows_.b) {
+    tiles_ = (rows_.count + kTileRows - 1) / kTileRows;
+    k_ = static_cast<const T*>(p.k_cache) + rows_.b * p.k_cache_stride[0] +
+         rows_.g * p.k_cache_stride[2];
+    v_ = static_cast<const T*>(p.v_cache) + rows_.b * p.v_cache_stride[0] +
+         rows_.g * p.v_cache_stride[2];
+  }
+
+  int64_t tiles() const { return tiles_; }
+  Rows rows(int64_t tile) const { return plan_.rows_of(p_, item_, tile); }
+
+  void load_queries() {
+    first_ = p_.S, last_ = 0, limit_ = std::numeric_limits<int32_t>::min();
+    for (int64_t r = 0; r < rows_.count; ++r) {
+      const int64_t i = rows_.query(r);
+      if (r > 0 && rows_.query(r - 1) == i) {
+        t_.low[r] = t_.low[r - 1], t_.high[r] = t_.high[r - 1];
+        continue;
+      }
+      interval(p_, rows_.b, i, &t_.low[r], &t_.high[r]);
+      if (p_.q_limit) limit_ = std::max(limit_, p_.q_limit[rows_.b * p_.Q + i]);
+      if (t_.low[r] < t_.high[r]) {
+        first_ = std::min(first_, t_.low[r]);
+        last_ = std::max(last_, t_.high[r]);
+      }
+    }
+    int64_t attended_end;
+    ranges_.hull(&grid_, &attended_end);
+    last_ = std::min(last_, attended_end);
+
+    const Words sign = splat(p_.scale < 0 ? F::kSign : 0u);
+    for (int64_t tile = 0; tile < tiles_; ++tile) {
+      const Rows rows = this->rows(tile);
+      const int64_t stride = rows.lanes();
+      uint32_t* to = queries(tile);
+      for (int64_t x = 0; x < stride; x += kLanes) {
+        const T* from[kLanes];
+        for (int64_t r = 0; r < kLanes; ++r) {
+          // Lanes beyond the last row repeat it: harmless, and in bounds.
+          const int64_t row = std::min(x + r, rows.count - 1);
+          from[r] = static_cast<const T*>(p_.q) + rows.b * p_.q_stride[0] +
+                    rows.query(row) * p_.q_stride[1] + rows.head(row) * p_.q_stride[2];
+        }
+        for (int64_t u = 0; u < plan_.words; u += kLanes) {
+          const int64_t n = std::min(plan_.words - u, kLanes);
+          Words block[kLanes];
+          for (int64_t r = 0; r < kLanes; ++r) {
+            block[r] = F::words(from[r] + u * F::kElements, n) ^ sign;
+          }
+          transpose(block);
+          for (int64_t i = 0; i < n; ++i) store(to + (u + i) * stride + x, block[i]);
+        }
+      }
+    }
+  }
+
+  // Whether any row may see a slot of the span.
+  bool begin_span(int64_t span) {
+    span_first_ = grid_ + span * plan_.span;
+    span_last_ = std::min(span_first_ + plan_.span, last_);
+    packed_ = 0;
+    return span_first_ < span_last_ && span_last_ > first_;
+  }
+
+  // Attention of one row tile over the slots of the span.
+  void attend(int64_t tile, const State& state) {
+    rows(tile).lanes() == kLanes ? attend<1>(tile, state) : attend<2>(tile, state);
+  }
+
+ private:
+  uint32_t* queries(int64_t tile) { return t_.q + tile * kTileRows * plan_.words; }
+
+  // Converts the keys and values of a key tile, up to the last slot that some row may see; the
+  // others, and slots outside the ranges, become zeros and are not read.
+  void pack(int64_t tile, int64_t slot) {
+    const int64_t D = p_.D, words = plan_.words;
+    SlotMask needed = ranges_.tile(slot) & bits_between(first_ - slot, last_ - slot);
+    if (p_.k_order) needed &= in_order(p_, rows_.b, slot, limit_);
+    const T* zeros = reinterpret_cast<const T*>(t_.zeros);
+    const int64_t width = used(needed), next = std::min(p_.S - slot - kKeys, kKeys);
+    uint32_t* k = keys(tile);
+    uint32_t* v = values(tile);
+    Words worst = splat(0u);
+    for (int64_t j = 0; j < width; j += F::kElements) {
+      const T* row[F::kElements];
+      for (int64_t i = 0; i < F::kElements; ++i) {
+        const bool read = needed >> (j + i) & 1;
+        const int64_t at = slot + j + i;
+        const T* key = read ? k_ + at * p_.k_cache_stride[1] : zeros;
+        row[i] = read ? v_ + at * p_.v_cache_stride[1] : zeros;
+        for (int64_t u = 0; u < words; u += kLanes) {
+          store(first(words - u), k + (j + i) * words + u,
+                F::words(key + u * F::kElements, words - u));
+        }
+        // Rows of a cache lie far apart: no hardware fetches the next tile unasked.
+        if (j + i < next) {
+          const T* next_k = k_ + (at + kKeys) * p_.k_cache_stride[1];
+          const T* next_v = v_ + (at + kKeys) * p_.v_cache_stride[1];
+          for (int64_t d = 0; d < D; d += 64 / int64_t(sizeof(T))) {
+            __builtin_prefetch(next_k + d, 0, 2);
+            __builtin_prefetch(next_v + d, 0, 2);
+          }
+        }
+      }
+      F::values(row, D, v + j / F::kElements * D, &worst);
+    }
+    finite_[tile] = F::finite(worst);
+  }
+
+  // With a single row tile every key tile is packed into the same place, which stays in the first
+  // level of the cache.
+  uint32_t* keys(int64_t tile) { return t_.k + (tiles_ > 1 ? tile * kKeys * plan_.words : 0); }
+  uint32_t* values(int64_t tile) { return t_.v + (tiles_ > 1 ? tile * kKeys * plan_.words : 0); }
+
+  // Slots up to the last one needed, in whole vectors.
+  static int64_t used(SlotMask needed) {
+    int64_t width = kKeys;
+    while (width > 0 && !(needed >> (width - kLanes))) width -= kLanes;
+    return width;
+  }
+
+  template <int kVectors>
+  void attend(int64_t row_tile, const State& state) {
+    constexpr int64_t kStride = kVectors * kLanes;
+    const Rows rows = this->rows(row_tile);
+    const int64_t D = p_.D, words = plan_.words;
+    const int64_t *low = t_.low + row_tile * kTileRows, *high = t_.high + row_tile * kTileRows;
+    const int64_t first = *std::min_element(low, low + rows.count);
+    const int64_t all_from = *std::max_element(low, low + rows.count);
+    const int64_t all_to = *std::min_element(high, high + rows.count);
+    const int64_t last = *std::max_element(high, high + rows.count);
+    state.clear(D, kStride);
+
+    for (int64_t slot = span_first_, tile = 0; slot < span_last_; slot += kKeys, ++tile) {
+      if (slot >= last || slot + kKeys <= first) continue;
+      const SlotMask attended = ranges_.tile(slot);
+      const bool all_see_all =
+          !~attended && slot >= all_from && slot + kKeys <= all_to && !p_.k_order;
+      const SlotMask needed = all_see_all ? attended : see(rows, slot, attended, low, high);
+      if (!needed) continue;
+      const int64_t width = used(needed);
+      if (!all_see_all) {
+        for (int64_t j = 0; j < width; ++j) {
+          for (int x = 0; x < kVectors; ++x) {
+            t_.lanes[x][j] = with_bit(t_.seen + x * kLanes, j);
+          }
+        }
+      }
+      if (!(packed_ >> tile & 1)) {
+        pack(tile, slot);
+        packed_ |= 1u << tile;
+      }
+
+      multiply_all<F, kVectors>(queries(row_tile), keys(tile), words, 1, words, nullptr, t_.s,
+                                width);
+      for (int x = 0; x < kVectors; ++x) {
+        online_softmax<F>(logits_, t_.s + x * kLanes, kStride, width,
+                          all_see_all ? nullptr : t_.lanes[x], state.m + x * kLanes,
+                          state.l + x * kLanes, t_.shrink + x * kLanes);
+      }
+      // A row must not even multiply by zero what it does not see, if that may be NaN or infinite.
+      const bool masked = !finite_[tile] && !all_see_all;
+      if (masked) {
+        for (int64_t j = 0; j < width; j += F::kElements) {
+          for (int x = 0; x < kVectors; ++x) {
+            store(t_.visible + j / F::kElements * kStride + x * kLanes,
+                  F::visible(t_.lanes[x] + j));
+          }
+        }
+      }
+      multiply_all<F, kVectors>(reinterpret_cast<const uint32_t*>(t_.s), values(tile), 1, D,
+                                width / F::kElements, t_.shrink, state.acc, D,
+                                masked ? t_.visible : nullptr);
+    }
+  }
+
+  // Which slots of a tile each row sees, and which any row does.
+  SlotMask see(const Rows& rows, int64_t slot, SlotMask attended, const int64_t* low,
+               const int64_t* high) {
+    SlotMask needed = 0;
+    std::fill_n(t_.seen, kTileRows, SlotMask(0));
+    for (int64_t r = 0; r < rows.count && attended; ++r) {
+      if (r > 0 && rows.query(r) == rows.query(r - 1)) {
+        t_.seen[r] = t_.seen[r - 1];
+        continue;
+      }
+      t_.seen[r] = attended & bits_between(low[r] - slot, high[r] - slot);
+      if (p_.k_order && t_.seen[r]) {
+        t_.seen[r] &= in_order(p_, rows.b, slot, p_.q_limit[rows.b * p_.Q + rows.query(r)]);
+      }
+      needed |= t_.seen[r];
+    }
+    return needed;
+  }
+
+  const BlockAttentionParams& p_;
+  const Plan& plan_;
+  const Logits logits_;
+  Scratch& t_;
+  const int64_t item_;
+  const Rows rows_;
+  const Ranges ranges_;
+  int64_t tiles_;
+  const T *k_, *v_;
+  int64_t first_, last_, grid_;  // slots that any row may see; where spans start
+  int32_t limit_;
+  int64_t span_first_, span_last_;
+  uint32_t packed_;  // key tiles of the span, one bit each
+  bool finite_[kMaxTiles];
+};
+
+template <class F>
+void attend(const BlockAttentionParams& p, int64_t begin, int64_t end) {
+  const Plan plan(p, F::kElements);
+  Scratch t;
+  std::fill_n(t.zeros, kMaxHeadDim * 2, uint16_t(0));
+  const int64_t D = p.D;
+  for (int64_t i = begin; i < end; ++i) {
+    Item<F> item(p, plan, t, i / plan.splits);
+    item.load_queries();
+    if (plan.splits > 1) {
+      float* partial = p.workspace + i * plan.tiles * State::floats(D);
+      const bool any = item.begin_span(i % plan.splits);
+      for (int64_t tile = 0; tile < item.tiles(); ++tile) {
+        const State state(partial + tile * State::floats(D), D);
+        any ? item.attend(tile, state) : state.clear(D, item.rows(tile).lanes());
+      }
+      continue;
+    }
+    bool started = false;
+    for (int64_t span = 0; span < plan.spans; ++span) {
+      if (!item.begin_span(span)) continue;
+      for (int64_t tile = 0; tile < item.tiles(); ++tile) {
+        const State sums(t.sums + tile * State::floats(D), D);
+        if (!started) {
+          item.attend(tile, sums);
+        } else {
+          const State more(t.more_sums, D);
+          item.attend(tile, more);
+          merge(Logits(p), sums, more, D, item.rows(tile).lanes());
+        }
+      }
+      started = true;
+    }
+    for (int64_t tile = 0; tile < item.tiles(); ++tile) {
+      const State sums(t.sums + tile * State::floats(D), D);
+      if (!started) sums.clear(D, item.rows(tile).lanes());
+      finish<typename F::Element>(p, item.rows(tile), sums);
+    }
+  }
+}
+
+// Sums the spans of a row tile of a work item that was split, in their order.
+template <class F>
+void merge_spans(const BlockAttentionParams& p, int64_t begin, int64_t end) {
+  const Plan plan(p, F::kElements);
+  const int64_t D = p.D, span_floats = plan.tiles * State::floats(D);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t tile = i % plan.tiles;
+    const Rows rows = plan.rows_of(p, i / plan.tiles, tile);
+    if (rows.count <= 0) continue;
+    float* at = p.workspace + i / plan.tiles * plan.splits * span_floats + tile * State::floats(D);
+    const State sums(at, D);
+    for (int64_t span = 1; span < plan.splits; ++span) {
+      merge(Logits(p), sums, State(at + span * span_floats, D), D, rows.lanes());
+    }
+    finish<typename F::Element>(p, rows, sums);
+  }
+}
+
+template <class F>
+BlockAttentionWork work(const BlockAttentionParams& p) {
+  const Plan plan(p, F::kElements);
+  const int64_t groups = p.B * p.G * plan.blocks;
+  if (plan.splits == 1) return {groups, 0, 0};
+  return {groups * plan.splits, groups * plan.tiles,
+          groups * plan.splits * plan.tiles * State::floats(p.D)};
+}
+
+template <class F>
+constexpr BlockAttentionKernels kernels_of() {
+  return {work<F>, attend<F>, merge_spans<F>};
+}
+
+}  // namespace
+}  // namespace dlm::cpu::avx512
