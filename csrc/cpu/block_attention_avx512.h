@@ -35,10 +35,17 @@ struct FloatWords {
   static constexpr int64_t kChains = 2, kDepth = 32;  // sums of every other word; words in them
   static constexpr uint32_t kSign = 0x80000000u;
 
+  static Words words(const T* p) { return bits(load(p)); }
   static Words words(const T* p, int64_t n) { return bits(load(first(n), p)); }
   // `n` words of the values of one word of slots. `worst`: the largest magnitude so far.
   static void values(const T* const* row, int64_t n, uint32_t* to, Words* worst) {
-    for (int64_t d = 0; d < n; d += kLanes) {
+    int64_t d = 0;
+    for (; d + kLanes <= n; d += kLanes) {
+      const Words x = words(row[0] + d);
+      *worst = max(*worst, x & 0x7fffffffu);
+      store(to + d, x);
+    }
+    if (d < n) {
       const Words x = words(row[0] + d, n - d);
       *worst = max(*worst, x & 0x7fffffffu);
       store(first(n - d), to + d, x);
@@ -56,17 +63,26 @@ struct PairWords {
   static constexpr int64_t kElements = 2, kChains = 1, kDepth = 64;
   static constexpr uint32_t kSign = 0x80008000u;
 
+  static Words words(const BFloat16* p) { return load(reinterpret_cast<const uint32_t*>(p)); }
   static Words words(const BFloat16* p, int64_t n) {
     return load(first(n), reinterpret_cast<const uint32_t*>(p));
   }
   static void values(const BFloat16* const* row, int64_t n, uint32_t* to, Words* worst) {
-    for (int64_t d = 0; d < n; d += 2 * kLanes) {
-      const Words a = words(row[0] + d, (n - d) / 2), b = words(row[1] + d, (n - d) / 2);
-      *worst = max_halves(max_halves(*worst, a & 0x7fff7fffu), b & 0x7fff7fffu);
-      Words low, high;
-      interleave(a, b, &low, &high);
-      store(first(n - d), to + d, low);
-      if (n - d > kLanes) store(first(n - d - kLanes), to + d + kLanes, high);
+    constexpr int64_t kStep = 2 * kLanes;
+    Words low, high;
+    int64_t d = 0;
+    for (; d + kStep <= n; d += kStep) {
+      interleave(words(row[0] + d), words(row[1] + d), &low, &high);
+      *worst = max_halves(max_halves(*worst, low & 0x7fff7fffu), high & 0x7fff7fffu);
+      store(to + d, low);
+      store(to + d + kLanes, high);
+    }
+    if (d < n) {
+      const int64_t left = n - d;
+      interleave(words(row[0] + d, left / 2), words(row[1] + d, left / 2), &low, &high);
+      *worst = max_halves(max_halves(*worst, low & 0x7fff7fffu), high & 0x7fff7fffu);
+      store(first(left), to + d, low);
+      if (left > kLanes) store(first(left - kLanes), to + d + kLanes, high);
     }
   }
   static bool finite(Words worst) {
@@ -156,13 +172,31 @@ struct Scratch {
   Mask lanes[2][kKeys];                  // rows that see a slot
 };
 
+// Rows that will be wanted, asked for while a product runs, a cache line at a time: rows of a cache
+// lie far apart, and no hardware fetches them unasked; all at once would wait for one another.
+struct Ahead {
+  const char* row = nullptr;
+  int64_t stride = 0, bytes = 0, rows = 0, at = 0;
+
+  void step() {
+    if (rows == 0) return;
+    __builtin_prefetch(row + at, 0, 2);
+    at += 64;
+    if (at < bytes) return;
+    at = 0;
+    row += stride;
+    --rows;
+  }
+};
+
 // c[n][:] = c[n][:] * before + sum over i of a[i][:] * b[n * b_out + i * b_in], n < kOut, in an
 // order of i that depends neither on kVectors nor on kOut; without `before`, c is not read. With
 // `visible`, what is not visible counts as 0.
 template <class F, int kVectors, int kOut, bool kMasked = false>
 void multiply(const uint32_t* a, const uint32_t* b, int64_t b_out, int64_t b_in, int64_t depth,
-              const float* before, float* c, const uint32_t* visible = nullptr) {
+              const float* before, float* c, Ahead* ahead, const uint32_t* visible = nullptr) {
   constexpr int64_t kStride = kVectors * kLanes;
+  Ahead next = *ahead;
   Floats sum[F::kChains][kOut][kVectors];
 #pragma GCC unroll 2
   for (int chain = 0; chain < F::kChains; ++chain) {
@@ -173,6 +207,7 @@ void multiply(const uint32_t* a, const uint32_t* b, int64_t b_out, int64_t b_in,
     }
   }
   for (int64_t i = 0; i < depth; i += F::kChains) {
+    if (F::kChains * kVectors == 1 || i % 2 == 0) next.step();  // so that all come in time
 #pragma GCC unroll 2
     for (int chain = 0; chain < F::kChains; ++chain) {
       Words left[kVectors], seen[kVectors];
@@ -201,26 +236,30 @@ void multiply(const uint32_t* a, const uint32_t* b, int64_t b_out, int64_t b_in,
       store(to, before ? fma(load(to), load(before + x * kLanes), all) : all);
     }
   }
+  *ahead = next;
 }
 
 // The same for all outputs and any depth: sixteen sums at a time hide the latency of a product, and
 // short chains keep the rounding errors of a sum small.
 template <class F, int kVectors>
 void multiply_all(const uint32_t* a, const uint32_t* b, int64_t b_out, int64_t b_in, int64_t depth,
-                  const float* before, float* c, int64_t count, const uint32_t* visible = nullptr) {
+                  const float* before, float* c, int64_t count, Ahead* ahead,
+                  const uint32_t* visible = nullptr) {
   constexpr int64_t kStride = kVectors * kLanes, kOut = 16 / (kVectors * F::kChains);
   for (int64_t i = 0; i < depth; i += F::kDepth) {
     const int64_t part = std::min(F::kDepth, depth - i);
     int64_t n = 0;
     for (; !visible && n + kOut <= count; n += kOut) {
-      multiply<F, kVectors, kOut>(a, b + n * b_out, b_out, b_in, part, before, c + n * kStride);
+      multiply<F, kVectors, kOut>(a, b + n * b_out, b_out, b_in, part, before, c + n * kStride,
+                                  ahead);
     }
     for (; !visible && n < count; n += kCount) {
-      multiply<F, kVectors, kCount>(a, b + n * b_out, b_out, b_in, part, before, c + n * kStride);
+      multiply<F, kVectors, kCount>(a, b + n * b_out, b_out, b_in, part, before, c + n * kStride,
+                                    ahead);
     }
     for (; n < count; n += kCount) {
       multiply<F, kVectors, kCount, true>(a, b + n * b_out, b_out, b_in, part, before,
-                                          c + n * kStride, visible);
+                                          c + n * kStride, ahead, visible);
     }
     a += part * kStride;
     b += part * b_in;
@@ -417,47 +456,45 @@ class Item {
  private:
   uint32_t* queries(int64_t tile) { return t_.q + tile * kTileRows * plan_.words; }
 
-  // Converts the keys and values of a key tile, up to the last slot that some row may see; the
-  // others, and slots outside the ranges, become zeros and are not read.
-  void pack(int64_t tile, int64_t slot) {
-    const int64_t D = p_.D, words = plan_.words;
-    SlotMask needed = ranges_.tile(slot) & bits_between(first_ - slot, last_ - slot);
-    if (p_.k_order) needed &= in_order(p_, rows_.b, slot, limit_);
-    const T* zeros = reinterpret_cast<const T*>(t_.zeros);
-    const int64_t width = used(needed), next = std::min(p_.S - slot - kKeys, kKeys);
-    uint32_t* k = keys(tile);
-    uint32_t* v = values(tile);
+  // Convert a key tile up to the last slot that some row may see; the others, and slots outside the
+  // ranges, become zeros and are not read.
+  void pack_keys(int64_t tile, int64_t slot) {
+    const int64_t words = plan_.words, width = used(needed_);
+    uint32_t* to = keys(tile);
+    for (int64_t j = 0; j < width; ++j, to += words) {
+      const T* row = row_of(k_, p_.k_cache_stride[1], slot, j);
+      int64_t u = 0;
+      for (; u + kLanes <= words; u += kLanes) store(to + u, F::words(row + u * F::kElements));
+      if (u < words) store(first(words - u), to + u, F::words(row + u * F::kElements, words - u));
+    }
+  }
+  void pack_values(int64_t tile, int64_t slot) {
+    const int64_t width = used(needed_);
+    uint32_t* to = values(tile);
     Words worst = splat(0u);
-    for (int64_t j = 0; j < width; j += F::kElements) {
-      const T* row[F::kElements];
+    for (int64_t j = 0; j < width; j += F::kElements, to += p_.D) {
+      const T* rows[F::kElements];
       for (int64_t i = 0; i < F::kElements; ++i) {
-        const bool read = needed >> (j + i) & 1;
-        const int64_t at = slot + j + i;
-        const T* key = read ? k_ + at * p_.k_cache_stride[1] : zeros;
-        row[i] = read ? v_ + at * p_.v_cache_stride[1] : zeros;
-        for (int64_t u = 0; u < words; u += kLanes) {
-          store(first(words - u), k + (j + i) * words + u,
-                F::words(key + u * F::kElements, words - u));
-        }
-        // Rows of a cache lie far apart: no hardware fetches the next tile unasked.
-        if (j + i < next) {
-          const T* next_k = k_ + (at + kKeys) * p_.k_cache_stride[1];
-          const T* next_v = v_ + (at + kKeys) * p_.v_cache_stride[1];
-          for (int64_t d = 0; d < D; d += 64 / int64_t(sizeof(T))) {
-            __builtin_prefetch(next_k + d, 0, 2);
-            __builtin_prefetch(next_v + d, 0, 2);
-          }
-        }
+        rows[i] = row_of(v_, p_.v_cache_stride[1], slot, j + i);
       }
-      F::values(row, D, v + j / F::kElements * D, &worst);
+      F::values(rows, p_.D, to, &worst);
     }
     finite_[tile] = F::finite(worst);
+  }
+  const T* row_of(const T* data, int64_t stride, int64_t slot, int64_t j) const {
+    return needed_ >> j & 1 ? data + (slot + j) * stride : reinterpret_cast<const T*>(t_.zeros);
   }
 
   // With a single row tile every key tile is packed into the same place, which stays in the first
   // level of the cache.
   uint32_t* keys(int64_t tile) { return t_.k + (tiles_ > 1 ? tile * kKeys * plan_.words : 0); }
   uint32_t* values(int64_t tile) { return t_.v + (tiles_ > 1 ? tile * kKeys * plan_.words : 0); }
+
+  Ahead ahead(const T* data, int64_t stride, int64_t slot) const {
+    constexpr int64_t kSize = sizeof(T);
+    return {reinterpret_cast<const char*>(data + slot * stride), stride * kSize, p_.D * kSize,
+            std::clamp<int64_t>(last_ - slot, 0, kKeys), 0};
+  }
 
   // Slots up to the last one needed, in whole vectors.
   static int64_t used(SlotMask needed) {
@@ -493,17 +530,26 @@ class Item {
           }
         }
       }
-      if (!(packed_ >> tile & 1)) {
-        pack(tile, slot);
-        packed_ |= 1u << tile;
+      const bool packs = !(packed_ >> tile & 1);
+      packed_ |= 1u << tile;
+      Ahead next;
+      if (packs) {
+        needed_ = ranges_.tile(slot) & bits_between(first_ - slot, last_ - slot);
+        if (p_.k_order) needed_ &= in_order(p_, rows_.b, slot, limit_);
+        pack_keys(tile, slot);
+        next = ahead(v_, p_.v_cache_stride[1], slot);
       }
 
       multiply_all<F, kVectors>(queries(row_tile), keys(tile), words, 1, words, nullptr, t_.s,
-                                width);
+                                width, &next);
       for (int x = 0; x < kVectors; ++x) {
         online_softmax<F>(logits_, t_.s + x * kLanes, kStride, width,
                           all_see_all ? nullptr : t_.lanes[x], state.m + x * kLanes,
                           state.l + x * kLanes, t_.shrink + x * kLanes);
+      }
+      if (packs) {
+        pack_values(tile, slot);
+        next = ahead(k_, p_.k_cache_stride[1], slot + kKeys);
       }
       // A row must not even multiply by zero what it does not see, if that may be NaN or infinite.
       const bool masked = !finite_[tile] && !all_see_all;
@@ -516,7 +562,7 @@ class Item {
         }
       }
       multiply_all<F, kVectors>(reinterpret_cast<const uint32_t*>(t_.s), values(tile), 1, D,
-                                width / F::kElements, t_.shrink, state.acc, D,
+                                width / F::kElements, t_.shrink, state.acc, D, &next,
                                 masked ? t_.visible : nullptr);
     }
   }
@@ -553,6 +599,7 @@ class Item {
   int32_t limit_;
   int64_t span_first_, span_last_;
   uint32_t packed_;  // key tiles of the span, one bit each
+  SlotMask needed_;  // slots to convert of the last of them
   bool finite_[kMaxTiles];
 };
 
