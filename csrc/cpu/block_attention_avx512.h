@@ -35,6 +35,7 @@ struct FloatWords {
   static constexpr int64_t kChains = 2, kDepth = 32;  // sums of every other word; words in them
   static constexpr uint32_t kSign = 0x80000000u;
 
+  static bool is_words(const T*, int64_t) { return sizeof(T) == 4; }
   static Words words(const T* p) { return bits(load(p)); }
   static Words words(const T* p, int64_t n) { return bits(load(first(n), p)); }
   // `n` words of the values of one word of slots. `worst`: the largest magnitude so far.
@@ -63,6 +64,9 @@ struct PairWords {
   static constexpr int64_t kElements = 2, kChains = 1, kDepth = 64;
   static constexpr uint32_t kSign = 0x80008000u;
 
+  static bool is_words(const BFloat16* p, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(p) % 4 == 0 && stride % 2 == 0;
+  }
   static Words words(const BFloat16* p) { return load(reinterpret_cast<const uint32_t*>(p)); }
   static Words words(const BFloat16* p, int64_t n) {
     return load(first(n), reinterpret_cast<const uint32_t*>(p));
@@ -533,15 +537,21 @@ class Item {
       const bool packs = !(packed_ >> tile & 1);
       packed_ |= 1u << tile;
       Ahead next;
+      bool direct = false;
       if (packs) {
         needed_ = ranges_.tile(slot) & bits_between(first_ - slot, last_ - slot);
         if (p_.k_order) needed_ &= in_order(p_, rows_.b, slot, limit_);
-        pack_keys(tile, slot);
+        direct = kVectors == 2 && tiles_ == 1 && slot + width <= p_.S &&
+                 F::is_words(k_, p_.k_cache_stride[1]);
+        if (!direct) pack_keys(tile, slot);
         next = ahead(v_, p_.v_cache_stride[1], slot);
       }
 
-      multiply_all<F, kVectors>(queries(row_tile), keys(tile), words, 1, words, nullptr, t_.s,
-                                width, &next);
+      const uint32_t* k =
+          direct ? reinterpret_cast<const uint32_t*>(k_ + slot * p_.k_cache_stride[1]) : keys(tile);
+      multiply_all<F, kVectors>(queries(row_tile), k,
+                                direct ? p_.k_cache_stride[1] / F::kElements : words, 1, words,
+                                nullptr, t_.s, width, &next);
       for (int x = 0; x < kVectors; ++x) {
         online_softmax<F>(logits_, t_.s + x * kLanes, kStride, width,
                           all_see_all ? nullptr : t_.lanes[x], state.m + x * kLanes,
