@@ -1,4 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
+// Block attention with AVX-512: the lanes of a vector are sixteen query rows, so that the softmax
+// needs no sums across lanes and nothing but q is transposed. Both products run as
+// c[n][rows] += a[i][rows] * b[n][i], b broadcast from memory: q.k over K as the cache has it, p.v
+// over V converted (bf16: two slots interleaved) tile by tile, once for all row tiles of an item.
+// Work item: a batch row, a KV head and up to 512 rows (those of all heads that share it); where
+// that makes few items, also a span of at most 512 slots. Spans are summed apart and merged in
+// their order whether they were divided or not: a row's bits depend on nothing but what it sees.
+// The cache stays [B,S,G,D] in its own dtype: a block's rows are written as a layer computes them,
+// and what a layout by tiles would save, one conversion a call, is 5 % of it (28/4 heads) to 8 %.
+// Flops: 4 D per row and slot, bytes: 2 D elements per slot. 32 rows of bf16: 32 flops a byte, the
+// limit is arithmetic; below some 8 rows a KV head it is memory. Words of the products are floats,
+// or where that is faster pairs of bf16: on AMD (Zen 5) vdpbf16ps does twice the flops of fp32 FMA
+// (474 against 239 GFLOP/s a core), on Intel (Sapphire Rapids) half. See isa.cpp.
+// Needs AVX-512 F, BW, DQ and VL; PairWords also AVX512_BF16.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -35,7 +49,8 @@ struct FloatWords {
   static constexpr int64_t kChains = 2, kDepth = 32;  // sums of every other word; words in them
   static constexpr uint32_t kSign = 0x80000000u;
 
-  static bool is_words(const T*, int64_t) { return sizeof(T) == 4; }
+  // Whether rows `stride` elements apart can be read as words.
+  static bool are_words(const T*, int64_t) { return sizeof(T) == sizeof(uint32_t); }
   static Words words(const T* p) { return bits(load(p)); }
   static Words words(const T* p, int64_t n) { return bits(load(first(n), p)); }
   // `n` words of the values of one word of slots. `worst`: the largest magnitude so far.
@@ -64,7 +79,7 @@ struct PairWords {
   static constexpr int64_t kElements = 2, kChains = 1, kDepth = 64;
   static constexpr uint32_t kSign = 0x80008000u;
 
-  static bool is_words(const BFloat16* p, int64_t stride) {
+  static bool are_words(const BFloat16* p, int64_t stride) {
     return reinterpret_cast<uintptr_t>(p) % 4 == 0 && stride % 2 == 0;
   }
   static Words words(const BFloat16* p) { return load(reinterpret_cast<const uint32_t*>(p)); }
@@ -160,7 +175,7 @@ struct State {
   }
 };
 
-struct Scratch {
+struct Scratch {                                    // 0.6 MB
   alignas(64) uint32_t q[kRowElements];             // [row tile][word of D][lane]
   alignas(64) uint32_t k[kPackWords];               // [slot][word of D]
   alignas(64) uint32_t v[kPackWords];               // [word of slots][D]
@@ -180,7 +195,8 @@ struct Scratch {
 // lie far apart, and no hardware fetches them unasked; all at once would wait for one another.
 struct Ahead {
   const char* row = nullptr;
-  int64_t stride = 0, bytes = 0, rows = 0, at = 0;
+  int64_t stride = 0, bytes = 0, rows = 0;  // in bytes; of a row; left
+  int64_t at = 0;                           // in the row
 
   void step() {
     if (rows == 0) return;
@@ -494,10 +510,12 @@ class Item {
   uint32_t* keys(int64_t tile) { return t_.k + (tiles_ > 1 ? tile * kKeys * plan_.words : 0); }
   uint32_t* values(int64_t tile) { return t_.v + (tiles_ > 1 ? tile * kKeys * plan_.words : 0); }
 
+  // The rows of the key tile at `slot`.
   Ahead ahead(const T* data, int64_t stride, int64_t slot) const {
+    if (slot >= last_) return {};
     constexpr int64_t kSize = sizeof(T);
     return {reinterpret_cast<const char*>(data + slot * stride), stride * kSize, p_.D * kSize,
-            std::clamp<int64_t>(last_ - slot, 0, kKeys), 0};
+            std::min(last_ - slot, kKeys)};
   }
 
   // Slots up to the last one needed, in whole vectors.
@@ -534,30 +552,35 @@ class Item {
           }
         }
       }
-      const bool packs = !(packed_ >> tile & 1);
+      const bool first_time = !(packed_ >> tile & 1);
       packed_ |= 1u << tile;
       Ahead next;
-      bool direct = false;
-      if (packs) {
+      const uint32_t* k = keys(tile);
+      int64_t k_stride = words;
+      if (first_time) {
         needed_ = ranges_.tile(slot) & bits_between(first_ - slot, last_ - slot);
         if (p_.k_order) needed_ &= in_order(p_, rows_.b, slot, limit_);
-        direct = kVectors == 2 && tiles_ == 1 && slot + width <= p_.S &&
-                 F::is_words(k_, p_.k_cache_stride[1]);
-        if (!direct) pack_keys(tile, slot);
+        const T* from = k_ + slot * p_.k_cache_stride[1];
+        // Keys for one use are used where they are, if all may be read. (Not by one vector of rows:
+        // sixteen keys at a time, a power of two apart, would evict one another.)
+        if (kVectors == 2 && tiles_ == 1 && slot + width <= p_.S &&
+            F::are_words(from, p_.k_cache_stride[1])) {
+          k = reinterpret_cast<const uint32_t*>(from);
+          k_stride = p_.k_cache_stride[1] / F::kElements;
+        } else {
+          pack_keys(tile, slot);
+        }
         next = ahead(v_, p_.v_cache_stride[1], slot);
       }
 
-      const uint32_t* k =
-          direct ? reinterpret_cast<const uint32_t*>(k_ + slot * p_.k_cache_stride[1]) : keys(tile);
-      multiply_all<F, kVectors>(queries(row_tile), k,
-                                direct ? p_.k_cache_stride[1] / F::kElements : words, 1, words,
-                                nullptr, t_.s, width, &next);
+      multiply_all<F, kVectors>(queries(row_tile), k, k_stride, 1, words, nullptr, t_.s, width,
+                                &next);
       for (int x = 0; x < kVectors; ++x) {
         online_softmax<F>(logits_, t_.s + x * kLanes, kStride, width,
                           all_see_all ? nullptr : t_.lanes[x], state.m + x * kLanes,
                           state.l + x * kLanes, t_.shrink + x * kLanes);
       }
-      if (packs) {
+      if (first_time) {
         pack_values(tile, slot);
         next = ahead(k_, p_.k_cache_stride[1], slot + kKeys);
       }
