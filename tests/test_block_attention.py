@@ -185,10 +185,10 @@ def test_uneven_dims(D, dtype):
     check(make(Q=6, S=70, H=3, G=1, D=D, dtype=dtype, causal_block=1))
 
 
-@pytest.mark.parametrize("rows", [1, 4, 15, 16, 17, 31, 32, 33, 64, 65])
+@pytest.mark.parametrize("rows", [1, 4, 5, 15, 16, 17, 31, 32, 33, 65])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_row_counts(rows, dtype):
-    """Either side of one vector of rows, of two, and of a row tile."""
+    """Either side of rows that have several lanes each, of one vector of rows, and of two."""
     check(make(B=1, Q=rows, S=67, H=2, G=2, D=64, dtype=dtype))
 
 
@@ -329,10 +329,12 @@ def test_infinite_logits():
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("name", ["k_cache", "v_cache"])
-def test_garbage_in_a_long_cache(name, dtype):
-    """The same across spans, for rows on both sides of the slot and for slots outside all ranges."""
+@pytest.mark.parametrize(("Q", "H"), [(40, 4), (10, 2), (4, 1)])
+def test_garbage_in_a_long_cache(name, dtype, Q, H):
+    """The same across spans, for many rows and few, on both sides of the slot, and for slots outside all ranges."""
     S = 1100
-    c = make(B=2, Q=40, S=S, H=4, G=1, D=72, dtype=dtype, new=False, slots=(torch.arange(80).view(2, 40) * 13 + 60).int(),
+    slots = (torch.arange(2 * Q).view(2, Q) * (1000 // (2 * Q)) + 60).int()
+    c = make(B=2, Q=Q, S=S, H=H, G=1, D=72, dtype=dtype, new=False, slots=slots,
              kv_range=ints([[50, S], [50, S]]), causal_block=4)  # fmt: skip
     clean_out, clean_lse = ops.block_attention(**copied(c))
     assert clean_out.isfinite().all()
@@ -406,14 +408,18 @@ def test_rows_do_not_depend_on_their_order():
     assert same_bits(moved_out, out[:, order]) and same_bits(moved_lse, lse[:, order])
 
 
-def test_rows_do_not_depend_on_their_number():
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("H", "S", "D"), [(3, 140, 64), (1, 600, 72), (7, 600, 72)])
+def test_rows_do_not_depend_on_their_number(H, S, D, dtype):
     """One query row at a time over the written cache gives the bits of all rows together."""
-    c = make(B=2, Q=45, S=140, H=3, G=1, D=64, slots=permuted_slots(2, 45, 140, unused=0), causal_block=8)
-    out, _ = ops.block_attention(**c)
+    slots = permuted_slots(2, 45, S, unused=0)
+    c = make(B=2, Q=45, S=S, H=H, G=1, D=D, dtype=dtype, slots=slots, causal_block=8, softcap=3.0)
+    out, lse = ops.block_attention(**c)
     for row in range(0, 45, 4):
         one = {**c, "q": c["q"][:, row : row + 1], "k_new": None, "v_new": None}
         one["slots"] = c["slots"][:, row : row + 1].contiguous()
-        assert same_bits(ops.block_attention(**one).out, out[:, row : row + 1])
+        one_out, one_lse = ops.block_attention(**one)
+        assert same_bits(one_out, out[:, row : row + 1]) and same_bits(one_lse, lse[:, row : row + 1])
 
 
 @pytest.mark.parametrize(("S", "dtype"), [(400, torch.float32), (1300, torch.bfloat16)], ids=str)

@@ -1,18 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// Block attention with AVX-512: the lanes of a vector are sixteen query rows, so that the softmax
-// needs no sums across lanes and nothing but q is transposed. Both products run as
-// c[n][rows] += a[i][rows] * b[n][i], b broadcast from memory: q.k over K as the cache has it, p.v
-// over V converted (bf16: two slots interleaved) tile by tile, once for all row tiles of an item.
-// Work item: a batch row, a KV head and up to 512 rows (those of all heads that share it); where
-// that makes few items, also a span of at most 512 slots. Spans are summed apart and merged in
-// their order whether they were divided or not: a row's bits depend on nothing but what it sees.
-// The cache stays [B,S,G,D] in its own dtype: a block's rows are written as a layer computes them,
-// and what a layout by tiles would save, one conversion a call, is 5 % of it (28/4 heads) to 8 %.
-// Flops: 4 D per row and slot, bytes: 2 D elements per slot. 32 rows of bf16: 32 flops a byte, the
-// limit is arithmetic; below some 8 rows a KV head it is memory. Words of the products are floats,
-// or where that is faster pairs of bf16: on AMD (Zen 5) vdpbf16ps does twice the flops of fp32 FMA
-// (474 against 239 GFLOP/s a core), on Intel (Sapphire Rapids) half. See isa.cpp.
-// Needs AVX-512 F, BW, DQ and VL; PairWords also AVX512_BF16.
+// Block attention with AVX-512. Both products run as c[n][rows] += a[i][rows] * b[n][i]: the lanes
+// of a vector are query rows (16, or 4 with 4 lanes each), b is broadcast from memory: K as the
+// cache has it, V converted (bf16: two slots interleaved) once for all rows of an item, tile by
+// tile.
+//
+// Work item: a batch row, a KV head, up to 512 rows (of all heads that share it); where that makes
+// few items, also a span of up to 512 slots. Spans are summed apart and merged in their order
+// whether they are divided or not: a row's bits depend on nothing but what it sees.
+//
+// The cache is [B,S,G,D] in its own dtype, where a block's rows are written as a layer computes
+// them; a layout by tiles would save the conversion: 5 % (28/4 heads) to 8 % (32/32) of a call.
+// Flops: 4 D a row and slot; bytes: 2 D elements a slot. With 32 rows of bf16 (32 flops a byte) the
+// limit is arithmetic, with 4 rows memory. The products' words are floats or, where faster, pairs
+// of bf16: vdpbf16ps does twice the flops of fp32 FMA on AMD's Zen 5 (474 against 239 GFLOP/s a
+// core), half of them on Intel's Sapphire Rapids; isa.cpp chooses. Needs AVX-512 F, BW, DQ, VL;
+// PairWords also AVX512_BF16.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -34,7 +36,7 @@ constexpr int64_t kPackWords = 32 * 1024;        // ... and words of its keys, o
 constexpr int64_t kMaxTiles = kMaxSpan / kKeys;  // key tiles of a span
 constexpr int64_t kManyItems = 32;               // that keep all cores busy,
 constexpr int64_t kMaxSplits = 64;               // ... if keys are split no further than this
-constexpr int64_t kCount = 8;                    // D is a multiple of it
+constexpr int64_t kCopies = 4;                   // lanes of a row when there are few
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504f;
 alignas(64) constexpr float kOnes[kTileRows] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
@@ -69,7 +71,14 @@ struct FloatWords {
   }
   static bool finite(Words worst) { return at_most(splat(0x7f800000u), worst) == 0; }
   static Floats dot(Words a, Words b, Floats sum) { return fma(from_bits(a), from_bits(b), sum); }
-  static Words weights(const Floats* p) { return bits(p[0]); }
+  // Of four slots, from a vector each, or from one vector that has them side by side.
+  static void weights(const Floats* p, Words* to) {
+    for (int i = 0; i < 4; ++i) to[i] = bits(p[i]);
+  }
+  static void weights_of_four(Floats p, Words* to) {
+    to[0] = bits(one_of_four<0>(p)), to[1] = bits(one_of_four<1>(p));
+    to[2] = bits(one_of_four<2>(p)), to[3] = bits(one_of_four<3>(p));
+  }
   static Words visible(const Mask* seen) { return select(seen[0], splat(~0u), splat(0u)); }
 };
 
@@ -108,7 +117,10 @@ struct PairWords {
     return at_most(splat(0x7f80u), max(worst >> 16, worst & 0xffffu)) == 0;
   }
   static Floats dot(Words a, Words b, Floats sum) { return dot_pairs(a, b, sum); }
-  static Words weights(const Floats* p) { return pairs(p[0], p[1]); }
+  static void weights(const Floats* p, Words* to) {
+    to[0] = pairs(p[0], p[1]), to[1] = pairs(p[2], p[3]);
+  }
+  static void weights_of_four(Floats p, Words* to) { pairs_of_four(p, &to[0], &to[1]); }
   static Words visible(const Mask* seen) {
     const Words none = splat(0u);
     return select(seen[0], splat(0x0000ffffu), none) | select(seen[1], splat(0xffff0000u), none);
@@ -118,10 +130,12 @@ struct PairWords {
 
 // Consecutive query rows of a KV head; a row is one query of one of its heads.
 struct Rows {
-  int64_t b, g, group, first, count;
+  int64_t b, g, group, copies, first, count;
   int64_t query(int64_t r) const { return (first + r) / group; }
   int64_t head(int64_t r) const { return g * group + (first + r) % group; }
-  int64_t lanes() const { return count > kLanes ? kTileRows : kLanes; }  // of a row tile
+  // Lanes of a row tile's vectors. Up to four rows in all have four lanes each: sums for four slots
+  // side by side in q.k, for four elements of D in p.v. (The bits are the same.)
+  int64_t lanes() const { return count > kLanes ? kTileRows : kLanes; }
 };
 
 // How a call is divided; by its shape alone.
@@ -148,7 +162,12 @@ struct Plan {
   // All rows of a work item.
   Rows rows_of(const BlockAttentionParams& p, int64_t item) const {
     const int64_t first = item % blocks * rows;
-    return {item / blocks / p.G, item / blocks % p.G, p.H / p.G, first,
+    const int64_t copies = all_rows <= kLanes / kCopies ? kCopies : 1;
+    return {item / blocks / p.G,
+            item / blocks % p.G,
+            p.H / p.G,
+            copies,
+            first,
             std::min(rows, all_rows - first)};
   }
   // The rows of one of its row tiles.
@@ -162,25 +181,25 @@ struct Plan {
 
 // Sums over some slots: m is the largest logit (as stored, see Logits), l the sum of the weights.
 struct State {
-  float* acc;    // [D][lanes]
+  float* acc;    // [D][lanes], or [D / kCopies][row][kCopies]
   float *m, *l;  // [lanes]
 
   static constexpr int64_t floats(int64_t D) { return (D + 2) * kTileRows; }
   State(float* at, int64_t D) : acc(at), m(at + D * kTileRows), l(at + (D + 1) * kTileRows) {}
 
-  void clear(int64_t D, int64_t lanes) const {
-    std::fill_n(acc, D * lanes, 0.0f);
-    std::fill_n(m, lanes, -kInfinity);
-    std::fill_n(l, lanes, 0.0f);
+  void clear(const Rows& rows, int64_t D) const {
+    std::fill_n(acc, D / rows.copies * rows.lanes(), 0.0f);
+    std::fill_n(m, rows.lanes(), -kInfinity);
+    std::fill_n(l, rows.lanes(), 0.0f);
   }
 };
 
-struct Scratch {                                    // 0.6 MB
-  alignas(64) uint32_t q[kRowElements];             // [row tile][word of D][lane]
-  alignas(64) uint32_t k[kPackWords];               // [slot][word of D]
-  alignas(64) uint32_t v[kPackWords];               // [word of slots][D]
-  alignas(64) float s[kKeys * kTileRows];           // logits, then weights [slot, or word][lane]
-  alignas(64) uint32_t visible[kKeys * kTileRows];  // as the weights: all bits, or none
+struct Scratch {                           // 0.6 MB
+  alignas(64) uint32_t q[kRowElements];    // [row tile][word of D][lane]
+  alignas(64) uint32_t k[kPackWords];      // [slot][word of D], or [four slots][word of D][slot]
+  alignas(64) uint32_t v[kPackWords];      // [word of slots][D]
+  alignas(64) float s[kKeys * kTileRows];  // logits, then weights [slot, or word][lane]
+  alignas(64) uint32_t visible[kKeys * kTileRows];             // as the weights: all bits, or none
   alignas(64) float sums[kRowElements + 2 * kMaxRows];         // a State for each row tile
   alignas(64) float more_sums[kTileRows * (kMaxHeadDim + 2)];  // the State of a later span
   alignas(64) float shrink[kTileRows];
@@ -210,9 +229,10 @@ struct Ahead {
 };
 
 // c[n][:] = c[n][:] * before + sum over i of a[i][:] * b[n * b_out + i * b_in], n < kOut, in an
-// order of i that depends neither on kVectors nor on kOut; without `before`, c is not read. With
-// `visible`, what is not visible counts as 0.
-template <class F, int kVectors, int kOut, bool kMasked = false>
+// order of i that depends on no template argument; without `before`, c is not read. With kRepeat,
+// not one word of b but four go to every four lanes. With `visible`, what is not visible counts as
+// 0.
+template <class F, int kVectors, int kRepeat, int kOut, bool kMasked = false>
 void multiply(const uint32_t* a, const uint32_t* b, int64_t b_out, int64_t b_in, int64_t depth,
               const float* before, float* c, Ahead* ahead, const uint32_t* visible = nullptr) {
   constexpr int64_t kStride = kVectors * kLanes;
@@ -227,7 +247,11 @@ void multiply(const uint32_t* a, const uint32_t* b, int64_t b_out, int64_t b_in,
     }
   }
   for (int64_t i = 0; i < depth; i += F::kChains) {
-    if (F::kChains * kVectors == 1 || i % 2 == 0) next.step();  // so that all come in time
+    // As many as come in time for the next product.
+#pragma GCC unroll 4
+    for (int r = 0; r < kRepeat; ++r) {
+      if (F::kChains * kVectors == 1 || i % 2 == 0) next.step();
+    }
 #pragma GCC unroll 2
     for (int chain = 0; chain < F::kChains; ++chain) {
       Words left[kVectors], seen[kVectors];
@@ -238,7 +262,8 @@ void multiply(const uint32_t* a, const uint32_t* b, int64_t b_out, int64_t b_in,
       }
 #pragma GCC unroll 16
       for (int n = 0; n < kOut; ++n) {
-        const Words right = splat(b[n * b_out + (i + chain) * b_in]);
+        const uint32_t* from = b + n * b_out + (i + chain) * b_in;
+        const Words right = kRepeat == 1 ? splat(*from) : splat_four(from);
 #pragma GCC unroll 2
         for (int x = 0; x < kVectors; ++x) {
           sum[chain][n][x] = F::dot(left[x], kMasked ? right & seen[x] : right, sum[chain][n][x]);
@@ -261,25 +286,26 @@ void multiply(const uint32_t* a, const uint32_t* b, int64_t b_out, int64_t b_in,
 
 // The same for all outputs and any depth: sixteen sums at a time hide the latency of a product, and
 // short chains keep the rounding errors of a sum small.
-template <class F, int kVectors>
+template <class F, int kVectors, int kRepeat>
 void multiply_all(const uint32_t* a, const uint32_t* b, int64_t b_out, int64_t b_in, int64_t depth,
                   const float* before, float* c, int64_t count, Ahead* ahead,
                   const uint32_t* visible = nullptr) {
   constexpr int64_t kStride = kVectors * kLanes, kOut = 16 / (kVectors * F::kChains);
+  constexpr int64_t kLeft = 8 / kRepeat;  // D and the slots are multiples of 8
   for (int64_t i = 0; i < depth; i += F::kDepth) {
     const int64_t part = std::min(F::kDepth, depth - i);
     int64_t n = 0;
     for (; !visible && n + kOut <= count; n += kOut) {
-      multiply<F, kVectors, kOut>(a, b + n * b_out, b_out, b_in, part, before, c + n * kStride,
-                                  ahead);
+      multiply<F, kVectors, kRepeat, kOut>(a, b + n * b_out, b_out, b_in, part, before,
+                                           c + n * kStride, ahead);
     }
-    for (; !visible && n < count; n += kCount) {
-      multiply<F, kVectors, kCount>(a, b + n * b_out, b_out, b_in, part, before, c + n * kStride,
-                                    ahead);
+    for (; !visible && n < count; n += kLeft) {
+      multiply<F, kVectors, kRepeat, kLeft>(a, b + n * b_out, b_out, b_in, part, before,
+                                            c + n * kStride, ahead);
     }
-    for (; n < count; n += kCount) {
-      multiply<F, kVectors, kCount, true>(a, b + n * b_out, b_out, b_in, part, before,
-                                          c + n * kStride, ahead, visible);
+    for (; n < count; n += kLeft) {
+      multiply<F, kVectors, kRepeat, kLeft, true>(a, b + n * b_out, b_out, b_in, part, before,
+                                                  c + n * kStride, ahead, visible);
     }
     a += part * kStride;
     b += part * b_in;
@@ -308,54 +334,67 @@ struct Logits {
   }
 };
 
-// One vector of rows over one key tile: logits to weights in place (as words), m, l, and the factor
-// by which the sums so far shrink. `lanes`: which rows see a slot; null: all.
-template <class F>
-void online_softmax(const Logits& logits, float* s, int64_t stride, int64_t width,
-                    const Mask* lanes, float* m, float* l, float* shrink) {
+// One vector of rows over one key tile: logits to weights (as words), m, l, and the factor by which
+// the sums so far shrink. `lanes`: which rows see a slot; null: all. Sums over slots run in four
+// parts, which are lanes where a row has four.
+template <class F, int kRepeat>
+void online_softmax(const Logits& logits, float* s, uint32_t* weights, int64_t stride,
+                    int64_t width, const Mask* lanes, float* m, float* l, float* shrink) {
+  constexpr int64_t kParts = 4 / kRepeat;
+  const int64_t count = width / kRepeat;
   const Floats before = load(m);
   Floats top = before;
   if (logits.cap > 0) {
-    for (int64_t j = 0; j < width; ++j) {
+    for (int64_t j = 0; j < count; ++j) {
       store(s + j * stride, tanh(load(s + j * stride) * splat(logits.cap)));
     }
   }
   if (lanes) {
-    for (int64_t j = 0; j < width; ++j) {
+    for (int64_t j = 0; j < count; ++j) {
       store(s + j * stride, select(lanes[j], load(s + j * stride), splat(-kInfinity)));
     }
   }
-  for (int64_t j = 0; j < width; ++j) top = max(load(s + j * stride), top);
+  for (int64_t j = 0; j < count; ++j) top = max(load(s + j * stride), top);
+  if (kRepeat == 4) top = max_of_four(top);
   // Only NaN and -inf so far: any finite number will do to subtract.
   const Floats base = finite_base(top), factor = logits.weight(before, base);
-  Floats sum[4];
-  for (Floats& x : sum) x = splat(0.0f);
-  uint32_t* words = reinterpret_cast<uint32_t*>(s);
-  for (int64_t j = 0; j < width; j += 4) {
-    Floats e[4];
+  Floats part[kParts];
+  for (Floats& x : part) x = splat(0.0f);
+  for (int64_t j = 0; j < count; j += kParts) {
+    Floats e[kParts];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kParts; ++i) {
       e[i] = logits.weight(load(s + (j + i) * stride), base);
-      sum[i] = sum[i] + e[i];
+      part[i] = part[i] + e[i];
     }
+    Words four_slots[4 / F::kElements];
+    kRepeat == 1 ? F::weights(e, four_slots) : F::weights_of_four(e[0], four_slots);
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < 4; i += F::kElements) {
-      store(words + (j + i) / F::kElements * stride, F::weights(e + i));
+    for (const Words& x : four_slots) {
+      store(weights, x);
+      weights += stride;
     }
   }
+  Floats sum;
+  if constexpr (kRepeat == 1) {
+    sum = (part[0] + part[1]) + (part[2] + part[3]);
+  } else {
+    sum = sum_of_four(part[0]);
+  }
   store(m, top);
-  store(l, load(l) * factor + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
+  store(l, load(l) * factor + sum);
   store(shrink, factor);
 }
 
 // a += b, of other slots.
-void merge(const Logits& logits, const State& a, const State& b, int64_t D, int64_t lanes) {
+void merge(const Logits& logits, const State& a, const State& b, const Rows& rows, int64_t D) {
+  const int64_t lanes = rows.lanes();
   for (int64_t x = 0; x < lanes; x += kLanes) {
     const Floats am = load(a.m + x), bm = load(b.m + x), m = max(am, bm), base = finite_base(m);
     const Floats fa = logits.weight(am, base), fb = logits.weight(bm, base);
     store(a.m + x, m);
     store(a.l + x, load(a.l + x) * fa + load(b.l + x) * fb);
-    for (int64_t i = x; i < D * lanes; i += lanes) {
+    for (int64_t i = x; i < D / rows.copies * lanes; i += lanes) {
       store(a.acc + i, load(a.acc + i) * fa + load(b.acc + i) * fb);
     }
   }
@@ -364,28 +403,34 @@ void merge(const Logits& logits, const State& a, const State& b, int64_t D, int6
 // out = acc / l and lse of one row tile.
 template <class T>
 void finish(const BlockAttentionParams& p, const Rows& rows, const State& t) {
-  const int64_t lanes = rows.lanes();
+  const int64_t lanes = rows.lanes(), step = kLanes / rows.copies;
   const double unit = Logits(p).unit;
-  for (int64_t x = 0; x < rows.count; x += kLanes) {
+  for (int64_t done = 0, x = 0; done < rows.count; done += step, x += kLanes) {
     const Floats l = load(t.l + x), zero = splat(0.0f);
     const Mask blind = equal(l, zero);
     T* to[kLanes];
-    const int64_t count = std::min(rows.count - x, kLanes);
+    const int64_t count = std::min(rows.count - done, step);
     for (int64_t r = 0; r < count; ++r) {
-      const int64_t row = (rows.b * p.Q + rows.query(x + r)) * p.H + rows.head(x + r);
+      const int64_t row = (rows.b * p.Q + rows.query(done + r)) * p.H + rows.head(done + r);
       to[r] = static_cast<T*>(p.out) + row * p.D;
-      const double sum = t.l[x + r], m = t.m[x + r];
+      const double sum = t.l[x + r * rows.copies], m = t.m[x + r * rows.copies];
       const double lse = (m == -kInfinity ? 0.0 : m * unit) + std::log(sum);
       p.lse[row] = sum == 0 ? -kInfinity : float(lse);
     }
+    const auto column = [&](int64_t i, int64_t end) {
+      const Floats acc = i < end ? load(t.acc + i * lanes + x) : zero;
+      // + 0: an underflowed sum is +0 whichever sign it had before tiles of zeros were added
+      return bits(select(blind, zero, acc / l + zero));
+    };
     for (int64_t d = 0; d < p.D; d += kLanes) {
       Words block[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) {
-        const Floats acc = d + i < p.D ? load(t.acc + (d + i) * lanes + x) : zero;
-        // + 0: an underflowed sum is +0 whichever sign it had before tiles of zeros were added
-        block[i] = bits(select(blind, zero, acc / l + zero));
+      if (rows.copies == 1) {
+        for (int64_t i = 0; i < kLanes; ++i) block[i] = column(d + i, p.D);
+        transpose(block);
+      } else {
+        for (int64_t i = 0; i < 4; ++i) block[i] = column(d / kCopies + i, p.D / kCopies);
+        transpose_quarters(block);
       }
-      transpose(block);
       for (int64_t r = 0; r < count; ++r) store(first(p.D - d), to[r] + d, from_bits(block[r]));
     }
   }
@@ -443,7 +488,7 @@ class Item {
         const T* from[kLanes];
         for (int64_t r = 0; r < kLanes; ++r) {
           // Lanes beyond the last row repeat it: harmless, and in bounds.
-          const int64_t row = std::min(x + r, rows.count - 1);
+          const int64_t row = std::min((x + r) / rows.copies, rows.count - 1);
           from[r] = static_cast<const T*>(p_.q) + rows.b * p_.q_stride[0] +
                     rows.query(row) * p_.q_stride[1] + rows.head(row) * p_.q_stride[2];
         }
@@ -470,7 +515,12 @@ class Item {
 
   // Attention of one row tile over the slots of the span.
   void attend(int64_t tile, const State& state) {
-    rows(tile).lanes() == kLanes ? attend<1>(tile, state) : attend<2>(tile, state);
+    const Rows rows = this->rows(tile);
+    if (rows.copies == kCopies) {
+      attend<1, kCopies>(rows, tile, state);
+    } else {
+      rows.lanes() == kLanes ? attend<1, 1>(rows, tile, state) : attend<2, 1>(rows, tile, state);
+    }
   }
 
  private:
@@ -486,6 +536,23 @@ class Item {
       int64_t u = 0;
       for (; u + kLanes <= words; u += kLanes) store(to + u, F::words(row + u * F::kElements));
       if (u < words) store(first(words - u), to + u, F::words(row + u * F::kElements, words - u));
+    }
+  }
+  // The same, the words of four slots side by side.
+  void pack_keys_by_four(int64_t tile, int64_t slot) {
+    const int64_t words = plan_.words, width = used(needed_);
+    uint32_t* to = keys(tile);
+    for (int64_t j = 0; j < width; j += 4) {
+      const T* rows[4];
+      for (int64_t i = 0; i < 4; ++i) rows[i] = row_of(k_, p_.k_cache_stride[1], slot, j + i);
+      for (int64_t u = 0; u < words; u += kLanes) {
+        const int64_t n = std::min(words - u, kLanes);
+        Words block[4];
+        for (int64_t i = 0; i < 4; ++i) block[i] = F::words(rows[i] + u * F::kElements, n);
+        transpose_in_quarters(block);
+        transpose_quarters(block);
+        for (int64_t i = 0; i < n; i += 4, to += kLanes) store(to, block[i / 4]);
+      }
     }
   }
   void pack_values(int64_t tile, int64_t slot) {
@@ -525,17 +592,19 @@ class Item {
     return width;
   }
 
-  template <int kVectors>
-  void attend(int64_t row_tile, const State& state) {
+  template <int kVectors, int kRepeat>
+  void attend(const Rows& rows, int64_t row_tile, const State& state) {
     constexpr int64_t kStride = kVectors * kLanes;
-    const Rows rows = this->rows(row_tile);
+    // Weights of four lanes a row take more room than logits: they come behind them.
+    uint32_t* weights =
+        reinterpret_cast<uint32_t*>(t_.s) + (kRepeat == 1 ? 0 : kKeys / kRepeat * kLanes);
     const int64_t D = p_.D, words = plan_.words;
     const int64_t *low = t_.low + row_tile * kTileRows, *high = t_.high + row_tile * kTileRows;
     const int64_t first = *std::min_element(low, low + rows.count);
     const int64_t all_from = *std::max_element(low, low + rows.count);
     const int64_t all_to = *std::min_element(high, high + rows.count);
     const int64_t last = *std::max_element(high, high + rows.count);
-    state.clear(D, kStride);
+    state.clear(rows, D);
 
     for (int64_t slot = span_first_, tile = 0; slot < span_last_; slot += kKeys, ++tile) {
       if (slot >= last || slot + kKeys <= first) continue;
@@ -546,11 +615,7 @@ class Item {
       if (!needed) continue;
       const int64_t width = used(needed);
       if (!all_see_all) {
-        for (int64_t j = 0; j < width; ++j) {
-          for (int x = 0; x < kVectors; ++x) {
-            t_.lanes[x][j] = with_bit(t_.seen + x * kLanes, j);
-          }
-        }
+        for (int x = 0; x < kVectors; ++x) see_lanes<kRepeat>(x, width);
       }
       const bool first_time = !(packed_ >> tile & 1);
       packed_ |= 1u << tile;
@@ -568,17 +633,17 @@ class Item {
           k = reinterpret_cast<const uint32_t*>(from);
           k_stride = p_.k_cache_stride[1] / F::kElements;
         } else {
-          pack_keys(tile, slot);
+          kRepeat == 1 ? pack_keys(tile, slot) : pack_keys_by_four(tile, slot);
         }
         next = ahead(v_, p_.v_cache_stride[1], slot);
       }
 
-      multiply_all<F, kVectors>(queries(row_tile), k, k_stride, 1, words, nullptr, t_.s, width,
-                                &next);
+      multiply_all<F, kVectors, kRepeat>(queries(row_tile), k, k_stride * kRepeat, kRepeat, words,
+                                         nullptr, t_.s, width / kRepeat, &next);
       for (int x = 0; x < kVectors; ++x) {
-        online_softmax<F>(logits_, t_.s + x * kLanes, kStride, width,
-                          all_see_all ? nullptr : t_.lanes[x], state.m + x * kLanes,
-                          state.l + x * kLanes, t_.shrink + x * kLanes);
+        online_softmax<F, kRepeat>(logits_, t_.s + x * kLanes, weights + x * kLanes, kStride, width,
+                                   all_see_all ? nullptr : t_.lanes[x], state.m + x * kLanes,
+                                   state.l + x * kLanes, t_.shrink + x * kLanes);
       }
       if (first_time) {
         pack_values(tile, slot);
@@ -587,16 +652,39 @@ class Item {
       // A row must not even multiply by zero what it does not see, if that may be NaN or infinite.
       const bool masked = !finite_[tile] && !all_see_all;
       if (masked) {
-        for (int64_t j = 0; j < width; j += F::kElements) {
-          for (int x = 0; x < kVectors; ++x) {
+        for (int x = 0; x < kVectors; ++x) {
+          if (kRepeat > 1) see_lanes_of_rows(width);
+          for (int64_t j = 0; j < width; j += F::kElements) {
             store(t_.visible + j / F::kElements * kStride + x * kLanes,
                   F::visible(t_.lanes[x] + j));
           }
         }
       }
-      multiply_all<F, kVectors>(reinterpret_cast<const uint32_t*>(t_.s), values(tile), 1, D,
-                                width / F::kElements, t_.shrink, state.acc, D, &next,
-                                masked ? t_.visible : nullptr);
+      multiply_all<F, kVectors, kRepeat>(weights, values(tile), kRepeat, D, width / F::kElements,
+                                         t_.shrink, state.acc, D / kRepeat, &next,
+                                         masked ? t_.visible : nullptr);
+    }
+  }
+
+  // The lanes of vector x that see a slot; where a row has four lanes, the four slots of its lanes.
+  template <int kRepeat>
+  void see_lanes(int64_t x, int64_t width) {
+    if (kRepeat == 1) {
+      for (int64_t j = 0; j < width; ++j) t_.lanes[x][j] = with_bit(t_.seen + x * kLanes, j);
+      return;
+    }
+    for (int64_t j = 0; j < width; j += 4) {
+      uint32_t lanes = 0;
+      for (int64_t r = 0; r < 4; ++r) lanes |= uint32_t(t_.seen[r] >> j & 15) << (4 * r);
+      t_.lanes[x][j / 4] = Mask(lanes);
+    }
+  }
+  // All four lanes of the rows that see a slot.
+  void see_lanes_of_rows(int64_t width) {
+    for (int64_t j = 0; j < width; ++j) {
+      uint32_t lanes = 0;
+      for (int64_t r = 0; r < 4; ++r) lanes |= (t_.seen[r] >> j & 1 ? 15u : 0u) << (4 * r);
+      t_.lanes[0][j] = Mask(lanes);
     }
   }
 
@@ -650,7 +738,7 @@ void attend(const BlockAttentionParams& p, int64_t begin, int64_t end) {
       const bool any = item.begin_span(i % plan.splits);
       for (int64_t tile = 0; tile < item.tiles(); ++tile) {
         const State state(partial + tile * State::floats(D), D);
-        any ? item.attend(tile, state) : state.clear(D, item.rows(tile).lanes());
+        any ? item.attend(tile, state) : state.clear(item.rows(tile), D);
       }
       continue;
     }
@@ -664,14 +752,14 @@ void attend(const BlockAttentionParams& p, int64_t begin, int64_t end) {
         } else {
           const State more(t.more_sums, D);
           item.attend(tile, more);
-          merge(Logits(p), sums, more, D, item.rows(tile).lanes());
+          merge(Logits(p), sums, more, item.rows(tile), D);
         }
       }
       started = true;
     }
     for (int64_t tile = 0; tile < item.tiles(); ++tile) {
       const State sums(t.sums + tile * State::floats(D), D);
-      if (!started) sums.clear(D, item.rows(tile).lanes());
+      if (!started) sums.clear(item.rows(tile), D);
       finish<typename F::Element>(p, item.rows(tile), sums);
     }
   }
@@ -689,7 +777,7 @@ void merge_spans(const BlockAttentionParams& p, int64_t begin, int64_t end) {
     float* at = p.workspace + i / plan.tiles * plan.splits * span_floats + tile * State::floats(D);
     const State sums(at, D);
     for (int64_t span = 1; span < plan.splits; ++span) {
-      merge(Logits(p), sums, State(at + span * span_floats, D), D, rows.lanes());
+      merge(Logits(p), sums, State(at + span * span_floats, D), rows, D);
     }
     finish<typename F::Element>(p, rows, sums);
   }

@@ -166,36 +166,63 @@ DLM_SIMD Mask with_bit(const uint64_t* words, int64_t index) {
   return Mask(low | high << 8);
 }
 
+// Quarters: the four parts of four words.
+DLM_SIMD Words splat_four(const uint32_t* x) {  // in every quarter
+  return (Words)_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+}
+// In each quarter, all four times: one of its words, the largest (b of max where one is NaN), the
+// sum (x0 + x1) + (x2 + x3).
+template <int kIndex>
+DLM_SIMD Floats one_of_four(Floats x) {
+  return _mm512_permute_ps(x, kIndex * 0x55);
+}
+DLM_SIMD Floats max_of_four(Floats x) {
+  x = max(x, _mm512_permute_ps(x, 0xb1));
+  return max(x, _mm512_permute_ps(x, 0x4e));
+}
+DLM_SIMD Floats sum_of_four(Floats x) {
+  x = x + _mm512_permute_ps(x, 0xb1);
+  return x + _mm512_permute_ps(x, 0x4e);
+}
+// Quarter j of row i goes to quarter i of row j.
+DLM_SIMD void transpose_quarters(Words* row) {
+  const __m512i r0 = (__m512i)row[0], r1 = (__m512i)row[1], r2 = (__m512i)row[2],
+                r3 = (__m512i)row[3];
+  const __m512i a = _mm512_shuffle_i32x4(r0, r1, 0x88), b = _mm512_shuffle_i32x4(r2, r3, 0x88);
+  const __m512i c = _mm512_shuffle_i32x4(r0, r1, 0xdd), d = _mm512_shuffle_i32x4(r2, r3, 0xdd);
+  row[0] = (Words)_mm512_shuffle_i32x4(a, b, 0x88);
+  row[1] = (Words)_mm512_shuffle_i32x4(c, d, 0x88);
+  row[2] = (Words)_mm512_shuffle_i32x4(a, b, 0xdd);
+  row[3] = (Words)_mm512_shuffle_i32x4(c, d, 0xdd);
+}
+// Within each quarter, word j of row i goes to word i of row j.
+DLM_SIMD void transpose_in_quarters(Words* row) {
+  const __m512i r0 = (__m512i)row[0], r1 = (__m512i)row[1], r2 = (__m512i)row[2],
+                r3 = (__m512i)row[3];
+  const __m512i a = _mm512_unpacklo_epi32(r0, r1), b = _mm512_unpacklo_epi32(r2, r3);
+  const __m512i c = _mm512_unpackhi_epi32(r0, r1), d = _mm512_unpackhi_epi32(r2, r3);
+  row[0] = (Words)_mm512_unpacklo_epi64(a, b);
+  row[1] = (Words)_mm512_unpackhi_epi64(a, b);
+  row[2] = (Words)_mm512_unpacklo_epi64(c, d);
+  row[3] = (Words)_mm512_unpackhi_epi64(c, d);
+}
+
 // Rows become columns: word j of row i goes to word i of row j.
 DLM_SIMD void transpose(Words (&row)[16]) {
-  __m512i a[16], b[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    a[i] = _mm512_unpacklo_epi32((__m512i)row[i], (__m512i)row[i + 1]);
-    a[i + 1] = _mm512_unpackhi_epi32((__m512i)row[i], (__m512i)row[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-  }
-  // Quarter l of b[4 r + i] is words 4 r .. 4 r + 3 of column 4 l + i.
+  Words column[16];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    a[i] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88);
-    a[i + 4] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
-    a[i + 8] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88);
-    a[i + 12] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
+    transpose_in_quarters(row + 4 * i);  // quarter q of row 4 i + j: rows 4 i ... of column 4 q + j
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    row[i] = (Words)_mm512_shuffle_i32x4(a[i], a[i + 8], 0x88);
-    row[i + 4] = (Words)_mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0x88);
-    row[i + 8] = (Words)_mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd);
-    row[i + 12] = (Words)_mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0xdd);
+  for (int j = 0; j < 4; ++j) {
+    Words quarters[4] = {row[j], row[4 + j], row[8 + j], row[12 + j]};
+    transpose_quarters(quarters);
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) column[4 * q + j] = quarters[q];
   }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) row[i] = column[i];
 }
 
 // --- elementary functions that may round products and sums once
@@ -252,6 +279,13 @@ DLM_SIMD Words pairs(Floats first, Floats second) {
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
                                          8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return (Words)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+}
+// In each quarter, all four times: the pair of its first two, of its last two.
+DLM_SIMD void pairs_of_four(Floats x, Words* first, Words* second) {
+  const __m512i narrow = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(x));
+  const __m512i order = _mm512_set_epi32(6, 6, 6, 6, 4, 4, 4, 4, 2, 2, 2, 2, 0, 0, 0, 0);
+  *first = (Words)_mm512_permutexvar_epi32(order, narrow);
+  *second = (Words)_mm512_permutexvar_epi32(_mm512_add_epi32(order, _mm512_set1_epi32(1)), narrow);
 }
 // sum + a.first * b.first + a.second * b.second
 DLM_SIMD Floats dot_pairs(Words a, Words b, Floats sum) {
