@@ -3,10 +3,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
+import shutil
 import statistics
+import subprocess
+import tempfile
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -56,6 +62,45 @@ def matmul_limit(dtype: torch.dtype, n: int = 1024) -> Limit:
     """A square product in the same dtype."""
     a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
     return Limit(f"{n} x {n} x {n} product", lambda: torch.mm(a, b), 2.0 * n**3, "GFLOP/s")
+
+
+@functools.cache
+def _limits() -> ctypes.CDLL | None:
+    """limits.cpp, compiled for this very processor; None where there is no compiler."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "limits.so"
+        flags = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread"]
+        subprocess.run([compiler, *flags, Path(__file__).with_name("limits.cpp"), "-o", library], check=True)
+        loaded = ctypes.CDLL(str(library))
+    for function in (loaded.multiply_add_float, loaded.multiply_add_bfloat16):
+        function.argtypes, function.restype = [ctypes.c_long, ctypes.c_int], ctypes.c_double
+    return loaded
+
+
+def arithmetic_limit(dtype: torch.dtype) -> Limit:
+    """Multiplications and additions in registers: of bf16 pairs where `dtype` is bf16 and there is such an instruction,
+    else of floats. Where there is no compiler, a square product."""
+    library, threads = _limits(), torch.get_num_threads()
+    if library is None:
+        return matmul_limit(dtype)
+    name, function = "fp32 multiply-add in registers", library.multiply_add_float
+    if dtype == torch.bfloat16 and library.multiply_add_bfloat16(1, 1) > 0:
+        name, function = "bf16 multiply-add in registers", library.multiply_add_bfloat16
+    repeats = 100_000
+    return Limit(name, lambda: function(repeats, threads), function(1, threads) * repeats, "GFLOP/s")
+
+
+def tighter(*limits: tuple[Limit, float]) -> tuple[Limit, float]:
+    """Of limits, each with the work that one call has in its unit, the one under which the call takes longest."""
+
+    def seconds(limit: Limit, work: float) -> float:
+        limit.run()
+        return min(_timed(limit.run, lambda: None) for _ in range(5)) / limit.work * work
+
+    return max(limits, key=lambda pair: seconds(*pair))
 
 
 def touch(*tensors: Tensor) -> Function:

@@ -7,7 +7,9 @@
 #if defined(__CUDACC__)
 #define DLM_HD __host__ __device__ inline
 #else
-#define DLM_HD inline
+// Always inlined: a copy that the compiler made in a file with wider instructions could be the one the linker keeps for
+// all files, on processors that lack them.
+#define DLM_HD inline __attribute__((always_inline))
 #endif
 
 namespace dlm {

@@ -42,6 +42,7 @@ struct BlockAttentionParams {
   int64_t window_left, window_right;  // visible slots around the query's own; -1: all
   float softcap;                   // 0: none
   float scale;
+  float* workspace;                // as large as the kernel asks for
 };
 
 enum class Distribution : int32_t { kRaw, kTempered, kFiltered };

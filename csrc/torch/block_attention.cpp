@@ -168,11 +168,20 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const MaybeTensor& k
       cpu::scatter_new_rows(p, begin, end);
     });
   }
-  const int64_t items = cpu::block_attention_items(p);
-  const int64_t products = p.B * p.Q * p.H * std::max<int64_t>(p.S, 1) * p.D / items;
-  const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 17) / std::max<int64_t>(products, 1));
-  torch::stable::parallel_for(
-      0, items, grain, [&](int64_t begin, int64_t end) { cpu::block_attention(p, begin, end); });
+  const cpu::BlockAttentionKernels kernels = cpu::block_attention(p.dtype);
+  const cpu::BlockAttentionWork work = kernels.work(p);
+  Tensor workspace = torch::stable::new_empty(q, {work.workspace}, ScalarType::Float);
+  p.workspace = static_cast<float*>(workspace.mutable_data_ptr());
+  auto grain = [&](int64_t items) {
+    const int64_t products = p.B * p.Q * p.H * std::max<int64_t>(p.S, 1) * p.D / items;
+    return std::max<int64_t>(1, (int64_t(1) << 17) / std::max<int64_t>(products, 1));
+  };
+  torch::stable::parallel_for(0, work.items, grain(work.items),
+                              [&](int64_t begin, int64_t end) { kernels.attend(p, begin, end); });
+  if (work.merge_items > 0) {
+    torch::stable::parallel_for(0, work.merge_items, grain(work.merge_items),
+                                [&](int64_t begin, int64_t end) { kernels.merge(p, begin, end); });
+  }
   return {out, lse};
 }
 

@@ -162,12 +162,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
   }
 #endif
 
-  if (N > 0) {
-    // A logit costs about a nanosecond; below some ten microseconds a second thread costs more than
-    // it brings.
-    const int64_t grain = std::max<int64_t>(1, 8192 / V);
-    torch::stable::parallel_for(
-        0, N, grain, [&](int64_t begin, int64_t end) { cpu::token_confidence(p, begin, end); });
+  // Whole rows while there are enough of them to keep the threads evenly busy; else parts of rows.
+  const int64_t parts = cpu::token_confidence_parts(V), grain = cpu::token_confidence_grain();
+  const auto parallel = [&](int64_t items, int64_t logits_an_item, const auto& run) {
+    const int64_t least = std::max<int64_t>(1, grain / logits_an_item);
+    torch::stable::parallel_for(0, items, least, run);
+  };
+  if (parts == 1 || N >= 4 * int64_t(torch::stable::get_num_threads())) {
+    if (N > 0) {
+      parallel(N, V, [&](int64_t begin, int64_t end) { cpu::token_confidence(p, begin, end); });
+    }
+  } else if (N > 0) {
+    const Tensor scratch = torch::stable::new_empty(
+        logits, {N * parts * int64_t(sizeof(cpu::Scan))}, ScalarType::Byte);
+    cpu::Scan* scans = static_cast<cpu::Scan*>(scratch.mutable_data_ptr());
+    parallel(N * parts, cpu::kPart, [&](int64_t begin, int64_t end) {
+      cpu::token_confidence_scan(p, scans, begin, end);
+    });
+    const bool filters = top_k || top_p;  // only these leave work to do
+    parallel(N, filters ? V : 1, [&](int64_t begin, int64_t end) {
+      cpu::token_confidence_finish(p, scans, begin, end);
+    });
   }
   return {token, argmax, confidence, margin, entropy, logsumexp, p_given, flags};
 }
