@@ -96,8 +96,7 @@ class Row {
       : row_(row),
         logits_(static_cast<const T*>(row.logits)),
         uncond_(static_cast<const T*>(row.uncond)),
-        plain_(!row.uncond && !row.bias && !row.bitmask && !row.banned &&
-               !(row.floor > -kInfinity)) {}
+        plain_(!row.uncond && !row.bias && !row.bitmask && !(row.floor > -kInfinity)) {}
 
   // Writes logits [begin, min(begin + kBlock, end)), then -inf up to a multiple of kChunk, and
   // shows them to `top`; returns how many were written. There may be NaN and +inf among them
@@ -106,26 +105,30 @@ class Row {
   int load(int64_t begin, int64_t end, float* z, Top& top) {
     using dlm::cpu::avx512::load;
     const int n = int(std::min<int64_t>(kBlock, end - begin));
+    int i = 0;
     if (plain_ && n == kBlock) {
-      for (int i = 0; i < kBlock; i += kChunk) {
+      Top seen;
+      for (; i < kBlock; i += kChunk) {
         for (int j = 0; j < 4; ++j) {
           const Floats x = load(logits_ + begin + i + j * kWidth);
           store(z + i + j * kWidth, x);
-          top.add(j, x);
+          seen.add(j, x);
         }
       }
-      return kBlock;
-    }
-    int i = 0;
-    for (; i + kWidth <= n; i += kWidth) store(z + i, value(0xffff, begin + i));
-    if (i < n) {
-      store(z + i, value(Mask((1u << (n - i)) - 1), begin + i));
-      i += kWidth;
-    }
-    for (; i % kChunk; i += kWidth) store(z + i, splat(-kInfinity));
-    for (int64_t b = 0; row_.banned && b < row_.banned_count; ++b) {
-      const uint64_t at = uint64_t(row_.banned[b] - begin);
-      if (at < uint64_t(n)) z[at] = -kInfinity;
+      if (!ban(begin, n, z)) {
+        top = seen;
+        return n;
+      }
+    } else {
+      Specials specials;
+      for (; i + kWidth <= n; i += kWidth) store(z + i, value(0xffff, begin + i, specials));
+      if (i < n) {
+        store(z + i, value(Mask((1u << (n - i)) - 1), begin + i, specials));
+        i += kWidth;
+      }
+      flags |= specials.flags();
+      for (; i % kChunk; i += kWidth) store(z + i, splat(-kInfinity));
+      ban(begin, n, z);
     }
     add_all(z, i, top);
     return i;
@@ -134,21 +137,44 @@ class Row {
   bool is_clean() const { return !plain_; }
   void clean(float* z, int n) {
     if (is_clean()) return;
+    Specials specials;
     for (int i = 0; i < n; i += kWidth)
-      store(z + i, without_specials(dlm::cpu::avx512::load(z + i)));
+      store(z + i, specials.replace(dlm::cpu::avx512::load(z + i)));
+    flags |= specials.flags();
   }
 
   int32_t flags = 0;
 
  private:
-  DLM_SIMD Floats without_specials(Floats x) {
-    const Mask nan = is_nan(x), infinite = greater(x, splat(kLargest));
-    flags |= (nan ? kFlagNaN : 0) | (infinite ? kFlagPosInf : 0);
-    return select(infinite, splat(kLargest), select(nan, splat(-kInfinity), x));
+  // True if any banned logit is among the n.
+  bool ban(int64_t begin, int n, float* z) {
+    bool any = false;
+    for (int64_t i = 0; row_.banned && i < row_.banned_count; ++i) {
+      const uint64_t at = uint64_t(row_.banned[i] - begin);
+      if (at >= uint64_t(n)) continue;
+      any = true;
+      Specials specials;
+      specials.replace(splat(z[at]));
+      flags |= specials.flags();
+      z[at] = -kInfinity;
+    }
+    return any;
   }
 
+  // NaN becomes -inf, +inf the largest float; remembers both.
+  struct Specials {
+    Mask nan = 0, infinite = 0;
+    DLM_SIMD Floats replace(Floats x) {
+      const Mask not_number = is_nan(x), beyond = greater(x, splat(kLargest));
+      nan |= not_number;
+      infinite |= beyond;
+      return select(beyond, splat(kLargest), select(not_number, splat(-kInfinity), x));
+    }
+    int32_t flags() const { return (nan ? kFlagNaN : 0) | (infinite ? kFlagPosInf : 0); }
+  };
+
   // Logits at, at + 1 ... where the mask says so, -inf elsewhere.
-  DLM_SIMD Floats value(Mask mask, int64_t at) {
+  DLM_SIMD Floats value(Mask mask, int64_t at, Specials& specials) const {
     using dlm::cpu::avx512::load;
     Floats x = load(mask, logits_ + at);
     if (plain_) return select(mask, x, splat(-kInfinity));
@@ -157,7 +183,7 @@ class Row {
       x = u + splat(row_.guidance) * (x - u);
     }
     if (row_.bias) x = x + load(mask, row_.bias + at);
-    x = without_specials(x);
+    x = specials.replace(x);
     if (row_.bitmask) mask &= Mask(uint32_t(row_.bitmask[at / 32]) >> at % 32);
     return select(mask & at_least(x, splat(row_.floor)), x, splat(-kInfinity));
   }
