@@ -340,6 +340,22 @@ class TestValues:
         for value in (1e5, 1e6, -1e6, 1e9):
             check(torch.full((50, 300), value), temperature=torch.tensor([1.0]), **randomness(50))
 
+    def test_ties_after_the_noise_among_parts_take_the_lowest_id(self):
+        threads = torch.get_num_threads()
+        try:
+            for shared in (1, 2):
+                torch.set_num_threads(shared)
+                for value in (1e5, 1e7, 3e7, 1e9):
+                    check(torch.full((2, 40_000), value), temperature=torch.tensor([1.0]), **randomness(2))
+        finally:
+            torch.set_num_threads(threads)
+
+    def test_noise_alone_decides(self):
+        """Where logits are equal, a bound on the noise that is too low by little loses the right token."""
+        for temperature in (0.2, 1.0):
+            logits = torch.full((1, 4000), 1.5).expand(150, -1)
+            check(logits, temperature=torch.tensor([temperature]), **randomness(150))
+
     def test_signed_zeros_are_equal(self):
         out = check(torch.tensor([[-1.0, -0.0, 0.0], [-1.0, 0.0, -0.0]]), top_k=i32(1), distribution="filtered")
         assert out.argmax.tolist() == [1, 1]
