@@ -28,6 +28,7 @@ DLM_SIMD Longs splat(uint64_t x) { return (Longs)_mm512_set1_epi64(int64_t(x)); 
 
 DLM_SIMD Floats load(const float* x) { return _mm512_loadu_ps(x); }
 DLM_SIMD Words load(const uint32_t* x) { return (Words)_mm512_loadu_si512(x); }
+DLM_SIMD Longs load(const uint64_t* x) { return (Longs)_mm512_loadu_si512(x); }
 DLM_SIMD Floats from_bfloat16(__m256i x) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
 }

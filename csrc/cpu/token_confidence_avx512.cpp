@@ -23,8 +23,72 @@ constexpr int kChunk = 4 * kWidth;  // what one turn of the loops takes
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLargest = std::numeric_limits<float>::max();
 
-// One row of logits as the rest of this file sees it: floats, guided, biased, without NaN and +inf,
-// -inf where banned or below the floor.
+// --- maxima ------------------------------------------------------------------------------------
+
+// The largest value, and the second largest, equal to it where it occurs twice.
+struct TopTwo {
+  float first, second;
+};
+
+// Finds them, looking past NaN: see what min and max do with it. `add` is told which of four
+// independent chains to lengthen.
+class Nothing {
+ public:
+  DLM_SIMD void add(int, Floats) {}
+};
+class Largest {
+ public:
+  DLM_SIMD void add(int j, Floats x) { first_[j] = max(x, first_[j]); }
+  TopTwo result() const {
+    return {largest(max(max(first_[0], first_[1]), max(first_[2], first_[3]))), -kInfinity};
+  }
+
+ private:
+  Floats first_[4] = {splat(-kInfinity), splat(-kInfinity), splat(-kInfinity), splat(-kInfinity)};
+};
+class LargestTwo {
+ public:
+  DLM_SIMD void add(int j, Floats x) {
+    second_[j] = max(min(first_[j], x), second_[j]);
+    first_[j] = max(x, first_[j]);
+  }
+  TopTwo result() {
+    for (int width = 2; width; width /= 2) {
+      for (int j = 0; j < width; ++j) {
+        const Floats lower = min(first_[j], first_[j + width]);
+        first_[j] = max(first_[j], first_[j + width]);
+        second_[j] = max(lower, max(second_[j], second_[j + width]));
+      }
+    }
+    const float top = largest(first_[0]);
+    const uint32_t holders = equal(first_[0], splat(top));
+    const Mask others = Mask(~(holders & (~holders + 1)));  // all elements but one that holds it
+    return {top, std::max(largest(second_[0]), largest(select(others, first_[0], second_[0])))};
+  }
+
+ private:
+  Floats first_[4] = {splat(-kInfinity), splat(-kInfinity), splat(-kInfinity), splat(-kInfinity)};
+  Floats second_[4] = {splat(-kInfinity), splat(-kInfinity), splat(-kInfinity), splat(-kInfinity)};
+};
+
+template <class Top>
+DLM_SIMD void add_all(const float* z, int n, Top& top) {
+  for (int i = 0; i < n; i += kChunk) {
+    for (int j = 0; j < 4; ++j) top.add(j, load(z + i + j * kWidth));
+  }
+}
+
+template <class Top>
+TopTwo top_of(const float* z, int n) {
+  Top top;
+  add_all(z, n, top);
+  return top.result();
+}
+
+// --- one row -----------------------------------------------------------------------------------
+
+// Logits as the rest of this file sees them: floats, guided, biased, without NaN and +inf, -inf
+// where banned or below the floor.
 template <class T>
 class Row {
  public:
@@ -34,63 +98,94 @@ class Row {
         uncond_(static_cast<const T*>(row.uncond)),
         plain_(!row.uncond && !row.bias && !row.bitmask && !(row.floor > -kInfinity)) {}
 
-  // Writes logits [begin, min(begin + kBlock, end)), then -inf up to a multiple of kChunk; returns
-  // how many were written.
-  int load(int64_t begin, int64_t end, float* z) {
-    const int n = int(std::min<int64_t>(kBlock, end - begin)), whole = n / kWidth * kWidth;
-    Mask special = 0;
+  // Writes logits [begin, min(begin + kBlock, end)), then -inf up to a multiple of kChunk, and
+  // shows them to `top`; returns how many were written. There may be NaN and +inf among them
+  // unless is_clean().
+  template <class Top>
+  int load(int64_t begin, int64_t end, float* z, Top& top) {
+    using dlm::cpu::avx512::load;
+    const int n = int(std::min<int64_t>(kBlock, end - begin));
+    int i = 0;
     if (plain_ && n == kBlock) {
-      for (int i = 0; i < kBlock; i += kWidth) special |= convert(begin + i, z + i);
-    } else if (plain_) {
-      for (int i = 0; i < whole; i += kWidth) special |= convert(begin + i, z + i);
+      Top seen;
+      for (; i < kBlock; i += kChunk) {
+        for (int j = 0; j < 4; ++j) {
+          const Floats x = load(logits_ + begin + i + j * kWidth);
+          store(z + i + j * kWidth, x);
+          seen.add(j, x);
+        }
+      }
+      if (!ban(begin, n, z)) {
+        top = seen;
+        return n;
+      }
     } else {
-      for (int i = 0; i < whole; i += kWidth) adjust(0xffff, begin + i, z + i);
+      Specials specials;
+      for (; i + kWidth <= n; i += kWidth) store(z + i, value(0xffff, begin + i, specials));
+      if (i < n) {
+        store(z + i, value(Mask((1u << (n - i)) - 1), begin + i, specials));
+        i += kWidth;
+      }
+      flags |= specials.flags();
+      for (; i % kChunk; i += kWidth) store(z + i, splat(-kInfinity));
+      ban(begin, n, z);
     }
-    if (special) clean(z, whole);
-    int i = whole;
-    if (i < n) {
-      adjust(Mask((1u << (n - i)) - 1), begin + i, z + i);
-      i += kWidth;
-    }
-    for (; i % kChunk; i += kWidth) store(z + i, splat(-kInfinity));
-    for (int64_t b = 0; row_.banned && b < row_.banned_count; ++b) {
-      const uint64_t at = uint64_t(row_.banned[b] - begin);
-      if (at < uint64_t(n)) z[at] = -kInfinity;
-    }
+    add_all(z, i, top);
     return i;
+  }
+
+  bool is_clean() const { return !plain_; }
+  void clean(float* z, int n) {
+    if (is_clean()) return;
+    Specials specials;
+    for (int i = 0; i < n; i += kWidth)
+      store(z + i, specials.replace(dlm::cpu::avx512::load(z + i)));
+    flags |= specials.flags();
   }
 
   int32_t flags = 0;
 
  private:
-  DLM_SIMD Mask convert(int64_t at, float* z) const {
-    const Floats x = dlm::cpu::avx512::load(logits_ + at);
-    store(z, x);
-    return not_at_most(x, splat(kLargest));
+  // True if any banned logit is among the n.
+  bool ban(int64_t begin, int n, float* z) {
+    bool any = false;
+    for (int64_t i = 0; row_.banned && i < row_.banned_count; ++i) {
+      const uint64_t at = uint64_t(row_.banned[i] - begin);
+      if (at >= uint64_t(n)) continue;
+      any = true;
+      Specials specials;
+      specials.replace(splat(z[at]));
+      flags |= specials.flags();
+      z[at] = -kInfinity;
+    }
+    return any;
   }
 
-  DLM_SIMD Floats without_specials(Floats x) {
-    const Mask nan = is_nan(x), infinite = greater(x, splat(kLargest));
-    flags |= (nan ? kFlagNaN : 0) | (infinite ? kFlagPosInf : 0);
-    return select(infinite, splat(kLargest), select(nan, splat(-kInfinity), x));
-  }
-  void clean(float* z, int n) {
-    for (int i = 0; i < n; i += kWidth)
-      store(z + i, without_specials(dlm::cpu::avx512::load(z + i)));
-  }
+  // NaN becomes -inf, +inf the largest float; remembers both.
+  struct Specials {
+    Mask nan = 0, infinite = 0;
+    DLM_SIMD Floats replace(Floats x) {
+      const Mask not_number = is_nan(x), beyond = greater(x, splat(kLargest));
+      nan |= not_number;
+      infinite |= beyond;
+      return select(beyond, splat(kLargest), select(not_number, splat(-kInfinity), x));
+    }
+    int32_t flags() const { return (nan ? kFlagNaN : 0) | (infinite ? kFlagPosInf : 0); }
+  };
 
   // Logits at, at + 1 ... where the mask says so, -inf elsewhere.
-  DLM_SIMD void adjust(Mask mask, int64_t at, float* z) {
+  DLM_SIMD Floats value(Mask mask, int64_t at, Specials& specials) const {
     using dlm::cpu::avx512::load;
     Floats x = load(mask, logits_ + at);
+    if (plain_) return select(mask, x, splat(-kInfinity));
     if (uncond_) {
       const Floats u = load(mask, uncond_ + at);
       x = u + splat(row_.guidance) * (x - u);
     }
     if (row_.bias) x = x + load(mask, row_.bias + at);
-    x = without_specials(x);
+    x = specials.replace(x);
     if (row_.bitmask) mask &= Mask(uint32_t(row_.bitmask[at / 32]) >> at % 32);
-    store(z, select(mask & at_least(x, splat(row_.floor)), x, splat(-kInfinity)));
+    return select(mask & at_least(x, splat(row_.floor)), x, splat(-kInfinity));
   }
 
   const LogitsRow& row_;
@@ -98,45 +193,6 @@ class Row {
   const T* uncond_;
   bool plain_;
 };
-
-// --- maxima ------------------------------------------------------------------------------------
-
-float maximum(const float* z, int n) {
-  Floats top[4];
-  for (Floats& t : top) t = splat(-kInfinity);
-  for (int i = 0; i < n; i += kChunk) {
-    for (int j = 0; j < 4; ++j) top[j] = max(load(z + i + j * kWidth), top[j]);
-  }
-  return largest(max(max(top[0], top[1]), max(top[2], top[3])));
-}
-
-// The largest value, and the second largest, equal to it where it occurs twice.
-struct TopTwo {
-  float first, second;
-};
-TopTwo top_two(const float* z, int n) {
-  Floats first[4], second[4];
-  for (Floats& t : first) t = splat(-kInfinity);
-  for (Floats& t : second) t = splat(-kInfinity);
-  for (int i = 0; i < n; i += kChunk) {
-    for (int j = 0; j < 4; ++j) {
-      const Floats x = load(z + i + j * kWidth);
-      second[j] = max(min(x, first[j]), second[j]);
-      first[j] = max(x, first[j]);
-    }
-  }
-  for (int width = 2; width; width /= 2) {
-    for (int j = 0; j < width; ++j) {
-      const Floats lower = min(first[j], first[j + width]);
-      first[j] = max(first[j], first[j + width]);
-      second[j] = max(lower, max(second[j], second[j + width]));
-    }
-  }
-  const float top = largest(first[0]);
-  const uint32_t holders = equal(first[0], splat(top));
-  const Mask others = Mask(~(holders & (~holders + 1)));  // all elements but one that holds it
-  return {top, std::max(largest(second[0]), largest(select(others, first[0], second[0])))};
-}
 
 int index_of(float value, const float* z) {
   int i = 0;
@@ -195,7 +251,7 @@ Terms terms(const float* z, int n, float max, float scale) {
     for (int j = 0; j < 4; ++j) {
       Floats x = load(z + i + j * kWidth) - splat(max);
       if (kScaled) x = x * splat(scale);
-      const Mask normal = at_least(x, splat(kExpUnderflow));
+      const Mask normal = not_less(x, splat(kExpUnderflow));  // NaN makes the sum NaN
       const Floats e = exponential(x, normal, tables);
       weight[j] = weight[j] + e;
       if (kEntropy) weighted[j] = fma_where(normal, e, x, weighted[j]);
@@ -218,34 +274,65 @@ Terms terms(const float* z, int n, float max, const Wanted& want) {
 
 // The words of 16 consecutive Philox counters: vector j has words j, in the low halves of the
 // elements; the first of a pair is for counters 0 to 7, in this order, the second for the others.
-constexpr uint64_t kCounters[8] = {0, 4, 1, 5, 2, 6, 3, 7};
+alignas(64) constexpr uint64_t kCounters[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 struct RandomWords {
   Longs word[4][2];
 };
-RandomWords random_words(const Draw& draw, uint32_t index4) {
-  RandomWords out;
-  for (int half = 0; half < 2; ++half) {
-    Longs c0 = splat(uint64_t(draw.position)), c1 = splat(uint64_t(draw.step));
-    Longs c2 = splat(uint64_t(Stream::kToken)), c3;
-    for (int i = 0; i < 8; ++i) c3[i] = uint64_t(index4) + kCounters[i] + uint64_t(8 * half);
-    uint32_t k0 = uint32_t(draw.seed), k1 = uint32_t(draw.seed >> 32);
-    for (int round = 0; round < 10; ++round) {
-      const Longs p0 = multiply_low(c0, splat(uint64_t(0xD2511F53u)));
-      const Longs p1 = multiply_low(c2, splat(uint64_t(0xCD9E8D57u)));
-      c0 = exclusive_or(p1 >> 32, c1, splat(uint64_t(k0)));
-      c2 = exclusive_or(p0 >> 32, c3, splat(uint64_t(k1)));
-      c1 = p1;  // what is left in the high halves does not matter
-      c3 = p0;
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
+
+// Philox of common/philox.h for one (position, step): all that does not depend on the last counter
+// word is worked out before, which is most of the first three rounds.
+class Random {
+ public:
+  explicit Random(const Draw& draw) {
+    uint32_t key[kRounds][2] = {{uint32_t(draw.seed), uint32_t(draw.seed >> 32)}};
+    for (int r = 1; r < kRounds; ++r) {
+      key[r][0] = key[r - 1][0] + 0x9E3779B9u;
+      key[r][1] = key[r - 1][1] + 0xBB67AE85u;
     }
-    out.word[0][half] = c0;
-    out.word[1][half] = c1;
-    out.word[2][half] = c2;
-    out.word[3][half] = c3;
+    for (int r = 3; r < kRounds; ++r) {
+      for (int i = 0; i < 2; ++i) key_[r][i] = splat(uint64_t(key[r][i]));
+    }
+    uint64_t p0 = kMultiplier0 * draw.position, p1 = kMultiplier1 * uint32_t(Stream::kToken);
+    first_ = splat((p0 >> 32) ^ key[0][1]);
+    second_ = splat(uint64_t(uint32_t(p1) ^ key[1][0]));
+    p0 = kMultiplier0 * uint32_t(uint32_t(p1 >> 32) ^ draw.step ^ key[0][0]);
+    const uint32_t c3 = uint32_t(kMultiplier0 * draw.position);
+    p1 = kMultiplier1 * uint32_t(uint32_t(p0 >> 32) ^ c3 ^ key[1][1]);
+    third_[0] = splat((p1 >> 32) ^ key[2][0]);
+    third_[1] = splat(uint64_t(uint32_t(p0) ^ key[2][1]));
+    c1_ = splat(p1);
   }
-  return out;
-}
+
+  DLM_SIMD RandomWords words(uint32_t index4) const {
+    RandomWords out;
+    for (int half = 0; half < 2; ++half) {
+      // what is left in the high halves of the elements does not matter
+      const Longs c2_1 = (load(kCounters) + splat(uint64_t(index4 + 8 * uint32_t(half)))) ^ first_;
+      const Longs c1_2 = multiply_low(c2_1, splat(kMultiplier1)), c0_2 = (c1_2 >> 32) ^ second_;
+      const Longs c3_3 = multiply_low(c0_2, splat(kMultiplier0));
+      Longs c0 = c1_2 ^ third_[0], c1 = c1_, c2 = (c3_3 >> 32) ^ third_[1], c3 = c3_3;
+      for (int r = 3; r < kRounds; ++r) {
+        const Longs p0 = multiply_low(c0, splat(kMultiplier0));
+        const Longs p1 = multiply_low(c2, splat(kMultiplier1));
+        c0 = exclusive_or(p1 >> 32, c1, key_[r][0]);
+        c2 = exclusive_or(p0 >> 32, c3, key_[r][1]);
+        c1 = p1;
+        c3 = p0;
+      }
+      out.word[0][half] = c0;
+      out.word[1][half] = c1;
+      out.word[2][half] = c2;
+      out.word[3][half] = c3;
+    }
+    return out;
+  }
+
+ private:
+  static constexpr int kRounds = 10;
+  static constexpr uint64_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
+  Longs key_[kRounds][2];
+  Longs first_, second_, third_[2], c1_;  // what the first rounds add, and a word after the third
+};
 
 constexpr Mask kLowHalves = 0x5555;
 
@@ -285,7 +372,7 @@ constexpr float kLargestGumbel = 22.9f;
 // (rounding is monotone) tells what cannot win; most noise is never computed.
 class Sampler {
  public:
-  explicit Sampler(const Draw& draw) : draw_(draw), best_(draw.to_beat) {}
+  explicit Sampler(const Draw& draw) : draw_(draw), random_(draw), best_(draw.to_beat) {}
 
   // Blocks come in ascending order; only a strictly better token replaces the best.
   void add(const float* z, int n, int64_t begin) {
@@ -303,8 +390,8 @@ class Sampler {
       const int c = __builtin_ctz(left);
       left &= left - 1;
       const int64_t first = begin + c * kChunk;
-      const RandomWords random = random_words(draw_, uint32_t(first / 4));
-      if (any_at_most(random, threshold[c]) && try_chunk(z + c * kChunk, first, random))
+      const RandomWords words = random_.words(uint32_t(first / 4));
+      if (any_at_most(words, threshold[c]) && try_chunk(z + c * kChunk, first, words))
         left &= find_thresholds(x, threshold);
     }
   }
@@ -346,7 +433,7 @@ class Sampler {
     }
     bool changed = false;
     while (any) {
-      const float top = maximum(bound, kChunk);
+      const float top = top_of<Largest>(bound, kChunk).first;
       if (!(top >= best_) || top == -kInfinity) break;
       const int i = index_of(top, bound);
       bound[i] = -kInfinity;
@@ -363,6 +450,7 @@ class Sampler {
   }
 
   const Draw& draw_;
+  const Random random_;
   float best_;
   int64_t token_ = -1;  // -1: none exceeded Draw::to_beat
   float logit_ = -kInfinity;
@@ -370,17 +458,23 @@ class Sampler {
 
 // --- the kernels -------------------------------------------------------------------------------
 
-template <class T>
+template <class T, class Top>
 Scan scan_as(const LogitsRow& logits, int64_t begin, int64_t end, const Wanted& want) {
   Row<T> row(logits);
   Scan found;
   Sampler sampler(want.draw);
   alignas(64) float z[kBlock];
   for (; begin < end; begin += kBlock) {
-    const int n = row.load(begin, end, z);
-    const TopTwo top = want.second ? top_two(z, n) : TopTwo{maximum(z, n), -kInfinity};
+    Top all;
+    const int n = row.load(begin, end, z, all);
+    TopTwo top = all.result();
+    // NaN among the others shows in the sums, where there are any
+    if (!want.sums || top.first == -kInfinity || top.first > kLargest) {
+      row.clean(z, n);
+      top = top_of<Top>(z, n);
+    }
     if (top.first == -kInfinity) continue;
-    if (want.sample) sampler.add(z, n, begin);
+    int at = -1;
     if (top.first > found.max) {
       if (want.sums && found.argmax >= 0) {
         // from now on relative to the new maximum; the old one becomes an ordinary term
@@ -392,21 +486,33 @@ Scan scan_as(const LogitsRow& logits, int64_t begin, int64_t end, const Wanted& 
       }
       found.second = std::max(found.max, top.second);
       found.max = top.first;
-      const int at = index_of(top.first, z);
+      at = index_of(top.first, z);
       found.argmax = begin + at;
       z[at] = -kInfinity;
     } else {
       found.second = std::max(found.second, top.first);
     }
     if (want.sums) {
-      const Terms added = terms(z, n, found.max, want);
+      Terms added = terms(z, n, found.max, want);
+      if (added.weight != added.weight) {
+        row.clean(z, n);
+        added = terms(z, n, found.max, want);
+      }
       found.weight += added.weight;
       found.weighted_exponent += added.weighted_exponent;
     }
+    if (at >= 0) z[at] = top.first;
+    if (want.sample) sampler.add(z, n, begin);
   }
   found.flags = row.flags;
   sampler.finish(found);
   return found;
+}
+
+template <class T>
+Scan scan_as(const LogitsRow& row, int64_t begin, int64_t end, const Wanted& want) {
+  return want.second ? scan_as<T, LargestTwo>(row, begin, end, want)
+                     : scan_as<T, Largest>(row, begin, end, want);
 }
 
 // dlm::exp_normal on 16 elements, to the bit: masses decide which tokens a filter keeps, on every
@@ -446,7 +552,9 @@ void add_measures_as(const LogitsRow& logits, int64_t begin, int64_t end, const 
   Longs total = splat(uint64_t(0));
   const uint32_t span = bins.highest - bins.lowest, skipped = bins.lowest - bins.base;
   for (; begin < end; begin += kBlock) {
-    const int n = row.load(begin, end, z);
+    Nothing none;
+    const int n = row.load(begin, end, z, none);
+    row.clean(z, n);
     int hits = 0;
     for (int i = 0; i < n; i += kWidth) {
       const Floats x = load(z + i);

@@ -274,28 +274,33 @@ Scan scan_as(const LogitsRow& logits, int64_t begin, int64_t end, const Wanted& 
   return found;
 }
 
+uint64_t units(float weight) { return uint64_t(int64_t(weight * kMassUnits)); }
+
 template <class T>
 void add_measures_as(const LogitsRow& logits, int64_t begin, int64_t end, const Measure& measure,
                      const Bins& bins) {
   Row<T> row(logits);
   float z[kBlock], weight[kBlock];
   uint32_t key[kBlock];
+  int hit[kBlock + 1];
   uint64_t total = 0;
   const uint32_t span = bins.highest - bins.lowest, skipped = bins.lowest - bins.base;
   for (; begin < end; begin += kBlock) {
     const int n = row.load(begin, end, z);
     // A key less the lowest is at most the span, or the logit lies outside.
-    uint32_t any = uint32_t(bins.total != nullptr);
+    for (int i = 0; i < n; ++i) key[i] = ordered_bits(z[i]) - bins.lowest;
+    int hits = 0;
     for (int i = 0; i < n; ++i) {
-      key[i] = ordered_bits(z[i]) - bins.lowest;
-      any |= uint32_t(key[i] <= span);
+      hit[hits] = i;
+      hits += int(key[i] <= span);  // no branch: it would be a toss-up
     }
-    if (!any) continue;
-    if (measure.mass) exponentials(z, n, measure.max, measure.scale, weight);
-    for (int i = 0; i < n; ++i) {
-      const uint64_t units = measure.mass ? uint64_t(int64_t(weight[i] * kMassUnits)) : 1;
-      total += units;
-      if (key[i] <= span) bins.sum[(key[i] + skipped) >> bins.shift] += units;
+    if (measure.mass && (hits || bins.total)) {
+      exponentials(z, n, measure.max, measure.scale, weight);
+      for (int i = 0; bins.total && i < n; ++i) total += units(weight[i]);
+    }
+    for (int h = 0; h < hits; ++h) {
+      const int i = hit[h];
+      bins.sum[(key[i] + skipped) >> bins.shift] += measure.mass ? units(weight[i]) : 1;
     }
   }
   if (bins.total) *bins.total += total;
