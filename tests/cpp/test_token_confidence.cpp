@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "cpu/isa.cpp"
+#include "cpu/token_confidence.cpp"
 #include "cpu/token_confidence_generic.cpp"
 #include "kernels/confidence_case.h"
 #ifdef DLM_SIMT
@@ -171,7 +173,7 @@ TEST(huge_logits) {
         std::copy(row, row + 3, reinterpret_cast<float*>(c.logits.data()));
         c.temperature[0] = temperature, c.top_k[0] = 2;
         c.write_to(c.expected_token, c.expected_argmax, c.expected_statistics, c.expected_flags);
-        dlm::cpu::generic::token_confidence(c.p, 0, 1);
+        dlm::cpu::token_confidence(c.p, 0, 1);
         c.write_to(c.token, c.argmax, c.statistics, c.flags);
         run(c.start());
         CHECK(c.token[0] == c.expected_token[0] && c.flags[0] == c.expected_flags[0], "token %d",

@@ -142,7 +142,7 @@ struct ConfidenceCase {
     p.distribution = distribution;
     p.random = {{seed.data(), 1}, {step.data(), N}, position.data()};
     write_to(expected_token, expected_argmax, expected_statistics, expected_flags);
-    dlm::cpu::generic::token_confidence(p, 0, N);
+    dlm::cpu::token_confidence(p, 0, N);
     if (with & kRowMap) p.row_map = row_map.data();
     p.given = given.data();
     if (with & kBanned) p.banned = banned.data();
