@@ -34,7 +34,7 @@ class Row:
 
 @dataclass
 class Comparison:
-    """The rows of one group: the limit if there is one, baselines, ours last."""
+    """The rows of one group: the limits if there are any, baselines, ours last."""
 
     group: str
     rows: list[Row] = field(default_factory=list)
@@ -56,6 +56,25 @@ def read_limit(*tensors: Tensor) -> Limit:
             x.sum()
 
     return Limit("one read of the input", run, sum(t.numel() * t.element_size() for t in tensors), "GB/s")
+
+
+def exp_limit(*tensors: Tensor) -> Limit:
+    """One exponential for each element of the tensors: `torch.exp2` over floats that stay in a core's cache.
+
+    (`torch.exp` takes four times as long.) One thread does its share; the others' would take the same time, and no time goes into starting them.
+    """
+    threads = torch.get_num_threads()
+    count = sum(t.numel() for t in tensors) / threads
+    x = torch.linspace(-20, 0, min(65536, math.ceil(count)))
+    out = torch.empty_like(x)
+
+    def run():
+        torch.set_num_threads(1)
+        for _ in range(round(count / x.numel())):
+            torch.exp2(x, out=out)
+        torch.set_num_threads(threads)
+
+    return Limit("one exponential an element", run, sum(t.numel() * t.element_size() for t in tensors), "GB/s")
 
 
 def matmul_limit(dtype: torch.dtype, n: int = 1024) -> Limit:
@@ -129,7 +148,7 @@ class Harness:
         baselines: dict[str, Function],
         *,
         before: Function | None = None,
-        limit: Limit | None = None,
+        limit: Limit | list[Limit] | None = None,
         work: float = 0.0,
         moved: float = 0.0,
         unit: str = "",
@@ -146,8 +165,8 @@ class Harness:
             name -> callable.
         before : callable, optional
             Called before each candidate, outside its time.
-        limit : Limit, optional
-            Timed in turn with the others.
+        limit : Limit or list of them, optional
+            Timed in turn with the others; of several the slowest is what ours is measured against.
         work : float
             Bytes, floating-point operations or tokens of one call of ours; the limit's unit where there is one.
         moved : float
@@ -159,8 +178,8 @@ class Harness:
             return self._compare_on_gpu(benchmark, group, ours, baselines, limit, work, moved, unit)
         before = before or (lambda: None)
         others = dict(baselines)
-        if limit is not None:
-            others[limit.name] = limit.run
+        limits = limit if isinstance(limit, list) else [limit] if limit else []
+        others |= {limit.name: limit.run for limit in limits}
         everything = [*others.values(), ours]
         for run in everything:
             run()
@@ -187,11 +206,14 @@ class Harness:
             ratio = statistics.median(t / o for t, o in zip(times[name], own))
             result.rows.append(Row(name, statistics.median(times[name]), ratio))
         mine = Row("dlmkernels", statistics.median(own), None, work / statistics.median(own), unit)
-        if limit is not None:
+        bounds = []
+        for limit in limits:
             seconds = statistics.median(times[limit.name])
-            best = Row(limit.name, seconds, None, limit.work / seconds, limit.unit)
-            mine.unit, mine.share = limit.unit, mine.rate / best.rate
-            result.rows.insert(0, best)
+            bounds.append(Row(limit.name, seconds, None, limit.work / seconds, limit.unit))
+        if bounds:
+            slowest = max(bounds, key=lambda row: row.seconds)
+            mine.unit, mine.share = slowest.unit, mine.rate / slowest.rate
+        result.rows[:0] = bounds
         result.rows.append(mine)
         benchmark.extra_info |= {"group": group, "comparison": [vars(row) for row in result.rows]}
         self.comparisons.append(result)

@@ -19,14 +19,21 @@ std::string obstacle(Isa isa) {
   // registers. The four extensions are what CMakeLists.txt compiles *_avx512.cpp for: every
   // processor with AVX-512 since 2017.
   const char* missing = nullptr;
-  if (!__builtin_cpu_supports("avx512f")) missing = "AVX-512F";
-  else if (!__builtin_cpu_supports("avx512bw")) missing = "AVX-512BW";
-  else if (!__builtin_cpu_supports("avx512dq")) missing = "AVX-512DQ";
-  else if (!__builtin_cpu_supports("avx512vl")) missing = "AVX-512VL";
-  else if (isa == Isa::kAvx512Bf16 && !__builtin_cpu_supports("avx512bf16")) missing = "AVX512_BF16";
+  if (!__builtin_cpu_supports("avx512f"))
+    missing = "AVX-512F";
+  else if (!__builtin_cpu_supports("avx512bw"))
+    missing = "AVX-512BW";
+  else if (!__builtin_cpu_supports("avx512dq"))
+    missing = "AVX-512DQ";
+  else if (!__builtin_cpu_supports("avx512vl"))
+    missing = "AVX-512VL";
+  else if (isa == Isa::kAvx512Bf16 && !__builtin_cpu_supports("avx512bf16"))
+    missing = "AVX512_BF16";
   // Measured: AMD's multiply pairs of bf16 at twice the rate of floats, Intel's at half of it.
-  else if (isa == Isa::kAvx512Bf16 && __builtin_cpu_is("intel")) return "no faster than avx512 on Intel's processors";
-  return missing ? std::string("this processor, or its operating system, is without ") + missing : "";
+  else if (isa == Isa::kAvx512Bf16 && __builtin_cpu_is("intel"))
+    return "no faster than avx512 on Intel's processors";
+  return missing ? std::string("this processor, or its operating system, is without ") + missing
+                 : "";
 #else
   return "not in this build, which is for another kind of processor";
 #endif
@@ -36,8 +43,10 @@ std::string available() {
   std::string can, cannot;
   for (int i = 0; i < int(std::size(kNames)); ++i) {
     const std::string reason = obstacle(Isa(i));
-    if (reason.empty()) can += std::string(can.empty() ? "" : ", ") + kNames[i];
-    else cannot += std::string("; ") + kNames[i] + ": " + reason;
+    if (reason.empty())
+      can += std::string(can.empty() ? "" : ", ") + kNames[i];
+    else
+      cannot += std::string("; ") + kNames[i] + ": " + reason;
   }
   return "available: " + can + cannot;
 }

@@ -283,8 +283,7 @@ void finish(const Kernel& kernel, const TokenConfidenceParams& p, int64_t n, Tas
     margin = -std::expm1(exponent(found.second)) / total;
     entropy = log_total - found.weighted_exponent / total;
     logsumexp = found.max * scale + log_total;
-    if (p.given && p.given[n] >= 0)
-      p_given = std::exp(exponent(logit_at(row, p.given[n]))) / total;
+    if (p.given && p.given[n] >= 0) p_given = std::exp(exponent(logit_at(row, p.given[n]))) / total;
   }
 
   p.token[n] = token;
@@ -316,9 +315,9 @@ void token_confidence_scan(const TokenConfidenceParams& p, Scan* parts, int64_t 
   for (int64_t i = begin; i < end; ++i) {
     const Task task(p, i / count);
     const int64_t first = i % count * kPart;
-    parts[i] = task.source < 0 ? Scan{}
-                               : chosen.scan(task.row, first, std::min(first + kPart, p.V),
-                                             task.first);
+    parts[i] = task.source < 0
+                   ? Scan{}
+                   : chosen.scan(task.row, first, std::min(first + kPart, p.V), task.first);
   }
 }
 

@@ -2,10 +2,11 @@
 // Scans of token_confidence (see token_confidence.cpp) with AVX-512F, BW, DQ and VL: 16 logits an
 // instruction. A block is converted to float on the stack (4 KiB, in L1); one loop over it finds
 // the maximum, another adds e^(z - max).
-// A logit's share: 2 operations to convert, 2 to check and compare, 14 for the exponential and its
-// sum, on some 4 (AMD) or 2 (Intel) vector units: the exponentials are the limit, not the memory,
-// up to 30 GB/s of bf16 a core. Noise, another 30 operations, is drawn only for chunks of 64 logits
-// where it could decide; of those only what could beat the best token so far is looked at.
+// Operations for 16 logits: 2 to convert, 1 (2 with the margin) for the maximum, 15 for the
+// exponential and its sum (17 with temperature and entropy), on two (Intel) to four (AMD) vector
+// units. These are the limit, not the bytes of the logits, while they come from a cache. Noise,
+// another 28, is drawn only for chunks of 64 logits where it could decide; of those only what could
+// beat the best token so far is looked at.
 #include <algorithm>
 #include <cmath>
 
@@ -206,14 +207,13 @@ int index_of(float value, const float* z) {
 
 // 2^(j/16), less j in the bits that the exponential adds it to.
 alignas(64) constexpr uint32_t kSixteenths[kWidth] = {
-    0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532,
-    0x3f75fed7, 0x3f75583f, 0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c,
-    0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
+    0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
+    0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
 // What rounding took from 2^(j/16), relative to it.
 alignas(64) constexpr float kRoundedOff[kWidth] = {
-    0.00000000e+00f, 4.62854715e-08f, -1.19921575e-08f, 4.72978243e-08f,
-    3.19341815e-08f, 3.62105723e-08f, -3.09907193e-08f, -7.47521334e-09f,
-    1.71142709e-08f, -3.04768335e-08f, 5.23333421e-09f, 6.10759177e-09f,
+    0.00000000e+00f,  4.62854715e-08f,  -1.19921575e-08f, 4.72978243e-08f,
+    3.19341815e-08f,  3.62105723e-08f,  -3.09907193e-08f, -7.47521334e-09f,
+    1.71142709e-08f,  -3.04768335e-08f, 5.23333421e-09f,  6.10759177e-09f,
     -1.47196051e-08f, -5.25879518e-09f, -6.12825968e-09f, 5.14060927e-09f};
 
 struct ExpTables {
@@ -409,10 +409,10 @@ class Sampler {
   // rounded, and noise <= -log(word / 2^32) + 1e-3; the margins cover the rounding here.
   uint32_t find_thresholds(Floats x, uint32_t* threshold) const {
     const Floats best = splat(best_);
-    const Floats gap = (best - x) - (magnitude(best) + magnitude(x)) * splat(2.4e-7f) - splat(2e-3f);
+    const Floats gap =
+        (best - x) - (magnitude(best) + magnitude(x)) * splat(2.4e-7f) - splat(2e-3f);
     const Mask normal = not_less(gap, splat(0.0f));
-    const Floats p = exponential(max(splat(0.0f) - gap, splat(kExpUnderflow)), normal,
-                                 ExpTables());
+    const Floats p = exponential(max(splat(0.0f) - gap, splat(kExpUnderflow)), normal, ExpTables());
     const Mask some = greater(gap, splat(0.0f));  // not where anything can win
     const Words words = to_words(fma(p, splat(4.3e9f), splat(1.0f)));
     store(threshold, select(some, words, splat(0xffffffffu)));

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// dlmkernels._C: importing it registers torch.ops.dlmkernels.*; its functions tell what was built and what is in use.
+// dlmkernels._C: importing it registers torch.ops.dlmkernels.*; its functions tell what was built
+// and what is in use.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -176,9 +176,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
     const Tensor scratch = torch::stable::new_empty(
         logits, {N * parts * int64_t(sizeof(cpu::Scan))}, ScalarType::Byte);
     cpu::Scan* scans = static_cast<cpu::Scan*>(scratch.mutable_data_ptr());
-    parallel(N * parts, cpu::kPart, [&](int64_t begin, int64_t end) {
-      cpu::token_confidence_scan(p, scans, begin, end);
-    });
+    parallel(N * parts, cpu::kPart,
+             [&](int64_t begin, int64_t end) { cpu::token_confidence_scan(p, scans, begin, end); });
     const bool filters = top_k || top_p;  // only these leave work to do
     parallel(N, filters ? V : 1, [&](int64_t begin, int64_t end) {
       cpu::token_confidence_finish(p, scans, begin, end);

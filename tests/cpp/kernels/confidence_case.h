@@ -277,11 +277,10 @@ template <dlm::cuda::ConfidenceFault fault>
 std::string try_confidence() {
   using C = ConfidenceCase;
   uint64_t seed = 1;
-  for (const auto& [V, with, distribution] :
-       {std::tuple{20003, C::kTies | 0u, 0},
-        {16391, C::kSample | C::kShifted | 0u, 1},
-        {3001, C::kSample | C::kTopP | C::kBanned | 0u, 2},
-        {3001, C::kTopK | 0u, 2}}) {
+  for (const auto& [V, with, distribution] : {std::tuple{20003, C::kTies | 0u, 0},
+                                              {16391, C::kSample | C::kShifted | 0u, 1},
+                                              {3001, C::kSample | C::kTopP | C::kBanned | 0u, 2},
+                                              {3001, C::kTopK | 0u, 2}}) {
     C c(dlm::DType::kBFloat16, 2, V, with, dlm::Distribution(distribution), ++seed);
     c.start<fault>();
     if (std::string wrong = c.wrong(); !wrong.empty()) return wrong;
