@@ -3,6 +3,7 @@
 # make test    set up, build, and run every test
 # make check   lint, types and the quick tests
 # make bench   the benchmarks, each beside its baseline
+# make gpu     on a machine with a GPU, with the torch that PYTHON has: build, prove, measure (under ten minutes)
 #
 # Setting up means: a virtual environment in .venv (or PYTHON=… for one of your own), torch, the tools, the build.
 # Each step runs again only when what it depends on has changed.
@@ -24,7 +25,7 @@ RUN := PATH="$(abspath $(dir $(PY))):$$PATH"
 STAMPS := build/stamps
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: setup demo test check bench format clean
+.PHONY: setup demo test check bench gpu format clean
 
 setup: $(STAMPS)/package
 
@@ -59,6 +60,9 @@ check: setup
 
 bench: setup
 	$(RUN) $(PY) -m pytest benchmarks --benchmark-only $(ARGS)
+
+gpu:
+	$(or $(PYTHON),python3) scripts/gpu.py $(ARGS)
 
 format: setup
 	$(RUN) $(PY) -m ruff check --fix .

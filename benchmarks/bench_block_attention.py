@@ -3,11 +3,12 @@
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 from dlmkernels import ops
-from harness import matmul_limit, touch
+from harness import arithmetic_limit, matmul_limit, read_limit, tighter, touch
 from shapes import DEMO, DREAM, LLADA, SDAR, Shape
 
 
@@ -17,51 +18,104 @@ class Case:
     batch: int
     keys: int
     dtype: torch.dtype = torch.bfloat16
+    queries: int = 0  # 0: a block of the model
+
+    @property
+    def block(self):
+        return self.queries or self.shape.block
 
     def __str__(self):
         s = self.shape
-        return (f"{s}, heads {s.heads}/{s.kv_heads} of {s.head_dim}, batch {self.batch}, {s.block} queries, "
+        return (f"{s}, heads {s.heads}/{s.kv_heads} of {s.head_dim}, batch {self.batch}, {self.block} queries, "
                 f"{self.keys} keys, {str(self.dtype).removeprefix('torch.')}")  # fmt: skip
 
 
-QUICK = [Case(LLADA, 1, 256), Case(DREAM, 1, 1024), Case(SDAR, 1, 1024), Case(DEMO, 32, 82, torch.float32)]
+QUICK = [Case(LLADA, 1, 256), Case(LLADA, 1, 1024), Case(DREAM, 1, 1024), Case(SDAR, 1, 1024),
+         Case(DEMO, 32, 82, torch.float32)]  # fmt: skip
 FULL = [
-    Case(LLADA, 1, 1024), Case(LLADA, 1, 4096), Case(LLADA, 8, 1024), Case(DREAM, 1, 4096), Case(DREAM, 8, 1024),
-    Case(LLADA, 1, 1024, torch.float32),
+    Case(LLADA, 1, 4096), Case(LLADA, 8, 1024), Case(LLADA, 8, 4096), Case(LLADA, 1, 1024, queries=4),
+    Case(LLADA, 1, 4096, queries=4), Case(LLADA, 1, 1024, queries=1024), Case(DREAM, 1, 4096), Case(DREAM, 8, 1024),
+    Case(DREAM, 8, 4096), Case(SDAR, 1, 4096), Case(LLADA, 1, 1024, torch.float32),
 ]  # fmt: skip
 
 
+class Setting:
+    """The tensors of a case: ours with positions before heads, torch's (`_t`) with heads before positions."""
+
+    def __init__(self, case):
+        s, b, n, dtype = case.shape, case.batch, case.block, case.dtype
+        self.q = torch.randn(b, n, s.heads, s.head_dim).to(dtype)
+        self.k_new, self.v_new = (torch.randn(b, n, s.kv_heads, s.head_dim).to(dtype) for _ in range(2))
+        self.k_cache, self.v_cache = (torch.randn(b, case.keys, s.kv_heads, s.head_dim).to(dtype) for _ in range(2))
+        self.first = (case.keys - n) // 2  # the block stands in the middle of the canvas, as with a dual cache
+        self.slots = torch.arange(self.first, self.first + n, dtype=torch.int32).expand(b, n).contiguous()
+        ours = (self.q, self.k_new, self.v_new, self.k_cache, self.v_cache)
+        self.q_t, self.k_new_t, self.v_new_t, self.k_t, self.v_t = (x.transpose(1, 2).contiguous() for x in ours)
+        self.grouped = s.heads != s.kv_heads
+        self.tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype != torch.float32 else {}
+        self.touch = touch(self.k_cache, self.v_cache, self.k_t, self.v_t)
+        flops = 4.0 * b * s.heads * n * case.keys * s.head_dim
+        kv_bytes = 2.0 * self.k_cache.numel() * self.k_cache.element_size()
+        if torch.get_default_device().type == "cuda":  # there the harness has the floors
+            self.timing = {"limit": matmul_limit(dtype), "work": flops, "moved": kv_bytes + 2 * self.q.nbytes}
+            return
+        limit, work = tighter((arithmetic_limit(dtype), flops), (read_limit(self.k_cache, self.v_cache), kv_bytes))
+        self.timing = {"before": self.touch, "limit": limit, "work": work}
+
+    def attend(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=self.grouped)
+
+    def with_new(self, cache, new):
+        """The cache with the block's rows in their place, in new memory."""
+        left, right = cache[:, :, : self.first], cache[:, :, self.first + new.shape[2] :]
+        return torch.cat((left, new, right), 2)
+
+
 def test_block_attention(benchmark, harness, case):
-    s, b, dtype = case.shape, case.batch, case.dtype
-    q = torch.randn(b, s.block, s.heads, s.head_dim).to(dtype)
-    k_new, v_new = (torch.randn(b, s.block, s.kv_heads, s.head_dim).to(dtype) for _ in range(2))
-    k_cache, v_cache = (torch.randn(b, case.keys, s.kv_heads, s.head_dim).to(dtype) for _ in range(2))
-    first = (case.keys - s.block) // 2  # the block stands in the middle of the canvas, as with a dual cache
-    slots = torch.arange(first, first + s.block, dtype=torch.int32).expand(b, s.block).contiguous()
-    # torch wants heads before positions
-    q_t, k_new_t, v_new_t, k_t, v_t = (x.transpose(1, 2).contiguous() for x in (q, k_new, v_new, k_cache, v_cache))
-    index, grouped = slots[0].long(), s.heads != s.kv_heads
+    t = Setting(case)
+    index = t.slots[0].long()
 
     def in_place():
-        k_t[:, :, index] = k_new_t
-        v_t[:, :, index] = v_new_t
-        return F.scaled_dot_product_attention(q_t, k_t, v_t, enable_gqa=grouped)
+        t.k_t[:, :, index] = t.k_new_t
+        t.v_t[:, :, index] = t.v_new_t
+        return t.attend(t.q_t, t.k_t, t.v_t)
 
     def concatenated():
-        left, right = slice(first), slice(first + s.block, None)
-        k = torch.cat((k_t[:, :, left], k_new_t, k_t[:, :, right]), 2)
-        v = torch.cat((v_t[:, :, left], v_new_t, v_t[:, :, right]), 2)
-        return F.scaled_dot_product_attention(q_t, k, v, enable_gqa=grouped)
+        return t.attend(t.q_t, t.with_new(t.k_t, t.k_new_t), t.with_new(t.v_t, t.v_new_t))
 
     def ours():
-        return ops.block_attention(q, k_new, v_new, k_cache, v_cache, slots)
+        return ops.block_attention(t.q, t.k_new, t.v_new, t.k_cache, t.v_cache, t.slots)
 
-    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype != torch.float32 else {}
-    torch.testing.assert_close(ours().out.transpose(1, 2), in_place(), **tolerance)
-    torch.testing.assert_close(concatenated(), in_place(), **tolerance)
-    harness.compare(
-        benchmark, f"block_attention: {case}", ours,
-        {"index_put into the cache + SDPA": in_place, "cat + SDPA": concatenated},
-        before=touch(k_cache, v_cache, k_t, v_t), limit=matmul_limit(dtype),
-        work=4.0 * b * s.heads * s.block * case.keys * s.head_dim,
-    )  # fmt: skip
+    torch.testing.assert_close(ours().out.transpose(1, 2), in_place(), **t.tolerance)
+    torch.testing.assert_close(concatenated(), in_place(), **t.tolerance)
+    baselines = {"index_put into the cache + SDPA": in_place, "cat + SDPA": concatenated}
+    harness.compare(benchmark, f"block_attention: {case}", ours, baselines, **t.timing)
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding in fp32, as LLaDA's code does it."""
+    left, right = x.float().chunk(2, -1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), -1).to(x.dtype)
+
+
+@pytest.mark.parametrize("keys", [1024, 4096])
+def test_keys_rotated_once(benchmark, harness, keys):
+    """Keys kept rotated beside Fast-dLLM's, which rotates those of the whole canvas in every forward."""
+    case = Case(LLADA, 1, keys)
+    t = Setting(case)
+    angles = torch.outer(torch.arange(case.keys), 10000.0 ** -(torch.arange(0, 1, 2 / case.shape.head_dim)))
+    cos, sin = angles.cos(), angles.sin()
+    block = slice(t.first, t.first + case.block)
+    t.k_cache.copy_(rotate(t.k_t, cos, sin).transpose(1, 2))
+
+    def fast_dllm():
+        k, v = t.with_new(t.k_t, t.k_new_t), t.with_new(t.v_t, t.v_new_t)
+        return t.attend(rotate(t.q_t, cos[block], sin[block]), rotate(k, cos, sin), v)
+
+    def ours():
+        q, k_new = (rotate(x, cos[block, None], sin[block, None]) for x in (t.q, t.k_new))
+        return ops.block_attention(q, k_new, t.v_new, t.k_cache, t.v_cache, t.slots)
+
+    torch.testing.assert_close(ours().out.transpose(1, 2), fast_dllm(), **t.tolerance)
+    title = f"block_attention with rotary embedding: {case}"
+    harness.compare(benchmark, title, ours, {"cat + rotate all keys + SDPA (Fast-dLLM)": fast_dllm}, **t.timing)

@@ -11,11 +11,13 @@ from harness import Harness
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="the large shapes as well (minutes)")
+    parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where to run (default cpu)")
     parser.addoption("--seconds", type=float, default=0.7, help="time for each comparison (default 0.7)")
 
 
 def pytest_configure(config):
-    config.harness = Harness(config.getoption("--seconds"))
+    config.harness = Harness(config.getoption("--seconds"), config.getoption("--device"))
+    torch.set_default_device(config.getoption("--device"))
 
 
 @pytest.fixture
@@ -36,16 +38,28 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("case", cases, ids=str)
 
 
+def machine(harness):
+    """What ran the benchmarks, in one or two lines."""
+    if (floors := harness.floors) is not None:
+        yield (
+            f"{torch.cuda.get_device_name()}; torch {torch.__version__}; floors: copy "
+            f"{floors.bytes_a_second / 1e9:,.0f} GB/s, bf16 product {floors.flops_a_second / 1e12:,.0f} TFLOP/s"
+        )
+        return
+    load, threads = os.getloadavg()[0], torch.get_num_threads()
+    yield (
+        f"{platform.machine()}, kernels: {_C.cpu_isa()}; torch {torch.__version__}, {threads} threads "
+        f"on {os.cpu_count()} processors, load {load:.1f}"
+    )
+    if load > threads + 1:
+        yield "other programs were running: compare the rows of a group, trust no single time"
+
+
 def pytest_terminal_summary(terminalreporter, config):
     if not config.harness.comparisons:
         return
     terminalreporter.section("against the baselines")
-    load = os.getloadavg()[0]
-    terminalreporter.write_line(
-        f"{platform.machine()}, kernels: {_C.cpu_isa()}; torch {torch.__version__}, {torch.get_num_threads()} threads "
-        f"on {os.cpu_count()} processors, load {load:.1f}"
-    )
-    if load > torch.get_num_threads() + 1:
-        terminalreporter.write_line("other programs were running: compare the rows of a group, trust no single time")
+    for line in machine(config.harness):
+        terminalreporter.write_line(line)
     for line in config.harness.table():
         terminalreporter.write_line(line)

@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
+import shutil
 import statistics
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-Function = Callable[[], object]
+from device import Floors, Function, Repeated
 
 
 @dataclass
@@ -29,7 +34,7 @@ class Row:
 
 @dataclass
 class Comparison:
-    """The rows of one group: the limit if there is one, baselines, ours last."""
+    """The rows of one group: the limits if there are any, baselines, ours last."""
 
     group: str
     rows: list[Row] = field(default_factory=list)
@@ -53,10 +58,69 @@ def read_limit(*tensors: Tensor) -> Limit:
     return Limit("one read of the input", run, sum(t.numel() * t.element_size() for t in tensors), "GB/s")
 
 
+def exp_limit(*tensors: Tensor) -> Limit:
+    """One exponential for each element of the tensors: `torch.exp2` over floats that stay in a core's cache.
+
+    (`torch.exp` takes four times as long.) One thread does its share; the others' would take the same time, and no time
+    goes into starting them.
+    """
+    threads = torch.get_num_threads()
+    count = sum(t.numel() for t in tensors) / threads
+    x = torch.linspace(-20, 0, min(65536, math.ceil(count)))
+    out = torch.empty_like(x)
+
+    def run():
+        torch.set_num_threads(1)
+        for _ in range(round(count / x.numel())):
+            torch.exp2(x, out=out)
+        torch.set_num_threads(threads)
+
+    return Limit("one exponential an element", run, sum(t.numel() * t.element_size() for t in tensors), "GB/s")
+
+
 def matmul_limit(dtype: torch.dtype, n: int = 1024) -> Limit:
     """A square product in the same dtype."""
     a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
     return Limit(f"{n} x {n} x {n} product", lambda: torch.mm(a, b), 2.0 * n**3, "GFLOP/s")
+
+
+@functools.cache
+def _limits() -> ctypes.CDLL | None:
+    """limits.cpp, compiled for this very processor; None where there is no compiler."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "limits.so"
+        flags = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread"]
+        subprocess.run([compiler, *flags, Path(__file__).with_name("limits.cpp"), "-o", library], check=True)
+        loaded = ctypes.CDLL(str(library))
+    for function in (loaded.multiply_add_float, loaded.multiply_add_bfloat16):
+        function.argtypes, function.restype = [ctypes.c_long, ctypes.c_int], ctypes.c_double
+    return loaded
+
+
+def arithmetic_limit(dtype: torch.dtype) -> Limit:
+    """Multiplications and additions in registers: of bf16 pairs where `dtype` is bf16 and there is such an instruction,
+    else of floats. Where there is no compiler, a square product."""
+    library, threads = _limits(), torch.get_num_threads()
+    if library is None:
+        return matmul_limit(dtype)
+    name, function = "fp32 multiply-add in registers", library.multiply_add_float
+    if dtype == torch.bfloat16 and library.multiply_add_bfloat16(1, 1) > 0:
+        name, function = "bf16 multiply-add in registers", library.multiply_add_bfloat16
+    repeats = 100_000
+    return Limit(name, lambda: function(repeats, threads), function(1, threads) * repeats, "GFLOP/s")
+
+
+def tighter(*limits: tuple[Limit, float]) -> tuple[Limit, float]:
+    """Of limits, each with the work that one call has in its unit, the one under which the call takes longest."""
+
+    def seconds(limit: Limit, work: float) -> float:
+        limit.run()
+        return min(_timed(limit.run, lambda: None) for _ in range(5)) / limit.work * work
+
+    return max(limits, key=lambda pair: seconds(*pair))
 
 
 def touch(*tensors: Tensor) -> Function:
@@ -72,8 +136,9 @@ def touch(*tensors: Tensor) -> Function:
 class Harness:
     """Runs comparisons and keeps their results for the summary."""
 
-    def __init__(self, seconds: float):
+    def __init__(self, seconds: float, device: str = "cpu"):
         self.seconds = seconds
+        self.floors = Floors() if device == "cuda" else None
         self.comparisons: list[Comparison] = []
 
     def compare(
@@ -84,8 +149,9 @@ class Harness:
         baselines: dict[str, Function],
         *,
         before: Function | None = None,
-        limit: Limit | None = None,
+        limit: Limit | list[Limit] | None = None,
         work: float = 0.0,
+        moved: float = 0.0,
         unit: str = "",
     ) -> Comparison:
         """Time `ours` through the `benchmark` fixture, and between its rounds each baseline once.
@@ -100,17 +166,21 @@ class Harness:
             name -> callable.
         before : callable, optional
             Called before each candidate, outside its time.
-        limit : Limit, optional
-            Timed in turn with the others.
+        limit : Limit or list of them, optional
+            Timed in turn with the others; of several the slowest is what ours is measured against.
         work : float
             Bytes, floating-point operations or tokens of one call of ours; the limit's unit where there is one.
+        moved : float
+            Bytes that one call must read and write, where `work` is something else: for a GPU's floors.
         unit : str
             Unit of the rate where there is no limit: "tokens/s".
         """
+        if self.floors is not None:
+            return self._compare_on_gpu(benchmark, group, ours, baselines, limit, work, moved, unit)
         before = before or (lambda: None)
         others = dict(baselines)
-        if limit is not None:
-            others[limit.name] = limit.run
+        limits = limit if isinstance(limit, list) else [limit] if limit else []
+        others |= {limit.name: limit.run for limit in limits}
         everything = [*others.values(), ours]
         for run in everything:
             run()
@@ -137,13 +207,52 @@ class Harness:
             ratio = statistics.median(t / o for t, o in zip(times[name], own))
             result.rows.append(Row(name, statistics.median(times[name]), ratio))
         mine = Row("dlmkernels", statistics.median(own), None, work / statistics.median(own), unit)
-        if limit is not None:
+        bounds = []
+        for limit in limits:
             seconds = statistics.median(times[limit.name])
-            best = Row(limit.name, seconds, None, limit.work / seconds, limit.unit)
-            mine.unit, mine.share = limit.unit, mine.rate / best.rate
-            result.rows.insert(0, best)
+            bounds.append(Row(limit.name, seconds, None, limit.work / seconds, limit.unit))
+        if bounds:
+            slowest = max(bounds, key=lambda row: row.seconds)
+            mine.unit, mine.share = slowest.unit, mine.rate / slowest.rate
+        result.rows[:0] = bounds
         result.rows.append(mine)
-        benchmark.extra_info["comparison"] = [vars(row) for row in result.rows]
+        benchmark.extra_info |= {"group": group, "comparison": [vars(row) for row in result.rows]}
+        self.comparisons.append(result)
+        return result
+
+    def _compare_on_gpu(self, benchmark, group, ours, baselines, limit, work, moved, unit) -> Comparison:
+        """The same on a GPU: device time of captured graphs, the caches as the call before left them."""
+        for run in (*baselines.values(), ours):
+            run()
+        torch.cuda.synchronize()
+        others = {name: Repeated(run) for name, run in baselines.items()}
+        mine = Repeated(ours)
+        times: dict[str, list[float]] = {name: [] for name in others}
+        own: list[float] = []
+
+        def others_first():
+            for name, run in others.items():
+                times[name].append(run.seconds())
+
+        round_seconds = sum(run.seconds() * run.calls for run in (*others.values(), mine))
+        rounds = max(5, min(50, round(self.seconds / round_seconds)))
+        benchmark.pedantic(lambda: own.append(mine.seconds()), setup=others_first, rounds=rounds, iterations=1)
+        result = Comparison(group)
+        for name, seconds in times.items():
+            ratio = statistics.median(t / o for t, o in zip(seconds, own))
+            result.rows.append(Row(name, statistics.median(seconds), ratio))
+        row = Row("dlmkernels", statistics.median(own), None, work / statistics.median(own), unit)
+        if limit is not None:
+            row.unit = limit.unit
+            bytes_, flops = (work, 0.0) if limit.unit == "GB/s" else (moved, work)
+            name, floor = self.floors.seconds(bytes_, flops)
+            row.share = floor / row.seconds
+            result.rows.insert(0, Row(name, floor, None, work / floor, limit.unit))
+        result.rows.append(row)
+        benchmark.extra_info |= {
+            "group": group, "comparison": [vars(r) for r in result.rows], "calls_a_round": mine.calls,
+            "captured": mine.captured,
+        }  # fmt: skip
         self.comparisons.append(result)
         return result
 

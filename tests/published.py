@@ -354,3 +354,131 @@ def entropy_bounded(
                 count += 1
             take(request, proposals, [-h for h in proposals.entropy], count)
     return request
+
+
+# --- blocks after a finished context ---------------------------------------------------------------------------------
+
+
+def block_causal(length: int, block: int, first: int) -> Tensor:
+    """Who sees whom, bool `[T, T]`: blocks of `block` counted from `first`, what stands left of it one block more."""
+    column = torch.arange(length)
+    number = torch.where(column < first, -1, (column - first).div(block, rounding_mode="floor"))
+    return number[None] <= number[:, None]
+
+
+def block_diffusion(
+    model: Callable, prompt: Tensor, new_tokens: int, mask: int, *, block: int, threshold: float, strict: bool = True,
+    grid: str = "absolute", attention: str = "block", shift: bool = False, seeded: bool = False,
+    part: int | None = None, fused: bool = True,
+) -> Request:  # fmt: skip
+    """Blocks decoded one after another, each seeing those before it and all of itself; nothing is kept in a cache.
+
+    - SDAR (arXiv:2510.06303, `generate.py`, low_confidence_dynamic) and LLaDA2.0 (arXiv:2512.15745): `grid` absolute:
+      the prompt's last, incomplete block is completed first, and the last block is decoded whole;
+    - Fast-dLLM v2 (arXiv:2509.26328): so too, with `shift` and `seeded`: a block's first token is what the row before
+      it predicts, and the rest is decoded in parts of `part`;
+    - D2F (arXiv:2508.09192), its blocks one after another: `grid` prompt: the prompt is one block;
+    - dllm's BD3-LM sampler: `grid` both-ways, prompts being padded to whole blocks;
+    - Nemotron-Labs-Diffusion (arXiv:2607.05722): `attention` causal-context: what is decided sees what stands left of
+      it alone, `seeded`.
+
+    A forward commits everything surer than the threshold (`strict`: than, else: as), at least one. What is decided is
+    forwarded once more before it can be seen: by itself, or (`fused`) with the first step of the next block.
+
+    `model(tokens, visible)` returns the logits of all rows.
+    """
+    first = len(prompt) // block * block if grid == "absolute" else len(prompt)
+    length = len(prompt) + new_tokens
+    if grid == "absolute":
+        length = -(-length // block) * block
+    request = Request(torch.cat((prompt, prompt.new_full((length - len(prompt),), mask))), mask)
+    origin = {"absolute": 0, "prompt": first, "both-ways": first % block}[grid]
+
+    def logits(begin: int, end: int) -> Tensor:
+        """Of the columns up to `end`, those from `begin` on being the open block."""
+        visible = block_causal(end, block, origin)
+        if attention != "block":
+            visible = torch.ones(end, end).tril().bool()
+        if attention == "causal-context":
+            visible[begin:] = True
+        return model(request.tokens[None, :end], visible)[0]
+
+    for begin in range(first, length, block):
+        end = min(begin + block, length)
+        if begin > 0 and (seeded or not fused):
+            row = logits(begin, begin)[-1:]
+            seed = propose(row, [0], mask)
+            seed.positions = [begin]
+            request.commit(seed, [0] if seeded and request.open(begin, begin + 1) else [])
+        for start in range(begin, end, part or block):
+            stop = min(start + (part or block), end)
+            while eligible := request.open(start, stop):
+                z = logits(begin, end)
+                proposals = propose(shifted(z) if shift else z, eligible, mask)
+                c = proposals.probability
+                request.note(*(abs(p - threshold) for p in sorted(c)[:-1]))
+                take(request, proposals, c, max(sum(p > threshold if strict else p >= threshold for p in c), 1))
+    kept = len(prompt) + new_tokens
+    request.tokens, request.commit_step = request.tokens[:kept], request.commit_step[:kept]
+    request.confidence = request.confidence[:kept]
+    return request
+
+
+# --- strictly causal models ------------------------------------------------------------------------------------------
+
+
+def introspective(model: Callable, prompt: Tensor, new_tokens: int, mask: int, *, stride: int) -> Request:
+    """I-DLM's strided decoding (arXiv:2604.11035) at temperature 0; row i speaks of position i + 1.
+
+    A forward holds the tokens so far, the drafts and `stride` - 1 masks. Drafts are accepted from the left while each is
+    the most likely token; then one more token is taken. If all were accepted, the masks' rows draft the next ones.
+    `model(tokens, visible)` returns the logits of all rows.
+    """
+    length = len(prompt) + new_tokens
+    request = Request(torch.cat((prompt, prompt.new_full((new_tokens,), mask))), mask)
+    reached, drafts = len(prompt), []
+    while reached < length:
+        row = torch.cat((request.tokens[:reached], torch.tensor(drafts, dtype=torch.int64)))
+        row = torch.cat((row, row.new_full((stride - 1,), mask)))
+        logits = model(row[None], torch.ones(len(row), len(row)).tril().bool())[0]
+        said = propose(logits, list(range(len(row))), mask)
+        accepted = 0
+        while accepted < len(drafts) and said.token[reached - 1 + accepted] == drafts[accepted]:
+            accepted += 1
+        rows = [i for i in range(reached - 1, reached + accepted) if i + 1 < length]
+        chosen = [getattr(said, name) for name in ("token", "probability", "margin", "entropy", "lead")]
+        request.commit(
+            Proposals([i + 1 for i in rows], *([x[i] for i in rows] for x in chosen)), list(range(len(rows)))
+        )
+        first = reached + len(drafts)  # of the masks' rows
+        request.note(*said.lead[first : first + stride - 1])
+        all_accepted = accepted == len(drafts)
+        reached += accepted + 1
+        drafts = said.token[first : first + stride - 1] if all_accepted else []
+    return request
+
+
+def reordered(
+    model: Callable, prompt: Tensor, new_tokens: int, mask: int, *, window: int, threshold: float, penalty: float
+) -> Request:
+    """WeDLM's streaming decoder (arXiv:2512.22737) at temperature 0, as it is published: tokens change places.
+
+    A row of decided tokens, then the masks of the window, goes through a causal model with the positions they have in
+    the text. Masks whose entropy and penalty for the distance from the first are below the threshold are filled, at
+    least one. The window is `window` columns from the first mask on (published: as far as memory goes; here: to the end).
+    `model(tokens, visible, positions)` returns the logits of all rows.
+    """
+    length = len(prompt) + new_tokens
+    request = Request(torch.cat((prompt, prompt.new_full((new_tokens,), mask))), mask)
+    while open_ := request.open(0, length):
+        masks = [i for i in open_ if i < open_[0] + window]
+        decided = [i for i in range(min(open_[0] + window, length)) if i not in masks]
+        order = decided + masks
+        visible = torch.ones(len(order), len(order)).tril().bool()
+        logits = model(request.tokens[order][None], visible, torch.tensor(order))[0]
+        proposals = propose(logits[len(decided) :], list(range(len(masks))), mask)
+        proposals.positions = masks
+        cost = [h + penalty * (i - masks[0]) for h, i in zip(proposals.entropy, masks)]
+        request.note(*(abs(c - threshold) for c in sorted(cost)[1:]))
+        take(request, proposals, [-c for c in cost], max(sum(c < threshold for c in cost), 1))
+    return request

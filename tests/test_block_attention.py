@@ -8,21 +8,26 @@ import torch
 import torch.nn.functional as F
 
 import numerics
-from dlmkernels import ops, reference
+from dlmkernels import _C, ops, reference
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 MASKING = ("causal_block", "block_origin", "q_limit", "k_order", "window_left", "window_right")
 nan, inf = math.nan, math.inf
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    """One thread: the references run thousands of small torch ops, which only get slower with more."""
-    threads = torch.get_num_threads()
+@pytest.fixture(autouse=True, params=_C.cpu_isas())
+def seeded(request):
+    """Every test with every instruction set that this machine has.
+
+    One thread: the references run thousands of small torch ops, which only get slower with more.
+    """
+    threads, isa = torch.get_num_threads(), _C.cpu_isa()
     torch.set_num_threads(1)
+    _C.set_cpu_isa(request.param)
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+    _C.set_cpu_isa(isa)
 
 
 def ints(values):
@@ -173,6 +178,52 @@ def test_real_shape(dtype):
     check(make(B=1, Q=32, S=1024, H=28, G=4, D=128, dtype=dtype, slots=torch.arange(992, 1024).int()[None]))
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("D", [24, 40, 72, 96, 120, 136, 192, 248])
+def test_uneven_dims(D, dtype):
+    """Head dimensions that fill no whole number of vectors."""
+    check(make(Q=6, S=70, H=3, G=1, D=D, dtype=dtype, causal_block=1))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 15, 16, 17, 31, 32, 33, 65])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_row_counts(rows, dtype):
+    """Either side of rows that have several lanes each, of one vector of rows, and of two."""
+    check(make(B=1, Q=rows, S=67, H=2, G=2, D=64, dtype=dtype))
+
+
+@pytest.mark.parametrize(("D", "dtype"), [(256, torch.float32), (128, torch.float16), (64, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("S", [127, 128, 129, 255, 256, 257, 511, 512, 513, 1025])
+def test_many_keys(S, D, dtype):
+    """Either side of the spans of 128, 256 and 512 slots by which long caches are divided."""
+    check(make(B=1, Q=3, S=S, H=3, G=1, D=D, dtype=dtype, slots=torch.arange(S - 3, S).int()[None]))
+
+
+def test_more_rows_than_a_work_item():
+    """More query rows of a KV head than its keys are converted for at a time."""
+    c = make(B=1, Q=44, S=70, H=7, G=1, D=128, dtype=torch.bfloat16, causal_block=4)
+    check(c)
+    check(make(B=1, Q=530, S=70, H=1, G=1, D=8, slots=torch.arange(530).int()[None] % 70))
+
+
+LONG = {
+    "full": {},
+    "causal": {"causal_block": 1},
+    "left padding": {"kv_range": ints([[0, 1100], [333, 1100]])},
+    "nothing in between": {"kv_range": ints([[[5, 40], [1000, 1090]], [[0, 1], [1099, 1100]]])},
+    "window": {"window_left": 40, "window_right": 3},
+    "wide window, soft-cap": {"window_left": 600, "window_right": 0, "softcap": 2.0},
+    "order and limit": {"q_limit": torch.arange(60).view(2, 30).int() % 7, "k_order": torch.arange(2200).view(2, 1100).int() // 150},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", LONG)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_modes_over_many_keys(mode, dtype):
+    """Rows that see nothing of some spans of a long cache, and work items in which no row does."""
+    check(make(2, 30, 1100, H=4, G=2, D=40, dtype=dtype, slots=permuted_slots(2, 30, 1100), **LONG[mode]))
+
+
 B, Q, S = 3, 37, 150
 LIMIT, ORDER = torch.arange(B * Q).view(B, Q).int() % 11, torch.arange(B * S).view(B, S).int() % 13
 MODES = {
@@ -276,6 +327,25 @@ def test_infinite_logits():
 # --- what must not matter --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", ["k_cache", "v_cache"])
+@pytest.mark.parametrize(("Q", "H"), [(40, 4), (10, 2), (4, 1)])
+def test_garbage_in_a_long_cache(name, dtype, Q, H):
+    """The same across spans, for many rows and few, on both sides of the slot, and for slots outside all ranges."""
+    S = 1100
+    slots = (torch.arange(2 * Q).view(2, Q) * (1000 // (2 * Q)) + 60).int()
+    c = make(B=2, Q=Q, S=S, H=H, G=1, D=72, dtype=dtype, new=False, slots=slots,
+             kv_range=ints([[50, S], [50, S]]), causal_block=4)  # fmt: skip
+    clean_out, clean_lse = ops.block_attention(**copied(c))
+    assert clean_out.isfinite().all()
+    c[name][1, 877, 0, 70] = nan
+    out, lse = ops.block_attention(**copied(c))
+    clean = (torch.arange(2).view(2, 1) == 0) | (c["slots"] // 4 < 877 // 4)
+    assert same_bits(out[clean], clean_out[clean]) and same_bits(lse[clean], clean_lse[clean])
+    seeing = out[~clean]
+    assert len(seeing) and (seeing.isnan().all(-1) if name == "k_cache" else seeing[..., 70].isnan()).all()
+
+
 def test_nan_in_q_stays_in_its_row():
     c = make(Q=40, S=90, H=6, G=2, D=32, causal_block=4)
     clean_out, clean_lse = ops.block_attention(**copied(c))
@@ -317,6 +387,17 @@ def test_rows_do_not_depend_on_the_batch():
         assert same_bits(out_b[0], out[b]) and same_bits(lse_b[0], lse[b])
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_long_rows_do_not_depend_on_the_batch(dtype):
+    """Alone, the keys of a request are divided among work items; in a large batch they are not."""
+    c = make(B=33, Q=3, S=1100, H=2, G=1, D=64, dtype=dtype, new=False, slots=permuted_slots(33, 3, 1100, unused=0), causal_block=32)  # fmt: skip
+    out, lse = ops.block_attention(**c)
+    for b in range(0, 33, 8):
+        alone = {k: v[b : b + 1] if isinstance(v, torch.Tensor) else v for k, v in c.items()}
+        out_b, lse_b = ops.block_attention(**alone)
+        assert same_bits(out_b[0], out[b]) and same_bits(lse_b[0], lse[b])
+
+
 def test_rows_do_not_depend_on_their_order():
     c = make(B=2, Q=45, S=140, H=3, G=1, D=64, slots=permuted_slots(2, 45, 140), causal_block=8, window_left=80)
     out, lse = ops.block_attention(**copied(c))
@@ -327,18 +408,23 @@ def test_rows_do_not_depend_on_their_order():
     assert same_bits(moved_out, out[:, order]) and same_bits(moved_lse, lse[:, order])
 
 
-def test_rows_do_not_depend_on_their_number():
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("H", "S", "D"), [(3, 140, 64), (1, 600, 72), (7, 600, 72)])
+def test_rows_do_not_depend_on_their_number(H, S, D, dtype):
     """One query row at a time over the written cache gives the bits of all rows together."""
-    c = make(B=2, Q=45, S=140, H=3, G=1, D=64, slots=permuted_slots(2, 45, 140, unused=0), causal_block=8)
-    out, _ = ops.block_attention(**c)
+    slots = permuted_slots(2, 45, S, unused=0)
+    c = make(B=2, Q=45, S=S, H=H, G=1, D=D, dtype=dtype, slots=slots, causal_block=8, softcap=3.0)
+    out, lse = ops.block_attention(**c)
     for row in range(0, 45, 4):
         one = {**c, "q": c["q"][:, row : row + 1], "k_new": None, "v_new": None}
         one["slots"] = c["slots"][:, row : row + 1].contiguous()
-        assert same_bits(ops.block_attention(**one).out, out[:, row : row + 1])
+        one_out, one_lse = ops.block_attention(**one)
+        assert same_bits(one_out, out[:, row : row + 1]) and same_bits(one_lse, lse[:, row : row + 1])
 
 
-def test_threads_do_not_matter():
-    c = make(B=2, Q=64, S=400, H=8, G=2, D=64, slots=permuted_slots(2, 64, 400), causal_block=16)
+@pytest.mark.parametrize(("S", "dtype"), [(400, torch.float32), (1300, torch.bfloat16)], ids=str)
+def test_threads_do_not_matter(S, dtype):
+    c = make(B=2, Q=64, S=S, H=8, G=2, D=64, dtype=dtype, slots=permuted_slots(2, 64, S), causal_block=16)
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -348,10 +434,11 @@ def test_threads_do_not_matter():
         assert all(same_bits(a, b) for a, b in zip(results[0], other))
 
 
+@pytest.mark.parametrize("S", [150, 700])
 @pytest.mark.parametrize("pad", [1, 17, 64, 100])
-def test_left_padding_does_not_matter(pad):
+def test_left_padding_does_not_matter(pad, S):
     """A request behind padding gives the bits it gives without."""
-    S, Q = 150, 24
+    Q = 24
     c = make(B=1, Q=Q, S=S, H=4, G=2, D=32, slots=torch.arange(S - Q, S).int()[None], causal_block=8, window_left=90)
     padded = copied(c)
     for name in ("k_cache", "v_cache"):
@@ -498,6 +585,7 @@ ERRORS = {
 }  # fmt: skip
 
 
+@pytest.mark.on_cpu  # a GPU would have to wait for the values
 @pytest.mark.parametrize("case", ERRORS)
 def test_errors(case):
     """The message names the argument, and nothing has been written."""

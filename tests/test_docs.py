@@ -38,7 +38,9 @@ def test_rule_of_your_own():
     assert names["out"].complete.all() and names["out"].commit_step[0, 5:].bincount().tolist()[:2] == [64, 32]
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/decoding.md", "csrc/README.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "docs/decoding.md", "docs/families.md", "csrc/README.md"]
+)
 def test_links_lead_somewhere(name):
     folder = (ROOT / name).parent
     for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / name).read_text()):
@@ -47,7 +49,7 @@ def test_links_lead_somewhere(name):
 
 def test_quoted_files_exist():
     """Paths in backticks that look like files of this project are there."""
-    for name in ("README.md", "CONTRIBUTING.md", "docs/decoding.md"):
+    for name in ("README.md", "CONTRIBUTING.md", "docs/decoding.md", "docs/families.md"):
         text = (ROOT / name).read_text()
         for path in re.findall(r"`((?:tests|csrc|python|docs|benchmarks|examples)/[\w./]+\.\w+)`", text):
             assert (ROOT / path).exists(), f"{name} speaks of {path}"

@@ -25,7 +25,9 @@ MAY_INCLUDE = {
 INTRINSICS = re.compile(r"\w*intrin\.h|arm_neon\.h|arm_sve\.h")
 ELSEWHERE = [
     (INTRINSICS, re.compile(r"cpu/(simd_\w+|amx_tile)\.h")),
-    (re.compile(r"cuda\w*\.h|mma\.h|cooperative_groups\.h"), re.compile(r"cuda/.*")),
+    (re.compile(r"cuda_\w+\.h"), re.compile(r"cuda/device\.h|torch/cuda_stream\.h")),
+    (re.compile(r"simt/\w+\.h"), re.compile(r"cuda/(device\.h|ptx\.cuh)")),  # the machine of the native tests
+    (re.compile(r"dlfcn\.h"), re.compile(r"torch/cuda_stream\.h")),
     (re.compile(r"cpuid\.h|unistd\.h|sys/\w+\.h|asm/\w+\.h"), re.compile(r"cpu/isa\.cpp")),
 ]
 MACHINE_CODE = re.compile(r"\b(__)?asm(__)?\b|\b_mm\d*_\w+|\b__m(64|128|256|512)\w*|\b_tile_\w+")

@@ -440,6 +440,7 @@ class TestIsolation:
         assert_same(*results)
 
 
+@pytest.mark.on_cpu  # a GPU would have to wait for the values
 class TestErrors:
     B, T, W = 4, 10, 6
 

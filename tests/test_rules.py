@@ -161,7 +161,7 @@ class TestDecodings:
                 plain, c, s, MASK, choose, block_length=block_length,
                 score=by_position if name == "sdar-sequential" else None,
             ),
-            16, config=dk.preset(name), temperature=0.0, block_length=block_length,
+            16, config=dk.preset(name, cache="none"), temperature=0.0, block_length=block_length,
         )  # fmt: skip
 
     @pytest.mark.parametrize("steps", [8, 4])
@@ -467,15 +467,24 @@ def shipped():
 
 # decoders of models that have learnt to judge a token that stands there, which the shipped one has not
 OF_EDITORS = ("llada2.1", "llada2.1-speed", "dmax", "diffusion-gemma", "duo")
+# these need causal attention, and say so
+OF_CAUSAL_MODELS = ("i-dlm", "wedlm")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("name", dk.PRESETS)
+@pytest.mark.parametrize("name", [name for name in dk.PRESETS if name not in OF_CAUSAL_MODELS])
 def test_every_preset_decodes_the_shipped_model(shipped, name):
     """Right additions; the shift of the models that were trained with one is left out."""
     problems = TASKS["addition"].make(2, seed=2)
-    options = {"config": dk.preset(name), "logit_alignment": "same"}
+    options = {"config": demo.for_full_attention(dk.preset(name))}
     out = demo.decode(*shipped, problems, torch.arange(2), options)
     assert out.complete.all()
     for problem, text in zip(problems, shipped[1].batch_decode(out.sequences)):
         assert name in OF_EDITORS or TASKS["addition"].check(problem, text)
+
+
+@pytest.mark.parametrize("name", OF_CAUSAL_MODELS)
+def test_presets_of_causal_models_are_refused(shipped, name):
+    ids = shipped[1](TASKS["addition"].make(1)[0].prompt, return_tensors="pt").input_ids
+    with pytest.raises(ValueError, match="cache must be one of"):
+        dk.generate(shipped[0], ids, config=dk.preset(name), max_new_tokens=4)

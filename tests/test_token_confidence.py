@@ -9,13 +9,22 @@ import torch
 
 import native
 import numerics
-from dlmkernels import ops, reference
+from dlmkernels import _C, ops, reference
 from dlmkernels.ops import FLAG_NAN, FLAG_NOTHING_ALLOWED, FLAG_POSITIVE_INFINITY, TokenConfidence
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IDS = ("token", "argmax", "flags")
 LARGEST = torch.finfo(torch.float32).max
 INF = math.inf
+
+
+@pytest.fixture(params=_C.cpu_isas())
+def isa(request):
+    """Runs a test with the kernels of each instruction set that this machine has."""
+    before = _C.cpu_isa()
+    _C.set_cpu_isa(request.param)
+    yield request.param
+    _C.set_cpu_isa(before)
 
 
 def i32(*values):
@@ -59,6 +68,7 @@ def assert_same(a, b, rows=slice(None)):
         assert torch.equal(x, y[rows]), name
 
 
+@pytest.mark.usefixtures("isa")
 class TestAgainstReference:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("vocabulary", [1, 2, 31, 1000, 1024, 1025, 32000])
@@ -202,6 +212,53 @@ class TestAgainstReference:
         assert out.p_given[1] == 0
         assert torch.equal(check(logits, given=out.argmax).p_given, out.confidence)
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_every_vocabulary_up_to_a_few_vectors(self, dtype):
+        """Ends of every length, behind and before memory that must not be read, at any alignment."""
+        for vocabulary in range(1, 66):
+            wide = torch.full((3, 100), math.nan, dtype=dtype)
+            logits = wide[:, vocabulary % 7 : vocabulary % 7 + vocabulary]
+            logits.copy_(logits_of(3, vocabulary, dtype))
+            out = check(
+                logits,
+                temperature=torch.tensor([0.0, 1.0, 0.7]),
+                top_k=i32(0, 0, 5),
+                banned=torch.tensor([vocabulary // 2 if vocabulary > 1 else -1]),
+                **randomness(3, vocabulary),
+            )
+            assert not out.flags.any()
+            check(
+                logits,
+                uncond_logits=logits.flip(0),
+                cfg_scale=torch.tensor([0.5]),
+                bias=logits_of(1, vocabulary + 3)[0, 3:],
+                bitmask=torch.full(((vocabulary + 31) // 32,), 0x7DFF_FFFF, dtype=torch.int32),
+                distribution="filtered",
+                top_p=torch.tensor([0.8]),
+            )
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_what_decides_lies_at_the_ends_of_parts(self, dtype):
+        """Rows are scanned in blocks of 1024 and parts of 16384 logits."""
+        vocabulary = 2 * 16384 + 1030
+        places = [0, 1023, 1024, 16383, 16384, 16385, 2 * 16384 - 1, 2 * 16384, vocabulary - 7, vocabulary - 1]
+        logits = logits_of(len(places), vocabulary, dtype, scale=1.0)
+        for row, at in enumerate(places):
+            logits[row, at] = 9
+            logits[row, places[row - 3]] = 8.5
+        tempered = dict(temperature=torch.tensor([0.5]), **randomness(len(places)))
+        out = check(logits, given=torch.tensor(places).roll(1), **tempered)
+        assert out.argmax.tolist() == places
+        check(logits, top_k=i32(2), distribution="filtered", **tempered)
+        tied = logits.clamp(max=8.5)
+        assert check(tied).argmax.tolist() == [min(at, places[row - 3]) for row, at in enumerate(places)]
+        ordinary = logits_of(len(places), vocabulary, dtype, scale=1.0)
+        for special, flag in ((math.nan, FLAG_NAN), (INF, FLAG_POSITIVE_INFINITY)):
+            ordinary[torch.arange(len(places)), places] = special
+            assert (check(ordinary).flags == flag).all()
+            assert (check(ordinary, banned=torch.tensor(places)).flags == flag).all()
+            assert (check(ordinary, top_k=i32(3), distribution="filtered").flags == flag).all()
+
     def test_row_map(self):
         logits = logits_of(4, 300)
         out = check(logits, row_map=i32(3, -1, 0, 0, -1, 2, 1), given=torch.full((7,), 5))
@@ -256,6 +313,7 @@ class TestAgainstReference:
             check(logits_of(rows, vocabulary, DTYPES[trial % 3], scale, seed=trial), **arguments)
 
 
+@pytest.mark.usefixtures("isa")
 class TestValues:
     def test_ties_take_the_lowest_id(self):
         for vocabulary in (2, 31, 5000):
@@ -281,6 +339,22 @@ class TestValues:
         """Large logits leave few bits to the noise."""
         for value in (1e5, 1e6, -1e6, 1e9):
             check(torch.full((50, 300), value), temperature=torch.tensor([1.0]), **randomness(50))
+
+    def test_ties_after_the_noise_among_parts_take_the_lowest_id(self):
+        threads = torch.get_num_threads()
+        try:
+            for shared in (1, 2):
+                torch.set_num_threads(shared)
+                for value in (1e5, 1e7, 3e7, 1e9):
+                    check(torch.full((2, 40_000), value), temperature=torch.tensor([1.0]), **randomness(2))
+        finally:
+            torch.set_num_threads(threads)
+
+    def test_noise_alone_decides(self):
+        """Where logits are equal, a bound on the noise that is too low by little loses the right token."""
+        for temperature in (0.2, 1.0):
+            logits = torch.full((1, 4000), 1.5).expand(150, -1)
+            check(logits, temperature=torch.tensor([temperature]), **randomness(150))
 
     def test_signed_zeros_are_equal(self):
         out = check(torch.tensor([[-1.0, -0.0, 0.0], [-1.0, 0.0, -0.0]]), top_k=i32(1), distribution="filtered")
@@ -372,6 +446,7 @@ class TestValues:
         numerics.assert_close("entropy", (out.entropy / gold).float(), torch.ones_like(gold), torch.ones_like(gold))
 
 
+@pytest.mark.usefixtures("isa")
 class TestSampling:
     ROWS = 40_000
 
@@ -429,6 +504,7 @@ class TestSampling:
         assert not torch.equal(out.token[1::2], out.argmax[1::2])
 
 
+@pytest.mark.usefixtures("isa")
 class TestInvariance:
     B = 64
 
@@ -475,13 +551,40 @@ class TestInvariance:
         assert_same(ops.token_confidence(row_map=shuffled.to(torch.int32), **arguments), whole)
 
     def test_threads(self):
-        arguments, threads = self.arguments(), torch.get_num_threads()
-        whole = ops.token_confidence(**arguments)
+        """Few long rows are shared among threads by parts, many by rows."""
+        long = logits_of(3, 70_000, torch.bfloat16)
+        long[1, :20_000] = -INF
+        long[2] = -INF
+        tempered = dict(temperature=torch.tensor([0.7, 0.0, 1.0]), **randomness(3))
+        cases = [
+            self.arguments(),
+            dict(logits=long),
+            dict(logits=long[:1], with_margin=False, with_entropy=False),
+            dict(logits=long, row_map=i32(0, -1, 1), **tempered),
+            dict(logits=long, distribution="filtered", top_k=i32(9), top_p=torch.tensor([0.9]), **tempered),
+            dict(logits=long, distribution="tempered", top_p=torch.tensor([0.9]), **tempered),
+        ]
+        threads = torch.get_num_threads()
         try:
-            torch.set_num_threads(1 if threads > 1 else 2)
-            assert_same(ops.token_confidence(**arguments), whole)
+            for arguments in cases:
+                torch.set_num_threads(1)
+                alone = ops.token_confidence(**arguments)
+                for shared in (2, 3):
+                    torch.set_num_threads(shared)
+                    assert_same(ops.token_confidence(**arguments), alone)
         finally:
             torch.set_num_threads(threads)
+
+    def test_a_row_alone_and_among_many(self):
+        """One row goes by parts, many rows go whole."""
+        logits, position = logits_of(1, 70_000, torch.bfloat16), i32(5)
+        for arguments in ({}, dict(temperature=torch.tensor([1.0]), seed=torch.tensor([3]))):
+            rows = 4 * torch.get_num_threads()
+            one = ops.token_confidence(logits, position=position, **arguments)
+            many = ops.token_confidence(
+                logits.expand(rows, -1), position=position.expand(rows).contiguous(), **arguments
+            )
+            assert_same(one, many, slice(rows - 1, rows))
 
     def test_one_value_a_row_or_a_group_or_all(self):
         logits = logits_of(6, 500)
@@ -538,6 +641,36 @@ class TestTorchIntegration:
         out = ops.token_confidence(torch.empty(4, 7, device="meta", dtype=torch.float16), with_margin=False)
         assert [x.shape[0] for x in out] == [4, 4, 4, 0, 4, 4, 4, 4]
         assert [x.dtype for x in out] == [x.dtype for x in ops.token_confidence(torch.zeros(4, 7))]
+
+
+@pytest.mark.skipif(len(_C.cpu_isas()) < 2, reason="one instruction set")
+class TestInstructionSets:
+    """Ids and flags are the same to the last one, whatever the processor."""
+
+    @pytest.mark.parametrize("scale", [0.3, 2.0, 8.0])
+    def test_ids(self, scale):
+        rows = 12
+        for dtype, vocabulary in ((torch.bfloat16, 20_000), (torch.float32, 3001)):
+            logits = logits_of(rows, vocabulary, dtype, scale)
+            for filters in (
+                {},
+                dict(top_p=torch.linspace(0.05, 0.999, rows)),
+                dict(top_p=torch.linspace(0.999, 0.05, rows), keep_crossing=False),
+                dict(top_k=torch.arange(1, rows + 1, dtype=torch.int32) ** 3, top_p=torch.tensor([0.9])),
+            ):
+                outputs = []
+                for name in _C.cpu_isas():
+                    before = _C.cpu_isa()
+                    _C.set_cpu_isa(name)
+                    try:
+                        outputs.append(
+                            ops.token_confidence(logits, temperature=torch.tensor([1.3]), **filters, **randomness(rows))
+                        )
+                    finally:
+                        _C.set_cpu_isa(before)
+                for out in outputs[1:]:
+                    for name in IDS:
+                        assert torch.equal(getattr(out, name), getattr(outputs[0], name)), name
 
 
 def meta(t):
@@ -626,6 +759,7 @@ ERRORS = [
 ]
 
 
+@pytest.mark.on_cpu  # a GPU would have to wait for the values
 @pytest.mark.parametrize(("name", "arguments"), ERRORS)
 def test_errors(name, arguments):
     with pytest.raises(RuntimeError, match=f"^token_confidence: {name} "):

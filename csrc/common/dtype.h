@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Element types and their conversions to and from float, by bits: the same on every compiler and processor.
+// Element types and their conversions to and from float, by bits: the same on every compiler and
+// processor.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -7,7 +8,9 @@
 #if defined(__CUDACC__)
 #define DLM_HD __host__ __device__ inline
 #else
-#define DLM_HD inline
+// Always inlined: a copy that the compiler made in a file with wider instructions could be the one
+// the linker keeps for all files, on processors that lack them.
+#define DLM_HD inline __attribute__((always_inline))
 #endif
 
 namespace dlm {
@@ -36,9 +39,10 @@ DLM_HD float to_float(float x) { return x; }
 DLM_HD float to_float(BFloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
 DLM_HD float to_float(Float16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
-  // By masks, not branches, so that compilers vectorise it: the exponent moves by 112, that of infinity and NaN by
-  // 112 again; a subnormal half is a small integer times 2^-24, exact in float.
-  const uint32_t special = 0u - uint32_t(magnitude >= 0x7c00), subnormal = 0u - uint32_t(magnitude < 0x0400);
+  // By masks, not branches, so that compilers vectorise it: the exponent moves by 112, that of
+  // infinity and NaN by 112 again; a subnormal half is a small integer times 2^-24, exact in float.
+  const uint32_t special = 0u - uint32_t(magnitude >= 0x7c00),
+                 subnormal = 0u - uint32_t(magnitude < 0x0400);
   const uint32_t moved = (magnitude << 13) + 0x38000000 + (special & 0x38000000);
   const uint32_t counted = float_to_bits(float(int32_t(magnitude)) * 5.9604644775390625e-8f);
   return bits_to_float(sign | (subnormal & counted) | (~subnormal & moved));
@@ -68,7 +72,8 @@ DLM_HD Float16 from_float<Float16>(float x) {
     const float aligned = bits_to_float(magnitude) + 0.5f;
     return {uint16_t(sign | uint16_t(float_to_bits(aligned) - 0x3f000000))};
   }
-  return {uint16_t(sign | uint16_t((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13))};
+  return {
+      uint16_t(sign | uint16_t((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13))};
 }
 
 }  // namespace dlm

@@ -3,7 +3,7 @@
 // single IEEE-754 operations (contraction is off), so that they give the same bits on every
 // processor.
 #pragma once
-#include "common/dtype.h"
+#include "common/exact.h"
 
 namespace dlm {
 
@@ -21,19 +21,19 @@ DLM_HD float exp_normal(float x) {
   const bool normal = x >= kExpUnderflow;
   const float clamped = keep_if(normal, x);
   const float shifted =
-      clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: n is left in the lowest bits
-  const float n = shifted - 12582912.0f;
-  float r = clamped - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
+      mul_add_rn(clamped, 1.44269504f, 12582912.0f);  // 1.5 * 2^23: n is left in the lowest bits
+  const float n = add_rn(shifted, -12582912.0f);
+  float r = mul_add_rn(n, -0.693359375f, clamped);
+  r = mul_add_rn(n, 2.12194440e-4f, r);
   float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = (p * (r * r) + r) + 1.0f;
+  p = mul_add_rn(p, r, 1.3981999507e-3f);
+  p = mul_add_rn(p, r, 8.3334519073e-3f);
+  p = mul_add_rn(p, r, 4.1665795894e-2f);
+  p = mul_add_rn(p, r, 1.6666665459e-1f);
+  p = mul_add_rn(p, r, 5.0000001201e-1f);
+  p = add_rn(mul_add_rn(p, mul_rn(r, r), r), 1.0f);
   const float power = bits_to_float((float_to_bits(shifted) << 23) + 0x3f800000u);
-  return keep_if(normal, p * power);
+  return keep_if(normal, mul_rn(p, power));
 }
 
 // Within 2 ulp on all floats; exp(-inf) = 0, exp(+inf) = +inf, NaN stays NaN; gradual underflow.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// One plain struct an op: everything a kernel needs, filled and checked by csrc/torch/<op>.cpp, read by every back
-// end. Pointers to optional inputs are null when absent. Strides count elements. Letters: csrc/README.md.
+// One plain struct an op: everything a kernel needs, filled and checked by csrc/torch/<op>.cpp,
+// read by every back end. Pointers to optional inputs are null when absent. Strides count elements.
+// Letters: csrc/README.md.
 #pragma once
 #include <cstdint>
 
@@ -8,8 +9,8 @@
 
 namespace dlm {
 
-// A parameter with one value for each group of consecutive rows: given once (rows_per_value = all rows), once per
-// request, or once per row.
+// A parameter with one value for each group of consecutive rows: given once (rows_per_value = all
+// rows), once per request, or once per row.
 template <class T>
 struct PerRow {
   const T* data = nullptr;
@@ -20,28 +21,30 @@ struct PerRow {
 
 // Randomness of a row: see philox.h.
 struct RandomKey {
-  PerRow<int64_t> seed;              // null: no randomness asked for
-  PerRow<int32_t> step;              // null: 0
-  const int32_t* position = nullptr; // one per slot, position in the request
+  PerRow<int64_t> seed;               // null: no randomness asked for
+  PerRow<int32_t> step;               // null: 0
+  const int32_t* position = nullptr;  // one per slot, position in the request
 };
 
 struct BlockAttentionParams {
   DType dtype;
   int64_t B, Q, S, H, G, D;
-  const void *q, *k_new, *v_new;   // [B,Q,H,D], [B,Q,G,D] or null
-  void *k_cache, *v_cache;         // [B,S,G,D]
-  void* out;                       // [B,Q,H,D] contiguous
-  float* lse;                      // [B,Q,H] contiguous
-  int64_t q_stride[3], k_new_stride[3], v_new_stride[3], k_cache_stride[3], v_cache_stride[3];  // batch, row, head
-  const int32_t* slots;            // [B,Q]; null: row i has slot i
-  const int32_t* kv_range;         // [B,N,2] half-open, ascending; null: [0,S)
+  const void *q, *k_new, *v_new;  // [B,Q,H,D], [B,Q,G,D] or null
+  void *k_cache, *v_cache;        // [B,S,G,D]
+  void* out;                      // [B,Q,H,D] contiguous
+  float* lse;                     // [B,Q,H] contiguous
+  int64_t q_stride[3], k_new_stride[3], v_new_stride[3], k_cache_stride[3],
+      v_cache_stride[3];    // batch, row, head
+  const int32_t* slots;     // [B,Q]; null: row i has slot i
+  const int32_t* kv_range;  // [B,N,2] half-open, ascending; null: [0,S)
   int64_t N;
-  int64_t causal_block;            // 0: full; 1: causal; n: block-causal
-  PerRow<int32_t> block_origin;    // slot at which block 0 starts; slots before it form block -1
-  const int32_t *q_limit, *k_order;  // [B,Q], [B,S]: key visible iff order <= limit
+  int64_t causal_block;               // 0: full; 1: causal; n: block-causal
+  PerRow<int32_t> block_origin;       // slot at which block 0 starts; slots before it form block -1
+  const int32_t *q_limit, *k_order;   // [B,Q], [B,S]: key visible iff order <= limit
   int64_t window_left, window_right;  // visible slots around the query's own; -1: all
-  float softcap;                   // 0: none
+  float softcap;                      // 0: none
   float scale;
+  float* workspace;  // as large as the kernel asks for
 };
 
 enum class Distribution : int32_t { kRaw, kTempered, kFiltered };
@@ -51,23 +54,24 @@ struct TokenConfidenceParams {
   int64_t N, R, V;
   const void *logits, *uncond_logits;  // [R,V], last dimension contiguous
   int64_t logits_stride, uncond_stride;
-  const int32_t* row_map;          // [N] logits row of each output row, -1: unused; null: identity
-  const int64_t* given;            // [N], -1: none
+  const int32_t* row_map;  // [N] logits row of each output row, -1: unused; null: identity
+  const int64_t* given;    // [N], -1: none
   PerRow<float> cfg_scale;
-  const float* bias;               // [P,V]
+  const float* bias;  // [P,V]
   int64_t bias_rows_per_value;
-  const int64_t* banned;           // [P,K], -1: none
+  const int64_t* banned;  // [P,K], -1: none
   int64_t banned_count, banned_rows_per_value;
-  const int32_t* bitmask;          // [P,ceil(V/32)], bit 1: allowed
+  const int32_t* bitmask;  // [P,ceil(V/32)], bit 1: allowed
   int64_t bitmask_words, bitmask_rows_per_value;
   PerRow<float> temperature, top_p;
   PerRow<int32_t> top_k;
   bool top_p_first, keep_crossing;
   Distribution distribution;
   RandomKey random;
-  int64_t *token, *argmax;         // [N]
-  float *confidence, *margin, *entropy, *logsumexp, *p_given;  // [N]; margin, entropy: null when not wanted
-  int32_t* flags;                  // [N]
+  int64_t *token, *argmax;  // [N]
+  float *confidence, *margin, *entropy, *logsumexp,
+      *p_given;    // [N]; margin, entropy: null when not wanted
+  int32_t* flags;  // [N]
 };
 // Bits of TokenConfidenceParams::flags.
 constexpr int32_t kFlagNaN = 1, kFlagPosInf = 2, kFlagNothingAllowed = 4;
@@ -75,50 +79,66 @@ constexpr int32_t kFlagNaN = 1, kFlagPosInf = 2, kFlagNothingAllowed = 4;
 // Slots a row's window can have: what fits a kernel's scratch on the stack, or in shared memory.
 constexpr int64_t kMaxSlots = 4096;
 
-enum class Rule : int32_t { kNone, kAll, kThreshold, kFactor, kEntropyBound, kEntropySum, kBernoulli };
+enum class Rule : int32_t {
+  kNone,
+  kAll,
+  kThreshold,
+  kFactor,
+  kEntropyBound,
+  kEntropySum,
+  kBernoulli
+};
 
 struct SelectTokensParams {
   int64_t B, W;
-  const float* score;              // [B,W] contiguous
-  const bool *eligible, *gate;     // [B,W]
-  const float* cost;               // [B,W]: entropies, or probabilities for kBernoulli
+  const float* score;           // [B,W] contiguous
+  const bool *eligible, *gate;  // [B,W]
+  const float* cost;            // [B,W]: entropies, or probabilities for kBernoulli
   Rule rule;
   PerRow<float> parameter;
   bool strict;
   PerRow<int32_t> need, fill, cap;
   PerRow<float> order_temperature;
   RandomKey random;
-  bool* selected;                  // [B,W]
-  int32_t* count;                  // [B]
+  bool* selected;  // [B,W]
+  int32_t* count;  // [B]
 };
 
 // Bits of a canvas position's state.
 constexpr uint8_t kStateOpen = 1, kStateFrozen = 2, kStateEdited = 4, kStateDirty = 8;
 // Columns of the per-row info of remask_.
 enum Info : int32_t {
-  kInfoOpenWindow, kInfoOpen, kInfoCommitted, kInfoEdited, kInfoRemasked, kInfoChanged, kInfoFirstEos, kInfoPrefix,
-  kInfoDone, kInfoColumns
+  kInfoOpenWindow,
+  kInfoOpen,
+  kInfoCommitted,
+  kInfoEdited,
+  kInfoRemasked,
+  kInfoChanged,
+  kInfoFirstEos,
+  kInfoPrefix,
+  kInfoDone,
+  kInfoColumns
 };
 enum class EosPolicy : int32_t { kNone, kFill };
 
 struct RemaskParams {
   int64_t B, T, W;
-  int64_t* tokens;                 // [B,T]
-  uint8_t* state;                  // [B,T]
-  const int32_t* position;         // [B,W] canvas position of each slot, -1: unused
-  const int64_t* proposal;         // [B,W]
+  int64_t* tokens;                               // [B,T]
+  uint8_t* state;                                // [B,T]
+  const int32_t* position;                       // [B,W] canvas position of each slot, -1: unused
+  const int64_t* proposal;                       // [B,W]
   const bool *commit, *edit, *remask, *renoise;  // [B,W]
-  const float* confidence;         // [B,W]
-  int32_t* commit_step;            // [B,T]
-  float* commit_confidence;        // [B,T]
-  int32_t* step;                   // [B]
+  const float* confidence;                       // [B,W]
+  int32_t* commit_step;                          // [B,T]
+  float* commit_confidence;                      // [B,T]
+  int32_t* step;                                 // [B]
   PerRow<int64_t> seed;
-  PerRow<int32_t> origin;          // canvas position at which the request starts (left padding)
+  PerRow<int32_t> origin;  // canvas position at which the request starts (left padding)
   int64_t mask_token_id, vocab_size, fill_token_id;
   const int64_t* eos_token_ids;
   int64_t eos_count;
   EosPolicy eos_policy;
-  int32_t* info;                   // [B,kInfoColumns]
+  int32_t* info;  // [B,kInfoColumns]
 };
 
 }  // namespace dlm

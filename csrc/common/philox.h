@@ -1,22 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0
-// Counter-based randomness: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+// Counter-based randomness: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1,
+// 2, 3", SC 2011).
 //   key     = the request's 64-bit seed
 //   counter = (position in the request, denoising step, stream, index / 4), word index % 4
-// A draw depends on the request alone: not on its batch, its slot, the tiling or the device. The transforms below use
-// only single IEEE-754 additions, multiplications and divisions (contraction is off), so they too give the same bits
-// everywhere; reference.py restates them in torch.
+// A draw depends on the request alone: not on its batch, its slot, the tiling or the device. The
+// transforms below use only single IEEE-754 additions, multiplications and divisions (exact.h), so
+// they too give the same bits everywhere; reference.py restates them in torch.
 #pragma once
-#include "common/dtype.h"
+#include "common/exact.h"
 
 namespace dlm {
 
-enum class Stream : uint32_t { kToken = 0, kOrder = 1, kBernoulli = 2, kRenoise = 3, kVerify = 4, kResidual = 5 };
+enum class Stream : uint32_t {
+  kToken = 0,
+  kOrder = 1,
+  kBernoulli = 2,
+  kRenoise = 3,
+  kVerify = 4,
+  kResidual = 5
+};
 
 struct Philox4 {
   uint32_t word[4];
 };
 
-DLM_HD void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0, uint32_t k1) {
+DLM_HD void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0,
+                         uint32_t k1) {
   const uint64_t p0 = uint64_t(0xD2511F53u) * c0, p1 = uint64_t(0xCD9E8D57u) * c2;
   c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
   c2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
@@ -24,7 +33,8 @@ DLM_HD void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3,
   c3 = uint32_t(p0);
 }
 
-DLM_HD Philox4 philox(uint64_t seed, uint32_t position, uint32_t step, Stream stream, uint32_t index4) {
+DLM_HD Philox4 philox(uint64_t seed, uint32_t position, uint32_t step, Stream stream,
+                      uint32_t index4) {
   uint32_t c0 = position, c1 = step, c2 = uint32_t(stream), c3 = index4;
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   for (int round = 0; round < 10; ++round) {
@@ -35,38 +45,41 @@ DLM_HD Philox4 philox(uint64_t seed, uint32_t position, uint32_t step, Stream st
   return {{c0, c1, c2, c3}};
 }
 
-// Natural logarithm of a positive normal float: Cephes' logf polynomial (Moshier), each operation rounded by itself.
+// Natural logarithm of a positive normal float: Cephes' logf polynomial (Moshier), each operation
+// rounded by itself.
 DLM_HD float plain_log(float x) {
   uint32_t bits = float_to_bits(x);
   // mantissa in [sqrt(1/2), sqrt(2)), so that the result keeps its relative accuracy around x = 1
   const int32_t exponent = int32_t(bits - 0x3f3504f3u) >> 23;
   bits -= uint32_t(exponent) << 23;
-  const float f = bits_to_float(bits) - 1.0f;
-  const float z = f * f;
+  const float f = add_rn(bits_to_float(bits), -1.0f);
+  const float z = mul_rn(f, f);
   float p = 7.0376836292e-2f;
-  p = p * f - 1.1514610310e-1f;
-  p = p * f + 1.1676998740e-1f;
-  p = p * f - 1.2420140846e-1f;
-  p = p * f + 1.4249322787e-1f;
-  p = p * f - 1.6668057665e-1f;
-  p = p * f + 2.0000714765e-1f;
-  p = p * f - 2.4999993993e-1f;
-  p = p * f + 3.3333331174e-1f;
-  p = (p * f) * z;
+  p = mul_add_rn(p, f, -1.1514610310e-1f);
+  p = mul_add_rn(p, f, 1.1676998740e-1f);
+  p = mul_add_rn(p, f, -1.2420140846e-1f);
+  p = mul_add_rn(p, f, 1.4249322787e-1f);
+  p = mul_add_rn(p, f, -1.6668057665e-1f);
+  p = mul_add_rn(p, f, 2.0000714765e-1f);
+  p = mul_add_rn(p, f, -2.4999993993e-1f);
+  p = mul_add_rn(p, f, 3.3333331174e-1f);
+  p = mul_rn(mul_rn(p, f), z);
   const float e = float(exponent);
-  p = p + e * -2.12194440e-4f;
-  p = p - 0.5f * z;
-  return (f + p) + e * 0.693359375f;
+  p = mul_add_rn(e, -2.12194440e-4f, p);
+  p = mul_add_rn(-0.5f, z, p);
+  return mul_add_rn(e, 0.693359375f, add_rn(f, p));
 }
 
-// Standard Gumbel variate from 32 random bits: g = -log(-log1p(-u)), u = (r + 1/2) / 2^32. Small u gives large g, and
-// log1p keeps that tail (up to g = 22.9) exact where log(1 - u) in float would end at 16.6.
+// Standard Gumbel variate from 32 random bits: g = -log(-log1p(-u)), u = (r + 1/2) / 2^32. Small u
+// gives large g, and log1p keeps that tail (up to g = 22.9) exact where log(1 - u) in float would
+// end at 16.6.
 DLM_HD float gumbel(uint32_t r) {
-  float u = (float(r) + 0.5f) * 2.3283064365386963e-10f;
+  float u = mul_rn(add_rn(float(r), 0.5f), 2.3283064365386963e-10f);
   u = u < 0.99999994f ? u : 0.99999994f;
-  const float y = 1.0f - u;
-  const float lost = (1.0f - y) - u;  // y = 1 - u - rounding; log1p(-u) = log(y) + lost / y
-  const float exponential = -(plain_log(y) + lost / y);
+  const float y = add_rn(1.0f, -u);
+  const float lost =
+      add_rn(add_rn(1.0f, -y), -u);  // y = 1 - u - rounding; log1p(-u) = log(y) + lost / y
+  const float exponential = -add_rn(plain_log(y), div_rn(lost, y));
   return -plain_log(exponential);
 }
 

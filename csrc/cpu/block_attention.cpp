@@ -9,20 +9,17 @@ void scatter_new_rows(const BlockAttentionParams& params, int64_t begin, int64_t
   generic::scatter_new_rows(params, begin, end);  // a copy: no instruction set does better
 }
 
-int64_t block_attention_items(const BlockAttentionParams& params) {
+BlockAttentionKernels block_attention(DType dtype) {
   switch (isa()) {
-    case Isa::kGeneric:
-      break;
+#ifdef DLM_AVX512
+    case Isa::kAvx512Bf16:
+      return avx512bf16::block_attention(dtype);
+    case Isa::kAvx512:
+      return avx512::block_attention(dtype);
+#endif
+    default:
+      return generic::block_attention(dtype);
   }
-  return generic::block_attention_items(params);
-}
-
-void block_attention(const BlockAttentionParams& params, int64_t begin, int64_t end) {
-  switch (isa()) {
-    case Isa::kGeneric:
-      break;
-  }
-  generic::block_attention(params, begin, end);
 }
 
 }  // namespace dlm::cpu

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Block attention on the CPU: run scatter_new_rows over all its items, then block_attention over
-// all of its own.
+// Block attention on the CPU: run scatter_new_rows over all its items, then the kernels' attend
+// over the items that their work names, then merge over its merge items.
 #pragma once
 #include <cstdint>
 
@@ -14,13 +14,29 @@ constexpr int64_t kMaxHeadDim = 256;
 // Writes k_new and v_new into the cache. Items: B * G.
 void scatter_new_rows(const BlockAttentionParams& params, int64_t begin, int64_t end);
 
-int64_t block_attention_items(const BlockAttentionParams& params);
-void block_attention(const BlockAttentionParams& params, int64_t begin, int64_t end);
+// How a call is divided, by its shape alone.
+struct BlockAttentionWork {
+  int64_t items, merge_items;
+  int64_t workspace;  // floats that BlockAttentionParams::workspace must have room for
+};
+
+struct BlockAttentionKernels {
+  BlockAttentionWork (*work)(const BlockAttentionParams&);
+  void (*attend)(const BlockAttentionParams&, int64_t begin, int64_t end);
+  void (*merge)(const BlockAttentionParams&, int64_t begin, int64_t end);
+};
+// Of the instruction set in use.
+BlockAttentionKernels block_attention(DType dtype);
 
 namespace generic {
 void scatter_new_rows(const BlockAttentionParams& params, int64_t begin, int64_t end);
-int64_t block_attention_items(const BlockAttentionParams& params);
-void block_attention(const BlockAttentionParams& params, int64_t begin, int64_t end);
+BlockAttentionKernels block_attention(DType dtype);
 }  // namespace generic
+namespace avx512 {
+BlockAttentionKernels block_attention(DType dtype);
+}  // namespace avx512
+namespace avx512bf16 {
+BlockAttentionKernels block_attention(DType dtype);
+}  // namespace avx512bf16
 
 }  // namespace dlm::cpu

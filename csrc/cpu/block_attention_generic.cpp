@@ -16,17 +16,14 @@
 
 #include "common/math.h"
 #include "cpu/block_attention.h"
+#include "cpu/block_attention_mask.h"
 
 namespace dlm::cpu::generic {
 namespace {
 
 constexpr int64_t kRows = 32;  // rows of a work item
-constexpr int64_t kKeys = 64;  // slots of a tile: one bit each in a Mask
 constexpr int64_t kLanes = 8;  // partial sums of a reduction
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-using Mask = uint64_t;
-static_assert(kKeys == 64);
 
 struct Scratch {
   alignas(64) float q[kRows * kMaxHeadDim];    // [row][D]
@@ -36,56 +33,8 @@ struct Scratch {
   alignas(64) float zeros[kMaxHeadDim];
   float m[kRows], l[kRows];         // running maximum, sum of exp(s - m)
   int64_t low[kRows], high[kRows];  // slots a row may see: [low, high), ranges and order apart
-  Mask seen[kRows];                 // slots of the tile a row sees
+  SlotMask seen[kRows];             // slots of the tile a row sees
 };
-
-// Bits [low, high) of a word, clamped to it.
-Mask bits_between(int64_t low, int64_t high) {
-  low = std::max<int64_t>(low, 0);
-  high = std::min<int64_t>(high, kKeys);
-  if (low >= high) return 0;
-  return ~Mask(0) >> (kKeys - (high - low)) << low;
-}
-
-// The attended ranges of one batch row. A range starts no earlier than the ranges before it end.
-struct Ranges {
-  const int32_t* data;  // [N,2]; null: [0,S)
-  int64_t N, S;
-
-  // f(start, end) for every range that is not empty.
-  template <class F>
-  void each(const F& f) const {
-    if (!data) {
-      if (S > 0) f(int64_t(0), S);
-      return;
-    }
-    int64_t reached = 0;
-    for (int64_t n = 0; n < N; ++n) {
-      const int64_t start = std::max<int64_t>(data[2 * n], reached), end = data[2 * n + 1];
-      if (start < end) f(start, end);
-      reached = std::max(reached, end);
-    }
-  }
-  Mask tile(int64_t first) const {
-    Mask bits = 0;
-    each([&](int64_t start, int64_t end) { bits |= bits_between(start - first, end - first); });
-    return bits;
-  }
-};
-
-// The slots that causality and the sliding window leave to the query with this slot.
-void interval(const BlockAttentionParams& p, int64_t b, int64_t slot, int64_t* low, int64_t* high) {
-  *low = 0;
-  *high = slot < 0 ? 0 : p.S;
-  if (p.causal_block > 0) {
-    const int64_t origin = p.block_origin.at(b, 0);
-    const int64_t block_end =
-        slot < origin ? origin : slot - (slot - origin) % p.causal_block + p.causal_block;
-    *high = std::min(*high, block_end);
-  }
-  if (p.window_left >= 0) *low = std::max(*low, slot - p.window_left);
-  if (p.window_right >= 0) *high = std::min(*high, slot + p.window_right + 1);
-}
 
 // c[r][n] += sum over four k of a[r][k] * b[k][n]. The association is the same for one row and for
 // two, so a row's bits do not depend on its neighbour.
@@ -139,7 +88,7 @@ void multiply_add_seen(const Scratch& t, float* acc, int64_t rows, int64_t depth
 
 // The K tile as [D][kKeys]; slots that nobody needs are not read.
 template <class T>
-void load_keys(const T* k, int64_t stride, Mask needed, int64_t width, int64_t D, float* tile) {
+void load_keys(const T* k, int64_t stride, SlotMask needed, int64_t width, int64_t D, float* tile) {
   constexpr int64_t kStep = 8;  // converted in rows, transposed while in the first-level cache
   float rows[kKeys * kStep];
   for (int64_t d = 0; d < D; d += kStep) {
@@ -159,7 +108,8 @@ void load_keys(const T* k, int64_t stride, Mask needed, int64_t width, int64_t D
 
 // The V tile as [slot][D]; true if all of it is finite.
 template <class T>
-bool load_values(const T* v, int64_t stride, Mask needed, int64_t width, int64_t D, float* tile) {
+bool load_values(const T* v, int64_t stride, SlotMask needed, int64_t width, int64_t D,
+                 float* tile) {
   uint32_t overflow = 0;  // the top bit: an exponent of all ones was seen
   for (int64_t j = 0; j < width; ++j) {
     float* to = tile + j * D;
@@ -178,8 +128,8 @@ bool load_values(const T* v, int64_t stride, Mask needed, int64_t width, int64_t
 
 // One tile of one row: logits to weights in place; updates m and l and returns the factor by which
 // the sums so far shrink. Reductions run in kLanes fixed lanes: unseen slots change no bit.
-float online_softmax(const BlockAttentionParams& p, float* s, Mask seen, int64_t width, float* m,
-                     float* l) {
+float online_softmax(const BlockAttentionParams& p, float* s, SlotMask seen, int64_t width,
+                     float* m, float* l) {
   if (!seen) {
     std::fill_n(s, width, 0.0f);
     return 1.0f;
@@ -188,7 +138,7 @@ float online_softmax(const BlockAttentionParams& p, float* s, Mask seen, int64_t
   if (p.softcap > 0) {
     for (int64_t j = 0; j < width; ++j) s[j] = p.softcap * plain_tanh(s[j] / p.softcap);
   }
-  if (seen != ~Mask(0)) {
+  if (seen != ~SlotMask(0)) {
     for (int64_t j = 0; j < width; ++j) s[j] = seen >> j & 1 ? s[j] : -kInfinity;
   }
   float lane[kLanes];
@@ -228,15 +178,14 @@ void attend(const BlockAttentionParams& p, int64_t begin, int64_t end) {
         static_cast<const T*>(p.k_cache) + b * p.k_cache_stride[0] + g * p.k_cache_stride[2];
     const T* v =
         static_cast<const T*>(p.v_cache) + b * p.v_cache_stride[0] + g * p.v_cache_stride[2];
-    const int32_t* k_order = p.k_order ? p.k_order + b * p.S : nullptr;
-    const Ranges ranges{p.kv_range ? p.kv_range + b * p.N * 2 : nullptr, p.N, p.S};
+    const Ranges ranges(p, b);
 
     int64_t first = p.S, last = 0;  // all that any row of the item may see
     for (int64_t r = 0; r < rows; ++r) {
       const T* from = static_cast<const T*>(p.q) + b * p.q_stride[0] + query(r) * p.q_stride[1] +
                       head(r) * p.q_stride[2];
       for (int64_t d = 0; d < D; ++d) t.q[r * D + d] = to_float(from[d]);
-      interval(p, b, p.slots ? p.slots[b * p.Q + query(r)] : query(r), &t.low[r], &t.high[r]);
+      interval(p, b, query(r), &t.low[r], &t.high[r]);
       if (t.low[r] < t.high[r]) {
         first = std::min(first, t.low[r]);
         last = std::max(last, t.high[r]);
@@ -246,29 +195,21 @@ void attend(const BlockAttentionParams& p, int64_t begin, int64_t end) {
     std::fill_n(t.m, rows, -kInfinity);
     std::fill_n(t.l, rows, 0.0f);
 
-    int64_t grid = p.S, attended_end = 0;
-    ranges.each([&](int64_t start, int64_t stop) {
-      grid = std::min(grid, start);
-      attended_end = stop;
-    });
+    int64_t grid, attended_end;
+    ranges.hull(&grid, &attended_end);
     last = std::min(last, attended_end);
     for (int64_t slot = grid + std::max<int64_t>(first - grid, 0) / kKeys * kKeys; slot < last;
          slot += kKeys) {
-      const Mask attended = ranges.tile(slot);
-      Mask needed = 0;
+      const SlotMask attended = ranges.tile(slot);
+      SlotMask needed = 0;
       for (int64_t r = 0; r < rows && attended; ++r) {
         if (r > 0 && query(r) == query(r - 1)) {
           t.seen[r] = t.seen[r - 1];
           continue;
         }
         t.seen[r] = attended & bits_between(t.low[r] - slot, t.high[r] - slot);
-        if (k_order && t.seen[r]) {
-          const int32_t limit = p.q_limit[b * p.Q + query(r)];
-          Mask open = 0;
-          for (int64_t j = 0; j < std::min(kKeys, p.S - slot); ++j) {
-            open |= Mask(k_order[slot + j] <= limit) << j;
-          }
-          t.seen[r] &= open;
+        if (p.k_order && t.seen[r]) {
+          t.seen[r] &= in_order(p, b, slot, p.q_limit[b * p.Q + query(r)]);
         }
         needed |= t.seen[r];
       }
@@ -328,6 +269,10 @@ void scatter(const BlockAttentionParams& p, int64_t begin, int64_t end) {
   }
 }
 
+BlockAttentionWork work(const BlockAttentionParams& p) {
+  return {p.B * p.G * ((p.Q * (p.H / p.G) + kRows - 1) / kRows), 0, 0};
+}
+
 }  // namespace
 
 void scatter_new_rows(const BlockAttentionParams& params, int64_t begin, int64_t end) {
@@ -335,18 +280,14 @@ void scatter_new_rows(const BlockAttentionParams& params, int64_t begin, int64_t
                                   : scatter<uint16_t>(params, begin, end);
 }
 
-int64_t block_attention_items(const BlockAttentionParams& p) {
-  return p.B * p.G * ((p.Q * (p.H / p.G) + kRows - 1) / kRows);
-}
-
-void block_attention(const BlockAttentionParams& params, int64_t begin, int64_t end) {
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return attend<float>(params, begin, end);
+BlockAttentionKernels block_attention(DType dtype) {
+  switch (dtype) {
     case DType::kBFloat16:
-      return attend<BFloat16>(params, begin, end);
+      return {work, attend<BFloat16>, nullptr};
     case DType::kFloat16:
-      return attend<Float16>(params, begin, end);
+      return {work, attend<Float16>, nullptr};
+    default:
+      return {work, attend<float>, nullptr};
   }
 }
 

@@ -1,15 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which instruction set the CPU kernels use: chosen once, from what was compiled and what the processor has.
+// Which instruction set the CPU kernels use: chosen once, from what was compiled and what the
+// processor has. An op without kernels of its own for a set uses those of the next lower one.
 #pragma once
 #include <string>
+#include <vector>
 
 namespace dlm::cpu {
 
-enum class Isa : int { kGeneric };  // ascending: a later one is preferred
+enum class Isa : int { kGeneric, kAvx512, kAvx512Bf16 };  // ascending: a later one is preferred
 
 const char* isa_name(Isa isa);
 Isa isa();                 // in use: the best available, or DLMKERNELS_CPU_ISA
-void set_isa(const std::string& name);  // throws std::invalid_argument when unknown or not available
+std::vector<Isa> isas();   // available on this machine in this build
 std::string isa_reason();  // why this one and no better one
+// Throws std::invalid_argument, with what is available and why no other, when `name` is not.
+void set_isa(const std::string& name);
 
 }  // namespace dlm::cpu

@@ -1,13 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// token = argmax z or argmax (z/T + Gumbel noise); its probability, and the statistics of
-// softmax(z) or softmax(z/T), from one pass over a row of logits: a block is converted to float on
-// the stack, and its terms join, for x_v = (z_v - max) / T and all v but the argmax,
-//   S = sum of e^x_v,   X = sum of x_v e^x_v
-// so that 1 - confidence = S / (1 + S) and entropy = log(1 + S) - X / (1 + S) keep their relative
-// accuracy in peaked rows, where decisions fall. Sums are float over the lanes of a block and
-// double over blocks, in a fixed order. Top-k and top-p both keep the logits above some floor,
-// found by a radix search over the bits of the value (three passes each); a row with a floor is
-// scanned again. A row belongs to one thread.
+// Scans of token_confidence (see token_confidence.cpp) in plain C++: a block of logits is converted
+// to float on the stack, and its terms are added. Sums are float over the lanes of a block and
+// double over blocks, in a fixed order.
 // Bytes: V elements a pass (from L2 or L3 after the first). Some 30 operations a logit: arithmetic
 // is the limit, not memory, until vectors are wide. Noise, some 40 operations a logit, is drawn
 // only where a chunk of the row could still beat the best token so far.
@@ -29,43 +23,33 @@ constexpr int kLanes = 16;    // independent maxima and sums of a block, whateve
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLargest = std::numeric_limits<float>::max();
 
-template <class T>
-const T* offset(const T* data, int64_t elements) {
-  return data ? data + elements : nullptr;
-}
-
 // One row of logits as the rest of this file sees it: floats, guided, biased, without NaN and +inf,
 // -inf where banned or below the floor.
 template <class T>
 class Row {
  public:
-  Row(const TokenConfidenceParams& p, int64_t n, int64_t source)
-      : V(p.V),
-        logits_(static_cast<const T*>(p.logits) + source * p.logits_stride),
-        uncond_(offset(static_cast<const T*>(p.uncond_logits), source * p.uncond_stride)),
-        guidance_(p.cfg_scale.at(n, 0.0f) + 1.0f),
-        bias_(offset(p.bias, n / p.bias_rows_per_value * p.V)),
-        banned_(offset(p.banned, n / p.banned_rows_per_value * p.banned_count)),
-        banned_count_(p.banned_count),
-        bitmask_(offset(p.bitmask, n / p.bitmask_rows_per_value * p.bitmask_words)) {}
+  explicit Row(const LogitsRow& row)
+      : row_(row),
+        logits_(static_cast<const T*>(row.logits)),
+        uncond_(static_cast<const T*>(row.uncond)) {}
 
-  // Writes logits [begin, begin + kBlock) as far as there are any, then -inf up to a multiple of
-  // kLanes; returns how many were written. begin is a multiple of kBlock.
-  int load(int64_t begin, float* z) {
-    const int n = int(std::min<int64_t>(kBlock, V - begin));
+  // Writes logits [begin, min(begin + kBlock, end)), then -inf up to a multiple of kLanes; returns
+  // how many were written.
+  int load(int64_t begin, int64_t end, float* z) {
+    const int n = int(std::min<int64_t>(kBlock, end - begin));
     if (n == kBlock) {
       convert(begin, kBlock, z);  // a constant length makes tighter loops
     } else {
       convert(begin, n, z);
     }
-    if (banned_) {
-      for (int64_t i = 0; i < banned_count_; ++i) {
-        const uint64_t at = uint64_t(banned_[i] - begin);
+    if (row_.banned) {
+      for (int64_t i = 0; i < row_.banned_count; ++i) {
+        const uint64_t at = uint64_t(row_.banned[i] - begin);
         if (at < uint64_t(n)) z[at] = -kInfinity;
       }
     }
-    if (bitmask_) apply_bitmask(begin, n, z);
-    const float lowest = floor;
+    if (row_.bitmask) apply_bitmask(begin, n, z);
+    const float lowest = row_.floor;
     if (lowest > -kInfinity) {
       for (int i = 0; i < n; ++i) z[i] = z[i] >= lowest ? z[i] : -kInfinity;
     }
@@ -74,14 +58,6 @@ class Row {
     return padded;
   }
 
-  float at(int64_t v) {
-    float z[kBlock];
-    load(v / kBlock * kBlock, z);
-    return z[v % kBlock];
-  }
-
-  const int64_t V;
-  float floor = -kInfinity;
   int32_t flags = 0;
 
  private:
@@ -91,13 +67,13 @@ class Row {
       const T* uncond = uncond_ + begin;
       for (int i = 0; i < n; ++i) {
         const float u = to_float(uncond[i]);
-        z[i] = u + guidance_ * (to_float(logits[i]) - u);
+        z[i] = u + row_.guidance * (to_float(logits[i]) - u);
       }
     } else {
       for (int i = 0; i < n; ++i) z[i] = to_float(logits[i]);
     }
-    if (bias_) {
-      const float* bias = bias_ + begin;
+    if (row_.bias) {
+      const float* bias = row_.bias + begin;
       for (int i = 0; i < n; ++i) z[i] += bias[i];
     }
     uint32_t special = 0;  // nothing but NaN and +inf has this property: not <= kLargest
@@ -117,20 +93,16 @@ class Row {
 
   void apply_bitmask(int64_t begin, int n, float* z) const {
     for (int i = 0; i < n; i += 32) {
-      const uint32_t allowed = uint32_t(bitmask_[(begin + i) / 32]);
+      const uint32_t allowed = uint32_t(row_.bitmask[(begin + i) / 32]);
       if (allowed == 0xffffffffu) continue;
       const int m = std::min(32, n - i);
       for (int j = 0; j < m; ++j) z[i + j] = allowed >> j & 1 ? z[i + j] : -kInfinity;
     }
   }
 
+  const LogitsRow& row_;
   const T* logits_;
   const T* uncond_;
-  float guidance_;
-  const float* bias_;
-  const int64_t* banned_;
-  int64_t banned_count_;
-  const int32_t* bitmask_;
 };
 
 // The largest of n values (a multiple of kLanes), and the second largest, equal to it where it
@@ -217,12 +189,7 @@ constexpr float kLargestGumbel = 22.9f;
 // (rounding is monotone) tells what cannot win; most noise is never computed.
 class Sampler {
  public:
-  Sampler() = default;
-  Sampler(const RandomKey& random, int64_t n, float inverse_temperature)
-      : seed_(uint64_t(random.seed.at(n, 0))),
-        position_(uint32_t(random.position[n])),
-        step_(uint32_t(random.step.at(n, 0))),
-        inverse_temperature_(inverse_temperature) {}
+  explicit Sampler(const Draw& draw) : draw_(draw), best_(draw.to_beat) {}
 
   // Blocks come in ascending order; only a strictly better token replaces the best.
   void add(const float* z, int n, int64_t begin, float block_largest) {
@@ -232,56 +199,49 @@ class Sampler {
       const int m = std::min(kChunk, n - first);
       if (!can_win(top_two(chunk, m).first, kLargestGumbel)) continue;
       uint32_t word[kChunk];
-      random_words(seed_, position_, step_, uint32_t((begin + first) / 4), word);
+      random_words(draw_.seed, draw_.position, draw_.step, uint32_t((begin + first) / 4), word);
       uint32_t any = 0;
       for (int i = 0; i < m; ++i) any |= uint32_t(can_win(chunk[i], gumbel_bound(word[i])));
       if (!any) continue;
       for (int i = 0; i < m; ++i) {
         if (!can_win(chunk[i], gumbel_bound(word[i]))) continue;
-        const float perturbed = chunk[i] * inverse_temperature_ + gumbel(word[i]);
+        const float perturbed = chunk[i] * draw_.inverse_temperature + gumbel(word[i]);
         if (perturbed > best_) {
           best_ = perturbed;
-          token = begin + first + i;
-          logit = chunk[i];
+          token_ = begin + first + i;
+          logit_ = chunk[i];
         }
       }
     }
   }
 
-  int64_t token = -1;  // -1: every perturbed logit was -inf
-  float logit = -kInfinity;
+  void finish(Scan& found) const {
+    if (token_ < 0) return;
+    found.perturbed = best_;
+    found.token = token_;
+    found.token_logit = logit_;
+  }
 
  private:
-  bool can_win(float z, float noise) const { return z * inverse_temperature_ + noise > best_; }
+  bool can_win(float z, float noise) const { return z * draw_.inverse_temperature + noise > best_; }
 
-  uint64_t seed_ = 0;
-  uint32_t position_ = 0, step_ = 0;
-  float inverse_temperature_ = 1.0f;
-  float best_ = -kInfinity;
-};
-
-// What a pass over a row finds out. The sums leave out the argmax, whose term is 1.
-struct Scan {
-  float max = -kInfinity;
-  int64_t argmax = -1;
-  float second = -kInfinity;
-  double weight = 0.0, weighted_exponent = 0.0;
-};
-
-struct Wanted {
-  bool sums, entropy;
-  float scale;  // 1/T of the distribution that the sums describe
+  const Draw& draw_;
+  float best_;
+  int64_t token_ = -1;  // -1: none exceeded Draw::to_beat
+  float logit_ = -kInfinity;
 };
 
 template <class T>
-Scan scan(Row<T>& row, const Wanted& want, Sampler* sampler) {
+Scan scan_as(const LogitsRow& logits, int64_t begin, int64_t end, const Wanted& want) {
+  Row<T> row(logits);
   Scan found;
+  Sampler sampler(want.draw);
   float z[kBlock], weight[kBlock];
-  for (int64_t begin = 0; begin < row.V; begin += kBlock) {
-    const int n = row.load(begin, z);
+  for (; begin < end; begin += kBlock) {
+    const int n = row.load(begin, end, z);
     const TopTwo top = top_two(z, n);
     if (top.first == -kInfinity) continue;
-    if (sampler) sampler->add(z, n, begin, top.first);
+    if (want.sample) sampler.add(z, n, begin, top.first);
     if (top.first > found.max) {
       if (want.sums && found.argmax >= 0) {
         // from now on relative to the new maximum; the old one becomes an ordinary term
@@ -309,179 +269,65 @@ Scan scan(Row<T>& row, const Wanted& want, Sampler* sampler) {
       }
     }
   }
+  found.flags = row.flags;
+  sampler.finish(found);
   return found;
 }
 
-// Top-k counts logits, top-p adds their probabilities.
-struct Measure {
-  bool mass;
-  double limit;  // a count, or a share of all mass
-  float max, scale;
-};
+uint64_t units(float weight) { return uint64_t(int64_t(weight * kMassUnits)); }
 
-// The largest value such that it and what lies above it measure more than the limit, as ordered
-// bits; 0: there is none. A radix search from the highest bits; every level adds in vocabulary
-// order.
 template <class T>
-uint32_t crossing(Row<T>& row, const Measure& measure) {
-  constexpr int kShift[] = {21, 10, 0}, kBits[] = {11, 11, 10};
-  double bins[2048];
+void add_measures_as(const LogitsRow& logits, int64_t begin, int64_t end, const Measure& measure,
+                     const Bins& bins) {
+  Row<T> row(logits);
   float z[kBlock], weight[kBlock];
   uint32_t key[kBlock];
-  uint32_t prefix = 0;
-  double above = 0.0, limit = measure.limit;
-  for (int level = 0; level < 3; ++level) {
-    const int shift = kShift[level], bits = kBits[level], size = 1 << bits;
-    std::fill(bins, bins + size, 0.0);
-    for (int64_t begin = 0; begin < row.V; begin += kBlock) {
-      const int n = row.load(begin, z);
-      for (int i = 0; i < n; ++i) key[i] = ordered_bits(z[i]);
-      // A key less this level's prefix is a bin; what lies outside the prefix's interval becomes
-      // too large to be one.
-      uint32_t any = 0;
-      for (int i = 0; i < n; ++i) {
-        key[i] = (key[i] >> shift) - (prefix << bits);
-        any |= uint32_t(key[i] < uint32_t(size)) & uint32_t(z[i] > -kInfinity);
-      }
-      if (!any) continue;
-      if (measure.mass) {
-        exponentials(z, n, measure.max, measure.scale, weight);
-      } else {
-        for (int i = 0; i < n; ++i) weight[i] = z[i] > -kInfinity ? 1.0f : 0.0f;
-      }
-      for (int i = 0; i < n; ++i) {
-        if (key[i] < uint32_t(size)) bins[key[i]] += double(weight[i]);
-      }
+  int hit[kBlock + 1];
+  uint64_t total = 0;
+  const uint32_t span = bins.highest - bins.lowest, skipped = bins.lowest - bins.base;
+  for (; begin < end; begin += kBlock) {
+    const int n = row.load(begin, end, z);
+    // A key less the lowest is at most the span, or the logit lies outside.
+    for (int i = 0; i < n; ++i) key[i] = ordered_bits(z[i]) - bins.lowest;
+    int hits = 0;
+    for (int i = 0; i < n; ++i) {
+      hit[hits] = i;
+      hits += int(key[i] <= span);  // no branch: it would be a toss-up
     }
-    if (level == 0 && measure.mass) {
-      double total = 0.0;
-      for (int b = 0; b < size; ++b) total += bins[b];
-      limit *= total;
+    if (measure.mass && (hits || bins.total)) {
+      exponentials(z, n, measure.max, measure.scale, weight);
+      for (int i = 0; bins.total && i < n; ++i) total += units(weight[i]);
     }
-    int found = -1;
-    double above_found = 0.0;
-    for (int b = size - 1; b >= 0; --b) {
-      if (bins[b] == 0.0) continue;
-      // below the first level the interval is known to cross: should rounding hide it, its lowest
-      // value does
-      found = b;
-      above_found = above;
-      above += bins[b];
-      if (above > limit) break;
-    }
-    if (level == 0 && !(above > limit)) return 0;
-    prefix = prefix << bits | uint32_t(found);
-    above = above_found;
-  }
-  return prefix;
-}
-
-float value_of(uint32_t ordered) {
-  return bits_to_float(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
-}
-
-struct Filter {
-  int32_t k;  // 0: off
-  float p;    // 1: off
-  bool p_first, keep_crossing;
-};
-
-// The lowest value kept. Both filters keep whatever is at or above a value, so the higher of the
-// two decides.
-template <class T>
-float filter_floor(Row<T>& row, const Filter& filter, float max, float scale) {
-  float by_count = -kInfinity, by_mass = -kInfinity;
-  if (filter.k > 0 && filter.k < row.V) {
-    const uint32_t kth = crossing(row, Measure{false, double(filter.k) - 1.0, max, scale});
-    if (kth) by_count = value_of(kth);
-  }
-  if (filter.p < 1.0f) {
-    if (!filter.p_first) row.floor = by_count;  // the mass of what top-k left
-    const uint32_t crossed = crossing(row, Measure{true, double(filter.p), max, scale});
-    row.floor = -kInfinity;
-    if (crossed)
-      by_mass = filter.keep_crossing ? value_of(crossed) : std::min(value_of(crossed + 1), max);
-  }
-  return std::max(by_count, by_mass);
-}
-
-template <class T>
-void token_confidence_row(const TokenConfidenceParams& p, int64_t n) {
-  int64_t token = -1, argmax = -1;
-  int32_t flags = 0;
-  double confidence = -kInfinity, margin = 0.0, entropy = 0.0, logsumexp = -kInfinity,
-         p_given = 0.0;
-
-  const int64_t source = p.row_map ? p.row_map[n] : n;
-  if (source >= 0) {
-    Row<T> row(p, n, source);
-    Sampler sampler;
-    const float asked_temperature = p.temperature.at(n, 0.0f);
-    const bool samples = asked_temperature > 0.0f;
-    const float temperature = samples ? asked_temperature : 1.0f, inverse = 1.0f / temperature;
-    const Filter filter{p.top_k.at(n, 0), p.top_p.at(n, 1.0f), p.top_p_first, p.keep_crossing};
-    const bool about_kept = p.distribution == Distribution::kFiltered;
-    const bool filters = (filter.k > 0 || filter.p < 1.0f) && (samples || about_kept);
-    const Wanted statistics{true, p.entropy != nullptr,
-                            p.distribution == Distribution::kRaw ? 1.0f : inverse};
-    const Wanted maximum{false, false, 1.0f};
-
-    if (samples) sampler = Sampler(p.random, n, inverse);
-    Scan found = scan(row, filters && about_kept ? maximum : statistics,
-                      samples && !filters ? &sampler : nullptr);
-    if (filters && found.argmax >= 0) {
-      row.floor = filter_floor(row, filter, found.max, inverse);
-      if (about_kept) {
-        found = scan(row, statistics, samples ? &sampler : nullptr);
-      } else {
-        scan(row, maximum, &sampler);
-        row.floor = -kInfinity;  // the statistics, p_given too, are about the whole row
-      }
-    }
-
-    flags = row.flags;
-    if (found.argmax < 0) {
-      flags |= kFlagNothingAllowed;
-    } else {
-      argmax = found.argmax;
-      const bool sampled = sampler.token >= 0;
-      token = sampled ? sampler.token : argmax;
-      const double scale = p.distribution == Distribution::kRaw ? 1.0 : 1.0 / double(temperature);
-      const double total = 1.0 + found.weight, log_total = std::log1p(found.weight);
-      const auto exponent = [&](float logit) { return (double(logit) - found.max) * scale; };
-      confidence = sampled ? std::exp(exponent(sampler.logit)) / total : 1.0 / total;
-      margin = -std::expm1(exponent(found.second)) / total;
-      entropy = log_total - found.weighted_exponent / total;
-      logsumexp = found.max * scale + log_total;
-      if (p.given && p.given[n] >= 0) p_given = std::exp(exponent(row.at(p.given[n]))) / total;
+    for (int h = 0; h < hits; ++h) {
+      const int i = hit[h];
+      bins.sum[(key[i] + skipped) >> bins.shift] += measure.mass ? units(weight[i]) : 1;
     }
   }
-
-  p.token[n] = token;
-  p.argmax[n] = argmax;
-  p.flags[n] = flags;
-  p.confidence[n] = float(confidence);
-  p.logsumexp[n] = float(logsumexp);
-  p.p_given[n] = float(p_given);
-  if (p.margin) p.margin[n] = float(margin);
-  if (p.entropy) p.entropy[n] = float(entropy);
+  if (bins.total) *bins.total += total;
 }
 
 }  // namespace
 
-void token_confidence(const TokenConfidenceParams& p, int64_t begin, int64_t end) {
-  for (int64_t n = begin; n < end; ++n) {
-    switch (p.dtype) {
-      case DType::kFloat32:
-        token_confidence_row<float>(p, n);
-        break;
-      case DType::kBFloat16:
-        token_confidence_row<BFloat16>(p, n);
-        break;
-      case DType::kFloat16:
-        token_confidence_row<Float16>(p, n);
-        break;
-    }
+Scan scan(const LogitsRow& row, int64_t begin, int64_t end, const Wanted& want) {
+  switch (row.dtype) {
+    case DType::kFloat32:
+      return scan_as<float>(row, begin, end, want);
+    case DType::kBFloat16:
+      return scan_as<BFloat16>(row, begin, end, want);
+    default:
+      return scan_as<Float16>(row, begin, end, want);
+  }
+}
+
+void add_measures(const LogitsRow& row, int64_t begin, int64_t end, const Measure& measure,
+                  const Bins& bins) {
+  switch (row.dtype) {
+    case DType::kFloat32:
+      return add_measures_as<float>(row, begin, end, measure, bins);
+    case DType::kBFloat16:
+      return add_measures_as<BFloat16>(row, begin, end, measure, bins);
+    default:
+      return add_measures_as<Float16>(row, begin, end, measure, bins);
   }
 }
 

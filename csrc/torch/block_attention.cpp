@@ -7,6 +7,10 @@
 
 #include "torch/check.h"
 #include "torch/ops.h"
+#ifdef DLM_WITH_CUDA
+#include "cuda/block_attention.h"
+#include "torch/cuda_stream.h"
+#endif
 
 namespace dlm {
 namespace {
@@ -16,12 +20,7 @@ void copy_strides(const Tensor& t, int64_t* strides) {
 }
 
 void check_slots(const Check& check, const BlockAttentionParams& p) {
-  if (!p.slots) {
-    check.that(p.Q <= p.S || p.B == 0, "slots must be given when q has more rows (", p.Q,
-               ") than k_cache has slots (", p.S, ")");
-    return;
-  }
-  for (int64_t i = 0; i < p.B * p.Q; ++i) {
+  for (int64_t i = 0; p.slots && i < p.B * p.Q; ++i) {
     check.that(p.slots[i] >= -1 && p.slots[i] < p.S, "slots must lie in [-1, ", p.S, "); got ",
                p.slots[i], " at [", i / p.Q, ", ", i % p.Q, "]");
   }
@@ -123,8 +122,12 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const MaybeTensor& k
   p.window_right = std::min(window_right, p.S);
   p.softcap = float(softcap);
   p.scale = float(scale.value_or(1.0 / std::sqrt(double(p.D))));
-  check_slots(check, p);
-  check_ranges(check, p);
+  check.that(p.slots || p.Q <= p.S || p.B == 0, "slots must be given when q has more rows (", p.Q,
+             ") than k_cache has slots (", p.S, ")");
+  if (q.is_cpu()) {
+    check_slots(check, p);
+    check_ranges(check, p);
+  }
 
   Tensor out = torch::stable::new_empty(q, {p.B, p.Q, p.H, p.D});
   Tensor lse = torch::stable::new_empty(q, {p.B, p.Q, p.H}, ScalarType::Float);
@@ -139,22 +142,46 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const MaybeTensor& k
   copy_strides(k_cache, p.k_cache_stride);
   copy_strides(v_cache, p.v_cache_stride);
 
-  // Threads are worth waking for some tens of microseconds of work.
   if (k_new) {
     p.k_new = k_new->const_data_ptr();
     p.v_new = v_new->const_data_ptr();
     copy_strides(*k_new, p.k_new_stride);
     copy_strides(*v_new, p.v_new_stride);
+  }
+
+#ifdef DLM_WITH_CUDA
+  if (q.is_cuda()) {
+    const CudaCall call(check, q);
+    call.supports(cuda::unsupported_block_attention(p));
+    Tensor workspace =
+        torch::stable::new_empty(q, {cuda::block_attention_workspace(p)}, ScalarType::Float);
+    call.succeeded(cuda::run_block_attention(p, static_cast<float*>(workspace.mutable_data_ptr()),
+                                             call.stream()));
+    return {out, lse};
+  }
+#endif
+
+  // Threads are worth waking for some tens of microseconds of work.
+  if (k_new) {
     const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 16) / (p.Q * p.D));
     torch::stable::parallel_for(0, p.B * p.G, grain, [&](int64_t begin, int64_t end) {
       cpu::scatter_new_rows(p, begin, end);
     });
   }
-  const int64_t items = cpu::block_attention_items(p);
-  const int64_t products = p.B * p.Q * p.H * std::max<int64_t>(p.S, 1) * p.D / items;
-  const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 17) / std::max<int64_t>(products, 1));
-  torch::stable::parallel_for(
-      0, items, grain, [&](int64_t begin, int64_t end) { cpu::block_attention(p, begin, end); });
+  const cpu::BlockAttentionKernels kernels = cpu::block_attention(p.dtype);
+  const cpu::BlockAttentionWork work = kernels.work(p);
+  Tensor workspace = torch::stable::new_empty(q, {work.workspace}, ScalarType::Float);
+  p.workspace = static_cast<float*>(workspace.mutable_data_ptr());
+  auto grain = [&](int64_t items) {
+    const int64_t products = p.B * p.Q * p.H * std::max<int64_t>(p.S, 1) * p.D / items;
+    return std::max<int64_t>(1, (int64_t(1) << 17) / std::max<int64_t>(products, 1));
+  };
+  torch::stable::parallel_for(0, work.items, grain(work.items),
+                              [&](int64_t begin, int64_t end) { kernels.attend(p, begin, end); });
+  if (work.merge_items > 0) {
+    torch::stable::parallel_for(0, work.merge_items, grain(work.merge_items),
+                                [&](int64_t begin, int64_t end) { kernels.merge(p, begin, end); });
+  }
   return {out, lse};
 }
 

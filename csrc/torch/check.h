@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Argument checks: one sentence that names the argument, what was expected and what came. All checks of an op run
-// before it writes anything.
+// Argument checks: one sentence that names the argument, what was expected and what came. All
+// checks of an op run before it writes anything.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -48,7 +48,8 @@ class Check {
   }
 
   void device(const char* name, const Tensor& t) const {
-    that(t.device() == anchor_.device(), name, " must be on the device of ", anchor_name_, "; got another device");
+    that(t.device() == anchor_.device(), name, " must be on the device of ", anchor_name_,
+         "; got another device");
   }
 
   void dtype(const char* name, const Tensor& t, std::initializer_list<ScalarType> allowed) const {
@@ -57,7 +58,8 @@ class Check {
       if (t.scalar_type() == type) return;
       want += text(want.empty() ? "" : " or ", torch::headeronly::toString(type));
     }
-    that(false, name, " must have dtype ", want, "; got ", torch::headeronly::toString(t.scalar_type()));
+    that(false, name, " must have dtype ", want, "; got ",
+         torch::headeronly::toString(t.scalar_type()));
   }
 
   // -1 in `sizes` accepts any extent.
@@ -98,7 +100,8 @@ class Check {
     return static_cast<const T*>(t.const_data_ptr());
   }
   template <class T>
-  const T* dense(const char* name, const MaybeTensor& t, std::initializer_list<int64_t> want) const {
+  const T* dense(const char* name, const MaybeTensor& t,
+                 std::initializer_list<int64_t> want) const {
     return t ? dense<T>(name, *t, want) : nullptr;
   }
   template <class T>
@@ -107,15 +110,16 @@ class Check {
     return static_cast<T*>(t.mutable_data_ptr());
   }
   template <class T>
-  T* dense_mutable(const char* name, const MaybeTensor& t, std::initializer_list<int64_t> want) const {
+  T* dense_mutable(const char* name, const MaybeTensor& t,
+                   std::initializer_list<int64_t> want) const {
     return t ? dense_mutable<T>(name, *t, want) : nullptr;
   }
 
   // How many consecutive rows share one of `values` values: all, some, or one each.
   int64_t rows_per_value(const char* name, int64_t values, int64_t rows) const {
     that(values > 0 ? rows % values == 0 : rows == 0, name,
-         " must hold one value, or one for each group of consecutive rows (their number divides ", rows, "); got ",
-         values);
+         " must hold one value, or one for each group of consecutive rows (their number divides ",
+         rows, "); got ", values);
     return values > 0 && rows > 0 ? rows / values : 1;
   }
   template <class T>

@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// dlmkernels._C: importing it registers torch.ops.dlmkernels.*; its functions tell what was built and what is in use.
+// dlmkernels._C: importing it registers torch.ops.dlmkernels.*; its functions tell what was built
+// and what is in use.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/isa.h"
 
@@ -19,6 +22,12 @@ PYBIND11_MODULE(_C, m) {
     info["cuda_architectures"] = DLM_CUDA_ARCHITECTURES;
     info["cuda_state"] = DLM_CUDA_STATE;
     return info;
+  });
+  dlm::cpu::isa();  // a wrong DLMKERNELS_CPU_ISA fails here, not in the first op
+  m.def("cpu_isas", [] {
+    std::vector<std::string> names;
+    for (const dlm::cpu::Isa isa : dlm::cpu::isas()) names.push_back(dlm::cpu::isa_name(isa));
+    return names;
   });
   m.def("cpu_isa", [] { return dlm::cpu::isa_name(dlm::cpu::isa()); });
   m.def("cpu_isa_reason", &dlm::cpu::isa_reason);

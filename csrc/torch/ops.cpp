@@ -6,32 +6,44 @@
 
 STABLE_TORCH_LIBRARY(dlmkernels, m) {
   DLM_DEF(m,
-          "block_attention(Tensor q, Tensor? k_new, Tensor? v_new, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-          "Tensor? slots=None, Tensor? kv_range=None, *, int causal_block=0, Tensor? block_origin=None, "
-          "Tensor? q_limit=None, Tensor? k_order=None, int window_left=-1, int window_right=-1, float softcap=0.0, "
+          "block_attention(Tensor q, Tensor? k_new, Tensor? v_new, Tensor(a!) k_cache, Tensor(b!) "
+          "v_cache, "
+          "Tensor? slots=None, Tensor? kv_range=None, *, int causal_block=0, Tensor? "
+          "block_origin=None, "
+          "Tensor? q_limit=None, Tensor? k_order=None, int window_left=-1, int window_right=-1, "
+          "float softcap=0.0, "
           "float? scale=None) -> (Tensor out, Tensor lse)",
           dlm::block_attention);
-  DLM_DEF(m,
-          "token_confidence(Tensor logits, *, Tensor? row_map=None, Tensor? given=None, Tensor? uncond_logits=None, "
-          "Tensor? cfg_scale=None, Tensor? bias=None, Tensor? banned=None, Tensor? bitmask=None, "
-          "Tensor? temperature=None, Tensor? top_k=None, Tensor? top_p=None, bool top_p_first=False, "
-          "bool keep_crossing=True, str distribution=\"raw\", Tensor? seed=None, Tensor? step=None, "
-          "Tensor? position=None, bool with_margin=True, bool with_entropy=True) -> (Tensor token, Tensor argmax, "
-          "Tensor confidence, Tensor margin, Tensor entropy, Tensor logsumexp, Tensor p_given, Tensor flags)",
-          dlm::token_confidence);
-  DLM_DEF(m,
-          "select_tokens(Tensor score, Tensor eligible, str rule=\"none\", *, Tensor? parameter=None, "
-          "bool strict=False, Tensor? gate=None, Tensor? cost=None, Tensor? need=None, Tensor? fill=None, "
-          "Tensor? cap=None, Tensor? order_temperature=None, Tensor? seed=None, Tensor? step=None, "
-          "Tensor? position=None) -> (Tensor selected, Tensor count)",
-          dlm::select_tokens);
-  DLM_DEF(m,
-          "remask_(Tensor(a!) tokens, Tensor(b!) state, Tensor position, Tensor proposal, *, Tensor? commit=None, "
-          "Tensor? edit=None, Tensor? remask=None, Tensor? renoise=None, Tensor? confidence=None, "
-          "Tensor(c!)? commit_step=None, Tensor(d!)? commit_confidence=None, Tensor(e!)? step=None, "
-          "Tensor? seed=None, Tensor? origin=None, int mask_token_id=-1, int vocab_size=0, int[] eos_token_ids=[], "
-          "str eos_policy=\"none\", int fill_token_id=-1) -> Tensor",
-          dlm::remask_);
+  DLM_DEF(
+      m,
+      "token_confidence(Tensor logits, *, Tensor? row_map=None, Tensor? given=None, Tensor? "
+      "uncond_logits=None, "
+      "Tensor? cfg_scale=None, Tensor? bias=None, Tensor? banned=None, Tensor? bitmask=None, "
+      "Tensor? temperature=None, Tensor? top_k=None, Tensor? top_p=None, bool top_p_first=False, "
+      "bool keep_crossing=True, str distribution=\"raw\", Tensor? seed=None, Tensor? step=None, "
+      "Tensor? position=None, bool with_margin=True, bool with_entropy=True) -> (Tensor token, "
+      "Tensor argmax, "
+      "Tensor confidence, Tensor margin, Tensor entropy, Tensor logsumexp, Tensor p_given, Tensor "
+      "flags)",
+      dlm::token_confidence);
+  DLM_DEF(
+      m,
+      "select_tokens(Tensor score, Tensor eligible, str rule=\"none\", *, Tensor? parameter=None, "
+      "bool strict=False, Tensor? gate=None, Tensor? cost=None, Tensor? need=None, Tensor? "
+      "fill=None, "
+      "Tensor? cap=None, Tensor? order_temperature=None, Tensor? seed=None, Tensor? step=None, "
+      "Tensor? position=None) -> (Tensor selected, Tensor count)",
+      dlm::select_tokens);
+  DLM_DEF(
+      m,
+      "remask_(Tensor(a!) tokens, Tensor(b!) state, Tensor position, Tensor proposal, *, Tensor? "
+      "commit=None, "
+      "Tensor? edit=None, Tensor? remask=None, Tensor? renoise=None, Tensor? confidence=None, "
+      "Tensor(c!)? commit_step=None, Tensor(d!)? commit_confidence=None, Tensor(e!)? step=None, "
+      "Tensor? seed=None, Tensor? origin=None, int mask_token_id=-1, int vocab_size=0, int[] "
+      "eos_token_ids=[], "
+      "str eos_policy=\"none\", int fill_token_id=-1) -> Tensor",
+      dlm::remask_);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CPU, m) {
@@ -40,3 +52,11 @@ STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CPU, m) {
   m.impl("select_tokens", TORCH_BOX(&dlm::select_tokens));
   m.impl("remask_", TORCH_BOX(&dlm::remask_));
 }
+
+#ifdef DLM_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CUDA, m) {
+  m.impl("token_confidence", TORCH_BOX(&dlm::token_confidence));
+  m.impl("select_tokens", TORCH_BOX(&dlm::select_tokens));
+  m.impl("remask_", TORCH_BOX(&dlm::remask_));
+}
+#endif

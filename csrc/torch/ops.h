@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The ops as C++ functions: each checks its arguments, allocates its outputs, fills its params struct and calls a back
-// end. Shapes, dtypes and meaning of every argument: python/dlmkernels/ops.py.
+// The ops as C++ functions: each checks its arguments, allocates its outputs, fills its params
+// struct and calls a back end. Shapes, dtypes and meaning of every argument:
+// python/dlmkernels/ops.py.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
@@ -14,31 +15,38 @@ namespace dlm {
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-std::tuple<Tensor, Tensor> block_attention(
-    const Tensor& q, const MaybeTensor& k_new, const MaybeTensor& v_new, const Tensor& k_cache, const Tensor& v_cache,
-    const MaybeTensor& slots, const MaybeTensor& kv_range, int64_t causal_block, const MaybeTensor& block_origin,
-    const MaybeTensor& q_limit, const MaybeTensor& k_order, int64_t window_left, int64_t window_right, double softcap,
-    std::optional<double> scale);
+std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const MaybeTensor& k_new,
+                                           const MaybeTensor& v_new, const Tensor& k_cache,
+                                           const Tensor& v_cache, const MaybeTensor& slots,
+                                           const MaybeTensor& kv_range, int64_t causal_block,
+                                           const MaybeTensor& block_origin,
+                                           const MaybeTensor& q_limit, const MaybeTensor& k_order,
+                                           int64_t window_left, int64_t window_right,
+                                           double softcap, std::optional<double> scale);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_confidence(
-    const Tensor& logits, const MaybeTensor& row_map, const MaybeTensor& given, const MaybeTensor& uncond_logits,
-    const MaybeTensor& cfg_scale, const MaybeTensor& bias, const MaybeTensor& banned, const MaybeTensor& bitmask,
-    const MaybeTensor& temperature, const MaybeTensor& top_k, const MaybeTensor& top_p, bool top_p_first,
-    bool keep_crossing, const std::string& distribution, const MaybeTensor& seed, const MaybeTensor& step,
+    const Tensor& logits, const MaybeTensor& row_map, const MaybeTensor& given,
+    const MaybeTensor& uncond_logits, const MaybeTensor& cfg_scale, const MaybeTensor& bias,
+    const MaybeTensor& banned, const MaybeTensor& bitmask, const MaybeTensor& temperature,
+    const MaybeTensor& top_k, const MaybeTensor& top_p, bool top_p_first, bool keep_crossing,
+    const std::string& distribution, const MaybeTensor& seed, const MaybeTensor& step,
     const MaybeTensor& position, bool with_margin, bool with_entropy);
 
-std::tuple<Tensor, Tensor> select_tokens(
-    const Tensor& score, const Tensor& eligible, const std::string& rule, const MaybeTensor& parameter, bool strict,
-    const MaybeTensor& gate, const MaybeTensor& cost, const MaybeTensor& need, const MaybeTensor& fill,
-    const MaybeTensor& cap, const MaybeTensor& order_temperature, const MaybeTensor& seed, const MaybeTensor& step,
-    const MaybeTensor& position);
+std::tuple<Tensor, Tensor> select_tokens(const Tensor& score, const Tensor& eligible,
+                                         const std::string& rule, const MaybeTensor& parameter,
+                                         bool strict, const MaybeTensor& gate,
+                                         const MaybeTensor& cost, const MaybeTensor& need,
+                                         const MaybeTensor& fill, const MaybeTensor& cap,
+                                         const MaybeTensor& order_temperature,
+                                         const MaybeTensor& seed, const MaybeTensor& step,
+                                         const MaybeTensor& position);
 
-Tensor remask_(
-    const Tensor& tokens, const Tensor& state, const Tensor& position, const Tensor& proposal,
-    const MaybeTensor& commit, const MaybeTensor& edit, const MaybeTensor& remask, const MaybeTensor& renoise,
-    const MaybeTensor& confidence, const MaybeTensor& commit_step, const MaybeTensor& commit_confidence,
-    const MaybeTensor& step, const MaybeTensor& seed, const MaybeTensor& origin, int64_t mask_token_id,
-    int64_t vocab_size, const std::vector<int64_t>& eos_token_ids, const std::string& eos_policy,
-    int64_t fill_token_id);
+Tensor remask_(const Tensor& tokens, const Tensor& state, const Tensor& position,
+               const Tensor& proposal, const MaybeTensor& commit, const MaybeTensor& edit,
+               const MaybeTensor& remask, const MaybeTensor& renoise, const MaybeTensor& confidence,
+               const MaybeTensor& commit_step, const MaybeTensor& commit_confidence,
+               const MaybeTensor& step, const MaybeTensor& seed, const MaybeTensor& origin,
+               int64_t mask_token_id, int64_t vocab_size, const std::vector<int64_t>& eos_token_ids,
+               const std::string& eos_policy, int64_t fill_token_id);
 
 }  // namespace dlm

@@ -6,6 +6,10 @@
 
 #include "torch/check.h"
 #include "torch/ops.h"
+#ifdef DLM_WITH_CUDA
+#include "cuda/remask.h"
+#include "torch/cuda_stream.h"
+#endif
 
 namespace dlm {
 namespace {
@@ -101,12 +105,23 @@ Tensor remask_(const Tensor& tokens, const Tensor& state, const Tensor& position
   p.fill_token_id = fill_token_id;
   check.that(fill_token_id >= 0 || p.eos_policy != EosPolicy::kFill,
              "fill_token_id must be a token id under eos_policy fill; got ", fill_token_id);
-  check_positions(check, p);
-  if (vocab_size > 0 && (commit || edit)) check_proposals(check, p);
+  if (tokens.is_cpu()) {
+    check_positions(check, p);
+    if (vocab_size > 0 && (commit || edit)) check_proposals(check, p);
+  }
 
   Tensor info = torch::stable::new_empty(tokens, {B, int64_t(kInfoColumns)}, ScalarType::Int);
   p.info = static_cast<int32_t*>(info.mutable_data_ptr());
   if (B == 0) return info;
+
+#ifdef DLM_WITH_CUDA
+  if (tokens.is_cuda()) {
+    const CudaCall call(check, tokens);
+    call.supports(cuda::unsupported_remask(p));
+    call.succeeded(cuda::run_remask(p, call.stream()));
+    return info;
+  }
+#endif
 
   // Waking a second thread pays from some 50 microseconds of work on: a position costs about a
   // nanosecond, a slot some ten.

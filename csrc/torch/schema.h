@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// DLM_DEF(m, schema, function): registers an op's schema after comparing it with the C++ signature. The stable ABI
-// passes 64-bit words and trusts both sides: an `int` read as a `float` would be silent garbage.
+// DLM_DEF(m, schema, function): registers an op's schema after comparing it with the C++ signature.
+// The stable ABI passes 64-bit words and trusts both sides: an `int` read as a `float` would be
+// silent garbage.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -49,7 +50,8 @@ struct Name<std::vector<T>> {
 template <class... T>
 std::string names() {
   std::string out;
-  ((out += (out.empty() ? "" : ", ") + Name<std::remove_cv_t<std::remove_reference_t<T>>>::get()), ...);
+  ((out += (out.empty() ? "" : ", ") + Name<std::remove_cv_t<std::remove_reference_t<T>>>::get()),
+   ...);
   return "(" + out + ")";
 }
 template <class T>
@@ -67,8 +69,8 @@ struct Signature<R (*)(A...)> {
   static std::string get() { return names<A...>() + " -> " + Results<R>::get(); }
 };
 
-// "(Tensor(a!) x, str rule=\"none\", *, int[] ids=[])" -> "(Tensor, str, int[])": of each comma-separated item, its
-// first word without the alias mark.
+// "(Tensor(a!) x, str rule=\"none\", *, int[] ids=[])" -> "(Tensor, str, int[])": of each
+// comma-separated item, its first word without the alias mark.
 inline std::string types(std::string_view list) {
   std::string out, item;
   int depth = 0;
@@ -96,7 +98,8 @@ inline std::string types(std::string_view list) {
 }
 
 inline std::string normalized(std::string_view schema) {
-  const size_t arrow = schema.rfind("->"), open = schema.find('('), close = schema.rfind(')', arrow);
+  const size_t arrow = schema.rfind("->"), open = schema.find('('),
+               close = schema.rfind(')', arrow);
   std::string_view results = schema.substr(arrow + 2);
   results.remove_prefix(results.find_first_not_of(' '));
   if (results.front() == '(') results = results.substr(1, results.size() - 2);
@@ -107,12 +110,13 @@ template <class F>
 const char* checked(const char* schema) {
   const std::string declared = normalized(schema), defined = Signature<F>::get();
   if (declared != defined) {
-    throw std::logic_error(std::string("schema ") + schema + " reads as " + declared + " but the function is " +
-                           defined);
+    throw std::logic_error(std::string("schema ") + schema + " reads as " + declared +
+                           " but the function is " + defined);
   }
   return schema;
 }
 
 }  // namespace dlm::schema
 
-#define DLM_DEF(m, declaration, function) (m).def(dlm::schema::checked<decltype(&function)>(declaration))
+#define DLM_DEF(m, declaration, function) \
+  (m).def(dlm::schema::checked<decltype(&function)>(declaration))

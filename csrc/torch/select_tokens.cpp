@@ -5,6 +5,10 @@
 
 #include "torch/check.h"
 #include "torch/ops.h"
+#ifdef DLM_WITH_CUDA
+#include "cuda/select_tokens.h"
+#include "torch/cuda_stream.h"
+#endif
 
 namespace dlm {
 namespace {
@@ -76,6 +80,15 @@ std::tuple<Tensor, Tensor> select_tokens(const Tensor& score, const Tensor& elig
   p.selected = static_cast<bool*>(selected.mutable_data_ptr());
   p.count = static_cast<int32_t*>(count.mutable_data_ptr());
   if (B == 0) return {selected, count};
+
+#ifdef DLM_WITH_CUDA
+  if (score.is_cuda()) {
+    const CudaCall call(check, score);
+    call.supports(cuda::unsupported_select_tokens(p));
+    call.succeeded(cuda::run_select_tokens(p, call.stream()));
+    return {selected, count};
+  }
+#endif
 
   // Waking a second thread pays from some 50 microseconds of work on: a slot costs one or two
   // nanoseconds, about ten where it is sorted, more where it draws.

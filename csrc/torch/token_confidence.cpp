@@ -7,6 +7,10 @@
 
 #include "torch/check.h"
 #include "torch/ops.h"
+#ifdef DLM_WITH_CUDA
+#include "cuda/token_confidence.h"
+#include "torch/cuda_stream.h"
+#endif
 
 namespace dlm {
 namespace {
@@ -113,18 +117,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
   check.that(seed || !temperature, "seed is required by temperature; got None");
   check.that(position || !seed, "position is required by seed; got None");
 
-  check_range(check, "row_map", p.row_map, N, R);
-  check_range(check, "given", p.given, N, V);
-  check_range(check, "banned", p.banned, banned ? banned->numel() : 0, V);
-  // below the smallest normal float 1/T would be infinite
-  check_values<float>(
-      check, "temperature", temperature, "0, or finite and at least 1.2e-38", [](float t) {
-        return t == 0.0f || (t >= std::numeric_limits<float>::min() && std::isfinite(t));
-      });
-  check_values<int32_t>(check, "top_k", top_k, "0 (off) or positive",
-                        [](int32_t k) { return k >= 0; });
-  check_values<float>(check, "top_p", top_p, "in [0, 1]",
-                      [](float q) { return q >= 0.0f && q <= 1.0f; });
+  if (!logits.is_cuda()) {  // there, a look at the values would have the host wait for them
+    check_range(check, "row_map", p.row_map, N, R);
+    check_range(check, "given", p.given, N, V);
+    check_range(check, "banned", p.banned, banned ? banned->numel() : 0, V);
+    // below the smallest normal float 1/T would be infinite
+    check_values<float>(
+        check, "temperature", temperature, "0, or finite and at least 1.2e-38", [](float t) {
+          return t == 0.0f || (t >= std::numeric_limits<float>::min() && std::isfinite(t));
+        });
+    check_values<int32_t>(check, "top_k", top_k, "0 (off) or positive",
+                          [](int32_t k) { return k >= 0; });
+    check_values<float>(check, "top_p", top_p, "in [0, 1]",
+                        [](float q) { return q >= 0.0f && q <= 1.0f; });
+  }
 
   const auto floats = [&](int64_t n) {
     return torch::stable::new_empty(logits, {n}, ScalarType::Float);
@@ -145,12 +151,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
   p.p_given = write(p_given);
   p.flags = static_cast<int32_t*>(flags.mutable_data_ptr());
 
-  if (N > 0) {
-    // A logit costs about a nanosecond; below some ten microseconds a second thread costs more than
-    // it brings.
-    const int64_t grain = std::max<int64_t>(1, 8192 / V);
-    torch::stable::parallel_for(
-        0, N, grain, [&](int64_t begin, int64_t end) { cpu::token_confidence(p, begin, end); });
+#ifdef DLM_WITH_CUDA
+  if (logits.is_cuda() && N > 0) {
+    const CudaCall call(check, logits);
+    call.supports(cuda::unsupported_token_confidence(p));
+    Tensor workspace =
+        torch::stable::new_empty(logits, {cuda::token_confidence_workspace(p)}, ScalarType::Byte);
+    call.succeeded(cuda::run_token_confidence(p, workspace.mutable_data_ptr(), call.stream()));
+    return {token, argmax, confidence, margin, entropy, logsumexp, p_given, flags};
+  }
+#endif
+
+  // Whole rows while there are enough of them to keep the threads evenly busy; else parts of rows.
+  const int64_t parts = cpu::token_confidence_parts(V), grain = cpu::token_confidence_grain();
+  const auto parallel = [&](int64_t items, int64_t logits_an_item, const auto& run) {
+    const int64_t least = std::max<int64_t>(1, grain / logits_an_item);
+    torch::stable::parallel_for(0, items, least, run);
+  };
+  if (parts == 1 || N >= 4 * int64_t(torch::stable::get_num_threads())) {
+    if (N > 0) {
+      parallel(N, V, [&](int64_t begin, int64_t end) { cpu::token_confidence(p, begin, end); });
+    }
+  } else if (N > 0) {
+    const Tensor scratch = torch::stable::new_empty(
+        logits, {N * parts * int64_t(sizeof(cpu::Scan))}, ScalarType::Byte);
+    cpu::Scan* scans = static_cast<cpu::Scan*>(scratch.mutable_data_ptr());
+    parallel(N * parts, cpu::kPart,
+             [&](int64_t begin, int64_t end) { cpu::token_confidence_scan(p, scans, begin, end); });
+    const bool filters = top_k || top_p;  // only these leave work to do
+    parallel(N, filters ? V : 1, [&](int64_t begin, int64_t end) {
+      cpu::token_confidence_finish(p, scans, begin, end);
+    });
   }
   return {token, argmax, confidence, margin, entropy, logsumexp, p_given, flags};
 }

@@ -230,7 +230,8 @@ def token_confidence(
     RuntimeError
         For a wrong device, dtype, shape or stride, an unknown distribution, a missing `seed`, `position`, `cfg_scale`
         or `uncond_logits`; and, on the CPU, for a value out of range in `row_map`, `given`, `banned`, `temperature`,
-        `top_k` or `top_p`. The message names the argument.
+        `top_k` or `top_p`. The message names the argument. On CUDA, where values are not checked, a row or an id out of
+        range is none, and a temperature or a filter below its range is off.
     """
     return TokenConfidence(
         *torch.ops.dlmkernels.token_confidence.default(
@@ -434,6 +435,8 @@ def remask_(
         uint8 [B, T]; written.
     position : Tensor
         int32 [B, W]: canvas position of each slot, distinct within a row; -1: the slot is unused. W is at most 4096.
+        On CUDA, where values are not checked, a position off the canvas is unused too, and of slots at one position
+        only the first is used.
     proposal : Tensor
         int64 [B, W]: token for each slot; negative: none.
     commit, edit, remask, renoise : Tensor, optional
@@ -456,7 +459,7 @@ def remask_(
     vocab_size : int
         Needed by `renoise`. If positive, committing or editing in a token id beyond it is an error (on the CPU).
     eos_token_ids : list of int
-        The end-of-sequence tokens; may be empty.
+        The end-of-sequence tokens; may be empty. On CUDA at most 64.
     eos_policy : str
         "none" or "fill".
     fill_token_id : int

@@ -27,6 +27,8 @@ class AttentionWindow:
         0: bidirectional; 1: causal; n: block-causal with blocks of n.
     block_origin : Tensor, optional
         int32 `[B]`: slot at which block 0 starts.
+    q_limit, k_order : Tensor, optional
+        int32 `[B, Q]` and `[B, S]`: slot j is seen only if its order does not exceed the row's limit.
     """
 
     slots: Tensor | None = None
@@ -34,6 +36,8 @@ class AttentionWindow:
     cache: KVCache | None = None
     causal_block: int = 0
     block_origin: Tensor | None = None
+    q_limit: Tensor | None = None
+    k_order: Tensor | None = None
 
 
 @dataclass(frozen=True)

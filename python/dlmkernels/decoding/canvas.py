@@ -58,24 +58,38 @@ class Canvas:
         """bool `[B, T]`."""
         return (self.state & OPEN) != 0
 
-    def window(self, start: int, end: int, capacity: int) -> TokenWindow:
-        """The open positions of `[start, end)` in ascending order, in `capacity` slots (at least as many as any row's).
+    def open_in(self, start: Tensor, length: int) -> Tensor:
+        """Which of the columns `start[b]` … `start[b] + length` of each row are open: bool `[B, length]`."""
+        return self._in(self.is_open, start[:, None] + torch.arange(length, device=start.device))
 
-        Decided positions take no slot, so that no language-model head runs for them.
+    def window(self, start: Tensor, length: int, capacity: int) -> TokenWindow:
+        """The open positions among `length` columns from `start` int32 `[B]` on, ascending, in `capacity` slots.
+
+        `capacity` is at least as many as any row has. Decided positions take no slot, so that no language-model head
+        runs for them.
         """
-        columns = torch.arange(start, end, dtype=torch.int32, device=self.tokens.device)
-        is_open = self.is_open[:, start:end]
-        if capacity == end - start:
+        columns = start[:, None] + torch.arange(length, dtype=torch.int32, device=start.device)
+        is_open = self.open_in(start, length)
+        if capacity == length:
             return TokenWindow(torch.where(is_open, columns, -1), self.origin)
         # Open columns keep their number, closed ones sort behind them.
-        ranked = torch.where(is_open, columns, columns + (end - start)).sort(dim=1).values[:, :capacity]
-        return TokenWindow(torch.where(ranked < end, ranked, -1), self.origin)
+        ranked = torch.where(is_open, columns, columns + length).sort(dim=1).values[:, :capacity]
+        return TokenWindow(torch.where(ranked < start[:, None] + length, ranked, -1), self.origin)
 
-    def free_window(self, start: int, end: int, working: Tensor) -> TokenWindow:
-        """All positions of `[start, end)` that are not given, in the rows that are `working` (bool `[B]`)."""
-        columns = torch.arange(start, end, dtype=torch.int32, device=self.tokens.device)
-        free = ((self.state[:, start:end] & FROZEN) == 0) & working[:, None]
+    def free_window(self, start: Tensor, length: int, working: Tensor) -> TokenWindow:
+        """All positions of `length` columns from `start` int32 `[B]` on that are not given, in the `working` rows.
+
+        `working` is bool `[B]`.
+        """
+        columns = start[:, None] + torch.arange(length, dtype=torch.int32, device=start.device)
+        free = self._in((self.state & FROZEN) == 0, columns) & working[:, None]
         return TokenWindow(torch.where(free, columns, -1), self.origin)
+
+    @staticmethod
+    def _in(what: Tensor, columns: Tensor) -> Tensor:
+        """A bool `[B, T]` at canvas columns `[B, W]`; False right of the canvas."""
+        last = what.shape[1] - 1
+        return what.gather(1, columns.clamp(max=last).long()) & (columns <= last)
 
     def fill_after_eos(self, eos: list[int], pad: int) -> None:
         """Complete the requests that have an end token with nothing open before it: all after it becomes `pad`."""

@@ -12,8 +12,10 @@ from torch import Tensor
 from .rules import Quota, Rule
 from .scores import SCORES, Score
 
-CACHES = ("none", "prefix", "dual")
+CACHES = ("none", "prefix", "dual", "block")
 ALIGNMENTS = ("same", "shift")
+ATTENTIONS = ("full", "block", "causal", "causal-context", "reordered")
+GRIDS = ("absolute", "prompt", "both-ways")
 DISTRIBUTIONS = ("raw", "tempered", "filtered")
 EOS_POLICIES = ("none", "fill", "block")
 
@@ -27,7 +29,11 @@ class DecodingConfig:
     max_new_tokens : int
         Tokens generated after the prompt.
     block_length : int, optional
-        Blocks are decoded left to right, each until it has no mask left. None: one block.
+        Blocks are decoded left to right, each until it has no mask left. None: the length of the blocks the model
+        was trained with, where its attention has blocks; else one block.
+    sub_block_length : int, optional
+        A block is decoded in parts of this length, left to right, each seeing the whole block (Fast-dLLM v2,
+        arXiv:2509.26328).
     steps : int, optional
         Forwards of the whole generation, divided evenly among the blocks, for rules with a fixed schedule (`Quota`,
         `TimeQuota`). None: one forward a token. Adaptive rules take as many as they need.
@@ -46,10 +52,16 @@ class DecodingConfig:
         Which distribution the scores are read from: before temperature, after it, or after the filters.
     order_temperature : float
         Above 0 the order is drawn at random, position i with weight exp(score / order_temperature).
-    cache : {"none", "prefix", "dual"}
+    cache : {"none", "prefix", "dual", "block"}
         KV reuse. none: every forward takes the whole canvas (exact). prefix: keys and values left of the block are
         kept from the block's first forward. dual: also those right of it; a forward then takes the block alone
-        (Fast-dLLM, arXiv:2505.22618). Both are approximations for bidirectional models.
+        (Fast-dLLM, arXiv:2505.22618). Both are approximations, for models with full attention. block: for the other
+        kinds of attention, under which a finished block never changes again: its keys and values are appended once
+        and a forward takes the open block alone (exact).
+    fuse_commit : bool
+        With cache="block": append a finished block in the same forward that takes the next block's first step, which
+        saves a forward a block. It cannot be where the next block's first token comes from the finished one
+        (`seeded`), nor with attention="causal-context".
     seed : int or Tensor, optional
         What a request's random draws depend on, whatever batch it is in. An int is every request's seed (equal
         requests then give equal results), an int64 tensor `[B]` one for each; None draws them from torch's generator.
@@ -68,10 +80,19 @@ class DecodingConfig:
         committed tokens back. none: the full length is decoded.
     logit_alignment : {"same", "shift"}, optional
         Whether row i of the logits speaks of position i or of i + 1. None: what the model's family does.
+    attention : {"full", "block", "causal", "causal-context", "reordered"}, optional
+        What a position sees (see `models.families.Family`). None: what the model's family does.
+    block_grid : {"absolute", "prompt", "both-ways"}, optional
+        Where the blocks of attention="block" are counted from (see `models.families.Family`). None: what the model's
+        family does.
+    seeded : bool, optional
+        Whether a block's first token is what the row before it predicts, committed before the block's first step.
+        None: what the model's family does.
     """
 
     max_new_tokens: int = 128
     block_length: int | None = None
+    sub_block_length: int | None = None
     steps: int | None = None
     rule: Rule = field(default_factory=Quota)
     score: str | Score = "probability"
@@ -83,6 +104,7 @@ class DecodingConfig:
     distribution: str = "raw"
     order_temperature: float = 0.0
     cache: str = "none"
+    fuse_commit: bool = True
     seed: int | Tensor | None = None
     cfg_scale: float = 0.0
     mask_token_id: int | None = None
@@ -92,11 +114,15 @@ class DecodingConfig:
     defer_token_ids: Sequence[int] = ()
     eos_policy: str = "fill"
     logit_alignment: str | None = None
+    attention: str | None = None
+    block_grid: str | None = None
+    seeded: bool | None = None
 
     def __post_init__(self):
         for name, choices in (
             ("cache", CACHES), ("distribution", DISTRIBUTIONS), ("eos_policy", EOS_POLICIES),
-            ("logit_alignment", (None, *ALIGNMENTS)),
+            ("logit_alignment", (None, *ALIGNMENTS)), ("attention", (None, *ATTENTIONS)),
+            ("block_grid", (None, *GRIDS)),
         ):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}; got {getattr(self, name)!r}")
@@ -104,7 +130,13 @@ class DecodingConfig:
             raise ValueError(f"score must be one of {tuple(SCORES)} or a Score; got {self.score!r}")
         if not isinstance(self.rule, Rule):
             raise TypeError(f"rule must be a Rule such as dlmkernels.Threshold(0.9); got {self.rule!r}")
-        for name, low in (("max_new_tokens", 1), ("block_length", 1), ("steps", 1), ("top_k", 0)):
+        for name, low in (
+            ("max_new_tokens", 1),
+            ("block_length", 1),
+            ("sub_block_length", 1),
+            ("steps", 1),
+            ("top_k", 0),
+        ):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < low):
                 raise ValueError(f"{name} must be an integer of at least {low}; got {value!r}")
@@ -136,8 +168,11 @@ class SpecialTokens:
         May be empty.
     pad : int
         What follows an end token.
+    banned : list of int
+        Never proposed: the mask, what was asked for, and ids that the tokenizer does not know.
     """
 
     mask: int
     eos: list[int]
     pad: int
+    banned: list[int]

@@ -6,19 +6,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..models.adapt import DiffusionModel, adapt
+from ..models.adapt import DiffusionModel, LogitsModel, adapt
 from .canvas import Canvas
 from .config import DecodingConfig, SpecialTokens
 from .loop import decode
 from .output import DecodingOutput
+from .presets import preset
+from .reordered import decode_reordered
+from .schedule import Grid
+from .streams import Reordered, Strided
+from .strided import decode_strided
 
 
 def generate(
     model,
-    input_ids: Tensor,
+    input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     config: DecodingConfig | None = None,
     streamer=None,
+    *,
+    inputs_embeds: Tensor | None = None,
     **overrides,
 ) -> DecodingOutput:
     """Decode `max_new_tokens` tokens after each prompt, in parallel.
@@ -36,6 +43,9 @@ def generate(
     streamer : transformers streamer, optional
         Receives the prompt, each finished block, and (if it has `put_draft`) the canvas after each step. One request
         only. Reading the canvas for it costs a device synchronisation a step.
+    inputs_embeds : Tensor, optional
+        `[B, P, hidden]`: input embeddings of the prompts, in place of `input_ids`. The result then holds padding where
+        the prompts were.
     **overrides
         Fields of `DecodingConfig`.
 
@@ -55,26 +65,38 @@ def generate(
     >>> out.generated, out.tokens_per_forward
     """
     model, config, special = _prepare(model, config, overrides)
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("input_ids or inputs_embeds must be given, and not both")
+    if inputs_embeds is not None:
+        input_ids = _check_embeds(model, inputs_embeds, special.pad)
     tokens, origin = _check_tokens("input_ids", model, input_ids, attention_mask)
-    if bool((tokens == special.mask).any()):
+    if inputs_embeds is None and bool((tokens == special.mask).any()):
         raise ValueError(
             f"input_ids holds the mask token ({special.mask}): generate decodes what comes after a prompt; "
             "dlmkernels.infill decodes masks wherever they are"
         )
     batch, prompt_length = tokens.shape
-    length = prompt_length + config.max_new_tokens
+    end = prompt_length + config.max_new_tokens
+    grid = Grid.of(config, origin, prompt_length, end, grows=True)
+    length = grid.width
     if model.max_length is not None and length > model.max_length:
         raise ValueError(
             f"input_ids ({prompt_length} tokens) and max_new_tokens ({config.max_new_tokens}) make a canvas of {length}"
             f", longer than the model's max_position_embeddings of {model.max_length}"
         )
-    masks = tokens.new_full((batch, config.max_new_tokens), max(special.mask, 0))
-    is_open = torch.arange(length, device=tokens.device).expand(batch, length) >= prompt_length
+    masks = tokens.new_full((batch, length - prompt_length), max(special.mask, 0))
+    columns = torch.arange(length, device=tokens.device)
+    is_open = (columns >= prompt_length) & (columns < grid.ends[:, None])
     canvas = Canvas.of(torch.cat((tokens, masks), 1), is_open, origin)
     _check_streamer(streamer, batch)
     if streamer is not None:
         streamer.put(tokens[0].cpu())
-    return decode(model, canvas, config, special, prompt_length, length, streamer)
+    loop = decode
+    if isinstance(config.rule, Strided):
+        loop = decode_strided
+    elif isinstance(config.rule, Reordered):
+        loop = decode_reordered
+    return loop(model, canvas, config, special, grid, prompt_length, end, streamer, inputs_embeds)
 
 
 def infill(
@@ -105,7 +127,10 @@ def infill(
     is_padding = torch.arange(length, device=tokens.device) < origin[:, None]
     canvas = Canvas.of(tokens, (tokens == special.mask) & ~is_padding, origin)
     _check_streamer(streamer, batch)
-    return decode(model, canvas, config, special, 0, length, streamer)
+    if isinstance(config.rule, (Strided, Reordered)):
+        raise ValueError(f"rule {type(config.rule).__name__} decodes what comes after a prompt: use generate")
+    grid = Grid.of(config, canvas.origin, 0, length, grows=False)
+    return decode(model, canvas, config, special, grid, 0, length, streamer)
 
 
 def custom_generate(
@@ -136,31 +161,69 @@ def _prepare(model, config: DecodingConfig | None, overrides: dict):
     model = adapt(model)
     if getattr(model.model, "training", False):
         raise ValueError("model is in training mode (dropout would be active): call model.eval() first")
-    config = (config or DecodingConfig()).replace(**overrides)
+    if config is None:
+        config = preset(model.family.preset) if model.family.preset else DecodingConfig()
+    config = config.replace(**overrides)
     if config.cache != "none" and not model.reuses_kv:
         raise ValueError(
-            f"cache='{config.cache}' needs a model of a known type; {type(model.model).__name__} decodes with "
-            "cache='none'"
+            f"cache='{config.cache}' needs a model of a known type whose rows can be forwarded in parts; "
+            f"{type(model.model).__name__} (of unknown type, or with token_dropout) decodes with cache='none'"
         )
-    config = config.replace(logit_alignment=config.logit_alignment or model.family.logit_alignment)
+    config = _of_the_family(model, config)
     return model, config, _special_tokens(model, config)
 
 
+def _of_the_family(model: DiffusionModel, config: DecodingConfig) -> DecodingConfig:
+    """What the configuration leaves open, from the model's family; what does not go together is refused."""
+    family = model.family
+    attention = config.attention or family.attention
+    has_blocks = attention in ("block", "causal-context")
+    block_length = config.block_length
+    if block_length is None and has_blocks:
+        block_length = model.block_length
+        if block_length is None:
+            raise ValueError(
+                f"block_length is needed: the model's attention has blocks (attention='{attention}') and its "
+                "configuration does not say how long they are"
+            )
+    if attention != "full" and isinstance(model, LogitsModel):
+        raise ValueError(
+            f"attention='{attention}' needs a model of a known type; {type(model.model).__name__} attends by itself"
+        )
+    allowed = ("none", "prefix", "dual") if attention == "full" else ("none", "block")
+    if config.cache not in allowed:
+        raise ValueError(f"cache must be one of {allowed} with attention='{attention}'; got '{config.cache}'")
+    if attention == "reordered" and config.cache == "block" and not isinstance(config.rule, Reordered):
+        raise ValueError("cache='block' with attention='reordered' needs the rule Reordered; use cache='none'")
+    if config.rule.slots == "canvas" and config.cache != "none":
+        raise ValueError(f"rule {type(config.rule).__name__} reads all of the canvas: it needs cache='none'")
+    seeded = family.seeded if config.seeded is None else config.seeded
+    if seeded and attention == "full":
+        raise ValueError("seeded needs a context that later tokens do not change; attention is 'full'")
+    return config.replace(
+        attention=attention, block_length=block_length, seeded=seeded,
+        block_grid=(config.block_grid or family.block_grid) if attention == "block" else "prompt",
+        logit_alignment=config.logit_alignment or family.logit_alignment,
+    )  # fmt: skip
+
+
 def _special_tokens(model: DiffusionModel, config: DecodingConfig) -> SpecialTokens:
-    mask, eos, pad = (
+    mask, pad = (
         _from_model(model, name) if getattr(config, name) is None else getattr(config, name)
-        for name in ("mask_token_id", "eos_token_id", "pad_token_id")
+        for name in ("mask_token_id", "pad_token_id")
     )
+    eos = config.eos_token_id
     if mask is None and config.rule.noise == "uniform":
         mask = -1  # such models have none
     elif mask is None:
         raise ValueError(
             "mask_token_id is not in the model's configuration: pass mask_token_id=… (tokenizer.mask_token_id)"
         )
-    eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    eos = _stop_ids(model) if eos is None else [eos] if isinstance(eos, int) else list(eos)
     if pad is None:
         pad = eos[0] if eos else max(mask, 0)
     vocab = model.vocab_size
+    known = model.family.num_tokens if model.family.knows_ids_of(model.config) else None
     for name, ids in (
         ("mask_token_id", [mask] if mask != -1 else []), ("eos_token_id", eos), ("pad_token_id", [pad]),
         ("suppress_token_ids", config.suppress_token_ids), ("defer_token_ids", config.defer_token_ids),
@@ -169,7 +232,20 @@ def _special_tokens(model: DiffusionModel, config: DecodingConfig) -> SpecialTok
             if not isinstance(i, int) or i < 0 or (vocab is not None and i >= vocab):
                 limit = "" if vocab is None else f" of {vocab} tokens"
                 raise ValueError(f"{name} must be in the model's vocabulary{limit}; got {i!r}")
-    return SpecialTokens(mask, eos, pad)
+    # Logits beyond the tokenizer's last id stand for nothing.
+    unknown = range(known, vocab) if known is not None and vocab is not None else ()
+    return SpecialTokens(mask, eos, pad, [*([mask] if mask != -1 else []), *config.suppress_token_ids, *unknown])
+
+
+def _stop_ids(model: DiffusionModel) -> list[int]:
+    """End tokens of the model's configuration, of its generation configuration and of its family."""
+    ids: list[int] = []
+    for source in (model.config, getattr(model.model, "generation_config", None)):
+        value = getattr(source, "eos_token_id", None)
+        ids += [] if value is None else [value] if isinstance(value, int) else value
+    if model.family.knows_ids_of(model.config):
+        ids += model.family.eos_token_ids
+    return list(dict.fromkeys(ids))
 
 
 def _from_model(model: DiffusionModel, name: str):
@@ -182,9 +258,9 @@ def _from_model(model: DiffusionModel, name: str):
 
 
 def _check_tokens(
-    name: str, model: DiffusionModel, tokens: Tensor, attention_mask: Tensor | None
+    name: str, model: DiffusionModel, tokens: Tensor | None, attention_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Validated tokens `[B, T]` and the column at which each row starts, int64 `[B]`."""
+    """Validated tokens `[B, T]` and the column at which each row starts, int32 `[B]`."""
     if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
         got = f"a tensor of {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
         raise ValueError(f"{name} must be an int64 tensor of token ids; got {got}")
@@ -198,7 +274,7 @@ def _check_tokens(
     if low < 0 or (model.vocab_size is not None and high >= model.vocab_size):
         raise ValueError(f"{name} must hold ids from 0 to {model.vocab_size} - 1; got ids from {low} to {high}")
     if attention_mask is None:
-        return tokens, torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
+        return tokens, torch.zeros(len(tokens), dtype=torch.int32, device=tokens.device)
     if attention_mask.dim() == 1:
         attention_mask = attention_mask[None]
     if attention_mask.shape != tokens.shape:
@@ -206,12 +282,30 @@ def _check_tokens(
             f"attention_mask must have the shape of {name}, {list(tokens.shape)}; got {list(attention_mask.shape)}"
         )
     valid = attention_mask.to(tokens.device) != 0
-    origin = (~valid).sum(1)
+    origin = (~valid).sum(1, dtype=torch.int32)
     if not torch.equal(valid, torch.arange(tokens.shape[1], device=tokens.device) >= origin[:, None]):
         raise ValueError("attention_mask must be 0 for padding on the left and 1 after it: pad prompts on the left")
     if (origin == tokens.shape[1]).any():
         raise ValueError(f"attention_mask leaves row {int((origin == tokens.shape[1]).nonzero()[0])} of {name} empty")
     return tokens, origin
+
+
+def _check_embeds(model: DiffusionModel, embeds: Tensor, pad: int) -> Tensor:
+    """Tokens that stand for the embedded prompts, int64 `[B, P]`."""
+    table = model.model.get_input_embeddings()
+    hidden = table.embedding_dim
+    if not isinstance(embeds, Tensor) or embeds.dim() != 3 or embeds.shape[2] != hidden or embeds.numel() == 0:
+        got = list(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
+        raise ValueError(f"inputs_embeds must have shape [batch, length, {hidden}]; got {got}")
+    if embeds.dtype != table.weight.dtype or embeds.device != model.device:
+        raise ValueError(
+            f"inputs_embeds must be {table.weight.dtype} on {model.device}; got {embeds.dtype} on {embeds.device}"
+        )
+    if not model.embeds_by_token:
+        raise ValueError(
+            "inputs_embeds cannot be used with this model: what it embeds a token as depends on the whole row"
+        )
+    return torch.full(embeds.shape[:2], pad, dtype=torch.int64, device=embeds.device)
 
 
 def _check_streamer(streamer, batch: int) -> None:

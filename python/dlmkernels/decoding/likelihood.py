@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..models.adapt import DiffusionModel
+from ..models.adapt import DiffusionModel, adapt
 from ..window import AttentionWindow
 from .canvas import Canvas
 from .config import DecodingConfig
@@ -110,6 +110,11 @@ def log_likelihood(
             raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
     if not 0 <= prompt_mask_probability <= 1:
         raise ValueError(f"prompt_mask_probability must be a number from 0 to 1; got {prompt_mask_probability!r}")
+    model = adapt(model)
+    if model.family.attention != "full":
+        raise ValueError(
+            f"model must have full attention; that of family '{model.family.name}' is '{model.family.attention}'"
+        )
     config = DecodingConfig(mask_token_id=mask_token_id, logit_alignment=logit_alignment)
     model, config, special = _prepare(model, config, {})
     prompt, origin = _check_tokens("prompt", model, prompt, prompt_mask)
@@ -206,7 +211,8 @@ class _Task:
         origin = self.origin.repeat(n)
         scored = masked & self.in_answer.repeat(n, 1)
         canvas = Canvas.of(true.masked_fill(masked, self.mask), scored, origin)
-        window = canvas.window(self.start, length, max(int(scored.sum(1).max()), 1))
+        start = torch.full_like(origin, self.start)
+        window = canvas.window(start, length - self.start, max(int(scored.sum(1).max()), 1))
         kv_range = torch.stack((origin, self.start + self.lengths.repeat(n)), 1)
         positions = (self.columns - origin[:, None]).clamp(min=0).long()
         hidden = self.model.hidden(

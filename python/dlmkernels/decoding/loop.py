@@ -20,7 +20,7 @@ from .canvas import Canvas
 from .config import DecodingConfig, SpecialTokens
 from .output import DecodingOutput
 from .poll import OpenCount
-from .schedule import Block, plan_blocks
+from .schedule import Block, Grid, plan_blocks
 from .scores import score_named
 from .step import RandomState, Step
 
@@ -31,12 +31,14 @@ def decode(
     canvas: Canvas,
     config: DecodingConfig,
     special: SpecialTokens,
+    grid: Grid,
     start: int,
     end: int,
     streamer=None,
+    prompt_embeds: Tensor | None = None,
 ) -> DecodingOutput:
-    """Decode the open positions of columns `[start, end)`."""
-    forward = CanvasForward(model, canvas, config, special)
+    """Decode the open positions of columns `[start, end)`, and those that complete the last block of the grid."""
+    forward = CanvasForward(model, canvas, config, special, grid, prompt_embeds)
     propose = Proposer(model, canvas, config, special)
     rule = config.rule
     options = StepOptions(propose, canvas, config)
@@ -44,30 +46,45 @@ def decode(
         if model.vocab_size is None:
             raise ValueError(f"{type(rule).__name__} draws from the vocabulary, whose size the model does not say")
         canvas.renoise(propose.seed, model.vocab_size)
-    blocks = plan_blocks(config, start, end)
-    planned, behind = sum(b.num_steps for b in blocks), 0
-    most_open = torch.stack([canvas.is_open[:, b.start : b.end].sum(1).max() for b in blocks]).tolist()
+    blocks = plan_blocks(config, grid)
+    planned, behind = sum(b.num_steps for b in blocks if b.offset < grid.planned * grid.length), 0
+    most_open = torch.stack([canvas.open_in(b.start, b.length).sum(1).max() for b in blocks]).tolist()
     # A rule that takes tokens back may also take back an end token: that counts once its block is finished.
     fills_at_once = config.eos_policy == "fill" and rule.slots == "open"
+    whole = torch.full_like(canvas.origin, start), canvas.tokens.shape[1] - start
     with model.attached():
         for block, in_block in zip(blocks, most_open):
+            if in_block > 0 and forward.commits_apart and forward.lacks_context(block):
+                took_part = forward.append_context(block)
+                if config.seeded:
+                    first = torch.where(took_part, block.outer, canvas.tokens.shape[1])
+                    window = canvas.window(first, 1, 1)
+                    stats = propose(model.logits(forward.last_of_context()), window)
+                    commit_tokens(
+                        canvas, config, special, window.positions, stats.token[:, None], window.positions >= 0,
+                        stats.confidence[:, None], fills_at_once,
+                    )  # fmt: skip
+                    took_part &= window.positions[:, 0] < 0  # the others have been counted
+                canvas.step.add_(took_part)
+            open_at_start = open_now = _open_in(canvas, block)
             counts = OpenCount(in_block)
             counts.submit(_open_counts(canvas, block))
-            open_at_start = open_now = canvas.is_open[:, block.start : block.end].sum(1, dtype=torch.int32)
-            working, forward.embeds = open_now > 0, None
+            working = open_now > 0
             memory: dict[str, Tensor] = {}
+            forward.embeds = None
             for index in range(block.max_steps):
                 capacity, _ = counts.latest()
                 if capacity == 0:
                     break
                 if rule.slots == "open":
-                    window = canvas.window(block.start, block.end, capacity)
+                    window = canvas.window(block.start, block.length, capacity)
                 else:
-                    first, last = (start, end) if rule.slots == "canvas" else (block.start, block.end)
-                    window = canvas.free_window(first, last, working)
-                logits = model.logits(forward(block, index, window))
-                progress = (behind + index) / planned
-                step = options.step(logits, window, block, index, open_at_start, open_now, progress, memory)
+                    columns = whole if rule.slots == "canvas" else (block.start, block.length)
+                    window = canvas.free_window(*columns, working)
+                step = options.step(
+                    model.logits(forward(block, index, window)), window, block.start, block.length, index,
+                    block.num_steps, open_at_start, open_now, min((behind + index) / planned, 1.0), memory,
+                )  # fmt: skip
                 action = rule.act(step)
                 info = ops.remask_(
                     canvas.tokens, canvas.state, window.positions, _or(action.token, step.token),
@@ -83,7 +100,7 @@ def decode(
                     open_now = info[:, 0].contiguous()
                     counts.submit(info[:, :2].amax(0))
                 else:
-                    open_now = canvas.is_open[:, block.start : block.end].sum(1, dtype=torch.int32)
+                    open_now = _open_in(canvas, block)
                     working = working & (open_now > 0 if action.working is None else action.working)
                     counts.submit(torch.stack((working.sum(), info[:, 1].amax())))
                 if hasattr(streamer, "put_draft"):
@@ -93,25 +110,45 @@ def decode(
                 canvas.fill_after_eos(special.eos, special.pad)
                 counts.submit(_open_counts(canvas, block))
             if streamer is not None:
-                streamer.put(canvas.tokens[0, block.start : block.end].cpu())
+                streamer.put(canvas.tokens[0, max(block.span[0], start) : min(block.span[1], end)].cpu())
             if counts.latest()[1] == 0:
                 break
     if streamer is not None:
         streamer.end()
-    return _output(canvas, start)
+    return output_of(canvas, start, end)
 
 
 def _or(value: Tensor | None, otherwise: Tensor) -> Tensor:
     return otherwise if value is None else value
 
 
+def _open_in(canvas: Canvas, block: Block) -> Tensor:
+    return canvas.open_in(block.start, block.length).sum(1, dtype=torch.int32)
+
+
 def _open_counts(canvas: Canvas, block: Block) -> Tensor:
-    is_open = canvas.is_open
-    return torch.stack((is_open[:, block.start : block.end].sum(1).amax(), is_open.sum(1).amax()))
+    return torch.stack((_open_in(canvas, block).amax(), canvas.is_open.sum(1).amax()))
 
 
-def _output(canvas: Canvas, prompt_length: int) -> DecodingOutput:
-    complete = ~canvas.is_open.any(1)
+def commit_tokens(
+    canvas: Canvas, config: DecodingConfig, special: SpecialTokens, positions: Tensor, tokens: Tensor, chosen: Tensor,
+    confidence: Tensor, fills: bool = True,
+) -> Tensor:  # fmt: skip
+    """Write the chosen ones of the tokens `[B, W]` at canvas `positions`; the info of `ops.remask_`.
+
+    `fills`: whether an end token among them is final.
+    """
+    policy = "fill" if fills and config.eos_policy != "none" else "none"
+    return ops.remask_(
+        canvas.tokens, canvas.state, positions, tokens, commit=chosen, confidence=confidence,
+        commit_step=canvas.commit_step, commit_confidence=canvas.confidence, step=canvas.step,
+        mask_token_id=special.mask, eos_token_ids=special.eos, eos_policy=policy, fill_token_id=special.pad,
+    )  # fmt: skip
+
+
+def output_of(canvas: Canvas, prompt_length: int, end: int) -> DecodingOutput:
+    """The first `end` columns of a canvas as the result; a warning says where masks are left."""
+    complete = ~canvas.is_open[:, :end].any(1)
     if not complete.all():
         rows = (~complete).nonzero().flatten().tolist()
         warnings.warn(
@@ -120,30 +157,57 @@ def _output(canvas: Canvas, prompt_length: int) -> DecodingOutput:
             RuntimeWarning,
             stacklevel=4,
         )
-    return DecodingOutput(canvas.tokens, canvas.step, canvas.commit_step, canvas.confidence, complete, prompt_length)
+    tokens, steps, confidence = (x[:, :end] for x in (canvas.tokens, canvas.commit_step, canvas.confidence))
+    return DecodingOutput(tokens, canvas.step, steps, confidence, complete, prompt_length)
 
 
 class CanvasForward:
-    """Runs the model on the part of the canvas a step needs, and returns hidden states of the window's slots."""
+    """Runs the model on the part of the canvas a step needs, and returns hidden states of the window's slots.
 
-    def __init__(self, model: DiffusionModel, canvas: Canvas, config: DecodingConfig, special: SpecialTokens):
-        self.model, self.canvas, self.config, self.special = model, canvas, config, special
-        length = canvas.tokens.shape[1]
-        origin = canvas.origin
+    With cache="block" the rows of a forward differ in the columns they stand in: their blocks begin where their
+    request's grid says. What is not in a row's block (nor, when it is appended, in the block before) is an unused slot.
+    """
+
+    def __init__(
+        self, model: DiffusionModel, canvas: Canvas, config: DecodingConfig, special: SpecialTokens, grid: Grid,
+        prompt_embeds: Tensor | None = None,
+    ):  # fmt: skip
+        self.model, self.canvas, self.config, self.special, self.grid = model, canvas, config, special, grid
+        self.shift = 1 if config.logit_alignment == "shift" else 0
+        #: whether the context of a block is forwarded before the block, and not with it
+        self.commits_apart = bool(config.seeded) or (
+            config.cache == "block" and (not config.fuse_commit or config.attention == "causal-context")
+        )
+        self.origin, self.ends = canvas.origin, grid.ends
+        self.prompt_embeds = prompt_embeds
         if config.cfg_scale > 0:
             # Guidance doubles the batch: the second half sees masks where tokens were given.
             self.given = ~canvas.is_open
-            origin = origin.repeat(2)
-        columns = torch.arange(length, device=origin.device)
-        self.positions = (columns - origin[:, None]).clamp(min=0)
-        self.slots = columns.int().expand(len(origin), length)
-        is_padded = bool(origin.any())
-        self.kv_range = torch.stack((origin, torch.full_like(origin, length)), 1) if is_padded else None
+            self.origin, self.ends = self.origin.repeat(2), self.ends.repeat(2)
+            if prompt_embeds is not None:
+                mask = model.embed(torch.full_like(canvas.tokens[:, :1], special.mask))
+                self.prompt_embeds = torch.cat((prompt_embeds, mask.expand_as(prompt_embeds)))
+        length = canvas.tokens.shape[1]
+        columns = torch.arange(length, device=self.origin.device)
+        self.positions = (columns - self.origin[:, None]).clamp(min=0)
+        self.slots = columns.int().expand(len(self.origin), length)
+        in_part = bool(((self.origin > 0) | (self.ends < length)).any())
+        self.kv_range = torch.stack((self.origin, self.ends), 1) if in_part else None
         self.cache = KVCache(length) if config.cache != "none" else None
+        # What is final and need not be forwarded again: how far it reaches right of the grid's first block, and its
+        # last hidden state.
+        self.done = -grid.depth
+        self.carried: Tensor | None = None
+        #: input embeddings of all the canvas, where a rule has set some
         self.embeds: Tensor | None = None
 
     def embed_next(self, window: TokenWindow, embeds: Tensor, where: Tensor) -> None:
         """In the next forward, let `embeds` `[B, W, hidden]` stand in for the tokens' where `where` says so."""
+        if not self.model.embeds_by_token:
+            raise ValueError(
+                f"rule {type(self.config.rule).__name__} cannot be used with this model: what it embeds a token as "
+                "depends on the whole row"
+            )
         tokens = self.canvas.tokens
         own = torch.nn.functional.pad(self.model.embed(tokens), (0, 0, 0, 1))  # one more column, for the other slots
         column = torch.where(where, window.positions, tokens.shape[1]).long()[..., None].expand_as(embeds)
@@ -154,29 +218,149 @@ class CanvasForward:
 
     def __call__(self, block: Block, index: int, window: TokenWindow) -> Tensor:
         """Hidden states `[N, hidden]`, N = B * W (2 * B * W under guidance, conditional half first)."""
-        shift = 1 if self.config.logit_alignment == "shift" else 0
-        first, last = self._columns(block, index, shift)
-        tokens = self.canvas.tokens
-        if self.config.cfg_scale > 0:
-            tokens = torch.cat((tokens, tokens.masked_fill(self.given, self.special.mask)))
-        hidden = self.model.hidden(
-            tokens[:, first:last], self.positions[:, first:last],
-            AttentionWindow(self.slots[:, first:last].contiguous(), self.kv_range, self.cache),
-            None if self.embeds is None else self.embeds[:, first:last],
-        )  # fmt: skip
+        if self.config.cache == "block":
+            return self._in_block(block, window)
+        first, last = self._columns(block, index)
+        hidden = self._forward_columns(block, first, last)
         # Position 0 has no row before it and keeps its own.
-        row = (window.positions - (first + shift)).clamp(min=0)
-        if self.config.cfg_scale > 0:
-            row = row.repeat(2, 1)
-        row = row + torch.arange(len(row), device=row.device)[:, None] * (last - first)
-        return hidden.flatten(0, 1).index_select(0, row.flatten())
+        return self._pick(hidden, window.positions - (first + self.shift))
 
-    def _columns(self, block: Block, index: int, shift: int) -> tuple[int, int]:
-        """Canvas columns to forward."""
+    def lacks_context(self, block: Block) -> bool:
+        """Whether something left of the block has not been forwarded since it was decided."""
+        return block.offset > self.done
+
+    def append_context(self, block: Block) -> Tensor:
+        """Forward what is decided left of the block and not in the cache; bool `[B]`: in which open requests."""
+        outer = self._twice(block.outer)
+        if self.cache is not None:
+            pending = block.offset - self.done
+            hidden = self._forward_rows(block, outer - pending, pending, decided=True)
+            self.carried = hidden[:, -1]
+        else:
+            hidden = self._forward_columns(block, 0, self.canvas.tokens.shape[1])
+            last = (outer - 1).clamp(min=0).long()[:, None, None].expand(-1, 1, hidden.shape[2])
+            self.carried = hidden.gather(1, last)[:, 0]
+        self.done = block.offset
+        return (block.outer > self.canvas.origin) & self.canvas.is_open.any(1)
+
+    def last_of_context(self) -> Tensor:
+        """Hidden states `[B, hidden]` (twice under guidance) of the last row of what `append_context` has appended."""
+        assert self.carried is not None
+        return self.carried
+
+    def _in_block(self, block: Block, window: TokenWindow) -> Tensor:
+        """A forward of each row's block alone, or of what comes before it too if that is not in the cache yet."""
+        outer, before = self._twice(block.outer), 0
+        if not self.commits_apart and self.lacks_context(block):
+            before = block.offset - self.done
+        hidden = self._forward_rows(block, outer - before, before + block.outer_length)
+        if before > 0:
+            self.carried = hidden[:, before - 1]
+            self.done = block.offset
+            hidden = hidden[:, before:]
+        row = window.positions - block.outer[:, None]
+        if not self.shift:
+            return self._pick(hidden, row)
+        # The row before the block's first comes from the context; without one the first row stands for itself.
+        head = hidden[:, 0] if self.carried is None else self.carried
+        return self._pick(torch.cat((head[:, None], hidden), 1), row)
+
+    def _forward_rows(self, block: Block, start: Tensor, length: int, decided: bool = False) -> Tensor:
+        """Hidden states of `length` columns of each row from `start` on, as far as they are to be forwarded."""
+        columns = start[:, None] + torch.arange(length, dtype=torch.int32, device=start.device)
+        # beyond the block nothing has been written
+        end = torch.minimum(self._twice(block.outer) + block.outer_length, self.ends)
+        return self.at(columns, end, **self._visibility(block, decided))
+
+    def at(
+        self, columns: Tensor, end: Tensor, used: Tensor | None = None, tokens: Tensor | None = None, **visibility: Any
+    ) -> Tensor:
+        """Hidden states `[B, Q, hidden]` of the canvas columns int32 `[B, Q]`, which see nothing from `end` `[B]` on.
+
+        Columns outside of the request, and those not `used` bool `[B, Q]`, are unused slots. `tokens` int64 `[B, Q]`
+        stand in for what the canvas holds there.
+        """
+        outside = (columns < self.origin[:, None]) | (columns >= self.ends[:, None])
+        inside = columns.clamp(0, self.canvas.tokens.shape[1] - 1).long()
+        if tokens is None:
+            tokens = self._tokens().gather(1, inside)
+        slots = torch.where(outside if used is None else outside | ~used, -1, columns)
+        window = AttentionWindow(slots, torch.stack((self.origin, end), 1), self.cache, **visibility)
+        return self.model.hidden(tokens, self.positions.gather(1, inside), window, self._embeds(tokens, inside))
+
+    def _forward_columns(self, block: Block, first: int, last: int) -> Tensor:
+        """Hidden states of the columns `[first, last)` of every row."""
+        tokens = self._tokens()[:, first:last]
+        window = AttentionWindow(
+            self.slots[:, first:last].contiguous(), self.kv_range, self.cache, **self._visibility(block, False)
+        )
+        embeds = self._embeds(tokens, self.slots[:, first:last])
+        return self.model.hidden(tokens, self.positions[:, first:last], window, embeds)
+
+    def _columns(self, block: Block, index: int) -> tuple[int, int]:
+        """Canvas columns to forward, for caches of models with full attention."""
         length = self.canvas.tokens.shape[1]
         if self.config.cache == "none" or index == 0:
             return 0, length
-        return max(block.start - shift, 0), block.end if self.config.cache == "dual" else length
+        first, last = block.span
+        return max(first - self.shift, 0), last if self.config.cache == "dual" else length
+
+    def _visibility(self, block: Block, decided: bool) -> dict[str, Any]:
+        """What the rows of a forward see of each other, as arguments of `AttentionWindow`."""
+        attention = self.config.attention
+        if attention == "block":
+            origin = self.origin
+            if self.config.block_grid != "absolute":
+                first = self._twice(self.grid.first)
+                origin = first if self.config.block_grid == "prompt" else first % self.grid.length
+            return {"causal_block": self.grid.length, "block_origin": origin}
+        if attention == "causal" or (attention == "causal-context" and decided):
+            return {"causal_block": 1}
+        if attention == "causal-context" and self.cache is None:
+            # what is decided is causal; the block sees itself and what stands left of it
+            start = self._twice(block.outer)[:, None]
+            end = start + block.outer_length
+            order = torch.where((self.slots < start) | (self.slots >= end), self.slots, end - 1).contiguous()
+            return {"q_limit": order, "k_order": order}
+        if attention == "reordered":
+            order = self.reading_order()
+            return {"q_limit": order, "k_order": order}
+        return {}
+
+    def reading_order(self) -> Tensor:
+        """Place of every column if what is decided were read before what is open: int32 `[B, T]`."""
+        is_open = self._twice(self.canvas.is_open)
+        return torch.where(is_open, self.slots + self.slots.shape[1], self.slots).contiguous()
+
+    def _tokens(self) -> Tensor:
+        tokens = self.canvas.tokens
+        if self.config.cfg_scale > 0:
+            tokens = torch.cat((tokens, tokens.masked_fill(self.given, self.special.mask)))
+        return tokens
+
+    def _embeds(self, tokens: Tensor, columns: Tensor) -> Tensor | None:
+        """Input embeddings at canvas columns `[B, Q]`, those of the prompt and of the rule where they gave some.
+
+        None if neither did.
+        """
+
+        def at(embeds: Tensor) -> Tensor:
+            inside = columns.clamp(0, embeds.shape[1] - 1).long()
+            return embeds.gather(1, inside[:, :, None].expand(-1, -1, embeds.shape[2]))
+
+        if self.prompt_embeds is None:
+            return None if self.embeds is None else at(self.embeds)
+        embeds = self.model.embed(tokens) if self.embeds is None else at(self.embeds)
+        return torch.where((columns < self.prompt_embeds.shape[1])[:, :, None], at(self.prompt_embeds), embeds)
+
+    def _pick(self, hidden: Tensor, row: Tensor) -> Tensor:
+        """Rows `row` `[B, W]` of `hidden` `[B or 2B, Q, hidden]`, one below another."""
+        row = self._twice(row.clamp(min=0))
+        row = row + torch.arange(len(row), device=row.device)[:, None] * hidden.shape[1]
+        return hidden.flatten(0, 1).index_select(0, row.flatten())
+
+    def _twice(self, x: Tensor) -> Tensor:
+        return torch.cat((x, x)) if self.config.cfg_scale > 0 else x
 
 
 class Proposer:
@@ -191,12 +375,11 @@ class Proposer:
 
         self.seed = _seeds(config.seed, batch, device)
         needs = config.rule.needs | score_named(config.score).needs
-        banned = [i for i in (special.mask, *config.suppress_token_ids) if i >= 0]
-        self.never = torch.tensor(banned, dtype=torch.int64, device=device)
+        self.never = torch.tensor(special.banned, dtype=torch.int64, device=device)
         sampled = config.temperature > 0 or config.rule.temperature(0, 1) is not None
         self.options: dict[str, Any] = {
             "cfg_scale": scalar(config.cfg_scale, torch.float32, config.cfg_scale > 0),
-            "banned": self.never if banned else None,
+            "banned": self.never if special.banned else None,
             "temperature": scalar(config.temperature, torch.float32, sampled),
             "top_k": scalar(config.top_k, torch.int32, config.top_k > 0),
             "top_p": scalar(config.top_p, torch.float32, config.top_p < 1),
@@ -262,21 +445,21 @@ class StepOptions:
         }
 
     def step(
-        self, logits: Tensor, window: TokenWindow, block: Block, index: int, open_at_start: Tensor, open_now: Tensor,
-        progress: float, memory: dict[str, Tensor],
+        self, logits: Tensor, window: TokenWindow, start: Tensor, length: int, index: int, num_steps: int,
+        open_at_start: Tensor, open_now: Tensor, progress: float, memory: dict[str, Tensor],
     ) -> Step:  # fmt: skip
-        """The step that these logits `[N or 2N, V]` make."""
-        start = torch.full_like(self.canvas.origin, block.start)
+        """The step that these logits `[N or 2N, V]` make in the block of `length` columns from `start` `[B]` on."""
         eligible = window.positions >= 0
         if self.rule.slots != "open":
+            index_in_block = window.positions - start[:, None]
             is_open = self.canvas.is_open.gather(1, window.positions.clamp(min=0).long())
-            eligible = eligible & is_open & (window.positions >= block.start) & (window.positions < block.end)
-        temperature = self.rule.temperature(index, block.num_steps)
+            eligible = eligible & is_open & (index_in_block >= 0) & (index_in_block < length)
+        temperature = self.rule.temperature(index, num_steps)
         stats = self.propose(logits, window, temperature=temperature)
         return Step(
-            stats=stats, window=window, eligible=eligible, index=index, num_steps=block.num_steps,
-            open_at_start=open_at_start, open_now=open_now, block_start=start, block_length=block.end - block.start,
-            progress=progress, memory=memory, raw_logits=logits,
+            stats=stats, window=window, eligible=eligible, index=index, num_steps=num_steps,
+            open_at_start=open_at_start, open_now=open_now, block_start=start, block_length=length, progress=progress,
+            memory=memory, raw_logits=logits,
             sampling_temperature=self.propose.config.temperature if temperature is None else temperature,
             **self.common,
         )  # fmt: skip

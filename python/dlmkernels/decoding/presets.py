@@ -30,6 +30,7 @@ from .rules import (
     UniformState,
 )
 from .scores import DensityWeighted, PositionWeighted
+from .streams import Reordered, Strided
 
 LLADA = DecodingConfig(rule=Quota(), score="probability", eos_policy="none")
 # entropy order, nucleus before temperature's confidence is read, logits one row early
@@ -38,7 +39,7 @@ DREAM = DecodingConfig(
     eos_policy="none", logit_alignment="shift",
 )  # fmt: skip
 FAST_DLLM = DecodingConfig(rule=Threshold(0.9), cache="dual", block_length=32, eos_policy="none")
-SDAR = DecodingConfig(rule=DynamicThreshold(0.85), distribution="filtered", temperature=1.0, block_length=4)
+SDAR = DecodingConfig(rule=DynamicThreshold(0.85), distribution="filtered", temperature=1.0, cache="block")
 MDLM = DecodingConfig(rule=Ancestral(), temperature=1.0, eos_policy="none")
 REMDM = DecodingConfig(
     rule=AncestralRemask(strategy="cap", eta=0.008), temperature=1.0, top_p=0.9, keep_crossing=False,
@@ -64,7 +65,7 @@ PRESETS: dict[str, DecodingConfig] = {
     "sdar-sequential": SDAR.replace(rule=Quota(of_block=True), score="position"),
     "sdar-entropy-bounded": SDAR.replace(rule=EntropySum(0.35), distribution="tempered"),
     # LLaDA2.0, arXiv:2512.15745
-    "llada2": DecodingConfig(rule=DynamicThreshold(0.95), block_length=32),
+    "llada2": DecodingConfig(rule=DynamicThreshold(0.95), distribution="filtered", cache="block"),
     # EB-Sampler, arXiv:2505.24857
     "eb-sampler": DecodingConfig(rule=EntropyBound(0.1), score="entropy"),
     # dInfer, arXiv:2510.08666
@@ -85,10 +86,10 @@ PRESETS: dict[str, DecodingConfig] = {
     # DUS, arXiv:2506.19037
     "dus": DecodingConfig(rule=DilatedSchedule(2), block_length=32, eos_policy="none"),
     # LLaDA2.1, arXiv:2602.08676: its quality and its speed mode
-    "llada2.1": DecodingConfig(rule=TokenEditing(0.95, 0.9), block_length=32),
-    "llada2.1-speed": DecodingConfig(rule=TokenEditing(0.5, 0.0), block_length=32),
+    "llada2.1": DecodingConfig(rule=TokenEditing(0.95, 0.9), distribution="filtered", cache="block"),
+    "llada2.1-speed": DecodingConfig(rule=TokenEditing(0.5, 0.0), distribution="filtered", cache="block"),
     # DMax, arXiv:2604.08302
-    "dmax": DecodingConfig(rule=RunEditing(0.5), block_length=32),
+    "dmax": DecodingConfig(rule=RunEditing(0.5), cache="block"),
     # Saber, arXiv:2510.18165
     "saber": DecodingConfig(rule=Backtracking(2), eos_policy="none"),
     # P2, arXiv:2502.03540
@@ -98,7 +99,7 @@ PRESETS: dict[str, DecodingConfig] = {
     "sedd": MDLM.replace(rule=ScoreAncestral()),
     "duo": MDLM.replace(rule=UniformState()),
     # BD3-LM, arXiv:2503.09573, with the first-hitting sampler of arXiv:2409.02908: one random position a forward
-    "bd3-lm": DecodingConfig(rule=Quota(), score="random", temperature=1.0, block_length=16),
+    "bd3-lm": DecodingConfig(rule=Quota(), score="random", temperature=1.0, cache="block"),
     # ReMDM, arXiv:2503.00307
     "remdm": REMDM,
     "remdm-rescale": REMDM.replace(rule=AncestralRemask(strategy="rescale", eta=0.015)),
@@ -108,7 +109,21 @@ PRESETS: dict[str, DecodingConfig] = {
     "diffusion-gemma": DecodingConfig(
         rule=RenoisedEntropyBound(), steps=48, distribution="tempered", eos_policy="fill", block_length=256
     ),
-}
+    # Fast-dLLM v2, arXiv:2509.26328: parts of a block one after another
+    "fast-dllm-v2": DecodingConfig(
+        rule=Threshold(0.9, strict=True), distribution="filtered", cache="block", sub_block_length=8
+    ),
+    # Discrete Diffusion Forcing, arXiv:2508.09192, its blocks one after another
+    "d2f": DecodingConfig(rule=Threshold(0.9, strict=True), cache="block"),
+    # Nemotron-Labs-Diffusion, arXiv:2607.05722
+    "nemotron": DecodingConfig(rule=Threshold(0.9), cache="block"),
+    # WeDLM, arXiv:2512.22737
+    "wedlm": DecodingConfig(rule=Reordered(), temperature=0.2, cache="block"),
+    # I-DLM, arXiv:2604.11035
+    "i-dlm": DecodingConfig(
+        rule=Strided(4), temperature=1.0, top_k=50, top_p=0.95, distribution="filtered", cache="block"
+    ),
+}  # fmt: skip
 
 
 def preset(name: str, **overrides) -> DecodingConfig:

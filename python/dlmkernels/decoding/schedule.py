@@ -5,34 +5,116 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from .config import DecodingConfig
 
 
 @dataclass(frozen=True)
+class Grid:
+    """Where the blocks of each row of a batch stand.
+
+    Rows are padded on the left, so that all prompts end in one column. Blocks counted from there stand in the same
+    columns in every row; blocks counted from a request's first token do not, and the first of them may hold the end of
+    the prompt. Those are decoded whole, as published: the canvas grows to hold the last of them.
+
+    Attributes
+    ----------
+    first : Tensor
+        int32 `[B]`: column of the first block with something to decode.
+    length : int
+        L, of a block.
+    ends : Tensor
+        int32 `[B]`: column after a row's last block.
+    depth : int
+        Largest number of columns of any row left of its first block.
+    width : int
+        Columns of the canvas.
+    span : tuple of int
+        Smallest and largest `first`.
+    count : int
+        Blocks of the row that has most.
+    planned : int
+        Blocks that the columns to decode would fill, which is the same for every request.
+    """
+
+    first: Tensor
+    length: int
+    ends: Tensor
+    depth: int
+    width: int
+    span: tuple[int, int]
+    count: int
+    planned: int
+
+    @classmethod
+    def of(cls, config: DecodingConfig, origin: Tensor, start: int, end: int, grows: bool) -> Grid:
+        """The grid for decoding the columns `[start, end)` of requests that start at `origin` int32 `[B]`."""
+        length = config.block_length or end - start
+        if config.block_grid == "absolute":
+            first = origin + (start - origin).clamp(min=0) // length * length
+        else:
+            first = torch.full_like(origin, start)
+        blocks = (end - first + length - 1) // length
+        ends = first + blocks * length if grows and config.block_grid == "absolute" else torch.full_like(first, end)
+        low, high, count, depth, width = torch.stack(
+            [first.min(), first.max(), blocks.max(), (first - origin).max(), ends.max()]
+        ).tolist()
+        planned = -(-(end - start) // length)
+        return cls(first, length, ends, max(depth, 0), max(width, end), (low, high), count, planned)
+
+
+@dataclass(frozen=True)
 class Block:
-    """Canvas positions `[start, end)`, decoded together.
+    """Columns that are decoded together: a block of the grid, or a part of one.
 
     `num_steps` is what a fixed schedule divides the block's tokens by; `max_steps` ends the block even when rows
     without one usable logit leave masks behind.
+
+    Attributes
+    ----------
+    start, length : Tensor, int
+        int32 `[B]`: its first column in each row; and how many columns.
+    span : tuple of int
+        Columns that hold it in every row.
+    outer, outer_length : Tensor, int
+        The block of the grid it is part of.
+    offset : int
+        Columns from the grid's first block to that one.
     """
 
-    start: int
-    end: int
+    start: Tensor
+    length: int
     num_steps: int
     max_steps: int
+    span: tuple[int, int]
+    outer: Tensor
+    outer_length: int
+    offset: int
 
 
-def plan_blocks(config: DecodingConfig, start: int, end: int) -> list[Block]:
-    """Divide the canvas positions `[start, end)` into blocks and the steps among them."""
-    length = config.block_length or end - start
-    starts = range(start, end, length)
+def plan_blocks(config: DecodingConfig, grid: Grid) -> list[Block]:
+    """The blocks of a grid, each divided into parts of `sub_block_length`, and the steps among them."""
+    part = config.sub_block_length or grid.length
+    steps = None
+    if config.steps is not None and config.rule.uses_steps:
+        planned = grid.planned * -(-grid.length // part)
+        if config.steps % planned:
+            raise ValueError(
+                f"steps must be a multiple of the number of blocks ({planned} blocks of {part}); got {config.steps}"
+            )
+        steps = config.steps // planned
+    low, high = grid.span
     blocks = []
-    if config.steps is not None and config.rule.uses_steps and config.steps % len(starts):
-        raise ValueError(
-            f"steps must be a multiple of the number of blocks ({len(starts)} blocks of {length}); got {config.steps}"
-        )
-    for s in starts:
-        e = min(s + length, end)
-        steps = config.steps // len(starts) if config.steps is not None and config.rule.uses_steps else e - s
-        blocks.append(Block(s, e, steps, config.rule.max_steps(e - s, steps)))
+    for k in range(grid.count):
+        outer = grid.first + k * grid.length
+        outer_length = min(grid.length, grid.width - (low + k * grid.length))
+        for inner in range(0, outer_length, part):
+            length = min(part, outer_length - inner)
+            skip = k * grid.length + inner
+            span = (low + skip, min(high + skip + length, grid.width))
+            num_steps = steps or length
+            most = config.rule.max_steps(length, num_steps)
+            blocks.append(Block(outer + inner, length, num_steps, most, span, outer, outer_length, k * grid.length))
     return blocks

@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 
 from ..window import AttentionWindow
 from .attention import use_block_attention
-from .families import FAMILIES, UNKNOWN, Family
+from .families import ARCHITECTURES, FAMILIES, Architecture, Family
+from .load import from_pretrained
+from .published import form_of, known_types, plan
 
 
 class DiffusionModel:
@@ -23,17 +25,21 @@ class DiffusionModel:
     model : PreTrainedModel
         The adapted model.
     family : Family
-        What is known of its kind.
+        How models of its kind are decoded.
     reuses_kv : bool
         Whether a forward may take part of the canvas and find the rest in a cache.
+    embeds_by_token : bool
+        Whether a token's input embedding depends on nothing but the token.
     """
 
     reuses_kv = True
+    embeds_by_token = True
 
-    def __init__(self, model: PreTrainedModel, family: Family):
+    def __init__(self, model: PreTrainedModel, architecture: Architecture, family: Family):
         self.model, self.family = model, family
-        self._head = family.head(model)
-        self._offset = family.position_offset(model.config)
+        self._head = architecture.head(model)
+        self._offset = architecture.position_offset(model.config)
+        self.reuses_kv = self.embeds_by_token = not architecture.whole_canvas(model.config)
 
     @property
     def config(self):
@@ -54,6 +60,11 @@ class DiffusionModel:
         length = getattr(self.config, "max_position_embeddings", None)
         return None if length is None else length - self._offset
 
+    @property
+    def block_length(self) -> int | None:
+        """Length of the blocks the model was trained with, None where it has none or does not say."""
+        return getattr(self.config, "block_size", None) or self.family.block_length
+
     def attached(self) -> AbstractContextManager[None]:
         """While entered, the model's layers attend through our kernels."""
         return use_block_attention(self.model)
@@ -70,6 +81,9 @@ class DiffusionModel:
         `embeds` `[B, Q, hidden]`, where given, stands in for the tokens' own input embeddings.
         """
         inputs = {"input_ids": tokens} if embeds is None else {"inputs_embeds": embeds}
+        if not self.reuses_kv and window.kv_range is not None:
+            # for the embeddings alone: visibility is the window's
+            inputs["attention_mask"] = _valid(tokens, window.kv_range)
         return self.model.base_model(
             **inputs, position_ids=positions + self._offset, dlm_window=window, use_cache=False
         ).last_hidden_state
@@ -85,7 +99,7 @@ class LogitsModel(DiffusionModel):
     reuses_kv = False
 
     def __init__(self, model):
-        self.model, self.family, self._offset = model, UNKNOWN, 0
+        self.model, self.family, self._offset = model, FAMILIES["masked"], 0
 
     @property
     def config(self):
@@ -99,6 +113,10 @@ class LogitsModel(DiffusionModel):
     def vocab_size(self) -> int | None:
         return getattr(self.config, "vocab_size", None)
 
+    @property
+    def block_length(self) -> int | None:
+        return None
+
     def attached(self) -> AbstractContextManager[None]:
         return nullcontext()
 
@@ -109,24 +127,32 @@ class LogitsModel(DiffusionModel):
         inputs = (tokens,) if embeds is None else ()
         named = {} if embeds is None else {"inputs_embeds": embeds}
         if window.kv_range is not None:
-            slots = torch.arange(tokens.shape[1], device=tokens.device)
-            first, last = window.kv_range[:, :1], window.kv_range[:, 1:]
-            named["attention_mask"] = ((slots >= first) & (slots < last)).long()
+            named["attention_mask"] = _valid(tokens, window.kv_range)
         return self.model(*inputs, **named).logits
 
     def logits(self, hidden: Tensor) -> Tensor:
         return hidden
 
 
-def adapt(model) -> DiffusionModel:
+def _valid(tokens: Tensor, kv_range: Tensor) -> Tensor:
+    """An attention mask int64 `[B, T]` of the columns in each row's range, int32 `[B, 2]`."""
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
+    return ((columns >= kv_range[:, :1]) & (columns < kv_range[:, 1:])).long()
+
+
+def adapt(model, *, family: str | None = None) -> DiffusionModel:
     """Prepare a loaded model for decoding with our kernels.
 
     Parameters
     ----------
     model : PreTrainedModel
-        A stock transformers model with a language-model head: its type is one of `FAMILIES`, and it decodes with
-        KV reuse. Any other module whose call returns `.logits` `[B, T, V]` decodes without KV reuse, through its own
-        attention, which must be bidirectional; a warning says so once.
+        Three kinds are known. A stock transformers model of a known architecture, loaded by whomever, decodes with
+        KV reuse. So does a model of a published family loaded by its own code (`trust_remote_code`): its parameters
+        are placed into the stock class of its architecture, without a copy (separate expert matrices excepted, which
+        the stock class holds as one tensor). Any other module whose call returns `.logits` `[B, T, V]` decodes without
+        KV reuse, through its own attention, which must be bidirectional; a warning says so once.
+    family : str, optional
+        How it is decoded (a key of `FAMILIES`). None: what its configuration says, else "masked".
 
     Returns
     -------
@@ -136,25 +162,45 @@ def adapt(model) -> DiffusionModel:
     Raises
     ------
     TypeError
-        When `model` is not a torch module.
+        When `model` is not a torch module or has no language-model head.
+    ValueError
+        When the family is not known, or the model's configuration fits several.
     """
     if isinstance(model, DiffusionModel):
         return model
     if not callable(getattr(model, "forward", None)):
         raise TypeError(f"model must be a torch module that returns logits; got {type(model).__name__}")
+    if family is not None and family not in FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {family!r}")
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
-    family = FAMILIES.get(model_type or "")
-    if family is None or not isinstance(model, PreTrainedModel):
-        warnings.warn(
-            f"dlmkernels does not know model type '{model_type or type(model).__name__}': decoding forwards the "
-            "whole canvas each step through the model's own attention (no KV reuse). Known types: "
-            + ", ".join(FAMILIES),
-            stacklevel=3,
-        )
-        return LogitsModel(model)
-    if model.get_output_embeddings() is None:
-        raise TypeError(
-            f"model must have a language-model head: load it with {family.auto_class}; got {type(model).__name__}"
-        )
-    return DiffusionModel(model, family)
+    architecture = ARCHITECTURES.get(model_type or "")
+    if architecture is not None and isinstance(model, PreTrainedModel):
+        if model.get_output_embeddings() is None:
+            raise TypeError(
+                "model must have a language-model head: load it with dlmkernels.load or "
+                f"{architecture.model_class}; got {type(model).__name__}"
+            )
+        if isinstance(model, architecture.load_class()):
+            name = family or getattr(config, "dlm_family", None) or "masked"
+            return DiffusionModel(model, architecture, FAMILIES[name])
+    if model_type == "diffusion_gemma":
+        raise ValueError("model is a DiffusionGemma: it is decoded by its own generate, and not here")
+    if isinstance(model, PreTrainedModel) and form_of(model.config.to_dict()) is not None:
+        return _restock(model, family)
+    warnings.warn(
+        f"dlmkernels does not know model type '{model_type or type(model).__name__}': decoding forwards the "
+        "whole canvas each step through the model's own attention (no KV reuse). Known types: " + known_types(),
+        stacklevel=3,
+    )
+    return LogitsModel(model)
+
+
+def _restock(model: PreTrainedModel, family: str | None) -> DiffusionModel:
+    """A model of a published family as a stock one that shares its parameters."""
+    how = plan(model.config.to_dict(), family)
+    with model.device:
+        stock = from_pretrained(how, None, state_dict=model.state_dict(), dtype=model.dtype)
+    stock.generation_config = getattr(model, "generation_config", None)
+    stock.train(model.training)
+    return DiffusionModel(stock, ARCHITECTURES[stock.config.model_type], how.family)

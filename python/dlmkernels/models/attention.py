@@ -39,10 +39,13 @@ def attention_forward(
         k_cache, v_cache = k, v
     else:
         k_new, v_new = k, v
-        k_cache, v_cache = window.cache.layer(module.layer_idx, k, v)
+        index = getattr(module, "layer_idx", None)
+        # some encoders do not number their layers
+        k_cache, v_cache = window.cache.layer(id(module) if index is None else index, k, v)
     out, _ = ops.block_attention(
         q, k_new, v_new, k_cache, v_cache, window.slots, window.kv_range,
-        causal_block=window.causal_block, block_origin=window.block_origin,
+        causal_block=window.causal_block, block_origin=window.block_origin, q_limit=window.q_limit,
+        k_order=window.k_order,
         window_left=reach, window_right=reach, softcap=softcap or 0.0, scale=scaling,
     )  # fmt: skip
     return out, None

@@ -1,52 +1,184 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model families as data: what has to be known of a model beyond its stock transformers class."""
+"""Model families as data: how a stock class is reached into, and how a kind of checkpoint is decoded."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+# --- architectures: one stock transformers class each ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What has to be known of a stock class to forward parts of a canvas through it.
+
+    Attributes
+    ----------
+    model_class : str
+        The class with its language-model head.
+    head : callable
+        `head(model)` returns the module that maps hidden states to logits.
+    position_offset : callable
+        `position_offset(config)`: what the model adds to a position before its embedding table.
+    whole_canvas : callable
+        `whole_canvas(config)`: whether what a row becomes depends on all of its tokens even before attention, so that
+        no part of a canvas can be forwarded alone.
+    module : str
+        Where the class is found.
+    """
+
+    model_class: str
+    head: Callable[[Any], Callable[[Tensor], Tensor]]
+    position_offset: Callable[[Any], int] = lambda config: 0
+    whole_canvas: Callable[[Any], bool] = lambda config: False
+    module: str = "transformers"
+
+    def load_class(self) -> Any:
+        return getattr(importlib.import_module(self.module, __package__), self.model_class)
+
+
+def _lm_head(model):
+    return model.lm_head
+
+
+def _after_padding(config) -> int:
+    return config.pad_token_id + 1
+
+
+# transformers' `config.model_type` -> architecture
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture("LlamaForCausalLM", _lm_head),
+    "qwen2": Architecture("Qwen2ForCausalLM", _lm_head),
+    "qwen3": Architecture("Qwen3ForCausalLM", _lm_head),
+    "qwen3_moe": Architecture("Qwen3MoeForCausalLM", _lm_head),
+    "llada2_moe": Architecture("LLaDA2ForCausalLM", _lm_head, module=".llada2"),
+    "ministral3": Architecture("Ministral3ForCausalLM", _lm_head),
+    "gpt2": Architecture("GPT2LMHeadModel", _lm_head),
+    "bert": Architecture("BertForMaskedLM", head=lambda model: model.cls),
+    "roberta": Architecture("RobertaForMaskedLM", _lm_head, position_offset=_after_padding),
+    "modernbert": Architecture("ModernBertForMaskedLM", head=lambda model: nn.Sequential(model.head, model.decoder)),
+    # Rotary ESM counts from anywhere; with token dropout an embedding is scaled by the share of masks in its row.
+    "esm": Architecture(
+        "EsmForMaskedLM", _lm_head,
+        position_offset=lambda config: 0 if config.position_embedding_type == "rotary" else _after_padding(config),
+        whole_canvas=lambda config: config.token_dropout,
+    ),
+}  # fmt: skip
+
+# --- families: how a kind of checkpoint is decoded -------------------------------------------------------------------
+
+ATTENTIONS = ("full", "block", "causal", "causal-context", "reordered")
+GRIDS = ("absolute", "prompt", "both-ways")
+
 
 @dataclass(frozen=True)
 class Family:
-    """How one kind of stock model is decoded.
+    """How checkpoints of one kind are decoded; the numbers are those of the published checkpoints.
 
     Attributes
     ----------
     name : str
-    auto_class : str
-        The transformers Auto class that loads it with its language-model head.
-    head : callable
-        `head(model)` returns the module that maps hidden states to logits.
+        What `load(..., family=…)` and `config.dlm_family` call it.
     logit_alignment : {"same", "shift"}
         Whether the logits of position i are found in row i or in row i - 1.
-    position_offset : callable
-        `position_offset(config)`: what the model adds to a position before its embedding table.
+    attention : {"full", "block", "causal", "causal-context", "reordered"}
+        What a position sees. full: everything. block: its own block and those before it. causal: what stands left of
+        it. causal-context: decided blocks see what stands left, the open block sees them and all of itself. reordered:
+        causal, as if what is decided stood before what is open.
+    block_grid : {"absolute", "prompt", "both-ways"}
+        Where blocks are counted from. absolute: the request's first token. prompt: the end of its prompt, which is
+        one block that sees itself. both-ways: the end of its prompt, which has blocks too, only the first of them
+        shorter.
+    block_length : int, optional
+        Length of the blocks of "block" and "causal-context" attention where the configuration does not say.
+    seeded : bool
+        Whether a block's first token is the one that the last row of the context predicts.
+    mask_token_id, eos_token_ids, num_tokens : int, tuple of int, int
+        Of the tokenizer that the published checkpoints share: used where the configuration is silent and has this
+        `vocab_size`. `num_tokens` is how many ids the tokenizer knows; the logits beyond them are never chosen.
+    vocab_size : int, optional
+        Number of logits of the published checkpoints.
+    preset : str, optional
+        The decoder the family was published with, one of `PRESETS`: what `generate` does by default.
     """
 
     name: str
-    auto_class: str
-    head: Callable[[Any], Callable[[Tensor], Tensor]]
     logit_alignment: str = "same"
-    position_offset: Callable[[Any], int] = lambda config: 0
+    attention: str = "full"
+    block_grid: str = "prompt"
+    block_length: int | None = None
+    seeded: bool = False
+    mask_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    num_tokens: int | None = None
+    vocab_size: int | None = None
+    preset: str | None = None
+
+    def knows_ids_of(self, config) -> bool:
+        """Whether the ids written here are those of the tokenizer of a model of this configuration."""
+        return self.vocab_size is not None and getattr(config, "vocab_size", None) == self.vocab_size
 
 
-def _modernbert_head(model) -> Callable[[Tensor], Tensor]:
-    return nn.Sequential(model.head, model.decoder)
+QWEN2_IDS: dict[str, Any] = {"eos_token_ids": (151643,), "vocab_size": 152064}
+QWEN3_IDS: dict[str, Any] = {
+    "mask_token_id": 151669,
+    "eos_token_ids": (151645, 151643),
+    "num_tokens": 151670,
+    "vocab_size": 151936,
+}
+LLADA_IDS: dict[str, Any] = {"mask_token_id": 126336, "eos_token_ids": (126081, 126348), "vocab_size": 126464}
+LLADA2_IDS: dict[str, Any] = {"mask_token_id": 156895, "eos_token_ids": (156892,), "vocab_size": 157184}
 
-
-DECODER = Family("decoder", "AutoModelForCausalLM", head=lambda model: model.lm_head)
-BERT = Family("bert", "AutoModelForMaskedLM", head=lambda model: model.cls)
-ROBERTA = Family("roberta", "AutoModelForMaskedLM", head=lambda model: model.lm_head,
-                 position_offset=lambda config: config.pad_token_id + 1)  # fmt: skip
-MODERNBERT = Family("modernbert", "AutoModelForMaskedLM", head=_modernbert_head)
-UNKNOWN = Family("unknown", "AutoModel", head=lambda model: model)
-
-# transformers' `config.model_type` -> family
 FAMILIES: dict[str, Family] = {
-    "llama": DECODER, "qwen2": DECODER, "qwen3": DECODER, "qwen3_moe": DECODER,
-    "bert": BERT, "roberta": ROBERTA, "modernbert": MODERNBERT,
+    family.name: family
+    for family in (
+        # any bidirectional masked language model
+        Family("masked"),
+        # LLaDA, arXiv:2502.09992; 1.5, arXiv:2505.19223
+        Family("llada", **LLADA_IDS, preset="llada"),
+        Family("llada-moe", **LLADA2_IDS, preset="llada"),
+        # Dream, arXiv:2508.15487; also Dream-Coder, DiffuCoder
+        Family("dream", logit_alignment="shift", mask_token_id=151666, num_tokens=151667, **QWEN2_IDS, preset="dream"),
+        # RND1, github.com/RadicalNumerics/RND1
+        Family("rnd1", logit_alignment="shift", **QWEN3_IDS),
+        # BD3-LM, arXiv:2503.09573: any model that denoises a block after clean ones
+        Family("bd3-lm", attention="block", block_grid="absolute"),
+        # the same as trained by github.com/ZHZisZZ/dllm, which pads prompts to whole blocks
+        Family("a2d-bd3lm", attention="block", block_grid="both-ways"),
+        # SDAR, arXiv:2510.06303
+        Family("sdar", attention="block", block_grid="absolute", block_length=4, **QWEN3_IDS, preset="sdar"),
+        # LLaDA2.0, arXiv:2512.15745; 2.1 has the same architecture
+        Family("llada2", attention="block", block_grid="absolute", block_length=32, **LLADA2_IDS, preset="llada2"),
+        # Fast-dLLM v2, arXiv:2509.26328
+        Family(
+            "fast-dllm-v2", logit_alignment="shift", attention="block", block_grid="absolute", block_length=32,
+            seeded=True, mask_token_id=151665, eos_token_ids=(151645,), num_tokens=151666, vocab_size=152064,
+            preset="fast-dllm-v2",
+        ),
+        # Discrete Diffusion Forcing, arXiv:2508.09192: adapters of LLaDA and Dream
+        Family("d2f-llada", attention="block", block_grid="prompt", block_length=32, **LLADA_IDS, preset="d2f"),
+        Family(
+            "d2f-dream", logit_alignment="shift", attention="block", block_grid="prompt", block_length=32,
+            mask_token_id=151666, num_tokens=151667, **QWEN2_IDS, preset="d2f",
+        ),
+        # Nemotron-Labs-Diffusion, arXiv:2607.05722
+        Family(
+            "nemotron", attention="causal-context", block_length=32, seeded=True, mask_token_id=100,
+            eos_token_ids=(11,), vocab_size=131072, preset="nemotron",
+        ),
+        # I-DLM, arXiv:2604.11035
+        Family("i-dlm", logit_alignment="shift", attention="causal", **QWEN3_IDS, preset="i-dlm"),
+        # WeDLM, arXiv:2512.22737
+        Family(
+            "wedlm", attention="reordered", mask_token_id=151665, eos_token_ids=(151643, 151645), vocab_size=151936,
+            preset="wedlm",
+        ),
+        # DiffuLLaMA, DiffuGPT, arXiv:2410.17891
+        Family("diffullama", logit_alignment="shift"),
+    )
 }  # fmt: skip

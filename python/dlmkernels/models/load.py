@@ -6,59 +6,113 @@ from __future__ import annotations
 from os import PathLike
 from typing import Any
 
-import transformers
+from safetensors import SafetensorError
+from transformers import PreTrainedConfig
 
+from . import adapters
 from .families import FAMILIES
+from .published import Plan, Question, plan
+
+#: Arguments of `from_pretrained` that say where a file is found.
+WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+OF_ONE_REPOSITORY = ("revision", "subfolder")
 
 
-def load(path_or_id: str | PathLike, **kwargs: Any):
+def load(
+    path_or_id: str | PathLike, *, family: str | None = None, base: str | PathLike | None = None,
+    allow_pickle: bool = False, **kwargs: Any,
+):  # fmt: skip
     """Load a diffusion language model.
 
     Parameters
     ----------
     path_or_id : str or path
-        A local folder or a hub id, in Hugging Face format with safetensors weights.
+        A local folder or a hub id, in Hugging Face format: the published form of any known family, a stock
+        transformers model, or a LoRA adapter in PEFT's format, which is merged into its base (PEFT is not needed).
+    family : str, optional
+        How it is decoded (a key of `FAMILIES`), where its configuration does not tell: a `LlamaForCausalLM` may have
+        been trained as anything.
+    base : str or path, optional
+        The model an adapter is for, where it is not where `adapter_config.json` says.
+    allow_pickle : bool
+        Also read `pytorch_model.bin`, with `torch.load(weights_only=True)`. Off: safetensors alone.
     **kwargs
         Passed to `from_pretrained` (`dtype`, `device_map`, `quantization_config`, `revision`, …).
 
     Returns
     -------
     PreTrainedModel
-        In evaluation mode, ready for `generate`.
+        In evaluation mode, ready for `generate`. Its class is the stock one of the architecture, and it can be saved
+        and loaded again by transformers alone; `config.dlm_family` keeps the family.
 
     Raises
     ------
     ValueError
-        When the model type is not known, weights are missing, unexpected or of another shape, or the files cannot be
-        read. No remote code and no pickle is ever loaded.
+        When the model type is not known or fits several families, weights are missing, unexpected or of another
+        shape, or the files cannot be read. No remote code is ever run.
     """
     if kwargs.pop("trust_remote_code", False):
         raise ValueError(
             "trust_remote_code is not supported: load runs no code from a checkpoint. Load the model yourself and "
             "pass it to dlmkernels.generate"
         )
+    where = {name: kwargs[name] for name in WHERE if name in kwargs}
     try:
-        config = transformers.AutoConfig.from_pretrained(path_or_id, trust_remote_code=False)
+        raw, _ = PreTrainedConfig.get_config_dict(path_or_id, **where)
+        adapter = adapters.adapter_config(path_or_id, where)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"path_or_id: no readable model configuration at '{path_or_id}': {error}") from error
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise ValueError(
-            f"path_or_id: '{path_or_id}' has model type '{config.model_type}'; known types: {', '.join(FAMILIES)}. "
-            "Other models can be loaded by their own class and passed to dlmkernels.generate"
-        )
-    auto_class = getattr(transformers, family.auto_class)
-    kwargs |= {"config": config, "trust_remote_code": False, "use_safetensors": True}
+    if adapter is not None:
+        return _load_adapted(path_or_id, adapter, base, family, where, allow_pickle, kwargs)
+    if not raw:
+        raise ValueError(f"path_or_id: no readable model configuration at '{path_or_id}': there is no config.json")
     try:
-        model, report = auto_class.from_pretrained(path_or_id, output_loading_info=True, **kwargs)
-    except Exception as error:  # safetensors, OS, shape and JSON errors share no base class
-        raise ValueError(f"path_or_id: the checkpoint at '{path_or_id}' cannot be loaded: {error}") from error
+        how = plan(raw, family)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"path_or_id: '{path_or_id}' cannot be loaded: {error}") from error
+    return from_pretrained(how, path_or_id, use_safetensors=None if allow_pickle else True, **kwargs)
+
+
+def _load_adapted(path_or_id, adapter: dict, base, family: str | None, where: dict, allow_pickle: bool, kwargs: dict):
+    """The base of an adapter, and the adapter merged into it."""
+    base = base or adapter.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"path_or_id: the adapter at '{path_or_id}' does not name its base model: pass base=…")
+    # the base has its own revision and folder
+    raw, _ = PreTrainedConfig.get_config_dict(base, **{k: v for k, v in where.items() if k not in OF_ONE_REPOSITORY})
+    kwargs = {name: value for name, value in kwargs.items() if name not in OF_ONE_REPOSITORY}
+    try:
+        how = plan(raw, family)
+        if family is None and f"d2f-{how.family.name}" in FAMILIES:
+            raise Question(
+                f"nothing says how it was trained: pass family='{how.family.name}' or family='d2f-{how.family.name}'"
+            )
+        model = from_pretrained(how, base, use_safetensors=None if allow_pickle else True, **kwargs)
+        adapters.merge(model, path_or_id, adapter, how.key_mapping, where, allow_pickle)
+    except (ValueError, TypeError, OSError, SafetensorError) as error:
+        raise ValueError(f"path_or_id: the adapter at '{path_or_id}' cannot be loaded: {error}") from error
+    return model
+
+
+def from_pretrained(how: Plan, path_or_id: str | PathLike | None, **kwargs: Any):
+    """The model of a plan, its weights checked: nothing may be missing, left over or of another shape."""
+    kwargs |= {"config": how.config, "key_mapping": how.key_mapping or None, "output_loading_info": True}
+    what = f"path_or_id: the checkpoint at '{path_or_id}'" if path_or_id else "model: its checkpoint"
+    try:
+        # Shapes that differ are collected rather than raised, so that all of them can be named.
+        model, report = how.model_class.from_pretrained(path_or_id, ignore_mismatched_sizes=True, **kwargs)
+    except Exception as error:  # safetensors, OS and JSON errors share no base class
+        raise ValueError(f"{what} cannot be loaded: {error}") from error
     problems = [
-        f"{kind.replace('_', ' ')}: {', '.join(map(str, sorted(report[kind])))}"
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        f"{kind.replace('_', ' ')}: {', '.join(sorted(report[kind]))}"
+        for kind in ("missing_keys", "unexpected_keys")
         if report.get(kind)
     ]
+    if report.get("mismatched_keys"):
+        shapes = (f"{name} {list(found)}, expected {list(wanted)}" for name, found, wanted in report["mismatched_keys"])
+        problems.append(f"wrong shapes: {'; '.join(sorted(shapes))}")
     if problems:
-        raise ValueError(f"path_or_id: the checkpoint at '{path_or_id}' does not fit its configuration; "
-                         + "; ".join(problems))  # fmt: skip
+        raise ValueError(f"{what} does not fit its configuration; " + "; ".join(problems))
+    # The model is a stock one from here on, and is saved under the names of its class.
+    model._weight_conversions = None
     return model.eval()

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which slots a query sees, for all kernels of block attention. In an anonymous namespace: files
+// compiled for different instruction sets must not share a copy of these functions.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "common/params.h"
+
+namespace dlm::cpu {
+namespace {
+
+constexpr int64_t kKeys = 64;  // slots of a tile: one bit each in a SlotMask
+using SlotMask = uint64_t;
+
+// Bits [low, high) of a word, clamped to it.
+inline SlotMask bits_between(int64_t low, int64_t high) {
+  low = std::max<int64_t>(low, 0);
+  high = std::min<int64_t>(high, kKeys);
+  if (low >= high) return 0;
+  return ~SlotMask(0) >> (kKeys - (high - low)) << low;
+}
+
+// The attended ranges of one batch row. A range starts no earlier than the ranges before it end.
+struct Ranges {
+  const int32_t* data;  // [N,2]; null: [0,S)
+  int64_t N, S;
+
+  Ranges(const BlockAttentionParams& p, int64_t b)
+      : data(p.kv_range ? p.kv_range + b * p.N * 2 : nullptr), N(p.N), S(p.S) {}
+
+  // f(start, end) for every range that is not empty.
+  template <class F>
+  void each(const F& f) const {
+    if (!data) {
+      if (S > 0) f(int64_t(0), S);
+      return;
+    }
+    int64_t reached = 0;
+    for (int64_t n = 0; n < N; ++n) {
+      const int64_t start = std::max<int64_t>(data[2 * n], reached), end = data[2 * n + 1];
+      if (start < end) f(start, end);
+      reached = std::max(reached, end);
+    }
+  }
+  // The slots of a tile that lie in a range.
+  SlotMask tile(int64_t first) const {
+    SlotMask bits = 0;
+    each([&](int64_t start, int64_t end) { bits |= bits_between(start - first, end - first); });
+    return bits;
+  }
+  // First attended slot and the end of the last range; S and 0 if all are empty.
+  void hull(int64_t* first, int64_t* last) const {
+    int64_t low = S, high = 0;
+    each([&](int64_t start, int64_t end) {
+      low = std::min(low, start);
+      high = end;
+    });
+    *first = low;
+    *last = high;
+  }
+};
+
+// The slots that causality and the sliding window leave to query i of batch row b: [low, high).
+inline void interval(const BlockAttentionParams& p, int64_t b, int64_t i, int64_t* low,
+                     int64_t* high) {
+  const int64_t slot = p.slots ? p.slots[b * p.Q + i] : i;
+  *low = 0;
+  *high = slot < 0 ? 0 : p.S;
+  if (p.causal_block > 0) {
+    const int64_t origin = p.block_origin.at(b, 0);
+    const int64_t block_end =
+        slot < origin ? origin : slot - (slot - origin) % p.causal_block + p.causal_block;
+    *high = std::min(*high, block_end);
+  }
+  if (p.window_left >= 0) *low = std::max(*low, slot - p.window_left);
+  if (p.window_right >= 0) *high = std::min(*high, slot + p.window_right + 1);
+}
+
+// The slots of the tile at `first` whose order is at most `limit`.
+inline SlotMask in_order(const BlockAttentionParams& p, int64_t b, int64_t first, int64_t limit) {
+  const int32_t* order = p.k_order + b * p.S + first;
+  const int64_t width = std::min(kKeys, p.S - first);
+  SlotMask open = 0;
+  for (int64_t j = 0; j < width; ++j) open |= SlotMask(order[j] <= limit) << j;
+  return open;
+}
+
+}  // namespace
+}  // namespace dlm::cpu

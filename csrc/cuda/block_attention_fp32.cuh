@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0
+// out = softmax(scale * q.k) . v in fp32 throughout, for models that run in fp32.
+//   block   32 rows of one KV head (rows: the group's query heads x Q) and one split of its slots
+//   thread  2 rows; of a key tile every eighth slot, of the sums every eighth group of 4 columns:
+//           8 neighbours share their rows and exchange weights by shuffles
+// Flops: 4 D a slot and row; bytes: 8 D a slot and 32 rows, 16 flops a byte: with 2 x 4 products a
+// thread the reads from shared memory are the limit, at about a third of the FMA rate.
+// Instructions: sm_80 (cp.async).
+#pragma once
+#include "cuda/block_attention_parts.cuh"
+
+namespace dlm::cuda {
+
+constexpr int kFp32Rows = 32;
+
+template <int kD>
+struct Fp32Tiling {
+  static constexpr int kKeys = kD == 256 ? 16 : 32, kStages = 2;
+  static constexpr uint32_t kQueryBytes = kFp32Rows * kD * 4, kTileBytes = kKeys * kD * 4;
+  static constexpr uint32_t kArenaBytes = kQueryBytes + kStages * 2 * kTileBytes;
+  static constexpr SmemSize kSmem = SmemSize{}
+                                        .take<unsigned char>(kArenaBytes)
+                                        .take<int32_t>(kFp32Rows)
+                                        .take<int32_t>(kFp32Rows)
+                                        .take<int32_t>(kFp32Rows);
+  static_assert(kSmem.bytes <= 99 * 1024);
+};
+
+template <int kD>
+struct AttendFp32 {
+  using Tiling = Fp32Tiling<kD>;
+  using Tile = KeyTile<Tiling::kKeys>;
+  static constexpr int kChunks = kD / 4, kOwnKeys = Tiling::kKeys / 8, kOwnChunks = kChunks / 8;
+
+  const AttendParams& p;
+  const Place place;
+  const int row0, share;  // rows row0 and row0 + 1; slots and column groups share, share + 8, ..
+  RowLimits limits;
+  uint32_t queries = 0;
+  float sums[2][kOwnChunks][4] = {};
+  Norm norm[2];
+
+  DLM_DEVICE explicit AttendFp32(const AttendParams& params)
+      : p(params),
+        place(place_of_block<kFp32Rows>(params)),
+        row0(int(threadIdx.x) / 8 * 2),
+        share(int(threadIdx.x) % 8) {}
+
+  DLM_DEVICE void run() {
+    SmemCarver smem;
+    queries = ptx::smem_address(smem.take<unsigned char>(Tiling::kArenaBytes));
+    limits.take(smem, kFp32Rows);
+    load_queries<float, kD, kFp32Rows>(queries, p, place);
+    limits.fill(p, place, kFp32Rows);
+    __syncthreads();
+    KeyTiles<Tiling::kKeys> tiles(p.op, place.b);
+    tiles.confine(bounds_of(limits, 0, kFp32Rows), place.split, p.split_length);
+    for_each_key_tile<float, kD, Tiling::kKeys, Tiling::kStages, AttentionFault::kNone>(
+        p, place, tiles, queries + Tiling::kQueryBytes,
+        [&](const Tile& tile, uint32_t at) { attend(tile, at, at + Tiling::kTileBytes); });
+    finish();
+  }
+
+  DLM_DEVICE bool sees(int row, const Tile& tile, int key) const {
+    const int32_t slot = tile.slot + key;
+    return (tile.bits >> key & 1) && slot >= limits.low[row] && slot < limits.high[row] &&
+           (!p.op.k_order || p.op.k_order[place.b * p.op.S + slot] <= limits.order[row]);
+  }
+
+  DLM_DEVICE void attend(const Tile& tile, uint32_t k_tile, uint32_t v_tile) {
+    float s[2][kOwnKeys] = {};
+#pragma unroll 4
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      float4 q[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        q[r] = as_floats(ptx::ld_shared_16(queries + chunk_offset<kChunks>(row0 + r, chunk)));
+      }
+#pragma unroll
+      for (int j = 0; j < kOwnKeys; ++j) {
+        const float4 k =
+            as_floats(ptx::ld_shared_16(k_tile + chunk_offset<kChunks>(share + j * 8, chunk)));
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          s[r][j] = fmaf(q[r].x, k.x, s[r][j]);
+          s[r][j] = fmaf(q[r].y, k.y, s[r][j]);
+          s[r][j] = fmaf(q[r].z, k.z, s[r][j]);
+          s[r][j] = fmaf(q[r].w, k.w, s[r][j]);
+        }
+      }
+    }
+
+    uint32_t seen[2] = {};  // bit j: own slot j
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float maximum = norm[r].maximum;
+#pragma unroll
+      for (int j = 0; j < kOwnKeys; ++j) {
+        const bool visible = sees(row0 + r, tile, share + j * 8);
+        const float logit = p.cap > 0.0f ? p.cap * tanhf(s[r][j] * p.scale) : s[r][j] * p.scale;
+        s[r][j] = visible ? logit : -INFINITY;
+        seen[r] |= uint32_t(visible) << j;
+        maximum = fmaxf(maximum, s[r][j]);
+      }
+#pragma unroll
+      for (int other = 1; other < 8; other *= 2) {
+        maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, other));
+      }
+      const float base = base_of(maximum);
+      const float shrink = exp2f(norm[r].maximum - base);
+      norm[r].maximum = maximum;
+      float sum = 0.0f;
+#pragma unroll
+      for (int j = 0; j < kOwnKeys; ++j) {
+        s[r][j] = exp2f(s[r][j] - base);
+        sum += s[r][j];
+      }
+      norm[r].sum = fmaf(norm[r].sum, shrink, sum);
+#pragma unroll
+      for (int c = 0; c < kOwnChunks; ++c) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sums[r][c][e] *= shrink;
+      }
+    }
+
+#pragma unroll
+    for (int j = 0; j < kOwnKeys; ++j) {
+#pragma unroll 2
+      for (int other = 0; other < 8; ++other) {
+        float weight[2];
+        bool visible[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          weight[r] = __shfl_sync(~0u, s[r][j], other, 8);
+          visible[r] = __shfl_sync(~0u, seen[r], other, 8) >> j & 1;
+        }
+#pragma unroll
+        for (int c = 0; c < kOwnChunks; ++c) {
+          const float4 v = as_floats(
+              ptx::ld_shared_16(v_tile + chunk_offset<kChunks>(other + j * 8, share + c * 8)));
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            // A row must not even multiply by zero what it does not see.
+            if (!visible[r]) continue;
+            sums[r][c][0] = fmaf(weight[r], v.x, sums[r][c][0]);
+            sums[r][c][1] = fmaf(weight[r], v.y, sums[r][c][1]);
+            sums[r][c][2] = fmaf(weight[r], v.z, sums[r][c][2]);
+            sums[r][c][3] = fmaf(weight[r], v.w, sums[r][c][3]);
+          }
+        }
+      }
+    }
+  }
+
+  DLM_DEVICE void finish() {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      Norm n = norm[r];
+#pragma unroll
+      for (int other = 1; other < 8; other *= 2) {
+        n.sum += __shfl_xor_sync(~0u, n.sum, other);
+      }
+      if (place.first_row + row0 + r >= p.rows) continue;
+      const QueryRow at = query_row(p, place, row0 + r);
+      const int64_t out_row = (place.b * p.op.Q + at.query) * p.op.H + at.head;
+      const int64_t part = out_row * p.splits + place.split;
+      if (share == 0) {
+        if (p.splits > 1) {
+          p.partial_norm[part] = make_float2(n.maximum, n.sum);
+        } else {
+          p.op.lse[out_row] = log_sum_exp(n);
+        }
+      }
+      if (p.splits > 1 && n.sum == 0.0f) continue;  // nor are the sums read
+      float* to =
+          p.splits > 1 ? p.partial + part * kD : static_cast<float*>(p.op.out) + out_row * kD;
+#pragma unroll
+      for (int c = 0; c < kOwnChunks; ++c) {
+        const float (&sum)[4] = sums[r][c];
+        ptx::st_global_16(to + (share + c * 8) * 4,
+                          p.splits > 1 ? as_words(sum[0], sum[1], sum[2], sum[3])
+                                       : as_words(normalised(sum[0], n), normalised(sum[1], n),
+                                                  normalised(sum[2], n), normalised(sum[3], n)));
+      }
+    }
+  }
+};
+
+// As many blocks as shared memory lets a multiprocessor hold; told nothing, ptxas spills for more.
+template <int kD>
+__global__ void __launch_bounds__(kAttendThreads, kD == 256 ? 1 : 2)
+    attend_fp32_kernel(const __grid_constant__ AttendParams p) {
+  AttendFp32<kD>(p).run();
+}
+
+}  // namespace dlm::cuda

@@ -1,0 +1,6 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/token_confidence.cuh"
+
+namespace dlm::cuda {
+template cudaError_t start_rows<Float16, ConfidenceFault::kNone>(ConfidenceLaunch, cudaStream_t);
+}

@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include "common/params.h"
+
+namespace dlm::cuda {
+
+// Why these arguments cannot be run, or null.
+const char* unsupported_select_tokens(const SelectTokensParams& p);
+
+// The whole batch in one launch; returns a cudaError_t.
+int run_select_tokens(const SelectTokensParams& p, void* stream);
+
+}  // namespace dlm::cuda

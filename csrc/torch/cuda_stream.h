@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// What an op needs around its CUDA kernel:
+//   const CudaCall call(check, score);              torch's device and stream, until the end of the
+//   scope call.supports(cuda::unsupported_<op>(p));       before anything is written
+//   call.succeeded(cuda::run_<op>(p, call.stream()));
+// The getter of torch's current stream lives in libtorch_cuda, which a CPU-only torch does not
+// have, and which torch has loaded by the time there is a CUDA tensor: it is looked up then, so one
+// build loads beside every torch.
+#pragma once
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "torch/check.h"
+
+namespace dlm {
+
+// Null for the default stream, as CUDA has it.
+inline void* current_cuda_stream(int32_t device) {
+  using Getter = int32_t (*)(int32_t, void**);
+  static const Getter getter = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Getter>(dlsym(library, "aoti_torch_get_current_cuda_stream"))
+                   : nullptr;
+  }();
+  void* stream = nullptr;
+  if (!getter || getter(device, &stream) != 0) {
+    throw std::runtime_error("dlmkernels: this torch tells no current CUDA stream");
+  }
+  return stream;
+}
+
+class CudaCall {
+ public:
+  CudaCall(const Check& check, const Tensor& anchor)
+      : check_(check),
+        guard_(anchor.get_device_index()),
+        stream_(current_cuda_stream(anchor.get_device_index())) {}
+
+  void* stream() const { return stream_; }
+  void supports(const char* why_not) const {
+    if (why_not) check_.that(false, why_not, " on CUDA");
+  }
+  void succeeded(int error) const {
+    if (error == 0) return;
+    const char* reason = cudaGetErrorString(static_cast<cudaError_t>(error));
+    check_.that(false, "the CUDA kernel could not be started: ", reason);
+  }
+
+ private:
+  const Check& check_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_;
+};
+
+}  // namespace dlm

@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published checkpoint forms: from a `config.json` to a family, a stock configuration and the names of its weights.
+
+Nothing that comes with a checkpoint is executed: its configuration is read as data and translated here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from .families import ARCHITECTURES, FAMILIES, Family
+
+#: Fields that mean the same in every configuration.
+COMMON = (
+    "torch_dtype", "dtype", "quantization_config", "bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id",
+    "initializer_range", "tie_word_embeddings",
+)  # fmt: skip
+#: Fields of Llama-like configurations.
+DECODER = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
+    "rope_parameters", "attention_dropout", "head_dim",
+)  # fmt: skip
+EXPERTS = (
+    "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "mlp_only_layers",
+    "decoder_sparse_step",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a checkpoint is loaded: onto which class, with which configuration, its weights renamed how."""
+
+    family: Family
+    model_class: Any
+    config: PreTrainedConfig
+    key_mapping: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Form:
+    """One published form of `config.json`.
+
+    Attributes
+    ----------
+    family : str or callable
+        Name of the family, or a function of the raw configuration that finds it or returns a question for the user.
+    translate : callable
+        From the raw configuration to (stock model type, fields of its configuration).
+    key_mapping : dict
+        Patterns of weight names and what they become, in this order.
+    """
+
+    family: str | Callable[[Mapping], str]
+    translate: Callable[[Mapping], tuple[str, dict[str, Any]]]
+    key_mapping: dict[str, str] = field(default_factory=dict)
+
+
+class Question(ValueError):
+    """Raised when the configuration fits several families."""
+
+
+def pick(raw: Mapping, *names: str) -> dict[str, Any]:
+    """The fields of these names that are present and not None."""
+    return {name: raw[name] for name in names if raw.get(name) is not None}
+
+
+def require(raw: Mapping, **allowed: Any) -> None:
+    """Each field, where present, must have one of the allowed values: no stock class does anything else.
+
+    None, False and 0 count as one.
+    """
+    for name, values in allowed.items():
+        values = values if isinstance(values, tuple) else (values,)
+        value = raw.get(name, values[0])
+        if value not in values and (value or None) not in [v or None for v in values]:
+            expected = " or ".join(map(repr, values))
+            raise ValueError(f"its configuration has {name}={value!r}, which is not supported (expected {expected})")
+
+
+def need(raw: Mapping, *names: str) -> list:
+    """The values of these fields, which must be there."""
+    if absent := [name for name in names if raw.get(name) is None]:
+        raise ValueError(f"its configuration lacks {', '.join(absent)}")
+    return [raw[name] for name in names]
+
+
+# --- forms -----------------------------------------------------------------------------------------------------------
+
+
+def _llada(raw: Mapping):
+    """LLaDA-8B: an OLMo-style configuration of what is a Llama."""
+    require(
+        raw, block_type="llama", layer_norm_type="rms", activation_type="silu", rope=True, alibi=False,
+        attention_layer_norm=False, include_bias=False, include_qkv_bias=False, bias_for_layer_norm=False,
+        input_emb_norm=False, scale_logits=False, block_group_size=(1,), layer_norm_with_affine=True,
+    )  # fmt: skip
+    hidden, layers, heads, vocab = need(raw, "d_model", "n_layers", "n_heads", "vocab_size")
+    kv_heads = raw.get("n_kv_heads") or (1 if raw.get("multi_query_attention") else heads)
+    return "llama", {
+        "vocab_size": raw.get("embedding_size") or vocab,
+        "hidden_size": hidden,
+        "intermediate_size": raw.get("mlp_hidden_size") or raw.get("mlp_ratio", 4) * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": raw.get("max_sequence_length", 1024),
+        "rope_theta": raw.get("rope_theta", 10000.0),
+        "rms_norm_eps": raw.get("rms_norm_eps", 1e-5),
+        "tie_word_embeddings": raw.get("weight_tying", True),
+    }
+
+
+LLADA_KEYS = {
+    r"^model\.transformer\.wte\.": "model.embed_tokens.",
+    r"^model\.transformer\.ln_f\.": "model.norm.",
+    r"^model\.transformer\.ff_out\.": "lm_head.",
+    r"^model\.transformer\.blocks\.": "model.layers.",
+    r"\.(q_proj|k_proj|v_proj)\.": r".self_attn.\1.",
+    r"\.attn_out\.": ".self_attn.o_proj.",
+    r"\.ff_proj\.": ".mlp.gate_proj.",
+    r"\.up_proj\.": ".mlp.up_proj.",
+    r"\.ff_out\.": ".mlp.down_proj.",
+    r"\.attn_norm\.": ".input_layernorm.",
+    r"\.ff_norm\.": ".post_attention_layernorm.",
+}
+
+
+def _llada_moe(raw: Mapping):
+    """LLaDA-MoE: Qwen3-MoE with OLMoE's names in its configuration and weights of the top-k as they are."""
+    require(
+        raw, qk_layernorm=True, clip_qkv=None, partial_rotary_factor=(1, None), shared_expert_intermediate_size=None,
+        moe_router_enable_expert_bias=False, moe_router_score_function=("softmax", None), norm_topk_prob=False,
+        routed_scaling_factor=(1, None), attention_bias=False, hidden_act="silu",
+    )  # fmt: skip
+    layers, expert_size = need(raw, "num_hidden_layers", "expert_intermediate_size")
+    is_moe = raw.get("moe_layer_freq") or [1] * layers
+    return "qwen3_moe", pick(raw, *DECODER, *EXPERTS) | {
+        "moe_intermediate_size": expert_size,
+        "intermediate_size": raw.get("dense_intermediate_size") or expert_size,
+        "head_dim": raw["hidden_size"] // raw["num_attention_heads"],
+        "norm_topk_prob": False,
+        "mlp_only_layers": [i for i, moe in enumerate(is_moe) if not moe],
+    }
+
+
+def _dream(raw: Mapping):
+    require(raw, use_sliding_window=False)
+    return "qwen2", pick(raw, *DECODER)
+
+
+def _rnd1(raw: Mapping):
+    """RND1: its configuration class sets what the published checkpoint has, whatever the file leaves out."""
+    require(raw, attention_bias=False, use_sliding_window=False, decoder_sparse_step=1)
+    defaults = {
+        "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6, "rope_theta": 1e6, "num_experts": 128, "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768, "norm_topk_prob": True,
+    }  # fmt: skip
+    fields = pick(raw, *DECODER, *EXPERTS)
+    return "qwen3_moe", defaults | {name: value for name, value in fields.items() if value is not False}
+
+
+def _sdar(raw: Mapping):
+    require(raw, use_sliding_window=False, attention_bias=False)
+    return "qwen3", pick(raw, *DECODER)
+
+
+def _sdar_moe(raw: Mapping):
+    require(raw, use_sliding_window=False, attention_bias=False)
+    return "qwen3_moe", pick(raw, *DECODER, *EXPERTS)
+
+
+def _sdar_family(raw: Mapping) -> str:
+    """SDAR's blocks have 4 to 64 tokens; I-DLM publishes strictly causal models, blocks of up to 3, in its form."""
+    block = raw.get("block_size")
+    if block is None:
+        raise Question(
+            "its configuration has SDAR's form and no block_size: it may be a block-causal SDAR or a strictly causal "
+            "I-DLM. Pass family='sdar' or family='i-dlm'"
+        )
+    return "sdar" if block >= 4 else "i-dlm"
+
+
+def _a2d(stock: str):
+    """Stock models turned into diffusion models by dllm; their configurations do not say which kind."""
+
+    def translate(raw: Mapping):
+        fields = {key: value for key, value in raw.items() if key not in COMMON}
+        return stock, fields
+
+    return translate
+
+
+def _a2d_family(raw: Mapping) -> str:
+    raise Question(
+        "its configuration does not say how it was trained: pass family='masked' (mdlm) or family='a2d-bd3lm' and "
+        "give generate the block_length"
+    )
+
+
+def _fast_dllm_v2(raw: Mapping):
+    require(raw, use_sliding_window=False)
+    return "qwen2", pick(raw, *DECODER)
+
+
+def _llada2(raw: Mapping):
+    require(
+        raw, use_bias=False, use_qk_norm=True, norm_head=False, norm_topk_prob=(True, None), use_sliding_window=False,
+        score_function=("sigmoid", None), moe_router_enable_expert_bias=(True, None),
+    )  # fmt: skip
+    shared = raw.get("num_shared_experts") or 0
+    if shared < 1:
+        raise ValueError("its configuration has no shared expert (num_shared_experts), which is not supported")
+    rotary, factor = raw.get("rotary_dim"), raw.get("partial_rotary_factor", 0.5)
+    if rotary is not None and rotary != int(raw["head_dim"] * factor):
+        raise ValueError(f"its configuration has rotary_dim={rotary} and partial_rotary_factor={factor}")
+    names = ("moe_intermediate_size", "num_experts_per_tok", "n_group", "topk_group", "routed_scaling_factor",
+             "first_k_dense_replace")  # fmt: skip
+    return "llada2_moe", pick(raw, *DECODER, *names) | {
+        "n_routed_experts": raw["num_experts"],
+        "n_shared_experts": shared,
+        "attention_bias": bool(raw.get("use_qkv_bias", False)),
+        "partial_rotary_factor": factor,
+        "use_qk_norm": True,
+        "norm_topk_prob": True,
+        "num_mtp_layers": 0,
+    }
+
+
+def _nemotron(raw: Mapping):
+    require(raw, dlm_paradigm=("block_diff", "bidirectional", None), attention_bias=False, mlp_bias=False,
+            sliding_window=None)  # fmt: skip
+    return "ministral3", pick(raw, *DECODER)
+
+
+NEMOTRON_KEYS = {r"^encoder\.": "model.", r"^diffusion_head\.": "lm_head."}
+
+
+def _wedlm(raw: Mapping):
+    """WeDLM: Qwen2.5 (biases, no norms of queries and keys) or Qwen3 (norms, no biases)."""
+    require(raw, use_sliding_window=False)
+    norms, biases = bool(raw.get("qk_norm", False)), bool(raw.get("attention_bias", True))
+    if norms == biases:
+        raise ValueError(f"its configuration has qk_norm={norms} and attention_bias={biases}, which is not supported")
+    return "qwen3" if norms else "qwen2", pick(raw, *DECODER)
+
+
+#: DiffuLLaMA and DiffuGPT: names of the wrapper that some of their checkpoints were saved in, by stock model type.
+WRAPPED_KEYS = {
+    "gpt2": {r"^denoise_model\.": "transformer.", r"^embed_tokens\.": "transformer.wte."},
+    "llama": {r"^denoise_model\.": "model.", r"^embed_tokens\.": "model.embed_tokens."},
+}
+
+#: Key: the file's `model_type`, then what tells apart those that share one.
+FORMS: dict[str, Form] = {
+    "llada": Form("llada", _llada, LLADA_KEYS),
+    "lladamoe": Form("llada-moe", _llada_moe),
+    "Dream": Form("dream", _dream),
+    "rnd1": Form("rnd1", _rnd1),
+    "sdar": Form(_sdar_family, _sdar),
+    "sdar_moe": Form("sdar", _sdar_moe),
+    "llada2_moe": Form("llada2", _llada2),
+    "Fast_dLLM_Qwen": Form("fast-dllm-v2", _fast_dllm_v2),
+    "wedlm": Form("wedlm", _wedlm),
+    "nemotron_labs_diffusion": Form("nemotron", _nemotron, NEMOTRON_KEYS),
+    "a2d-llama": Form(_a2d_family, _a2d("llama")),
+    "a2d-qwen2": Form(_a2d_family, _a2d("qwen2")),
+    "a2d-qwen3": Form(_a2d_family, _a2d("qwen3")),
+}
+
+
+def form_of(raw: Mapping) -> Form | None:
+    """The published form of a raw configuration, None if it is a stock one."""
+    model_type = raw.get("model_type")
+    if raw.get("dlm_family") and model_type in ARCHITECTURES:
+        return None  # saved again by transformers after `load`
+    # LLaDA-8B and LLaDA-MoE have one model type
+    if model_type == "llada" and raw.get("num_experts"):
+        model_type = "lladamoe"
+    return FORMS.get(model_type or "")
+
+
+def known_types() -> str:
+    return ", ".join(sorted({*ARCHITECTURES, *FORMS}))
+
+
+def plan(raw: Mapping, family: str | None = None) -> Plan:
+    """How to load the checkpoint of a raw configuration (the contents of `config.json`).
+
+    Parameters
+    ----------
+    raw : mapping
+    family : str, optional
+        A key of `FAMILIES`; None: what the configuration says.
+
+    Raises
+    ------
+    ValueError
+        When the model type is not known, the configuration asks for what the stock class does not do, or it fits
+        several families.
+    """
+    if family is not None and family not in FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {family!r}")
+    form = form_of(raw)
+    if form is None:
+        model_type = raw.get("model_type")
+        if model_type == "diffusion_gemma":
+            raise ValueError(
+                "DiffusionGemma is decoded by transformers itself, by DiffusionGemmaForBlockDiffusion.generate"
+            )
+        if model_type not in ARCHITECTURES:
+            raise ValueError(
+                f"it has model type '{model_type}'; known types: {known_types()}. Other models can be loaded by their "
+                "own class and passed to dlmkernels.generate"
+            )
+        name = family or raw.get("dlm_family") or "masked"
+        fields: dict[str, Any] = dict(raw)
+        key_mapping = WRAPPED_KEYS.get(model_type, {}) if name == "diffullama" else {}
+    else:
+        name = family or (form.family if isinstance(form.family, str) else form.family(raw))
+        model_type, fields = form.translate(raw)
+        # how long its blocks are, under one name
+        blocks = {"block_size": raw.get("block_size") or raw.get("bd_size")}
+        fields = pick(raw, *COMMON) | pick(blocks, "block_size") | fields
+        key_mapping = form.key_mapping
+    if name not in FAMILIES:
+        raise ValueError(f"its configuration names the family {name!r}; known families: {', '.join(FAMILIES)}")
+    model_class = ARCHITECTURES[model_type].load_class()
+    fields = {key: value for key, value in fields.items() if key not in ("model_type", "architectures", "auto_map")}
+    config = model_class.config_class.from_dict(fields)
+    config.dlm_family = name
+    if FAMILIES[name].knows_ids_of(config) and getattr(config, "mask_token_id", None) is None:
+        config.mask_token_id = FAMILIES[name].mask_token_id
+    return Plan(FAMILIES[name], model_class, config, key_mapping)

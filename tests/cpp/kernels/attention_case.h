@@ -1,0 +1,287 @@
+// SPDX-License-Identifier: Apache-2.0
+// Random arguments of block_attention and what the definition, in float64, says of them. Whatever
+// no row sees holds NaN, in the caches as in the rows of q without a slot.
+#pragma once
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "cuda/block_attention.cuh"
+#include "reference.h"
+
+namespace check {
+
+struct AttentionShape {
+  int64_t B = 2, Q = 5, S = 90, H = 4, G = 2, D = 64;
+  enum Mode { kFull, kRanges, kCausal, kBlockCausal, kOrder, kWindow, kCap, kModes };
+  int mode = kFull;
+  bool fresh = true;       // new rows are written
+  bool scattered = false;  // to slots in no order, some rows without one
+  bool twice = false;      // two rows name the same slot
+  bool infinite = false;   // a V row that only some rows see holds NaN and infinities
+  int64_t shift = 0;       // everything stands so many slots further right
+};
+
+template <class T>
+constexpr dlm::DType kTypeOf = std::is_same_v<T, float>           ? dlm::DType::kFloat32
+                               : std::is_same_v<T, dlm::BFloat16> ? dlm::DType::kBFloat16
+                                                                  : dlm::DType::kFloat16;
+
+template <class T>
+struct AttentionCase {
+  // Worst error of a result against max(1, |result|): twice what rounding the weights to T, and
+  // the result once more, explains.
+  static constexpr double kTolerance = std::is_same_v<T, float>           ? 2e-6
+                                       : std::is_same_v<T, dlm::BFloat16> ? 1.6e-2
+                                                                          : 2e-3;
+  static constexpr double kLseTolerance = 4e-6;
+
+  AttentionShape s;
+  dlm::BlockAttentionParams p{};
+  Array<T> q, k_new, v_new, k_cache, v_cache, out;
+  Array<float> lse, workspace;
+  Array<int32_t> slots, ranges, origin, limit, order;
+  std::vector<T> k_expected, v_expected;
+
+  explicit AttentionCase(const AttentionShape& shape, uint64_t seed)
+      : s(shape),
+        q(count(s.B, s.Q, s.H, s.D)),
+        k_new(count(s.B, s.Q, s.G, s.D)),
+        v_new(count(s.B, s.Q, s.G, s.D)),
+        k_cache(count(s.B, s.S, s.G, s.D)),
+        v_cache(count(s.B, s.S, s.G, s.D)),
+        out(count(s.B, s.Q, s.H, s.D), number(NAN)),
+        lse(count(s.B, s.Q, s.H, 1), NAN),
+        workspace(0),
+        slots(count(s.B, s.Q, 1, 1)),
+        ranges(count(s.B, 2, 2, 1)),
+        origin(size_t(s.B)),
+        limit(count(s.B, s.Q, 1, 1)),
+        order(count(s.B, s.S, 1, 1)) {
+    Random random(seed);
+    for (Array<T>* values : {&q, &k_new, &v_new, &k_cache, &v_cache}) fill_normal(*values, random);
+    set_params();
+    for (int64_t b = 0; b < s.B; ++b) place(b, random);
+    p.slots = slots.data();
+    if (s.infinite) spoil();
+    poison();
+    expect_scatter();
+    allocate();
+  }
+
+  // What differs from the definition, or "".
+  std::string wrong() const {
+    if (different(k_cache, k_expected)) return "k_cache is not what the scatter should leave";
+    if (different(v_cache, v_expected)) return "v_cache is not what the scatter should leave";
+    for (int64_t b = 0; b < s.B; ++b) {
+      for (int64_t i = 0; i < s.Q; ++i) {
+        for (int64_t h = 0; h < s.H; ++h) {
+          const std::string text = wrong_row(b, i, h);
+          if (!text.empty()) return text;
+        }
+      }
+    }
+    return "";
+  }
+
+  bool sees(int64_t b, int64_t i, int64_t slot) const {
+    const int64_t own = slots[size_t(b * s.Q + i)];
+    bool in = !p.kv_range;
+    for (int64_t n = 0; p.kv_range && n < p.N; ++n) {
+      in |= slot >= p.kv_range[(b * p.N + n) * 2] && slot < p.kv_range[(b * p.N + n) * 2 + 1];
+    }
+    if (own < 0 || !in) return false;
+    if (p.causal_block > 0) {
+      const auto block = [&](int64_t x) {
+        const int64_t from = p.block_origin.at(b, 0);
+        return x < from ? -1 : (x - from) / p.causal_block;
+      };
+      if (block(slot) > block(own)) return false;
+    }
+    if (p.window_left >= 0 && slot < own - p.window_left) return false;
+    if (p.window_right >= 0 && slot > own + p.window_right) return false;
+    return !p.k_order || p.k_order[b * s.S + slot] <= p.q_limit[b * s.Q + i];
+  }
+
+ private:
+  static size_t count(int64_t a, int64_t b, int64_t c, int64_t d) { return size_t(a * b * c * d); }
+  static T number(float x) { return dlm::from_float<T>(x); }
+  static void dense(int64_t rows, int64_t heads, int64_t D, int64_t* stride) {
+    stride[0] = rows * heads * D, stride[1] = heads * D, stride[2] = D;
+  }
+
+  void set_params() {
+    p.dtype = kTypeOf<T>;
+    p.B = s.B, p.Q = s.Q, p.S = s.S, p.H = s.H, p.G = s.G, p.D = s.D;
+    p.q = q.data(), p.k_cache = k_cache.data(), p.v_cache = v_cache.data();
+    if (s.fresh) p.k_new = k_new.data(), p.v_new = v_new.data();
+    p.out = out.data(), p.lse = lse.data();
+    dense(s.Q, s.H, s.D, p.q_stride);
+    dense(s.Q, s.G, s.D, p.k_new_stride);
+    dense(s.Q, s.G, s.D, p.v_new_stride);
+    dense(s.S, s.G, s.D, p.k_cache_stride);
+    dense(s.S, s.G, s.D, p.v_cache_stride);
+    p.window_left = p.window_right = -1;
+    p.scale = float(1 / std::sqrt(double(s.D)));
+    using Shape = AttentionShape;
+    if (s.mode != Shape::kFull || s.shift) p.kv_range = ranges.data(), p.N = 2;
+    if (s.mode == Shape::kCausal) p.causal_block = 1;
+    if (s.mode == Shape::kBlockCausal) p.causal_block = 4, p.block_origin = {origin.data(), 1};
+    if (s.mode == Shape::kOrder) p.q_limit = limit.data(), p.k_order = order.data();
+    if (s.mode == Shape::kWindow) p.window_left = 17, p.window_right = 3;
+    if (s.mode == Shape::kCap) p.softcap = 2.5f;
+  }
+
+  // The block of new rows, ranges and orders of one request; the first request's row is the last.
+  void place(int64_t b, Random& random) {
+    const int64_t S = s.S - s.shift, room = S - s.Q;
+    const int64_t first = s.shift + (room > 0 ? int64_t(random.below(uint32_t(room + 1))) : 0);
+    for (int64_t i = 0; i < s.Q; ++i) {
+      int64_t slot = first + i;
+      if (s.scattered) slot = i % 5 == 3 ? -1 : first + (i * 7 + 3) % s.Q;
+      slots[size_t(b * s.Q + i)] = slot < s.S ? int32_t(slot) : -1;
+      limit[size_t(b * s.Q + i)] = int32_t(random.below(8));
+    }
+    if (s.twice) slots[size_t(b * s.Q + s.Q - 1)] = slots[size_t(b * s.Q)];
+    for (int64_t j = 0; j < s.S; ++j) order[size_t(b * s.S + j)] = int32_t(random.below(10));
+    origin[size_t(b)] = int32_t(s.shift + random.below(7));
+    int32_t* r = &ranges[size_t(b * 4)];
+    r[0] = int32_t(s.shift), r[3] = int32_t(s.S);
+    r[1] = r[2] = int32_t(s.shift + S / 2);
+    if (s.mode == AttentionShape::kRanges) {
+      r[0] += int32_t(random.below(uint32_t(S / 4 + 1)));
+      r[2] += int32_t(random.below(uint32_t(S / 4 + 1)));
+      r[3] -= int32_t(random.below(uint32_t(S / 8 + 1)));
+      if (random.below(4) == 0) r[1] = r[0];
+    }
+  }
+
+  // NaN and both infinities in a V row that is written, or is the last of all.
+  void spoil() {
+    for (int64_t b = 0; b < s.B; ++b) {
+      T* row = s.fresh ? &v_new[size_t((b * s.Q + s.Q - 1) * s.G * s.D)]
+                       : &v_cache[size_t((b * s.S + s.S - 1) * s.G * s.D)];
+      row[0] = number(NAN), row[s.D - 1] = number(INFINITY), row[s.D / 2] = number(-INFINITY);
+    }
+  }
+
+  void poison() {
+    for (int64_t b = 0; b < s.B; ++b) {
+      for (int64_t slot = 0; slot < s.S; ++slot) {
+        bool seen = false, written = false;
+        for (int64_t i = 0; i < s.Q; ++i) {
+          seen |= sees(b, i, slot);
+          written |= s.fresh && slots[size_t(b * s.Q + i)] == slot;
+        }
+        for (int64_t e = 0; (!seen || written) && e < s.G * s.D; ++e) {
+          k_cache[size_t((b * s.S + slot) * s.G * s.D + e)] = number(NAN);
+          v_cache[size_t((b * s.S + slot) * s.G * s.D + e)] = number(NAN);
+        }
+      }
+      for (int64_t i = 0; i < s.Q; ++i) {
+        if (slots[size_t(b * s.Q + i)] >= 0) continue;
+        for (int64_t e = 0; e < s.H * s.D; ++e)
+          q[size_t((b * s.Q + i) * s.H * s.D + e)] = number(NAN);
+      }
+    }
+  }
+
+  void expect_scatter() {
+    k_expected.assign(k_cache.begin(), k_cache.end());
+    v_expected.assign(v_cache.begin(), v_cache.end());
+    const int64_t row = s.G * s.D;
+    for (int64_t b = 0; s.fresh && b < s.B; ++b) {
+      for (int64_t i = 0; i < s.Q; ++i) {
+        const int64_t slot = slots[size_t(b * s.Q + i)];
+        if (slot < 0) continue;
+        for (int64_t e = 0; e < row; ++e) {
+          k_expected[size_t((b * s.S + slot) * row + e)] = k_new[size_t((b * s.Q + i) * row + e)];
+          v_expected[size_t((b * s.S + slot) * row + e)] = v_new[size_t((b * s.Q + i) * row + e)];
+        }
+      }
+    }
+  }
+
+  void allocate() {
+    // By new and move where the array allows it; on a GPU it neither copies nor moves.
+    const size_t floats = size_t(dlm::cuda::attend_workspace(p));
+    workspace.~Array<float>();
+    new (&workspace) Array<float>(floats, NAN);
+  }
+
+  static bool different(const Array<T>& got, const std::vector<T>& want) {
+    return !want.empty() && std::memcmp(got.data(), want.data(), want.size() * sizeof(T)) != 0;
+  }
+
+  std::string wrong_row(int64_t b, int64_t i, int64_t h) const {
+    const int64_t g = h / (s.H / s.G), row = (b * s.Q + i) * s.H + h;
+    const T* query = &q[size_t(row * s.D)];
+    double maximum = -INFINITY, total = 0;
+    std::vector<double> logit(size_t(s.S), -INFINITY), want(size_t(s.D), 0.0);
+    std::vector<bool> seen(size_t(s.S), false);
+    for (int64_t slot = 0; slot < s.S; ++slot) {
+      if (!sees(b, i, slot)) continue;
+      const T* key = &k_expected[size_t(((b * s.S + slot) * s.G + g) * s.D)];
+      double dot = 0;
+      for (int64_t d = 0; d < s.D; ++d)
+        dot += double(dlm::to_float(query[d])) * dlm::to_float(key[d]);
+      dot *= p.scale;
+      if (p.softcap > 0) dot = p.softcap * std::tanh(dot / p.softcap);
+      seen[size_t(slot)] = true;
+      logit[size_t(slot)] = dot;
+      maximum = std::fmax(maximum, dot);
+    }
+    for (int64_t slot = 0; slot < s.S; ++slot) {
+      if (!seen[size_t(slot)]) continue;
+      const double weight = std::exp(logit[size_t(slot)] - maximum);
+      total += weight;
+      const T* value = &v_expected[size_t(((b * s.S + slot) * s.G + g) * s.D)];
+      for (int64_t d = 0; d < s.D; ++d) want[size_t(d)] += weight * dlm::to_float(value[d]);
+    }
+    const double want_lse = total > 0 ? maximum + std::log(total) : -INFINITY;
+    if (!close(lse[size_t(row)], want_lse, kLseTolerance)) {
+      return difference("lse", b, i, h, -1, lse[size_t(row)], want_lse);
+    }
+    for (int64_t d = 0; d < s.D; ++d) {
+      const double value = total > 0 ? want[size_t(d)] / total : 0.0;
+      const double got = dlm::to_float(out[size_t(row * s.D + d)]);
+      if (!close(got, value, kTolerance)) return difference("out", b, i, h, d, got, value);
+    }
+    return "";
+  }
+
+  std::string difference(const char* name, int64_t b, int64_t i, int64_t h, int64_t d, double got,
+                         double want) const {
+    char text[200];
+    snprintf(text, sizeof text, "%s[%d, %d, %d, %d] is %g, expected %g (Q %d, S %d, D %d, mode %d)",
+             name, int(b), int(i), int(h), int(d), got, want, int(s.Q), int(s.S), int(s.D), s.mode);
+    return text;
+  }
+};
+
+// A few cases that between them reach every fault; the first difference found, or "". Of one
+// element type and head dimension: all kernels with all faults would take a compiler minutes.
+template <dlm::cuda::AttentionFault fault>
+std::string try_attention() {
+  using namespace dlm::cuda;
+  using Shape = AttentionShape;
+  const Shape shapes[] = {
+      {.B = 1, .Q = 5, .S = 330, .H = 2, .G = 1, .mode = Shape::kRanges},
+      {.B = 1, .Q = 40, .S = 140, .H = 1, .G = 1, .mode = Shape::kCausal, .infinite = true},
+      {.B = 1, .Q = 40, .S = 50, .H = 1, .G = 1, .twice = true},
+      {.B = 1, .Q = 1, .S = 1030, .H = 1, .G = 1},
+  };
+  uint64_t seed = 900;
+  for (const Shape& shape : shapes) {
+    AttentionCase<dlm::BFloat16> c(shape, ++seed);
+    const AttendParams p = attend_params(c.p, c.workspace.data());
+    run(start_scatter<fault>(c.p, nullptr));
+    run(start_attend<dlm::BFloat16, 64, fault>(p, nullptr));
+    if (p.splits > 1) run(start_combine<dlm::BFloat16>(p, nullptr));
+    if (std::string wrong = c.wrong(); !wrong.empty()) return wrong;
+  }
+  return "";
+}
+
+}  // namespace check

@@ -1,0 +1,955 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every family from its published form: loaded, compared with a plain model, decoded like its published decoder."""
+
+import json
+
+import pytest
+import torch
+
+import checkpoints
+import dlmkernels as dk
+import numerics
+import published
+from checkpoints import EOS, HIDDEN, MASK, PAD, VOCAB
+from dlmkernels import AttentionWindow
+from dlmkernels.models.adapt import adapt
+from small_models import prompts
+from test_published import assert_rows_same, assert_same
+
+FULL = {
+    "llada": checkpoints.llada, "llada-moe": checkpoints.llada_moe, "dream": checkpoints.dream,
+    "rnd1": checkpoints.rnd1, "diffullama": checkpoints.diffullama, "diffugpt": checkpoints.diffugpt,
+}  # fmt: skip
+#: Families whose configuration does not name them.
+UNNAMED = {"diffullama": "diffullama", "diffugpt": "diffullama"}
+
+
+@pytest.fixture(autouse=True)
+def _inference():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """`loaded(name)`: the checkpoint of a family and the model loaded from it, once."""
+    done = {}
+
+    def get(name, make):
+        if name not in done:
+            checkpoint = make()
+            folder = checkpoint.write(tmp_path_factory.mktemp(name))
+            done[name] = checkpoint, dk.load(folder, family=UNNAMED.get(name))
+        return done[name]
+
+    return get
+
+
+def our_logits(model, tokens, **window):
+    adapted = adapt(model)
+    with adapted.attached():
+        positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+        return adapted.logits(adapted.hidden(tokens, positions, AttentionWindow(**window)))
+
+
+@pytest.mark.parametrize("name", FULL)
+class TestFull:
+    def test_logits(self, name, loaded):
+        checkpoint, model = loaded(name, FULL[name])
+        tokens = prompts(2, 23)
+        numerics.assert_close("logits", our_logits(model, tokens), checkpoint.double(tokens), checkpoint.plain(tokens))
+
+    def test_facts(self, name, loaded):
+        checkpoint, model = loaded(name, FULL[name])
+        family = adapt(model).family
+        assert family.name == UNNAMED.get(name, name) and family.attention == "full"
+        assert family.logit_alignment == ("shift" if name in ("dream", "rnd1", "diffullama", "diffugpt") else "same")
+        assert model.config.mask_token_id == MASK and not model.training
+
+    def test_published_decoder(self, name, loaded):
+        """LLaDA's decoder for families read in place, Dream's for shifted ones; by default where it is the default."""
+        checkpoint, model = loaded(name, FULL[name])
+        if adapt(model).family.logit_alignment == "same":
+            restated = lambda c, s: published.llada(checkpoint.plain, c, s, MASK, steps=8)  # noqa: E731
+            assert_rows_same(model, restated, 16, steps=8, seed=2)
+        else:
+            restated = lambda c, s: published.dream(checkpoint.plain, c[None], MASK, steps=6)[0]  # noqa: E731
+            config = dk.preset("dream", temperature=0.0, top_p=1.0)
+            assert_rows_same(model, restated, 16, config=config, steps=6, seed=2)
+
+    @pytest.mark.parametrize("cache", ["prefix", "dual"])
+    def test_decodes_with_kv_reuse(self, name, cache, loaded):
+        _, model = loaded(name, FULL[name])
+        out = dk.generate(
+            model, prompts(2, 6), cache=cache, rule=dk.Threshold(0.5), max_new_tokens=16, block_length=8, top_p=1.0,
+            temperature=0.0,
+        )  # fmt: skip
+        assert out.complete.all()
+
+    def test_saved_again(self, name, loaded, tmp_path):
+        """What `load` returns is a stock model: transformers alone reads what it saves, and so does `load`."""
+        _, model = loaded(name, FULL[name])
+        model.save_pretrained(tmp_path)
+        tokens = prompts(1, 9)
+        again = dk.load(tmp_path)
+        assert adapt(again).family == adapt(model).family
+        assert torch.equal(our_logits(again, tokens), our_logits(model, tokens))
+        stock, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+        assert not report["missing_keys"] and not report["unexpected_keys"]
+        for (name, a), (_, b) in zip(model.state_dict().items(), stock.state_dict().items()):
+            assert torch.equal(a, b), name
+
+
+# --- blocks after a finished context ---------------------------------------------------------------------------------
+
+BLOCKS = {
+    "sdar": checkpoints.sdar, "sdar-moe": checkpoints.sdar_moe, "llada2": checkpoints.llada2,
+    "fast-dllm-v2": checkpoints.fast_dllm_v2, "a2d-bd3lm": checkpoints.a2d_qwen3, "nemotron": checkpoints.nemotron,
+    "d2f-llada": checkpoints.llada, "d2f-dream": checkpoints.dream, "shifted": checkpoints.rnd1,
+}  # fmt: skip
+UNNAMED |= {"a2d-bd3lm": "a2d-bd3lm", "d2f-llada": "d2f-llada", "d2f-dream": "d2f-dream", "shifted": "bd3-lm"}
+#: How the restated decoder is told of each family, and how ours is told what differs from the family's defaults.
+RESTATED = {
+    "sdar": {"block": 4}, "sdar-moe": {"block": 4}, "llada2": {"block": 8},
+    "fast-dllm-v2": {"block": 8, "shift": True, "seeded": True, "part": 4},
+    "a2d-bd3lm": {"block": 8, "grid": "both-ways"},
+    "nemotron": {"block": 8, "grid": "prompt", "attention": "causal-context", "seeded": True, "strict": False},
+    "d2f-llada": {"block": 8, "grid": "prompt"}, "d2f-dream": {"block": 8, "grid": "prompt", "shift": True},
+    "shifted": {"block": 8, "shift": True},
+}  # fmt: skip
+OURS = {
+    "llada2": {"block_length": 8}, "fast-dllm-v2": {"sub_block_length": 4},
+    "a2d-bd3lm": {"block_length": 8}, "d2f-llada": {"block_length": 8}, "d2f-dream": {"block_length": 8},
+    "shifted": {"block_length": 8, "logit_alignment": "shift"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+class TestBlocks:
+    def test_logits(self, name, loaded):
+        checkpoint, model = loaded(name, BLOCKS[name])
+        tokens = prompts(2, 23)
+        for window, visible in (
+            ({}, None), ({"causal_block": 4}, published.block_causal(23, 4, 0)),
+            ({"causal_block": 1}, torch.ones(23, 23).tril().bool()),
+            ({"causal_block": 8, "block_origin": torch.tensor([5, 5], dtype=torch.int32)},
+             published.block_causal(23, 8, 5)),
+        ):  # fmt: skip
+            numerics.assert_close(
+                "logits", our_logits(model, tokens, **window), checkpoint.double(tokens, visible),
+                checkpoint.plain(tokens, visible),
+            )  # fmt: skip
+
+    @pytest.mark.parametrize("cache,fused", [("block", True), ("block", False), ("none", True)])
+    @pytest.mark.parametrize("threshold", [0.3, 0.7])
+    def test_published_decoder(self, name, threshold, cache, fused, loaded):
+        """Ragged prompts that end within a block, at its end, and before the first block is full."""
+        checkpoint, model = loaded(name, BLOCKS[name])
+        told = RESTATED[name] | {"threshold": threshold, "fused": fused or cache == "none"}
+        if told.get("attention") == "causal-context":
+            told["fused"] = False
+        ours = OURS.get(name, {}) | {"cache": cache, "fuse_commit": fused}
+        rule = dk.Threshold(threshold, strict=told.get("strict", True))
+        assert_rows_same(
+            model, lambda c, s: published.block_diffusion(checkpoint.plain, c[:s], 18, MASK, **told), 18,
+            rule=rule, temperature=0.0, seed=1, **ours,
+        )  # fmt: skip
+
+    def test_commit_is_fused(self, name, loaded):
+        """One forward a block less; the tokens are the same."""
+        _, model = loaded(name, BLOCKS[name])
+        options = OURS.get(name, {}) | {"cache": "block", "temperature": 0.0, "eos_policy": "none"}
+        options |= {"rule": dk.Threshold(0.5), "max_new_tokens": 32}
+        together, apart = (dk.generate(model, prompts(2, 16), fuse_commit=f, **options) for f in (True, False))
+        assert torch.equal(together.sequences, apart.sequences)
+        saved = apart.num_forwards - together.num_forwards
+        blocks = 32 // (options.get("block_length") or adapt(model).block_length)
+        assert (saved == (0 if name in ("fast-dllm-v2", "nemotron") else blocks)).all()
+
+    def test_defaults(self, name, loaded):
+        """`generate` alone reuses keys and values, and forwards what it must."""
+        _, model = loaded(name, BLOCKS[name])
+        if adapt(model).family.preset is None:
+            with pytest.raises(ValueError, match="block_length is needed"):
+                dk.generate(model, prompts(2, 9), max_new_tokens=12)
+            return
+        out = dk.generate(model, prompts(2, 9), max_new_tokens=12, seed=1)
+        assert out.complete.all() and (out.num_forwards <= 16).all()
+
+    def test_saved_again(self, name, loaded, tmp_path):
+        _, model = loaded(name, BLOCKS[name])
+        model.save_pretrained(tmp_path)
+        tokens = prompts(1, 9)
+        again = dk.load(tmp_path)
+        assert adapt(again).family == adapt(model).family
+        assert adapt(again).block_length == adapt(model).block_length
+        assert torch.equal(our_logits(again, tokens), our_logits(model, tokens))
+
+
+class TestBlockDecoding:
+    """What holds for every model with blocks, shown on SDAR and (both kinds of attention in turn) Nemotron."""
+
+    @pytest.fixture(scope="class")
+    def sdar(self, loaded):
+        return loaded("sdar", checkpoints.sdar)[1]
+
+    OPTIONS = {"max_new_tokens": 19, "temperature": 0.0, "eos_policy": "none", "rule": dk.Threshold(0.5)}
+
+    def test_guidance(self, sdar):
+        rows = [prompts(1, n)[0] for n in (5, 9)]
+        ids = torch.stack([torch.cat((rows[0].new_full((4,), PAD), rows[0])), rows[1]])
+        valid = (torch.arange(9) >= torch.tensor([[4], [0]])).long()
+        for options in ({"seeded": False}, {"seeded": True}, {"logit_alignment": "shift"}):
+            options = self.OPTIONS | options | {"cfg_scale": 0.7}
+            exact = dk.generate(sdar, ids, valid, cache="none", **options)
+            assert torch.equal(dk.generate(sdar, ids, valid, cache="block", **options).sequences, exact.sequences)
+            assert not torch.equal(
+                dk.generate(sdar, ids, valid, **options | {"cfg_scale": 0.0}).sequences, exact.sequences
+            )
+
+    def test_infilling(self, sdar):
+        """Blocks without a mask are passed over and their keys and values appended with the next."""
+        canvas = prompts(3, 27)
+        holes = torch.rand(3, 27, generator=torch.Generator().manual_seed(3)) < 0.4
+        holes[:, 8:16], holes[1, :16], holes[2, 4:] = False, False, False
+        holes[2, 0] = True
+        canvas = canvas.masked_fill(holes, MASK)
+        options = self.OPTIONS | {"max_new_tokens": 1}
+        for alignment in ("same", "shift"):
+            options |= {"logit_alignment": alignment}
+            exact = dk.infill(sdar, canvas, cache="none", **options)
+            for fused in (True, False):
+                ours = dk.infill(sdar, canvas, cache="block", fuse_commit=fused, **options)
+                assert torch.equal(ours.sequences, exact.sequences) and ours.complete.all()
+
+    def test_sampling_does_not_depend_on_the_batch(self, sdar):
+        rows = [prompts(1, n, seed=n)[0] for n in (3, 8, 6)]
+        ids = torch.stack([torch.cat((r.new_full((8 - len(r),), PAD), r)) for r in rows])
+        valid = torch.stack([torch.arange(8) >= 8 - len(r) for r in rows]).long()
+        options = self.OPTIONS | {"temperature": 1.0, "cache": "block"}
+        seeds = torch.tensor([11, 12, 13])
+        out = dk.generate(sdar, ids, valid, seed=seeds, **options)
+        for i, row in enumerate(rows):
+            alone = dk.generate(sdar, row, seed=seeds[i : i + 1], **options)
+            assert torch.equal(out.generated[i], alone.generated[0])
+            assert torch.equal(out.commit_step[i, 8:], alone.commit_step[0, len(row) :])
+
+    @pytest.mark.parametrize("name", ["sdar", "nemotron", "fast-dllm-v2"])
+    def test_stop_token(self, name, loaded):
+        """A request that has ended is not forwarded again and leaves its neighbours as they were."""
+        _, model = loaded(name, BLOCKS[name])
+        ids, options = prompts(6, 7), self.OPTIONS | {"cache": "block", "max_new_tokens": 24}
+        whole = dk.generate(model, ids, **options)
+        ended = 0
+        for eos in range(4, 40, 3):
+            out = dk.generate(model, ids, **options | {"eos_policy": "fill", "eos_token_id": eos, "pad_token_id": PAD})
+            for row in range(6):
+                text = whole.generated[row].tolist()
+                stop = text.index(eos) + 1 if eos in text else 24
+                assert torch.equal(out.generated[row, :stop], whole.generated[row, :stop])
+                assert (out.generated[row, stop:] == PAD).all()
+                ended += stop <= 12
+                assert out.num_forwards[row] < whole.num_forwards[row] or stop > 12
+        assert ended > 1
+
+    def test_streamer(self, sdar):
+        class Streamer:
+            def __init__(self):
+                self.got = []
+
+            def put(self, tokens):
+                self.got += tokens.tolist()
+
+            def end(self):
+                self.got.append("end")
+
+        streamer = Streamer()
+        out = dk.generate(sdar, prompts(1, 6), streamer=streamer, **self.OPTIONS)
+        assert streamer.got == [*out.sequences[0].tolist(), "end"]
+
+    @pytest.mark.parametrize("options,match", [
+        ({"cache": "dual"}, r"cache must be one of \('none', 'block'\) with attention='block'; got 'dual'"),
+        ({"attention": "full"}, r"cache must be one of \('none', 'prefix', 'dual'\) with attention='full'; got 'block'"),
+        ({"attention": "full", "cache": "none", "seeded": True}, "seeded needs a context"),
+        ({"attention": "diagonal"}, "attention must be one of"),
+        ({"block_grid": "hexagonal"}, "block_grid must be one of"),
+        ({"sub_block_length": 0}, "sub_block_length must be an integer of at least 1"),
+    ], ids=str)  # fmt: skip
+    def test_refused(self, sdar, options, match):
+        with pytest.raises(ValueError, match=match):
+            dk.generate(sdar, prompts(1, 4), **self.OPTIONS | options)
+
+    def test_unknown_model_attends_by_itself(self):
+        class Odd(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.table = torch.nn.Embedding(8, 8)
+
+            def forward(self, tokens):
+                return type("Out", (), {"logits": self.table(tokens)})()
+
+        with pytest.warns(UserWarning), pytest.raises(ValueError, match="attention='block' needs a model of a known"):
+            dk.generate(Odd().eval(), torch.tensor([[1, 2]]), mask_token_id=7, attention="block", block_length=4)
+
+
+def causal(length):
+    return torch.ones(length, length).tril().bool()
+
+
+class TestStrided:
+    @pytest.fixture(scope="class")
+    def echo(self, tmp_path_factory):
+        """A checkpoint whose drafts are accepted about half of the time."""
+        checkpoint = checkpoints.i_dlm(4)
+        row = checkpoint.weights["model.embed_tokens.weight"]
+        for i in range(checkpoints.LAYERS):
+            for part in ("self_attn.o_proj", "mlp.down_proj"):
+                checkpoint.weights[f"model.layers.{i}.{part}.weight"] *= 0.25
+        # one token that mostly follows itself, and is what masks look like
+        row[MASK] = row[5] * 0.8
+        checkpoint.weights["lm_head.weight"][5] = 0.6 * row[5]
+        return checkpoint, dk.load(checkpoint.write(tmp_path_factory.mktemp("echo")))
+
+    def test_logits(self, loaded):
+        checkpoint, model = loaded("i-dlm", checkpoints.i_dlm)
+        tokens = prompts(2, 23)
+        numerics.assert_close(
+            "logits", our_logits(model, tokens, causal_block=1), checkpoint.double(tokens, causal(23)),
+            checkpoint.plain(tokens, causal(23)),
+        )  # fmt: skip
+        assert adapt(model).family.name == "i-dlm"
+
+    @pytest.mark.parametrize("stride", [2, 3, 4])
+    @pytest.mark.parametrize("which", ["plain", "echo"])
+    def test_published_decoder(self, which, stride, loaded, echo):
+        checkpoint, model = echo if which == "echo" else loaded("i-dlm", checkpoints.i_dlm)
+        assert_rows_same(
+            model, lambda c, s: published.introspective(checkpoint.plain, c[:s], 17, MASK, stride=stride), 17,
+            rule=dk.Strided(stride), temperature=0.0, top_k=0, top_p=1.0, seed=1,
+        )  # fmt: skip
+
+    def test_greedy_is_one_after_another_in_fewer_forwards(self, echo):
+        _, model = echo
+        options = {"max_new_tokens": 40, "temperature": 0.0, "eos_policy": "none"}
+        ids = prompts(4, 7)
+        out = dk.generate(model, ids, rule=dk.Strided(4), **options)
+        slow = dk.generate(model, ids, rule=dk.Quota(), block_length=1, cache="none", **options)
+        assert torch.equal(out.sequences, slow.sequences)
+        assert out.num_forwards.min() < 20 and len(set(out.num_forwards.tolist())) > 1
+
+    def test_sampling_does_not_depend_on_the_batch(self, echo):
+        _, model = echo
+        rows = [prompts(1, n, seed=n)[0] for n in (3, 8, 6)]
+        ids = torch.stack([torch.cat((r.new_full((8 - len(r),), PAD), r)) for r in rows])
+        valid = torch.stack([torch.arange(8) >= 8 - len(r) for r in rows]).long()
+        options, seeds = {"max_new_tokens": 16, "eos_policy": "none"}, torch.tensor([1, 2, 3])
+        out = dk.generate(model, ids, valid, seed=seeds, **options)
+        assert out.complete.all() and not (out.sequences == MASK).any()
+        for i, row in enumerate(rows):
+            alone = dk.generate(model, row, seed=seeds[i : i + 1], **options)
+            assert torch.equal(out.generated[i], alone.generated[0]) and out.num_forwards[i] == alone.num_forwards[0]
+
+    @pytest.mark.parametrize("leniency", [1.0, 0.8])
+    def test_verification(self, leniency):
+        """The token after a draft: the draft with probability min(1, p / (leniency q)), else one of max(0, p - q)."""
+        from types import SimpleNamespace
+
+        from dlmkernels.decoding.strided import Verifier
+
+        draws, words, temperature = 6000, 7, 0.8
+        generator = torch.Generator().manual_seed(3)
+        z, wrong = torch.randn(2, words, generator=generator)
+        banned = torch.tensor([6])
+        p, q = (torch.softmax(x.index_fill(0, banned, -torch.inf) / temperature, -1) for x in (z, wrong))
+        draft = int(q.argmax())
+        passes = min(1.0, float(p[draft] / (leniency * q[draft])))
+        assert 0.1 < passes < 0.9
+        expected = (1 - passes) * (p - q).clamp(min=0) / (p - q).clamp(min=0).sum()
+        expected[draft] += passes
+
+        zeros, seeds = torch.zeros(draws, dtype=torch.int32), torch.arange(draws)
+        one = torch.full((1,), temperature)
+        options = {"banned": banned, "temperature": one, "seed": seeds, "step": zeros, "distribution": "tempered"}
+        verify = Verifier(
+            SimpleNamespace(origin=zeros, step=zeros),
+            SimpleNamespace(rule=dk.Strided(2, leniency), temperature=temperature),
+            SimpleNamespace(options=options, seed=seeds),
+        )
+        logits = z.expand(draws, 3, words).contiguous()
+        drafts = torch.full((draws, 1), draft)
+        accepted, token, probability = verify(
+            logits, drafts, wrong.expand(draws, 1, words).contiguous(), zeros + 1, zeros
+        )
+        counts = token[:, 0].bincount(minlength=words)
+        numerics.assert_distribution("token", counts, expected)
+        assert ((token[:, 0] == draft) == (accepted == 1)).all()
+        numerics.assert_distribution("next", token[accepted == 1, 1].bincount(minlength=words), p)
+        numerics.assert_same_probabilities(probability[accepted == 1, 1], p[token[accepted == 1, 1]])
+
+    def test_stop_token_and_streamer(self, echo):
+        _, model = echo
+        options = {"max_new_tokens": 24, "temperature": 0.0, "pad_token_id": PAD}
+        whole = dk.generate(model, prompts(1, 6), eos_policy="none", **options)
+        eos = whole.generated[0, 9].item()
+        stop = whole.generated[0].tolist().index(eos) + 1
+        got = []
+        streamer = type(
+            "S", (), {"put": lambda self, t: got.extend(t.tolist()), "end": lambda self: got.append("end")}
+        )()
+        out = dk.generate(model, prompts(1, 6), eos_token_id=eos, streamer=streamer, **options)
+        assert torch.equal(out.generated[0, :stop], whole.generated[0, :stop])
+        assert (out.generated[0, stop:] == PAD).all() and out.num_forwards < whole.num_forwards
+        assert got == [*out.sequences[0].tolist(), "end"]
+
+    @pytest.mark.parametrize("options,match", [
+        ({"attention": "full", "cache": "none"}, "rule Strided needs attention='causal'"),
+        ({"cache": "none"}, "rule Strided needs .*cache='block'; got .*'none'"),
+        ({"logit_alignment": "same"}, "rule Strided needs .*logit_alignment='shift'"),
+        ({"cfg_scale": 1.0}, "cfg_scale cannot be used"),
+    ], ids=str)  # fmt: skip
+    def test_refused(self, options, match, loaded):
+        _, model = loaded("i-dlm", checkpoints.i_dlm)
+        with pytest.raises(ValueError, match=match):
+            dk.generate(model, prompts(1, 4), max_new_tokens=4, **options)
+        with pytest.raises(ValueError, match="stride must be an integer of at least 2; got 1"):
+            dk.Strided(1)
+        with pytest.raises(ValueError, match="leniency must be a positive number; got 0"):
+            dk.Strided(leniency=0)
+
+
+class TestReordered:
+    WEDLM = {"wedlm-8b": checkpoints.wedlm, "wedlm-7b": lambda: checkpoints.wedlm(qk_norm=False)}
+
+    @pytest.mark.parametrize("name", WEDLM)
+    def test_logits(self, name, loaded):
+        checkpoint, model = loaded(name, self.WEDLM[name])
+        tokens = prompts(2, 23)
+        numerics.assert_close(
+            "logits", our_logits(model, tokens, causal_block=1), checkpoint.double(tokens, causal(23)),
+            checkpoint.plain(tokens, causal(23)),
+        )  # fmt: skip
+        assert adapt(model).family.name == "wedlm"
+        assert type(model).__name__ == ("Qwen3ForCausalLM" if name == "wedlm-8b" else "Qwen2ForCausalLM")
+
+    @pytest.mark.parametrize("window,threshold,penalty", [(4, 1.5, 0.1), (6, 3.0, 0.02), (16, 2.5, 0.0), (1, 1.0, 0.0)])
+    @pytest.mark.parametrize("name", WEDLM)
+    def test_published_decoder(self, name, window, threshold, penalty, loaded):
+        checkpoint, model = loaded(name, self.WEDLM[name])
+        options = {"window": window, "threshold": threshold, "penalty": penalty}
+        assert_rows_same(
+            model, lambda c, s: published.reordered(checkpoint.plain, c[:s], 18, MASK, **options), 18,
+            rule=dk.Reordered(window, threshold, penalty), temperature=0.0, seed=3,
+        )  # fmt: skip
+
+    def test_without_a_cache(self, loaded):
+        """The whole canvas in the same order, by any rule: a block of masks after what is decided."""
+        checkpoint, model = loaded("wedlm-8b", self.WEDLM["wedlm-8b"])
+        ids = prompts(1, 7)
+        out = dk.generate(
+            model, ids, config=dk.DecodingConfig(rule=dk.Threshold(0.4)), max_new_tokens=12, block_length=4,
+            eos_policy="none",
+        )  # fmt: skip
+        request = published.Request(torch.cat((ids[0], torch.full((12,), MASK))), MASK)
+        for begin in range(7, 19, 4):
+            while masks := request.open(begin, begin + 4):
+                order = [i for i in range(begin + 4) if i not in masks] + masks
+                logits = checkpoint.plain(request.tokens[order][None], causal(begin + 4), torch.tensor(order))[0]
+                proposals = published.propose(logits[-len(masks) :], list(range(len(masks))), MASK)
+                proposals.positions = masks
+                c = proposals.probability
+                published.take(request, proposals, c, published.threshold_count(request, c, 0.4))
+        assert_same(out, 0, request)
+
+    def test_sampling_stopping_streaming(self, loaded):
+        _, model = loaded("wedlm-8b", self.WEDLM["wedlm-8b"])
+        rows = [prompts(1, n, seed=n)[0] for n in (3, 8, 6)]
+        ids = torch.stack([torch.cat((r.new_full((8 - len(r),), PAD), r)) for r in rows])
+        valid = torch.stack([torch.arange(8) >= 8 - len(r) for r in rows]).long()
+        options, seeds = {"max_new_tokens": 21, "rule": dk.Reordered(6, 2.5)}, torch.tensor([1, 2, 3])
+        whole = dk.generate(model, ids, valid, seed=seeds, eos_policy="none", **options)
+        assert whole.complete.all()
+        eos = whole.generated[0, 5].item()
+        options |= {"eos_token_id": eos, "pad_token_id": PAD}
+        out = dk.generate(model, ids, valid, seed=seeds, **options)
+        for i, row in enumerate(rows):
+            got = []
+            streamer = type("S", (), {"put": lambda self, t: got.extend(t.tolist()), "end": lambda self: None})()  # noqa: B023
+            alone = dk.generate(model, row, seed=seeds[i : i + 1], streamer=streamer, **options)
+            assert torch.equal(out.generated[i], alone.generated[0]) and out.num_forwards[i] == alone.num_forwards[0]
+            assert got == alone.sequences[0].tolist()
+            text = whole.generated[i].tolist()
+            stop = text.index(eos) + 1 if eos in text else 21
+            assert torch.equal(out.generated[i, :stop], whole.generated[i, :stop])
+            assert (out.generated[i, stop:] == PAD).all()
+
+    @pytest.mark.parametrize("options,match", [
+        ({"attention": "full", "cache": "none"}, "rule Reordered needs attention='reordered'"),
+        ({"cache": "none"}, "rule Reordered needs .*got .*'none'"),
+        ({"cfg_scale": 1.0}, "cfg_scale cannot be used"),
+        ({"rule": dk.Quota()}, "needs the rule Reordered"),
+    ], ids=str)  # fmt: skip
+    def test_refused(self, options, match, loaded, tmp_path):
+        _, model = loaded("wedlm-8b", self.WEDLM["wedlm-8b"])
+        with pytest.raises(ValueError, match=match):
+            dk.generate(model, prompts(1, 4), max_new_tokens=4, **options)
+        with pytest.raises(ValueError, match="rule Reordered decodes what comes after a prompt"):
+            dk.infill(model, torch.tensor([[5, MASK]]))
+        with pytest.raises(ValueError, match="window must be an integer of at least 1; got 0"):
+            dk.Reordered(0)
+        with pytest.raises(ValueError, match="qk_norm=False and attention_bias=False"):
+            dk.load(write(tmp_path, checkpoints.wedlm, qk_norm=False))
+
+
+@pytest.mark.parametrize("name,options", [
+    ("llada", {"cache": "none"}), ("dream", {"cache": "dual", "block_length": 8}), ("sdar", {"cache": "block"}),
+    ("llada", {"cfg_scale": 0.5}), ("diffugpt", {}), ("nemotron", {}),
+], ids=str)  # fmt: skip
+def test_embedded_prompts(name, options, loaded):
+    """The embeddings of a prompt's tokens decode like the tokens; other embeddings do not."""
+    _, model = loaded(name, (FULL | BLOCKS)[name])
+    ids = prompts(2, 9)
+    valid = torch.ones(2, 9, dtype=torch.int64)
+    valid[0, :4] = 0
+    options = {"max_new_tokens": 12, "temperature": 0.0, "rule": dk.Threshold(0.5)} | options
+    embeds = model.get_input_embeddings()(ids)
+    expected = dk.generate(model, ids, valid, **options)
+    out = dk.generate(model, attention_mask=valid, inputs_embeds=embeds, **options)
+    assert torch.equal(out.generated, expected.generated) and (out.sequences[:, :9] == PAD).all()
+    other = dk.generate(model, attention_mask=valid, inputs_embeds=embeds.roll(1, 1), **options)
+    assert not torch.equal(other.generated, expected.generated)
+
+
+@pytest.mark.parametrize("embeds,match", [
+    (torch.zeros(2, 9), r"inputs_embeds must have shape \[batch, length, 48\]; got \[2, 9\]"),
+    (torch.zeros(2, 9, 40), r"inputs_embeds must have shape \[batch, length, 48\]; got \[2, 9, 40\]"),
+    (torch.zeros(2, 9, 48).double(), r"inputs_embeds must be torch.float32 on cpu; got torch.float64"),
+], ids=["rank", "width", "dtype"])  # fmt: skip
+def test_embedded_prompts_are_checked(embeds, match, loaded):
+    _, model = loaded("llada", checkpoints.llada)
+    with pytest.raises(ValueError, match=match):
+        dk.generate(model, inputs_embeds=embeds)
+    with pytest.raises(ValueError, match="input_ids or inputs_embeds must be given, and not both"):
+        dk.generate(model, prompts(1, 4), inputs_embeds=torch.zeros(1, 4, 48))
+
+
+# --- facts that tell families apart, ids, refusals -------------------------------------------------------------------
+
+
+def write(tmp_path, make, change=None, **config):
+    checkpoint = make()
+    checkpoint.config |= config
+    if change:
+        change(checkpoint.weights)
+    return checkpoint.write(tmp_path)
+
+
+class TestFacts:
+    def test_one_model_type_two_families(self):
+        """LLaDA-8B and LLaDA-MoE are both of type 'llada'."""
+        from dlmkernels.models.published import plan
+
+        dense, moe = plan(checkpoints.llada().config), plan(checkpoints.llada_moe().config)
+        assert (dense.family.name, dense.model_class.__name__) == ("llada", "LlamaForCausalLM")
+        assert (moe.family.name, moe.model_class.__name__) == ("llada-moe", "Qwen3MoeForCausalLM")
+        assert plan(checkpoints.llada_moe().config | {"model_type": "lladamoe"}).family.name == "llada-moe"
+
+    def test_block_lengths_tell_sdar_from_i_dlm(self):
+        from dlmkernels.models.published import plan
+
+        assert plan(checkpoints.sdar(block_size=64).config).family.name == "sdar"
+        with pytest.raises(ValueError, match="Pass family='sdar' or family='i-dlm'"):
+            plan(checkpoints.sdar(block_size=None).config)
+        assert plan(checkpoints.sdar(block_size=None).config, "sdar").family.name == "sdar"
+
+    def test_a_stock_model_by_another_name_must_be_explained(self):
+        from dlmkernels.models.published import plan
+
+        with pytest.raises(ValueError, match=r"family='masked'.*family='a2d-bd3lm'"):
+            plan(checkpoints.a2d_qwen3().config)
+
+    def test_dense_layers_of_a_mixture(self, tmp_path):
+        config = checkpoints.llada_moe().config | {"moe_layer_freq": [0, 1]}
+        from dlmkernels.models.published import plan
+
+        assert plan(config).config.mlp_only_layers == [0] and plan(config).config.intermediate_size == 80
+
+    @pytest.mark.parametrize("name,changes,match", [
+        ("llada", {"block_type": "sequential"}, r"block_type='sequential'.*'llama'"),
+        ("llada", {"include_qkv_bias": True}, r"include_qkv_bias=True"),
+        ("llada", {"alibi": True}, r"alibi=True"),
+        ("llada", {"d_model": None}, r"lacks d_model"),
+        ("llada-moe", {"shared_expert_intermediate_size": 32}, r"shared_expert_intermediate_size=32"),
+        ("llada-moe", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0.5"),
+        ("llada-moe", {"moe_router_enable_expert_bias": True}, r"moe_router_enable_expert_bias=True"),
+        ("dream", {"use_sliding_window": True}, r"use_sliding_window=True"),
+        ("llada2", {"use_bias": True}, r"use_bias=True"),
+        ("llada2", {"score_function": "softmax"}, r"score_function='softmax'"),
+        ("llada2", {"num_shared_experts": 0}, r"no shared expert"),
+        ("llada2", {"rotary_dim": 16}, r"rotary_dim=16 and partial_rotary_factor=0.5"),
+        ("nemotron", {"dlm_paradigm": "autoregressive"}, r"dlm_paradigm='autoregressive'"),
+    ])  # fmt: skip
+    def test_what_the_stock_class_does_not_do(self, name, changes, match, tmp_path):
+        with pytest.raises(ValueError, match=match):
+            dk.load(write(tmp_path, (FULL | BLOCKS)[name], **changes))
+
+    @pytest.mark.parametrize("name", FULL | BLOCKS)
+    def test_weights_that_do_not_fit(self, name, tmp_path):
+        last = sorted((FULL | BLOCKS)[name]().weights)[-1]
+        with pytest.raises(ValueError, match="missing keys"):
+            dk.load(write(tmp_path, (FULL | BLOCKS)[name], lambda w: w.pop(last)), family=UNNAMED.get(name))
+        with pytest.raises(ValueError, match=r"unexpected keys: model\.extra"):
+            dk.load(
+                write(tmp_path, (FULL | BLOCKS)[name], lambda w: w.update({"model.extra": torch.zeros(2)})),
+                family=UNNAMED.get(name),
+            )
+
+    @pytest.mark.parametrize("name", FULL | BLOCKS)
+    def test_weights_of_another_shape(self, name, tmp_path):
+        def damage(weights):
+            key = next(k for k in weights if weights[k].dim() == 1)
+            weights[key] = torch.zeros(HIDDEN + 8)
+
+        with pytest.raises(ValueError, match=r"wrong shapes: \S+ \[56\], expected \[\d+\]"):
+            dk.load(write(tmp_path, (FULL | BLOCKS)[name], damage), family=UNNAMED.get(name))
+
+    def test_mislabelled(self, tmp_path):
+        """The weights of one family under the configuration of another."""
+        other = checkpoints.dream()
+        with pytest.raises(ValueError, match=r"unexpected keys: .*self_attn.k_proj.bias"):
+            dk.load(write(tmp_path, checkpoints.llada, lambda w: (w.clear(), w.update(other.weights))))
+
+    def test_family_is_checked(self, tmp_path):
+        with pytest.raises(ValueError, match=r"family must be one of masked, .*'lada'"):
+            dk.load(write(tmp_path, checkpoints.llada), family="lada")
+
+    def test_shards(self, tmp_path):
+        checkpoint = checkpoints.llada_moe()
+        model = dk.load(checkpoint.write(tmp_path, shards=3))
+        tokens = prompts(1, 9)
+        numerics.assert_close("logits", our_logits(model, tokens), checkpoint.double(tokens), checkpoint.plain(tokens))
+        (tmp_path / "model-00002-of-00003.safetensors").unlink()
+        with pytest.raises(ValueError, match="model-00002-of-00003"):
+            dk.load(tmp_path)
+
+    def test_pickle_is_read_when_asked_for(self, tmp_path):
+        checkpoint = checkpoints.dream()
+        checkpoint.write(tmp_path)
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(checkpoint.weights, tmp_path / "pytorch_model.bin")
+        with pytest.raises(ValueError, match="cannot be loaded"):
+            dk.load(tmp_path)
+        assert dk.load(tmp_path, allow_pickle=True).config.dlm_family == "dream"
+
+
+class TestTraps:
+    """Facts of single families that are easily got wrong, where no test above is about them."""
+
+    def test_thresholds_are_strict_where_they_are_published_so(self):
+        strict = {
+            name: config.rule.strict
+            for name, config in dk.PRESETS.items()
+            if isinstance(config.rule, (dk.Threshold, dk.DynamicThreshold))
+        }
+        for name in ("sdar", "llada2", "fast-dllm-v2", "d2f"):
+            assert strict[name]
+        for name in ("fast-dllm", "nemotron"):
+            assert not strict[name]
+
+    def test_where_blocks_are_counted_from_matters_unless_the_prompt_is_whole_blocks(self, loaded):
+        _, model = loaded("sdar", checkpoints.sdar)
+        options = {"max_new_tokens": 16, "temperature": 0.0, "rule": dk.Threshold(0.5), "eos_policy": "none"}
+        for length, same in ((12, True), (10, False)):
+            grids = [dk.generate(model, prompts(2, length), block_grid=g, **options) for g in ("absolute", "both-ways")]
+            assert torch.equal(grids[0].sequences, grids[1].sequences) == same
+
+    def test_seven_query_heads_a_key_head(self, tmp_path, monkeypatch):
+        """Dream and Qwen2.5-7B have groups of 7, which is no power of two."""
+        monkeypatch.setattr(checkpoints, "HEADS", 7)
+        monkeypatch.setattr(checkpoints, "GROUPS", 1)
+        config = {"num_attention_heads": 7, "num_key_value_heads": 1, "head_dim": 8, "hidden_size": HIDDEN}
+        monkeypatch.setattr(checkpoints, "QWEN", checkpoints.QWEN | config)
+        checkpoint = checkpoints.checkpoint(
+            checkpoints.QWEN | {"model_type": "Dream"}, checkpoints.decoder_shapes(biases="qkv", groups=1), 3,
+            heads=7, groups=1,
+        )  # fmt: skip
+        model = dk.load(checkpoint.write(tmp_path))
+        tokens = prompts(2, 13)
+        numerics.assert_close("logits", our_logits(model, tokens), checkpoint.double(tokens), checkpoint.plain(tokens))
+
+    def test_heads_too_wide_for_the_kernels_are_refused_by_name(self, tmp_path):
+        config = checkpoints.sdar().config | {"head_dim": 512}
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+
+        model = Qwen3ForCausalLM(Qwen3Config(**{k: v for k, v in config.items() if k != "model_type"})).eval()
+        with pytest.raises(RuntimeError, match="head dimension that is a multiple of 8 and at most 256; got 512"):
+            dk.generate(model, prompts(1, 4), max_new_tokens=4)
+
+    def test_diffusion_gemma_is_left_to_transformers(self, tmp_path):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "diffusion_gemma"}))
+        with pytest.raises(ValueError, match="DiffusionGemma is decoded by transformers itself"):
+            dk.load(tmp_path)
+
+
+class TestAdapter:
+    """A low-rank adapter beside its base, merged by the formula W + alpha / r B A."""
+
+    RANK, ALPHA = 4, 6
+
+    def matrices(self, checkpoint):
+        generator = torch.Generator().manual_seed(9)
+        found = {}
+        for name, weight in checkpoint.weights.items():
+            if name.endswith(("q_proj.weight", "attn_out.weight", "up_proj.weight", "down_proj.weight")):
+                rows, columns = weight.shape
+                module = "base_model.model." + name.removesuffix(".weight")
+                found[module + ".lora_A.weight"] = torch.randn(self.RANK, columns, generator=generator) / columns**0.5
+                found[module + ".lora_B.weight"] = torch.randn(rows, self.RANK, generator=generator)
+        return found
+
+    def write(self, tmp_path, make, change=None, **config):
+        from safetensors.torch import save_file
+
+        checkpoint, matrices = make(), self.matrices(make())
+        for folder in ("base", "adapter"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+        checkpoint.write(tmp_path / "base")
+        config = {
+            "peft_type": "LORA", "r": self.RANK, "lora_alpha": self.ALPHA, "bias": "none", "fan_in_fan_out": False,
+            "base_model_name_or_path": str(tmp_path / "base"), "target_modules": ["q_proj"], "modules_to_save": None,
+        } | config  # fmt: skip
+        if change:
+            change(matrices)
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+        save_file(matrices, tmp_path / "adapter" / "adapter_model.safetensors")
+        return tmp_path / "adapter", checkpoint, matrices
+
+    @pytest.mark.parametrize("scaled_by_root", [False, True])
+    @pytest.mark.parametrize("name", ["llada", "dream"])
+    def test_merged(self, name, scaled_by_root, tmp_path):
+        folder, checkpoint, matrices = self.write(tmp_path, FULL[name], use_rslora=scaled_by_root)
+        model = dk.load(folder, family="d2f-" + name)
+        scale = self.ALPHA / (self.RANK**0.5 if scaled_by_root else self.RANK)
+        for plain in (checkpoint.plain, checkpoint.double):
+            for key, b in matrices.items():
+                if key.endswith("lora_B.weight"):
+                    a = matrices[key.replace("lora_B", "lora_A")]
+                    module = key.removeprefix("base_model.model.").removesuffix(".lora_B.weight") + ".weight"
+                    plain.w[module] = plain.w[module] + (scale * b @ a).to(plain.w[module])
+        tokens, visible = prompts(2, 19), published.block_causal(19, 8, 6)
+        origin = torch.tensor([6, 6], dtype=torch.int32)
+        numerics.assert_close(
+            "logits", our_logits(model, tokens, causal_block=8, block_origin=origin),
+            checkpoint.double(tokens, visible), checkpoint.plain(tokens, visible),
+        )  # fmt: skip
+        assert len(matrices) == 12 and adapt(model).family.block_grid == "prompt"
+
+    def test_patterns(self, tmp_path):
+        """A module may have its own alpha."""
+        plain = dk.load(self.write(tmp_path, checkpoints.dream)[0], family="d2f-dream")
+        own = dk.load(
+            self.write(tmp_path, checkpoints.dream, alpha_pattern={"layers.1.self_attn.q_proj": 12})[0], family="dream"
+        )
+        base = dk.load(tmp_path / "base")
+        layers = [m.model.layers[1].self_attn.q_proj.weight for m in (base, plain, own)]
+        torch.testing.assert_close(layers[2] - layers[0], 2 * (layers[1] - layers[0]))
+        assert torch.equal(own.model.layers[0].self_attn.q_proj.weight, plain.model.layers[0].self_attn.q_proj.weight)
+
+    @pytest.mark.parametrize("change,config,match", [
+        (None, {"peft_type": "LOHA"}, "peft_type='LOHA'"),
+        (None, {"use_dora": True}, "use_dora=True"),
+        (None, {"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        (None, {"base_model_name_or_path": None}, "does not name its base model"),
+        (lambda m: m.pop(next(iter(m))), {}, r"lacks lora_A"),
+        (lambda m: m.update({"base_model.model.x.lora_A.weight": torch.zeros(4, 8),
+                             "base_model.model.x.lora_B.weight": torch.zeros(8, 4)}), {}, "adapts x, which"),
+        (lambda m: m.update({next(iter(m)): torch.zeros(4, 7)}), {}, r"has matrices \[48, 4\] and \[4, 7\]"),
+        (lambda m: m.update({"base_model.model.lm_head.weight": torch.zeros(4, 7)}), {}, "not a LoRA matrix"),
+    ], ids=["kind", "dora", "modules", "base", "half", "unknown", "shape", "other"])  # fmt: skip
+    def test_refused(self, change, config, match, tmp_path):
+        with pytest.raises(ValueError, match=match):
+            dk.load(self.write(tmp_path, checkpoints.llada, change, **config)[0], family="d2f-llada")
+
+    def test_the_user_is_asked(self, tmp_path):
+        folder, _, _ = self.write(tmp_path, checkpoints.dream)
+        (folder / "config.json").write_text((tmp_path / "base" / "config.json").read_text())  # some are published so
+        with pytest.raises(ValueError, match="pass family='dream' or family='d2f-dream'"):
+            dk.load(folder)
+        (folder / "adapter_model.safetensors").write_bytes(b"\0" * 40)
+        with pytest.raises(ValueError, match="cannot be loaded"):
+            dk.load(folder, family="d2f-dream")
+        (folder / "adapter_model.safetensors").unlink()
+        with pytest.raises(ValueError, match=r"no adapter_model\.safetensors"):
+            dk.load(folder, family="d2f-dream")
+
+
+class TestIds:
+    """What the family knows of its tokenizer holds for its own vocabulary alone."""
+
+    @staticmethod
+    def special(raw, family=None, **generation):
+        """Ids that decoding a model of this configuration would use; no weights are made."""
+        from transformers import GenerationConfig
+
+        from dlmkernels.decoding.config import DecodingConfig
+        from dlmkernels.decoding.generate import _special_tokens
+        from dlmkernels.models.published import plan
+
+        how = plan(raw, family)
+
+        class Described:
+            family, config, vocab_size = how.family, how.config, how.config.vocab_size
+            model = type("M", (), {"generation_config": GenerationConfig(**generation)})
+
+        return _special_tokens(Described, DecodingConfig())
+
+    def test_ids_of_the_family(self):
+        raw = checkpoints.llada().config | {"vocab_size": 126464, "embedding_size": 126464, "eos_token_id": 126081}
+        for mask in (None, 126336):
+            special = self.special(raw | {"mask_token_id": mask})
+            assert special.mask == 126336 and special.eos == [126081, 126348]
+
+    def test_ids_of_the_configuration_come_first(self):
+        """iLLaDA has the form of LLaDA, another tokenizer and another mask."""
+        special = self.special(checkpoints.llada().config | {"mask_token_id": 5})
+        assert special.mask == 5 and special.eos == [EOS]
+        with pytest.raises(ValueError, match="mask_token_id is not in the model's configuration"):
+            self.special(checkpoints.llada().config | {"mask_token_id": None})
+
+    def test_all_stop_ids_count(self):
+        special = self.special(checkpoints.dream().config, eos_token_id=[7, EOS])
+        assert special.eos == [EOS, 7]
+
+    def test_logits_beyond_the_tokenizer_are_forbidden(self):
+        special = self.special(checkpoints.dream().config | {"vocab_size": 152064, "mask_token_id": None})
+        assert special.banned == [151666, *range(151667, 152064)]
+        assert self.special(checkpoints.dream().config).banned == [MASK]
+
+    def test_forbidden_ids_are_not_generated(self, tmp_path, monkeypatch):
+        """Even where they are the most likely by far."""
+        from dataclasses import replace
+
+        from dlmkernels.models import families
+
+        model = dk.load(write(tmp_path, checkpoints.dream))
+        model.lm_head.weight[90:] *= 10
+        free = dk.generate(model, prompts(2, 6), max_new_tokens=8)
+        assert (free.generated >= 90).any()
+        small = replace(families.FAMILIES["dream"], num_tokens=90, vocab_size=VOCAB, eos_token_ids=())
+        monkeypatch.setitem(families.FAMILIES, "dream", small)
+        assert (dk.generate(model, prompts(2, 6), max_new_tokens=8).generated < 90).all()
+
+
+def test_defaults_are_the_familys(tmp_path):
+    """`generate` without a configuration runs the decoder the family was published with."""
+    model = dk.load(write(tmp_path, checkpoints.dream))
+    ids, options = prompts(2, 6), {"max_new_tokens": 12, "steps": 6, "seed": 3}
+    ours = dk.generate(model, ids, **options)
+    assert torch.equal(ours.commit_step, dk.generate(model, ids, config=dk.preset("dream"), **options).commit_step)
+    plain = dk.generate(model, ids, config=dk.DecodingConfig(), **options)
+    assert not torch.equal(ours.commit_step, plain.commit_step)
+
+
+# --- models that their own code has loaded ---------------------------------------------------------------------------
+
+
+def foreign(checkpoint):
+    """A model as its own code would build it: another class, the published configuration and names of weights."""
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    class ForeignConfig(PreTrainedConfig):
+        model_type = checkpoint.config["model_type"]
+
+    class ForeignModel(PreTrainedModel):
+        config_class = ForeignConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            for name, weight in checkpoint.weights.items():
+                *path, leaf = name.split(".")
+                module = self
+                for part in path:
+                    if not hasattr(module, part):
+                        module.add_module(part, torch.nn.Module())
+                    module = getattr(module, part)
+                module.register_parameter(leaf, torch.nn.Parameter(weight))
+            self.post_init()
+
+        def _init_weights(self, module):
+            pass
+
+        def forward(self, tokens):
+            raise AssertionError("its own code is not called")
+
+    return ForeignModel(ForeignConfig(**checkpoint.config)).eval()
+
+
+@pytest.mark.parametrize("name", ["llada", "dream", "llada-moe"])
+def test_foreign_model_shares_its_parameters(name, loaded, recwarn):
+    checkpoint, model = loaded(name, FULL[name])
+    other = foreign(checkpoint)
+    adapted = adapt(other)
+    assert adapted.reuses_kv and adapted.family.name == name and not recwarn.list
+    tokens = prompts(2, 11)
+    assert torch.equal(our_logits(adapted, tokens), our_logits(model, tokens))
+    own = {p.data_ptr() for p in other.parameters()}
+    shared = [n for n, p in adapted.model.named_parameters() if p.data_ptr() in own]
+    copied = [n for n, p in adapted.model.named_parameters() if p.data_ptr() not in own]
+    assert shared and all(".experts." in n for n in copied) and bool(copied) == (name == "llada-moe")
+
+
+# --- protein language models -----------------------------------------------------------------------------------------
+
+
+def esm(position, token_dropout):
+    import transformers
+
+    torch.manual_seed(5)
+    config = transformers.EsmConfig(
+        vocab_size=33, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, intermediate_size=64,
+        max_position_embeddings=128, pad_token_id=1, mask_token_id=32, eos_token_id=2, token_dropout=token_dropout,
+        position_embedding_type=position, emb_layer_norm_before=False,
+    )  # fmt: skip
+    model = transformers.EsmForMaskedLM(config).eval()
+    for name, p in model.named_parameters():
+        p.normal_(std=1.0 if "embed" in name else 3.0 / p.shape[-1] ** 0.5 if p.dim() > 1 else 0.2)
+    return model
+
+
+@pytest.mark.parametrize("token_dropout", [True, False])
+@pytest.mark.parametrize("position", ["rotary", "absolute"])
+class TestEsm:
+    """With token dropout embeddings are scaled by the share of masks in the row: only whole rows can be forwarded."""
+
+    def test_logits(self, position, token_dropout, tmp_path):
+        model = esm(position, token_dropout)
+        model.save_pretrained(tmp_path)
+        loaded = dk.load(tmp_path)
+        tokens = torch.randint(4, 32, (2, 19))
+        tokens[0, 3:9] = tokens[1, 12] = 32
+        exact = esm(position, token_dropout).double()
+        numerics.assert_close("logits", our_logits(loaded, tokens), exact(tokens).logits, model(tokens).logits)
+
+    def test_decodes_like_a_published_decoder(self, position, token_dropout):
+        model = esm(position, token_dropout)
+        ids = [torch.randint(4, 30, (n,)) for n in (5, 9)]
+        batch = torch.stack([torch.cat((ids[0].new_full((4,), 1), ids[0])), ids[1]])
+        valid = torch.stack([torch.arange(9) >= 4, torch.ones(9, dtype=torch.bool)])
+        out = dk.generate(model, batch, valid.long(), max_new_tokens=8, steps=4, eos_policy="none")
+        for row, prompt in enumerate(ids):
+            canvas = torch.cat((prompt, prompt.new_full((8,), 32)))
+            request = published.llada(lambda t: model(t).logits, canvas, len(prompt), 32, steps=4)
+            assert_same(out, row, request)
+
+    def test_kv_reuse_only_where_it_can_be(self, position, token_dropout):
+        model = esm(position, token_dropout)
+        if token_dropout:
+            with pytest.raises(ValueError, match=r"cache='dual'.*token_dropout"):
+                dk.generate(model, torch.full((1, 4), 5), cache="dual")
+            return
+        tokens, cache = torch.randint(4, 32, (2, 19)), dk.KVCache(19)
+        full = our_logits(model, tokens, cache=cache)
+        adapted, columns = adapt(model), torch.arange(7, 12).expand(2, 5)
+        with adapted.attached():
+            window = AttentionWindow(slots=columns.int().contiguous(), cache=cache)
+            part = adapted.logits(adapted.hidden(tokens[:, 7:12], columns, window))
+        numerics.assert_close("block", part, esm(position, False).double()(tokens).logits[:, 7:12], full[:, 7:12])

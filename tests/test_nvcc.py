@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where nvcc is present: every CUDA source compiles for every architecture, without spills or local memory."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# The kernels of the native tests are compiled too, so there is always something to compile.
+SOURCES = [*sorted((ROOT / "csrc" / "cuda").rglob("*.cu")), ROOT / "tests" / "cpp" / "kernels" / "instantiate.cu"]
+ARCHITECTURES = ["80", "90a", "100a", "120a"]
+FLAGS = ["-std=c++17", "-O3", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'cpp'}"]
+# Part of a kernel's readable name -> why it may spill or use local memory.
+MAY_USE_LOCAL_MEMORY: dict[str, str] = {}
+
+
+def ptxas_table(log):
+    """Rows (kernel, registers, stack, spill stores, spill loads, static shared memory) from `ptxas -v`."""
+    rows = []
+    for part in log.split("Compiling entry function '")[1:]:
+        name = part[: part.index("'")]
+        stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+).*?, (\d+)", part).groups())
+        shared = re.search(r"(\d+) bytes smem", part)
+        rows.append(
+            (
+                name,
+                int(re.search(r"Used (\d+) registers", part)[1]),
+                stack,
+                stores,
+                loads,
+                int(shared[1]) if shared else 0,
+            )
+        )
+    return rows
+
+
+def readable(names):
+    if not shutil.which("c++filt"):
+        return names
+    lines = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True).stdout.splitlines()
+    return [re.sub(r"\([^()]*Params\)$|^void |dlm::cuda::", "", line) for line in lines]
+
+
+@pytest.mark.parametrize("arch", [a if a == "80" else pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES])
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_compiles_without_spills(source, arch, tmp_path):
+    if not shutil.which("nvcc"):
+        pytest.skip("nvcc is not on PATH")
+    target = ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-cubin", "-o", str(tmp_path / "kernels.cubin")]
+    done = subprocess.run(["nvcc", *FLAGS, *target, str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-8000:]
+    rows = ptxas_table(done.stderr)
+    assert rows, f"{source.name} contains no kernel"
+    bad = []
+    print(f"\nsm_{arch} {source.name}: registers, stack, spill stores, spill loads, static shared memory")
+    for name, row in zip(readable([row[0] for row in rows]), rows):
+        print(f"{row[1]:5d} {row[2]:5d} {row[3]:5d} {row[4]:5d} {row[5]:6d}  {name}")
+        if any(row[2:5]) and not any(part in name for part in MAY_USE_LOCAL_MEMORY):
+            bad.append(f"{name}: {row[2]} bytes of local memory, spills {row[3]} / {row[4]}")
+        if row[5]:
+            bad.append(f"{name}: {row[5]} bytes of static shared memory; take it from a SmemCarver")
+    assert not bad, "\n".join(bad)
+
+
+def test_the_table_is_read_right():
+    log = """ptxas info    : Compiling entry function '_Z1kv' for 'sm_80'
+ptxas info    : Function properties for _Z1kv
+    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 16 bytes cumulative stack size, 512 bytes smem, 384 bytes cmem[0]
+"""
+    assert ptxas_table(log) == [("_Z1kv", 40, 16, 8, 4, 512)]
