@@ -76,15 +76,19 @@ def revise(
     model: Callable, canvas: Tensor, start: int, mask: int, act: Callable, *, block_length: int | None = None,
     steps: int | None = None, max_steps: Callable = lambda length, planned: max(length, planned), seed: int = 0,
     temperature: Callable | None = None, embed: Callable | None = None, noise: bool = False,
+    blocks: list[tuple[int, int]] | None = None,
 ) -> Revised:  # fmt: skip
-    """Decode `[start, end)` block by block; a block goes on while `act` says so, for at most `max_steps` forwards."""
+    """Decode `[start, end)` block by block; a block goes on while `act` says so, for at most `max_steps` forwards.
+
+    `blocks` are ranges of the canvas; by default blocks of `block_length` from `start` on.
+    """
     request = Revised(canvas, mask, seed)
     vocab = None
     if noise:
         vocab = model(canvas[None])[0].shape[2]
         for i in range(start, len(canvas)):
             request.tokens[i] = reference.uniform_below(request.bits(i, "renoise", step=-1), vocab)
-    blocks = blocks_of(start, len(canvas), block_length)
+    blocks = blocks or blocks_of(start, len(canvas), block_length)
     for begin, end in blocks:
         free = [i for i in range(begin, end) if request.is_open[i]]
         planned, state = (steps // len(blocks) if steps else end - begin), {"vocab": vocab, "blocks": blocks}

@@ -245,6 +245,14 @@ def test_errors(model, change, match):
         dk.log_likelihood(model, **arguments)
 
 
+def test_attention_must_be_full():
+    """With blocks an answer's probability is a product over blocks, which these estimates are not."""
+    model = build()
+    model.config.dlm_family = "sdar"
+    with pytest.raises(ValueError, match="model must have full attention; that of family 'sdar' is 'block'"):
+        dk.log_likelihood(model, prompts(1, 4), prompts(1, 4))
+
+
 def test_log_probability_of_an_output(model):
     out = dk.generate(model, prompts(2, 5), max_new_tokens=8, rule=dk.Threshold(0.5), eos_policy="none")
     assert (out.log_probability[:, :5] == 0).all()

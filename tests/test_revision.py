@@ -6,13 +6,15 @@ import copy
 import pytest
 import torch
 
+import checkpoints
 import dlmkernels as dk
 import numerics
 import restated_revision as restated
 from dlmkernels.decoding.rules.base import row_mean
 from plain_llama import PlainLlama
+from published import block_causal, blocks_of
 from small_models import EOS, MASK, PAD, build, prompts
-from test_published import FEW_MASK, Table, assert_same, canvas_of, decode, lively, ragged, sure
+from test_published import FEW_MASK, Table, assert_rows_same, assert_same, canvas_of, decode, lively, ragged, sure
 
 NEW = 16
 
@@ -232,6 +234,93 @@ class TestRenoising:
         assert out.complete.all() and (out.num_forwards == 4).all()
         with pytest.raises(ValueError, match="mask_token_id is not in the model's configuration"):
             dk.generate(model, prompts(2, 5), max_new_tokens=8)
+
+
+class TestBlocks:
+    """Models whose blocks see what is finished: keys and values of a block are kept as its last edit left it."""
+
+    NEW = 18
+    FAMILIES = {
+        # how it is loaded; length of the blocks, where they are counted from, whether logits are shifted
+        "sdar": (checkpoints.sdar, None, 4, "absolute", False),
+        "llada2": (checkpoints.llada2, None, 8, "absolute", False),
+        "d2f-dream": (checkpoints.dream, "d2f-dream", 8, "prompt", True),
+    }
+    RULES = {
+        "editing": (dk.TokenEditing(0.3, 0.2), lambda: restated.token_editing(0.3, 0.2, 16), lambda n, s: n + 16),
+        "runs": (dk.RunEditing(0.3, 0.4, soft=False), lambda: restated.run_editing(0.3, 0.4), lambda n, s: 2 * n),
+        "soft runs": (dk.RunEditing(0.3, 0.4), lambda: restated.run_editing(0.3, 0.4), lambda n, s: 2 * n),
+        "backtracking": (dk.Backtracking(2), lambda: restated.backtracking(2), max),
+        "planning": (dk.PathPlanning(), lambda: restated.path_planning(1.0), lambda n, s: s),
+    }
+
+    @pytest.fixture(scope="class")
+    def loaded(self, tmp_path_factory):
+        """Plain and loaded models by name, and with less of a temper by "calm " + name (see `calm`)."""
+
+        def load(make, family, is_calm):
+            checkpoint = make()
+            for name, weight in checkpoint.weights.items():
+                if is_calm and weight.dim() == 2 and "embed" not in name:
+                    weight.mul_(0.6 if name == "lm_head.weight" else 0.4)
+            return checkpoint.plain, dk.load(checkpoint.write(tmp_path_factory.mktemp("checkpoint")), family=family)
+
+        return {
+            "calm " * is_calm + name: load(make, family, is_calm)
+            for name, (make, family, *_) in self.FAMILIES.items()
+            for is_calm in (False, True)
+        }
+
+    @pytest.mark.parametrize("cache", ["none", "block"])
+    @pytest.mark.parametrize("name", FAMILIES)
+    @pytest.mark.parametrize("rule", RULES)
+    def test_rules(self, name, rule, cache, loaded):
+        plain, model = loaded["calm " * (rule == "soft runs") + name]
+        _, _, length, grid, is_shifted = self.FAMILIES[name]
+        ours, make, max_steps = self.RULES[rule]
+        table = plain.w[plain.names["embed"] + ".weight"]
+
+        def alone(canvas, start):
+            first = start // length * length if grid == "absolute" else start
+            blocks = blocks_of(first, len(canvas), length)
+            if grid == "absolute":  # the last block is decoded whole
+                blocks[-1] = blocks[-1][0], blocks[-1][0] + length
+            whole = torch.cat((canvas, canvas.new_full((blocks[-1][1] - len(canvas),), MASK)))
+            visible = block_causal(len(whole), length, 0 if grid == "absolute" else first)
+
+            def logits(tokens, embeds=None):
+                out = plain(tokens, visible, embeds=embeds)
+                return (torch.cat((out[:, :1], out[:, :-1]), 1) if is_shifted else out,)
+
+            request = restated.revise(
+                logits, whole, start, MASK, make(), max_steps=max_steps, blocks=blocks,
+                embed=restated.soft_inputs(table, MASK) if rule == "soft runs" else None,
+            )  # fmt: skip
+            for what in ("tokens", "commit_step", "confidence"):
+                setattr(request, what, getattr(request, what)[: len(canvas)])
+            return request
+
+        assert_rows_same(model, alone, self.NEW, rule=ours, temperature=0.0, cache=cache, block_length=length)
+
+    def test_what_is_kept_is_the_last_edit(self, loaded):
+        """With the threshold alone, and so with other keys and values, later blocks come out differently."""
+        _, model = loaded["llada2"]
+        options = {"max_new_tokens": 24, "block_length": 8, "temperature": 0.0, "eos_policy": "none"}
+        ids = prompts(4, 8)
+        edited = dk.generate(model, ids, rule=dk.TokenEditing(0.3, 0.2), **options)
+        plainly = dk.generate(model, ids, rule=dk.Threshold(0.3, strict=True), **options)
+        assert not torch.equal(edited.sequences, plainly.sequences)
+
+    def test_presets(self, loaded):
+        """LLaDA2.1's and DMax' decoders by name, in the blocks that their models were trained with."""
+        _, model = loaded["calm llada2"]
+        for name in ("llada2.1", "llada2.1-speed", "dmax"):
+            kept, anew = (
+                dk.generate(model, prompts(2, 9), config=dk.preset(name, cache=cache), max_new_tokens=40)
+                for cache in ("block", "none")
+            )
+            assert torch.equal(kept.sequences, anew.sequences) and kept.complete.all()
+            assert dk.preset(name).cache == "block"
 
 
 class TestDifferences:
