@@ -36,14 +36,18 @@ class PlainLlama:
     def __call__(
         self, tokens: Tensor, cached: KeyValues | None = None, start: int = 0, keep_right: bool = False,
         positions: Tensor | None = None, valid: Tensor | None = None, embeds: Tensor | None = None,
+        columns: Tensor | None = None,
     ) -> tuple[Tensor, KeyValues]:  # fmt: skip
         """Logits `[B, Q, V]` of `tokens` `[B, Q]`, which stand at columns start .. start + Q, and all keys and values.
 
         `positions` `[B, Q]` count from each request's first token (default: the columns); `valid` bool `[B, T]` says
         which columns may be attended to, T being all of them (default: every one); `embeds` `[B, Q, hidden]` stand in
-        for the tokens' embeddings.
+        for the tokens' embeddings; `columns` `[Q]`, where given, are where the tokens stand, and of `cached` all others
+        are seen.
         """
         end = start + tokens.shape[1]
+        if columns is not None:
+            positions = columns.expand(tokens.shape)
         if positions is None:
             positions = torch.arange(start, end).expand(tokens.shape)
         x = self.weights["model.embed_tokens.weight"][tokens] if embeds is None else embeds
@@ -57,6 +61,9 @@ class PlainLlama:
             q, k = self._rotate(q, positions), self._rotate(k, positions)
             if cached is not None:
                 old_k, old_v = cached[i]
+            if columns is not None and cached is not None:
+                k, v = (old.index_copy(1, columns, new) for old, new in ((old_k, k), (old_v, v)))
+            elif cached is not None:
                 right = end if keep_right else old_k.shape[1]
                 k = torch.cat((old_k[:, :start], k, old_k[:, right:]), 1)
                 v = torch.cat((old_v[:, :start], v, old_v[:, right:]), 1)

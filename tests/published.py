@@ -212,7 +212,7 @@ def factor_count(request: Request, confidence: list[float], factor: float, quirk
 def fast_dllm(
     model: Callable, canvas: Tensor, start: int, mask: int, *, threshold: float | None = None,
     factor: float | None = None, block_length: int | None = None, cache: str = "none", shift: bool = False,
-    quirk: bool = False,
+    quirk: bool = False, vicinity: tuple[int, int] = (0, 0), warmup: int = 1, refresh: int | None = None,
 ) -> Request:  # fmt: skip
     """Fast-dLLM's confidence-aware parallel decoding (Wu et al., arXiv:2505.22618, section 3).
 
@@ -223,26 +223,29 @@ def fast_dllm(
     `shift`: logits speak of the next position. Forwards then start one position before the block, which is computed
     and kept anew with it, so that the block's first position is read from the row before it.
 
+    Vicinity refresh of dInfer (Ma et al., arXiv:2510.08666): later forwards also take `vicinity` positions left and
+    right of the block; the first `warmup` ones of a block, and every `refresh`-th, take the whole canvas.
+
     `quirk`: the factor rule's last rank, see `factor_count`; the mask token may win; the softmax is in float64; and
     with `shift` (the program's adaptation to Dream) the first forward of a block commits its first position, whatever
     its confidence, and nothing else, and later ones start at the block.
     """
     request = Request(canvas, mask)
     for begin, end in blocks_of(start, len(canvas), block_length):
-        kept, entering = None, True
+        kept, index = None, 0
         while eligible := request.open(begin, end):
             if request.num_forwards > 4 * len(canvas):
                 raise Endless
-            if cache == "none" or entering:
+            if cache == "none" or index < warmup or (refresh and index % refresh == 0):
                 first, (logits, kept) = 0, forward(model, request.tokens)
             else:
-                first = max(begin - (shift and not quirk), 0)
-                last = end if cache == "dual" else len(canvas)
+                first = max(begin - max(shift and not quirk, vicinity[0]), 0)
+                last = min(end + vicinity[1], len(canvas)) if cache == "dual" else len(canvas)
                 logits, again = forward(model, request.tokens[first:last], kept, first, cache == "dual")
-                if cache == "dual":
+                if cache == "dual" or vicinity[0]:
                     kept = again
             logits = shifted(logits) if shift else logits
-            if shift and quirk and entering:
+            if shift and quirk and index == 0:
                 eligible = [begin]
             rows = [i - first for i in eligible]
             proposals = propose(logits.double() if quirk else logits, rows, mask, quirk)
@@ -253,7 +256,40 @@ def fast_dllm(
             else:
                 count = factor_count(request, c, factor, quirk)
             take(request, proposals, c, count)
-            entering = False
+            index += 1
+    return request
+
+
+# --- dKV-Cache -------------------------------------------------------------------------------------------------------
+
+
+def delayed(
+    model: Callable, canvas: Tensor, start: int, mask: int, *, block_length: int, warmup: int = 2,
+    refresh: int | None = None, threshold: float | None = None,
+) -> Request:  # fmt: skip
+    """dKV-Cache-Decode (Ma et al., arXiv:2505.15781, section 3): keys and values are kept one step after the token.
+
+    One token a step, or with a threshold as in Fast-dLLM. A block's first two steps take the whole canvas, so does
+    every `refresh`-th. The others take the positions that are masked anywhere in the canvas, and those that the step
+    before decided; what is kept of all the others is seen.
+    """
+    request = Request(canvas, mask)
+    for begin, end in blocks_of(start, len(canvas), block_length):
+        kept, index, before = None, 0, []
+        while eligible := request.open(begin, end):
+            masked = request.open(0, len(canvas))
+            if index < warmup or (refresh and index % refresh == 0):
+                rows = list(range(len(canvas)))
+                logits, kept = forward(model, request.tokens)
+            else:
+                rows = before
+                out, kept = model(request.tokens[None, rows], kept, columns=torch.tensor(rows))
+                logits = out[0]
+            proposals = propose(logits, [rows.index(i) for i in eligible], mask)
+            proposals.positions = eligible
+            c = proposals.probability
+            take(request, proposals, c, 1 if threshold is None else threshold_count(request, c, threshold))
+            before, index = masked, index + 1
     return request
 
 

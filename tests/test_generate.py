@@ -345,6 +345,8 @@ class HostReads(TorchDispatchMode):
     {"rule": dk.Quota(), "score": "random", "temperature": 1.0, "top_k": 5}, {"rule": dk.Factor(), "cfg_scale": 1.0},
     {"rule": dk.Threshold(0.5), "cache": "block", "attention": "block", "logit_alignment": "shift"},
     {"rule": dk.Threshold(0.5), "cache": "block", "attention": "causal-context"},
+    {"rule": dk.Threshold(0.5), "cache": "delayed", "refresh_interval": 3},
+    {"rule": dk.Threshold(0.5), "cache": "dual", "vicinity": (2, 3), "warmup": 2},
     {"rule": dk.Threshold(0.9, tie=1e-5), "defer_token_ids": (5,), "score": dk.scores.DensityWeighted()},
     {"score": dk.scores.PositionWeighted(torch.ones(97))},
     *({"config": config, "block_length": 8, "cache": "none"} for config in dk.PRESETS.values()
@@ -396,7 +398,7 @@ def test_custom_generate(model):
 
 
 @pytest.mark.parametrize("kind", small_models.KINDS)
-@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "delayed"])
 def test_every_kind_decodes(kind, cache):
     model = build(kind)
     out = dk.generate(model, prompts(2, 6), cache=cache, rule=dk.Threshold(0.5), **SHORT)

@@ -237,6 +237,74 @@ class TestFastDllm:
         assert not torch.equal(prefix.sequences, dual.sequences)
 
 
+class TestCaches:
+    """What later forwards of a block take, and which take the whole canvas."""
+
+    @pytest.mark.parametrize("vicinity,warmup,refresh", [
+        ((4, 4), 1, None), ((0, 3), 1, None), ((5, 0), 2, None), ((0, 0), 3, None), ((0, 0), 1, 2), ((2, 40), 2, 3),
+    ])  # fmt: skip
+    @pytest.mark.parametrize("cache", ["prefix", "dual"])
+    @pytest.mark.parametrize("shift", [False, True])
+    def test_vicinity_refresh(self, model, plain, vicinity, warmup, refresh, cache, shift):
+        options = {"block_length": 8, "cache": cache}
+        assert_rows_same(
+            model,
+            lambda c, s: published.fast_dllm(
+                plain, c, s, MASK, threshold=0.6, vicinity=vicinity, warmup=warmup, refresh=refresh, shift=shift,
+                **options,
+            ),
+            24, rule=dk.Threshold(0.6), vicinity=vicinity, warmup=warmup, refresh_interval=refresh,
+            logit_alignment="shift" if shift else "same", **options,
+        )  # fmt: skip
+
+    @pytest.mark.parametrize("warmup,refresh", [(2, 4), (2, None), (1, None), (1, 3)])
+    @pytest.mark.parametrize("threshold", [None, 0.5])
+    @pytest.mark.parametrize("block_length", [8, 24])
+    def test_delayed(self, model, plain, warmup, refresh, threshold, block_length):
+        assert_rows_same(
+            model,
+            lambda c, s: published.delayed(
+                plain, c, s, MASK, block_length=block_length, warmup=warmup, refresh=refresh, threshold=threshold
+            ),
+            24, rule=dk.Quota() if threshold is None else dk.Threshold(threshold), block_length=block_length,
+            cache="delayed", warmup=warmup, refresh_interval=refresh,
+        )  # fmt: skip
+
+    def test_delayed_under_guidance(self, model):
+        """Both halves of the batch keep what they have read: with nothing kept for long, the result is the exact one."""
+        options = {"max_new_tokens": 12, "cfg_scale": 0.7, "eos_policy": "none"}
+        exact, often, seldom = (
+            dk.generate(model, ragged()[1], ragged()[2], **options, **cache)
+            for cache in ({}, {"cache": "delayed", "refresh_interval": 1}, {"cache": "delayed"})
+        )
+        assert torch.equal(exact.sequences, often.sequences) and not torch.equal(exact.sequences, seldom.sequences)
+
+    def test_presets(self, model, plain):
+        assert_rows_same(
+            model, lambda c, s: published.delayed(plain, c, s, MASK, block_length=32, refresh=4), 40,
+            config=dk.preset("dkv-cache"),
+        )  # fmt: skip
+        assert_rows_same(
+            model,
+            lambda c, s: published.fast_dllm(
+                plain, c, s, MASK, threshold=0.9, block_length=16, cache="dual", vicinity=(16, 16)
+            ),
+            40, config=dk.preset("dinfer-vicinity"), block_length=16, eos_policy="none",
+        )  # fmt: skip
+
+    @pytest.mark.parametrize("options,match", [
+        ({"vicinity": 3, "cache": "dual"}, "vicinity must be two integers of at least 0; got 3"),
+        ({"vicinity": (0, -1), "cache": "dual"}, "vicinity must be two integers"),
+        ({"warmup": 0}, "warmup must be an integer of at least 1; got 0"),
+        ({"refresh_interval": 0}, "refresh_interval must be an integer of at least 1; got 0"),
+        ({"cache": "delayed", "rule": dk.TokenEditing()}, "cache='delayed' needs a rule that takes nothing back"),
+        ({"cache": "delayed", "logit_alignment": "shift"}, "logit_alignment='same'; got Quota and 'shift'"),
+    ])  # fmt: skip
+    def test_refused(self, model, options, match):
+        with pytest.raises(ValueError, match=match):
+            dk.generate(model, prompts(1, 4), max_new_tokens=4, **options)
+
+
 class TestDream:
     SCORES = (("maskgit_plus", "probability"), ("topk_margin", "margin"), ("entropy", "entropy"))
 

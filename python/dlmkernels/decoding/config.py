@@ -12,7 +12,8 @@ from torch import Tensor
 from .rules import Quota, Rule
 from .scores import SCORES, Score
 
-CACHES = ("none", "prefix", "dual", "block")
+CACHES = ("none", "prefix", "dual", "delayed", "block")
+APPROXIMATE = ("prefix", "dual", "delayed")
 ALIGNMENTS = ("same", "shift")
 ATTENTIONS = ("full", "block", "causal", "causal-context", "reordered")
 GRIDS = ("absolute", "prompt", "both-ways")
@@ -52,12 +53,21 @@ class DecodingConfig:
         Which distribution the scores are read from: before temperature, after it, or after the filters.
     order_temperature : float
         Above 0 the order is drawn at random, position i with weight exp(score / order_temperature).
-    cache : {"none", "prefix", "dual", "block"}
+    cache : {"none", "prefix", "dual", "delayed", "block"}
         KV reuse. none: every forward takes the whole canvas (exact). prefix: keys and values left of the block are
         kept from the block's first forward. dual: also those right of it; a forward then takes the block alone
-        (Fast-dLLM, arXiv:2505.22618). Both are approximations, for models with full attention. block: for the other
-        kinds of attention, under which a finished block never changes again: its keys and values are appended once
-        and a forward takes the open block alone (exact).
+        (Fast-dLLM, arXiv:2505.22618). delayed: those of a token are kept from the forward after it was decided; a
+        forward takes what is open and what the last step decided (dKV-Cache, arXiv:2505.15781). All three are
+        approximations, for models with full attention. block: for the other kinds of attention, under which a finished
+        block never changes again: its keys and values are appended once and a forward takes the open block alone
+        (exact).
+    warmup : int
+        With the caches that are approximations: how many forwards of the whole canvas a block begins with.
+    refresh_interval : int, optional
+        With them: every so many forwards of a block, one takes the whole canvas. None: only the first ones do.
+    vicinity : tuple of int
+        With cache="prefix" and "dual": how many positions left and right of the block a forward takes as well
+        (vicinity refresh of dInfer, arXiv:2510.08666).
     fuse_commit : bool
         With cache="block": append a finished block in the same forward that takes the next block's first step, which
         saves a forward a block. It cannot be where the next block's first token comes from the finished one
@@ -104,6 +114,9 @@ class DecodingConfig:
     distribution: str = "raw"
     order_temperature: float = 0.0
     cache: str = "none"
+    warmup: int = 1
+    refresh_interval: int | None = None
+    vicinity: tuple[int, int] = (0, 0)
     fuse_commit: bool = True
     seed: int | Tensor | None = None
     cfg_scale: float = 0.0
@@ -135,6 +148,8 @@ class DecodingConfig:
             ("block_length", 1),
             ("sub_block_length", 1),
             ("steps", 1),
+            ("warmup", 1),
+            ("refresh_interval", 1),
             ("top_k", 0),
         ):
             value = getattr(self, name)
@@ -147,6 +162,10 @@ class DecodingConfig:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not low <= value <= high:
                 raise ValueError(f"{name} must be a number from {low} to {high}; got {value!r}")
+
+        sides = self.vicinity
+        if not isinstance(sides, tuple) or len(sides) != 2 or not all(isinstance(n, int) and n >= 0 for n in sides):
+            raise ValueError(f"vicinity must be two integers of at least 0; got {sides!r}")
 
     def replace(self, **changes) -> DecodingConfig:
         """A copy with some fields changed; an unknown field is a TypeError that lists the known ones."""

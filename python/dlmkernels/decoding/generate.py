@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..models.adapt import DiffusionModel, LogitsModel, adapt
 from .canvas import Canvas
-from .config import DecodingConfig, SpecialTokens
+from .config import APPROXIMATE, DecodingConfig, SpecialTokens
 from .loop import decode
 from .output import DecodingOutput
 from .presets import preset
@@ -190,11 +190,17 @@ def _of_the_family(model: DiffusionModel, config: DecodingConfig) -> DecodingCon
         raise ValueError(
             f"attention='{attention}' needs a model of a known type; {type(model.model).__name__} attends by itself"
         )
-    allowed = ("none", "prefix", "dual") if attention == "full" else ("none", "block")
+    allowed = ("none", *APPROXIMATE) if attention == "full" else ("none", "block")
     if config.cache not in allowed:
         raise ValueError(f"cache must be one of {allowed} with attention='{attention}'; got '{config.cache}'")
     if attention == "reordered" and config.cache == "block" and not isinstance(config.rule, Reordered):
         raise ValueError("cache='block' with attention='reordered' needs the rule Reordered; use cache='none'")
+    alignment = config.logit_alignment or family.logit_alignment
+    if config.cache == "delayed" and (config.rule.slots != "open" or alignment != "same"):
+        raise ValueError(
+            "cache='delayed' needs a rule that takes nothing back and logit_alignment='same'; got "
+            f"{type(config.rule).__name__} and {alignment!r}"
+        )
     if config.rule.slots == "canvas" and config.cache != "none":
         raise ValueError(f"rule {type(config.rule).__name__} reads all of the canvas: it needs cache='none'")
     seeded = family.seeded if config.seeded is None else config.seeded
@@ -203,7 +209,7 @@ def _of_the_family(model: DiffusionModel, config: DecodingConfig) -> DecodingCon
     return config.replace(
         attention=attention, block_length=block_length, seeded=seeded,
         block_grid=(config.block_grid or family.block_grid) if attention == "block" else "prompt",
-        logit_alignment=config.logit_alignment or family.logit_alignment,
+        logit_alignment=alignment,
     )  # fmt: skip
 
 

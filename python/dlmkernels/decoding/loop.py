@@ -73,7 +73,7 @@ def decode(
             memory: dict[str, Tensor] = {}
             forward.embeds = None
             for index in range(block.max_steps):
-                capacity, _ = counts.latest()
+                capacity, open_at_most = counts.latest()
                 if capacity == 0:
                     break
                 if rule.slots == "open":
@@ -82,7 +82,7 @@ def decode(
                     columns = whole if rule.slots == "canvas" else (block.start, block.length)
                     window = canvas.free_window(*columns, working)
                 step = options.step(
-                    model.logits(forward(block, index, window)), window, block.start, block.length, index,
+                    model.logits(forward(block, index, window, open_at_most)), window, block.start, block.length, index,
                     block.num_steps, open_at_start, open_now, min((behind + index) / planned, 1.0), memory,
                 )  # fmt: skip
                 action = rule.act(step)
@@ -198,6 +198,8 @@ class CanvasForward:
         # last hidden state.
         self.done = -grid.depth
         self.carried: Tensor | None = None
+        #: with cache="delayed": what was open at the last forward, bool `[B, T]`, at most so many of a row
+        self.was_open, self.was_open_at_most = canvas.is_open, length
         #: input embeddings of all the canvas, where a rule has set some
         self.embeds: Tensor | None = None
 
@@ -216,11 +218,21 @@ class CanvasForward:
             blind = self.model.embed(torch.full_like(tokens, self.special.mask))
             self.embeds = torch.cat((self.embeds, torch.where(self.given[..., None], blind, self.embeds)))
 
-    def __call__(self, block: Block, index: int, window: TokenWindow) -> Tensor:
-        """Hidden states `[N, hidden]`, N = B * W (2 * B * W under guidance, conditional half first)."""
+    def __call__(self, block: Block, index: int, window: TokenWindow, open_at_most: int) -> Tensor:
+        """Hidden states `[N, hidden]`, N = B * W (2 * B * W under guidance, conditional half first).
+
+        No request has more than `open_at_most` open positions.
+        """
         if self.config.cache == "block":
             return self._in_block(block, window)
-        first, last = self._columns(block, index)
+        interval = self.config.refresh_interval
+        whole = index < self.config.warmup or (interval is not None and index % interval == 0)
+        if self.config.cache == "delayed":
+            pending, at_most = self.was_open, self.was_open_at_most
+            self.was_open, self.was_open_at_most = self.canvas.is_open, open_at_most
+            if not whole:
+                return self._in_part(pending, at_most, window)
+        first, last = self._columns(block, whole)
         hidden = self._forward_columns(block, first, last)
         # Position 0 has no row before it and keeps its own.
         return self._pick(hidden, window.positions - (first + self.shift))
@@ -265,6 +277,14 @@ class CanvasForward:
         head = hidden[:, 0] if self.carried is None else self.carried
         return self._pick(torch.cat((head[:, None], hidden), 1), row)
 
+    def _in_part(self, pending: Tensor, at_most: int, window: TokenWindow) -> Tensor:
+        """A forward of the `pending` positions bool `[B, T]` alone, of which no request has more than `at_most`."""
+        slots = self.slots[: len(pending)]
+        columns = torch.where(pending, slots, slots.shape[1]).sort(1).values[:, :at_most]
+        hidden = self.at(self._twice(columns), self.ends)
+        place = pending.cumsum(1) - 1
+        return self._pick(hidden, place.gather(1, window.positions.clamp(min=0).long()))
+
     def _forward_rows(self, block: Block, start: Tensor, length: int, decided: bool = False) -> Tensor:
         """Hidden states of `length` columns of each row from `start` on, as far as they are to be forwarded."""
         columns = start[:, None] + torch.arange(length, dtype=torch.int32, device=start.device)
@@ -297,13 +317,16 @@ class CanvasForward:
         embeds = self._embeds(tokens, self.slots[:, first:last])
         return self.model.hidden(tokens, self.positions[:, first:last], window, embeds)
 
-    def _columns(self, block: Block, index: int) -> tuple[int, int]:
+    def _columns(self, block: Block, whole: bool) -> tuple[int, int]:
         """Canvas columns to forward, for caches of models with full attention."""
         length = self.canvas.tokens.shape[1]
-        if self.config.cache == "none" or index == 0:
+        if self.config.cache == "none" or whole:
             return 0, length
         first, last = block.span
-        return max(first - self.shift, 0), last if self.config.cache == "dual" else length
+        left, right = self.config.vicinity
+        return max(first - max(left, self.shift), 0), min(
+            last + right, length
+        ) if self.config.cache == "dual" else length
 
     def _visibility(self, block: Block, decided: bool) -> dict[str, Any]:
         """What the rows of a forward see of each other, as arguments of `AttentionWindow`."""

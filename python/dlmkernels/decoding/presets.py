@@ -73,6 +73,9 @@ PRESETS: dict[str, DecodingConfig] = {
     "dinfer-hierarchy": DINFER.replace(rule=HierarchicalThreshold(0.9, 0.4)),
     "dinfer-credit": DINFER.replace(rule=CreditThreshold(0.9)),
     "dinfer-smoothing": DINFER.replace(rule=SmoothedThreshold(0.9)),
+    "dinfer-vicinity": DINFER.replace(cache="dual", vicinity=(16, 16)),
+    # dKV-Cache, arXiv:2505.15781, its variant "decode"
+    "dkv-cache": LLADA.replace(cache="delayed", warmup=2, refresh_interval=4, block_length=32),
     # KLASS, arXiv:2511.05664
     "klass": DecodingConfig(rule=StableThreshold(0.9, 0.01, 2), block_length=64, eos_policy="none"),
     # Prophet, arXiv:2508.19982
