@@ -190,6 +190,55 @@ def soft_inputs(table: Tensor, mask: int) -> Callable:
     return embed
 
 
+def wino(
+    plain: Callable, canvas: Tensor, start: int, mask: int, *, block_length: int, tau: float, tau_back: float,
+    blind: bool = True,
+) -> Revised:  # fmt: skip
+    """WINO: tokens are verified by masks at their places which do not see them.
+
+    `plain(tokens, visible, positions)` returns the logits of all rows. `blind=False`: the masks see the tokens.
+    """
+    request, length = Revised(canvas, mask), len(canvas)
+    for begin, end in blocks_of(start, length, block_length):
+        n, last = end - begin, 30
+        visible = torch.zeros(length + n, length + n, dtype=torch.bool)
+        visible[:, :length] = True
+        visible[length:, length:] = True
+        for i in range(n):
+            visible[length + i, begin + i] = not blind
+        positions = torch.tensor([*range(length), *range(begin, end)])
+        tokens_of = torch.full((n,), mask)
+        while opened := [i for i in range(begin, end) if request.is_open[i]]:
+            z = plain(torch.cat((request.tokens, tokens_of))[None], visible, positions)[0]
+            p = torch.softmax(z.index_fill(1, torch.tensor([mask]), -torch.inf), -1)
+            best = p.max(-1)
+            order = sorted(opened, key=lambda i: (-best.values[i], i))
+            above = [i for i in order if best.values[i] > tau]
+            request.note(*(abs(best.values[i].item() - tau) for i in opened))
+            most = min(max(int(len(opened) * 7 / 10), 5), 20)
+            commits = above[:most] or order[:1]
+            request.gap([best.values[i].item() for i in opened], len(commits))
+            decided = [i for i in range(begin, end) if not request.is_open[i]]
+            doubt = {i: p[length + i - begin, request.tokens[i]].item() for i in decided}
+            back = []
+            if len(commits) > 1:
+                request.note(*(abs(v - tau_back) for v in doubt.values()))
+                back = sorted((i for i in decided if doubt[i] < tau_back), key=lambda i: (doubt[i], i))
+                if len(back) >= last:
+                    request.gap([-doubt[i] for i in back], last - 1)
+                    back = back[: last - 1]
+            for i in commits:
+                request.tokens[i], request.is_open[i] = best.indices[i], False
+                request.commit_step[i], request.confidence[i] = request.num_forwards, best.values[i]
+                two = z[i].topk(2).values
+                request.note((two[0] - two[1]).item())
+            for i in back:
+                request.take_back(i)
+            last = len(commits)
+            request.num_forwards += 1
+    return request
+
+
 def backtracking(n: int, quirk: bool = False) -> Callable:
     """Saber: a threshold at the mean of the commit confidences; the positions that gained least are opened again.
 

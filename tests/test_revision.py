@@ -141,6 +141,50 @@ class TestBacktracking:
             assert any(r.num_forwards > NEW / count for r in requests)
 
 
+class TestWideInNarrowOut:
+    @pytest.fixture(scope="class")
+    def loaded(self, tmp_path_factory):
+        checkpoint = checkpoints.llada()
+        return checkpoint.plain, dk.load(checkpoint.write(tmp_path_factory.mktemp("llada")))
+
+    @pytest.mark.parametrize(
+        "tau,tau_back,block_length,seed", [(0.3, 0.3, 24, 0), (0.2, 0.5, 8, 0), (0.15, 0.9, 24, 1), (0.0, 0.1, 7, 0)]
+    )
+    def test_rule(self, loaded, tau, tau_back, block_length, seed):
+        plain, model = loaded
+        requests = {}
+        for blind in (True, False):
+            options = {"block_length": block_length, "tau": tau, "tau_back": tau_back, "blind": blind}
+
+            def alone(canvas, start, options=options, blind=blind):
+                request = restated.wino(plain, canvas, start, MASK, **options)
+                requests[blind, start] = request
+                return request
+
+            if blind:
+                rule = dk.WideInNarrowOut(tau, tau_back)
+                assert_rows_same(model, alone, 24, seed, rule=rule, block_length=block_length)
+            else:  # a token that is seen is taken back elsewhere
+                for prompt in ragged(seed=seed)[0]:
+                    alone(canvas_of(prompt, 24), len(prompt))
+        pairs = [(r, requests[False, start]) for (blind, start), r in requests.items() if blind]
+        assert any(not torch.equal(a.commit_step, b.commit_step) for a, b in pairs)
+
+    def test_preset(self, loaded):
+        plain, model = loaded
+        assert_rows_same(
+            model, lambda c, s: restated.wino(plain, c, s, MASK, block_length=128, tau=0.6, tau_back=0.9), 20,
+            config=dk.preset("wino"),
+        )  # fmt: skip
+
+    @pytest.mark.parametrize("options", [{"cache": "dual"}, {"logit_alignment": "shift"}, {"attention": "causal"}])
+    def test_refused(self, model, options):
+        with pytest.raises(
+            ValueError, match="rule WideInNarrowOut needs a model of a known type with attention='full'"
+        ):
+            dk.generate(model, prompts(1, 4), rule=dk.WideInNarrowOut(), max_new_tokens=4, **options)
+
+
 class TestPathPlanning:
     @pytest.mark.parametrize("stickiness", [0.0, 1.0, 2.0])
     @pytest.mark.parametrize("steps", [16, 7, 1])

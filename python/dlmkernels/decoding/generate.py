@@ -201,6 +201,14 @@ def _of_the_family(model: DiffusionModel, config: DecodingConfig) -> DecodingCon
             "cache='delayed' needs a rule that takes nothing back and logit_alignment='same'; got "
             f"{type(config.rule).__name__} and {alignment!r}"
         )
+    if config.rule.shadow and (
+        attention != "full" or config.cache != "none" or alignment != "same" or not model.reuses_kv
+    ):
+        raise ValueError(
+            f"rule {type(config.rule).__name__} needs a model of a known type with attention='full', cache='none' and "
+            f"logit_alignment='same'; got {type(model.model).__name__}, '{attention}', '{config.cache}' and "
+            f"'{alignment}'"
+        )
     if config.rule.slots == "canvas" and config.cache != "none":
         raise ValueError(f"rule {type(config.rule).__name__} reads all of the canvas: it needs cache='none'")
     seeded = family.seeded if config.seeded is None else config.seeded

@@ -225,6 +225,8 @@ class CanvasForward:
         """
         if self.config.cache == "block":
             return self._in_block(block, window)
+        if self.config.rule.shadow:
+            return self._with_shadow(block, window)
         interval = self.config.refresh_interval
         whole = index < self.config.warmup or (interval is not None and index % interval == 0)
         if self.config.cache == "delayed":
@@ -276,6 +278,19 @@ class CanvasForward:
         # The row before the block's first comes from the context; without one the first row stands for itself.
         head = hidden[:, 0] if self.carried is None else self.carried
         return self._pick(torch.cat((head[:, None], hidden), 1), row)
+
+    def _with_shadow(self, block: Block, window: TokenWindow) -> Tensor:
+        """A forward of all the canvas and of the block's shadow, from which decided positions are read."""
+        length = self.canvas.tokens.shape[1]
+        columns = block.start[:, None] + torch.arange(block.length, dtype=torch.int32, device=block.start.device)
+        decided = ~self.canvas.is_open.gather(1, window.positions.clamp(min=0).long())
+        row = torch.where(decided, length + window.positions - block.start[:, None], window.positions)
+        columns = self._twice(columns)
+        tokens, everywhere = self._tokens(), torch.cat((self.slots, columns), 1)
+        tokens = torch.cat((tokens, torch.full_like(tokens[:, : block.length], self.special.mask)), 1)
+        seen = AttentionWindow(kv_range=torch.stack((self.origin, self.ends), 1), shadow=columns.contiguous())
+        positions = self.positions.gather(1, everywhere.long())
+        return self._pick(self.model.hidden(tokens, positions, seen, self._embeds(tokens, everywhere)), row)
 
     def _in_part(self, pending: Tensor, at_most: int, window: TokenWindow) -> Tensor:
         """A forward of the `pending` positions bool `[B, T]` alone, of which no request has more than `at_most`."""

@@ -28,6 +28,7 @@ from .rules import (
     TimeQuota,
     TokenEditing,
     UniformState,
+    WideInNarrowOut,
 )
 from .scores import DensityWeighted, PositionWeighted
 from .streams import Reordered, Strided
@@ -95,6 +96,8 @@ PRESETS: dict[str, DecodingConfig] = {
     "dmax": DecodingConfig(rule=RunEditing(0.5), cache="block"),
     # Saber, arXiv:2510.18165
     "saber": DecodingConfig(rule=Backtracking(2), eos_policy="none"),
+    # WINO, arXiv:2507.18578
+    "wino": DecodingConfig(rule=WideInNarrowOut(0.6, 0.9), block_length=128, eos_policy="none"),
     # P2, arXiv:2502.03540
     "p2": DecodingConfig(rule=PathPlanning(1.0), temperature=1.0, eos_policy="none"),
     # MDLM, arXiv:2406.07524; SEDD, arXiv:2310.16834; Duo, arXiv:2506.10892

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -34,6 +35,10 @@ def attention_forward(
     window = dlm_window
     # transformers counts the query itself into `sliding_window`
     reach = -1 if sliding_window is None else sliding_window - 1
+    if window.shadow is not None:
+        if reach >= 0:
+            raise ValueError("a shadow block needs full attention; this model's layers have a sliding window")
+        return _attend_with_shadow(q, k, v, window, softcap=softcap or 0.0, scale=scaling), None
     if window.cache is None:
         k_new = v_new = None
         k_cache, v_cache = k, v
@@ -49,6 +54,29 @@ def attention_forward(
         window_left=reach, window_right=reach, softcap=softcap or 0.0, scale=scaling,
     )  # fmt: skip
     return out, None
+
+
+def _attend_with_shadow(q: Tensor, k: Tensor, v: Tensor, window: AttentionWindow, **options) -> Tensor:
+    """Attention `[B, T + n, H, D]` of T rows and n of their shadows, which leave out what they are shadows of."""
+    slots, kv_range = window.shadow, window.kv_range
+    assert slots is not None and kv_range is not None and window.cache is None
+    n, width = slots.shape[1], k.shape[1]
+    length = width - n
+    out = [ops.block_attention(q[:, :length], None, None, k, v, None, kv_range, **options).out]
+    # A shadow row sees two ranges that are its own, so that it is a batch row; its keys are those of the request.
+    first, last = (bound.expand(-1, n) for bound in kv_range.split(1, dim=1))
+    left = torch.stack((first, slots), 2)
+    right = torch.stack((slots + 1, last), 2)
+    rest = torch.tensor((length, width), dtype=torch.int32, device=k.device).expand(len(k), n, 2)
+    ranges = torch.stack((left, right, rest), 2)  # [B, n, 3, 2]
+    rows = [
+        ops.block_attention(
+            q[b, length:, None], None, None, k[b].expand(n, -1, -1, -1), v[b].expand(n, -1, -1, -1), None, ranges[b],
+            **options,
+        ).out
+        for b in range(len(k))
+    ]  # fmt: skip
+    return torch.cat((*out, torch.stack([row[:, 0] for row in rows])), 1)
 
 
 # No mask function is registered beside it: transformers then builds no mask at all.

@@ -23,6 +23,7 @@ from .revision import (
     RenoisedEntropyBound,
     RunEditing,
     TokenEditing,
+    WideInNarrowOut,
 )
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "DynamicThreshold", "EarlyAnswer", "EntropyBound", "EntropySum", "Factor", "HierarchicalThreshold",
     "LocalThreshold", "PathPlanning", "Quota", "RenoisedEntropyBound", "Rule", "RunEditing", "ScoreAncestral",
     "SmoothedThreshold", "StableThreshold", "Threshold", "TimeQuota", "TokenEditing", "UniformState",
+    "WideInNarrowOut",
 ]  # fmt: skip

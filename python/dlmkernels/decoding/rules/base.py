@@ -67,6 +67,9 @@ class Rule:
         all of the canvas that are not given. The head runs for all of them.
     noise : {"mask", "uniform"}
         What stands at open positions: the mask token, or tokens drawn uniformly from the vocabulary.
+    shadow : bool
+        Whether the opinions of decided positions are those of a shadow block: masks at the same places that see all
+        but the tokens there. (Otherwise a position sees its own token.) With slots="block" only.
     draws : bool
         Whether the rule itself leaves something to chance, even where tokens are not sampled.
     """
@@ -74,6 +77,7 @@ class Rule:
     needs: ClassVar[frozenset[str]] = frozenset({"margin", "entropy"})
     slots: ClassVar[str] = "open"
     noise: ClassVar[str] = "mask"
+    shadow: ClassVar[bool] = False
     draws: ClassVar[bool] = False
 
     def select(self, step: Step) -> Tensor:

@@ -135,6 +135,40 @@ class Backtracking(Rule):
 
 
 @dataclass(frozen=True)
+class WideInNarrowOut(Rule):
+    """Commit freely, and take back what the model, not seeing it, would not say again.
+
+    WINO (Hong et al., arXiv:2507.18578): with n open positions, everything more confident than `threshold`, at most
+    ``min(max(0.7 n, 5), 20)``, at least the best. Where that is more than one, decided positions whose token has a
+    probability below `back_threshold`, given everything but itself, are masked again: the least likely, and fewer than
+    the step before has committed.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"p_current"})
+    slots: ClassVar[str] = "block"
+    shadow: ClassVar[bool] = True
+
+    threshold: float = 0.6
+    back_threshold: float = 0.9
+
+    def __post_init__(self):
+        check_number("threshold", self.threshold)
+        check_number("back_threshold", self.back_threshold)
+
+    def act(self, step: Step) -> Action:
+        most = (step.open_now * 7 // 10).clamp(5, 20)
+        commit = step.select("threshold", parameter=self.threshold, strict=True, need=1, fill=1, cap=most)
+        committed = commit.sum(1)
+        back = step.memory.get("committed", torch.full_like(committed, 30)) - 1
+        step.memory["committed"] = committed
+        remask = step.select(
+            "threshold", score=-step.p_current, eligible=step.decided, parameter=-self.back_threshold, strict=True,
+            need=0, fill=0, cap=back.masked_fill(committed < 2, 0),
+        )  # fmt: skip
+        return Action(commit, remask=remask)
+
+
+@dataclass(frozen=True)
 class PathPlanning(Rule):
     """Keep a growing share of all positions, the surest; mask the rest again.
 
