@@ -61,7 +61,8 @@ def read_limit(*tensors: Tensor) -> Limit:
 def exp_limit(*tensors: Tensor) -> Limit:
     """One exponential for each element of the tensors: `torch.exp2` over floats that stay in a core's cache.
 
-    (`torch.exp` takes four times as long.) One thread does its share; the others' would take the same time, and no time goes into starting them.
+    (`torch.exp` takes four times as long.) One thread does its share; the others' would take the same time, and no time
+    goes into starting them.
     """
     threads = torch.get_num_threads()
     count = sum(t.numel() for t in tensors) / threads
