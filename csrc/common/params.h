@@ -141,4 +141,21 @@ struct RemaskParams {
   int32_t* info;  // [B,kInfoColumns]
 };
 
+struct VerifyDraftsParams {
+  DType dtype;
+  int64_t B, W, V, R, Q;              // Q: rows of draft_logits
+  const int64_t *drafts, *token;      // [B,W], -1: none from here on; [B,W+1]
+  const void *logits, *draft_logits;  // [R,V], [Q,V], last dimension contiguous; null: compare
+  int64_t logits_stride, draft_stride;
+  const float *logsumexp, *draft_logsumexp;  // [B,W+1], [B,W]
+  const int32_t *row_map, *draft_row_map;    // likewise, -1: unknown; null: identity
+  const int64_t* banned;                     // [banned_count], -1: none
+  int64_t banned_count;
+  PerRow<float> temperature;
+  float leniency;
+  RandomKey random;   // position: [B], of the first draft
+  int32_t* accepted;  // [B]
+  int64_t* tokens;    // [B,W+1]
+};
+
 }  // namespace dlm

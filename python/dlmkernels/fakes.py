@@ -63,3 +63,12 @@ def _remask_(tokens, state, position, proposal, **optional):
     needed = {"state": state, "position": position, "proposal": proposal}
     _check_devices("remask_", "tokens", tokens, needed | optional)
     return tokens.new_empty((tokens.shape[0], INFO_COLUMNS), dtype=torch.int32)
+
+
+# --- verify_drafts ---------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("dlmkernels::verify_drafts")
+def _verify_drafts(drafts, token, **optional):
+    _check_devices("verify_drafts", "drafts", drafts, {"token": token, **optional})
+    return drafts.new_empty(drafts.shape[:1], dtype=torch.int32), token.new_empty(token.shape)

@@ -14,6 +14,7 @@
 #include "kernels/confidence_case.h"
 #include "kernels/remask_case.h"
 #include "kernels/select_case.h"
+#include "kernels/verify_case.h"
 #include "simt/fiber.h"
 
 namespace check {
@@ -25,6 +26,7 @@ using Attention = dlm::cuda::AttentionFault;
 using Select = dlm::cuda::SelectFault;
 using Remask = dlm::cuda::RemaskFault;
 using Confidence = dlm::cuda::ConfidenceFault;
+using Verify = dlm::cuda::VerifyFault;
 
 template <Row fault>
 std::string row() {
@@ -120,6 +122,13 @@ const Fault kFaults[] = {
     {"confidence_wrong_tiles", try_confidence<Confidence::kWrongTiles>, "value", "value", "value", kNotRun},
     {"confidence_bins_read_too_early", try_confidence<Confidence::kBinsReadTooEarly>, "value", "value", "race", kNotRun},
     {"confidence_limit_off_by_one", try_confidence<Confidence::kLimitOffByOne>, "value", "value", "value", kNotRun},
+    {"verify_none", try_verify<Verify::kNone>, "-", "-", "-", ""},
+    {"verify_accepted_read_too_early", try_verify<Verify::kAcceptedReadTooEarly>, "crash", "asan", "crash", kNotRun},
+    {"verify_best_read_too_early", try_verify<Verify::kBestReadTooEarly>, "value", "value", "race", kNotRun},
+    {"verify_counts_beyond_failure", try_verify<Verify::kCountsBeyondFailure>, "value", "value", "value", kNotRun},
+    {"verify_no_leniency", try_verify<Verify::kNoLeniency>, "value", "value", "value", kNotRun},
+    {"verify_bound_too_low", try_verify<Verify::kBoundTooLow>, "value", "value", "value", kNotRun},
+    {"verify_trusts_drafts", try_verify<Verify::kTrustsDrafts>, "crash", "asan", "crash", kNotRun},
     // clang-format on
 };
 
