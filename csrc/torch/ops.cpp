@@ -52,6 +52,12 @@ STABLE_TORCH_LIBRARY(dlmkernels, m) {
       "Tensor? seed=None, Tensor? step=None, Tensor? position=None) -> (Tensor accepted, Tensor "
       "tokens)",
       dlm::verify_drafts);
+  DLM_DEF(m,
+          "splice_(Tensor(a!) tokens, Tensor start, *, Tensor? insert=None, Tensor? remove=None, "
+          "Tensor(b!)? length=None, Tensor? end=None, Tensor(c!)? state=None, Tensor(d!)? "
+          "commit_step=None, Tensor(e!)? commit_confidence=None, int fill_token_id=-1, int "
+          "pad_token_id=-1) -> (Tensor source, Tensor info)",
+          dlm::splice_);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CPU, m) {
@@ -60,6 +66,7 @@ STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CPU, m) {
   m.impl("select_tokens", TORCH_BOX(&dlm::select_tokens));
   m.impl("remask_", TORCH_BOX(&dlm::remask_));
   m.impl("verify_drafts", TORCH_BOX(&dlm::verify_drafts));
+  m.impl("splice_", TORCH_BOX(&dlm::splice_));
 }
 
 #ifdef DLM_WITH_CUDA
@@ -69,5 +76,6 @@ STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CUDA, m) {
   m.impl("select_tokens", TORCH_BOX(&dlm::select_tokens));
   m.impl("remask_", TORCH_BOX(&dlm::remask_));
   m.impl("verify_drafts", TORCH_BOX(&dlm::verify_drafts));
+  m.impl("splice_", TORCH_BOX(&dlm::splice_));
 }
 #endif

@@ -56,4 +56,11 @@ std::tuple<Tensor, Tensor> verify_drafts(
     const MaybeTensor& temperature, double leniency, const MaybeTensor& seed,
     const MaybeTensor& step, const MaybeTensor& position);
 
+std::tuple<Tensor, Tensor> splice_(const Tensor& tokens, const Tensor& start,
+                                   const MaybeTensor& insert, const MaybeTensor& remove,
+                                   const MaybeTensor& length, const MaybeTensor& end,
+                                   const MaybeTensor& state, const MaybeTensor& commit_step,
+                                   const MaybeTensor& commit_confidence, int64_t fill_token_id,
+                                   int64_t pad_token_id);
+
 }  // namespace dlm
