@@ -6,7 +6,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dlmkernels as dk
+import numerics
 import small_models
+from dlmkernels.decoding.poll import OpenCount
 from small_models import EOS, MASK, PAD, build, prompts
 
 
@@ -378,8 +380,53 @@ def test_step_loop_reads_nothing_on_the_host(model, options, monkeypatch):
     dk.generate(model, prompts(2, 6), **SHORT | options)
     assert len(steps) >= 1 and reads.seen == []
     with reads:
-        poll.OpenCount(4).submit(torch.tensor([1, 2])), torch.tensor(3).item()
+        poll.OpenCount(4, 4).submit(torch.tensor([1, 2])), torch.tensor(3).item()
     assert reads.seen  # the recorder does see reads
+
+
+class LateCount(OpenCount):
+    """What a GPU's host may know at worst: a count arrives when the second one after it has been sent."""
+
+    def submit(self, counts):
+        self._under_way.append(tuple(counts.tolist()))
+
+    def latest(self):
+        while len(self._under_way) > self.max_lag:
+            self._latest = self._under_way.popleft()
+        return self._latest
+
+
+@pytest.mark.parametrize("options", [
+    {"rule": dk.Threshold(0.5)}, {"rule": dk.Threshold(0.5), "cache": "dual"}, {"rule": dk.Quota(), "steps": 8},
+    {"rule": dk.Threshold(0.5), "cache": "delayed"}, {"cache": "delayed", "warmup": 2, "refresh_interval": 3},
+    {"rule": dk.Threshold(0.5), "cache": "block", "attention": "block", "logit_alignment": "shift"},
+    {"rule": dk.Threshold(0.5), "cache": "block", "attention": "causal-context", "seeded": True},
+    {"rule": dk.TokenEditing(0.3, 0.2), "eos_policy": "fill"}, {"rule": dk.RunEditing(0.3, 0.4, soft=False)},
+    {"rule": dk.Backtracking(2)}, {"rule": dk.WideInNarrowOut(0.2, 0.5)}, {"rule": dk.EarlyAnswer((0.5, 0.4, 0.3))},
+    {"rule": dk.AncestralRemask(eta=0.3), "steps": 16}, {"rule": dk.RenoisedEntropyBound(), "steps": 8, "seed": 1},
+    {"rule": dk.Reordered(4), "attention": "reordered", "cache": "block"},
+    {"rule": dk.Strided(3), "attention": "causal", "logit_alignment": "shift", "cache": "block"},
+], ids=str)  # fmt: skip
+def test_late_counts_change_nothing(model, options, monkeypatch):
+    """A host that learns late how much is open runs steps that do nothing, and misses none."""
+    options = {"max_new_tokens": 32, "block_length": 8, "eos_policy": "none", "seed": 3} | options
+    canvas = prompts(2, 30)
+    canvas[:, 20:] = MASK  # after two blocks and a half that are given
+    canvas[0, 4] = MASK
+
+    def run():
+        yield dk.generate(model, prompts(2, 6), **options)
+        if not isinstance(options.get("rule"), (dk.Strided, dk.Reordered)):
+            yield dk.infill(model, canvas, **options | {"steps": None})
+
+    at_once = list(run())
+    for module in ("loop", "strided", "reordered"):
+        monkeypatch.setattr(f"dlmkernels.decoding.{module}.OpenCount", LateCount)
+    for ours, late in zip(at_once, run()):
+        assert late.complete.all()
+        for name in ("sequences", "commit_step", "num_forwards"):
+            assert torch.equal(getattr(ours, name), getattr(late, name)), name
+        numerics.assert_same_probabilities(ours.confidence, late.confidence)
 
 
 def test_preset():

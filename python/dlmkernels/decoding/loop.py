@@ -53,7 +53,7 @@ def decode(
     fills_at_once = config.eos_policy == "fill" and rule.slots == "open"
     whole = torch.full_like(canvas.origin, start), canvas.tokens.shape[1] - start
     with model.attached():
-        for block, in_block in zip(blocks, most_open):
+        for number, (block, in_block) in enumerate(zip(blocks, most_open)):
             if in_block > 0 and forward.commits_apart and forward.lacks_context(block):
                 took_part = forward.append_context(block)
                 if config.seeded:
@@ -67,7 +67,7 @@ def decode(
                     took_part &= window.positions[:, 0] < 0  # the others have been counted
                 canvas.step.add_(took_part)
             open_at_start = open_now = _open_in(canvas, block)
-            counts = OpenCount(in_block)
+            counts = OpenCount(in_block, sum(most_open[number:]))
             counts.submit(_open_counts(canvas, block))
             working = open_now > 0
             memory: dict[str, Tensor] = {}

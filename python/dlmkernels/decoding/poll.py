@@ -19,8 +19,8 @@ class OpenCount:
 
     max_lag = 2
 
-    def __init__(self, in_block: int):
-        self._latest = (in_block, in_block)
+    def __init__(self, in_block: int, in_canvas: int):
+        self._latest = (in_block, in_canvas)
         self._under_way: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
     def submit(self, counts: Tensor) -> None:

@@ -45,7 +45,7 @@ def decode_reordered(
     final = torch.zeros_like(canvas.origin)  # columns of each row that are in the cache for good
     length = start + rule.window  # columns to forward: the prompt and the first window
     shown = start
-    counts = OpenCount(end - start)
+    counts = OpenCount(end - start, end - start)
     counts.submit(torch.stack((canvas.is_open.sum(1).amax(),) * 2))
     with model.attached():
         for _ in range(end - start):

@@ -50,7 +50,7 @@ def decode_strided(
     before = start - 1  # columns of the prompt, in the first forward
     shown = start
     offset = torch.arange(2 * rule.stride - 1, dtype=torch.int32, device=device)
-    counts = OpenCount(end - start)
+    counts = OpenCount(end - start, end - start)
     counts.submit(torch.stack((canvas.is_open.sum(1).amax(),) * 2))
     with model.attached():
         for _ in range(end - start):
