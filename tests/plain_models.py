@@ -45,11 +45,13 @@ class PlainDecoder:
 
     def __call__(
         self, tokens: Tensor, visible: Tensor | None = None, positions: Tensor | None = None,
-        embeds: Tensor | None = None,
+        embeds: Tensor | None = None, kept: dict[str, tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:  # fmt: skip
         """Logits `[B, T, V]` of `tokens` `[B, T]` at `positions` `[T]` (default: 0, 1, …).
 
         Row i sees column j where `visible[i, j]` (default: all). `embeds` `[B, T, hidden]` stand in for the tokens'.
+        `kept` are keys and values of every layer and column: those at `positions` are replaced, and all are seen; an
+        empty one is filled.
         """
         x = self.w[self.names["embed"] + ".weight"][tokens] if embeds is None else embeds
         positions = torch.arange(tokens.shape[1]) if positions is None else positions
@@ -58,6 +60,10 @@ class PlainDecoder:
             h = self.norm(x, layer + self.names["first_norm"])
             q, k, v = self.qkv(layer, h)
             q, k = self.rotate(q, positions), self.rotate(k, positions)
+            if kept is not None:
+                if layer in kept:
+                    k, v = (old.index_copy(1, positions, new) for old, new in zip(kept[layer], (k, v)))
+                kept[layer] = k, v
             x = x + self.linear(self.attend(q, k, v, visible).flatten(2), layer + self.names["o"])
             h = self.norm(x, layer + self.names["second_norm"])
             x = x + (self.ffn(self, i, h) if self.ffn else self.swiglu(h, layer))

@@ -405,7 +405,7 @@ def block_causal(length: int, block: int, first: int) -> Tensor:
 def block_diffusion(
     model: Callable, prompt: Tensor, new_tokens: int, mask: int, *, block: int, threshold: float, strict: bool = True,
     grid: str = "absolute", attention: str = "block", shift: bool = False, seeded: bool = False,
-    part: int | None = None, fused: bool = True,
+    part: int | None = None, fused: bool = True, reuse: bool = False,
 ) -> Request:  # fmt: skip
     """Blocks decoded one after another, each seeing those before it and all of itself; nothing is kept in a cache.
 
@@ -421,6 +421,10 @@ def block_diffusion(
     A forward commits everything surer than the threshold (`strict`: than, else: as), at least one. What is decided is
     forwarded once more before it can be seen: by itself, or (`fused`) with the first step of the next block.
 
+    `reuse`, Fast-dLLM v2's block cache: the first forward of a part takes all of the block, the others the part alone
+    (and the row before it, with `shift`, but not the one before the block), beside what the first one has left of the
+    rest.
+
     `model(tokens, visible)` returns the logits of all rows.
     """
     first = len(prompt) // block * block if grid == "absolute" else len(prompt)
@@ -430,14 +434,14 @@ def block_diffusion(
     request = Request(torch.cat((prompt, prompt.new_full((length - len(prompt),), mask))), mask)
     origin = {"absolute": 0, "prompt": first, "both-ways": first % block}[grid]
 
-    def logits(begin: int, end: int) -> Tensor:
+    def logits(begin: int, end: int, kept: dict | None = None) -> Tensor:
         """Of the columns up to `end`, those from `begin` on being the open block."""
         visible = block_causal(end, block, origin)
         if attention != "block":
             visible = torch.ones(end, end).tril().bool()
         if attention == "causal-context":
             visible[begin:] = True
-        return model(request.tokens[None, :end], visible)[0]
+        return model(request.tokens[None, :end], visible, **({} if kept is None else {"kept": kept}))[0]
 
     for begin in range(first, length, block):
         end = min(begin + block, length)
@@ -448,8 +452,14 @@ def block_diffusion(
             request.commit(seed, [0] if seeded and request.open(begin, begin + 1) else [])
         for start in range(begin, end, part or block):
             stop = min(start + (part or block), end)
+            kept, z = {}, None
             while eligible := request.open(start, stop):
-                z = logits(begin, end)
+                if reuse and z is not None:
+                    at = torch.arange(max(start - shift, begin), stop)
+                    seen = block_causal(end, block, origin)[at]
+                    z = z.index_copy(0, at, model(request.tokens[None, at], seen, at, kept=kept)[0])
+                else:
+                    z = logits(begin, end, kept) if reuse else logits(begin, end)
                 proposals = propose(shifted(z) if shift else z, eligible, mask)
                 c = proposals.probability
                 request.note(*(abs(p - threshold) for p in sorted(c)[:-1]))

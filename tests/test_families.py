@@ -666,6 +666,25 @@ class TestTraps:
             40, config=dk.preset("fast-dllm-v2"), block_length=32,
         )  # fmt: skip
 
+    @pytest.mark.parametrize("name", ["fast-dllm-v2", "sdar", "shifted"])
+    @pytest.mark.parametrize("threshold", [0.3, 0.9])
+    def test_cache_of_a_blocks_parts(self, name, threshold, loaded):
+        """Keys and values of the rest of the block are those of a part's first forward: an approximation."""
+        checkpoint, model = loaded(name, BLOCKS[name])
+        told = RESTATED[name] | {"block": 16, "part": 4, "threshold": threshold}
+        ours = {"block_length": 16, "sub_block_length": 4, "rule": dk.Threshold(threshold, strict=True)}
+        ours |= {"cache": "block", "temperature": 0.0, "logit_alignment": "shift" if told.get("shift") else "same"}
+        assert_rows_same(
+            model, lambda c, s: published.block_diffusion(checkpoint.plain, c[:s], 24, MASK, reuse=True, **told), 24,
+            sub_block_cache=True, **ours,
+        )  # fmt: skip
+        exact, reused, refreshed = (
+            dk.generate(model, prompts(2, 9), max_new_tokens=24, eos_policy="none", **ours, **more)
+            for more in ({}, {"sub_block_cache": True}, {"sub_block_cache": True, "refresh_interval": 1})
+        )
+        assert torch.equal(exact.sequences, refreshed.sequences)
+        assert not torch.equal(exact.confidence, reused.confidence)
+
     def test_where_blocks_are_counted_from_matters_unless_the_prompt_is_whole_blocks(self, loaded):
         _, model = loaded("sdar", checkpoints.sdar)
         options = {"max_new_tokens": 16, "temperature": 0.0, "rule": dk.Threshold(0.5), "eos_policy": "none"}

@@ -61,10 +61,14 @@ class DecodingConfig:
         approximations, for models with full attention. block: for the other kinds of attention, under which a finished
         block never changes again: its keys and values are appended once and a forward takes the open block alone
         (exact).
+    sub_block_cache : bool
+        With cache="block" and a `sub_block_length`: a forward takes the part alone, and finds what the rest of the
+        block was when the part was begun (Fast-dLLM v2; an approximation).
     warmup : int
-        With the caches that are approximations: how many forwards of the whole canvas a block begins with.
+        With the caches that are approximations: how many forwards of the whole canvas a block begins with; of the whole
+        block a part, with `sub_block_cache`.
     refresh_interval : int, optional
-        With them: every so many forwards of a block, one takes the whole canvas. None: only the first ones do.
+        With them: every so many forwards of a block (or part), one is like the first. None: none is.
     vicinity : tuple of int
         With cache="prefix" and "dual": how many positions left and right of the block a forward takes as well
         (vicinity refresh of dInfer, arXiv:2510.08666).
@@ -114,6 +118,7 @@ class DecodingConfig:
     distribution: str = "raw"
     order_temperature: float = 0.0
     cache: str = "none"
+    sub_block_cache: bool = False
     warmup: int = 1
     refresh_interval: int | None = None
     vicinity: tuple[int, int] = (0, 0)

@@ -223,12 +223,12 @@ class CanvasForward:
 
         No request has more than `open_at_most` open positions.
         """
-        if self.config.cache == "block":
-            return self._in_block(block, window)
-        if self.config.rule.shadow:
-            return self._with_shadow(block, window)
         interval = self.config.refresh_interval
         whole = index < self.config.warmup or (interval is not None and index % interval == 0)
+        if self.config.cache == "block":
+            return self._in_block(block, window, whole or not self.config.sub_block_cache)
+        if self.config.rule.shadow:
+            return self._with_shadow(block, window)
         if self.config.cache == "delayed":
             pending, at_most = self.was_open, self.was_open_at_most
             self.was_open, self.was_open_at_most = self.canvas.is_open, open_at_most
@@ -262,21 +262,29 @@ class CanvasForward:
         assert self.carried is not None
         return self.carried
 
-    def _in_block(self, block: Block, window: TokenWindow) -> Tensor:
-        """A forward of each row's block alone, or of what comes before it too if that is not in the cache yet."""
-        outer, before = self._twice(block.outer), 0
-        if not self.commits_apart and self.lacks_context(block):
+    def _in_block(self, block: Block, window: TokenWindow, whole: bool) -> Tensor:
+        """A forward of each row's block alone, or of what comes before it too if that is not in the cache yet.
+
+        Where it need not be `whole`, of the part of the block that is being decoded.
+        """
+        first, length, before = block.outer, block.outer_length, 0
+        if not whole:
+            inner = block.span[0] - self.grid.span[0] - block.offset  # columns of the block left of the part
+            first, length = block.start, block.length
+            if inner > 0:
+                before = self.shift  # the row that speaks of the part's first position
+        elif not self.commits_apart and self.lacks_context(block):
             before = block.offset - self.done
-        hidden = self._forward_rows(block, outer - before, before + block.outer_length)
+        hidden = self._forward_rows(block, self._twice(first) - before, before + length)
+        head = hidden[:, 0] if self.carried is None else self.carried
         if before > 0:
-            self.carried = hidden[:, before - 1]
-            self.done = block.offset
-            hidden = hidden[:, before:]
-        row = window.positions - block.outer[:, None]
+            head, hidden = hidden[:, before - 1], hidden[:, before:]
+            if whole:
+                self.carried, self.done = head, block.offset
+        row = window.positions - first[:, None]
         if not self.shift:
             return self._pick(hidden, row)
         # The row before the block's first comes from the context; without one the first row stands for itself.
-        head = hidden[:, 0] if self.carried is None else self.carried
         return self._pick(torch.cat((head[:, None], hidden), 1), row)
 
     def _with_shadow(self, block: Block, window: TokenWindow) -> Tensor:
