@@ -7,10 +7,19 @@ import pytest
 import torch
 
 import numerics
-from dlmkernels import ops, reference
+from dlmkernels import _C, ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 op = torch.ops.dlmkernels.soft_embedding.default
+
+
+@pytest.fixture(params=_C.cpu_isas())
+def isa(request):
+    """Runs a test with the kernels of each instruction set that this machine has."""
+    before = _C.cpu_isa()
+    _C.set_cpu_isa(request.param)
+    yield request.param
+    _C.set_cpu_isa(before)
 
 
 def i32(*values):
@@ -53,6 +62,7 @@ def check(logits, weight, **arguments):
     return out
 
 
+@pytest.mark.usefixtures("isa")
 class TestAgainstReference:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("V", [1, 2, 31, 257, 1000, 32000])
@@ -106,6 +116,7 @@ class TestAgainstReference:
         assert ops.soft_embedding(logits, weight).shape == (rows, D)
 
 
+@pytest.mark.usefixtures("isa")
 class TestMeaning:
     def test_certainty(self):
         weight = torch.randn(50, 12)
@@ -180,6 +191,7 @@ class TestPublished:
         numerics.assert_same_probabilities(weight[3] + 0.2 * ops.soft_embedding(logits, weight), expected)
 
 
+@pytest.mark.usefixtures("isa")
 class TestIndependence:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("top_k", [None, 5])
