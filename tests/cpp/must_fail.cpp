@@ -149,7 +149,7 @@ const Fault kFaults[] = {
     {"soft_splits_overlap", try_soft<Soft::kSplitsOverlap>, "value", "value", "value", kNotRun},
     {"soft_sums_once", try_soft<Soft::kSumsOnce>, "value", "value", "value", kNotRun},
     {"soft_swapped_registers", try_soft<Soft::kSwappedRegisters>, "value", "value", "value", kNotRun},
-    {"soft_hits_read_too_early", try_soft<Soft::kHitsReadTooEarly>, "value", "value", "race", kNotRun},
+    {"soft_hits_read_too_early", try_soft<Soft::kHitsReadTooEarly>, "value", "asan", "race", kNotRun},
     // clang-format on
 };
 
