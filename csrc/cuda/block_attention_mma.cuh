@@ -107,8 +107,8 @@ struct Attend {
     __syncthreads();
     mine = bounds_of(limits, warp_row, kWarpRows);
     KeyTiles<Tiling::kKeys> tiles(p.op, place.b);
-    const bool overlap = fault == AttentionFault::kSplitsOverlap && p.splits > 1;
-    tiles.confine(bounds_of(limits, 0, kRows), place.split, p.split_length + int(overlap));
+    tiles.confine(bounds_of(limits, 0, kRows), place.split, p.split_length,
+                  fault == AttentionFault::kSplitsOverlap ? Tiling::kKeys : 0);
     for_each_key_tile<T, kD, Tiling::kKeys, Tiling::kStages, fault>(
         p, place, tiles, queries + Tiling::kQueryBytes,
         [&](const Tile& tile, uint32_t at) { attend(tile, at, at + Tiling::kTileBytes); });

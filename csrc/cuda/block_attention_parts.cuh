@@ -176,13 +176,15 @@ class KeyTiles {
     }
   }
 
-  DLM_DEVICE void confine(const Bounds& rows, int32_t split, int32_t split_length) {
+  // `overlap` is for the tests: slots of the next split that are taken too.
+  DLM_DEVICE void confine(const Bounds& rows, int32_t split, int32_t split_length,
+                          int64_t overlap = 0) {
     first_ = rows.first;
     last_ = 0;
     slot_ = 0;
     if (start_ == INT_MAX || rows.first >= rows.last) return;
     const int64_t origin = start_, begin = origin + int64_t(split) * split_length;
-    last_ = int32_t(min(int64_t(rows.last), begin + split_length));
+    last_ = int32_t(min(int64_t(rows.last), begin + split_length + overlap));
     const int64_t skipped = rows.first > begin ? (rows.first - begin) / kKeys * kKeys : 0;
     slot_ = int32_t(min(begin + skipped, int64_t(last_)));
   }
