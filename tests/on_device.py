@@ -11,7 +11,15 @@ import torch
 
 from dlmkernels import ops
 
-NAMES = ("block_attention", "token_confidence", "select_tokens", "remask_", "verify_drafts", "splice_")
+NAMES = (
+    "block_attention",
+    "token_confidence",
+    "select_tokens",
+    "remask_",
+    "verify_drafts",
+    "splice_",
+    "soft_embedding",
+)
 
 
 class Journey:

@@ -72,6 +72,7 @@ struct TokenConfidenceParams {
   float *confidence, *margin, *entropy, *logsumexp,
       *p_given;    // [N]; margin, entropy: null when not wanted
   int32_t* flags;  // [N]
+  float* floor;    // [N], the lowest logit that the filters keep, -inf: all; null: not wanted
 };
 // Bits of TokenConfidenceParams::flags.
 constexpr int32_t kFlagNaN = 1, kFlagPosInf = 2, kFlagNothingAllowed = 4;
@@ -175,6 +176,19 @@ struct SpliceParams {
   int64_t fill_token_id, pad_token_id;
   int32_t* source;  // [B,T] where each position's content was, -1: nowhere
   int32_t* info;    // [B,kSpliceColumns]
+};
+
+struct SoftEmbeddingParams {
+  DType dtype, weight_dtype;
+  int64_t N, R, V, D;
+  const void *logits, *weight;  // [R,V], [V,D], last dimensions contiguous
+  int64_t logits_stride, weight_stride;
+  const int32_t* row_map;  // [N], -1: unused; null: identity
+  PerRow<float> temperature;
+  const int64_t* argmax;  // [N] as token_confidence finds it, -1: none
+  const float* floor;     // [N] likewise; null: all are kept
+  int64_t mask_token_id;  // receives what is not kept; -1: the kept are renormalised
+  void* out;              // [N,D] contiguous, dtype of weight
 };
 
 }  // namespace dlm

@@ -52,6 +52,14 @@ DLM_SIMD void store(float* to, Floats x) { _mm512_storeu_ps(to, x); }
 DLM_SIMD void store(uint32_t* to, Words x) { _mm512_storeu_si512(to, (__m512i)x); }
 DLM_SIMD void store(uint64_t* to, Longs x) { _mm512_storeu_si512(to, (__m512i)x); }
 
+// sums[i] += x[i], of 16 elements.
+DLM_SIMD void add_to(double* sums, Floats x) {
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
+  const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
+  _mm512_storeu_pd(sums, _mm512_loadu_pd(sums) + low);
+  _mm512_storeu_pd(sums + 8, _mm512_loadu_pd(sums + 8) + high);
+}
+
 // --- arithmetic --------------------------------------------------------------------------------
 
 DLM_SIMD Words bits(Floats x) { return (Words)x; }

@@ -253,8 +253,10 @@ float logit_at(const LogitsRow& row, int64_t v) {
 void finish(const Kernel& kernel, const TokenConfidenceParams& p, int64_t n, Task& task,
             Scan found) {
   LogitsRow& row = task.row;
+  if (p.floor) p.floor[n] = -kInfinity;
   if (task.filters && found.argmax >= 0) {
     row.floor = filter_floor(kernel, p, task, found.max);
+    if (p.floor) p.floor[n] = row.floor;
     if (p.distribution == Distribution::kFiltered) {
       const int32_t flags = found.flags;
       found = scan_row(kernel, row, task.statistics);

@@ -451,6 +451,7 @@ DLM_DEVICE void finish_row(const ConfidenceLaunch& job, uint32_t n) {
     p.token[n] = token;
     p.argmax[n] = argmax;
     p.flags[n] = int32_t(flags);
+    if (p.floor) p.floor[n] = plan.used() && plan.filters ? job.floor[n] : -INFINITY;
     p.confidence[n] = float(confidence);
     p.logsumexp[n] = float(logsumexp);
     p.p_given[n] = float(p_given);

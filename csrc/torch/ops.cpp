@@ -58,6 +58,10 @@ STABLE_TORCH_LIBRARY(dlmkernels, m) {
           "commit_step=None, Tensor(e!)? commit_confidence=None, int fill_token_id=-1, int "
           "pad_token_id=-1) -> (Tensor source, Tensor info)",
           dlm::splice_);
+  DLM_DEF(m,
+          "soft_embedding(Tensor logits, Tensor weight, *, Tensor? row_map=None, Tensor? "
+          "temperature=None, Tensor? top_k=None, int mask_token_id=-1) -> Tensor",
+          dlm::soft_embedding);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CPU, m) {
@@ -67,6 +71,7 @@ STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CPU, m) {
   m.impl("remask_", TORCH_BOX(&dlm::remask_));
   m.impl("verify_drafts", TORCH_BOX(&dlm::verify_drafts));
   m.impl("splice_", TORCH_BOX(&dlm::splice_));
+  m.impl("soft_embedding", TORCH_BOX(&dlm::soft_embedding));
 }
 
 #ifdef DLM_WITH_CUDA
@@ -77,5 +82,6 @@ STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CUDA, m) {
   m.impl("remask_", TORCH_BOX(&dlm::remask_));
   m.impl("verify_drafts", TORCH_BOX(&dlm::verify_drafts));
   m.impl("splice_", TORCH_BOX(&dlm::splice_));
+  m.impl("soft_embedding", TORCH_BOX(&dlm::soft_embedding));
 }
 #endif

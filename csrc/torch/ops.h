@@ -63,4 +63,8 @@ std::tuple<Tensor, Tensor> splice_(const Tensor& tokens, const Tensor& start,
                                    const MaybeTensor& commit_confidence, int64_t fill_token_id,
                                    int64_t pad_token_id);
 
+Tensor soft_embedding(const Tensor& logits, const Tensor& weight, const MaybeTensor& row_map,
+                      const MaybeTensor& temperature, const MaybeTensor& top_k,
+                      int64_t mask_token_id);
+
 }  // namespace dlm

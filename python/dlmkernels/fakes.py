@@ -84,3 +84,12 @@ def _splice_(tokens, start, **optional):
     _check_devices("splice_", "tokens", tokens, {"start": start, **optional})
     info = tokens.new_empty((tokens.shape[0], SPLICE_COLUMNS), dtype=torch.int32)
     return tokens.new_empty(tokens.shape, dtype=torch.int32), info
+
+
+# --- soft_embedding --------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("dlmkernels::soft_embedding")
+def _soft_embedding(logits, weight, *, row_map=None, **optional):
+    _check_devices("soft_embedding", "logits", logits, {"weight": weight, "row_map": row_map, **optional})
+    return weight.new_empty((logits.shape[0] if row_map is None else row_map.shape[0], weight.shape[1]))

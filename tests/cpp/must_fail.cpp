@@ -14,6 +14,7 @@
 #include "kernels/confidence_case.h"
 #include "kernels/remask_case.h"
 #include "kernels/select_case.h"
+#include "kernels/soft_case.h"
 #include "kernels/splice_case.h"
 #include "kernels/verify_case.h"
 #include "simt/fiber.h"
@@ -27,6 +28,7 @@ using Attention = dlm::cuda::AttentionFault;
 using Select = dlm::cuda::SelectFault;
 using Remask = dlm::cuda::RemaskFault;
 using Confidence = dlm::cuda::ConfidenceFault;
+using Soft = dlm::cuda::SoftFault;
 using Splice = dlm::cuda::SpliceFault;
 using Verify = dlm::cuda::VerifyFault;
 
@@ -139,6 +141,15 @@ const Fault kFaults[] = {
     {"splice_removes_frozen", try_splice<Splice::kRemovesFrozen>, "value", "value", "value", kNotRun},
     {"splice_dirty_travels", try_splice<Splice::kDirtyTravels>, "value", "value", "value", kNotRun},
     {"splice_trusts_lengths", try_splice<Splice::kTrustsLengths>, "value", "asan", "value", kNotRun},
+    {"soft_none", try_soft<Soft::kNone>, "-", "-", "-", ""},
+    {"soft_lax_wait", try_soft<Soft::kLaxWait>, "value", "value", "value", kNotRun},
+    {"soft_no_barrier", try_soft<Soft::kNoBarrier>, "value", "value", "race", kNotRun},
+    {"soft_overread", try_soft<Soft::kOverread>, "?", "asan", "?", kNotRun},
+    {"soft_unmasked_tail", try_soft<Soft::kUnmaskedTail>, "value", "value", "value", kNotRun},
+    {"soft_splits_overlap", try_soft<Soft::kSplitsOverlap>, "value", "value", "value", kNotRun},
+    {"soft_sums_once", try_soft<Soft::kSumsOnce>, "value", "value", "value", kNotRun},
+    {"soft_swapped_registers", try_soft<Soft::kSwappedRegisters>, "value", "value", "value", kNotRun},
+    {"soft_hits_read_too_early", try_soft<Soft::kHitsReadTooEarly>, "value", "asan", "race", kNotRun},
     // clang-format on
 };
 

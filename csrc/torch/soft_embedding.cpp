@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/soft_embedding.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cpu/token_confidence.h"
+#include "torch/check.h"
+#include "torch/ops.h"
+#ifdef DLM_WITH_CUDA
+#include "cuda/soft_embedding.h"
+#include "cuda/token_confidence.h"
+#include "torch/cuda_stream.h"
+#endif
+
+namespace dlm {
+namespace {
+
+// Where each row has its maximum, and what top-k keeps: token_confidence, with its other outputs
+// thrown away. Holds the memory of all.
+struct RowStatistics {
+  RowStatistics(const SoftEmbeddingParams& p, PerRow<int32_t> top_k, const Tensor& logits) {
+    const auto empty = [&](ScalarType type, int64_t vectors) {
+      return torch::stable::new_empty(logits, {vectors, p.N}, type);
+    };
+    ids = empty(ScalarType::Long, 2);
+    floats = empty(ScalarType::Float, 4);
+    flags = empty(ScalarType::Int, 1);
+    op.dtype = p.dtype;
+    op.N = p.N, op.R = p.R, op.V = p.V;
+    op.logits = p.logits, op.logits_stride = p.logits_stride;
+    op.row_map = p.row_map;
+    op.bias_rows_per_value = op.banned_rows_per_value = op.bitmask_rows_per_value = p.N;
+    op.top_k = top_k;
+    op.distribution = top_k ? Distribution::kFiltered : Distribution::kRaw;
+    op.token = static_cast<int64_t*>(ids.mutable_data_ptr());
+    op.argmax = op.token + p.N;
+    float* x = static_cast<float*>(floats.mutable_data_ptr());
+    op.confidence = x, op.logsumexp = x + p.N, op.p_given = x + 2 * p.N, op.floor = x + 3 * p.N;
+    op.flags = static_cast<int32_t*>(flags.mutable_data_ptr());
+  }
+
+  TokenConfidenceParams op{};
+  Tensor ids, floats, flags;
+};
+
+// The values, on the CPU: there, looking at them costs no wait.
+void check_values(const Check& check, const SoftEmbeddingParams& p, const MaybeTensor& temperature,
+                  const MaybeTensor& top_k, PerRow<int32_t> k) {
+  for (int64_t n = 0; p.row_map && n < p.N; ++n) {
+    if (p.row_map[n] >= -1 && p.row_map[n] < p.R) continue;
+    check.that(false, "row_map must be -1 or in [0, ", p.R, "); got ", p.row_map[n], " at ", n);
+  }
+  for (int64_t i = 0; temperature && i < temperature->numel(); ++i) {
+    const float t = p.temperature.data[i];
+    if (t == 0.0f || (t >= std::numeric_limits<float>::min() && std::isfinite(t))) continue;
+    check.that(false, "temperature must be 0, or finite and at least 1.2e-38; got ", t, " at ", i);
+  }
+  for (int64_t i = 0; top_k && i < top_k->numel(); ++i) {
+    if (k.data[i] >= 0) continue;
+    check.that(false, "top_k must be 0 (off) or positive; got ", k.data[i], " at ", i);
+  }
+}
+
+}  // namespace
+
+Tensor soft_embedding(const Tensor& logits, const Tensor& weight, const MaybeTensor& row_map,
+                      const MaybeTensor& temperature, const MaybeTensor& top_k,
+                      int64_t mask_token_id) {
+  const Check check("soft_embedding", "logits", logits);
+  SoftEmbeddingParams p{};
+  check.dtype("logits", logits, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+  check.sizes("logits", logits, {-1, -1});
+  check.rows_dense("logits", logits);
+  p.R = logits.size(0);
+  const int64_t V = p.V = logits.size(1);
+  check.that(V >= 1, "logits must have at least one column; got ", Check::shape(logits));
+  check.device("weight", weight);
+  check.dtype("weight", weight, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+  check.sizes("weight", weight, {V, -1});
+  check.rows_dense("weight", weight);
+  p.D = weight.size(1);
+  p.dtype = element_type(logits);
+  p.weight_dtype = element_type(weight);
+  p.logits = logits.const_data_ptr();
+  p.logits_stride = logits.stride(0);
+  p.weight = weight.const_data_ptr();
+  p.weight_stride = weight.stride(0);
+  p.row_map = check.dense<int32_t>("row_map", row_map, {-1});
+  const int64_t N = p.N = row_map ? row_map->numel() : p.R;
+  p.temperature = check.per_row<float>("temperature", temperature, N);
+  const PerRow<int32_t> k = check.per_row<int32_t>("top_k", top_k, N);
+  check.that(mask_token_id >= -1 && mask_token_id < V, "mask_token_id must be -1 or in [0, ", V,
+             "); got ", mask_token_id);
+  check.that(top_k || mask_token_id < 0, "top_k is required by mask_token_id; got None");
+  p.mask_token_id = mask_token_id;
+  if (logits.is_cpu()) check_values(check, p, temperature, top_k, k);
+
+  Tensor out = torch::stable::new_empty(weight, {N, p.D});
+  p.out = out.mutable_data_ptr();
+  if (N == 0 || p.D == 0) return out;
+  RowStatistics of_rows(p, k, logits);
+  p.argmax = of_rows.op.argmax;
+  p.floor = top_k ? of_rows.op.floor : nullptr;
+
+#ifdef DLM_WITH_CUDA
+  if (logits.is_cuda()) {
+    const CudaCall call(check, logits);
+    call.supports(cuda::unsupported_token_confidence(of_rows.op));
+    call.supports(cuda::unsupported_soft_embedding(p));
+    const int64_t bytes =
+        std::max(cuda::token_confidence_workspace(of_rows.op), cuda::soft_embedding_workspace(p));
+    Tensor workspace = torch::stable::new_empty(logits, {bytes}, ScalarType::Byte);
+    void* scratch = workspace.mutable_data_ptr();
+    call.succeeded(cuda::run_token_confidence(of_rows.op, scratch, call.stream()));
+    call.succeeded(cuda::run_soft_embedding(p, scratch, call.stream()));
+    return out;
+  }
+#endif
+
+  torch::stable::parallel_for(
+      0, N, std::max<int64_t>(1, cpu::token_confidence_grain() / V),
+      [&](int64_t begin, int64_t end) { cpu::token_confidence(of_rows.op, begin, end); });
+  torch::stable::parallel_for(0, cpu::soft_embedding_items(p), 1, [&](int64_t begin, int64_t end) {
+    cpu::soft_embedding(p, begin, end);
+  });
+  return out;
+}
+
+}  // namespace dlm
