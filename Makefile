@@ -49,14 +49,17 @@ $(STAMPS)/package: $(SOURCES) $(STAMPS)/tools
 demo: setup
 	$(PY) -m dlmkernels demo $(ARGS)
 
+# A worker a core, a thread a worker.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest tests -n auto --dist loadgroup
+
 test: setup
-	$(RUN) $(PY) -m pytest tests $(ARGS)
+	$(RUN) $(PYTEST) $(ARGS)
 
 check: setup
 	$(RUN) $(PY) -m ruff check .
 	$(RUN) $(PY) -m ruff format --check .
 	$(RUN) $(PY) -m mypy
-	$(RUN) $(PY) -m pytest tests -m "not slow" $(ARGS)
+	$(RUN) $(PYTEST) -m "not slow" $(ARGS)
 
 bench: setup
 	$(RUN) $(PY) -m pytest benchmarks --benchmark-only $(ARGS)

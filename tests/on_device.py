@@ -11,7 +11,7 @@ import torch
 
 from dlmkernels import ops
 
-NAMES = ("block_attention", "token_confidence", "select_tokens", "remask_")
+NAMES = ("block_attention", "token_confidence", "select_tokens", "remask_", "verify_drafts", "splice_")
 
 
 class Journey:

@@ -35,17 +35,18 @@ class PlainLlama:
 
     def __call__(
         self, tokens: Tensor, cached: KeyValues | None = None, start: int = 0, keep_right: bool = False,
-        positions: Tensor | None = None, valid: Tensor | None = None,
+        positions: Tensor | None = None, valid: Tensor | None = None, embeds: Tensor | None = None,
     ) -> tuple[Tensor, KeyValues]:  # fmt: skip
         """Logits `[B, Q, V]` of `tokens` `[B, Q]`, which stand at columns start .. start + Q, and all keys and values.
 
         `positions` `[B, Q]` count from each request's first token (default: the columns); `valid` bool `[B, T]` says
-        which columns may be attended to, T being all of them (default: every one).
+        which columns may be attended to, T being all of them (default: every one); `embeds` `[B, Q, hidden]` stand in
+        for the tokens' embeddings.
         """
         end = start + tokens.shape[1]
         if positions is None:
             positions = torch.arange(start, end).expand(tokens.shape)
-        x = self.weights["model.embed_tokens.weight"][tokens]
+        x = self.weights["model.embed_tokens.weight"][tokens] if embeds is None else embeds
         kept = []
         for i in range(self.num_layers):
             layer = f"model.layers.{i}."

@@ -43,12 +43,15 @@ class PlainDecoder:
         twin.w = {name: w.double() if w.is_floating_point() else w for name, w in self.w.items()}
         return twin
 
-    def __call__(self, tokens: Tensor, visible: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, tokens: Tensor, visible: Tensor | None = None, positions: Tensor | None = None,
+        embeds: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Logits `[B, T, V]` of `tokens` `[B, T]` at `positions` `[T]` (default: 0, 1, …).
 
-        Row i sees column j where `visible[i, j]` (default: all).
+        Row i sees column j where `visible[i, j]` (default: all). `embeds` `[B, T, hidden]` stand in for the tokens'.
         """
-        x = self.w[self.names["embed"] + ".weight"][tokens]
+        x = self.w[self.names["embed"] + ".weight"][tokens] if embeds is None else embeds
         positions = torch.arange(tokens.shape[1]) if positions is None else positions
         for i in range(self.layers):
             layer = self.names["layer"].format(i)

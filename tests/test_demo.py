@@ -152,17 +152,18 @@ def test_play_redraws_in_place(trace, colour):
 
 def test_left_to_right(shipped):
     problem = TASKS["addition"].make(1)[0]
-    out = run.decode(*shipped, [problem], torch.tensor([0]), {"rule": run.LeftToRight()})
+    out = run.decode(*shipped, [problem], torch.tensor([0]), {"score": "position"})
     assert out.trace.order() == [[i] for i in range(problem.prompt_length, TASKS["addition"].length)]
 
 
-def test_pictures(trace, tmp_path):
+@pytest.mark.parametrize("cases", [run.CASES, run.PUBLISHED])
+def test_pictures(trace, tmp_path, cases):
     board.plot(trace, tmp_path / "board.png")
     trace.plot(tmp_path / "trace.png")
     results = [
         run.Result(title, case.name, 8, 0.5, 4.0 + i, 2.0, 100.0)
         for title, *_ in run.SETS
-        for i, case in enumerate(run.CASES)
+        for i, case in enumerate(cases)
     ]
     run.plot(results, tmp_path / "results.png")
     for name in ("board", "trace", "results"):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import dlmkernels as dk
 from dlmkernels.demo import MODEL_DIR
 from dlmkernels.demo.tasks import TASKS
 from small_models import build, prompts
@@ -53,3 +54,8 @@ def test_quoted_files_exist():
         text = (ROOT / name).read_text()
         for path in re.findall(r"`((?:tests|csrc|python|docs|benchmarks|examples)/[\w./]+\.\w+)`", text):
             assert (ROOT / path).exists(), f"{name} speaks of {path}"
+
+
+def test_every_preset_is_explained():
+    text = (ROOT / "docs/decoding.md").read_text()
+    assert [name for name in dk.PRESETS if f"`{name}`" not in text] == []

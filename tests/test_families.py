@@ -646,12 +646,25 @@ class TestTraps:
 
     def test_thresholds_are_strict_where_they_are_published_so(self):
         strict = {
-            name: config.rule.strict for name, config in dk.PRESETS.items() if isinstance(config.rule, dk.Threshold)
+            name: config.rule.strict
+            for name, config in dk.PRESETS.items()
+            if isinstance(config.rule, (dk.Threshold, dk.DynamicThreshold))
         }
         for name in ("sdar", "llada2", "fast-dllm-v2", "d2f"):
             assert strict[name]
         for name in ("fast-dllm", "nemotron"):
             assert not strict[name]
+
+    def test_fast_dllm_v2_by_name(self, loaded):
+        """The preset, in blocks of 32 and parts of 8 as its model was published with."""
+        checkpoint, model = loaded("fast-dllm-v2", checkpoints.fast_dllm_v2)
+        assert_rows_same(
+            model,
+            lambda c, s: published.block_diffusion(
+                checkpoint.plain, c[:s], 40, MASK, block=32, part=8, threshold=0.9, shift=True, seeded=True
+            ),
+            40, config=dk.preset("fast-dllm-v2"), block_length=32,
+        )  # fmt: skip
 
     def test_where_blocks_are_counted_from_matters_unless_the_prompt_is_whole_blocks(self, loaded):
         _, model = loaded("sdar", checkpoints.sdar)

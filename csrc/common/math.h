@@ -36,6 +36,14 @@ DLM_HD float exp_normal(float x) {
   return keep_if(normal, mul_rn(p, power));
 }
 
+// e^(z / T - logsumexp), given 1 / T: a probability of softmax(z / T). NaN and -inf give 0; +inf is
+// taken as the largest float, as in token_confidence.
+DLM_HD float tempered_probability(float z, float inverse, float logsumexp) {
+  z = z > 3.402823466e+38f ? 3.402823466e+38f : z;
+  const float x = add_rn(mul_rn(z, inverse), -logsumexp);
+  return exp_normal(x > 0.0f ? 0.0f : x);
+}
+
 // Within 2 ulp on all floats; exp(-inf) = 0, exp(+inf) = +inf, NaN stays NaN; gradual underflow.
 DLM_HD float plain_exp(float x) {
   // Beyond these bounds the result is 0 or +inf; a NaN fails both comparisons and passes through.

@@ -141,4 +141,40 @@ struct RemaskParams {
   int32_t* info;  // [B,kInfoColumns]
 };
 
+struct VerifyDraftsParams {
+  DType dtype;
+  int64_t B, W, V, R, Q;              // Q: rows of draft_logits
+  const int64_t *drafts, *token;      // [B,W], -1: none from here on; [B,W+1]
+  const void *logits, *draft_logits;  // [R,V], [Q,V], last dimension contiguous; null: compare
+  int64_t logits_stride, draft_stride;
+  const float *logsumexp, *draft_logsumexp;  // [B,W+1], [B,W]
+  const int32_t *row_map, *draft_row_map;    // likewise, -1: unknown; null: identity
+  const int64_t* banned;                     // [banned_count], -1: none
+  int64_t banned_count;
+  PerRow<float> temperature;
+  float leniency;
+  RandomKey random;   // position: [B], of the first draft
+  int32_t* accepted;  // [B]
+  int64_t* tokens;    // [B,W+1]
+};
+
+// Columns of the per-row info of splice_.
+enum SpliceInfo : int32_t { kSpliceInserted, kSpliceRemoved, kSpliceOverflow, kSpliceColumns };
+
+struct SpliceParams {
+  int64_t B, T, W;
+  int64_t* tokens;           // [B,T]
+  uint8_t* state;            // [B,T], and so on; null: not kept
+  int32_t* commit_step;      // [B,T]
+  float* commit_confidence;  // [B,T]
+  const int32_t* start;      // [B] canvas position of slot 0, -1: idle row
+  const int32_t* insert;     // [B,W] positions to insert before each slot
+  const bool* remove;        // [B,W]
+  int32_t* length;           // [B] live positions; null: the span [start, end) keeps its size
+  PerRow<int32_t> end;
+  int64_t fill_token_id, pad_token_id;
+  int32_t* source;  // [B,T] where each position's content was, -1: nowhere
+  int32_t* info;    // [B,kSpliceColumns]
+};
+
 }  // namespace dlm

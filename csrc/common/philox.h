@@ -70,18 +70,19 @@ DLM_HD float plain_log(float x) {
   return mul_add_rn(e, 0.693359375f, add_rn(f, p));
 }
 
-// Standard Gumbel variate from 32 random bits: g = -log(-log1p(-u)), u = (r + 1/2) / 2^32. Small u
-// gives large g, and log1p keeps that tail (up to g = 22.9) exact where log(1 - u) in float would
-// end at 16.6.
-DLM_HD float gumbel(uint32_t r) {
+// Standard exponential variate from 32 random bits: -log1p(-u), u = (r + 1/2) / 2^32. Small u give
+// small variates, and log1p keeps them exact (down to 2^-33) where log(1 - u) in float would be 0.
+DLM_HD float exponential(uint32_t r) {
   float u = mul_rn(add_rn(float(r), 0.5f), 2.3283064365386963e-10f);
   u = u < 0.99999994f ? u : 0.99999994f;
   const float y = add_rn(1.0f, -u);
   const float lost =
       add_rn(add_rn(1.0f, -y), -u);  // y = 1 - u - rounding; log1p(-u) = log(y) + lost / y
-  const float exponential = -add_rn(plain_log(y), div_rn(lost, y));
-  return -plain_log(exponential);
+  return -add_rn(plain_log(y), div_rn(lost, y));
 }
+
+// Standard Gumbel variate from 32 random bits, up to 22.9.
+DLM_HD float gumbel(uint32_t r) { return -plain_log(exponential(r)); }
 
 // True with probability p; 0 never, 1 always.
 DLM_HD bool bernoulli(uint32_t r, float p) { return double(r) < double(p) * 4294967296.0; }

@@ -13,7 +13,7 @@
 
 #include "common/math.h"
 #include "common/order.h"
-#include "common/philox.h"
+#include "cpu/random_words.h"
 
 namespace dlm::cpu::generic {
 namespace {
@@ -149,31 +149,7 @@ void exponentials(const float* z, int n, float max, float scale, float* weight) 
   for (int i = 0; i < n; ++i) weight[i] = exp_normal((z[i] - max) * scale);
 }
 
-// The words of 64 consecutive Philox counters, in the order of the vocabulary.
-constexpr int kChunk = 256;
-void random_words(uint64_t seed, uint32_t position, uint32_t step, uint32_t index4,
-                  uint32_t* word) {
-  constexpr int n = kChunk / 4;
-  uint32_t c0[n], c1[n], c2[n], c3[n];
-  for (int i = 0; i < n; ++i) {
-    c0[i] = position;
-    c1[i] = step;
-    c2[i] = uint32_t(Stream::kToken);
-    c3[i] = index4 + uint32_t(i);
-  }
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    for (int i = 0; i < n; ++i) philox_round(c0[i], c1[i], c2[i], c3[i], k0, k1);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  for (int i = 0; i < n; ++i) {
-    word[4 * i] = c0[i];
-    word[4 * i + 1] = c1[i];
-    word[4 * i + 2] = c2[i];
-    word[4 * i + 3] = c3[i];
-  }
-}
+constexpr int kChunk = 256;  // logits whose noise is drawn at a time
 
 // At least gumbel(r): -log(-log1p(-u)) <= -log(u), u >= r / 2^32, and log2(m 2^e) >= e + (m - 1)
 // for m in [1, 2), which is how a float's bits read as an integer. 1e-3 covers the rounding errors
@@ -199,7 +175,8 @@ class Sampler {
       const int m = std::min(kChunk, n - first);
       if (!can_win(top_two(chunk, m).first, kLargestGumbel)) continue;
       uint32_t word[kChunk];
-      random_words(draw_.seed, draw_.position, draw_.step, uint32_t((begin + first) / 4), word);
+      random_words<kChunk / 4>(draw_.seed, draw_.position, draw_.step, Stream::kToken,
+                               uint32_t((begin + first) / 4), word);
       uint32_t any = 0;
       for (int i = 0; i < m; ++i) any |= uint32_t(can_win(chunk[i], gumbel_bound(word[i])));
       if (!any) continue;

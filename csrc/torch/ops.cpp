@@ -44,6 +44,20 @@ STABLE_TORCH_LIBRARY(dlmkernels, m) {
       "eos_token_ids=[], "
       "str eos_policy=\"none\", int fill_token_id=-1) -> Tensor",
       dlm::remask_);
+  DLM_DEF(
+      m,
+      "verify_drafts(Tensor drafts, Tensor token, *, Tensor? logits=None, Tensor? logsumexp=None, "
+      "Tensor? row_map=None, Tensor? draft_logits=None, Tensor? draft_logsumexp=None, Tensor? "
+      "draft_row_map=None, Tensor? banned=None, Tensor? temperature=None, float leniency=1.0, "
+      "Tensor? seed=None, Tensor? step=None, Tensor? position=None) -> (Tensor accepted, Tensor "
+      "tokens)",
+      dlm::verify_drafts);
+  DLM_DEF(m,
+          "splice_(Tensor(a!) tokens, Tensor start, *, Tensor? insert=None, Tensor? remove=None, "
+          "Tensor(b!)? length=None, Tensor? end=None, Tensor(c!)? state=None, Tensor(d!)? "
+          "commit_step=None, Tensor(e!)? commit_confidence=None, int fill_token_id=-1, int "
+          "pad_token_id=-1) -> (Tensor source, Tensor info)",
+          dlm::splice_);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CPU, m) {
@@ -51,12 +65,17 @@ STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CPU, m) {
   m.impl("token_confidence", TORCH_BOX(&dlm::token_confidence));
   m.impl("select_tokens", TORCH_BOX(&dlm::select_tokens));
   m.impl("remask_", TORCH_BOX(&dlm::remask_));
+  m.impl("verify_drafts", TORCH_BOX(&dlm::verify_drafts));
+  m.impl("splice_", TORCH_BOX(&dlm::splice_));
 }
 
 #ifdef DLM_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CUDA, m) {
+  m.impl("block_attention", TORCH_BOX(&dlm::block_attention));
   m.impl("token_confidence", TORCH_BOX(&dlm::token_confidence));
   m.impl("select_tokens", TORCH_BOX(&dlm::select_tokens));
   m.impl("remask_", TORCH_BOX(&dlm::remask_));
+  m.impl("verify_drafts", TORCH_BOX(&dlm::verify_drafts));
+  m.impl("splice_", TORCH_BOX(&dlm::splice_));
 }
 #endif

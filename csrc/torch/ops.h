@@ -49,4 +49,18 @@ Tensor remask_(const Tensor& tokens, const Tensor& state, const Tensor& position
                int64_t mask_token_id, int64_t vocab_size, const std::vector<int64_t>& eos_token_ids,
                const std::string& eos_policy, int64_t fill_token_id);
 
+std::tuple<Tensor, Tensor> verify_drafts(
+    const Tensor& drafts, const Tensor& token, const MaybeTensor& logits,
+    const MaybeTensor& logsumexp, const MaybeTensor& row_map, const MaybeTensor& draft_logits,
+    const MaybeTensor& draft_logsumexp, const MaybeTensor& draft_row_map, const MaybeTensor& banned,
+    const MaybeTensor& temperature, double leniency, const MaybeTensor& seed,
+    const MaybeTensor& step, const MaybeTensor& position);
+
+std::tuple<Tensor, Tensor> splice_(const Tensor& tokens, const Tensor& start,
+                                   const MaybeTensor& insert, const MaybeTensor& remove,
+                                   const MaybeTensor& length, const MaybeTensor& end,
+                                   const MaybeTensor& state, const MaybeTensor& commit_step,
+                                   const MaybeTensor& commit_confidence, int64_t fill_token_id,
+                                   int64_t pad_token_id);
+
 }  // namespace dlm

@@ -16,15 +16,13 @@ from . import _C  # registers torch.ops.dlmkernels
 from . import fakes as _fakes  # noqa: F401
 from . import ops as ops
 from .cache import KVCache as KVCache
+from .decoding import rules as rules
+from .decoding import scores as scores
 from .decoding.config import DecodingConfig as DecodingConfig
 from .decoding.presets import PRESETS as PRESETS
 from .decoding.presets import preset as preset
-from .decoding.rules import EntropyBound as EntropyBound
-from .decoding.rules import Factor as Factor
-from .decoding.rules import Quota as Quota
-from .decoding.rules import Rule as Rule
-from .decoding.rules import Threshold as Threshold
-from .decoding.rules import TimeQuota as TimeQuota
+from .decoding.rules import *  # noqa: F403
+from .decoding.scores import Score as Score
 from .decoding.streams import Reordered as Reordered
 from .decoding.streams import Strided as Strided
 from .trace import Trace as Trace
@@ -38,13 +36,16 @@ _LAZY = {
     "infill": ".decoding.generate",
     "custom_generate": ".decoding.generate",
     "DecodingOutput": ".decoding.output",
+    "log_likelihood": ".decoding.likelihood",
+    "LogLikelihood": ".decoding.likelihood",
     "adapt": ".models.adapt",
     "load": ".models.load",
 }
 __all__ = [
-    "PRESETS", "AttentionWindow", "DecodingConfig", "EntropyBound", "Factor", "KVCache", "Quota", "Reordered", "Rule",
-    "Strided", "Threshold", "TimeQuota", "TokenWindow", "Trace", "ops", "preset", *_LAZY,
+    "PRESETS", "AttentionWindow", "DecodingConfig", "KVCache", "Reordered", "Score", "Strided", "TokenWindow", "Trace",
+    "ops", "preset", "rules", "scores", *_LAZY,
 ]  # fmt: skip
+__all__ += rules.__all__
 
 
 def __getattr__(name: str):

@@ -14,7 +14,21 @@ from typing import TYPE_CHECKING, Any
 from . import info
 from .decoding.config import CACHES, SCORES, DecodingConfig
 from .decoding.presets import PRESETS, preset
-from .decoding.rules import EntropyBound, Factor, Quota, Rule, Threshold, TimeQuota
+from .decoding.rules import (
+    CreditThreshold,
+    DynamicThreshold,
+    EntropyBound,
+    EntropySum,
+    Factor,
+    HierarchicalThreshold,
+    LocalThreshold,
+    Quota,
+    Rule,
+    StableThreshold,
+    Threshold,
+    TimeQuota,
+)
+from .decoding.scores import score_named
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +40,12 @@ RULES: dict[str, Callable[..., Rule]] = {
     "threshold": Threshold,
     "factor": Factor,
     "entropy-bound": EntropyBound,
+    "entropy-sum": EntropySum,
+    "dynamic-threshold": DynamicThreshold,
+    "hierarchical-threshold": HierarchicalThreshold,
+    "local-threshold": LocalThreshold,
+    "stable-threshold": StableThreshold,
+    "credit-threshold": CreditThreshold,
 }
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -80,6 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     demo.add_argument("--problems", type=_positive, metavar="N", help="problems for each task (default 48)")
     demo.add_argument("--quick", action="store_true", help="8 problems for each task and few rules: some seconds")
+    demo.add_argument(
+        "--rules", choices=("few", "all"), default="few", help="all: every published decoder there is a preset of"
+    )
     demo.add_argument("--out", default="demo-out", metavar="DIR", help="folder for the pictures (default demo-out)")
     demo.add_argument("--json", metavar="FILE", help="write the table as JSON as well")
     demo.add_argument("--seed", type=int, default=1, help="which held-out problems (default 1)")
@@ -96,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--chat", action="store_true", help="wrap the prompt in the tokenizer's chat template")
     add("--infill", action="store_true", help="decode the mask tokens in the prompt instead of what comes after it")
     add("--preset", metavar="NAME", help=f"published decoder: {', '.join(PRESETS)}")
-    add("--rule", metavar="RULE", help="quota | time-quota | threshold:0.9 | factor:1.0 | entropy-bound:0.1")
+    add("--rule", metavar="RULE", help="quota, threshold:0.9, factor:1.0, entropy-bound:0.1, …")
     add("--max-new-tokens", type=int, metavar="N", help="length of the answer (default 128)")
     add("--block-length", type=int, metavar="N", help="decode in blocks of N, left to right (default: one block)")
     add("--steps", type=int, metavar="N", help="forwards in all, for rules with a fixed schedule")
@@ -150,7 +173,7 @@ def _demo(args: argparse.Namespace) -> int:
     _require("transformers", "safetensors", "matplotlib", wanted_for="the demo")
     from .demo.run import run
 
-    run(problems=args.problems, quick=args.quick, out=args.out, json_file=args.json, seed=args.seed)
+    run(args.problems, args.quick, args.out, args.json, args.seed, args.rules)
     return 0
 
 
@@ -228,7 +251,8 @@ def decoding_config(args: argparse.Namespace) -> DecodingConfig:
 
 def is_random(config: DecodingConfig) -> bool:
     """Whether the result depends on the seed."""
-    return config.temperature > 0 or config.order_temperature > 0 or config.score == "random"
+    drawn_order = max(config.order_temperature, score_named(config.score).order_temperature)
+    return config.temperature > 0 or drawn_order > 0 or config.rule.draws
 
 
 def encode_prompt(tokenizer, prompt: str, chat: bool = False) -> Tensor:

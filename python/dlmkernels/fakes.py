@@ -63,3 +63,24 @@ def _remask_(tokens, state, position, proposal, **optional):
     needed = {"state": state, "position": position, "proposal": proposal}
     _check_devices("remask_", "tokens", tokens, needed | optional)
     return tokens.new_empty((tokens.shape[0], INFO_COLUMNS), dtype=torch.int32)
+
+
+# --- verify_drafts ---------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("dlmkernels::verify_drafts")
+def _verify_drafts(drafts, token, **optional):
+    _check_devices("verify_drafts", "drafts", drafts, {"token": token, **optional})
+    return drafts.new_empty(drafts.shape[:1], dtype=torch.int32), token.new_empty(token.shape)
+
+
+# --- splice_ ---------------------------------------------------------------------------------------------------------
+
+SPLICE_COLUMNS = 3  # kSpliceColumns of csrc/common/params.h
+
+
+@torch.library.register_fake("dlmkernels::splice_")
+def _splice_(tokens, start, **optional):
+    _check_devices("splice_", "tokens", tokens, {"start": start, **optional})
+    info = tokens.new_empty((tokens.shape[0], SPLICE_COLUMNS), dtype=torch.int32)
+    return tokens.new_empty(tokens.shape, dtype=torch.int32), info

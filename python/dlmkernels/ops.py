@@ -501,3 +501,218 @@ def remask_(
         eos_policy=eos_policy,
         fill_token_id=fill_token_id,
     )
+
+
+# --- verify_drafts ---------------------------------------------------------------------------------------------------
+
+
+class VerifiedDrafts(NamedTuple):
+    """What `verify_drafts` returns."""
+
+    accepted: Tensor  #: int32 [B], how many drafts are accepted
+    tokens: Tensor  #: int64 [B, W + 1], the accepted drafts, the token after them, then -1
+
+
+def verify_drafts(
+    drafts: Tensor,
+    token: Tensor,
+    *,
+    logits: Tensor | None = None,
+    logsumexp: Tensor | None = None,
+    row_map: Tensor | None = None,
+    draft_logits: Tensor | None = None,
+    draft_logsumexp: Tensor | None = None,
+    draft_row_map: Tensor | None = None,
+    banned: Tensor | None = None,
+    temperature: Tensor | None = None,
+    leniency: float = 1.0,
+    seed: Tensor | None = None,
+    step: Tensor | None = None,
+    position: Tensor | None = None,
+) -> VerifiedDrafts:
+    """Accept the longest prefix of each row's drafts that the target model agrees with, and add one token.
+
+    The target model has been run on the drafts: its logits row i, of W + 1, is the distribution of the i-th draft
+    given the drafts before it, and the last row that of the token after all of them. `token_confidence` on these rows
+    is the only pass over the vocabulary: what it returns as ``token`` and ``logsumexp`` is what this op takes.
+
+    **By comparison** (`draft_logits` None). A draft is accepted if it is the very token that the target drew in that
+    row; the first that is not is replaced by that token, and after the last comes the target's own. So whatever
+    drafted, and under any temperature, filter, ban or guidance of `token_confidence`, the tokens are those that
+    drawing one token at a time from the target gives. At a temperature, a draft s is accepted with probability p(s),
+    which is exact acceptance of a draft that was not drawn (an argmax); drafts drawn by `token_confidence` with the
+    same seed, step and position share the target's noise, and are accepted nearly as often as by ratio.
+
+    **By ratio** (with `draft_logits`; rows whose temperature is 0 compare). With p and q the target's and the
+    drafter's ``softmax(z / T)``, a draft s passes with probability ``min(1, p(s) / (leniency * q(s)))``; the first
+    that fails is replaced by a draw from the positive part of ``p - q``. This leaves the target's distribution as it
+    is if drafts were drawn from q and leniency is 1 (Leviathan et al., ICML 2023; Chen et al., arXiv 2302.01318).
+    I-DLM as served (arXiv 2604.11035) takes the argmax for draft and the ratio nevertheless, with a leniency: fewer
+    rejections, and another distribution. Logits are taken as they are, but for `banned`; use comparison for a target
+    that is filtered, biased or guided.
+
+    Parameters
+    ----------
+    drafts : Tensor
+        int64 [B, W], contiguous like all but the logits; -1: the row has no draft here and after.
+    token : Tensor
+        int64 [B, W + 1]: the target's choice in each row, ``token_confidence(...).token``; -1: none.
+    logits, draft_logits : Tensor, optional
+        float32, bfloat16 or float16 [R, V] and [Q, V] of one dtype, any row stride: the target's logits and those
+        that the drafts came from. Together, and with both logsumexps, `temperature`, `seed` and `position`.
+    logsumexp, draft_logsumexp : Tensor, optional
+        float32 [B, W + 1] and [B, W], of ``z / T`` without the banned ids: ``token_confidence(...,
+        distribution="tempered").logsumexp``.
+    row_map, draft_row_map : Tensor, optional
+        int32 [B, W + 1] and [B, W]: the rows of `logits` and `draft_logits` that belong to each draft. -1: there is
+        none, the draft is compared. Default: one after another, R = B (W + 1) and Q = B W. The row after the last
+        draft is not read.
+    banned : Tensor, optional
+        int64 [K]: ids that neither distribution has, -1 for none.
+    temperature : Tensor, optional
+        float32, that of both distributions: 0, or finite and at least 1.2e-38. Like `seed` and `step` it holds one
+        value, one a row or one a group of consecutive rows.
+    leniency : float
+        Above 1: accept fewer drafts; below 1: more; 0: all that the target can draw.
+    seed : Tensor, optional
+        int64: the request's random key.
+    step : Tensor, optional
+        int32: denoising step, default 0.
+    position : Tensor, optional
+        int32 [B]: position of the first draft in the row's request. Draws depend on (seed, position, step) alone.
+
+    Returns
+    -------
+    VerifiedDrafts
+        `accepted` int32 [B], and `tokens` int64 [B, W + 1]: accepted drafts, at index `accepted` the target's token
+        or the replacement, then -1: proposals for `remask_`.
+
+    Raises
+    ------
+    RuntimeError
+        For a wrong device, dtype, shape or stride, a negative leniency, a missing companion of `draft_logits`; and, on
+        the CPU, for a row, draft or temperature out of range. The message names the argument. On CUDA, where values
+        are not checked, a row out of range is none and a draft beyond the vocabulary fails.
+
+    Notes
+    -----
+    Probabilities are float32, of the same bits on every device; a row's result does not depend on the batch. NaN
+    among the logits has probability 0. Where p exceeds q nowhere, the target's token stands in for the draw.
+    """
+    return VerifiedDrafts(
+        *torch.ops.dlmkernels.verify_drafts.default(
+            drafts,
+            token,
+            logits=logits,
+            logsumexp=logsumexp,
+            row_map=row_map,
+            draft_logits=draft_logits,
+            draft_logsumexp=draft_logsumexp,
+            draft_row_map=draft_row_map,
+            banned=banned,
+            temperature=temperature,
+            leniency=leniency,
+            seed=seed,
+            step=step,
+            position=position,
+        )
+    )
+
+
+# --- splice_ ---------------------------------------------------------------------------------------------------------
+
+#: Columns of the info that `splice_` returns.
+SPLICE_FIELDS = ("inserted", "removed", "overflow")
+
+
+class Spliced(NamedTuple):
+    """What `splice_` returns."""
+
+    source: Tensor  #: int32 [B, T], where each position's content was before the call; -1: it is new
+    info: Tensor  #: int32 [B, 3], the columns SPLICE_FIELDS
+
+
+def splice_(
+    tokens: Tensor,
+    start: Tensor,
+    *,
+    insert: Tensor | None = None,
+    remove: Tensor | None = None,
+    length: Tensor | None = None,
+    end: Tensor | None = None,
+    state: Tensor | None = None,
+    commit_step: Tensor | None = None,
+    commit_confidence: Tensor | None = None,
+    fill_token_id: int = -1,
+    pad_token_id: int = -1,
+) -> Spliced:
+    """Insert positions into a window of each row and remove others, in place; what lies behind moves along.
+
+    Slot w of row b is canvas position ``start[b] + w``. Before it go ``insert[b, w]`` new positions, and it is itself
+    taken out where ``remove[b, w]``; both together replace it. A new position holds `fill_token_id`, is open, and has
+    -1 and 0 for step and confidence. All other content keeps its order, and its state and records with it. A row of
+    the batch has one of two kinds of room:
+
+    - with `length`, positions ``[0, length[b])`` are live and their number grows and shrinks. The slot at ``length[b]``
+      inserts at the end. Positions that become free at the end hold `pad_token_id` and are frozen. A row that would
+      need more than T positions is left as it is, and `info` says how many are missing.
+    - without, ``[start[b], end[b])`` keeps its size: what is pushed beyond the end is dropped, what becomes free at the
+      end is filled like an insertion. Positions from the end on stay as they are.
+
+    Published decoders in these terms: LLaDA2.2 splits and deletes within a block of fixed size (its SPLIT is an
+    insertion before the token); DreamOn's expanded masks and deleted ends, and DAEDAL's replacement of a doubtful
+    position by eight masks (``insert=7`` before it, itself remasked) or its longer canvas, change the length.
+
+    Parameters
+    ----------
+    tokens : Tensor
+        int64 [B, T], contiguous like all others; written.
+    start : Tensor
+        int32 [B]: canvas position of slot 0, -1: nothing happens in this row. Slots beyond the live positions or the
+        end are ignored.
+    insert : Tensor, optional
+        int32 [B, W], W at most 4096: how many positions to insert before each slot. On CUDA, where values are not
+        checked, a negative one counts as 0.
+    remove : Tensor, optional
+        bool [B, W]: the slots to take out. A frozen position stays.
+    length : Tensor, optional
+        int32 [B], in [0, T]; written.
+    end : Tensor, optional
+        int32, one value, one a row or one a group of consecutive rows, in [0, T]; default T. Not with `length`.
+    state, commit_step, commit_confidence : Tensor, optional
+        uint8, int32 and float32 [B, T], as `remask_` keeps them; written. ``STATE_DIRTY`` stays with the position,
+        whose keys and values it is about, and is set where the token is not what it was before the call.
+    fill_token_id : int
+        Needed by `insert`, and by `remove` without `length`: the mask token.
+    pad_token_id : int
+        Needed by `remove` with `length`.
+
+    Returns
+    -------
+    Spliced
+        `source`, to move anything else that is kept by position: ``x.gather(1, source.clamp(min=0).long())``, new
+        where it is -1. `info` int32 [B, 3]: positions inserted (asked for, of those dropped too), removed, and
+        positions that found no room: dropped without `length`, missing with it (then nothing was done).
+
+    Raises
+    ------
+    RuntimeError
+        Before anything is written: for a wrong device, dtype, shape or stride, W above 4096, both `length` and `end`,
+        a missing token id; and, on the CPU, for a start, length, end or count out of range. The message names the
+        argument.
+    """
+    return Spliced(
+        *torch.ops.dlmkernels.splice_.default(
+            tokens,
+            start,
+            insert=insert,
+            remove=remove,
+            length=length,
+            end=end,
+            state=state,
+            commit_step=commit_step,
+            commit_confidence=commit_confidence,
+            fill_token_id=fill_token_id,
+            pad_token_id=pad_token_id,
+        )
+    )

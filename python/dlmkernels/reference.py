@@ -60,12 +60,35 @@ def _plain_log(x: Tensor) -> Tensor:
     return (f + p) + e * 0.693359375
 
 
-def gumbel(bits: Tensor) -> Tensor:
-    """Standard Gumbel variates (float32) from 32 random bits; the same bits as the kernels give."""
+def _plain_exp(x: Tensor) -> Tensor:
+    """Exponentials of float32 values up to 0, with one rounding an operation (Cephes' expf); 0 below -87.33654."""
+
+    def c(value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.float32)
+
+    normal = x >= c(-87.33654)
+    x = torch.where(normal, x, 0.0)
+    n = (x * c(1.44269504) + 12582912.0) - 12582912.0
+    r = n * c(-0.693359375) + x
+    r = n * c(2.12194440e-4) + r
+    p = torch.full_like(r, 1.9875691500e-4)
+    for a in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = p * r + c(a)
+    p = (p * (r * r) + r) + 1.0
+    return torch.where(normal, p * ((n.to(torch.int32) + 127) << 23).view(torch.float32), 0.0)
+
+
+def exponential(bits: Tensor) -> Tensor:
+    """Standard exponential variates (float32) from 32 random bits; the same bits as the kernels give."""
     u = ((bits.to(torch.float32) + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
     y = 1.0 - u
     lost = (1.0 - y) - u
-    return -_plain_log(-(_plain_log(y) + lost / y))
+    return -(_plain_log(y) + lost / y)
+
+
+def gumbel(bits: Tensor) -> Tensor:
+    """Standard Gumbel variates (float32) from 32 random bits; the same bits as the kernels give."""
+    return -_plain_log(exponential(bits))
 
 
 def bernoulli(bits: Tensor, p: Tensor) -> Tensor:
@@ -563,3 +586,172 @@ def remask_(
         ~open_after.any(1),
     )
     return torch.stack([column.to(torch.int32) for column in columns], 1)
+
+
+# --- verify_drafts ---------------------------------------------------------------------------------------------------
+
+
+def _tempered_probabilities(z: Tensor, temperature: Tensor, logsumexp: Tensor, banned: Tensor | None) -> Tensor:
+    """softmax(z / T) of one row of logits, float32, given its logsumexp; 0 where z is NaN and where an id is banned."""
+    z = z.float().clamp(max=torch.finfo(torch.float32).max)
+    p = _plain_exp((z * (1.0 / temperature) - logsumexp).clamp(max=0.0))
+    return p if banned is None else p.index_fill(0, banned[banned >= 0], 0.0)
+
+
+def verify_drafts(
+    drafts: Tensor,
+    token: Tensor,
+    *,
+    logits: Tensor | None = None,
+    logsumexp: Tensor | None = None,
+    row_map: Tensor | None = None,
+    draft_logits: Tensor | None = None,
+    draft_logsumexp: Tensor | None = None,
+    draft_row_map: Tensor | None = None,
+    banned: Tensor | None = None,
+    temperature: Tensor | None = None,
+    leniency: float = 1.0,
+    seed: Tensor | None = None,
+    step: Tensor | None = None,
+    position: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Accept a prefix of each row's drafts and find the token after it.
+
+    A row's drafts end at its first -1. Left to right, until one fails:
+
+    - without draft logits, at temperature 0 and where one of the two rows is -1, draft i passes iff it is token[i];
+      when it fails, token[i] takes its place;
+    - else, with p and q = exp(z / T - logsumexp) in float32 (at most 1; 0 for NaN and for banned ids) of the target's
+      and the draft's row, it passes with probability min(1, p(s) / (leniency * q(s))), 0 / 0 being 0, by the bits
+      (position + i, step, "verify", 0); when it fails, the lowest id with the largest max(p - q, 0) / e takes its
+      place, e being exponential noise of the stream "residual", and token[i] where p exceeds q nowhere.
+
+    After the last draft comes token[i] of the row after it. Results: the number of drafts accepted, and the accepted
+    drafts, the token after them, and -1 to the end.
+    """
+    B, W = drafts.shape
+    tokens = torch.full_like(token, -1)
+    accepted = torch.zeros(B, dtype=torch.int32, device=drafts.device)
+    T = per_row(temperature, B, 0.0)
+    key, now = per_row(seed, B, 0).long(), per_row(step, B, 0).long()
+    for b in range(B):
+        i = 0
+        for i in range(W + 1):
+            following = token[b, i]
+            if i == W or drafts[b, i] < 0:
+                break
+            draft = int(drafts[b, i])
+            row = int(row_map[b, i]) if row_map is not None else b * (W + 1) + i
+            draft_row = int(draft_row_map[b, i]) if draft_row_map is not None else b * W + i
+            if draft_logits is None or T[b] == 0 or row < 0 or draft_row < 0:
+                if draft != following:
+                    break
+            else:
+                assert logits is not None and logsumexp is not None and draft_logsumexp is not None
+                assert position is not None
+                p = _tempered_probabilities(logits[row], T[b], logsumexp[b, i], banned)
+                q = _tempered_probabilities(draft_logits[draft_row], T[b], draft_logsumexp[b, i], banned)
+                at, zero = position[b].long() + i, torch.zeros((), dtype=torch.long, device=drafts.device)
+                bits = philox(key[b], at, now[b], "verify", zero)
+                if not bernoulli(bits, p[draft] / (torch.tensor(leniency, dtype=torch.float32) * q[draft])):
+                    index = torch.arange(len(p), device=p.device)
+                    rest = (p - q).clamp(min=0.0) / exponential(philox(key[b], at, now[b], "residual", index))
+                    following = rest.argmax() if rest.max() > 0 else following
+                    break
+            tokens[b, i] = draft
+        tokens[b, i] = following
+        accepted[b] = i
+    return accepted, tokens
+
+
+# --- splice_ ---------------------------------------------------------------------------------------------------------
+
+_INT32_MAX = torch.iinfo(torch.int32).max
+
+
+def splice_(
+    tokens: Tensor,
+    start: Tensor,
+    *,
+    insert: Tensor | None = None,
+    remove: Tensor | None = None,
+    length: Tensor | None = None,
+    end: Tensor | None = None,
+    state: Tensor | None = None,
+    commit_step: Tensor | None = None,
+    commit_confidence: Tensor | None = None,
+    fill_token_id: int = -1,
+    pad_token_id: int = -1,
+) -> tuple[Tensor, Tensor]:
+    """Insert positions before the slots of a window, and remove others.
+
+    Slot w is position start + w; a start of -1 leaves the row alone. Slots below n = length (or end, by default T)
+    are positions; the slot at n can only be inserted at; slots above are ignored, and a frozen position is not removed.
+    The content of [start, n), spliced, is written from start on:
+
+    - with length, all of it; the length becomes n + inserted - removed, and positions from there to n are padding:
+      `pad_token_id`, frozen. If it exceeds T, nothing is done and the excess is reported.
+    - else as much as [start, n) holds; the rest is dropped and its number reported, or the span is filled up with new
+      positions.
+
+    A new position holds `fill_token_id` and is open; new positions and padding have step -1 and confidence 0. Other
+    content takes its state and records along, but for the dirty bit: a position is dirty if it was before or if its
+    token changed.
+    """
+    B, T = tokens.shape
+    before = tokens.clone()
+    companions = [
+        (values, values.clone(), new, padding)
+        for values, new, padding in (
+            (tokens, fill_token_id, pad_token_id),
+            (state, _OPEN, _FROZEN),
+            (commit_step, -1, -1),
+            (commit_confidence, 0.0, 0.0),
+        )
+        if values is not None
+    ]
+    given_end = per_row(end, B, T)
+    source = torch.arange(T, dtype=torch.int32, device=tokens.device).repeat(B, 1)
+    info = torch.zeros(B, 3, dtype=torch.int32, device=tokens.device)
+    for b in range(B):
+        first, n = int(start[b]), int(length[b] if length is not None else given_end[b])
+        if first < 0 or first > n:
+            continue
+        content: list[int] = []  # positions before the call, -1 for a new one
+        inserted = removed = 0
+        window = insert if insert is not None else remove
+        for t in range(first, n + 1):
+            w = t - first
+            inside = window is not None and w < window.shape[1]
+            count = int(insert[b, w]) if inside and insert is not None else 0
+            content += [-1] * min(count, T + 1)
+            inserted += count
+            if t == n:
+                break
+            frozen = state is not None and bool(state[b, t] & _FROZEN)
+            if inside and remove is not None and remove[b, w] and not frozen:
+                removed += 1
+            else:
+                content.append(t)
+        total = n + inserted - removed
+        if length is not None and total > T:
+            info[b, 2] = min(total - T, _INT32_MAX)
+            continue
+        info[b, 0], info[b, 1] = min(inserted, _INT32_MAX), removed
+        if length is not None:
+            length[b] = total
+            content += [-2] * (n - total)
+        else:
+            info[b, 2] = min(max(total - n, 0), _INT32_MAX)
+            content = (content + [-1] * (n - total))[: n - first]
+        now = torch.tensor(content, dtype=torch.long, device=tokens.device)
+        span = slice(first, first + len(content))
+        for values, old, new, padding in companions:
+            moved = old[b, now.clamp(min=0)] if T else old[b, :0]
+            moved = torch.where(now == -1, torch.full_like(moved, new), moved)
+            values[b, span] = torch.where(now == -2, torch.full_like(moved, padding), moved)
+            if values is state:
+                changed = (tokens[b, span] != before[b, span]) | (old[b, span] & _DIRTY != 0)
+                state[b, span] = (state[b, span] & ~_DIRTY) | changed * _DIRTY
+        source[b, span] = now.clamp(min=-1).int()
+    return source, info

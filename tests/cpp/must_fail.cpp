@@ -14,6 +14,8 @@
 #include "kernels/confidence_case.h"
 #include "kernels/remask_case.h"
 #include "kernels/select_case.h"
+#include "kernels/splice_case.h"
+#include "kernels/verify_case.h"
 #include "simt/fiber.h"
 
 namespace check {
@@ -25,6 +27,8 @@ using Attention = dlm::cuda::AttentionFault;
 using Select = dlm::cuda::SelectFault;
 using Remask = dlm::cuda::RemaskFault;
 using Confidence = dlm::cuda::ConfidenceFault;
+using Splice = dlm::cuda::SpliceFault;
+using Verify = dlm::cuda::VerifyFault;
 
 template <Row fault>
 std::string row() {
@@ -120,6 +124,21 @@ const Fault kFaults[] = {
     {"confidence_wrong_tiles", try_confidence<Confidence::kWrongTiles>, "value", "value", "value", kNotRun},
     {"confidence_bins_read_too_early", try_confidence<Confidence::kBinsReadTooEarly>, "value", "value", "race", kNotRun},
     {"confidence_limit_off_by_one", try_confidence<Confidence::kLimitOffByOne>, "value", "value", "value", kNotRun},
+    {"verify_none", try_verify<Verify::kNone>, "-", "-", "-", ""},
+    {"verify_accepted_read_too_early", try_verify<Verify::kAcceptedReadTooEarly>, "crash", "asan", "crash", kNotRun},
+    {"verify_best_read_too_early", try_verify<Verify::kBestReadTooEarly>, "value", "value", "race", kNotRun},
+    {"verify_counts_beyond_failure", try_verify<Verify::kCountsBeyondFailure>, "value", "value", "value", kNotRun},
+    {"verify_no_leniency", try_verify<Verify::kNoLeniency>, "value", "value", "value", kNotRun},
+    {"verify_bound_too_low", try_verify<Verify::kBoundTooLow>, "value", "value", "value", kNotRun},
+    {"verify_trusts_drafts", try_verify<Verify::kTrustsDrafts>, "crash", "asan", "crash", kNotRun},
+    {"splice_none", try_splice<Splice::kNone>, "-", "-", "-", ""},
+    {"splice_totals_read_too_early", try_splice<Splice::kTotalsReadTooEarly>, "simt", "simt", "race", kNotRun},
+    {"splice_moves_too_early", try_splice<Splice::kMovesTooEarly>, "value", "value", "race", kNotRun},
+    {"splice_always_from_the_left", try_splice<Splice::kAlwaysFromTheLeft>, "value", "value", "value", kNotRun},
+    {"splice_keeps_overfilled", try_splice<Splice::kKeepsOverfilled>, "value", "value", "value", kNotRun},
+    {"splice_removes_frozen", try_splice<Splice::kRemovesFrozen>, "value", "value", "value", kNotRun},
+    {"splice_dirty_travels", try_splice<Splice::kDirtyTravels>, "value", "value", "value", kNotRun},
+    {"splice_trusts_lengths", try_splice<Splice::kTrustsLengths>, "value", "asan", "value", kNotRun},
     // clang-format on
 };
 

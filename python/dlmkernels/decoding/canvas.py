@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..window import TokenWindow
 
 OPEN, FROZEN = 1, 2  # bits of the state, as in csrc/common/params.h
@@ -59,9 +60,7 @@ class Canvas:
 
     def open_in(self, start: Tensor, length: int) -> Tensor:
         """Which of the columns `start[b]` … `start[b] + length` of each row are open: bool `[B, length]`."""
-        columns = start.long()[:, None] + torch.arange(length, device=start.device)
-        inside = columns < self.state.shape[1]
-        return self.is_open.gather(1, columns.clamp(max=self.state.shape[1] - 1)) & inside
+        return self._in(self.is_open, start[:, None] + torch.arange(length, device=start.device))
 
     def window(self, start: Tensor, length: int, capacity: int) -> TokenWindow:
         """The open positions among `length` columns from `start` int32 `[B]` on, ascending, in `capacity` slots.
@@ -76,3 +75,35 @@ class Canvas:
         # Open columns keep their number, closed ones sort behind them.
         ranked = torch.where(is_open, columns, columns + length).sort(dim=1).values[:, :capacity]
         return TokenWindow(torch.where(ranked < start[:, None] + length, ranked, -1), self.origin)
+
+    def free_window(self, start: Tensor, length: int, working: Tensor) -> TokenWindow:
+        """All positions of `length` columns from `start` int32 `[B]` on that are not given, in the `working` rows.
+
+        `working` is bool `[B]`.
+        """
+        columns = start[:, None] + torch.arange(length, dtype=torch.int32, device=start.device)
+        free = self._in((self.state & FROZEN) == 0, columns) & working[:, None]
+        return TokenWindow(torch.where(free, columns, -1), self.origin)
+
+    @staticmethod
+    def _in(what: Tensor, columns: Tensor) -> Tensor:
+        """A bool `[B, T]` at canvas columns `[B, W]`; False right of the canvas."""
+        last = what.shape[1] - 1
+        return what.gather(1, columns.clamp(max=last).long()) & (columns <= last)
+
+    def fill_after_eos(self, eos: list[int], pad: int) -> None:
+        """Complete the requests that have an end token with nothing open before it: all after it becomes `pad`."""
+        nothing = torch.full_like(self.tokens[:, :1], -1)
+        ops.remask_(
+            self.tokens, self.state, nothing.int(), nothing, eos_token_ids=eos, eos_policy="fill", fill_token_id=pad
+        )
+
+    def renoise(self, seed: Tensor, vocab_size: int) -> None:
+        """Put tokens drawn uniformly from the vocabulary at all open positions."""
+        columns = torch.arange(self.tokens.shape[1], dtype=torch.int32, device=self.tokens.device)
+        position = torch.where(self.is_open, columns, -1)
+        before_the_first = torch.full_like(self.step, -1)  # the draws of step 0 are that step's own
+        ops.remask_(
+            self.tokens, self.state, position, torch.full_like(self.tokens, -1), renoise=self.is_open,
+            step=before_the_first, seed=seed, origin=self.origin, vocab_size=vocab_size,
+        )  # fmt: skip

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from .rules import Quota, Rule
+from .scores import SCORES, Score
 
-SCORES = ("probability", "margin", "entropy", "random")
 CACHES = ("none", "prefix", "dual", "block")
 ALIGNMENTS = ("same", "shift")
 ATTENTIONS = ("full", "block", "causal", "causal-context", "reordered")
 GRIDS = ("absolute", "prompt", "both-ways")
 DISTRIBUTIONS = ("raw", "tempered", "filtered")
-EOS_POLICIES = ("none", "fill")
+EOS_POLICIES = ("none", "fill", "block")
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class DecodingConfig:
         `TimeQuota`). None: one forward a token. Adaptive rules take as many as they need.
     rule : Rule
         Which positions a step commits.
-    score : {"probability", "margin", "entropy", "random"}
+    score : {"probability", "margin", "entropy", "random", "position"} or Score
         What orders the positions: probability of the proposal, gap between the two best probabilities, negative
-        entropy, or chance.
+        entropy, chance, left to right, or a score of `dlmkernels.scores`.
     temperature : float
         0: the most likely token; otherwise Gumbel-max sampling at this temperature.
     top_k, top_p : int, float
@@ -72,9 +72,12 @@ class DecodingConfig:
         Taken from the model's configuration when None. Several eos ids may be given.
     suppress_token_ids : sequence of int
         Never generated. The mask token never is.
-    eos_policy : {"none", "fill"}
+    defer_token_ids : sequence of int
+        Positions where one of these is proposed come last, whatever their score.
+    eos_policy : {"none", "fill", "block"}
         fill: once an end token stands with nothing open before it, the rest of the request becomes padding and the
-        request is done. none: the full length is decoded.
+        request is done. block: the same, but only when its block is finished, as must be with rules that take
+        committed tokens back. none: the full length is decoded.
     logit_alignment : {"same", "shift"}, optional
         Whether row i of the logits speaks of position i or of i + 1. None: what the model's family does.
     attention : {"full", "block", "causal", "causal-context", "reordered"}, optional
@@ -92,7 +95,7 @@ class DecodingConfig:
     sub_block_length: int | None = None
     steps: int | None = None
     rule: Rule = field(default_factory=Quota)
-    score: str = "probability"
+    score: str | Score = "probability"
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -108,6 +111,7 @@ class DecodingConfig:
     eos_token_id: int | Sequence[int] | None = None
     pad_token_id: int | None = None
     suppress_token_ids: Sequence[int] = ()
+    defer_token_ids: Sequence[int] = ()
     eos_policy: str = "fill"
     logit_alignment: str | None = None
     attention: str | None = None
@@ -116,12 +120,14 @@ class DecodingConfig:
 
     def __post_init__(self):
         for name, choices in (
-            ("score", SCORES), ("cache", CACHES), ("distribution", DISTRIBUTIONS), ("eos_policy", EOS_POLICIES),
+            ("cache", CACHES), ("distribution", DISTRIBUTIONS), ("eos_policy", EOS_POLICIES),
             ("logit_alignment", (None, *ALIGNMENTS)), ("attention", (None, *ATTENTIONS)),
             ("block_grid", (None, *GRIDS)),
         ):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}; got {getattr(self, name)!r}")
+        if not isinstance(self.score, Score) and self.score not in SCORES:
+            raise ValueError(f"score must be one of {tuple(SCORES)} or a Score; got {self.score!r}")
         if not isinstance(self.rule, Rule):
             raise TypeError(f"rule must be a Rule such as dlmkernels.Threshold(0.9); got {self.rule!r}")
         for name, low in (
@@ -157,6 +163,7 @@ class SpecialTokens:
     Attributes
     ----------
     mask : int
+        -1 for models that have none.
     eos : list of int
         May be empty.
     pad : int

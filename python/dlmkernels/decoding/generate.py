@@ -84,7 +84,7 @@ def generate(
             f"input_ids ({prompt_length} tokens) and max_new_tokens ({config.max_new_tokens}) make a canvas of {length}"
             f", longer than the model's max_position_embeddings of {model.max_length}"
         )
-    masks = tokens.new_full((batch, length - prompt_length), special.mask)
+    masks = tokens.new_full((batch, length - prompt_length), max(special.mask, 0))
     columns = torch.arange(length, device=tokens.device)
     is_open = (columns >= prompt_length) & (columns < grid.ends[:, None])
     canvas = Canvas.of(torch.cat((tokens, masks), 1), is_open, origin)
@@ -195,6 +195,8 @@ def _of_the_family(model: DiffusionModel, config: DecodingConfig) -> DecodingCon
         raise ValueError(f"cache must be one of {allowed} with attention='{attention}'; got '{config.cache}'")
     if attention == "reordered" and config.cache == "block" and not isinstance(config.rule, Reordered):
         raise ValueError("cache='block' with attention='reordered' needs the rule Reordered; use cache='none'")
+    if config.rule.slots == "canvas" and config.cache != "none":
+        raise ValueError(f"rule {type(config.rule).__name__} reads all of the canvas: it needs cache='none'")
     seeded = family.seeded if config.seeded is None else config.seeded
     if seeded and attention == "full":
         raise ValueError("seeded needs a context that later tokens do not change; attention is 'full'")
@@ -211,18 +213,20 @@ def _special_tokens(model: DiffusionModel, config: DecodingConfig) -> SpecialTok
         for name in ("mask_token_id", "pad_token_id")
     )
     eos = config.eos_token_id
-    if mask is None:
+    if mask is None and config.rule.noise == "uniform":
+        mask = -1  # such models have none
+    elif mask is None:
         raise ValueError(
             "mask_token_id is not in the model's configuration: pass mask_token_id=… (tokenizer.mask_token_id)"
         )
     eos = _stop_ids(model) if eos is None else [eos] if isinstance(eos, int) else list(eos)
     if pad is None:
-        pad = eos[0] if eos else mask
+        pad = eos[0] if eos else max(mask, 0)
     vocab = model.vocab_size
     known = model.family.num_tokens if model.family.knows_ids_of(model.config) else None
     for name, ids in (
-        ("mask_token_id", [mask]), ("eos_token_id", eos), ("pad_token_id", [pad]),
-        ("suppress_token_ids", config.suppress_token_ids),
+        ("mask_token_id", [mask] if mask != -1 else []), ("eos_token_id", eos), ("pad_token_id", [pad]),
+        ("suppress_token_ids", config.suppress_token_ids), ("defer_token_ids", config.defer_token_ids),
     ):  # fmt: skip
         for i in ids:
             if not isinstance(i, int) or i < 0 or (vocab is not None and i >= vocab):
@@ -230,7 +234,7 @@ def _special_tokens(model: DiffusionModel, config: DecodingConfig) -> SpecialTok
                 raise ValueError(f"{name} must be in the model's vocabulary{limit}; got {i!r}")
     # Logits beyond the tokenizer's last id stand for nothing.
     unknown = range(known, vocab) if known is not None and vocab is not None else ()
-    return SpecialTokens(mask, eos, pad, [mask, *config.suppress_token_ids, *unknown])
+    return SpecialTokens(mask, eos, pad, [*([mask] if mask != -1 else []), *config.suppress_token_ids, *unknown])
 
 
 def _stop_ids(model: DiffusionModel) -> list[int]:

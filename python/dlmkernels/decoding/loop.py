@@ -21,6 +21,7 @@ from .config import DecodingConfig, SpecialTokens
 from .output import DecodingOutput
 from .poll import OpenCount
 from .schedule import Block, Grid, plan_blocks
+from .scores import score_named
 from .step import RandomState, Step
 
 
@@ -39,41 +40,75 @@ def decode(
     """Decode the open positions of columns `[start, end)`, and those that complete the last block of the grid."""
     forward = CanvasForward(model, canvas, config, special, grid, prompt_embeds)
     propose = Proposer(model, canvas, config, special)
-    random = RandomState(propose.seed, canvas.step)
+    rule = config.rule
+    options = StepOptions(propose, canvas, config)
+    if rule.noise == "uniform":
+        if model.vocab_size is None:
+            raise ValueError(f"{type(rule).__name__} draws from the vocabulary, whose size the model does not say")
+        canvas.renoise(propose.seed, model.vocab_size)
     blocks = plan_blocks(config, grid)
+    planned, behind = sum(b.num_steps for b in blocks if b.offset < grid.planned * grid.length), 0
     most_open = torch.stack([canvas.open_in(b.start, b.length).sum(1).max() for b in blocks]).tolist()
-
-    def commit(window: TokenWindow, step: Step, chosen: Tensor) -> Tensor:
-        return commit_tokens(canvas, config, special, window.positions, step.token, chosen, step.confidence)
-
+    # A rule that takes tokens back may also take back an end token: that counts once its block is finished.
+    fills_at_once = config.eos_policy == "fill" and rule.slots == "open"
+    whole = torch.full_like(canvas.origin, start), canvas.tokens.shape[1] - start
     with model.attached():
         for block, in_block in zip(blocks, most_open):
-            if in_block == 0:
-                continue
-            if forward.commits_apart and forward.lacks_context(block):
+            if in_block > 0 and forward.commits_apart and forward.lacks_context(block):
                 took_part = forward.append_context(block)
                 if config.seeded:
                     first = torch.where(took_part, block.outer, canvas.tokens.shape[1])
                     window = canvas.window(first, 1, 1)
-                    step = Step.of(propose(forward.last_of_context(), window), window, random, config)
-                    commit(window, step, step.eligible)
+                    stats = propose(model.logits(forward.last_of_context()), window)
+                    commit_tokens(
+                        canvas, config, special, window.positions, stats.token[:, None], window.positions >= 0,
+                        stats.confidence[:, None], fills_at_once,
+                    )  # fmt: skip
                     took_part &= window.positions[:, 0] < 0  # the others have been counted
                 canvas.step.add_(took_part)
-            open_at_start = open_now = canvas.open_in(block.start, block.length).sum(1, dtype=torch.int32)
+            open_at_start = open_now = _open_in(canvas, block)
             counts = OpenCount(in_block)
-            counts.submit(torch.stack((open_now.amax(), canvas.is_open.sum(1).amax())))
+            counts.submit(_open_counts(canvas, block))
+            working = open_now > 0
+            memory: dict[str, Tensor] = {}
+            forward.embeds = None
             for index in range(block.max_steps):
                 capacity, _ = counts.latest()
                 if capacity == 0:
                     break
-                window = canvas.window(block.start, block.length, capacity)
-                stats = propose(forward(block, index, window), window)
-                step = Step.of(stats, window, random, config, index, block.num_steps, open_at_start, open_now)
-                info = commit(window, step, config.rule.select(step))
-                open_now = info[:, 0].contiguous()
-                counts.submit(info[:, :2].amax(0))
+                if rule.slots == "open":
+                    window = canvas.window(block.start, block.length, capacity)
+                else:
+                    columns = whole if rule.slots == "canvas" else (block.start, block.length)
+                    window = canvas.free_window(*columns, working)
+                step = options.step(
+                    model.logits(forward(block, index, window)), window, block.start, block.length, index,
+                    block.num_steps, open_at_start, open_now, min((behind + index) / planned, 1.0), memory,
+                )  # fmt: skip
+                action = rule.act(step)
+                info = ops.remask_(
+                    canvas.tokens, canvas.state, window.positions, _or(action.token, step.token),
+                    commit=action.commit, edit=action.edit, remask=action.remask, renoise=action.renoise,
+                    confidence=_or(action.confidence, step.confidence), commit_step=canvas.commit_step,
+                    commit_confidence=canvas.confidence, step=canvas.step, seed=propose.seed, origin=canvas.origin,
+                    mask_token_id=special.mask, vocab_size=model.vocab_size or 0, eos_token_ids=special.eos,
+                    eos_policy="fill" if fills_at_once else "none", fill_token_id=special.pad,
+                )  # fmt: skip
+                if action.embeds is not None and action.embedded is not None:
+                    forward.embed_next(window, action.embeds, action.embedded)
+                if rule.slots == "open":
+                    open_now = info[:, 0].contiguous()
+                    counts.submit(info[:, :2].amax(0))
+                else:
+                    open_now = _open_in(canvas, block)
+                    working = working & (open_now > 0 if action.working is None else action.working)
+                    counts.submit(torch.stack((working.sum(), info[:, 1].amax())))
                 if hasattr(streamer, "put_draft"):
                     streamer.put_draft(canvas.tokens[0, start:end].cpu())
+            behind += block.num_steps
+            if config.eos_policy != "none" and not fills_at_once:
+                canvas.fill_after_eos(special.eos, special.pad)
+                counts.submit(_open_counts(canvas, block))
             if streamer is not None:
                 streamer.put(canvas.tokens[0, max(block.span[0], start) : min(block.span[1], end)].cpu())
             if counts.latest()[1] == 0:
@@ -83,15 +118,31 @@ def decode(
     return output_of(canvas, start, end)
 
 
+def _or(value: Tensor | None, otherwise: Tensor) -> Tensor:
+    return otherwise if value is None else value
+
+
+def _open_in(canvas: Canvas, block: Block) -> Tensor:
+    return canvas.open_in(block.start, block.length).sum(1, dtype=torch.int32)
+
+
+def _open_counts(canvas: Canvas, block: Block) -> Tensor:
+    return torch.stack((_open_in(canvas, block).amax(), canvas.is_open.sum(1).amax()))
+
+
 def commit_tokens(
     canvas: Canvas, config: DecodingConfig, special: SpecialTokens, positions: Tensor, tokens: Tensor, chosen: Tensor,
-    confidence: Tensor,
+    confidence: Tensor, fills: bool = True,
 ) -> Tensor:  # fmt: skip
-    """Write the chosen ones of the tokens `[B, W]` at canvas `positions`; the info of `ops.remask_`."""
+    """Write the chosen ones of the tokens `[B, W]` at canvas `positions`; the info of `ops.remask_`.
+
+    `fills`: whether an end token among them is final.
+    """
+    policy = "fill" if fills and config.eos_policy != "none" else "none"
     return ops.remask_(
         canvas.tokens, canvas.state, positions, tokens, commit=chosen, confidence=confidence,
         commit_step=canvas.commit_step, commit_confidence=canvas.confidence, step=canvas.step,
-        mask_token_id=special.mask, eos_token_ids=special.eos, eos_policy=config.eos_policy, fill_token_id=special.pad,
+        mask_token_id=special.mask, eos_token_ids=special.eos, eos_policy=policy, fill_token_id=special.pad,
     )  # fmt: skip
 
 
@@ -147,6 +198,23 @@ class CanvasForward:
         # last hidden state.
         self.done = -grid.depth
         self.carried: Tensor | None = None
+        #: input embeddings of all the canvas, where a rule has set some
+        self.embeds: Tensor | None = None
+
+    def embed_next(self, window: TokenWindow, embeds: Tensor, where: Tensor) -> None:
+        """In the next forward, let `embeds` `[B, W, hidden]` stand in for the tokens' where `where` says so."""
+        if not self.model.embeds_by_token:
+            raise ValueError(
+                f"rule {type(self.config.rule).__name__} cannot be used with this model: what it embeds a token as "
+                "depends on the whole row"
+            )
+        tokens = self.canvas.tokens
+        own = torch.nn.functional.pad(self.model.embed(tokens), (0, 0, 0, 1))  # one more column, for the other slots
+        column = torch.where(where, window.positions, tokens.shape[1]).long()[..., None].expand_as(embeds)
+        self.embeds = own.scatter(1, column, embeds.to(own.dtype))[:, :-1]
+        if self.config.cfg_scale > 0:
+            blind = self.model.embed(torch.full_like(tokens, self.special.mask))
+            self.embeds = torch.cat((self.embeds, torch.where(self.given[..., None], blind, self.embeds)))
 
     def __call__(self, block: Block, index: int, window: TokenWindow) -> Tensor:
         """Hidden states `[N, hidden]`, N = B * W (2 * B * W under guidance, conditional half first)."""
@@ -226,8 +294,8 @@ class CanvasForward:
         window = AttentionWindow(
             self.slots[:, first:last].contiguous(), self.kv_range, self.cache, **self._visibility(block, False)
         )
-        columns = self.slots[:, first:last].long() if self.prompt_embeds is not None else self.slots
-        return self.model.hidden(tokens, self.positions[:, first:last], window, self._embeds(tokens, columns))
+        embeds = self._embeds(tokens, self.slots[:, first:last])
+        return self.model.hidden(tokens, self.positions[:, first:last], window, embeds)
 
     def _columns(self, block: Block, index: int) -> tuple[int, int]:
         """Canvas columns to forward, for caches of models with full attention."""
@@ -271,14 +339,19 @@ class CanvasForward:
         return tokens
 
     def _embeds(self, tokens: Tensor, columns: Tensor) -> Tensor | None:
-        """Input embeddings, those of the prompt where it was given as embeddings; None if it was not."""
+        """Input embeddings at canvas columns `[B, Q]`, those of the prompt and of the rule where they gave some.
+
+        None if neither did.
+        """
+
+        def at(embeds: Tensor) -> Tensor:
+            inside = columns.clamp(0, embeds.shape[1] - 1).long()
+            return embeds.gather(1, inside[:, :, None].expand(-1, -1, embeds.shape[2]))
+
         if self.prompt_embeds is None:
-            return None
-        length = self.prompt_embeds.shape[1]
-        given = self.prompt_embeds.gather(
-            1, columns.clamp(max=length - 1)[:, :, None].expand(-1, -1, self.prompt_embeds.shape[2])
-        )
-        return torch.where((columns < length)[:, :, None], given, self.model.embed(tokens))
+            return None if self.embeds is None else at(self.embeds)
+        embeds = self.model.embed(tokens) if self.embeds is None else at(self.embeds)
+        return torch.where((columns < self.prompt_embeds.shape[1])[:, :, None], at(self.prompt_embeds), embeds)
 
     def _pick(self, hidden: Tensor, row: Tensor) -> Tensor:
         """Rows `row` `[B, W]` of `hidden` `[B or 2B, Q, hidden]`, one below another."""
@@ -294,40 +367,102 @@ class Proposer:
     """Language-model head and `token_confidence` on the slots of a window."""
 
     def __init__(self, model: DiffusionModel, canvas: Canvas, config: DecodingConfig, special: SpecialTokens):
-        self.model, self.canvas, self.config = model, canvas, config
+        self.model, self.canvas, self.config, self.special = model, canvas, config, special
         device, batch = canvas.tokens.device, canvas.tokens.shape[0]
 
         def scalar(value, dtype, wanted):
             return torch.full((1,), value, dtype=dtype, device=device) if wanted else None
 
         self.seed = _seeds(config.seed, batch, device)
-        sampled = config.temperature > 0
+        needs = config.rule.needs | score_named(config.score).needs
+        self.never = torch.tensor(special.banned, dtype=torch.int64, device=device)
+        sampled = config.temperature > 0 or config.rule.temperature(0, 1) is not None
         self.options: dict[str, Any] = {
             "cfg_scale": scalar(config.cfg_scale, torch.float32, config.cfg_scale > 0),
-            "banned": torch.tensor(special.banned, device=device),
+            "banned": self.never if special.banned else None,
             "temperature": scalar(config.temperature, torch.float32, sampled),
             "top_k": scalar(config.top_k, torch.int32, config.top_k > 0),
             "top_p": scalar(config.top_p, torch.float32, config.top_p < 1),
             "top_p_first": config.top_p_first,
             "keep_crossing": config.keep_crossing,
             "distribution": config.distribution,
-            "with_margin": config.score == "margin" or "margin" in config.rule.needs,
-            "with_entropy": config.score == "entropy" or "entropy" in config.rule.needs,
+            "with_margin": "margin" in needs,
+            "with_entropy": "entropy" in needs,
         }
         if sampled:
             self.options |= {"seed": self.seed, "step": canvas.step}
+        self.reads_current = "p_current" in needs
 
-    def __call__(self, hidden: Tensor, window: TokenWindow) -> ops.TokenConfidence:
-        """Statistics of the N = B * W slots, in the window's order."""
-        logits = self.model.logits(hidden)
+    def __call__(
+        self, logits: Tensor, window: TokenWindow, bias: Tensor | None = None, temperature: float | None = None
+    ) -> ops.TokenConfidence:
+        """Statistics of the N = B * W slots, in the window's order, from logits `[N or 2N, V]`."""
         rows = window.positions.numel()
         uncond = logits[rows:] if self.config.cfg_scale > 0 else None
         numbers = torch.arange(rows, dtype=torch.int32, device=logits.device)
-        options = self.options
+        is_used = window.positions.flatten() >= 0
+        options = self.options | {"bias": bias}
+        if temperature is not None:
+            options["temperature"] = torch.full((1,), temperature, device=logits.device)
         if "seed" in options:
-            options = options | {"position": window.request_positions.flatten()}
-        row_map = torch.where(window.positions.flatten() >= 0, numbers, -1)
+            options["position"] = window.request_positions.flatten()
+        if self.reads_current:
+            current = self.canvas.tokens.gather(1, window.positions.clamp(min=0).long()).flatten()
+            options["given"] = torch.where(is_used, current, -1)
+        row_map = torch.where(is_used, numbers, -1)
         return ops.token_confidence(logits[:rows], row_map=row_map, uncond_logits=uncond, **options)
+
+    def clean(self, logits: Tensor, rows: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Logits of some rows as `token_confidence` sees them before bias and temperature.
+
+        Float32 `[n, V]`, or `[n]` those of one token each, which is not a banned one.
+        """
+
+        def pick(rows: Tensor) -> Tensor:
+            return (logits[rows] if ids is None else logits[rows, ids]).float()
+
+        z = pick(rows)
+        if self.config.cfg_scale > 0:
+            blind = pick(rows + len(logits) // 2)
+            z = blind + (self.config.cfg_scale + 1) * (z - blind)
+        z = z.nan_to_num(-torch.inf, torch.finfo(torch.float32).max, -torch.inf)
+        return z.index_fill(1, self.never, -torch.inf) if ids is None else z
+
+
+class StepOptions:
+    """What all steps of a decoding have in common."""
+
+    def __init__(self, propose: Proposer, canvas: Canvas, config: DecodingConfig):
+        self.propose, self.canvas, self.rule = propose, canvas, config.rule
+        deferred = list(config.defer_token_ids)
+        self.common: dict[str, Any] = {
+            "random": RandomState(propose.seed, canvas.step),
+            "score_of": score_named(config.score),
+            "order_temperature": config.order_temperature,
+            "deferred": torch.tensor(deferred, device=canvas.tokens.device) if deferred else None,
+            "canvas": canvas,
+            "proposer": propose,
+        }
+
+    def step(
+        self, logits: Tensor, window: TokenWindow, start: Tensor, length: int, index: int, num_steps: int,
+        open_at_start: Tensor, open_now: Tensor, progress: float, memory: dict[str, Tensor],
+    ) -> Step:  # fmt: skip
+        """The step that these logits `[N or 2N, V]` make in the block of `length` columns from `start` `[B]` on."""
+        eligible = window.positions >= 0
+        if self.rule.slots != "open":
+            index_in_block = window.positions - start[:, None]
+            is_open = self.canvas.is_open.gather(1, window.positions.clamp(min=0).long())
+            eligible = eligible & is_open & (index_in_block >= 0) & (index_in_block < length)
+        temperature = self.rule.temperature(index, num_steps)
+        stats = self.propose(logits, window, temperature=temperature)
+        return Step(
+            stats=stats, window=window, eligible=eligible, index=index, num_steps=num_steps,
+            open_at_start=open_at_start, open_now=open_now, block_start=start, block_length=length, progress=progress,
+            memory=memory, raw_logits=logits,
+            sampling_temperature=self.propose.config.temperature if temperature is None else temperature,
+            **self.common,
+        )  # fmt: skip
 
 
 def _seeds(seed: int | Tensor | None, batch: int, device: torch.device) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..trace import Trace
@@ -48,6 +49,16 @@ class DecodingOutput:
         """Committed tokens over forwards, float32 `[B]`."""
         committed = (self.commit_step >= 0).sum(1)
         return committed / self.num_forwards.clamp(min=1)
+
+    @property
+    def log_probability(self) -> Tensor:
+        """Logarithm of `confidence`, float32 `[B, T]`: what each token's probability was when it was committed.
+
+        From the distribution the configuration names (`distribution`, by default the model's own); 0 for tokens that
+        were given. Their sum over a row is the logarithm of the product of the steps' choices, not of the row's
+        likelihood: see `log_likelihood`.
+        """
+        return torch.where(self.commit_step >= 0, self.confidence.log(), 0.0)
 
     @property
     def trace(self) -> Trace:

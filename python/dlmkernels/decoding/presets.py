@@ -4,27 +4,111 @@
 from __future__ import annotations
 
 from .config import DecodingConfig
-from .rules import Quota, Threshold, TimeQuota
+from .rules import (
+    Ancestral,
+    AncestralRemask,
+    Backtracking,
+    CreditThreshold,
+    DilatedSchedule,
+    DynamicThreshold,
+    EarlyAnswer,
+    EntropyBound,
+    EntropySum,
+    Factor,
+    HierarchicalThreshold,
+    LocalThreshold,
+    PathPlanning,
+    Quota,
+    RenoisedEntropyBound,
+    RunEditing,
+    ScoreAncestral,
+    SmoothedThreshold,
+    StableThreshold,
+    Threshold,
+    TimeQuota,
+    TokenEditing,
+    UniformState,
+)
+from .scores import DensityWeighted, PositionWeighted
 from .streams import Reordered, Strided
+
+LLADA = DecodingConfig(rule=Quota(), score="probability", eos_policy="none")
+# entropy order, nucleus before temperature's confidence is read, logits one row early
+DREAM = DecodingConfig(
+    rule=TimeQuota(), score="entropy", distribution="filtered", temperature=0.2, top_p=0.95, top_p_first=True,
+    eos_policy="none", logit_alignment="shift",
+)  # fmt: skip
+FAST_DLLM = DecodingConfig(rule=Threshold(0.9), cache="dual", block_length=32, eos_policy="none")
+SDAR = DecodingConfig(rule=DynamicThreshold(0.85), distribution="filtered", temperature=1.0, cache="block")
+MDLM = DecodingConfig(rule=Ancestral(), temperature=1.0, eos_policy="none")
+REMDM = DecodingConfig(
+    rule=AncestralRemask(strategy="cap", eta=0.008), temperature=1.0, top_p=0.9, keep_crossing=False,
+    distribution="filtered", eos_policy="none",
+)  # fmt: skip
+DINFER = DecodingConfig(rule=Threshold(0.9, tie=1e-5), block_length=32, eos_policy="block")
 
 PRESETS: dict[str, DecodingConfig] = {
     # LLaDA, arXiv:2502.09992: low-confidence remasking, one block of the whole answer by default
-    "llada": DecodingConfig(rule=Quota(), score="probability", eos_policy="none"),
-    # Dream, arXiv:2508.15487: entropy order, nucleus before temperature's confidence is read, logits one row early
-    "dream": DecodingConfig(
-        rule=TimeQuota(), score="entropy", distribution="filtered", temperature=0.2, top_p=0.95, top_p_first=True,
-        eos_policy="none", logit_alignment="shift",
-    ),
-    # Fast-dLLM, arXiv:2505.22618: confidence threshold over a dual cache
-    "fast-dllm": DecodingConfig(
-        rule=Threshold(0.9), score="probability", cache="dual", block_length=32, eos_policy="none"
-    ),
-    # SDAR, arXiv:2510.06303: all that is surer than 0.85, of what was drawn
-    "sdar": DecodingConfig(
-        rule=Threshold(0.85, strict=True), temperature=1.0, distribution="filtered", cache="block"
-    ),
+    "llada": LLADA,
+    "llada-random": LLADA.replace(score="random"),
+    # Dream, arXiv:2508.15487: its four algorithms
+    "dream": DREAM,
+    "dream-maskgit-plus": DREAM.replace(score="probability"),
+    "dream-topk-margin": DREAM.replace(score="margin"),
+    "dream-origin": DREAM.replace(rule=Ancestral(eps=1e-3, denoise=False)),
+    # Fast-dLLM, arXiv:2505.22618: confidence over a dual cache
+    "fast-dllm": FAST_DLLM,
+    "fast-dllm-factor": FAST_DLLM.replace(rule=Factor(1.0)),
+    # SDAR, arXiv:2510.06303, and JetEngine, which serves it
+    "sdar": SDAR,
+    "sdar-static": SDAR.replace(rule=Quota(of_block=True)),
+    "sdar-sequential": SDAR.replace(rule=Quota(of_block=True), score="position"),
+    "sdar-entropy-bounded": SDAR.replace(rule=EntropySum(0.35), distribution="tempered"),
     # LLaDA2.0, arXiv:2512.15745
-    "llada2": DecodingConfig(rule=Threshold(0.95, strict=True), distribution="filtered", cache="block"),
+    "llada2": DecodingConfig(rule=DynamicThreshold(0.95), distribution="filtered", cache="block"),
+    # EB-Sampler, arXiv:2505.24857
+    "eb-sampler": DecodingConfig(rule=EntropyBound(0.1), score="entropy"),
+    # dInfer, arXiv:2510.08666
+    "dinfer-threshold": DINFER,
+    "dinfer-hierarchy": DINFER.replace(rule=HierarchicalThreshold(0.9, 0.4)),
+    "dinfer-credit": DINFER.replace(rule=CreditThreshold(0.9)),
+    "dinfer-smoothing": DINFER.replace(rule=SmoothedThreshold(0.9)),
+    # KLASS, arXiv:2511.05664
+    "klass": DecodingConfig(rule=StableThreshold(0.9, 0.01, 2), block_length=64, eos_policy="none"),
+    # Prophet, arXiv:2508.19982
+    "prophet": LLADA.replace(rule=EarlyAnswer()),
+    # PC-Sampler, arXiv:2508.13021; score=scores.PositionWeighted(frequency) adds the corpus' frequencies
+    "pc-sampler": LLADA.replace(score=PositionWeighted()),
+    # d2Cache, arXiv:2509.23094: the order alone, not the cache
+    "d2cache-order": LLADA.replace(score=DensityWeighted()),
+    # LocalLeap, arXiv:2510.07081
+    "localleap": DecodingConfig(rule=LocalThreshold(0.9, 0.75, 4), block_length=32, eos_policy="none"),
+    # DUS, arXiv:2506.19037
+    "dus": DecodingConfig(rule=DilatedSchedule(2), block_length=32, eos_policy="none"),
+    # LLaDA2.1, arXiv:2602.08676: its quality and its speed mode
+    "llada2.1": DecodingConfig(rule=TokenEditing(0.95, 0.9), distribution="filtered", cache="block"),
+    "llada2.1-speed": DecodingConfig(rule=TokenEditing(0.5, 0.0), distribution="filtered", cache="block"),
+    # DMax, arXiv:2604.08302
+    "dmax": DecodingConfig(rule=RunEditing(0.5), cache="block"),
+    # Saber, arXiv:2510.18165
+    "saber": DecodingConfig(rule=Backtracking(2), eos_policy="none"),
+    # P2, arXiv:2502.03540
+    "p2": DecodingConfig(rule=PathPlanning(1.0), temperature=1.0, eos_policy="none"),
+    # MDLM, arXiv:2406.07524; SEDD, arXiv:2310.16834; Duo, arXiv:2506.10892
+    "mdlm": MDLM,
+    "sedd": MDLM.replace(rule=ScoreAncestral()),
+    "duo": MDLM.replace(rule=UniformState()),
+    # BD3-LM, arXiv:2503.09573, with the first-hitting sampler of arXiv:2409.02908: one random position a forward
+    "bd3-lm": DecodingConfig(rule=Quota(), score="random", temperature=1.0, cache="block"),
+    # ReMDM, arXiv:2503.00307
+    "remdm": REMDM,
+    "remdm-rescale": REMDM.replace(rule=AncestralRemask(strategy="rescale", eta=0.015)),
+    "remdm-conf": REMDM.replace(rule=AncestralRemask(strategy="conf")),
+    "remdm-loop": REMDM.replace(rule=AncestralRemask(strategy="loop", eta=0.02)),
+    # DiffusionGemma, as in transformers
+    "diffusion-gemma": DecodingConfig(
+        rule=RenoisedEntropyBound(), steps=48, distribution="tempered", eos_policy="fill", block_length=256
+    ),
     # Fast-dLLM v2, arXiv:2509.26328: parts of a block one after another
     "fast-dllm-v2": DecodingConfig(
         rule=Threshold(0.9, strict=True), distribution="filtered", cache="block", sub_block_length=8

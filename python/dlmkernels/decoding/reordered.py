@@ -9,11 +9,10 @@ from torch import Tensor
 from ..models.adapt import DiffusionModel
 from .canvas import Canvas
 from .config import DecodingConfig, SpecialTokens
-from .loop import CanvasForward, Proposer, commit_tokens, output_of
+from .loop import CanvasForward, Proposer, StepOptions, commit_tokens, output_of
 from .output import DecodingOutput
 from .poll import OpenCount
 from .schedule import Grid
-from .step import RandomState, Step
 from .streams import Reordered
 
 
@@ -41,7 +40,7 @@ def decode_reordered(
         raise ValueError("cfg_scale cannot be used with rule Reordered")
     forward = CanvasForward(model, canvas, config, special, grid, prompt_embeds)
     propose = Proposer(model, canvas, config, special)
-    random = RandomState(propose.seed, canvas.step)
+    options = StepOptions(propose, canvas, config)
     width = canvas.tokens.shape[1]
     final = torch.zeros_like(canvas.origin)  # columns of each row that are in the cache for good
     length = start + rule.window  # columns to forward: the prompt and the first window
@@ -63,7 +62,8 @@ def decode_reordered(
             window = canvas.window(first, rule.window, rule.window)
             row = (window.positions - final[:, None]).clamp(min=0).long()
             picked = hidden.gather(1, row[:, :, None].expand(-1, -1, hidden.shape[2])).flatten(0, 1)
-            step = Step.of(propose(picked, window), window, random, config)
+            count = (window.positions >= 0).sum(1, dtype=torch.int32)
+            step = options.step(model.logits(picked), window, first, rule.window, 0, 1, count, count, 0.0, {})
             info = commit_tokens(
                 canvas, config, special, window.positions, step.token, rule.select(step), step.confidence
             )

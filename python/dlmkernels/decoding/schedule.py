@@ -114,8 +114,7 @@ def plan_blocks(config: DecodingConfig, grid: Grid) -> list[Block]:
             length = min(part, outer_length - inner)
             skip = k * grid.length + inner
             span = (low + skip, min(high + skip + length, grid.width))
-            most = max(steps or length, length)
-            blocks.append(
-                Block(outer + inner, length, steps or length, most, span, outer, outer_length, k * grid.length)
-            )
+            num_steps = steps or length
+            most = config.rule.max_steps(length, num_steps)
+            blocks.append(Block(outer + inner, length, num_steps, most, span, outer, outer_length, k * grid.length))
     return blocks

@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..window import TokenWindow
-from .config import DecodingConfig
+from .scores import Score
+
+if TYPE_CHECKING:
+    from .canvas import Canvas
+    from .loop import Proposer
 
 
 @dataclass(frozen=True)
@@ -24,20 +29,28 @@ class RandomState:
 
 @dataclass(frozen=True)
 class Step:
-    """One denoising step: proposals and confidences of the W slots of the window, before anything is committed.
+    """One denoising step: proposals and confidences of the W slots of the window, before anything is written.
 
     Attributes
     ----------
     stats : ops.TokenConfidence
         Per-slot results of `token_confidence`, each reshaped to `[B, W]` on access below.
     eligible : Tensor
-        bool `[B, W]`: slots that may be committed.
+        bool `[B, W]`: slots that may be committed, the open ones of the block.
     index : int
         Number of this step within its block, from 0.
     num_steps : int
         Steps planned for the block.
+    progress : float
+        Steps planned for the whole generation that lie behind, from 0 to 1.
+    block_start, block_length : Tensor, int
+        The block's first column in each row, int32 `[B]`; how many columns it has.
     open_at_start, open_now : Tensor
         int32 `[B]`: open positions of the block when it was entered, and before this step.
+    canvas : Canvas
+        All positions, with the step and the confidence with which each was committed; not to be written.
+    memory : dict
+        What the rule keeps from step to step; empty when a block is entered. See `keep` and `recall`.
     """
 
     stats: ops.TokenConfidence
@@ -47,23 +60,18 @@ class Step:
     num_steps: int
     open_at_start: Tensor
     open_now: Tensor
+    raw_logits: Tensor
+    proposer: Proposer
     random: RandomState
-    score_name: str
-    order_temperature: float
-
-    @classmethod
-    def of(
-        cls, stats: ops.TokenConfidence, window: TokenWindow, random: RandomState, config: DecodingConfig,
-        index: int = 0, num_steps: int = 1, open_at_start: Tensor | None = None, open_now: Tensor | None = None,
-    ) -> Step:  # fmt: skip
-        """A step on the used slots of a window; without counts, one that commits them all."""
-        eligible = window.positions >= 0
-        if open_at_start is None or open_now is None:
-            open_at_start = open_now = eligible.sum(1, dtype=torch.int32)
-        return cls(
-            stats, window, eligible, index, num_steps, open_at_start, open_now, random, config.score,
-            config.order_temperature,
-        )  # fmt: skip
+    score_of: Score
+    canvas: Canvas
+    block_start: Tensor
+    block_length: int
+    order_temperature: float = 0.0
+    sampling_temperature: float = 0.0
+    deferred: Tensor | None = None
+    progress: float = 0.0
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
     def _shaped(self, name: str) -> Tensor:
         x = getattr(self.stats, name)
@@ -71,15 +79,33 @@ class Step:
             raise ValueError(f"the rule reads step.{name} but does not name it in `needs`")
         return x.view(self.eligible.shape)
 
+    # --- what the model says -----------------------------------------------------------------------------------------
+
     @property
     def token(self) -> Tensor:
-        """Proposed token ids, int64 `[B, W]`."""
+        """Proposed token ids, int64 `[B, W]`; -1 where there is none."""
         return self._shaped("token")
+
+    @property
+    def argmax(self) -> Tensor:
+        """The likeliest token ids, int64 `[B, W]`: the proposals at temperature 0."""
+        return self._shaped("argmax")
 
     @property
     def confidence(self) -> Tensor:
         """Probability of the proposal, float32 `[B, W]`."""
         return self._shaped("confidence")
+
+    @property
+    def argmax_confidence(self) -> Tensor:
+        """Probability of `argmax`, float32 `[B, W]`."""
+        best = self.argmax
+        rows = torch.arange(best.numel(), device=best.device)
+        z = self.proposer.clean(self.raw_logits, rows, best.flatten().clamp(min=0)).view(best.shape)
+        temperature = self.sampling_temperature if self.proposer.config.distribution != "raw" else 0.0
+        if temperature > 0:
+            z = z * (1 / temperature)
+        return torch.where(best >= 0, (z - self.logsumexp).exp(), -torch.inf)
 
     @property
     def margin(self) -> Tensor:
@@ -91,22 +117,128 @@ class Step:
         """Entropy in nats, float32 `[B, W]`."""
         return self._shaped("entropy")
 
+    @property
+    def logsumexp(self) -> Tensor:
+        """Of the logits, float32 `[B, W]`."""
+        return self._shaped("logsumexp")
+
+    @property
+    def p_current(self) -> Tensor:
+        """Probability of the token that now stands at a slot, float32 `[B, W]`; 0 for the mask."""
+        return self._shaped("p_given")
+
+    def logits(self, first: int = 0, last: int | None = None) -> Tensor:
+        """Logits of the slots `[first, last)`, float32 `[B, n, V]`, guided, -inf for what is never proposed.
+
+        This is a copy of all of them: the ops need none, and a rule that can do without should.
+        """
+        rows = torch.arange(self.eligible.numel(), device=self.eligible.device).view(self.eligible.shape)
+        rows = rows[:, first:last]
+        return self.proposer.clean(self.raw_logits, rows.flatten()).unflatten(0, rows.shape)
+
+    def again(self, bias: Tensor) -> Step:
+        """The same step with proposals from `logits + bias`, bias float32 `[B, W, V]`; no forward is needed."""
+        stats = self.proposer(self.raw_logits, self.window, bias=bias.flatten(0, 1))
+        return replace(self, stats=stats)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The model's input embeddings of tokens `[B, W]`, `[B, W, hidden]`."""
+        return self.proposer.model.embed(tokens)
+
+    def mean_embedding(self, probabilities: Tensor) -> Tensor:
+        """Mean of the model's input embeddings, `[B, W, hidden]`, under distributions `[B, W, V]`."""
+        vocabulary = torch.arange(probabilities.shape[2], device=probabilities.device)
+        table = self.embed(vocabulary[None])[0]
+        return probabilities.to(table.dtype) @ table
+
+    # --- what is known of the slots ----------------------------------------------------------------------------------
+
+    def at(self, canvas: Tensor) -> Tensor:
+        """The slots' values of a tensor over the canvas, `[B, T]` to `[B, W]`; unused slots hold anything."""
+        return canvas.gather(1, self.window.positions.clamp(min=0).long())
+
+    @property
+    def used(self) -> Tensor:
+        """Slots that stand for a position, bool `[B, W]`."""
+        return self.window.positions >= 0
+
+    @property
+    def is_open(self) -> Tensor:
+        """Slots without a token, in the block or not, bool `[B, W]`."""
+        return self.used & self.at(self.canvas.is_open)
+
+    @property
+    def decided(self) -> Tensor:
+        """Slots whose token a step has committed, bool `[B, W]`; only with `Rule.slots` other than "open"."""
+        return self.used & ~self.at(self.canvas.is_open)
+
+    @property
+    def current(self) -> Tensor:
+        """Token ids that stand at the slots, int64 `[B, W]`."""
+        return self.at(self.canvas.tokens)
+
+    @property
+    def index_in_block(self) -> Tensor:
+        """Positions counted from the block's first, int32 `[B, W]`."""
+        return self.window.positions - self.block_start[:, None]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits of a position."""
+        return self.raw_logits.shape[1]
+
+    @property
+    def mask_token(self) -> int:
+        """Id of the mask token."""
+        return self.proposer.special.mask
+
+    def everyone(self, value: bool) -> Tensor:
+        """The same for every request, bool `[B]`."""
+        return torch.full_like(self.open_now, value, dtype=torch.bool)
+
+    def recall(self, name: str, *shape: int) -> Tensor:
+        """What `keep` was last given for the slots' positions, float32 `[B, W, *shape]`; 0 at first."""
+        if name not in self.memory:
+            return torch.zeros((*self.eligible.shape, *shape), device=self.eligible.device)
+        kept = self.memory[name]
+        return kept.gather(1, self._index_in_memory(kept))
+
+    def keep(self, name: str, values: Tensor) -> None:
+        """Remember `values` `[B, W, …]` for the slots' positions until the block ends."""
+        if name not in self.memory:
+            # one place for each column of the block, and one for unused slots
+            shape = (len(values), self.block_length + 1, *values.shape[2:])
+            self.memory[name] = torch.zeros(shape, dtype=values.dtype, device=values.device)
+        kept = self.memory[name]
+        self.memory[name] = kept.scatter(1, self._index_in_memory(kept), values)
+
+    def _index_in_memory(self, kept: Tensor) -> Tensor:
+        index = torch.where(self.used, self.index_in_block, self.block_length).long()
+        index = index.view(*index.shape, *[1] * (kept.dim() - 2))
+        return index.expand(-1, -1, *kept.shape[2:])
+
+    # --- choosing ----------------------------------------------------------------------------------------------------
+
     @cached_property
     def score(self) -> Tensor:
         """The configured score, float32 `[B, W]`: larger is committed earlier."""
-        if self.score_name == "probability":
-            return self.confidence
-        if self.score_name == "margin":
-            return self.margin
-        if self.score_name == "entropy":
-            return -self.entropy
-        return torch.zeros_like(self.confidence)
+        score = self.score_of(self)
+        if self.deferred is not None:
+            last = torch.isin(self.token, self.deferred) & (score > -torch.inf)
+            score = score.masked_fill(last, self.score_of.lowest)
+        return score
+
+    @property
+    def candidates(self) -> Tensor:
+        """The score where a slot may be committed, -inf elsewhere, float32 `[B, W]`."""
+        return self.score.masked_fill(~self.eligible | self.score.isnan(), -torch.inf)
 
     def select(
         self,
         rule: str = "none",
         *,
         score: Tensor | None = None,
+        eligible: Tensor | None = None,
         parameter: float | Tensor | None = None,
         strict: bool = False,
         cost: Tensor | None = None,
@@ -116,19 +248,21 @@ class Step:
         cap: int | Tensor | None = None,
     ) -> Tensor:
         """A prefix of the eligible slots in score order: `ops.select_tokens` with numbers allowed for tensors."""
-        # A random order is Gumbel noise on equal scores.
-        temperature = 1.0 if self.score_name == "random" and score is None else self.order_temperature
+        temperature = self.order_temperature
+        if score is None and temperature == 0:
+            temperature = self.score_of.order_temperature
         noise = {}
         if temperature > 0:
-            noise = {
-                "order_temperature": self._per_request(temperature, torch.float32),
+            noise["order_temperature"] = self._per_request(temperature, torch.float32)
+        if temperature > 0 or rule == "bernoulli":
+            noise |= {
                 "seed": self.random.seed,
                 "step": self.random.step,
                 "position": self.window.request_positions,
             }
         return ops.select_tokens(
-            self.score if score is None else score,
-            self.eligible,
+            (self.score if score is None else score).contiguous(),
+            self.eligible if eligible is None else eligible,
             rule,
             parameter=self._per_request(parameter, torch.float32),
             strict=strict,

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,16 +21,6 @@ from . import MODEL_DIR, board
 from .tasks import TASKS, Problem
 
 BATCH = 16  # canvases decoded together
-
-
-@dataclass(frozen=True)
-class LeftToRight(dk.Rule):
-    """The leftmost open position, whatever the model says of it: the order of autoregressive models."""
-
-    needs: ClassVar[frozenset[str]] = frozenset()
-
-    def select(self, step):
-        return step.select("none", score=-step.window.positions.float(), fill=1)
 
 
 @dataclass(frozen=True)
@@ -47,7 +37,7 @@ CONFIDENCE, RANDOM = "one a forward, by confidence", "one a forward, random orde
 CASES = (
     Case(CONFIDENCE, {}, quick=True),
     Case(RANDOM, {"score": "random"}, quick=True),
-    Case("one a forward, left to right", {"rule": LeftToRight()}),
+    Case("one a forward, left to right", {"score": "position"}),
     Case("Threshold(0.99)", {"rule": dk.Threshold(0.99)}),
     Case("Threshold(0.9)", {"rule": dk.Threshold(0.9)}, quick=True),
     Case("EntropyBound(0.01)", {"rule": dk.EntropyBound(0.01)}),
@@ -55,6 +45,23 @@ CASES = (
     Case("Factor(0.5)", {"rule": dk.Factor(0.5)}),
     Case("8 forwards", {"steps": 8}),
     Case("4 forwards", {"steps": 4}, quick=True),
+)
+
+
+def for_full_attention(config: dk.DecodingConfig) -> dk.DecodingConfig:
+    """A published decoder as the shipped model runs it: its attention has no blocks, its logits stand in their rows."""
+    if config.cache == "block":
+        config = config.replace(cache="none", block_length=16)
+    return config.replace(logit_alignment="same")
+
+
+# Every preset that runs on the shipped model, which knows masks, not noise, whose logits are no ratios, and whose
+# attention is not causal. Decoders of models that have learnt to edit are among them, and show what happens to one that
+# has not.
+PUBLISHED = tuple(
+    Case(name, {"config": for_full_attention(config)})
+    for name, config in dk.PRESETS.items()
+    if config.rule.noise == "mask" and not isinstance(config.rule, (dk.ScoreAncestral, dk.Strided, dk.Reordered))
 )
 # title, task, difficulty
 SETS: tuple[tuple[str, str, int | None], ...] = (
@@ -89,8 +96,9 @@ class Result:
 
 
 def run(
-    problems: int | None = None, quick: bool = False, out: str = "demo-out", json_file: str | None = None, seed: int = 1
-) -> list[Result]:
+    problems: int | None = None, quick: bool = False, out: str = "demo-out", json_file: str | None = None,
+    seed: int = 1, rules: str = "few",
+) -> list[Result]:  # fmt: skip
     """The whole demonstration; prints as it goes.
 
     Parameters
@@ -105,6 +113,8 @@ def run(
         Where to write the results, with the environment, as JSON.
     seed : int
         Which held-out problems are made.
+    rules : {"few", "all"}
+        `CASES` (half of them with `quick`), or `PUBLISHED`.
     """
     start = time.perf_counter()
     folder = Path(out)
@@ -118,7 +128,8 @@ def run(
 
     count = problems or (8 if quick else 48)
     say(f"\n{count} held-out problems of each kind, {min(BATCH, count)} at a time\n")
-    results = compare(model, tokenizer, count, [c for c in CASES if c.quick or not quick], seed)
+    cases = list(PUBLISHED) if rules == "all" else [c for c in CASES if c.quick or not quick]
+    results = compare(model, tokenizer, count, cases, seed)
     plot(results, folder / "dlmkernels-demo.png")
     say(f"\npictures: {folder / 'dlmkernels-demo.png'}, {folder / 'dlmkernels-sudoku.png'}")
     if json_file:
@@ -132,7 +143,10 @@ def run(
             + "\n"
         )
         say(f"data: {json_file}")
-    say(f"\n{time.perf_counter() - start:.0f} s. One cell a forward, in order of confidence against random order:")
+    say(f"\n{time.perf_counter() - start:.0f} s.")
+    if rules == "all":
+        return results
+    say("One cell a forward, in order of confidence against random order:")
     for title in (SETS[0][0], SETS[1][0]):
         solved = {r.rule: r.solved for r in results if r.set == title}
         say(f"{title}: {solved[CONFIDENCE]:.1%} solved against {solved[RANDOM]:.1%}.")
@@ -239,11 +253,18 @@ def plot(results: list[Result], path: Path) -> None:
     from matplotlib.ticker import NullLocator, PercentFormatter, StrMethodFormatter
 
     titles, rules = (list(dict.fromkeys(getattr(r, name) for r in results)) for name in ("set", "rule"))
-    figure = Figure(figsize=(11, 8.6), layout="constrained")
+    most = max(r.forwards for r in results)
+    figure = Figure(figsize=(11, 8 + 0.06 * len(rules)), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, title in zip(figure.subplots(2, 2).flat, titles):
         axes.set_xscale("log", base=2)
-        axes.set(xlim=(0.8, 64), ylim=(-0.05, 1.07), title=title, xlabel="forwards a problem", ylabel="solved")
+        axes.set(
+            xlim=(0.8, max(64, 1.2 * most)),
+            ylim=(-0.05, 1.07),
+            title=title,
+            xlabel="forwards a problem",
+            ylabel="solved",
+        )
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -251,8 +272,9 @@ def plot(results: list[Result], path: Path) -> None:
         for i, rule in enumerate(rules):
             r = next(r for r in results if (r.set, r.rule) == (title, rule))
             # hollow, each of another size and shape: where points coincide, all of them can be seen
-            axes.plot(r.forwards, r.solved, MARKERS[i % len(MARKERS)], label=rule, color=f"C{i % 10}", mfc="none",
-                      ms=13 - i * 0.7, mew=1.8, ls="none", clip_on=False, zorder=3)  # fmt: skip
+            style = {"color": f"C{(i + i // 10) % 10}", "mfc": "none", "ms": max(13 - i * 0.7, 6), "mew": 1.8}
+            axes.plot(r.forwards, r.solved, MARKERS[i % len(MARKERS)], label=rule, ls="none", clip_on=False, zorder=3,
+                      **style)  # fmt: skip
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=120)
 

@@ -83,8 +83,7 @@ class DiffusionModel:
         inputs = {"input_ids": tokens} if embeds is None else {"inputs_embeds": embeds}
         if not self.reuses_kv and window.kv_range is not None:
             # for the embeddings alone: visibility is the window's
-            slots = torch.arange(tokens.shape[1], device=tokens.device)
-            inputs["attention_mask"] = (slots >= window.kv_range[:, :1]).long()
+            inputs["attention_mask"] = _valid(tokens, window.kv_range)
         return self.model.base_model(
             **inputs, position_ids=positions + self._offset, dlm_window=window, use_cache=False
         ).last_hidden_state
@@ -128,12 +127,17 @@ class LogitsModel(DiffusionModel):
         inputs = (tokens,) if embeds is None else ()
         named = {} if embeds is None else {"inputs_embeds": embeds}
         if window.kv_range is not None:
-            slots = torch.arange(tokens.shape[1], device=tokens.device)
-            named["attention_mask"] = (slots >= window.kv_range[:, :1]).long()
+            named["attention_mask"] = _valid(tokens, window.kv_range)
         return self.model(*inputs, **named).logits
 
     def logits(self, hidden: Tensor) -> Tensor:
         return hidden
+
+
+def _valid(tokens: Tensor, kv_range: Tensor) -> Tensor:
+    """An attention mask int64 `[B, T]` of the columns in each row's range, int32 `[B, 2]`."""
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
+    return ((columns >= kv_range[:, :1]) & (columns < kv_range[:, 1:])).long()
 
 
 def adapt(model, *, family: str | None = None) -> DiffusionModel:

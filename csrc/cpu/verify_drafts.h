@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include "common/params.h"
+
+namespace dlm::cpu {
+
+// Rows [begin, end) of the batch.
+void verify_drafts(const VerifyDraftsParams& p, int64_t begin, int64_t end);
+
+namespace generic {
+void verify_drafts(const VerifyDraftsParams& p, int64_t begin, int64_t end);
+}  // namespace generic
+
+}  // namespace dlm::cpu

@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+// Accepts a prefix of each row's drafts and finds the token after it. With
+//   p(v) = e^(z_v / T - logsumexp) of the target, q(v) of the draft distribution
+// draft s passes with probability p(s) / (leniency q(s)): single logits are read. Only the first
+// draft that fails has its two rows of logits read, for
+//   argmax over v of max(p(v) - q(v), 0) / E_v,   E_v standard exponential noise
+// which is a draw from the positive part of p - q. Without q, a draft passes if it is what the
+// target itself drew. Some 60 operations a logit of a failed draft; no tensor is written.
+#include <algorithm>
+
+#include "common/math.h"
+#include "cpu/random_words.h"
+#include "cpu/verify_drafts.h"
+
+namespace dlm::cpu::generic {
+namespace {
+
+constexpr int kBlock = 256;  // logits at a time
+
+template <class T>
+class Row {
+ public:
+  Row(const VerifyDraftsParams& p, int64_t row)
+      : p_(p),
+        row_(row),
+        drafts_(p.drafts + row * p.W),
+        token_(p.token + row * (p.W + 1)),
+        tokens_(p.tokens + row * (p.W + 1)) {
+    const float temperature = p.temperature.at(row, 0.0f);
+    by_ratio_ = p.draft_logits && temperature > 0.0f;
+    if (!by_ratio_) return;
+    inverse_ = div_rn(1.0f, temperature);
+    seed_ = uint64_t(p.random.seed.at(row, 0));
+    step_ = uint32_t(p.random.step.at(row, 0));
+    position_ = uint32_t(p.random.position[row]);
+  }
+
+  void run() {
+    int64_t accepted = 0;
+    while (accepted < p_.W && drafts_[accepted] >= 0 && passes(accepted)) ++accepted;
+    int64_t next = token_[accepted];
+    if (accepted < p_.W && drafts_[accepted] >= 0 && has_ratio(accepted)) {
+      const int64_t drawn = draw_rest(accepted);
+      if (drawn >= 0) next = drawn;
+    }
+    std::copy_n(drafts_, accepted, tokens_);
+    tokens_[accepted] = next;
+    std::fill(tokens_ + accepted + 1, tokens_ + p_.W + 1, int64_t(-1));
+    p_.accepted[row_] = int32_t(accepted);
+  }
+
+ private:
+  int64_t target_row(int64_t i) const {
+    const int64_t at = row_ * (p_.W + 1) + i;
+    return p_.row_map ? p_.row_map[at] : at;
+  }
+  int64_t draft_row(int64_t i) const {
+    const int64_t at = row_ * p_.W + i;
+    return p_.draft_row_map ? p_.draft_row_map[at] : at;
+  }
+  bool has_ratio(int64_t i) const { return by_ratio_ && target_row(i) >= 0 && draft_row(i) >= 0; }
+
+  const T* target(int64_t i) const {
+    return static_cast<const T*>(p_.logits) + target_row(i) * p_.logits_stride;
+  }
+  const T* draft(int64_t i) const {
+    return static_cast<const T*>(p_.draft_logits) + draft_row(i) * p_.draft_stride;
+  }
+  float target_logsumexp(int64_t i) const { return p_.logsumexp[row_ * (p_.W + 1) + i]; }
+  float draft_logsumexp(int64_t i) const { return p_.draft_logsumexp[row_ * p_.W + i]; }
+  bool banned(int64_t id) const {
+    return std::find(p_.banned, p_.banned + p_.banned_count, id) != p_.banned + p_.banned_count;
+  }
+
+  bool passes(int64_t i) const {
+    const int64_t id = drafts_[i];
+    if (!has_ratio(i)) return id == token_[i];
+    if (banned(id)) return false;
+    const float p = tempered_probability(to_float(target(i)[id]), inverse_, target_logsumexp(i));
+    const float q = tempered_probability(to_float(draft(i)[id]), inverse_, draft_logsumexp(i));
+    const Philox4 bits = philox(seed_, position_ + uint32_t(i), step_, Stream::kVerify, 0);
+    return bernoulli(bits.word[0], div_rn(p, mul_rn(p_.leniency, q)));
+  }
+
+  // -1 where p exceeds q nowhere.
+  int64_t draw_rest(int64_t i) const {
+    const T *z = target(i), *y = draft(i);
+    const float of_target = target_logsumexp(i), of_draft = draft_logsumexp(i);
+    float rest[kBlock], best = 0.0f;
+    int64_t drawn = -1;
+    for (int64_t begin = 0; begin < p_.V; begin += kBlock) {
+      const int n = int(std::min<int64_t>(kBlock, p_.V - begin));
+      for (int j = 0; j < n; ++j) {
+        rest[j] = tempered_probability(to_float(z[begin + j]), inverse_, of_target) -
+                  tempered_probability(to_float(y[begin + j]), inverse_, of_draft);
+      }
+      for (int64_t k = 0; k < p_.banned_count; ++k) {
+        const uint64_t at = uint64_t(p_.banned[k] - begin);
+        if (at < uint64_t(n)) rest[at] = 0.0f;
+      }
+      float largest = 0.0f;
+      for (int j = 0; j < n; ++j) largest = rest[j] > largest ? rest[j] : largest;
+      // Noise is at least 2^-33.
+      if (!(largest > 0.0f) || largest * 1e10f < best) continue;
+      uint32_t word[kBlock];
+      random_words<kBlock / 4>(seed_, position_ + uint32_t(i), step_, Stream::kResidual,
+                               uint32_t(begin / 4), word);
+      for (int j = 0; j < n; ++j) {
+        // E_v is at least word / 2^32; 1.001 covers the rounding of both sides.
+        if (!(rest[j] > 0.0f) || float(word[j]) * best > rest[j] * 4299262263.0f) continue;
+        const float value = div_rn(rest[j], exponential(word[j]));
+        if (value > best) {
+          best = value;
+          drawn = begin + j;
+        }
+      }
+    }
+    return drawn;
+  }
+
+  const VerifyDraftsParams& p_;
+  const int64_t row_;
+  const int64_t *drafts_, *token_;
+  int64_t* tokens_;
+  bool by_ratio_;
+  float inverse_ = 1.0f;
+  uint64_t seed_ = 0;
+  uint32_t step_ = 0, position_ = 0;
+};
+
+template <class T>
+void rows(const VerifyDraftsParams& p, int64_t begin, int64_t end) {
+  for (int64_t b = begin; b < end; ++b) Row<T>(p, b).run();
+}
+
+}  // namespace
+
+void verify_drafts(const VerifyDraftsParams& p, int64_t begin, int64_t end) {
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return rows<float>(p, begin, end);
+    case DType::kBFloat16:
+      return rows<BFloat16>(p, begin, end);
+    default:
+      return rows<Float16>(p, begin, end);
+  }
+}
+
+}  // namespace dlm::cpu::generic

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How likely a model finds an answer: estimates from masked forwards, for evaluation and reinforcement learning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..models.adapt import DiffusionModel, adapt
+from ..window import AttentionWindow
+from .canvas import Canvas
+from .config import DecodingConfig
+from .generate import _check_tokens, _prepare
+from .loop import _seeds
+
+METHODS = ("monte-carlo", "mean-field", "coupled")
+
+
+@dataclass(frozen=True)
+class LogLikelihood:
+    """Result of `log_likelihood`, in nats.
+
+    Attributes
+    ----------
+    total : Tensor
+        float64 `[B]`: estimate of ``ln p(answer | prompt)``, the sum of `per_token`.
+    per_token : Tensor
+        float64 `[B, L]`: what each token of the answer contributes; 0 for padding.
+    standard_error : Tensor
+        float64 `[B]`: of `total`, from the spread of the samples (which ignores that they are stratified, and so is
+        rather too large); NaN for a single sample.
+    num_forwards : int
+        Sequences forwarded for each answer.
+    """
+
+    total: Tensor
+    per_token: Tensor
+    standard_error: Tensor
+    num_forwards: int
+
+
+@torch.no_grad()
+def log_likelihood(
+    model,
+    prompt: Tensor,
+    answer: Tensor,
+    prompt_mask: Tensor | None = None,
+    answer_mask: Tensor | None = None,
+    *,
+    method: str = "monte-carlo",
+    num_samples: int | None = None,
+    seed: int | Tensor | None = None,
+    prompt_mask_probability: float = 0.0,
+    batch_size: int = 32,
+    mask_token_id: int | None = None,
+    logit_alignment: str | None = None,
+) -> LogLikelihood:
+    """Estimate ``ln p(answer | prompt)`` of a masked diffusion model with full attention.
+
+    Parameters
+    ----------
+    model : PreTrainedModel or DiffusionModel
+        As for `generate`.
+    prompt : Tensor
+        int64 `[B, P]`, shorter ones padded on the left, or `[P]`.
+    answer : Tensor
+        int64 `[B, L]`, shorter ones padded on the right, or `[L]`. Its tokens are what is scored, an end token
+        included if it holds one.
+    prompt_mask, answer_mask : Tensor, optional
+        `[B, P]` and `[B, L]`, 0 for padding.
+    method : {"monte-carlo", "mean-field", "coupled"}
+        - "monte-carlo": the bound of LLaDA (Nie et al., arXiv:2502.09992, equation 6). A sample masks l tokens of the
+          answer's L, drawn without replacement, and counts ``(L / l) sum ln p(token)`` over them. The l of the samples
+          are spread evenly over 1 … L from a random start. Unbiased for the evidence lower bound, which is the
+          log-likelihood itself where the model's conditionals are those of one joint distribution.
+        - "mean-field": all of the answer is masked at once and every token scored from that one forward (d1, Zhao et
+          al., arXiv:2504.12216, which masks the prompt's tokens too, with `prompt_mask_probability`).
+        - "coupled": a sample masks a random part of the answer in one forward and the rest of it in another, so that
+          every token is scored once, half in view of the others; one more sample masks everything. The mean over
+          `num_samples` pairs and that one (DiffuCoder, Gong et al., arXiv:2506.20639).
+    num_samples : int, optional
+        128, 1 and 1 for the three methods.
+    seed : int or Tensor, optional
+        As for `generate`: a request's masks depend on its seed alone.
+    prompt_mask_probability : float
+        Share of the prompt's tokens that each sample masks.
+    batch_size : int
+        Sequences in a forward. The masks do not depend on it.
+    mask_token_id, logit_alignment
+        As in `DecodingConfig`.
+
+    Returns
+    -------
+    LogLikelihood
+
+    Raises
+    ------
+    ValueError
+        When an argument has the wrong shape, dtype, device or range; the message names it.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}; got {method!r}")
+    samples = num_samples if num_samples is not None else 128 if method == "monte-carlo" else 1
+    for name, value in (("num_samples", samples), ("batch_size", batch_size)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
+    if not 0 <= prompt_mask_probability <= 1:
+        raise ValueError(f"prompt_mask_probability must be a number from 0 to 1; got {prompt_mask_probability!r}")
+    model = adapt(model)
+    if model.family.attention != "full":
+        raise ValueError(
+            f"model must have full attention; that of family '{model.family.name}' is '{model.family.attention}'"
+        )
+    config = DecodingConfig(mask_token_id=mask_token_id, logit_alignment=logit_alignment)
+    model, config, special = _prepare(model, config, {})
+    prompt, origin = _check_tokens("prompt", model, prompt, prompt_mask)
+    answer, lengths = _check_answer(model, answer, answer_mask, len(prompt))
+    tokens = torch.cat((prompt, answer), 1)
+    if model.max_length is not None and tokens.shape[1] > model.max_length:
+        raise ValueError(
+            f"prompt ({prompt.shape[1]} tokens) and answer ({answer.shape[1]}) are longer than the model's "
+            f"max_position_embeddings of {model.max_length}"
+        )
+    task = _Task(model, config, special.mask, tokens, origin, prompt.shape[1], lengths)
+    seeds = _seeds(seed, len(tokens), tokens.device)
+    draws = _Draws(task, seeds, prompt_mask_probability)
+
+    # Sums over the samples, of the tokens' shares and of the squared totals.
+    per_token = torch.zeros(answer.shape, dtype=torch.float64, device=tokens.device)
+    squares = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
+    weighted: Iterator[Tensor] = task.score(draws.masks(method, samples), batch_size)
+    count = 0
+    for one in weighted:
+        per_token += one
+        squares += one.sum(1) ** 2
+        count += 1
+    per_token /= count
+    total = per_token.sum(1)
+    spread = (squares / count - total**2).clamp(min=0)
+    error = (spread / (count - 1)).sqrt() if count > 1 else torch.full_like(total, torch.nan)
+    return LogLikelihood(total, per_token, error, count + samples if method == "coupled" else count)
+
+
+def _check_answer(model: DiffusionModel, answer: Tensor, mask: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
+    """Validated answers `[B, L]` and their lengths, int32 `[B]`."""
+    if isinstance(answer, Tensor) and answer.dim() == 2 and len(answer) != batch:
+        raise ValueError(f"answer must have as many rows as prompt, {batch}; got {len(answer)}")
+    flipped = None if mask is None else mask.flip(-1)  # padding on the right is padding on the left of the mirror image
+    mirrored = answer.flip(-1) if isinstance(answer, Tensor) and answer.dim() > 0 else answer
+    try:
+        mirrored, padding = _check_tokens("answer", model, mirrored, flipped)
+    except ValueError as error:
+        text = str(error).replace("attention_mask", "answer_mask").replace("left", "right").replace(
+            "right and 1 after it: pad prompts on the right", "right and 1 before it"
+        )  # fmt: skip
+        raise ValueError(text) from None
+    return mirrored.flip(-1), (mirrored.shape[1] - padding).int()
+
+
+class _Task:
+    """Prompts with answers, and the forwards that score masked tokens of the answers."""
+
+    def __init__(
+        self, model: DiffusionModel, config: DecodingConfig, mask: int, tokens: Tensor, origin: Tensor, start: int,
+        lengths: Tensor,
+    ):  # fmt: skip
+        self.model, self.mask, self.tokens, self.origin, self.start = model, mask, tokens, origin.int(), start
+        self.lengths = lengths
+        self.shift = 1 if config.logit_alignment == "shift" else 0
+        columns = torch.arange(tokens.shape[1], device=tokens.device)
+        self.columns = columns.int()
+        self.in_prompt = (columns >= origin[:, None]) & (columns < start)
+        self.in_answer = (columns >= start) & (columns < start + lengths[:, None])
+
+    def score(self, masks: Iterator[tuple[Tensor, Tensor, bool]], batch_size: int) -> Iterator[Tensor]:
+        """Weighted log-probabilities float64 `[B, L]` of each sample.
+
+        `masks` yields what a forward masks, bool `[B, T]`; the weight of the request, float64 `[B]`; and whether the
+        sample is complete with it.
+        """
+        at_once = max(batch_size // len(self.tokens), 1)
+        sample: Tensor | float = 0.0
+        pending: list[tuple[Tensor, Tensor, bool]] = []
+
+        def run() -> Iterator[Tensor]:
+            nonlocal sample
+            for (_, weight, complete), logp in zip(pending, self._forward([m for m, _, _ in pending])):
+                sample = sample + weight[:, None] * logp
+                if complete:
+                    yield sample
+                    sample = 0.0
+            pending.clear()
+
+        with self.model.attached():
+            for item in masks:
+                pending.append(item)
+                if len(pending) == at_once:
+                    yield from run()
+            yield from run()
+
+    def _forward(self, masks: list[Tensor]) -> list[Tensor]:
+        """Log-probabilities float64 `[B, L]` of the masked answer tokens under each of some masks; 0 elsewhere."""
+        if not masks:
+            return []
+        n, (batch, length) = len(masks), self.tokens.shape
+        masked, true = torch.cat(masks), self.tokens.repeat(n, 1)
+        origin = self.origin.repeat(n)
+        scored = masked & self.in_answer.repeat(n, 1)
+        canvas = Canvas.of(true.masked_fill(masked, self.mask), scored, origin)
+        start = torch.full_like(origin, self.start)
+        window = canvas.window(start, length - self.start, max(int(scored.sum(1).max()), 1))
+        kv_range = torch.stack((origin, self.start + self.lengths.repeat(n)), 1)
+        positions = (self.columns - origin[:, None]).clamp(min=0).long()
+        hidden = self.model.hidden(
+            canvas.tokens, positions, AttentionWindow(self.columns.expand(n * batch, length).contiguous(), kv_range)
+        )
+        at = window.positions.long()
+        row = (at - self.shift).clamp(min=0) + torch.arange(n * batch, device=at.device)[:, None] * length
+        logits = self.model.logits(hidden.flatten(0, 1).index_select(0, row.flatten()))
+        row_map = torch.where(at.flatten() >= 0, torch.arange(at.numel(), device=at.device), -1).int()
+        banned = torch.tensor([self.mask], device=at.device)
+        lse = ops.token_confidence(
+            logits, row_map=row_map, banned=banned, with_margin=False, with_entropy=False
+        ).logsumexp.double()
+        given = true.gather(1, at.clamp(min=0)).flatten()
+        z = logits.gather(1, given[:, None])[:, 0].double().masked_fill(given == self.mask, -torch.inf)
+        logp = (z - lse).view(at.shape).masked_fill(at < 0, 0.0)
+        out = torch.zeros((n * batch, length + 1), dtype=torch.float64, device=at.device)
+        out.scatter_(1, torch.where(at >= 0, at, length), logp)
+        return list(out[:, self.start : length].split(batch))
+
+
+class _Draws:
+    """What each sample masks: drawn by the counter-based randomness of the ops, sample j being step j."""
+
+    def __init__(self, task: _Task, seeds: Tensor, prompt_mask_probability: float):
+        self.task, self.seeds, self.in_prompt = task, seeds, prompt_mask_probability
+        self.position = (task.columns - task.origin[:, None]).contiguous()
+
+    def _select(self, eligible: Tensor, sample: int, rule: str = "none", **options) -> Tensor:
+        score = torch.zeros(eligible.shape, device=eligible.device)
+        step = torch.full((1,), sample, dtype=torch.int32, device=eligible.device)
+        return ops.select_tokens(
+            score, eligible, rule, seed=self.seeds, step=step, position=self.position, **options
+        ).selected  # fmt: skip
+
+    def some(self, eligible: Tensor, count: Tensor, sample: int) -> Tensor:
+        """`count` `[B]` of the eligible tokens, every choice equally likely: bool `[B, T]`."""
+        one = torch.ones(1, device=count.device)
+        return self._select(eligible, sample, order_temperature=one, fill=count.int())
+
+    def of_prompt(self, sample: int) -> Tensor:
+        """Tokens of the prompts that sample masks as well."""
+        if self.in_prompt == 0:
+            return torch.zeros_like(self.task.in_prompt)
+        chance = torch.full(self.task.in_prompt.shape, self.in_prompt, device=self.seeds.device)
+        return self._select(self.task.in_prompt, sample, "bernoulli", cost=chance)
+
+    def masks(self, method: str, samples: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
+        task = self.task
+        lengths, one = task.lengths.long(), torch.ones(len(task.lengths), dtype=torch.float64, device=self.seeds.device)
+        if method == "mean-field":
+            for j in range(samples):
+                yield task.in_answer | self.of_prompt(j), one, True
+            return
+        # How many sizes there are, 1, 2 …; which of them each request begins with; then they follow evenly spaced.
+        sizes = lengths if method == "monte-carlo" else (lengths - 1).clamp(min=1)
+        numbered = task.in_answer & (task.columns < task.start + sizes[:, None])
+        first = self.some(numbered, torch.ones_like(sizes), 2**31 - 1).long().argmax(1) - task.start
+        for j in range(samples):
+            size = 1 + (first + j * sizes // samples) % sizes
+            chosen = self.some(task.in_answer, size, j)
+            if method == "monte-carlo":
+                yield chosen | self.of_prompt(j), lengths / size.double(), True
+            else:
+                yield chosen | self.of_prompt(j), one, False
+                yield (task.in_answer & ~chosen) | self.of_prompt(j), one, True
+        if method == "coupled":
+            yield task.in_answer | self.of_prompt(samples), one, True

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samplers of the reverse process: every position by itself, by chance, with the exact probabilities of the model.
+
+Time t falls from 1 to `eps` on an even grid. ``alpha(t) = 1 - t`` is the share of tokens that the forward process has
+not replaced at time t.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from .base import Action, Rule, check_number
+
+if TYPE_CHECKING:
+    from ..step import Step
+
+
+@dataclass(frozen=True)
+class TimeGrid(Rule):
+    """Base of the rules that walk a time grid.
+
+    Attributes
+    ----------
+    eps : float
+        Where the grid ends.
+    denoise : bool
+        True: the last forward comes after the grid, and decides what is left. False: it is the grid's last interval,
+        in which everything left is decided.
+    """
+
+    draws: ClassVar[bool] = True
+
+    eps: float = 1e-5
+    denoise: bool = True
+
+    def __post_init__(self):
+        check_number("eps", self.eps, 0, 1)
+
+    @property
+    def uses_steps(self) -> bool:
+        return True
+
+    def is_last(self, step: Step) -> bool:
+        """Whether this forward decides everything that is left."""
+        return step.index >= step.num_steps - 1
+
+    def last_action(self, step: Step) -> Action:
+        """Decide everything that is left: the likeliest tokens with `denoise`, else the proposals."""
+        everything, nobody = step.eligible, step.everyone(False)
+        if not self.denoise:
+            return Action(everything, working=nobody)
+        return Action(everything, token=step.argmax, confidence=step.argmax_confidence, working=nobody)
+
+    def max_steps(self, length: int, num_steps: int) -> int:
+        return num_steps
+
+    def times(self, step: Step) -> tuple[float, float]:
+        """Ends t > s of the step's interval."""
+        intervals = max(step.num_steps - self.denoise, 1)
+        width = (1 - self.eps) / intervals
+        t = 1 - width * min(step.index, intervals)
+        return t, max(t - width, self.eps)
+
+
+@dataclass(frozen=True)
+class Ancestral(TimeGrid):
+    """Each open position is decided with probability ``(alpha(s) - alpha(t)) / (1 - alpha(t)) = 1 - s / t``.
+
+    MDLM (Sahoo et al., arXiv:2406.07524), whose last forward takes the likeliest tokens; with ``denoise=False`` the
+    "origin" algorithm of Dream (Ye et al., arXiv:2508.15487), whose last forward draws.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def act(self, step: Step) -> Action:
+        if self.is_last(step):
+            return self.last_action(step)
+        t, s = self.times(step)
+        chance = torch.full_like(step.confidence, 1 - s / t)
+        return Action(step.select("bernoulli", score=step.confidence, cost=chance))
+
+
+@dataclass(frozen=True)
+class ScoreAncestral(TimeGrid):
+    """The reverse process of a model that predicts ratios: logits are ``ln s``, s the concrete score of each token.
+
+    SEDD with an absorbing state (Lou et al., arXiv:2310.16834), its analytic sampler. With the log-linear noise
+    ``sigma(t) = -ln(1 - (1 - noise_eps) t)`` an open position is decided with probability
+    ``(exp(sigma(t) - sigma(s)) - 1) sum(s)``, at most 1, and takes each token in proportion to its score. The last
+    forward draws what is left.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    noise_eps: float = 1e-3
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_number("noise_eps", self.noise_eps, 0, 1)
+
+    def act(self, step: Step) -> Action:
+        if self.is_last(step):
+            return Action(step.eligible)
+        t, s = self.times(step)
+        left_t, left_s = (1 - (1 - self.noise_eps) * x for x in (t, s))
+        rate = left_s / left_t - 1 if left_t > 0 else math.inf
+        chance = (rate * step.logsumexp.exp()).clamp(max=1)
+        return Action(step.select("bernoulli", score=step.confidence, cost=chance))
+
+
+@dataclass(frozen=True)
+class UniformState(TimeGrid):
+    """The reverse process whose noise is other tokens: each position stays, takes a sample, or takes noise again.
+
+    Duo and other uniform-state diffusion models (Sahoo et al., arXiv:2506.10892). For a token with probability p of the
+    V that there are, ``alpha(t) = 1 - (1 - noise_eps) t``, a = alpha(t), b = alpha(s) and ``Z = a V p + 1 - a``, the
+    posterior is a mixture: it stays with probability ``(a V p + a / b - a) / Z``, takes a sample of the model's
+    distribution with ``(b - a) / Z``, and a uniform token with ``(1 - a / b)(1 - b) / Z``. The last forward takes the
+    likeliest tokens; without `denoise`, the last interval ends without noise.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"p_current"})
+    slots: ClassVar[str] = "block"
+    noise: ClassVar[str] = "uniform"
+
+    noise_eps: float = 1e-3
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_number("noise_eps", self.noise_eps, 0, 1)
+
+    def act(self, step: Step) -> Action:
+        is_last = self.is_last(step)
+        if is_last and self.denoise:
+            return Action(
+                step.is_open, step.decided, token=step.argmax, confidence=step.argmax_confidence,
+                working=step.everyone(False),
+            )  # fmt: skip
+        t, s = self.times(step)
+        a, b = (1 - (1 - self.noise_eps) * x for x in (t, 0.0 if is_last else s))
+        total = a * step.vocab_size * step.p_current + 1 - a
+        noise, draw = (1 - a / b) * (1 - b) / total, (b - a) / total
+        # One and the same uniform number for both: below `noise`, or below their sum; noise acts where both apply.
+        renoise = step.select("bernoulli", score=step.confidence, eligible=step.used, cost=noise)
+        drawn = step.select("bernoulli", score=step.confidence, eligible=step.used, cost=noise + draw)
+        return Action(
+            (drawn | is_last) & step.is_open, drawn & step.decided, renoise=renoise,
+            token=torch.where(drawn, step.token, step.current),
+            confidence=torch.where(drawn, step.confidence, step.p_current), working=step.everyone(not is_last),
+        )  # fmt: skip

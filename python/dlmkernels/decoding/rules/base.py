@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a decoding rule is.
+
+A rule is a small frozen dataclass. Most have one method, `select`, which asks the step for a prefix of the confidence
+order:
+
+>>> @dataclass(frozen=True)
+... class HalfOfTheRest(Rule):
+...     def select(self, step):
+...         return step.select("none", fill=(step.open_now + 1) // 2)
+
+One that does more than commit (edit, remask, renoise, end a block by itself) implements `act` instead. What a rule has
+to remember from one step to the next it keeps in the step (`Step.keep`, `Step.recall`), never in itself. Between
+`act` and its return nothing may be read on the host: everything is a tensor operation.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..step import Step
+
+
+@dataclass(frozen=True)
+class Action:
+    """What a step does to the slots of its window: the masks of `ops.remask_`, of which the last to apply acts.
+
+    Attributes
+    ----------
+    commit, edit, remask, renoise : Tensor, optional
+        bool `[B, W]`. None: nowhere.
+    token, confidence : Tensor, optional
+        int64 and float32 `[B, W]`: what is written and recorded, where that is not the step's own proposal.
+    embeds, embedded : Tensor, optional
+        `[B, W, hidden]` and bool `[B, W]`: input embeddings that stand in for those of the tokens at the next forward
+        of this block, and at which slots.
+    working : Tensor, optional
+        bool `[B]`: requests that want another step of this block. None: those with an open position in it.
+    """
+
+    commit: Tensor | None = None
+    edit: Tensor | None = None
+    remask: Tensor | None = None
+    renoise: Tensor | None = None
+    token: Tensor | None = None
+    confidence: Tensor | None = None
+    embeds: Tensor | None = None
+    embedded: Tensor | None = None
+    working: Tensor | None = None
+
+
+class Rule:
+    """Base of all rules.
+
+    Attributes
+    ----------
+    needs : frozenset of str
+        Statistics beyond the confidence that the rule reads: "margin", "entropy", "p_current". A rule that leaves it
+        alone gets the first two.
+    slots : {"open", "block", "canvas"}
+        Which positions the step's window holds: the open ones of the block; all of the block that are not given; or
+        all of the canvas that are not given. The head runs for all of them.
+    noise : {"mask", "uniform"}
+        What stands at open positions: the mask token, or tokens drawn uniformly from the vocabulary.
+    draws : bool
+        Whether the rule itself leaves something to chance, even where tokens are not sampled.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"margin", "entropy"})
+    slots: ClassVar[str] = "open"
+    noise: ClassVar[str] = "mask"
+    draws: ClassVar[bool] = False
+
+    def select(self, step: Step) -> Tensor:
+        """Positions to commit: bool `[B, W]`, a subset of `step.eligible`."""
+        raise NotImplementedError
+
+    def act(self, step: Step) -> Action:
+        """What the step does; by default it commits what `select` says."""
+        return Action(commit=self.select(step))
+
+    @property
+    def uses_steps(self) -> bool:
+        """Whether the number of forwards is the configured `steps`, and not decided by the confidences."""
+        return False
+
+    def max_steps(self, length: int, num_steps: int) -> int:
+        """Forwards after which a block of `length` positions, planned for `num_steps`, ends in any case."""
+        return max(length, num_steps)
+
+    def temperature(self, index: int, num_steps: int) -> float | None:
+        """Sampling temperature of step `index`; None: the configured one."""
+        return None
+
+
+def check_number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> None:
+    """Raise unless `value` is a number of `[low, high]`."""
+    if not isinstance(value, (int, float)) or not low <= value <= high:
+        limits = "" if (low, high) == (-math.inf, math.inf) else f" from {low:g} to {high:g}"
+        raise ValueError(f"{name} must be a number{limits}; got {value!r}")
+
+
+def row_mean(values: Tensor, where: Tensor) -> Tensor:
+    """Mean of the chosen non-negative values of each row, float32 `[B]`; 0 where there are none.
+
+    Summed as integers of 2^-32, so that it does not depend on the batch or the device.
+    """
+    fixed = (values.double().nan_to_num(0.0, 2.0**18, 0.0).clamp(0, 2.0**18) * 2.0**32).round().long()
+    total = fixed.masked_fill(~where, 0).sum(1).double() / 2.0**32
+    return (total / where.sum(1).clamp(min=1)).float()

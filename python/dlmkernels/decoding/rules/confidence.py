@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules that look at one step's confidences: a prefix of the confidence order, or a few prefixes together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import Rule, check_number
+
+if TYPE_CHECKING:
+    from ..step import Step
+
+
+@dataclass(frozen=True)
+class Quota(Rule):
+    """A fixed number a step: n open positions over S steps, n // S each and one more in the first n % S.
+
+    LLaDA's linear schedule (Nie et al., arXiv:2502.09992, `get_num_transfer_tokens`). With `of_block` n is the length
+    of the block, as in SDAR (Cheng et al., arXiv:2510.06303), so that a block whose first positions are given takes
+    fewer steps.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    of_block: bool = False
+
+    def count(self, step: Step) -> int | Tensor:
+        """This step's share: int32 `[B]`, or one number for all."""
+        left_over = max(step.num_steps - 1 - step.index, 0)
+        return ((step.block_length if self.of_block else step.open_at_start) + left_over) // step.num_steps
+
+    def select(self, step: Step) -> Tensor:
+        return step.select("none", fill=self.count(step))
+
+    @property
+    def uses_steps(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class TimeQuota(Rule):
+    """Dream's schedule: step i commits `floor(n * (1 - t[i+1] / t[i]))` of the n still open, the last step all of them.
+
+    `t` falls linearly from 1 to `eps` (Ye et al., arXiv:2508.15487). n is counted for each request; the published code
+    takes the batch mean.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    eps: float = 1e-3
+
+    def select(self, step: Step) -> Tensor:
+        if step.index >= step.num_steps - 1:
+            return step.select("none", fill=step.open_now)
+        width = (1 - self.eps) / step.num_steps
+        t = 1 - width * step.index
+        return step.select("none", fill=(step.open_now * (1 - (t - width) / t)).int())
+
+    @property
+    def uses_steps(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Threshold(Rule):
+    """Everything at least as confident as `threshold` (`strict`: more), and always the best position.
+
+    Fast-dLLM (Wu et al., arXiv:2505.22618).
+
+    Attributes
+    ----------
+    tie : float, optional
+        Everything within `tie` of the best score is committed too, however unsure (1e-5 in dInfer, Ma et al.,
+        arXiv:2510.08666, so that equals go together).
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    threshold: float = 0.9
+    strict: bool = False
+    tie: float | None = None
+
+    def __post_init__(self):
+        check_number("threshold", self.threshold)
+        if self.tie is not None:
+            check_number("tie", self.tie, 0)
+
+    def select(self, step: Step) -> Tensor:
+        threshold: float | Tensor = self.threshold
+        if self.tie is not None:
+            threshold = (step.candidates.amax(1) - self.tie).clamp(max=threshold)
+        return step.select("threshold", parameter=threshold, strict=self.strict, need=1, fill=1)
+
+
+@dataclass(frozen=True)
+class DynamicThreshold(Rule):
+    """Everything more confident than `threshold` if that is at least the step's quota, else the quota.
+
+    "low_confidence_dynamic" of SDAR (Cheng et al., arXiv:2510.06303) and the decoder of LLaDA2.0 (arXiv:2512.15745).
+    The quota is that of `Quota(of_block=True)`.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    threshold: float = 0.9
+    strict: bool = True
+
+    def __post_init__(self):
+        check_number("threshold", self.threshold)
+
+    def select(self, step: Step) -> Tensor:
+        quota = Quota(of_block=True).count(step)
+        return step.select("threshold", parameter=self.threshold, strict=self.strict, need=quota, fill=quota)
+
+    @property
+    def uses_steps(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Factor(Rule):
+    """The longest prefix whose n-th best confidence c satisfies `(n + 1) * (1 - c) <= factor`; at least one.
+
+    Fast-dLLM (Wu et al., arXiv:2505.22618). The published code also commits a last position that fails; this does not.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    factor: float = 1.0
+
+    def __post_init__(self):
+        check_number("factor", self.factor)
+
+    def select(self, step: Step) -> Tensor:
+        return step.select("factor", parameter=self.factor, need=1, fill=1)
+
+
+@dataclass(frozen=True)
+class EntropyBound(Rule):
+    """Positions in order of entropy while the entropies before the last sum to at most `bound` nats; at least one.
+
+    EB-Sampler (Ben-Hamu et al., arXiv:2505.24857). Always ordered by entropy, whatever the configured score.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
+
+    bound: float = 0.1
+
+    def __post_init__(self):
+        check_number("bound", self.bound)
+
+    def select(self, step: Step) -> Tensor:
+        return step.select(
+            "entropy-bound", score=-step.entropy, cost=step.entropy, parameter=self.bound, need=1, fill=1
+        )
+
+
+@dataclass(frozen=True)
+class EntropySum(Rule):
+    """Positions in order of entropy while the entropies, the last included, sum to less than `budget`; at least one.
+
+    "entropy_bounded" of JetEngine, which serves SDAR (Cheng et al., arXiv:2510.06303). Not the rule of EB-Sampler,
+    which leaves the largest entropy out of the sum: see `EntropyBound`.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
+
+    budget: float = 0.35
+
+    def __post_init__(self):
+        check_number("budget", self.budget)
+
+    def select(self, step: Step) -> Tensor:
+        return step.select("entropy-sum", score=-step.entropy, cost=step.entropy, parameter=self.budget, need=1, fill=1)
+
+
+@dataclass(frozen=True)
+class HierarchicalThreshold(Rule):
+    """The best of every run of neighbouring open positions if above `low`, everything above `threshold`, the best.
+
+    Hierarchical decoding of dInfer (Ma et al., arXiv:2510.08666): committed positions divide a block, and far-apart
+    ones depend little on each other.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    threshold: float = 0.9
+    low: float = 0.4
+
+    def __post_init__(self):
+        check_number("threshold", self.threshold)
+        check_number("low", self.low)
+
+    def select(self, step: Step) -> Tensor:
+        score = step.candidates
+        position, slots = step.window.positions, torch.arange(score.shape[1], device=score.device)
+        follows = torch.zeros_like(step.eligible)
+        follows[:, 1:] = (position[:, 1:] == position[:, :-1] + 1) & step.eligible[:, :-1] & step.eligible[:, 1:]
+        run = (~follows).cumsum(1) - 1
+        best = torch.full_like(score, -torch.inf).scatter_reduce(1, run, score, "amax").gather(1, run)
+        first = torch.where(score == best, slots, len(slots))  # equals: the leftmost
+        first = torch.full_like(run, len(slots)).scatter_reduce(1, run, first, "amin").gather(1, run)
+        winners = (slots == first) & (score > self.low)
+        # The best of all wins its run, so that it is missing only where nothing at all is above `low`.
+        return step.select("all", gate=winners | (score > self.threshold), need=1, fill=1)
+
+
+@dataclass(frozen=True)
+class LocalThreshold(Rule):
+    """Anchors, of at least `threshold`, and what is at least `relaxed` within `radius` of one; at least the best.
+
+    LocalLeap (Kong et al., arXiv:2510.07081).
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    threshold: float = 0.9
+    relaxed: float = 0.75
+    radius: int = 4
+
+    def __post_init__(self):
+        check_number("threshold", self.threshold)
+        check_number("relaxed", self.relaxed)
+        check_number("radius", self.radius, 0)
+
+    def select(self, step: Step) -> Tensor:
+        position, far = step.window.positions.long(), 2**31
+        anchor = step.candidates >= self.threshold
+        left = torch.where(anchor, position, -far).cummax(1).values
+        right = torch.where(anchor, position, far).flip(1).cummin(1).values.flip(1)
+        near = torch.minimum(position - left, right - position) <= self.radius
+        return step.select("all", gate=anchor | (near & (step.score >= self.relaxed)), need=1, fill=1)
+
+
+@dataclass(frozen=True)
+class DilatedSchedule(Rule):
+    """Step t = 1, 2, … takes every ``length // base**t``-th position of the block, so that few neighbours go together.
+
+    DUS (Luxembourg et al., arXiv:2506.19037): about ``log(length) / log(base)`` forwards a block, whatever the model
+    says. A step whose positions are all given takes the best one.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    base: int = 2
+
+    def __post_init__(self):
+        if not isinstance(self.base, int) or self.base < 2:
+            raise ValueError(f"base must be an integer of at least 2; got {self.base!r}")
+
+    def select(self, step: Step) -> Tensor:
+        stride = max(step.block_length // self.base ** (step.index + 1), 1)
+        return step.select("all", gate=step.index_in_block % stride == 0, need=1, fill=1)

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samplers against their exact distributions: chi-square over thousands of requests on a few positions.
+
+The exact ones come from the transition probabilities as published, followed state by state through all steps.
+"""
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import dlmkernels as dk
+import numerics
+from joint_model import Joint
+
+pytestmark = pytest.mark.filterwarnings("ignore:dlmkernels does not know:UserWarning")
+ROWS, VOCAB, LENGTH, MASK = 6000, 3, 2, 3
+
+
+@pytest.fixture(autouse=True)
+def _inference():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def joint():
+    return Joint(VOCAB, LENGTH, peak=1.2)
+
+
+def follow(states, steps, choices):
+    """Distribution over states after all steps: each position moves by itself, `choices(state, i, step)` says how."""
+    for step in range(steps):
+        after = {}
+        for state, p in states.items():
+            options = [choices(state, i, step) for i in range(len(state))]
+            for combination in itertools.product(*(o.items() for o in options)):
+                state_after = tuple(token for token, _ in combination)
+                after[state_after] = after.get(state_after, 0.0) + p * math.prod(q for _, q in combination)
+        states = after
+    return states
+
+
+def check(name, out, expected):
+    """Texts of the batch against probabilities by text."""
+    texts = list(itertools.product(range(VOCAB), repeat=LENGTH))
+    number = sum(out.generated[:, i] * VOCAB ** (LENGTH - 1 - i) for i in range(LENGTH))
+    numerics.assert_distribution(name, number.bincount(minlength=len(texts)), [expected.get(t, 0.0) for t in texts])
+
+
+def sample(model, **options):
+    prompt = torch.zeros(ROWS, 1, dtype=torch.int64)
+    return dk.generate(
+        model, prompt, max_new_tokens=LENGTH, temperature=1.0, seed=torch.arange(ROWS), eos_policy="none", **options
+    )
+
+
+def context(joint, state):
+    """p(token | the others) of each position, [LENGTH][VOCAB]."""
+    number = 0
+    for token in state:
+        number = number * (VOCAB + 1) + token
+    return joint.contexts[number].exp().tolist()
+
+
+class TestMasked:
+    MASKED = {"mask_token_id": MASK}
+
+    def test_first_hitting_is_exact(self, joint):
+        """One random position at a time, drawn from its conditional: the joint distribution itself."""
+        out = sample(joint, config=dk.preset("bd3-lm", cache="none"), **self.MASKED)
+        assert (out.num_forwards == LENGTH).all()
+        texts = itertools.product(range(VOCAB), repeat=LENGTH)
+        check("joint", out, dict(zip(texts, joint.table.flatten().tolist())))
+        numerics.assert_distribution("order", (out.commit_step[:, 1] == 0).long().bincount(), [0.5, 0.5])
+
+    @pytest.mark.parametrize("steps", [1, 3, 6])
+    @pytest.mark.parametrize("denoise", [True, False])
+    def test_mdlm(self, joint, steps, denoise):
+        eps = 0.1
+
+        def choices(state, i, step):
+            if state[i] != MASK:
+                return {state[i]: 1.0}
+            p = context(joint, state)[i]
+            if step == steps - 1:
+                return {p.index(max(p)): 1.0} if denoise else dict(enumerate(p))
+            width = (1 - eps) / (steps - denoise)
+            t = 1 - width * step
+            chance = 1 - (t - width) / t
+            return {MASK: 1 - chance} | {v: chance * q for v, q in enumerate(p)}
+
+        out = sample(joint, rule=dk.Ancestral(eps, denoise), steps=steps, **self.MASKED)
+        check("mdlm", out, follow({(MASK,) * LENGTH: 1.0}, steps, choices))
+
+    @pytest.mark.parametrize("strategy,eta", [("cap", 0.3), ("rescale", 0.6), ("loop", 0.4)])
+    def test_remdm(self, joint, strategy, eta):
+        eps, steps, t_on, t_off, top = 0.05, 6, 0.7, 0.25, 0.6
+        grid = [1 - (1 - eps) / (steps - 1) * i for i in range(steps)]
+
+        def alpha(t):
+            if strategy != "loop":
+                return 1 - t
+            return top * (1 - t) / (1 - t_on) if t > t_on else top if t > t_off else 1 - (1 - top) * t / t_off
+
+        def choices(state, i, step):
+            p = context(joint, state)[i]
+            if step == steps - 1:
+                return {p.index(max(p)): 1.0} if state[i] == MASK else {state[i]: 1.0}
+            t, s = grid[step], grid[step + 1]
+            a, b = alpha(t), alpha(s)
+            most = (1 - b) / a if a > 0 else math.inf
+            sigma = eta * min(1, most) if strategy == "rescale" else min(eta, most)
+            if strategy == "loop" and not t_off < t <= t_on:
+                sigma = 0.0
+            if state[i] != MASK:
+                return {state[i]: 1 - sigma, MASK: sigma}
+            chance = (b - (1 - sigma) * a) / (1 - a)
+            return {MASK: 1 - chance} | {v: chance * q for v, q in enumerate(p)}
+
+        rule = dk.AncestralRemask(eps, True, strategy, eta, t_on, t_off, top)
+        out = sample(joint, rule=rule, steps=steps, **self.MASKED)
+        check(strategy, out, follow({(MASK,) * LENGTH: 1.0}, steps, choices))
+
+    @pytest.mark.parametrize("scale", [0.7, 1.5])
+    def test_sedd(self, joint, scale):
+        """A constant multiple of the conditionals as concrete score; the larger one asks for more than certainty."""
+        eps, noise_eps, steps = 0.05, 0.2, 5
+        grid = [1 - (1 - eps) / (steps - 1) * i for i in range(steps)]
+
+        def sigma(t):
+            return -math.log(1 - (1 - noise_eps) * t)
+
+        def choices(state, i, step):
+            if state[i] != MASK:
+                return {state[i]: 1.0}
+            score = [scale * q for q in context(joint, state)[i]]
+            total = sum(score)
+            chance = 1.0
+            if step < steps - 1:
+                chance = min(1.0, (math.exp(sigma(grid[step]) - sigma(grid[step + 1])) - 1) * total)
+            return {MASK: 1 - chance} | {v: chance * q / total for v, q in enumerate(score)}
+
+        class Scores(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.joint = joint
+
+            def forward(self, tokens, **kwargs):
+                return SimpleNamespace(logits=self.joint(tokens).logits + math.log(scale))
+
+        out = sample(Scores().eval(), rule=dk.ScoreAncestral(eps, noise_eps=noise_eps), steps=steps, **self.MASKED)
+        expected = follow({(MASK,) * LENGTH: 1.0}, steps, choices)
+        check("sedd", out, {k: v for k, v in expected.items() if MASK not in k})
+        numerics.assert_distribution(
+            "steps", out.commit_step[:, 1].bincount(minlength=steps), self._when(choices, steps)
+        )
+
+    def _when(self, choices, steps):
+        left, out = 1.0, []
+        for step in range(steps):
+            stays = choices((MASK, MASK), 0, step)[MASK]
+            out.append(left * (1 - stays))
+            left *= stays
+        return out
+
+
+class Pair(nn.Module):
+    """Arbitrary distributions for two positions, as functions of both tokens; no mask token."""
+
+    def __init__(self):
+        super().__init__()
+        g = torch.Generator().manual_seed(4)
+        self.table = nn.Parameter(1.5 * torch.randn(VOCAB, VOCAB, LENGTH, VOCAB, generator=g))
+        self.config = SimpleNamespace(vocab_size=VOCAB)
+        self.eval()
+
+    def forward(self, tokens, **kwargs):
+        logits = torch.zeros(*tokens.shape, VOCAB)
+        logits[:, 1:] = self.table[tokens[:, 1], tokens[:, 2]]
+        return SimpleNamespace(logits=logits)
+
+
+class TestUniform:
+    @pytest.mark.parametrize("steps", [1, 3, 6])
+    @pytest.mark.parametrize("denoise", [True, False])
+    def test_duo(self, steps, denoise):
+        """The posterior of uniform-state diffusion, written out for every token, against the three-way choice."""
+        pair, eps, noise_eps = Pair(), 0.1, 0.02
+        table = torch.softmax(pair.table.double(), -1)
+
+        def choices(state, i, step):
+            p = table[state[0], state[1], i].tolist()
+            if denoise and step == steps - 1:
+                return {p.index(max(p)): 1.0}
+            width = (1 - eps) / (steps - denoise)
+            t = 1 - width * step
+            s = 0.0 if step == steps - 1 else t - width
+            a, b = (1 - (1 - noise_eps) * x for x in (t, s))
+            x, out = state[i], {}
+            for v in range(VOCAB):
+                same = float(v == x)
+                top = a * VOCAB * p[v] * same + (a / b - a) * same + (b - a) * p[v] + (1 - a / b) * (1 - b) / VOCAB
+                out[v] = top / (a * VOCAB * p[x] + 1 - a)
+            assert abs(sum(out.values()) - 1) < numerics.TWO_PROGRAMS
+            return out
+
+        uniform = {s: 1 / VOCAB**LENGTH for s in itertools.product(range(VOCAB), repeat=LENGTH)}
+        out = sample(pair, rule=dk.UniformState(eps, denoise, noise_eps), steps=steps)
+        assert out.complete.all() and (out.num_forwards == steps).all()
+        check("duo", out, follow(uniform, steps, choices))
+
+    def test_first_noise_is_uniform_and_apart_from_the_second(self):
+        """The noise before the first step is not drawn from that step's own numbers."""
+
+        class Watch(Pair):
+            seen = []
+
+            def forward(self, tokens, **kwargs):
+                self.seen.append(tokens[:, 1:].clone())
+                return super().forward(tokens)
+
+        sample(Watch(), rule=dk.RenoisedEntropyBound(0.0, 1.0, 1.0, stability=99), steps=2)
+        first, second = Watch.seen
+        pairs = (first[:, 0] * VOCAB + first[:, 1]).bincount(minlength=9)
+        numerics.assert_distribution("first", pairs, [1 / 9] * 9)
+        # one position takes a sample, the other one noise again: independent of what stood there
+        changed = (first != second).sum(1)
+        assert (changed == 0).any() and (changed == 2).any()
+
+    def test_vocabulary_must_be_known(self):
+        model = Pair()
+        del model.config
+        with pytest.raises(
+            ValueError, match="UniformState draws from the vocabulary, whose size the model does not say"
+        ):
+            sample(model, rule=dk.UniformState())
+
+    def test_a_request_does_not_depend_on_its_batch(self):
+        pair, prompt = Pair(), torch.zeros(1, 1, dtype=torch.int64)
+        out = sample(pair, rule=dk.UniformState(), steps=5)
+        for row in (0, 7, 5999):
+            alone = dk.generate(
+                pair, prompt, max_new_tokens=LENGTH, temperature=1.0, seed=torch.tensor([row]), eos_policy="none",
+                rule=dk.UniformState(), steps=5,
+            )  # fmt: skip
+            assert torch.equal(alone.sequences[0], out.sequences[row])
