@@ -2,6 +2,7 @@
 #include "cpu/isa.h"
 
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 #include <iterator>
 #include <stdexcept>

@@ -26,8 +26,6 @@ class Tiles {
  public:
   DLM_SIMD Tiles() { _tile_loadconfig(&kWholeTiles); }
   DLM_SIMD ~Tiles() { _tile_release(); }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
 };
 
 // c[n][rows] += a[i][rows] * b[n][i] in tiles: 0 to 3 are sums (of n in the first sixteen and
