@@ -685,6 +685,9 @@ class Item {
     for (int64_t j = 0; j < kKeys; ++j) {
       if (!(needed >> j & 1)) continue;
       const T* value = v_ + (slot + j) * p_.v_cache_stride[1];
+      int finite = 0;
+      for (int64_t d = 0; d < p_.D; ++d) finite += std::isfinite(to_float(value[d]));
+      if (finite == p_.D) continue;
       for (int64_t d = 0; d < p_.D; ++d) {
         const float y = to_float(value[d]);
         if (std::isfinite(y)) continue;
