@@ -11,6 +11,8 @@ import pytest
 
 from dlmkernels import _C
 
+BEST = [isa for isa in _C.cpu_isas() if isa != "amx"][-1]  # no processor has timed AMX: it must be asked for
+
 
 def run(isa):
     code = "from dlmkernels import _C; print(_C.cpu_isa(), '|', _C.cpu_isa_reason())"
@@ -23,14 +25,15 @@ def run(isa):
 def test_the_best_is_the_default():
     assert _C.cpu_isas()[0] == "generic"
     name, reason = run("").stdout.split(" | ")
-    assert name == _C.cpu_isas()[-1] and reason.strip()
+    assert name == BEST and reason.strip()
+    assert ("amx: only if DLMKERNELS_CPU_ISA asks for it" in reason) == ("amx" in _C.cpu_isas())
 
 
 @pytest.mark.parametrize("isa", _C.cpu_isas())
 def test_the_environment_chooses(isa):
     name, reason = run(isa).stdout.split(" | ")
     assert name == isa
-    if isa != _C.cpu_isas()[-1]:
+    if isa != BEST:
         assert reason.startswith("asked for; available: " + ", ".join(_C.cpu_isas()))
 
 
@@ -38,9 +41,19 @@ def test_an_unknown_name_says_what_there_is():
     out = run("mmx")
     assert out.returncode != 0
     assert "DLMKERNELS_CPU_ISA: CPU instruction set 'mmx' cannot be used; available: generic" in out.stderr
-    with pytest.raises(ValueError, match="'mmx' cannot be used; available: generic"):
-        _C.set_cpu_isa("mmx")
+    assert "'mmx' cannot be used; available: generic" in refusal("mmx")
     assert _C.cpu_isa() in _C.cpu_isas()
+
+
+def refusal(isa):
+    with pytest.raises(ValueError) as refused:
+        _C.set_cpu_isa(isa)
+    return str(refused.value)
+
+
+@pytest.mark.skipif("amx" in _C.cpu_isas(), reason="this machine has AMX")
+def test_amx_is_refused_with_a_reason():
+    assert re.search(r"'amx' cannot be used; available: generic.*; amx: .*(without|offer|build)", refusal("amx"))
 
 
 # Mnemonics of VEX and EVEX instructions begin with v, those on mask registers are k...; a few others begin likewise.
@@ -49,8 +62,11 @@ WIDE = re.compile(
 )
 
 
-def wide_functions():
-    """Functions of the extension, by their demangled names -> the first instruction of theirs that needs AVX."""
+TILE = re.compile(r"\t(tile\w+|tdp\w+|ldtilecfg|sttilecfg)\b")
+
+
+def functions_with(instruction):
+    """Functions of the extension, by their demangled names -> their first instruction that matches."""
     objdump = shutil.which("objdump")
     if not objdump:
         pytest.skip("no objdump")
@@ -59,7 +75,7 @@ def wide_functions():
     for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
         if header := re.fullmatch(r"[0-9a-f]+ <(.*)>:", line):
             function = header[1]
-        elif (match := WIDE.search(line)) and function not in found:
+        elif (match := instruction.search(line)) and function not in found:
             found[function] = match[1]
     return found
 
@@ -68,7 +84,15 @@ def test_wide_instructions_stay_in_their_namespaces():
     """The linker keeps one copy of an inline function: were it one compiled with wide instructions, every file would use
     it, on processors without them too.
     """
-    found = wide_functions()
-    assert not {name: what for name, what in found.items() if not re.search(r"\bdlm::cpu::avx512(bf16)?::", name)}
+    found = functions_with(WIDE)
+    theirs = r"\bdlm::cpu::(avx512(bf16)?|amx)::"
+    assert not {name: what for name, what in found.items() if not re.search(theirs, name)}
     if "avx512" in _C.cpu_isas():
         assert any("avx512::" in name and "scan_as<" in name for name in found)
+
+
+def test_tile_instructions_stay_in_their_namespace():
+    found = functions_with(TILE)
+    assert not {name: what for name, what in found.items() if "dlm::cpu::amx::" not in name}
+    built = "amx" in _C.cpu_isas() or "not in this build" not in refusal("amx")
+    assert any("Item<dlm::cpu::amx::" in name for name in found) == built

@@ -24,14 +24,14 @@ MAY_INCLUDE = {
 # Headers that are neither ours nor the standard library's, and the one place for each.
 INTRINSICS = re.compile(r"\w*intrin\.h|arm_neon\.h|arm_sve\.h")
 ELSEWHERE = [
-    (INTRINSICS, re.compile(r"cpu/(simd_\w+|amx_tile)\.h")),
+    (INTRINSICS, re.compile(r"cpu/simd_\w+\.h")),
     (re.compile(r"cuda_\w+\.h"), re.compile(r"cuda/device\.h|torch/cuda_stream\.h")),
     (re.compile(r"simt/\w+\.h"), re.compile(r"cuda/(device\.h|ptx\.cuh)")),  # the machine of the native tests
     (re.compile(r"dlfcn\.h"), re.compile(r"torch/cuda_stream\.h")),
     (re.compile(r"cpuid\.h|unistd\.h|sys/\w+\.h|asm/\w+\.h"), re.compile(r"cpu/isa\.cpp")),
 ]
 MACHINE_CODE = re.compile(r"\b(__)?asm(__)?\b|\b_mm\d*_\w+|\b__m(64|128|256|512)\w*|\b_tile_\w+")
-MACHINE_CODE_FILES = re.compile(r"cpu/(simd_\w+|amx_tile)\.h|cuda/ptx\.cuh")
+MACHINE_CODE_FILES = re.compile(r"cpu/simd_\w+\.h|cuda/ptx\.cuh")
 NOT_IN_KERNELS = re.compile(
     r"\b(malloc|calloc|realloc|free|alloca|new|delete|throw|try|catch|printf|fprintf|puts|exit|abort|assert"
     r"|std::(thread|jthread|async|mutex|atomic|vector|string|map|set|deque|list|function|unique_ptr|shared_ptr"

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Native tests of the CUDA kernels, run on the host: see tests/cpp/README.md. No GPU and no torch are needed."""
+"""Native tests of the CUDA kernels, and of the CPU's AMX kernel, run on the host: see tests/cpp/README.md.
+
+No GPU, no AMX and no torch are needed.
+"""
 
 import os
 import shutil
@@ -33,7 +36,7 @@ def has_sanitizer(flavour, tmp_path):
     return built.returncode == 0 and subprocess.run([str(program)], capture_output=True).returncode == 0
 
 
-def build(target):
+def configure():
     for tool in ("cmake", "ninja"):
         if not shutil.which(tool):
             pytest.skip(f"{tool} is not on PATH")
@@ -41,6 +44,10 @@ def build(target):
         pytest.skip("no C++ compiler")
     if not (BUILD / "build.ninja").exists():
         call(["cmake", "-S", SOURCE, "-B", BUILD, "-G", "Ninja"])
+
+
+def build(target):
+    configure()
     call(["ninja", "-C", BUILD, "-j2", target])
     return BUILD / target
 
@@ -60,6 +67,20 @@ def test_source(flavour, tmp_path):
     if not has_sanitizer(flavour, tmp_path):
         pytest.skip(f"the compiler or the machine lacks {FLAG[flavour]}")
     run_native(build(f"simt_{flavour}"))
+
+
+@pytest.mark.parametrize("flavour", ["plain", pytest.param("asan", marks=pytest.mark.slow)])
+def test_amx(flavour, tmp_path):
+    """The AMX kernel as the library has it; a model does what its tile instructions say."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists() or "avx512_bf16" not in cpuinfo.read_text():
+        pytest.skip("the rest of the kernel needs AVX512_BF16")
+    if not has_sanitizer(flavour, tmp_path):
+        pytest.skip(f"the compiler or the machine lacks {FLAG[flavour]}")
+    configure()
+    if f"amx_{flavour}:" not in (BUILD / "build.ninja").read_text():
+        pytest.skip("the compiler does not know AMX")
+    run_native(build(f"amx_{flavour}"))
 
 
 # The two architectures' PTX differs in a few instructions: the sanitizers look at one of them.

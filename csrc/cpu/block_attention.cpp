@@ -11,6 +11,10 @@ void scatter_new_rows(const BlockAttentionParams& params, int64_t begin, int64_t
 
 BlockAttentionKernels block_attention(DType dtype) {
   switch (isa()) {
+#ifdef DLM_AMX
+    case Isa::kAmx:
+      return amx::block_attention(dtype);
+#endif
 #ifdef DLM_AVX512
     case Isa::kAvx512Bf16:
       return avx512bf16::block_attention(dtype);

@@ -38,5 +38,8 @@ BlockAttentionKernels block_attention(DType dtype);
 namespace avx512bf16 {
 BlockAttentionKernels block_attention(DType dtype);
 }  // namespace avx512bf16
+namespace amx {
+BlockAttentionKernels block_attention(DType dtype);
+}  // namespace amx
 
 }  // namespace dlm::cpu

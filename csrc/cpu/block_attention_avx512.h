@@ -43,10 +43,18 @@ alignas(64) constexpr float kOnes[kTileRows] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
                                                 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
 // What the products run over: words of one float, or of a pair of bf16 elements (along D in q.k,
-// along the slots in p.v).
+// along the slots in p.v). In tile registers (block_attention_amx.cpp) D and the slots of a key
+// tile come in blocks, padded with zeros, and so many words of slots lie side by side in the
+// values.
+template <class F>
+constexpr int64_t kBlock = F::kTiles ? 2 * kLanes : 8;
+template <class F>
+constexpr int64_t kSlotWords = F::kTiles ? kLanes : 1;
+
 template <class T>
 struct FloatWords {
   using Element = T;
+  static constexpr bool kTiles = false;
   static constexpr int64_t kElements = 1;             // of a word
   static constexpr int64_t kChains = 2, kDepth = 32;  // sums of every other word; words in them
   static constexpr uint32_t kSign = 0x80000000u;
@@ -70,6 +78,9 @@ struct FloatWords {
     }
   }
   static bool finite(Words worst) { return at_most(splat(0x7f800000u), worst) == 0; }
+  static Words or_zero(Words x) {  // where it is not finite
+    return select(at_most(splat(0x7f800000u), x & 0x7fffffffu), splat(0u), x);
+  }
   static Floats dot(Words a, Words b, Floats sum) { return fma(from_bits(a), from_bits(b), sum); }
   // Of four slots, from a vector each, or from one vector that has them side by side.
   static void weights(const Floats* p, Words* to) {
@@ -79,12 +90,15 @@ struct FloatWords {
     to[0] = bits(one_of_four<0>(p)), to[1] = bits(one_of_four<1>(p));
     to[2] = bits(one_of_four<2>(p)), to[3] = bits(one_of_four<3>(p));
   }
-  static Words visible(const Mask* seen) { return select(seen[0], splat(~0u), splat(0u)); }
+  static Floats weight(const uint32_t* weights, int64_t stride, int64_t j) {  // of slot j
+    return from_bits(load(weights + j * stride));
+  }
 };
 
 #ifdef __AVX512BF16__
 struct PairWords {
   using Element = BFloat16;
+  static constexpr bool kTiles = false;
   static constexpr int64_t kElements = 2, kChains = 1, kDepth = 64;
   static constexpr uint32_t kSign = 0x80008000u;
 
@@ -116,14 +130,18 @@ struct PairWords {
   static bool finite(Words worst) {
     return at_most(splat(0x7f80u), max(worst >> 16, worst & 0xffffu)) == 0;
   }
+  static Words or_zero(Words x) {
+    const Words low = select(at_most(splat(0x7f80u), x & 0x7fffu), splat(0u), x & 0xffffu);
+    return low | select(at_most(splat(0x7f800000u), x & 0x7fffffffu), splat(0u), x & 0xffff0000u);
+  }
   static Floats dot(Words a, Words b, Floats sum) { return dot_pairs(a, b, sum); }
   static void weights(const Floats* p, Words* to) {
     to[0] = pairs(p[0], p[1]), to[1] = pairs(p[2], p[3]);
   }
   static void weights_of_four(Floats p, Words* to) { pairs_of_four(p, &to[0], &to[1]); }
-  static Words visible(const Mask* seen) {
-    const Words none = splat(0u);
-    return select(seen[0], splat(0x0000ffffu), none) | select(seen[1], splat(0xffff0000u), none);
+  static Floats weight(const uint32_t* weights, int64_t stride, int64_t j) {
+    const Words pair = load(weights + j / 2 * stride);
+    return from_bits(j % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
   }
 };
 #endif
@@ -139,19 +157,20 @@ struct Rows {
 };
 
 // How a call is divided; by its shape alone.
+template <class F>
 struct Plan {
   int64_t all_rows, rows, blocks;  // query rows of a KV head; of a work item; items they make
   int64_t tiles;                   // row tiles of a work item
-  int64_t words;                   // of a key
+  int64_t D, words;                // of a key, in whole blocks
   int64_t span, spans, splits;     // slots of a span; spans; items that the spans make
 
-  // `elements`: of a word.
-  Plan(const BlockAttentionParams& p, int64_t elements) {
-    words = p.D / elements;
+  explicit Plan(const BlockAttentionParams& p) {
+    D = (p.D + kBlock<F> - 1) / kBlock<F> * kBlock<F>;
+    words = D / F::kElements;
     span = std::min(kMaxSpan, kPackWords / words / kKeys * kKeys);
     spans = std::max<int64_t>(1, (p.S + span - 1) / span);
     all_rows = p.Q * (p.H / p.G);
-    const int64_t most = std::min(kMaxRows, kRowElements / p.D / kTileRows * kTileRows);
+    const int64_t most = std::min(kMaxRows, kRowElements / D / kTileRows * kTileRows);
     blocks = (all_rows + most - 1) / most;
     tiles = ((all_rows + blocks - 1) / blocks + kTileRows - 1) / kTileRows;
     rows = tiles * kTileRows;
@@ -162,7 +181,7 @@ struct Plan {
   // All rows of a work item.
   Rows rows_of(const BlockAttentionParams& p, int64_t item) const {
     const int64_t first = item % blocks * rows;
-    const int64_t copies = all_rows <= kLanes / kCopies ? kCopies : 1;
+    const int64_t copies = !F::kTiles && all_rows <= kLanes / kCopies ? kCopies : 1;
     return {item / blocks / p.G,
             item / blocks % p.G,
             p.H / p.G,
@@ -197,9 +216,8 @@ struct State {
 struct Scratch {                           // 0.6 MB
   alignas(64) uint32_t q[kRowElements];    // [row tile][word of D][lane]
   alignas(64) uint32_t k[kPackWords];      // [slot][word of D], or [four slots][word of D][slot]
-  alignas(64) uint32_t v[kPackWords];      // [word of slots][D]
+  alignas(64) uint32_t v[kPackWords];      // [word of slots][D], or [16 words][D][word]
   alignas(64) float s[kKeys * kTileRows];  // logits, then weights [slot, or word][lane]
-  alignas(64) uint32_t visible[kKeys * kTileRows];             // as the weights: all bits, or none
   alignas(64) float sums[kRowElements + 2 * kMaxRows];         // a State for each row tile
   alignas(64) float more_sums[kTileRows * (kMaxHeadDim + 2)];  // the State of a later span
   alignas(64) float shrink[kTileRows];
@@ -230,11 +248,10 @@ struct Ahead {
 
 // c[n][:] = c[n][:] * before + sum over i of a[i][:] * b[n * b_out + i * b_in], n < kOut, in an
 // order of i that depends on no template argument; without `before`, c is not read. With kRepeat,
-// not one word of b but four go to every four lanes. With `visible`, what is not visible counts as
-// 0.
-template <class F, int kVectors, int kRepeat, int kOut, bool kMasked = false>
+// not one word of b but four go to every four lanes.
+template <class F, int kVectors, int kRepeat, int kOut>
 void multiply(const uint32_t* a, const uint32_t* b, int64_t b_out, int64_t b_in, int64_t depth,
-              const float* before, float* c, Ahead* ahead, const uint32_t* visible = nullptr) {
+              const float* before, float* c, Ahead* ahead) {
   constexpr int64_t kStride = kVectors * kLanes;
   Ahead next = *ahead;
   Floats sum[F::kChains][kOut][kVectors];
@@ -254,19 +271,16 @@ void multiply(const uint32_t* a, const uint32_t* b, int64_t b_out, int64_t b_in,
     }
 #pragma GCC unroll 2
     for (int chain = 0; chain < F::kChains; ++chain) {
-      Words left[kVectors], seen[kVectors];
+      Words left[kVectors];
 #pragma GCC unroll 2
-      for (int x = 0; x < kVectors; ++x) {
-        left[x] = load(a + (i + chain) * kStride + x * kLanes);
-        if (kMasked) seen[x] = load(visible + (i + chain) * kStride + x * kLanes);
-      }
+      for (int x = 0; x < kVectors; ++x) left[x] = load(a + (i + chain) * kStride + x * kLanes);
 #pragma GCC unroll 16
       for (int n = 0; n < kOut; ++n) {
         const uint32_t* from = b + n * b_out + (i + chain) * b_in;
         const Words right = kRepeat == 1 ? splat(*from) : splat_four(from);
 #pragma GCC unroll 2
         for (int x = 0; x < kVectors; ++x) {
-          sum[chain][n][x] = F::dot(left[x], kMasked ? right & seen[x] : right, sum[chain][n][x]);
+          sum[chain][n][x] = F::dot(left[x], right, sum[chain][n][x]);
         }
       }
     }
@@ -288,29 +302,27 @@ void multiply(const uint32_t* a, const uint32_t* b, int64_t b_out, int64_t b_in,
 // short chains keep the rounding errors of a sum small.
 template <class F, int kVectors, int kRepeat>
 void multiply_all(const uint32_t* a, const uint32_t* b, int64_t b_out, int64_t b_in, int64_t depth,
-                  const float* before, float* c, int64_t count, Ahead* ahead,
-                  const uint32_t* visible = nullptr) {
-  constexpr int64_t kStride = kVectors * kLanes, kOut = 16 / (kVectors * F::kChains);
-  constexpr int64_t kLeft = 8 / kRepeat;  // D and the slots are multiples of 8
-  for (int64_t i = 0; i < depth; i += F::kDepth) {
-    const int64_t part = std::min(F::kDepth, depth - i);
-    int64_t n = 0;
-    for (; !visible && n + kOut <= count; n += kOut) {
-      multiply<F, kVectors, kRepeat, kOut>(a, b + n * b_out, b_out, b_in, part, before,
-                                           c + n * kStride, ahead);
+                  const float* before, float* c, int64_t count, Ahead* ahead) {
+  if constexpr (F::kTiles) {
+    F::template multiply<kVectors>(a, b, b_out, b_in, depth, before, c, count, ahead);
+  } else {
+    constexpr int64_t kStride = kVectors * kLanes, kOut = 16 / (kVectors * F::kChains);
+    constexpr int64_t kLeft = 8 / kRepeat;  // D and the slots are multiples of 8
+    for (int64_t i = 0; i < depth; i += F::kDepth) {
+      const int64_t part = std::min(F::kDepth, depth - i);
+      int64_t n = 0;
+      for (; n + kOut <= count; n += kOut) {
+        multiply<F, kVectors, kRepeat, kOut>(a, b + n * b_out, b_out, b_in, part, before,
+                                             c + n * kStride, ahead);
+      }
+      for (; n < count; n += kLeft) {
+        multiply<F, kVectors, kRepeat, kLeft>(a, b + n * b_out, b_out, b_in, part, before,
+                                              c + n * kStride, ahead);
+      }
+      a += part * kStride;
+      b += part * b_in;
+      before = kOnes;
     }
-    for (; !visible && n < count; n += kLeft) {
-      multiply<F, kVectors, kRepeat, kLeft>(a, b + n * b_out, b_out, b_in, part, before,
-                                            c + n * kStride, ahead);
-    }
-    for (; n < count; n += kLeft) {
-      multiply<F, kVectors, kRepeat, kLeft, true>(a, b + n * b_out, b_out, b_in, part, before,
-                                                  c + n * kStride, ahead, visible);
-    }
-    a += part * kStride;
-    b += part * b_in;
-    if (visible) visible += part * kStride;
-    before = kOnes;
   }
 }
 
@@ -442,7 +454,7 @@ class Item {
  public:
   using T = typename F::Element;
 
-  Item(const BlockAttentionParams& p, const Plan& plan, Scratch& t, int64_t item)
+  Item(const BlockAttentionParams& p, const Plan<F>& plan, Scratch& t, int64_t item)
       : p_(p),
         plan_(plan),
         logits_(p),
@@ -494,9 +506,10 @@ class Item {
         }
         for (int64_t u = 0; u < plan_.words; u += kLanes) {
           const int64_t n = std::min(plan_.words - u, kLanes);
+          const int64_t there = p_.D / F::kElements - u;
           Words block[kLanes];
           for (int64_t r = 0; r < kLanes; ++r) {
-            block[r] = F::words(from[r] + u * F::kElements, n) ^ sign;
+            block[r] = F::words(from[r] + u * F::kElements, there) ^ sign;
           }
           transpose(block);
           for (int64_t i = 0; i < n; ++i) store(to + (u + i) * stride + x, block[i]);
@@ -516,11 +529,10 @@ class Item {
   // Attention of one row tile over the slots of the span.
   void attend(int64_t tile, const State& state) {
     const Rows rows = this->rows(tile);
-    if (rows.copies == kCopies) {
-      attend<1, kCopies>(rows, tile, state);
-    } else {
-      rows.lanes() == kLanes ? attend<1, 1>(rows, tile, state) : attend<2, 1>(rows, tile, state);
+    if constexpr (!F::kTiles) {
+      if (rows.copies == kCopies) return attend<1, kCopies>(rows, tile, state);
     }
+    rows.lanes() == kLanes ? attend<1, 1>(rows, tile, state) : attend<2, 1>(rows, tile, state);
   }
 
  private:
@@ -529,13 +541,13 @@ class Item {
   // Convert a key tile up to the last slot that some row may see; the others, and slots outside the
   // ranges, become zeros and are not read.
   void pack_keys(int64_t tile, int64_t slot) {
-    const int64_t words = plan_.words, width = used(needed_);
+    const int64_t words = plan_.words, there = p_.D / F::kElements, width = used(needed_);
     uint32_t* to = keys(tile);
     for (int64_t j = 0; j < width; ++j, to += words) {
       const T* row = row_of(k_, p_.k_cache_stride[1], slot, j);
       int64_t u = 0;
-      for (; u + kLanes <= words; u += kLanes) store(to + u, F::words(row + u * F::kElements));
-      if (u < words) store(first(words - u), to + u, F::words(row + u * F::kElements, words - u));
+      for (; u + kLanes <= there; u += kLanes) store(to + u, F::words(row + u * F::kElements));
+      if (u < there) store(first(words - u), to + u, F::words(row + u * F::kElements, there - u));
     }
   }
   // The same, the words of four slots side by side.
@@ -555,18 +567,23 @@ class Item {
       }
     }
   }
+  // The same, and zeros for what is not finite: a row must not even multiply by zero what it does
+  // not see.
   void pack_values(int64_t tile, int64_t slot) {
+    constexpr int64_t kSlots = kSlotWords<F> * F::kElements;
     const int64_t width = used(needed_);
     uint32_t* to = values(tile);
     Words worst = splat(0u);
-    for (int64_t j = 0; j < width; j += F::kElements, to += p_.D) {
-      const T* rows[F::kElements];
-      for (int64_t i = 0; i < F::kElements; ++i) {
+    for (int64_t j = 0; j < width; j += kSlots, to += plan_.D * kSlotWords<F>) {
+      const T* rows[kSlots];
+      for (int64_t i = 0; i < kSlots; ++i) {
         rows[i] = row_of(v_, p_.v_cache_stride[1], slot, j + i);
       }
       F::values(rows, p_.D, to, &worst);
     }
     finite_[tile] = F::finite(worst);
+    if (finite_[tile]) return;
+    for (uint32_t* x = values(tile); x < to; x += kLanes) store(x, F::or_zero(load(x)));
   }
   const T* row_of(const T* data, int64_t stride, int64_t slot, int64_t j) const {
     return needed_ >> j & 1 ? data + (slot + j) * stride : reinterpret_cast<const T*>(t_.zeros);
@@ -585,10 +602,11 @@ class Item {
             std::min(last_ - slot, kKeys)};
   }
 
-  // Slots up to the last one needed, in whole vectors.
+  // Slots up to the last one needed, in whole vectors and blocks.
   static int64_t used(SlotMask needed) {
+    constexpr int64_t kStep = std::max(kLanes, kBlock<F>);
     int64_t width = kKeys;
-    while (width > 0 && !(needed >> (width - kLanes))) width -= kLanes;
+    while (width > 0 && !(needed >> (width - kStep))) width -= kStep;
     return width;
   }
 
@@ -598,7 +616,7 @@ class Item {
     // Weights of four lanes a row take more room than logits: they come behind them.
     uint32_t* weights =
         reinterpret_cast<uint32_t*>(t_.s) + (kRepeat == 1 ? 0 : kKeys / kRepeat * kLanes);
-    const int64_t D = p_.D, words = plan_.words;
+    const int64_t D = plan_.D, words = plan_.words;
     const int64_t *low = t_.low + row_tile * kTileRows, *high = t_.high + row_tile * kTileRows;
     const int64_t first = *std::min_element(low, low + rows.count);
     const int64_t all_from = *std::max_element(low, low + rows.count);
@@ -649,20 +667,38 @@ class Item {
         pack_values(tile, slot);
         next = ahead(k_, p_.k_cache_stride[1], slot + kKeys);
       }
-      // A row must not even multiply by zero what it does not see, if that may be NaN or infinite.
-      const bool masked = !finite_[tile] && !all_see_all;
-      if (masked) {
-        for (int x = 0; x < kVectors; ++x) {
-          if (kRepeat > 1) see_lanes_of_rows(width);
-          for (int64_t j = 0; j < width; j += F::kElements) {
-            store(t_.visible + j / F::kElements * kStride + x * kLanes,
-                  F::visible(t_.lanes[x] + j));
-          }
+      multiply_all<F, kVectors, kRepeat>(weights, values(tile), kRepeat * kSlotWords<F>, D,
+                                         width / F::kElements, t_.shrink, state.acc, D / kRepeat,
+                                         &next);
+      if (!finite_[tile]) {
+        add_not_finite<kVectors, kRepeat>(slot, needed, all_see_all, weights, state);
+      }
+    }
+  }
+
+  // What pack_values left out, for the rows that see it: NaN and infinities, in any order.
+  template <int kVectors, int kRepeat>
+  void add_not_finite(int64_t slot, SlotMask needed, bool all_see_all, const uint32_t* weights,
+                      const State& state) {
+    constexpr int64_t kStride = kVectors * kLanes;
+    if (kRepeat > 1 && !all_see_all) see_lanes_of_rows(used(needed));
+    for (int64_t j = 0; j < kKeys; ++j) {
+      if (!(needed >> j & 1)) continue;
+      const T* value = v_ + (slot + j) * p_.v_cache_stride[1];
+      int finite = 0;
+      for (int64_t d = 0; d < p_.D; ++d) finite += std::isfinite(to_float(value[d]));
+      if (finite == p_.D) continue;
+      for (int64_t d = 0; d < p_.D; ++d) {
+        const float y = to_float(value[d]);
+        if (std::isfinite(y)) continue;
+        const Mask of_d = kRepeat == 1 ? Mask(0xffff) : Mask(0x1111 << d % kRepeat);
+        for (int64_t x = 0; x < kVectors; ++x) {
+          const Mask lanes = all_see_all ? of_d : Mask(of_d & t_.lanes[x][j]);
+          float* sum = state.acc + d / kRepeat * kStride + x * kLanes;
+          const Floats weight = F::weight(weights + x * kLanes, kStride, j);
+          store(sum, fma_where(lanes, weight, splat(y), load(sum)));
         }
       }
-      multiply_all<F, kVectors, kRepeat>(weights, values(tile), kRepeat, D, width / F::kElements,
-                                         t_.shrink, state.acc, D / kRepeat, &next,
-                                         masked ? t_.visible : nullptr);
     }
   }
 
@@ -708,7 +744,7 @@ class Item {
   }
 
   const BlockAttentionParams& p_;
-  const Plan& plan_;
+  const Plan<F>& plan_;
   const Logits logits_;
   Scratch& t_;
   const int64_t item_;
@@ -726,10 +762,10 @@ class Item {
 
 template <class F>
 void attend(const BlockAttentionParams& p, int64_t begin, int64_t end) {
-  const Plan plan(p, F::kElements);
+  const Plan<F> plan(p);
   Scratch t;
   std::fill_n(t.zeros, kMaxHeadDim * 2, uint16_t(0));
-  const int64_t D = p.D;
+  const int64_t D = plan.D;
   for (int64_t i = begin; i < end; ++i) {
     Item<F> item(p, plan, t, i / plan.splits);
     item.load_queries();
@@ -768,8 +804,8 @@ void attend(const BlockAttentionParams& p, int64_t begin, int64_t end) {
 // Sums the spans of a row tile of a work item that was split, in their order.
 template <class F>
 void merge_spans(const BlockAttentionParams& p, int64_t begin, int64_t end) {
-  const Plan plan(p, F::kElements);
-  const int64_t D = p.D, span_floats = plan.tiles * State::floats(D);
+  const Plan<F> plan(p);
+  const int64_t D = plan.D, span_floats = plan.tiles * State::floats(D);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t tile = i % plan.tiles;
     const Rows rows = plan.rows_of(p, i / plan.tiles, tile);
@@ -785,11 +821,11 @@ void merge_spans(const BlockAttentionParams& p, int64_t begin, int64_t end) {
 
 template <class F>
 BlockAttentionWork work(const BlockAttentionParams& p) {
-  const Plan plan(p, F::kElements);
+  const Plan<F> plan(p);
   const int64_t groups = p.B * p.G * plan.blocks;
   if (plan.splits == 1) return {groups, 0, 0};
   return {groups * plan.splits, groups * plan.tiles,
-          groups * plan.splits * plan.tiles * State::floats(p.D)};
+          groups * plan.splits * plan.tiles * State::floats(plan.D)};
 }
 
 template <class F>

@@ -2,14 +2,37 @@
 #include "cpu/isa.h"
 
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 #include <iterator>
 #include <stdexcept>
 
+#ifdef DLM_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace dlm::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"generic", "avx512", "avx512bf16"};
+constexpr const char* kNames[] = {"generic", "avx512", "avx512bf16", "amx"};
+
+#ifdef DLM_AMX
+// The tile registers' data, a state component of the processor that a process must ask Linux for
+// (since 5.16: Documentation/arch/x86/xstate.rst). The permission is the whole process's.
+constexpr int kTileData = 18, kGetSupported = 0x1021, kRequestPermission = 0x1023;
+
+bool processor_has(int bit) {  // of leaf 7, EDX
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> bit & 1;
+}
+bool system_has_tiles() {
+  uint64_t components = 0;
+  return syscall(SYS_arch_prctl, kGetSupported, &components) == 0 && components >> kTileData & 1;
+}
+bool may_use_tiles() { return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0; }
+#endif
 
 // Why an instruction set cannot be used here; empty: it can.
 std::string obstacle(Isa isa) {
@@ -27,8 +50,19 @@ std::string obstacle(Isa isa) {
     missing = "AVX-512DQ";
   else if (!__builtin_cpu_supports("avx512vl"))
     missing = "AVX-512VL";
-  else if (isa == Isa::kAvx512Bf16 && !__builtin_cpu_supports("avx512bf16"))
+  else if (isa != Isa::kAvx512 && !__builtin_cpu_supports("avx512bf16"))
     missing = "AVX512_BF16";
+#ifdef DLM_AMX
+  else if (isa == Isa::kAmx && !processor_has(24))
+    missing = "AMX-TILE";
+  else if (isa == Isa::kAmx && !processor_has(22))
+    missing = "AMX-BF16";
+  else if (isa == Isa::kAmx && !system_has_tiles())
+    return "the operating system does not offer tile registers";
+#else
+  else if (isa == Isa::kAmx)
+    return "not in this build, whose compiler or system lacks it";
+#endif
   // Measured: AMD's multiply pairs of bf16 at twice the rate of floats, Intel's at half of it.
   else if (isa == Isa::kAvx512Bf16 && __builtin_cpu_is("intel"))
     return "no faster than avx512 on Intel's processors";
@@ -51,9 +85,26 @@ std::string available() {
   return "available: " + can + cannot;
 }
 
+// AMX has been proved on a model of its instructions alone, and never timed.
+Isa preferred() {
+  Isa best = Isa::kGeneric;
+  for (const Isa isa : isas()) {
+    if (isa != Isa::kAmx) best = isa;
+  }
+  return best;
+}
+
 Isa named(const std::string& name) {
   for (const Isa isa : isas()) {
-    if (name == isa_name(isa)) return isa;
+    if (name != isa_name(isa)) continue;
+#ifdef DLM_AMX
+    if (isa == Isa::kAmx && !may_use_tiles()) {
+      throw std::invalid_argument(
+          "CPU instruction set 'amx' cannot be used: the system refuses this process the "
+          "registers");
+    }
+#endif
+    return isa;
   }
   throw std::invalid_argument("CPU instruction set '" + name + "' cannot be used; " + available());
 }
@@ -63,7 +114,7 @@ constexpr const char* kVariable = "DLMKERNELS_CPU_ISA";
 std::atomic<Isa>& slot() {
   static std::atomic<Isa> chosen = [] {
     const char* wanted = std::getenv(kVariable);
-    if (!wanted || !*wanted) return isas().back();
+    if (!wanted || !*wanted) return preferred();
     try {
       return named(wanted);
     } catch (const std::invalid_argument& e) {
@@ -90,11 +141,17 @@ std::vector<Isa> isas() {
 void set_isa(const std::string& name) { slot().store(named(name), std::memory_order_relaxed); }
 
 std::string isa_reason() {
-  if (isa() != isas().back()) return std::string("asked for; ") + available();
+  if (isa() != preferred()) return std::string("asked for; ") + available();
+  std::string reasons, last;
   for (int better = int(isa()) + 1; better < int(std::size(kNames)); ++better) {
-    return std::string(kNames[better]) + ": " + obstacle(Isa(better));
+    std::string why = obstacle(Isa(better));
+    if (why.empty())
+      why = std::string("only if ") + kVariable + " asks for it: no processor has timed it";
+    if (why == last) continue;
+    reasons += std::string(reasons.empty() ? "" : "; ") + kNames[better] + ": " + why;
+    last = why;
   }
-  return "the best of this build";
+  return reasons;
 }
 
 }  // namespace dlm::cpu

@@ -7,13 +7,15 @@
 
 namespace dlm::cpu {
 
-enum class Isa : int { kGeneric, kAvx512, kAvx512Bf16 };  // ascending: a later one is preferred
+// Ascending: a later one is preferred, but kAmx, which must be asked for.
+enum class Isa : int { kGeneric, kAvx512, kAvx512Bf16, kAmx };
 
 const char* isa_name(Isa isa);
 Isa isa();                 // in use: the best available, or DLMKERNELS_CPU_ISA
 std::vector<Isa> isas();   // available on this machine in this build
 std::string isa_reason();  // why this one and no better one
-// Throws std::invalid_argument, with what is available and why no other, when `name` is not.
+// Throws std::invalid_argument, with what is available and why no other, when `name` is not, or the
+// system refuses its registers.
 void set_isa(const std::string& name);
 
 }  // namespace dlm::cpu

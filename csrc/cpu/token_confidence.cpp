@@ -30,6 +30,7 @@ struct Kernel {
 Kernel kernel() {
   switch (isa()) {
 #ifdef DLM_AVX512
+    case Isa::kAmx:
     case Isa::kAvx512Bf16:
     case Isa::kAvx512:
       return {avx512::scan, avx512::add_measures, 32768};

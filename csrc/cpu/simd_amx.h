@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+// The tile registers of *_amx.cpp: one product of bf16 pairs, 32 outputs by one or two vectors of
+// rows. Needs AMX-TILE and AMX-BF16 (Intel, Architecture Instruction Set Extensions Programming
+// Reference, 319433, chapter 3), and the system's permission: isa.cpp asks for it.
+#pragma once
+#include <immintrin.h>
+
+#include "cpu/simd_avx512.h"
+
+namespace dlm::cpu::amx {
+
+// Rows of a tile, and its columns: words of 32 bits.
+constexpr int kTile = 16;
+
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {kTile, kTile, kTile, kTile, kTile, kTile, kTile, kTile};
+};
+static_assert(sizeof(TileShapes) == 64, "as LDTILECFG reads it");
+constexpr TileShapes kWholeTiles;
+
+// All eight tiles in full size, for this thread, as long as it lives; none afterwards, so that
+// nobody has to save them.
+class Tiles {
+ public:
+  DLM_SIMD Tiles() { _tile_loadconfig(&kWholeTiles); }
+  DLM_SIMD ~Tiles() { _tile_release(); }
+};
+
+// c[n][rows] += a[i][rows] * b[n][i] in tiles: 0 to 3 are sums (of n in the first sixteen and
+// vector 0, 1, of n in the second sixteen and vector 0, 1), 4 and 5 hold b, 6 and 7 hold a. Of a
+// and c one row is kVectors vectors. The intrinsics take numbers only, and GCC's do not say what
+// memory they read: hence the barriers.
+DLM_SIMD void tile_barrier() { __asm__ volatile("" ::: "memory"); }
+
+template <int kVectors>
+DLM_SIMD void zero_sums() {
+  _tile_zero(0);
+  _tile_zero(2);
+  if (kVectors == 2) {
+    _tile_zero(1);
+    _tile_zero(3);
+  }
+}
+template <int kVectors>
+DLM_SIMD void load_sums(const float* c) {
+  constexpr int64_t kStride = kVectors * kTile;
+  tile_barrier();
+  _tile_loadd(0, c, kStride * 4);
+  _tile_loadd(2, c + kTile * kStride, kStride * 4);
+  if (kVectors == 2) {
+    _tile_loadd(1, c + kTile, kStride * 4);
+    _tile_loadd(3, c + kTile * kStride + kTile, kStride * 4);
+  }
+}
+template <int kVectors>
+DLM_SIMD void store_sums(float* c) {
+  constexpr int64_t kStride = kVectors * kTile;
+  _tile_stored(0, c, kStride * 4);
+  _tile_stored(2, c + kTile * kStride, kStride * 4);
+  if (kVectors == 2) {
+    _tile_stored(1, c + kTile, kStride * 4);
+    _tile_stored(3, c + kTile * kStride + kTile, kStride * 4);
+  }
+  tile_barrier();
+}
+// Over sixteen words i; the rows of b are b_out words apart.
+template <int kVectors>
+DLM_SIMD void add_products(const uint32_t* a, const uint32_t* b, int64_t b_out) {
+  constexpr int64_t kStride = kVectors * kTile;
+  tile_barrier();
+  _tile_loadd(4, b, b_out * 4);
+  _tile_loadd(6, a, kStride * 4);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_loadd(5, b + kTile * b_out, b_out * 4);
+  _tile_dpbf16ps(2, 5, 6);
+  if (kVectors == 2) {
+    _tile_loadd(7, a + kTile, kStride * 4);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+}  // namespace dlm::cpu::amx
