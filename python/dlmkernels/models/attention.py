@@ -39,6 +39,11 @@ def attention_forward(
         if reach >= 0:
             raise ValueError("a shadow block needs full attention; this model's layers have a sliding window")
         return _attend_with_shadow(q, k, v, window, softcap=softcap or 0.0, scale=scaling), None
+    kv_range = window.kv_range
+    if reach >= 0 and window.context_end is not None:
+        assert kv_range is not None and kv_range.dim() == 2
+        first = torch.maximum(kv_range[:, 0], window.context_end - reach)
+        kv_range, reach = torch.stack((first, kv_range[:, 1]), 1), -1
     if window.cache is None:
         k_new = v_new = None
         k_cache, v_cache = k, v
@@ -48,7 +53,7 @@ def attention_forward(
         # some encoders do not number their layers
         k_cache, v_cache = window.cache.layer(id(module) if index is None else index, k, v)
     out, _ = ops.block_attention(
-        q, k_new, v_new, k_cache, v_cache, window.slots, window.kv_range,
+        q, k_new, v_new, k_cache, v_cache, window.slots, kv_range,
         causal_block=window.causal_block, block_origin=window.block_origin, q_limit=window.q_limit,
         k_order=window.k_order,
         window_left=reach, window_right=reach, softcap=softcap or 0.0, scale=scaling,
