@@ -156,6 +156,8 @@ class EncoderDecoderModel(DiffusionModel):
     ) -> Tensor:  # fmt: skip
         is_context = window.causal_block == 1
         stack = self.model.model.encoder.language_model if is_context else self.model.model.decoder
+        if is_context:  # an image's place without the image
+            tokens = tokens.masked_fill(tokens == self.config.image_token_id, self.text_config.pad_token_id)
         x = self.embed(tokens) if embeds is None else embeds
         if not is_context:
             x = stack.self_conditioning(x, torch.zeros_like(x) if opinion is None else opinion)
