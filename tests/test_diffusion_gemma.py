@@ -347,6 +347,13 @@ class TestGenerate:
         out = dk.generate(model, prompts(1, 5), rule=dk.Quota(), mask_token_id=4, max_new_tokens=CANVAS)
         assert out.complete.all() and (out.generated != 4).all()
 
+    def test_guidance(self, model):
+        """Both halves are conditioned on what they said; a scale too small to matter changes nothing."""
+        model.generation_config = published(bound=6.0)
+        options = {"max_new_tokens": 2 * CANVAS, "seed": 3, "mask_token_id": 4}
+        plain, hardly, guided = (dk.generate(model, prompts(2, 9), cfg_scale=s, **options) for s in (0.0, 1e-9, 2.0))
+        assert torch.equal(plain.sequences, hardly.sequences) and not torch.equal(plain.sequences, guided.sequences)
+
 
 class TestLoad:
     def test_published_form(self, model, tmp_path):
@@ -362,6 +369,11 @@ class TestLoad:
         loaded.save_pretrained(tmp_path / "again")
         again = DiffusionGemmaForBlockDiffusion.from_pretrained(tmp_path / "again")
         assert torch.equal(dk.generate(again, prompts(2, 9), **options).generated, expected.generated)
+
+    def test_as_another_family(self, model, tmp_path):
+        model.config.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="family must be 'diffusion-gemma' for this model; got 'llada'"):
+            dk.load(tmp_path, family="llada")
 
     @pytest.mark.parametrize("name", [
         "model.decoder.layers.1.self_attn.k_proj.weight", "model.decoder.self_conditioning.down_proj.weight",

@@ -118,8 +118,7 @@ class EncoderDecoderModel(DiffusionModel):
     def __init__(self, model: PreTrainedModel, architecture: Architecture, family: Family):
         super().__init__(model, architecture, family)
         self.text_config = model.config.text_config
-        if family.name != architecture.family:
-            raise ValueError(f"family must be '{architecture.family}' for this model; got '{family.name}'")
+        architecture.check_family(family.name)
         if self.text_config.use_bidirectional_attention == "all":
             raise ValueError(
                 "model must have a causal encoder; its configuration has use_bidirectional_attention='all'"

@@ -44,6 +44,11 @@ class Architecture:
     two_stacks: bool = False
     module: str = "transformers"
 
+    def check_family(self, name: str) -> None:
+        """Raise if models of this architecture cannot be decoded as this family."""
+        if self.two_stacks and name != self.family:
+            raise ValueError(f"family must be '{self.family}' for this model; got '{name}'")
+
     def load_class(self) -> Any:
         return getattr(importlib.import_module(self.module, __package__), self.model_class)
 

@@ -316,6 +316,7 @@ def plan(raw: Mapping, family: str | None = None) -> Plan:
                 "own class and passed to dlmkernels.generate"
             )
         name = family or raw.get("dlm_family") or ARCHITECTURES[model_type].family
+        ARCHITECTURES[model_type].check_family(name)
         fields: dict[str, Any] = dict(raw)
         key_mapping = WRAPPED_KEYS.get(model_type, {}) if name == "diffullama" else {}
     else:
