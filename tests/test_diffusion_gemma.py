@@ -326,6 +326,9 @@ class TestGenerate:
             model, prompts(1, 5), config=dk.preset("diffusion-gemma", max_new_tokens=CANVAS, seed=1, eos_token_id=())
         )
         assert out.num_forwards == 49 and torch.equal(out.generated, named.generated)
+        model.generation_config = None
+        unsaid = dk.generate(model, prompts(1, 5), max_new_tokens=CANVAS, seed=1, eos_token_id=())
+        assert torch.equal(unsaid.generated, out.generated)
 
     def test_prompt_as_embeddings(self, model):
         model.generation_config = published(bound=6.0)

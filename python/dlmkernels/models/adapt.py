@@ -138,15 +138,16 @@ class EncoderDecoderModel(DiffusionModel):
 
     @property
     def rule_options(self) -> dict[str, Any]:
-        published: Any = self.model.generation_config
+        published = self.model.generation_config
+        sampler = getattr(published, "sampler_config", None)
         values = {
-            "bound": getattr(published.sampler_config, "entropy_bound", None),
-            "t_min": published.t_min,
-            "t_max": published.t_max,
-            "stability": published.stability_threshold,
-            "entropy": published.confidence_threshold,
-            "steps": published.max_denoising_steps,
-        }
+            name: getattr(source, theirs, None)
+            for name, source, theirs in (
+                ("bound", sampler, "entropy_bound"), ("t_min", published, "t_min"), ("t_max", published, "t_max"),
+                ("stability", published, "stability_threshold"), ("entropy", published, "confidence_threshold"),
+                ("steps", published, "max_denoising_steps"),
+            )
+        }  # fmt: skip
         return {name: value for name, value in values.items() if value is not None}
 
     def hidden(
