@@ -318,10 +318,10 @@ class TestBlocks:
             for is_calm in (False, True)
         }
 
-    @pytest.mark.parametrize("cache", ["none", "block"])
+    @pytest.mark.parametrize(("cache", "fused"), [("none", True), ("block", True), ("block", False)])
     @pytest.mark.parametrize("name", FAMILIES)
     @pytest.mark.parametrize("rule", RULES)
-    def test_rules(self, name, rule, cache, loaded):
+    def test_rules(self, name, rule, cache, fused, loaded):
         plain, model = loaded["calm " * (rule == "soft runs") + name]
         _, _, length, grid, is_shifted = self.FAMILIES[name]
         ours, make, max_steps = self.RULES[rule]
@@ -347,7 +347,17 @@ class TestBlocks:
                 setattr(request, what, getattr(request, what)[: len(canvas)])
             return request
 
-        assert_rows_same(model, alone, self.NEW, rule=ours, temperature=0.0, cache=cache, block_length=length)
+        options = {"rule": ours, "temperature": 0.0, "cache": cache, "block_length": length}
+        if fused:
+            assert_rows_same(model, alone, self.NEW, **options)
+        else:  # one forward more a block, and nothing else
+            ids = prompts(3, 13)
+            together, apart = (
+                dk.generate(model, ids, max_new_tokens=self.NEW, fuse_commit=f, seed=1, **options)
+                for f in (True, False)
+            )
+            assert torch.equal(together.sequences, apart.sequences)
+            numerics.assert_same_probabilities(together.confidence, apart.confidence)
 
     def test_what_is_kept_is_the_last_edit(self, loaded):
         """With the threshold alone, and so with other keys and values, later blocks come out differently."""
