@@ -31,7 +31,7 @@ from .rules import (
     WideInNarrowOut,
 )
 from .scores import DensityWeighted, PositionWeighted
-from .streams import Reordered, Strided
+from .streams import EntropyPipeline, Pipeline, Reordered, Strided
 
 LLADA = DecodingConfig(rule=Quota(), score="probability", eos_policy="none")
 # entropy order, nucleus before temperature's confidence is read, logits one row early
@@ -119,8 +119,10 @@ PRESETS: dict[str, DecodingConfig] = {
     "fast-dllm-v2": DecodingConfig(
         rule=Threshold(0.9, strict=True), distribution="filtered", cache="block", sub_block_length=8
     ),
-    # Discrete Diffusion Forcing, arXiv:2508.09192, its blocks one after another
-    "d2f": DecodingConfig(rule=Threshold(0.9, strict=True), cache="block"),
+    # Discrete Diffusion Forcing, arXiv:2508.09192; the shares are those of most of its scripts
+    "d2f": DecodingConfig(rule=Pipeline(0.9, 0.1, 0.95), cache="block"),
+    # d3LLM, github.com/hao-ai-lab/d3LLM, without its cache
+    "d3llm": DecodingConfig(rule=EntropyPipeline(0.5, 0.1, 0.95), block_length=32),
     # Nemotron-Labs-Diffusion, arXiv:2607.05722
     "nemotron": DecodingConfig(rule=Threshold(0.9), cache="block"),
     # WeDLM, arXiv:2512.22737
