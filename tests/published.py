@@ -476,10 +476,11 @@ def block_diffusion(
 
 @dataclass
 class Span:
-    """A block in a pipeline: columns `[start, end)`."""
+    """A block in a pipeline: columns `[start, end)`; the forward before which it was found finished."""
 
     start: int
     end: int
+    finished: int | None = None
 
     def progress(self, request: Request) -> float:
         return (self.end - self.start - len(request.open(self.start, self.end))) / (self.end - self.start)
@@ -539,7 +540,8 @@ def discrete_forcing(
 
 def multi_block(
     model: Callable, prompt: Tensor, new_tokens: int, mask: int, *, block: int, threshold: float, add: float,
-    decoded: float, shift: bool = False, eos: int | None = None, pad: int = 0,
+    decoded: float, shift: bool = False, eos: int | None = None, pad: int = 0, delay: int | None = None,
+    interval: int | None = None,
 ) -> Request:  # fmt: skip
     """d3LLM (github.com/hao-ai-lab/d3LLM, `generate_multi_block`), whose forwards take all of a canvas of masks.
 
@@ -547,10 +549,41 @@ def multi_block(
     and what has no more than `threshold`; if that is nothing in the first complete block with masks, its best too. An
     end token overwrites what stands behind it. (In the forward after that the program takes the masks for those that
     were there before: what it commits behind the end token is overwritten again, but one of it can have been the best.)
+
+    With a `delay` (`generate_multi_block_kv_cache`, `cache_delay_iter`) a finished block goes into the cache, after the
+    blocks on its left, `delay` forwards after it was found finished. The forward that takes it there begins behind the
+    cache. So do the others, but those while a finished block waits and every `interval`-th: they take everything and
+    renew what is cached.
+
+    `model(tokens)` returns the logits of all rows; with a delay it is a `PlainDecoder`.
     """
     start, length = len(prompt), len(prompt) + new_tokens
     request = Request(torch.cat((prompt, prompt.new_full((new_tokens,), mask))), mask)
-    blocks = [Span(0, start), Span(start, min(start + block, length))]
+    blocks = [Span(0, start, finished=0), Span(start, min(start + block, length))]
+    cached, past = 0, {}
+
+    def with_cache(n: int) -> Tensor:
+        """Logits of the n-th forward, 0 where it does not reach."""
+        nonlocal cached, past
+        reached = cached
+        for this in blocks:
+            if this.end > reached:
+                if request.open(this.start, this.end):
+                    break
+                this.finished = n if this.finished is None else this.finished
+                if n - this.finished < delay:
+                    break
+                reached = this.end
+        appends = reached > cached
+        waits = any(this.finished is not None and this.end > reached for this in blocks)
+        renews = not appends and (waits or (interval is not None and n % interval == 0))
+        begin, kept = (0, {}) if renews else (cached, dict(past))
+        z = model(request.tokens[None, begin:], positions=torch.arange(begin, length), kept=kept)[0]
+        if cached or appends:
+            past = kept if appends or renews else past
+        cached = reached
+        return torch.cat((z.new_zeros(begin, z.shape[1]), z))
+
     while True:
         stop = first_of(request, start, eos)
         if stop is not None:
@@ -561,7 +594,7 @@ def multi_block(
         complete = [this for before, this in pairwise(blocks) if before.progress(request) >= decoded]
         if not (masks := request.open(0, blocks[-1].end)):
             return request
-        z = model(request.tokens[None])[0]
+        z = model(request.tokens[None])[0] if delay is None else with_cache(request.num_forwards + 1)
         proposals = propose(shifted(z) if shift else z, masks, mask)
         h = proposals.entropy
         order = sorted(range(len(masks)), key=lambda n: h[n])

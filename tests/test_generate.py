@@ -408,6 +408,7 @@ class LateCount(OpenCount):
     {"rule": dk.Strided(3), "attention": "causal", "logit_alignment": "shift", "cache": "block"},
     {"rule": dk.Pipeline(0.5), "attention": "block", "logit_alignment": "shift", "cache": "block"},
     {"rule": dk.Pipeline(0.5, 0.3, 0.5), "attention": "block"}, {"rule": dk.EntropyPipeline(1.0)},
+    {"rule": dk.EntropyPipeline(1.0), "cache": "prefix", "refresh_interval": 3},
 ], ids=str)  # fmt: skip
 def test_late_counts_change_nothing(model, options, monkeypatch):
     """A host that learns late how much is open runs steps that do nothing, and misses none."""

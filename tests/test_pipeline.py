@@ -43,7 +43,7 @@ def loaded(tmp_path_factory):
 
 def restated(decoder, checkpoint, family, new_tokens, **options):
     options |= {"shift": "dream" in family, "pad": PAD}
-    return lambda canvas, start: decoder(checkpoint.plain, canvas[:start], new_tokens, MASK, **options)
+    return lambda canvas, start, **more: decoder(checkpoint.plain, canvas[:start], new_tokens, MASK, **options | more)
 
 
 def overlaps(out, start, block):
@@ -86,6 +86,22 @@ def test_d3llm(family, block, threshold, add, decoded, new_tokens, loaded):
     assert_rows_same(
         model, decoder, new_tokens, seed=3, config=dk.DecodingConfig(), block_length=block,
         rule=dk.EntropyPipeline(threshold, add, decoded),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("block,threshold,add,decoded,new_tokens", PIPELINES)
+@pytest.mark.parametrize("delay,interval", [(1, None), (2, 3), (3, 2), (1, 4), (50, None), (2, None)])
+def test_d3llm_prefix(delay, interval, block, threshold, add, decoded, new_tokens, loaded):
+    """Its cache, in rows that renew it and append to it in different forwards."""
+    checkpoint, model = loaded("llada")
+    threshold, add = 4 * (1 - threshold), max(add, 0.05)
+    decoder = restated(
+        published.multi_block, checkpoint, "llada", new_tokens, block=block, threshold=threshold, add=add,
+        decoded=decoded, delay=delay, interval=interval,
+    )  # fmt: skip
+    assert_rows_same(
+        model, decoder, new_tokens, seed=3, config=dk.DecodingConfig(cache="prefix"), block_length=block,
+        rule=dk.EntropyPipeline(threshold, add, decoded, delay), refresh_interval=interval,
     )  # fmt: skip
 
 
@@ -305,6 +321,7 @@ def test_presets(loaded):
     checkpoint, model = loaded("llada")
     d3llm = restated(published.multi_block, checkpoint, "llada", 80, block=32, threshold=0.5, add=0.1, decoded=0.95)
     assert_rows_same(model, d3llm, 80, seed=1, config=dk.preset("d3llm"))
+    assert_rows_same(model, partial(d3llm, delay=2, interval=3), 80, seed=1, config=dk.preset("d3llm-prefix"))
 
 
 def test_positions_without_a_usable_logit():
@@ -321,8 +338,9 @@ def test_positions_without_a_usable_logit():
 
 
 @pytest.mark.parametrize("options,match", [
-    ({"cache": "dual", "attention": "full"}, r"rule Pipeline needs attention='block' .*got 'full' and 'dual'"),
-    ({"cache": "none", "attention": "causal"}, r"rule Pipeline needs .*got 'causal' and 'none'"),
+    ({"cache": "dual", "attention": "full"}, r"rule Pipeline needs attention='block' .*got 'full', 'dual' and 'same'"),
+    ({"cache": "prefix", "attention": "full"}, r"rule Pipeline needs .*got 'full', 'prefix' and 'same'"),
+    ({"cache": "none", "attention": "causal"}, r"rule Pipeline needs .*got 'causal', 'none' and 'same'"),
     ({"cfg_scale": 1.0}, r"cfg_scale cannot be used with rule Pipeline; got 1.0"),
     ({"seeded": True}, r"seeded cannot be used with rule Pipeline; got True"),
     ({"sub_block_length": 4}, r"sub_block_length cannot be used with rule Pipeline; got 4"),
@@ -341,5 +359,11 @@ def test_arguments_are_checked(loaded):
         dk.Pipeline(open_at=1.5)
     with pytest.raises(ValueError, match="activate_at must be a number from 0 to 1; got -1"):
         dk.EntropyPipeline(activate_at=-1)
+    with pytest.raises(ValueError, match="delay must be an integer of at least 1; got 0"):
+        dk.EntropyPipeline(delay=0)
+    with pytest.raises(
+        ValueError, match=r"\(EntropyPipeline, with logit_alignment='same': or 'prefix'\); got .*'shift'"
+    ):
+        dk.generate(loaded("dream")[1], prompts(1, 4), config=dk.preset("d3llm-prefix"), max_new_tokens=4)
     with pytest.raises(ValueError, match="threshold must be a number; got None"):
         dk.Pipeline(None)

@@ -14,7 +14,7 @@ from .loop import CanvasForward, Proposer, StepOptions, commit_tokens, output_of
 from .output import DecodingOutput
 from .poll import OpenCount
 from .schedule import Grid
-from .streams import Pipeline
+from .streams import EntropyPipeline, Pipeline
 
 
 @torch.no_grad()
@@ -39,47 +39,55 @@ def decode_pipelined(
     # Under block-causal attention nothing right of the open blocks is seen; otherwise all masks are.
     reach = blocks.end if config.attention == "block" else grid.ends
     visibility = forward.block_causal() if config.attention == "block" else {}
-    # columns of each row that are in the cache for good; without one a forward starts at the canvas' first
-    final = canvas.origin if config.cache == "block" else torch.zeros_like(canvas.origin)
-    carried: Tensor | None = None  # hidden state of the last of them
+    # column of each row that a forward starts at: what stands left is in the cache
+    first = canvas.origin if config.cache == "block" else torch.zeros_like(canvas.origin)
+    carried: Tensor | None = None  # hidden state of the last of those, where they do not change any more
+    prefix: DelayedPrefix | None = None
+    if config.cache == "prefix":
+        prefix = DelayedPrefix(canvas, grid, config)
+        first = prefix.advance(blocks.context)
     width = blocks.width
     most_rows = canvas.tokens.shape[1]
     shown = start
     counts = OpenCount(most_rows, width)
-    counts.submit(torch.stack(((reach - final).amax(), blocks.num_open.amax())))
+    counts.submit(torch.stack(((reach - first).amax(), blocks.num_open.amax())))
     with model.attached():
         for _ in range(width):
             rows, capacity = counts.latest()
             if capacity == 0:
                 break
-            # A count that is late may lack a block for each step it is behind.
-            rows = min(rows + counts.behind * grid.length, most_rows)
+            # A count that is late may lack a block for each step it is behind; and not know of a prefix to be renewed.
+            rows = (
+                min(rows + counts.behind * grid.length, most_rows) if prefix is None or not counts.behind else most_rows
+            )
             capacity = min(capacity + counts.behind * grid.length, width)
             context = blocks.context
-            columns = final[:, None] + torch.arange(rows, dtype=torch.int32, device=final.device)
+            columns = first[:, None] + torch.arange(rows, dtype=torch.int32, device=first.device)
             used = (columns < reach[:, None]) & canvas.is_open.any(1, keepdim=True)
-            seen = reach if config.cache == "block" else reach.clamp(max=rows)
+            seen = reach.clamp(max=rows) if config.cache == "none" else reach
             hidden = forward.at(columns, seen, used, **visibility)
             # The row before the first forwarded one comes from the cached part; without one the first stands for it.
             hidden = torch.cat((hidden[:, :1] if carried is None else carried, hidden), 1)
             window = blocks.window(capacity)
-            row = window.positions - final[:, None] + (0 if forward.shift else 1)
+            row = window.positions - first[:, None] + (0 if forward.shift else 1)
             logits = model.logits(_rows(hidden, row).flatten(0, 1))
             open_now = blocks.num_open
             step = options.step(logits, window, grid.first, width, 0, 1, open_now, open_now, 0.0, {})
             chosen = rule.select_by_block(step, blocks.is_active)
             info = commit_tokens(canvas, config, special, window.positions, step.token, chosen, step.confidence)
             if config.cache == "block":
-                carried = _rows(hidden, (context - final)[:, None])
-                final = context
+                carried = _rows(hidden, (context - first)[:, None])
+                first = context
             eos = info[:, 6] if config.eos_policy != "none" else torch.full_like(info[:, 6], -1)
             if rule.closes_at_eos:
                 canvas.close_behind(torch.where(info[:, 1] > 0, eos, -1))
             blocks.advance(eos < 0)
             if config.attention == "block":
                 reach = blocks.end
+            if prefix is not None:
+                first = prefix.advance(blocks.context)
             unfinished = blocks.num_open > 0
-            counts.submit(torch.stack((((reach - final) * unfinished).amax(), blocks.num_open.amax())))
+            counts.submit(torch.stack((((reach - first) * unfinished).amax(), blocks.num_open.amax())))
             if hasattr(streamer, "put_draft"):
                 streamer.put_draft(canvas.tokens[0, start:end].cpu())
             if streamer is not None:
@@ -155,6 +163,35 @@ class Blocks:
         self._share = (self._lengths - self._masks).double() / self._lengths.clamp(min=1)
 
 
+class DelayedPrefix:
+    """What d3LLM keeps of each row: finished blocks from the left, and each but a while after it was finished."""
+
+    def __init__(self, canvas: Canvas, grid: Grid, config: DecodingConfig):
+        assert isinstance(config.rule, EntropyPipeline)
+        self.origin, self.grid, self.delay, self.interval = (
+            canvas.origin,
+            grid,
+            config.rule.delay,
+            config.refresh_interval,
+        )
+        self.forwards = 0
+        self.kept = canvas.origin  # column up to which keys and values are in the cache
+        # forward at which the block from there on was found finished, -1: it is not; the prompt is a block too
+        self.since = torch.where(grid.first > canvas.origin, 0, -1)
+
+    def advance(self, context: Tensor) -> Tensor:
+        """Column that the next forward starts at, int32 `[B]`, all blocks up to `context` `[B]` being finished."""
+        self.forwards += 1
+        kept = self.kept
+        ripe = (self.since >= 0) & (self.forwards - self.since >= self.delay)
+        next_end = torch.minimum(kept + self.grid.length, self.grid.ends)
+        self.kept = torch.where(ripe, torch.where(kept < self.grid.first, self.grid.first, next_end), kept)
+        now = torch.where(context > self.kept, self.forwards, -1)
+        self.since = torch.where(ripe | (self.since < 0), now, self.since)
+        is_due = self.interval is not None and self.forwards % self.interval == 0
+        return torch.where(ripe, kept, torch.where((self.since >= 0) | is_due, self.origin, self.kept))
+
+
 def _rows(hidden: Tensor, row: Tensor) -> Tensor:
     """Rows `row` int32 `[B, W]` of `hidden` `[B, Q, hidden]`; those of unused slots hold anything."""
     inside = row.clamp(0, hidden.shape[1] - 1).long()
@@ -163,10 +200,14 @@ def _rows(hidden: Tensor, row: Tensor) -> Tensor:
 
 def _check(config: DecodingConfig) -> None:
     name = type(config.rule).__name__
-    if config.attention not in ("block", "full") or config.cache not in ("block", "none"):
+    caches = {"block": ("none", "block"), "full": ("none",)}
+    if isinstance(config.rule, EntropyPipeline) and config.logit_alignment == "same":
+        caches["full"] = ("none", "prefix")
+    if config.cache not in caches.get(config.attention or "", ()):
         raise ValueError(
-            f"rule {name} needs attention='block' with cache='block' or 'none', or attention='full' with cache='none'; "
-            f"got {config.attention!r} and {config.cache!r}"
+            f"rule {name} needs attention='block' with cache='block' or 'none', or attention='full' with cache='none' "
+            "(EntropyPipeline, with logit_alignment='same': or 'prefix'); got "
+            f"{config.attention!r}, {config.cache!r} and {config.logit_alignment!r}"
         )
     for option in ("cfg_scale", "seeded", "sub_block_length"):
         if getattr(config, option):

@@ -46,6 +46,7 @@ REMDM = DecodingConfig(
     rule=AncestralRemask(strategy="cap", eta=0.008), temperature=1.0, top_p=0.9, keep_crossing=False,
     distribution="filtered", eos_policy="none",
 )  # fmt: skip
+D3LLM = DecodingConfig(rule=EntropyPipeline(0.5, 0.1, 0.95, delay=2), block_length=32)
 DINFER = DecodingConfig(rule=Threshold(0.9, tie=1e-5), block_length=32, eos_policy="block")
 
 PRESETS: dict[str, DecodingConfig] = {
@@ -121,8 +122,9 @@ PRESETS: dict[str, DecodingConfig] = {
     ),
     # Discrete Diffusion Forcing, arXiv:2508.09192; the shares are those of most of its scripts
     "d2f": DecodingConfig(rule=Pipeline(0.9, 0.1, 0.95), cache="block"),
-    # d3LLM, github.com/hao-ai-lab/d3LLM, without its cache
-    "d3llm": DecodingConfig(rule=EntropyPipeline(0.5, 0.1, 0.95), block_length=32),
+    # d3LLM, github.com/hao-ai-lab/d3LLM, without its cache and with it
+    "d3llm": D3LLM,
+    "d3llm-prefix": D3LLM.replace(cache="prefix", refresh_interval=3),
     # Nemotron-Labs-Diffusion, arXiv:2607.05722
     "nemotron": DecodingConfig(rule=Threshold(0.9), cache="block"),
     # WeDLM, arXiv:2512.22737

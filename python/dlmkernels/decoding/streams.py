@@ -120,12 +120,22 @@ class EntropyPipeline(Pipeline):
     A forward commits what has an entropy of at most `threshold` nats, in all of the open blocks, and at least one
     position; and at least one in the first of the unfinished blocks that is active. What stands behind an end token is
     overwritten with it at once.
+
+    With cache="prefix" a block goes into the cache `delay` forwards after it was found finished, when what it stands
+    among has settled; until then, and at every `refresh_interval`-th forward, all of the canvas is forwarded, and what
+    is in the cache written anew. Otherwise a forward takes what is not in the cache.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
     closes_at_eos: ClassVar[bool] = True
 
     threshold: float = 0.5
+    delay: int = 2
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.delay, int) or self.delay < 1:
+            raise ValueError(f"delay must be an integer of at least 1; got {self.delay!r}")
 
     def select_by_block(self, step: Step, is_active: Tensor) -> Tensor:
         score, blocks = -step.entropy, ByBlock(step, is_active.shape[1])
