@@ -118,23 +118,26 @@ def test_blocks_overlap(family, loaded):
     assert not overlaps(one_by_one, 6, 8)
 
 
-@pytest.mark.parametrize("family", [*D2F, *FULL])
-def test_end_tokens(family, loaded):
+@pytest.mark.parametrize("family,cache", [
+    ("d2f-llada", "block"), ("d2f-dream", "block"), ("llada", "none"), ("dream", "none"), ("llada", "prefix"),
+])  # fmt: skip
+def test_end_tokens(family, cache, loaded):
     """No block is opened after an end token; what stands before it is finished, and behind it is padding."""
     checkpoint, model = loaded(family)
     rule, decoder = dk.Pipeline(0.5, 0.1, 0.9), published.discrete_forcing
     if family in FULL:
         rule, decoder = dk.EntropyPipeline(2.0, 0.1, 0.9), published.multi_block
-    options = {"config": dk.DecodingConfig(cache="block" if family in D2F else "none"), "rule": rule}
-    options |= {"max_new_tokens": 36, "block_length": 8}
+    options = {"config": dk.DecodingConfig(cache=cache), "rule": rule, "max_new_tokens": 36, "block_length": 8}
+    kept = {"delay": 2, "interval": 3} if cache == "prefix" else {}
+    options |= {"refresh_interval": 3} if cache == "prefix" else {}
     rows, ids, valid = ragged(seed=4)
     whole = dk.generate(model, ids, valid, eos_policy="none", **options)
     begin, early, shorter = ids.shape[1], 0, 0
-    for eos in whole.generated.unique().tolist()[::4]:
+    for eos in whole.generated.unique().tolist()[::3]:
         out = dk.generate(model, ids, valid, eos_token_id=eos, pad_token_id=PAD, **options)
         restate = restated(
-            decoder, checkpoint, family, 36, block=8, threshold=rule.threshold, add=0.1, decoded=0.9, eos=eos
-        )
+            decoder, checkpoint, family, 36, block=8, threshold=rule.threshold, add=0.1, decoded=0.9, eos=eos, **kept
+        )  # fmt: skip
         for row, prompt in enumerate(rows):
             request = restate(prompt, len(prompt))
             assert_same(out, row, request)
@@ -232,11 +235,13 @@ def test_other_grids(grid, loaded):
     {"temperature": 0.8, "top_k": 20}, {"score": "random"}, {"score": "margin", "temperature": 0.5},
     {"order_temperature": 0.3, "defer_token_ids": (5, 50)},
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("family", ["d2f-llada", "d2f-dream", "llada"])
-def test_a_request_does_not_depend_on_its_batch(family, options, loaded):
+@pytest.mark.parametrize("family,cache", [
+    ("d2f-llada", "block"), ("d2f-dream", "block"), ("llada", "none"), ("llada", "prefix"),
+])  # fmt: skip
+def test_a_request_does_not_depend_on_its_batch(family, cache, options, loaded):
     _, model = loaded(family)
     rule = dk.Pipeline(0.4, 0.1, 0.9) if family in D2F else dk.EntropyPipeline(1.5, 0.1, 0.9)
-    options = options | {"config": dk.DecodingConfig(cache="block" if family in D2F else "none"), "rule": rule}
+    options = options | {"config": dk.DecodingConfig(cache=cache, refresh_interval=3), "rule": rule}
     options |= {"max_new_tokens": 27, "block_length": 8, "eos_token_id": 50, "pad_token_id": PAD}
     rows, ids, valid = ragged(seed=3)
     seeds = torch.tensor([4, 5, 6])
@@ -310,18 +315,42 @@ def test_finished_blocks_are_not_forwarded_again(loaded, monkeypatch):
         assert all(not rows[row] for rows in taken[out.num_forwards[row] :])
 
 
+def test_prefixes_are_kept(loaded, monkeypatch):
+    """With d3LLM's cache: the whole canvas until the prompt and then each block has settled, less between."""
+    from dlmkernels.models.adapt import DiffusionModel
+
+    _, model = loaded("llada")
+    taken, hidden = [], DiffusionModel.hidden
+
+    def record(self, tokens, positions, window, embeds=None):
+        taken.append(window.slots[0][window.slots[0] >= 0].tolist())
+        return hidden(self, tokens, positions, window, embeds)
+
+    monkeypatch.setattr(DiffusionModel, "hidden", record)
+    out = dk.generate(
+        model, prompts(1, 6), config=dk.DecodingConfig(cache="prefix"), max_new_tokens=24, block_length=8,
+        rule=dk.EntropyPipeline(0.4, 0.5, 0.9, delay=2), eos_policy="none",
+    )  # fmt: skip
+    assert all(rows == list(range(rows[0], 30)) for rows in taken)
+    first = [rows[0] for rows in taken]
+    assert first[:4] == [0, 0, 6, 6]  # the prompt is kept by the second forward, for those after it
+    second = first.index(14)  # the first block too
+    found = out.commit_step[0, 6:14].max() + 1  # the forward, from 0, that finds the block finished
+    assert found + 2 < second and first[found:second] == [0, 0, 6]
+
+
 def test_presets(loaded):
     """By name, and by default where it is the family's."""
     checkpoint, model = loaded("d2f-llada")
     d2f = restated(
-        published.discrete_forcing, checkpoint, "d2f-llada", 80, block=32, threshold=0.9, add=0.1, decoded=0.95
+        published.discrete_forcing, checkpoint, "d2f-llada", 48, block=32, threshold=0.9, add=0.1, decoded=0.95
     )
-    assert_rows_same(model, d2f, 80, seed=1)
-    assert_rows_same(model, d2f, 80, seed=1, config=dk.preset("d2f"))
+    assert_rows_same(model, d2f, 48, seed=1)
+    assert_rows_same(model, d2f, 48, seed=1, config=dk.preset("d2f"))
     checkpoint, model = loaded("llada")
-    d3llm = restated(published.multi_block, checkpoint, "llada", 80, block=32, threshold=0.5, add=0.1, decoded=0.95)
-    assert_rows_same(model, d3llm, 80, seed=1, config=dk.preset("d3llm"))
-    assert_rows_same(model, partial(d3llm, delay=2, interval=3), 80, seed=1, config=dk.preset("d3llm-prefix"))
+    d3llm = restated(published.multi_block, checkpoint, "llada", 48, block=32, threshold=0.5, add=0.1, decoded=0.95)
+    assert_rows_same(model, d3llm, 48, seed=1, config=dk.preset("d3llm"))
+    assert_rows_same(model, partial(d3llm, delay=2, interval=3), 48, seed=1, config=dk.preset("d3llm-prefix"))
 
 
 def test_positions_without_a_usable_logit():
