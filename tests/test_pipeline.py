@@ -13,7 +13,7 @@ import numerics
 import published
 from checkpoints import MASK, PAD
 from small_models import build, prompts
-from test_generate import HostReads
+from test_generate import HostReads, LateCount
 from test_published import assert_rows_same, assert_same, ragged
 
 D2F = {"d2f-llada": checkpoints.llada, "d2f-dream": checkpoints.dream}
@@ -285,6 +285,25 @@ def test_loop_reads_nothing_on_the_host(family, loaded, monkeypatch):
     with reads:
         torch.tensor(3).item()
     assert reads.seen  # the recorder does see reads
+
+
+@pytest.mark.parametrize("family,options", [
+    ("d2f-llada", {"rule": dk.Pipeline(0.5, 0.25, 0.75), "cache": "block"}),
+    ("d2f-dream", {"rule": dk.Pipeline(0.3, 0.25, 0.75), "cache": "block"}),
+    ("llada", {"rule": dk.EntropyPipeline(0.8, 0.5, 0.75, 1), "cache": "prefix"}),
+    ("llada", {"rule": dk.EntropyPipeline(0.8, 0.5, 0.75, 2), "cache": "prefix", "refresh_interval": 4}),
+], ids=str)  # fmt: skip
+def test_late_counts_in_short_blocks(family, options, loaded, monkeypatch):
+    """What a late host may not know is made room for: new blocks, and prefixes that are renewed."""
+    _, model = loaded(family)
+    options = options | {"config": dk.DecodingConfig(), "max_new_tokens": 48, "block_length": 4, "eos_token_id": 50}
+    _, ids, valid = ragged(seed=8)
+    at_once = dk.generate(model, ids, valid, **options)
+    monkeypatch.setattr("dlmkernels.decoding.pipelined.OpenCount", LateCount)
+    late = dk.generate(model, ids, valid, **options)
+    for name in ("sequences", "commit_step", "num_forwards"):
+        assert torch.equal(getattr(at_once, name), getattr(late, name)), name
+    assert late.complete.all()
 
 
 def test_finished_blocks_are_not_forwarded_again(loaded, monkeypatch):
