@@ -49,8 +49,8 @@ $(STAMPS)/package: $(SOURCES) $(STAMPS)/tools
 demo: setup
 	$(PY) -m dlmkernels demo $(ARGS)
 
-# A worker a core, a thread a worker.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest tests -n auto --dist loadgroup
+# A worker a core, a thread a worker, a file at a time.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest tests -n auto --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(RUN) $(PYTEST) $(ARGS)

@@ -35,11 +35,11 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DDLMKERNELS_VERSION={self.distribution.get_version()}",
+            # Said every time: the build folder would remember another answer.
+            f"-DDLMKERNELS_CUDA={os.environ.get('DLMKERNELS_CUDA') or 'auto'}",
         ]
         if shutil.which("ninja"):
             args += ["-G", "Ninja"]
-        if cuda := os.environ.get("DLMKERNELS_CUDA"):
-            args.append(f"-DDLMKERNELS_CUDA={cuda}")
         args += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         subprocess.run(["cmake", "-S", ROOT, "-B", build, *args], check=True)
         subprocess.run(["cmake", "--build", build, "--parallel", str(build_jobs())], check=True)

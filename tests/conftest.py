@@ -10,8 +10,8 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    """The longest tests first; they share a build folder, so that one worker runs them all, beside the others."""
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+    """The native tests, which take longest, first; with a worker for a file, the others run beside them."""
+    items.sort(key=lambda item: item.path.name != "test_simt.py")
 
 
 @pytest.fixture(autouse=True)

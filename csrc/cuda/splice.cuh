@@ -98,12 +98,17 @@ class SpliceRow {
   // Slots kKeys t and following are thread t's.
   DLM_DEVICE int32_t slot(int k) const { return int32_t(threadIdx.x) * kKeys + k; }
 
-  // content_, insert_ and leaves_ of this thread's slots.
+  // Read twice rather than kept: registers are short.
+  DLM_DEVICE int32_t inserts(int k) const {
+    const int32_t w = slot(k);
+    return p_.insert && w < p_.W && w <= live_ - start_ ? max(0, p_.insert[slots_ + w]) : 0;
+  }
+
+  // content_ and leaves_ of this thread's slots.
   DLM_DEVICE void read_slots() {
 #pragma unroll
     for (int k = 0; k < kKeys; ++k) {
       const int32_t w = slot(k);
-      insert_[k] = p_.insert && w < p_.W && w <= live_ - start_ ? max(0, p_.insert[slots_ + w]) : 0;
       if (w >= held_) continue;
       content_[k] = content(start_ + w);
       const bool frozen = content_[k].state & kStateFrozen && fault != SpliceFault::kRemovesFrozen;
@@ -115,7 +120,7 @@ class SpliceRow {
   DLM_DEVICE uint64_t sums_before(uint64_t& total) const {
     uint64_t mine = uint64_t(__popc(leaves_));
 #pragma unroll
-    for (int k = 0; k < kKeys; ++k) mine += uint64_t(uint32_t(insert_[k])) << kRemovedBits;
+    for (int k = 0; k < kKeys; ++k) mine += uint64_t(uint32_t(inserts(k))) << kRemovedBits;
     uint64_t upto = mine;
     const uint32_t lane = lane_index();
 #pragma unroll
@@ -189,7 +194,7 @@ class SpliceRow {
     const int64_t limit = fault == SpliceFault::kKeepsOverfilled ? limit_ + 1 : limit_;
 #pragma unroll
     for (int k = 0; k < kKeys; ++k) {
-      for (int64_t end = at + insert_[k]; at < end; ++at) {
+      for (int64_t end = at + inserts(k); at < end; ++at) {
         if (at >= limit) return;
         put(int32_t(at), -1, fill);
       }
@@ -217,7 +222,6 @@ class SpliceRow {
   int32_t limit_ = 0;  // positions from here on receive no content
   int64_t shift_ = 0;
   Content content_[kKeys];
-  int32_t insert_[kKeys];
   uint32_t leaves_ = 0;  // bit k: this thread's k-th slot is removed
 };
 

@@ -51,9 +51,7 @@ TEST(every_edge) {
   }
 }
 
-TEST(longer_splits) {
-  check_case(1, 1, 1, 33001, 8, C::kTemperature, 1500);
-}
+TEST(longer_splits) { check_case(1, 1, 1, 33001, 8, C::kTemperature, 1500); }
 
 TEST(under_every_schedule) {
   for_each_schedule([] {
