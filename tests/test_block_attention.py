@@ -158,7 +158,7 @@ def test_visibility_by_hand():
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("D", [8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("D", [8, 16, 32, 64, 128, 256, 512])
 @pytest.mark.parametrize(("H", "G"), [(4, 4), (8, 2), (14, 2), (8, 1)])
 def test_heads_and_dims(H, G, D, dtype):
     check(make(Q=9, S=75, H=H, G=G, D=D, dtype=dtype))
@@ -179,7 +179,7 @@ def test_real_shape(dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("D", [24, 40, 72, 96, 120, 136, 192, 248])
+@pytest.mark.parametrize("D", [24, 40, 72, 96, 120, 136, 192, 248, 264, 504])
 def test_uneven_dims(D, dtype):
     """Head dimensions that fill no whole number of vectors."""
     check(make(Q=6, S=70, H=3, G=1, D=D, dtype=dtype, causal_block=1))
@@ -192,10 +192,12 @@ def test_row_counts(rows, dtype):
     check(make(B=1, Q=rows, S=67, H=2, G=2, D=64, dtype=dtype))
 
 
-@pytest.mark.parametrize(("D", "dtype"), [(256, torch.float32), (128, torch.float16), (64, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    ("D", "dtype"), [(512, torch.float32), (256, torch.float32), (128, torch.float16), (64, torch.bfloat16)], ids=str
+)
 @pytest.mark.parametrize("S", [127, 128, 129, 255, 256, 257, 511, 512, 513, 1025])
 def test_many_keys(S, D, dtype):
-    """Either side of the spans of 128, 256 and 512 slots by which long caches are divided."""
+    """Either side of the spans of 64, 128, 256 and 512 slots by which long caches are divided."""
     check(make(B=1, Q=3, S=S, H=3, G=1, D=D, dtype=dtype, slots=torch.arange(S - 3, S).int()[None]))
 
 
@@ -616,8 +618,8 @@ def test_heads_and_head_dim_errors():
     for H, G in [(3, 2), (0, 2), (2, 0)]:
         with pytest.raises(RuntimeError, match="q must have a multiple of k_cache's heads"):
             call(H, G, 8)
-    for D in (0, 4, 12, 264):
-        with pytest.raises(RuntimeError, match="q must have a head dimension that is a multiple of 8 and at most 256"):
+    for D in (0, 4, 12, 520):
+        with pytest.raises(RuntimeError, match="q must have a head dimension that is a multiple of 8 and at most 512"):
             call(2, 1, D)
 
 

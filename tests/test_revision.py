@@ -262,7 +262,8 @@ class TestRenoising:
             embedding = calm.get_input_embeddings().weight
             embedding.copy_(embedding[:1] + 0.2 * embedding)
             calm = calm, PlainLlama(calm)
-        rule = dk.RenoisedEntropyBound(bound, low, 2 * low, stability, limit)
+        of_a_block = steps * (block_length or NEW) // NEW
+        rule = dk.RenoisedEntropyBound(bound, low, 2 * low, stability, limit, of_a_block)
         requests = compare(
             *calm, lambda: restated.renoising(bound, stability, limit), rule,
             {"max_steps": lambda length, planned: planned, "noise": True,
@@ -274,7 +275,9 @@ class TestRenoising:
     def test_needs_no_mask_token(self):
         model = build()
         del model.config.mask_token_id
-        out = dk.generate(model, prompts(2, 5), config=dk.preset("diffusion-gemma"), steps=4, max_new_tokens=8, seed=1)
+        rule, prompt = dk.RenoisedEntropyBound(steps=4), prompts(2, 5)
+        config = dk.preset("diffusion-gemma", rule=rule, cache="none", max_new_tokens=8)
+        out = dk.generate(model, prompt, config=config, seed=1)
         assert out.complete.all() and (out.num_forwards == 4).all()
         with pytest.raises(ValueError, match="mask_token_id is not in the model's configuration"):
             dk.generate(model, prompts(2, 5), max_new_tokens=8)

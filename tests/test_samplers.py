@@ -223,7 +223,7 @@ class TestUniform:
                 self.seen.append(tokens[:, 1:].clone())
                 return super().forward(tokens)
 
-        sample(Watch(), rule=dk.RenoisedEntropyBound(0.0, 1.0, 1.0, stability=99), steps=2)
+        sample(Watch(), rule=dk.RenoisedEntropyBound(0.0, 1.0, 1.0, stability=99, steps=2))
         first, second = Watch.seen
         pairs = (first[:, 0] * VOCAB + first[:, 1]).bincount(minlength=9)
         numerics.assert_distribution("first", pairs, [1 / 9] * 9)

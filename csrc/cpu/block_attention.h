@@ -9,7 +9,7 @@
 namespace dlm::cpu {
 
 // Longest head dimension of the kernels: their scratch lies on the stack.
-constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kMaxHeadDim = 512;
 
 // Writes k_new and v_new into the cache. Items: B * G.
 void scatter_new_rows(const BlockAttentionParams& params, int64_t begin, int64_t end);

@@ -200,8 +200,8 @@ def _generate(args: argparse.Namespace) -> int:
     if config.mask_token_id is None and getattr(model.config, "mask_token_id", None) is None:
         config = config.replace(mask_token_id=tokenizer.mask_token_id)
 
-    mask = config.mask_token_id if config.mask_token_id is not None else model.config.mask_token_id
-    if bool((ids == mask).any()) != args.infill:
+    mask = config.mask_token_id if config.mask_token_id is not None else getattr(model.config, "mask_token_id", None)
+    if (mask is not None and bool((ids == mask).any())) != args.infill:
         raise ValueError("--infill: the prompt holds no mask token" if args.infill else
                          "--prompt holds mask tokens: --infill decodes them")  # fmt: skip
 

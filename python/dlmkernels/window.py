@@ -29,6 +29,9 @@ class AttentionWindow:
         int32 `[B]`: slot at which block 0 starts.
     q_limit, k_order : Tensor, optional
         int32 `[B, Q]` and `[B, S]`: slot j is seen only if its order does not exceed the row's limit.
+    context_end : Tensor, optional
+        int32 `[B]`: where the open block starts. In layers with a sliding window all of its rows then see the block,
+        and of what stands left of it the same slots as its first row. None: the window slides with each row.
     shadow : Tensor, optional
         int32 `[B, n]`: the slots that the last n rows stand for a second time. Such a row sees all that `kv_range`
         says but this slot, and the last n rows; the other rows do not see those. Full attention without a cache only.
@@ -41,6 +44,7 @@ class AttentionWindow:
     block_origin: Tensor | None = None
     q_limit: Tensor | None = None
     k_order: Tensor | None = None
+    context_end: Tensor | None = None
     shadow: Tensor | None = None
 
 

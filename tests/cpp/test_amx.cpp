@@ -353,7 +353,7 @@ TEST(model_agrees_with_the_processor) {
 
 TEST(every_mode) {
   uint64_t seed = 0;
-  for (const int64_t D : {64, 80, 128, 256}) {
+  for (const int64_t D : {64, 80, 128, 256, 512}) {
     for (int mode = 0; mode < Shape::kModes; ++mode) {
       check_case({.B = 2, .Q = 5, .S = 75, .H = 4, .G = 2, .D = D, .mode = mode}, ++seed);
       check_case(

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
-from ..models.adapt import DiffusionModel, LogitsModel, adapt
+from ..models.adapt import DiffusionModel, EncoderDecoderModel, LogitsModel, adapt
 from .canvas import Canvas
 from .config import APPROXIMATE, DecodingConfig, SpecialTokens
 from .loop import decode
@@ -78,7 +80,8 @@ def generate(
         )
     batch, prompt_length = tokens.shape
     end = prompt_length + config.max_new_tokens
-    grid = Grid.of(config, origin, prompt_length, end, grows=True)
+    grows = config.block_grid == "absolute" or model.family.whole_blocks
+    grid = Grid.of(config, origin, prompt_length, end, grows)
     length = grid.width
     if model.max_length is not None and length > model.max_length:
         raise ValueError(
@@ -121,6 +124,8 @@ def infill(
     `block_length` divides the whole canvas.
     """
     model, config, special = _prepare(model, config, overrides)
+    if special.mask < 0:
+        raise ValueError("mask_token_id is not in the model's configuration: pass the id that stands where to decode")
     tokens, origin = _check_tokens("tokens", model, tokens, attention_mask)
     batch, length = tokens.shape
     if model.max_length is not None and length > model.max_length:
@@ -166,6 +171,8 @@ def _prepare(model, config: DecodingConfig | None, overrides: dict):
         raise ValueError("model is in training mode (dropout would be active): call model.eval() first")
     if config is None:
         config = preset(model.family.preset) if model.family.preset else DecodingConfig()
+        if model.rule_options:
+            config = config.replace(rule=dataclasses.replace(config.rule, **model.rule_options))  # type: ignore
     config = config.replace(**overrides)
     if config.cache != "none" and not model.reuses_kv:
         raise ValueError(
@@ -198,6 +205,11 @@ def _of_the_family(model: DiffusionModel, config: DecodingConfig) -> DecodingCon
         raise ValueError(f"cache must be one of {allowed} with attention='{attention}'; got '{config.cache}'")
     if attention == "reordered" and config.cache == "block" and not isinstance(config.rule, Reordered):
         raise ValueError("cache='block' with attention='reordered' needs the rule Reordered; use cache='none'")
+    if isinstance(model, EncoderDecoderModel) and (attention != family.attention or config.cache != "block"):
+        raise ValueError(
+            f"attention='{family.attention}' and cache='block' are needed, since an encoder of its own reads what is "
+            f"decided; got '{attention}' and '{config.cache}'"
+        )
     alignment = config.logit_alignment or family.logit_alignment
     if config.cache == "delayed" and (config.rule.slots != "open" or alignment != "same"):
         raise ValueError(
@@ -231,6 +243,8 @@ def _special_tokens(model: DiffusionModel, config: DecodingConfig) -> SpecialTok
     )
     eos = config.eos_token_id
     if mask is None and config.rule.noise == "uniform":
+        if config.cfg_scale > 0:
+            raise ValueError("cfg_scale needs a mask token to hide the prompt behind: pass mask_token_id=…")
         mask = -1  # such models have none
     elif mask is None:
         raise ValueError(
@@ -255,9 +269,9 @@ def _special_tokens(model: DiffusionModel, config: DecodingConfig) -> SpecialTok
 
 
 def _stop_ids(model: DiffusionModel) -> list[int]:
-    """End tokens of the model's configuration, of its generation configuration and of its family."""
+    """End tokens of the model's configurations and of its family."""
     ids: list[int] = []
-    for source in (model.config, getattr(model.model, "generation_config", None)):
+    for source in _sources(model):
         value = getattr(source, "eos_token_id", None)
         ids += [] if value is None else [value] if isinstance(value, int) else value
     if model.family.knows_ids_of(model.config):
@@ -265,9 +279,15 @@ def _stop_ids(model: DiffusionModel) -> list[int]:
     return list(dict.fromkeys(ids))
 
 
+def _sources(model: DiffusionModel) -> tuple:
+    """Where a model's token ids are found: its configuration, that of its text part, its generation configuration."""
+    config = model.config
+    return config, getattr(config, "text_config", None), getattr(model.model, "generation_config", None)
+
+
 def _from_model(model: DiffusionModel, name: str):
-    """A token id from the model's configuration, else from its generation configuration."""
-    for source in (model.config, getattr(model.model, "generation_config", None)):
+    """A token id from the first of the model's configurations that has it."""
+    for source in _sources(model):
         value = getattr(source, name, None)
         if value is not None:
             return value

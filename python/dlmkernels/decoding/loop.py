@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import ops
 from ..cache import KVCache
-from ..models.adapt import DiffusionModel
+from ..models.adapt import DiffusionModel, EncoderDecoderModel
 from ..window import AttentionWindow, TokenWindow
 from .canvas import Canvas
 from .config import DecodingConfig, SpecialTokens
@@ -54,6 +54,7 @@ def decode(
     whole = torch.full_like(canvas.origin, start), canvas.tokens.shape[1] - start
     with model.attached():
         for number, (block, in_block) in enumerate(zip(blocks, most_open)):
+            forward.begin_block()
             if in_block > 0 and forward.commits_apart and forward.lacks_context(block):
                 took_part = forward.append_context(block)
                 if config.seeded:
@@ -71,7 +72,6 @@ def decode(
             counts.submit(_open_counts(canvas, block))
             working = open_now > 0
             memory: dict[str, Tensor] = {}
-            forward.embeds = None
             for index in range(block.max_steps):
                 capacity, open_at_most = counts.latest()
                 if capacity == 0:
@@ -81,9 +81,10 @@ def decode(
                 else:
                     columns = whole if rule.slots == "canvas" else (block.start, block.length)
                     window = canvas.free_window(*columns, working)
+                logits = model.logits(forward(block, index, window, open_at_most))
                 step = options.step(
-                    model.logits(forward(block, index, window, open_at_most)), window, block.start, block.length, index,
-                    block.num_steps, open_at_start, open_now, min((behind + index) / planned, 1.0), memory,
+                    logits, window, block.start, block.length, index, block.num_steps, open_at_start, open_now,
+                    min((behind + index) / planned, 1.0), memory,
                 )  # fmt: skip
                 action = rule.act(step)
                 info = ops.remask_(
@@ -96,6 +97,8 @@ def decode(
                 )  # fmt: skip
                 if action.embeds is not None and action.embedded is not None:
                     forward.embed_next(window, action.embeds, action.embedded)
+                if model.self_conditions:
+                    forward.condition_next(window, logits, step.sampling_temperature)
                 if rule.slots == "open":
                     open_now = info[:, 0].contiguous()
                     counts.submit(info[:, :2].amax(0))
@@ -161,6 +164,12 @@ def output_of(canvas: Canvas, prompt_length: int, end: int) -> DecodingOutput:
     return DecodingOutput(tokens, canvas.step, steps, confidence, complete, prompt_length)
 
 
+def _at(values: Tensor, columns: Tensor) -> Tensor:
+    """`values` `[B, T, hidden]` at columns `[B, Q]`, the nearest that there is: `[B, Q, hidden]`."""
+    inside = columns.clamp(0, values.shape[1] - 1).long()
+    return values.gather(1, inside[:, :, None].expand(-1, -1, values.shape[2]))
+
+
 class CanvasForward:
     """Runs the model on the part of the canvas a step needs, and returns hidden states of the window's slots.
 
@@ -202,6 +211,21 @@ class CanvasForward:
         self.was_open, self.was_open_at_most = canvas.is_open, length
         #: input embeddings of all the canvas, where a rule has set some
         self.embeds: Tensor | None = None
+        #: what the last forward of the block said of all the canvas, for models with self-conditioning
+        self.opinion: Tensor | None = None
+
+    def begin_block(self) -> None:
+        """Forget what was set for the next forward of the block before."""
+        self.embeds = self.opinion = None
+
+    def condition_next(self, window: TokenWindow, logits: Tensor, temperature: float) -> None:
+        """In the next forward, let the model know the distributions of the window's slots, of logits `[N or 2N, V]`."""
+        assert isinstance(self.model, EncoderDecoderModel)
+        positions, length = self._twice(window.positions), self.canvas.tokens.shape[1]
+        soft = self.model.mean_embedding(logits, temperature).unflatten(0, positions.shape)
+        column = torch.where(positions >= 0, positions, length).long()[..., None].expand_as(soft)
+        nothing = soft.new_zeros(len(soft), length + 1, soft.shape[2])  # one more column, for the other slots
+        self.opinion = nothing.scatter(1, column, soft)[:, :-1]
 
     def embed_next(self, window: TokenWindow, embeds: Tensor, where: Tensor) -> None:
         """In the next forward, let `embeds` `[B, W, hidden]` stand in for the tokens' where `where` says so."""
@@ -329,7 +353,9 @@ class CanvasForward:
             tokens = self._tokens().gather(1, inside)
         slots = torch.where(outside if used is None else outside | ~used, -1, columns)
         window = AttentionWindow(slots, torch.stack((self.origin, end), 1), self.cache, **visibility)
-        return self.model.hidden(tokens, self.positions.gather(1, inside), window, self._embeds(tokens, inside))
+        positions, embeds = self.positions.gather(1, inside), self._embeds(tokens, inside)
+        opinion = None if self.opinion is None else _at(self.opinion, inside)
+        return self.model.hidden(tokens, positions, window, embeds, opinion)
 
     def _forward_columns(self, block: Block, first: int, last: int) -> Tensor:
         """Hidden states of the columns `[first, last)` of every row."""
@@ -364,6 +390,8 @@ class CanvasForward:
             end = start + block.outer_length
             order = torch.where((self.slots < start) | (self.slots >= end), self.slots, end - 1).contiguous()
             return {"q_limit": order, "k_order": order}
+        if attention == "causal-context":
+            return {"context_end": self._twice(block.outer)}
         if attention == "reordered":
             order = self.reading_order()
             return {"q_limit": order, "k_order": order}
@@ -393,15 +421,11 @@ class CanvasForward:
 
         None if neither did.
         """
-
-        def at(embeds: Tensor) -> Tensor:
-            inside = columns.clamp(0, embeds.shape[1] - 1).long()
-            return embeds.gather(1, inside[:, :, None].expand(-1, -1, embeds.shape[2]))
-
         if self.prompt_embeds is None:
-            return None if self.embeds is None else at(self.embeds)
-        embeds = self.model.embed(tokens) if self.embeds is None else at(self.embeds)
-        return torch.where((columns < self.prompt_embeds.shape[1])[:, :, None], at(self.prompt_embeds), embeds)
+            return None if self.embeds is None else _at(self.embeds, columns)
+        embeds = self.model.embed(tokens) if self.embeds is None else _at(self.embeds, columns)
+        given = (columns < self.prompt_embeds.shape[1])[:, :, None]
+        return torch.where(given, _at(self.prompt_embeds, columns), embeds)
 
     def _pick(self, hidden: Tensor, row: Tensor) -> Tensor:
         """Rows `row` `[B, W]` of `hidden` `[B or 2B, Q, hidden]`, one below another."""

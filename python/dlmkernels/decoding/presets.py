@@ -113,9 +113,7 @@ PRESETS: dict[str, DecodingConfig] = {
     "remdm-conf": REMDM.replace(rule=AncestralRemask(strategy="conf")),
     "remdm-loop": REMDM.replace(rule=AncestralRemask(strategy="loop", eta=0.02)),
     # DiffusionGemma, as in transformers
-    "diffusion-gemma": DecodingConfig(
-        rule=RenoisedEntropyBound(), steps=48, distribution="tempered", eos_policy="fill", block_length=256
-    ),
+    "diffusion-gemma": DecodingConfig(rule=RenoisedEntropyBound(), distribution="tempered", cache="block"),
     # Fast-dLLM v2, arXiv:2509.26328: parts of a block one after another
     "fast-dllm-v2": DecodingConfig(
         rule=Threshold(0.9, strict=True), distribution="filtered", cache="block", sub_block_length=8

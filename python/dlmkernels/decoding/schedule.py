@@ -50,14 +50,17 @@ class Grid:
 
     @classmethod
     def of(cls, config: DecodingConfig, origin: Tensor, start: int, end: int, grows: bool) -> Grid:
-        """The grid for decoding the columns `[start, end)` of requests that start at `origin` int32 `[B]`."""
+        """The grid for decoding the columns `[start, end)` of requests that start at `origin` int32 `[B]`.
+
+        `grows`: the last block is decoded whole, and the canvas is as long as that takes.
+        """
         length = config.block_length or end - start
         if config.block_grid == "absolute":
             first = origin + (start - origin).clamp(min=0) // length * length
         else:
             first = torch.full_like(origin, start)
         blocks = (end - first + length - 1) // length
-        ends = first + blocks * length if grows and config.block_grid == "absolute" else torch.full_like(first, end)
+        ends = first + blocks * length if grows else torch.full_like(first, end)
         low, high, count, depth, width = torch.stack(
             [first.min(), first.max(), blocks.max(), (first - origin).max(), ends.max()]
         ).tolist()

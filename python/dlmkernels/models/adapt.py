@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .. import ops
 from ..window import AttentionWindow
 from .attention import use_block_attention
 from .families import ARCHITECTURES, FAMILIES, Architecture, Family
@@ -30,10 +32,13 @@ class DiffusionModel:
         Whether a forward may take part of the canvas and find the rest in a cache.
     embeds_by_token : bool
         Whether a token's input embedding depends on nothing but the token.
+    self_conditions : bool
+        Whether a forward takes in what the one before it said of the same positions (`opinion` of `hidden`).
     """
 
     reuses_kv = True
     embeds_by_token = True
+    self_conditions = False
 
     def __init__(self, model: PreTrainedModel, architecture: Architecture, family: Family):
         self.model, self.family = model, family
@@ -73,12 +78,19 @@ class DiffusionModel:
         """Input embeddings `[B, Q, hidden]` of tokens `[B, Q]`."""
         return self.model.get_input_embeddings()(tokens)
 
+    @property
+    def rule_options(self) -> dict[str, Any]:
+        """Fields of the family's rule that come with the checkpoint."""
+        return {}
+
     def hidden(
-        self, tokens: Tensor, positions: Tensor, window: AttentionWindow, embeds: Tensor | None = None
-    ) -> Tensor:
+        self, tokens: Tensor, positions: Tensor, window: AttentionWindow, embeds: Tensor | None = None,
+        opinion: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Last hidden states `[B, Q, hidden]` of the rows `tokens` int64 `[B, Q]` standing at `positions` `[B, Q]`.
 
-        `embeds` `[B, Q, hidden]`, where given, stands in for the tokens' own input embeddings.
+        `embeds` `[B, Q, hidden]`, where given, stands in for the tokens' own input embeddings. `opinion`
+        `[B, Q, hidden]`, for models with self-conditioning: mean embeddings under what the last forward said.
         """
         inputs = {"input_ids": tokens} if embeds is None else {"inputs_embeds": embeds}
         if not self.reuses_kv and window.kv_range is not None:
@@ -91,6 +103,75 @@ class DiffusionModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[..., V]` of hidden states `[..., hidden]`."""
         return self._head(hidden)
+
+
+class EncoderDecoderModel(DiffusionModel):
+    """DiffusionGemma, as in transformers: two stacks of layers that share their matrices.
+
+    The encoder is causal and reads what is decided, its keys and values are the context. The decoder reads the open
+    block, which sees the context and all of itself. Only the decoder conditions on its own last opinion, and each has
+    its own scale for every layer, so that no one forward can be both. Images are not read.
+    """
+
+    self_conditions = True
+
+    def __init__(self, model: PreTrainedModel, architecture: Architecture, family: Family):
+        super().__init__(model, architecture, family)
+        self.text_config = model.config.text_config
+        architecture.check_family(family.name)
+        if self.text_config.use_bidirectional_attention == "all":
+            raise ValueError(
+                "model must have a causal encoder; its configuration has use_bidirectional_attention='all'"
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.text_config.vocab_size
+
+    @property
+    def max_length(self) -> int:
+        return self.text_config.max_position_embeddings
+
+    @property
+    def block_length(self) -> int:
+        return self.config.canvas_length
+
+    @property
+    def rule_options(self) -> dict[str, Any]:
+        published = self.model.generation_config
+        sampler = getattr(published, "sampler_config", None)
+        values = {
+            name: getattr(source, theirs, None)
+            for name, source, theirs in (
+                ("bound", sampler, "entropy_bound"), ("t_min", published, "t_min"), ("t_max", published, "t_max"),
+                ("stability", published, "stability_threshold"), ("entropy", published, "confidence_threshold"),
+                ("steps", published, "max_denoising_steps"),
+            )
+        }  # fmt: skip
+        return {name: value for name, value in values.items() if value is not None}
+
+    def hidden(
+        self, tokens: Tensor, positions: Tensor, window: AttentionWindow, embeds: Tensor | None = None,
+        opinion: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        is_context = window.causal_block == 1
+        stack = self.model.model.encoder.language_model if is_context else self.model.model.decoder
+        if is_context:  # an image's place without the image
+            tokens = tokens.masked_fill(tokens == self.config.image_token_id, self.text_config.pad_token_id)
+        x = self.embed(tokens) if embeds is None else embeds
+        if not is_context:
+            x = stack.self_conditioning(x, torch.zeros_like(x) if opinion is None else opinion)
+        kinds = self.text_config.layer_types
+        rotations = {kind: stack.rotary_emb(x, positions, kind) for kind in set(kinds)}
+        for layer, kind in zip(stack.layers, kinds):
+            x = layer(x, position_embeddings=rotations[kind], position_ids=positions, dlm_window=window)
+        return stack.norm(x)
+
+    def mean_embedding(self, logits: Tensor, temperature: float) -> Tensor:
+        """Mean embeddings `[N, hidden]` under softmax(logits / temperature), of logits `[N, V]`; 0 stands for 1."""
+        table = self.model.model.decoder.embed_tokens
+        at = torch.full((1,), temperature, device=logits.device)
+        return ops.soft_embedding(logits, table.weight, temperature=at) * table.embed_scale.to(table.weight.dtype)
 
 
 class LogitsModel(DiffusionModel):
@@ -121,8 +202,9 @@ class LogitsModel(DiffusionModel):
         return nullcontext()
 
     def hidden(
-        self, tokens: Tensor, positions: Tensor, window: AttentionWindow, embeds: Tensor | None = None
-    ) -> Tensor:
+        self, tokens: Tensor, positions: Tensor, window: AttentionWindow, embeds: Tensor | None = None,
+        opinion: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Logits stand in for hidden states: their rows are picked the same way."""
         inputs = (tokens,) if embeds is None else ()
         named = {} if embeds is None else {"inputs_embeds": embeds}
@@ -182,10 +264,9 @@ def adapt(model, *, family: str | None = None) -> DiffusionModel:
                 f"{architecture.model_class}; got {type(model).__name__}"
             )
         if isinstance(model, architecture.load_class()):
-            name = family or getattr(config, "dlm_family", None) or "masked"
-            return DiffusionModel(model, architecture, FAMILIES[name])
-    if model_type == "diffusion_gemma":
-        raise ValueError("model is a DiffusionGemma: it is decoded by its own generate, and not here")
+            name = family or getattr(config, "dlm_family", None) or architecture.family
+            kind = EncoderDecoderModel if architecture.two_stacks else DiffusionModel
+            return kind(model, architecture, FAMILIES[name])
     if isinstance(model, PreTrainedModel) and form_of(model.config.to_dict()) is not None:
         return _restock(model, family)
     warnings.warn(

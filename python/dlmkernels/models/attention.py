@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
-from .. import ops
+from .. import ops, reference
 from ..window import AttentionWindow
 
 NAME = "dlmkernels"
@@ -39,6 +42,11 @@ def attention_forward(
         if reach >= 0:
             raise ValueError("a shadow block needs full attention; this model's layers have a sliding window")
         return _attend_with_shadow(q, k, v, window, softcap=softcap or 0.0, scale=scaling), None
+    kv_range = window.kv_range
+    if reach >= 0 and window.context_end is not None:
+        assert kv_range is not None and kv_range.dim() == 2
+        first = torch.maximum(kv_range[:, 0], window.context_end - reach)
+        kv_range, reach = torch.stack((first, kv_range[:, 1]), 1), -1
     if window.cache is None:
         k_new = v_new = None
         k_cache, v_cache = k, v
@@ -47,13 +55,55 @@ def attention_forward(
         index = getattr(module, "layer_idx", None)
         # some encoders do not number their layers
         k_cache, v_cache = window.cache.layer(id(module) if index is None else index, k, v)
-    out, _ = ops.block_attention(
-        q, k_new, v_new, k_cache, v_cache, window.slots, window.kv_range,
-        causal_block=window.causal_block, block_origin=window.block_origin, q_limit=window.q_limit,
-        k_order=window.k_order,
-        window_left=reach, window_right=reach, softcap=softcap or 0.0, scale=scaling,
-    )  # fmt: skip
-    return out, None
+    tensors = q, k_new, v_new, k_cache, v_cache, window.slots, kv_range
+    visibility: dict[str, Any] = {
+        "causal_block": window.causal_block, "block_origin": window.block_origin, "q_limit": window.q_limit,
+        "k_order": window.k_order, "window_left": reach, "window_right": reach,
+    }  # fmt: skip
+    if not (softcap or _has_kernel(q)):
+        return _attend_in_torch(*tensors, scale=scaling, **visibility), None
+    return ops.block_attention(*tensors, softcap=softcap or 0.0, scale=scaling, **visibility).out, None
+
+
+def _has_kernel(q: Tensor) -> bool:
+    """Whether `block_attention` takes heads of this size on this device."""
+    head_dim = q.shape[3]
+    return not q.is_cuda or head_dim in (64, 128, 256) or (head_dim == 32 and q.dtype == torch.float32)
+
+
+@functools.cache
+def _warn_of_torch(head_dim: int) -> None:
+    warnings.warn(
+        f"the CUDA kernels have heads of 64, 128 and 256, and this model's are of {head_dim}: its layers attend in "
+        "plain torch, which is slower",
+        stacklevel=2,
+    )
+
+
+def _attend_in_torch(
+    q: Tensor, k_new: Tensor | None, v_new: Tensor | None, k_cache: Tensor, v_cache: Tensor, slots: Tensor | None,
+    kv_range: Tensor | None, *, scale: float | None, block_origin: Tensor | None = None, **visibility,
+) -> Tensor:  # fmt: skip
+    """`out` of `ops.block_attention` in torch alone, for heads that have no kernel; the cache is written likewise."""
+    _warn_of_torch(q.shape[3])
+    (batch, rows), length = q.shape[:2], k_cache.shape[1]
+    numbers = torch.arange(rows, device=q.device).expand(batch, -1)
+    slots = numbers if slots is None else slots
+    if k_new is not None and v_new is not None:
+        # the row that writes a slot, -1 for none; one more column, for unused rows
+        nobody = torch.full((batch, length + 1), -1, device=q.device)
+        row = nobody.scatter(1, torch.where(slots < 0, length, slots).long(), numbers)[:, :length, None, None]
+        for cache, new in ((k_cache, k_new), (v_cache, v_new)):
+            cache.copy_(torch.where(row >= 0, new.gather(1, row.clamp(min=0).expand_as(cache)), cache))
+    origin = torch.zeros(batch, dtype=torch.int32, device=q.device) if block_origin is None else block_origin
+    seen = reference.block_attention_mask(batch, rows, length, slots, kv_range, block_origin=origin, **visibility)
+    unseen = ~seen.any(1)[:, :, None, None]  # these may hold anything
+    k, v = (x.masked_fill(unseen, 0.0).transpose(1, 2) for x in (k_cache, v_cache))
+    mask = seen[:, None]
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(1, 2), k, v, attn_mask=mask, scale=scale, enable_gqa=True
+    )
+    return out.masked_fill(~mask.any(-1, keepdim=True), 0.0).transpose(1, 2)
 
 
 def _attend_with_shadow(q: Tensor, k: Tensor, v: Tensor, window: AttentionWindow, **options) -> Tensor:

@@ -25,9 +25,13 @@ class Architecture:
         `head(model)` returns the module that maps hidden states to logits.
     position_offset : callable
         `position_offset(config)`: what the model adds to a position before its embedding table.
+    family : str
+        How models of this architecture are decoded where nothing else says so, a key of `FAMILIES`.
     whole_canvas : callable
         `whole_canvas(config)`: whether what a row becomes depends on all of its tokens even before attention, so that
         no part of a canvas can be forwarded alone.
+    two_stacks : bool
+        Whether what is decided is read by an encoder and what is open by a decoder (see `adapt.EncoderDecoderModel`).
     module : str
         Where the class is found.
     """
@@ -36,7 +40,14 @@ class Architecture:
     head: Callable[[Any], Callable[[Tensor], Tensor]]
     position_offset: Callable[[Any], int] = lambda config: 0
     whole_canvas: Callable[[Any], bool] = lambda config: False
+    family: str = "masked"
+    two_stacks: bool = False
     module: str = "transformers"
+
+    def check_family(self, name: str) -> None:
+        """Raise if models of this architecture cannot be decoded as this family."""
+        if self.two_stacks and name != self.family:
+            raise ValueError(f"family must be '{self.family}' for this model; got '{name}'")
 
     def load_class(self) -> Any:
         return getattr(importlib.import_module(self.module, __package__), self.model_class)
@@ -44,6 +55,11 @@ class Architecture:
 
 def _lm_head(model):
     return model.lm_head
+
+
+def _soft_capped_head(model):
+    cap = model.config.text_config.final_logit_softcapping
+    return lambda hidden: cap * (model.lm_head(hidden).float() / cap).tanh()
 
 
 def _after_padding(config) -> int:
@@ -67,6 +83,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         "EsmForMaskedLM", _lm_head,
         position_offset=lambda config: 0 if config.position_embedding_type == "rotary" else _after_padding(config),
         whole_canvas=lambda config: config.token_dropout,
+    ),
+    "diffusion_gemma": Architecture(
+        "DiffusionGemmaForBlockDiffusion", _soft_capped_head, family="diffusion-gemma", two_stacks=True
     ),
 }  # fmt: skip
 
@@ -96,6 +115,8 @@ class Family:
         shorter.
     block_length : int, optional
         Length of the blocks of "block" and "causal-context" attention where the configuration does not say.
+    whole_blocks : bool
+        Whether the last block is decoded whole, however much of it was asked for (those of the absolute grid are).
     seeded : bool
         Whether a block's first token is the one that the last row of the context predicts.
     mask_token_id, eos_token_ids, num_tokens : int, tuple of int, int
@@ -112,6 +133,7 @@ class Family:
     attention: str = "full"
     block_grid: str = "prompt"
     block_length: int | None = None
+    whole_blocks: bool = False
     seeded: bool = False
     mask_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -178,6 +200,8 @@ FAMILIES: dict[str, Family] = {
             "wedlm", attention="reordered", mask_token_id=151665, eos_token_ids=(151643, 151645), vocab_size=151936,
             preset="wedlm",
         ),
+        # DiffusionGemma, as in transformers
+        Family("diffusion-gemma", attention="causal-context", whole_blocks=True, preset="diffusion-gemma"),
         # DiffuLLaMA, DiffuGPT, arXiv:2410.17891
         Family("diffullama", logit_alignment="shift"),
     )

@@ -310,16 +310,13 @@ def plan(raw: Mapping, family: str | None = None) -> Plan:
     form = form_of(raw)
     if form is None:
         model_type = raw.get("model_type")
-        if model_type == "diffusion_gemma":
-            raise ValueError(
-                "DiffusionGemma is decoded by transformers itself, by DiffusionGemmaForBlockDiffusion.generate"
-            )
         if model_type not in ARCHITECTURES:
             raise ValueError(
                 f"it has model type '{model_type}'; known types: {known_types()}. Other models can be loaded by their "
                 "own class and passed to dlmkernels.generate"
             )
-        name = family or raw.get("dlm_family") or "masked"
+        name = family or raw.get("dlm_family") or ARCHITECTURES[model_type].family
+        ARCHITECTURES[model_type].check_family(name)
         fields: dict[str, Any] = dict(raw)
         key_mapping = WRAPPED_KEYS.get(model_type, {}) if name == "diffullama" else {}
     else:

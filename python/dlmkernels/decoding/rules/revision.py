@@ -270,13 +270,11 @@ class AncestralRemask(TimeGrid):
 class RenoisedEntropyBound(Rule):
     """Every step takes new samples at the positions of least entropy, and new noise everywhere else.
 
-    The sampler of DiffusionGemma, a model without a mask token. At step i of N the temperature is
+    The sampler of DiffusionGemma, a model without a mask token. At step i of a block's N = `steps` the temperature is
     ``t_min + (t_max - t_min) (N - i) / N``; all positions, whatever they held, are ordered by the entropy of the
     tempered distribution, and those of `EntropyBound` take their sample, the others a token drawn uniformly. A request
     ends, with the likeliest tokens, after N steps or when these have been the same for `stability` steps and the mean
     entropy is below `entropy` nats.
-
-    Without the model's self-conditioning, which feeds the last distribution back into the next forward.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
@@ -289,13 +287,15 @@ class RenoisedEntropyBound(Rule):
     t_max: float = 0.8
     stability: int = 1
     entropy: float = 0.005
+    steps: int = 48
 
     def __post_init__(self):
         for name in ("bound", "t_min", "t_max", "stability", "entropy"):
             check_number(name, getattr(self, name), 0)
+        check_number("steps", self.steps, 1)
 
     def temperature(self, index: int, num_steps: int) -> float:
-        return self.t_min + (self.t_max - self.t_min) * (num_steps - index) / num_steps
+        return self.t_min + (self.t_max - self.t_min) * (self.steps - index) / self.steps
 
     def act(self, step: Step) -> Action:
         accept = step.select(
@@ -308,7 +308,7 @@ class RenoisedEntropyBound(Rule):
             same = (step.memory["unchanged steps"] + 1) * unchanged
         step.memory["likeliest"], step.memory["unchanged steps"] = step.argmax, same
         ends = (same >= self.stability) & (row_mean(step.entropy, step.used) < self.entropy)
-        if step.index >= step.num_steps - 1:
+        if step.index >= self.steps - 1:
             ends = torch.ones_like(ends)
         take = accept | ends[:, None]
         return Action(
@@ -317,9 +317,5 @@ class RenoisedEntropyBound(Rule):
             confidence=torch.where(ends[:, None], step.argmax_confidence, step.confidence),
         )  # fmt: skip
 
-    @property
-    def uses_steps(self) -> bool:
-        return True
-
     def max_steps(self, length: int, num_steps: int) -> int:
-        return num_steps
+        return self.steps
