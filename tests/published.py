@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -468,6 +469,147 @@ def block_diffusion(
     request.tokens, request.commit_step = request.tokens[:kept], request.commit_step[:kept]
     request.confidence = request.confidence[:kept]
     return request
+
+
+# --- several blocks at once ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Span:
+    """A block in a pipeline: columns `[start, end)`; the forward before which it was found finished."""
+
+    start: int
+    end: int
+    finished: int | None = None
+
+    def progress(self, request: Request) -> float:
+        return (self.end - self.start - len(request.open(self.start, self.end))) / (self.end - self.start)
+
+
+def first_of(request: Request, begin: int, eos: int | None) -> int | None:
+    """The first column from `begin` on at which the end token stands."""
+    return next((i for i in range(begin, len(request.tokens)) if request.tokens[i] == eos), None)
+
+
+def ended(request: Request, begin: int, eos: int | None, pad: int) -> bool:
+    """Pad what stands behind an end token once nothing before it is open (the programs: when the answer is shown)."""
+    at = first_of(request, begin, eos)
+    if at is None or request.open(begin, at):
+        return False
+    request.tokens[at + 1 :] = pad
+    return True
+
+
+def discrete_forcing(
+    model: Callable, prompt: Tensor, new_tokens: int, mask: int, *, block: int, threshold: float, add: float,
+    decoded: float, shift: bool = False, eos: int | None = None, pad: int = 0,
+) -> Request:  # fmt: skip
+    """D2F (arXiv:2508.09192, `eval_llada.py` and `eval_dream.py` of its program), without a cache.
+
+    The prompt is the first block and finished. A loop adds a block when the last one is decided to the share `add` and
+    no end token has appeared; a block is complete when the one before it is decided to the share `decoded`. Of every
+    block the program commits what is surer than `threshold`, and of a complete one at least the best.
+    `model(tokens, visible)` returns the logits of all rows.
+    """
+    start, length = len(prompt), len(prompt) + new_tokens
+    request = Request(torch.cat((prompt, prompt.new_full((new_tokens,), mask))), mask)
+    blocks = [Span(0, start)]
+    while True:
+        at, seen = blocks[-1].end, first_of(request, start, eos) is not None
+        if at < length and not seen and blocks[-1].progress(request) >= add:
+            blocks.append(Span(at, min(at + block, length)))
+        if not request.open(0, blocks[-1].end):
+            return request
+        z = model(request.tokens[None, : blocks[-1].end], block_causal(blocks[-1].end, block, start))[0]
+        proposals = propose(shifted(z) if shift else z, request.open(0, blocks[-1].end), mask)
+        chosen = []
+        for before, this in pairwise(blocks):
+            inside = [n for n, i in enumerate(proposals.positions) if this.start <= i < this.end]
+            c = {n: proposals.probability[n] for n in inside}
+            request.note(*(abs(p - threshold) for p in c.values()))
+            sure = [n for n in inside if c[n] > threshold]
+            if inside and not sure and before.progress(request) >= decoded:
+                order = sorted(inside, key=lambda n: -c[n])  # stable: equals by position
+                sure = order[:1]
+                request.note(*(c[order[0]] - c[n] for n in order[1:2]))
+            chosen += sure
+        request.commit(proposals, chosen)
+        if ended(request, start, eos, pad):
+            return request
+
+
+def multi_block(
+    model: Callable, prompt: Tensor, new_tokens: int, mask: int, *, block: int, threshold: float, add: float,
+    decoded: float, shift: bool = False, eos: int | None = None, pad: int = 0, delay: int | None = None,
+    interval: int | None = None,
+) -> Request:  # fmt: skip
+    """d3LLM (github.com/hao-ai-lab/d3LLM, `generate_multi_block`), whose forwards take all of a canvas of masks.
+
+    Blocks are added and completed as in D2F. Of all masks of the blocks so far the one of least entropy is committed,
+    and what has no more than `threshold`; if that is nothing in the first complete block with masks, its best too. An
+    end token overwrites what stands behind it. (In the forward after that the program takes the masks for those that
+    were there before: what it commits behind the end token is overwritten again, but one of it can have been the best.)
+
+    With a `delay` (`generate_multi_block_kv_cache`, `cache_delay_iter`) a finished block goes into the cache, after the
+    blocks on its left, `delay` forwards after it was found finished. The forward that takes it there begins behind the
+    cache. So do the others, but those while a finished block waits and every `interval`-th: they take everything and
+    renew what is cached.
+
+    `model(tokens)` returns the logits of all rows; with a delay it is a `PlainDecoder`.
+    """
+    start, length = len(prompt), len(prompt) + new_tokens
+    request = Request(torch.cat((prompt, prompt.new_full((new_tokens,), mask))), mask)
+    blocks = [Span(0, start, finished=0), Span(start, min(start + block, length))]
+    cached, past = 0, {}
+
+    def with_cache(n: int) -> Tensor:
+        """Logits of the n-th forward, 0 where it does not reach."""
+        nonlocal cached, past
+        reached = cached
+        for this in blocks:
+            if this.end > reached:
+                if request.open(this.start, this.end):
+                    break
+                this.finished = n if this.finished is None else this.finished
+                if n - this.finished < delay:
+                    break
+                reached = this.end
+        appends = reached > cached
+        waits = any(this.finished is not None and this.end > reached for this in blocks)
+        renews = not appends and (waits or (interval is not None and n % interval == 0))
+        begin, kept = (0, {}) if renews else (cached, dict(past))
+        z = model(request.tokens[None, begin:], positions=torch.arange(begin, length), kept=kept)[0]
+        if cached or appends:
+            past = kept if appends or renews else past
+        cached = reached
+        return torch.cat((z.new_zeros(begin, z.shape[1]), z))
+
+    while True:
+        stop = first_of(request, start, eos)
+        if stop is not None:
+            request.tokens[stop + 1 :] = eos
+        at = blocks[-1].end
+        if stop is None and at < length and blocks[-1].progress(request) >= add:
+            blocks.append(Span(at, min(at + block, length)))
+        complete = [this for before, this in pairwise(blocks) if before.progress(request) >= decoded]
+        if not (masks := request.open(0, blocks[-1].end)):
+            return request
+        z = model(request.tokens[None])[0] if delay is None else with_cache(request.num_forwards + 1)
+        proposals = propose(shifted(z) if shift else z, masks, mask)
+        h = proposals.entropy
+        order = sorted(range(len(masks)), key=lambda n: h[n])
+        request.note(*(abs(h[n] - threshold) for n in order[1:]), *(h[n] - h[order[0]] for n in order[1:2]))
+        chosen = [order[0], *(n for n in order[1:] if h[n] <= threshold)]
+        for this in complete:
+            inside = [n for n in order if this.start <= masks[n] < this.end]
+            if inside:
+                if not set(inside) & set(chosen):
+                    chosen.append(inside[0])
+                    request.note(*(h[n] - h[inside[0]] for n in inside[1:2]))
+                break
+        request.commit(proposals, chosen)
+        if ended(request, start, eos, pad):
+            return request
 
 
 # --- strictly causal models ------------------------------------------------------------------------------------------

@@ -650,7 +650,7 @@ class TestTraps:
             for name, config in dk.PRESETS.items()
             if isinstance(config.rule, (dk.Threshold, dk.DynamicThreshold))
         }
-        for name in ("sdar", "llada2", "fast-dllm-v2", "d2f"):
+        for name in ("sdar", "llada2", "fast-dllm-v2"):  # d2f: tests/test_pipeline.py
             assert strict[name]
         for name in ("fast-dllm", "nemotron"):
             assert not strict[name]

@@ -53,11 +53,14 @@ def build(target):
 
 def run_native(program):
     """Run all tests of a program; each prints a line `PASS file.test: n checks, t s`."""
-    done = subprocess.run([str(program)], capture_output=True, text=True)
-    print(done.stdout)
-    results = [line.split() for line in done.stdout.splitlines() if line.startswith(("PASS ", "FAIL "))]
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
-    assert results and all(int(r[2]) > 0 for r in results), "no kernel was run"
+    tests = call([program, "--list"]).splitlines()
+    # A process a file: what ThreadSanitizer maps for fibers it never gives back, and Linux maps no more than 65,530.
+    for file in dict.fromkeys(line.split()[0] for line in tests):
+        done = subprocess.run([str(program), file], capture_output=True, text=True)
+        print(done.stdout)
+        results = [line.split() for line in done.stdout.splitlines() if line.startswith(("PASS ", "FAIL "))]
+        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
+        assert results and all(int(r[2]) > 0 for r in results), f"{file}: no kernel was run"
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)

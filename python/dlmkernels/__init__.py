@@ -23,6 +23,8 @@ from .decoding.presets import PRESETS as PRESETS
 from .decoding.presets import preset as preset
 from .decoding.rules import *  # noqa: F403
 from .decoding.scores import Score as Score
+from .decoding.streams import EntropyPipeline as EntropyPipeline
+from .decoding.streams import Pipeline as Pipeline
 from .decoding.streams import Reordered as Reordered
 from .decoding.streams import Strided as Strided
 from .trace import Trace as Trace
@@ -42,8 +44,8 @@ _LAZY = {
     "load": ".models.load",
 }
 __all__ = [
-    "PRESETS", "AttentionWindow", "DecodingConfig", "KVCache", "Reordered", "Score", "Strided", "TokenWindow", "Trace",
-    "ops", "preset", "rules", "scores", *_LAZY,
+    "PRESETS", "AttentionWindow", "DecodingConfig", "EntropyPipeline", "KVCache", "Pipeline", "Reordered", "Score",
+    "Strided", "TokenWindow", "Trace", "ops", "preset", "rules", "scores", *_LAZY,
 ]  # fmt: skip
 __all__ += rules.__all__
 

@@ -98,6 +98,14 @@ class Canvas:
             self.tokens, self.state, nothing.int(), nothing, eos_token_ids=eos, eos_policy="fill", fill_token_id=pad
         )
 
+    def close_behind(self, column: Tensor) -> None:
+        """Overwrite what stands behind `column` int32 `[B]` with the token there; nowhere in rows where that is -1."""
+        columns = torch.arange(self.tokens.shape[1], dtype=torch.int32, device=self.tokens.device)
+        behind = (column >= 0)[:, None] & (columns > column[:, None]) & ((self.state & FROZEN) == 0)
+        token = self.tokens.gather(1, column.clamp(min=0).long()[:, None])
+        self.tokens.copy_(torch.where(behind, token, self.tokens))
+        self.state.copy_(torch.where(behind, self.state & ~OPEN, self.state))
+
     def renoise(self, seed: Tensor, vocab_size: int) -> None:
         """Put tokens drawn uniformly from the vocabulary at all open positions."""
         columns = torch.arange(self.tokens.shape[1], dtype=torch.int32, device=self.tokens.device)

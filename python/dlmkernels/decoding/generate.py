@@ -13,10 +13,11 @@ from .canvas import Canvas
 from .config import APPROXIMATE, DecodingConfig, SpecialTokens
 from .loop import decode
 from .output import DecodingOutput
+from .pipelined import decode_pipelined
 from .presets import preset
 from .reordered import decode_reordered
 from .schedule import Grid
-from .streams import Reordered, Strided
+from .streams import Pipeline, Reordered, Strided
 from .strided import decode_strided
 
 
@@ -99,6 +100,8 @@ def generate(
         loop = decode_strided
     elif isinstance(config.rule, Reordered):
         loop = decode_reordered
+    elif isinstance(config.rule, Pipeline):
+        loop = decode_pipelined
     return loop(model, canvas, config, special, grid, prompt_length, end, streamer, inputs_embeds)
 
 
@@ -132,7 +135,7 @@ def infill(
     is_padding = torch.arange(length, device=tokens.device) < origin[:, None]
     canvas = Canvas.of(tokens, (tokens == special.mask) & ~is_padding, origin)
     _check_streamer(streamer, batch)
-    if isinstance(config.rule, (Strided, Reordered)):
+    if isinstance(config.rule, (Strided, Reordered, Pipeline)):
         raise ValueError(f"rule {type(config.rule).__name__} decodes what comes after a prompt: use generate")
     grid = Grid.of(config, canvas.origin, 0, length, grows=False)
     return decode(model, canvas, config, special, grid, 0, length, streamer)

@@ -381,11 +381,7 @@ class CanvasForward:
         """What the rows of a forward see of each other, as arguments of `AttentionWindow`."""
         attention = self.config.attention
         if attention == "block":
-            origin = self.origin
-            if self.config.block_grid != "absolute":
-                first = self._twice(self.grid.first)
-                origin = first if self.config.block_grid == "prompt" else first % self.grid.length
-            return {"causal_block": self.grid.length, "block_origin": origin}
+            return self.block_causal()
         if attention == "causal" or (attention == "causal-context" and decided):
             return {"causal_block": 1}
         if attention == "causal-context" and self.cache is None:
@@ -400,6 +396,14 @@ class CanvasForward:
             order = self.reading_order()
             return {"q_limit": order, "k_order": order}
         return {}
+
+    def block_causal(self) -> dict[str, Any]:
+        """Arguments of `AttentionWindow` with which the blocks of the grid see themselves and what stands left."""
+        origin = self.origin
+        if self.config.block_grid != "absolute":
+            first = self._twice(self.grid.first)
+            origin = first if self.config.block_grid == "prompt" else first % self.grid.length
+        return {"causal_block": self.grid.length, "block_origin": origin}
 
     def reading_order(self) -> Tensor:
         """Place of every column if what is decided were read before what is open: int32 `[B, T]`."""

@@ -23,6 +23,11 @@ class OpenCount:
         self._latest = (in_block, in_canvas)
         self._under_way: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
+    @property
+    def behind(self) -> int:
+        """How many counts have been submitted since the latest that has arrived."""
+        return len(self._under_way)
+
     def submit(self, counts: Tensor) -> None:
         """Hand over `[2]` counts: largest number of open positions of any row, in the block and in the canvas."""
         if counts.device.type != "cuda":

@@ -31,7 +31,7 @@ from .rules import (
     WideInNarrowOut,
 )
 from .scores import DensityWeighted, PositionWeighted
-from .streams import Reordered, Strided
+from .streams import EntropyPipeline, Pipeline, Reordered, Strided
 
 LLADA = DecodingConfig(rule=Quota(), score="probability", eos_policy="none")
 # entropy order, nucleus before temperature's confidence is read, logits one row early
@@ -46,6 +46,7 @@ REMDM = DecodingConfig(
     rule=AncestralRemask(strategy="cap", eta=0.008), temperature=1.0, top_p=0.9, keep_crossing=False,
     distribution="filtered", eos_policy="none",
 )  # fmt: skip
+D3LLM = DecodingConfig(rule=EntropyPipeline(0.5, 0.1, 0.95, delay=2), block_length=32)
 DINFER = DecodingConfig(rule=Threshold(0.9, tie=1e-5), block_length=32, eos_policy="block")
 
 PRESETS: dict[str, DecodingConfig] = {
@@ -117,8 +118,11 @@ PRESETS: dict[str, DecodingConfig] = {
     "fast-dllm-v2": DecodingConfig(
         rule=Threshold(0.9, strict=True), distribution="filtered", cache="block", sub_block_length=8
     ),
-    # Discrete Diffusion Forcing, arXiv:2508.09192, its blocks one after another
-    "d2f": DecodingConfig(rule=Threshold(0.9, strict=True), cache="block"),
+    # Discrete Diffusion Forcing, arXiv:2508.09192; the shares are those of most of its scripts
+    "d2f": DecodingConfig(rule=Pipeline(0.9, 0.1, 0.95), cache="block"),
+    # d3LLM, github.com/hao-ai-lab/d3LLM, without its cache and with it
+    "d3llm": D3LLM,
+    "d3llm-prefix": D3LLM.replace(cache="prefix", refresh_interval=3),
     # Nemotron-Labs-Diffusion, arXiv:2607.05722
     "nemotron": DecodingConfig(rule=Threshold(0.9), cache="block"),
     # WeDLM, arXiv:2512.22737
