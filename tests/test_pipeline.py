@@ -313,9 +313,9 @@ def test_finished_blocks_are_not_forwarded_again(loaded, monkeypatch):
     checkpoint, model = loaded("d2f-llada")
     taken, hidden = [], DiffusionModel.hidden
 
-    def record(self, tokens, positions, window, embeds=None):
+    def record(self, tokens, positions, window, *more):
         taken.append([p[s >= 0].tolist() for p, s in zip(positions, window.slots)])
-        return hidden(self, tokens, positions, window, embeds)
+        return hidden(self, tokens, positions, window, *more)
 
     monkeypatch.setattr(DiffusionModel, "hidden", record)
     rule = dk.Pipeline(0.5, 0.1, 0.9)
@@ -341,9 +341,9 @@ def test_prefixes_are_kept(loaded, monkeypatch):
     _, model = loaded("llada")
     taken, hidden = [], DiffusionModel.hidden
 
-    def record(self, tokens, positions, window, embeds=None):
+    def record(self, tokens, positions, window, *more):
         taken.append(window.slots[0][window.slots[0] >= 0].tolist())
-        return hidden(self, tokens, positions, window, embeds)
+        return hidden(self, tokens, positions, window, *more)
 
     monkeypatch.setattr(DiffusionModel, "hidden", record)
     out = dk.generate(
