@@ -6,7 +6,7 @@ whatever the random weights say.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,8 @@ import transformers
 
 import dlmkernels as dk
 
-MASK = 31999
+# vocabulary, width, inner width, layers, heads
+SIZES = {"small": (32000, 256, 688, 4, 8), "LLaDA's proportions": (126464, 512, 1536, 8, 8)}
 
 
 @dataclass(frozen=True)
@@ -25,26 +26,33 @@ class Case:
     new: int = 64
     block: int = 32
     steps: int = 16
+    size: str = "small"
+
+    @property
+    def mask(self):
+        return SIZES[self.size][0] - 1
 
     def __str__(self):
-        return (f"cache {self.cache}, batch {self.batch}, prompt {self.prompt}, {self.new} new tokens in blocks of "
-                f"{self.block}, {self.steps} forwards")  # fmt: skip
+        return (f"{self.size}, cache {self.cache}, batch {self.batch}, prompt {self.prompt}, {self.new} new tokens in "
+                f"blocks of {self.block}, {self.steps} forwards")  # fmt: skip
 
 
 QUICK = [Case("none"), Case("dual")]
 FULL = [
     Case("none", batch=8), Case("dual", batch=8), Case("dual", prompt=512, new=256, steps=64),
-    Case("none", prompt=512, new=256, steps=64),
+    Case("none", prompt=512, new=256, steps=64), Case("dual", prompt=128, size="LLaDA's proportions"),
 ]  # fmt: skip
 
 
 @functools.cache
-def build():
-    """Random Llama: vocabulary 32,000, width 256, 4 layers, 8 heads, float32."""
+def build(size):
+    """Random Llama in float32."""
     torch.manual_seed(0)
+    vocabulary, width, inner, layers, heads = SIZES[size]
     config = transformers.LlamaConfig(
-        vocab_size=32000, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=8, max_position_embeddings=2048, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048, pad_token_id=0,
+        eos_token_id=1, bos_token_id=None,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).eval()
     torch.nn.init.normal_(model.lm_head.weight, std=0.5)
@@ -74,7 +82,7 @@ def plain_decode(model, ids, case):
     model.config._attn_implementation = "dlmkernels_bench_plain"
     try:
         batch, prompt = ids.shape
-        tokens = torch.cat((ids, ids.new_full((batch, case.new), MASK)), 1)
+        tokens = torch.cat((ids, ids.new_full((batch, case.new), case.mask)), 1)
         positions = torch.arange(prompt + case.new)[None].expand(batch, -1)
         blocks = case.new // case.block
         steps = case.steps // blocks
@@ -87,12 +95,12 @@ def plain_decode(model, ids, case):
                 logits = model(
                     input_ids=tokens[:, part], position_ids=positions[:, part], bench_cache=cache, use_cache=False
                 ).logits
-                logits[..., MASK] = -torch.inf
+                logits[..., case.mask] = -torch.inf
                 token = logits.argmax(-1)
                 p = F.softmax(logits.to(torch.float64), -1).gather(-1, token[..., None])[..., 0]
                 if whole:
                     token, p = token[:, begin:end], p[:, begin:end]
-                is_mask = tokens[:, begin:end] == MASK
+                is_mask = tokens[:, begin:end] == case.mask
                 token = torch.where(is_mask, token, tokens[:, begin:end])
                 p = torch.where(is_mask, p, -torch.inf)
                 chosen = torch.zeros_like(is_mask)
@@ -108,19 +116,21 @@ def plain_decode(model, ids, case):
 
 
 def test_decode(benchmark, harness, case):
-    model = build()
-    ids = torch.randint(4, MASK, (case.batch, case.prompt))
+    model = build(case.size)
+    ids = torch.randint(4, case.mask, (case.batch, case.prompt))
 
     def ours():
         return dk.generate(
             model, ids, max_new_tokens=case.new, block_length=case.block, steps=case.steps, cache=case.cache,
-            mask_token_id=MASK, eos_policy="none",
+            mask_token_id=case.mask, eos_policy="none",
         )  # fmt: skip
 
     out = ours()
     assert int(out.num_forwards[0]) == case.steps
     same = (out.sequences == plain_decode(model, ids, case))[:, case.prompt :].float().mean().item()
     assert same > 0.9  # float32 and float64 may part at a near tie
-    harness.compare(benchmark, f"generate: {case}", ours,
-                    {"plain loop (Fast-dLLM)": lambda: plain_decode(model, ids, case)},
+    baselines = {"plain loop (Fast-dLLM)": lambda: plain_decode(model, ids, case)}
+    if case.cache != "none":
+        baselines["plain loop without a cache (LLaDA)"] = lambda: plain_decode(model, ids, replace(case, cache="none"))
+    harness.compare(benchmark, f"generate: {case}", ours, baselines,
                     work=case.batch * case.new, unit="tokens/s")  # fmt: skip
