@@ -351,6 +351,7 @@ class HostReads(TorchDispatchMode):
     {"rule": dk.Threshold(0.5), "cache": "dual", "vicinity": (2, 3), "warmup": 2},
     {"rule": dk.Threshold(0.9, tie=1e-5), "defer_token_ids": (5,), "score": dk.scores.DensityWeighted()},
     {"score": dk.scores.PositionWeighted(torch.ones(97))},
+    {"rule": dk.Threshold(0.5), "constraint": torch.ones(16, 97, dtype=torch.bool)},
     *({"config": config, "block_length": 8, "cache": "none"} for config in dk.PRESETS.values()
       if not isinstance(config.rule, (dk.Strided, dk.Reordered, dk.Pipeline))),  # they have loops of their own
 ], ids=lambda o: next((n for n, c in dk.PRESETS.items() if c is o.get("config")), None) or str(o))  # fmt: skip

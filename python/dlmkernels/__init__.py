@@ -19,6 +19,7 @@ from .cache import KVCache as KVCache
 from .decoding import rules as rules
 from .decoding import scores as scores
 from .decoding.config import DecodingConfig as DecodingConfig
+from .decoding.constraint import Constraint as Constraint
 from .decoding.presets import PRESETS as PRESETS
 from .decoding.presets import preset as preset
 from .decoding.rules import *  # noqa: F403
@@ -44,8 +45,8 @@ _LAZY = {
     "load": ".models.load",
 }
 __all__ = [
-    "PRESETS", "AttentionWindow", "DecodingConfig", "EntropyPipeline", "KVCache", "Pipeline", "Reordered", "Score",
-    "Strided", "TokenWindow", "Trace", "ops", "preset", "rules", "scores", *_LAZY,
+    "PRESETS", "AttentionWindow", "Constraint", "DecodingConfig", "EntropyPipeline", "KVCache", "Pipeline", "Reordered",
+    "Score", "Strided", "TokenWindow", "Trace", "ops", "preset", "rules", "scores", *_LAZY,
 ]  # fmt: skip
 __all__ += rules.__all__
 

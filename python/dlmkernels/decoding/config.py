@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from .constraint import Constraint
 from .rules import Quota, Rule
 from .scores import SCORES, Score
 
@@ -86,6 +87,12 @@ class DecodingConfig:
         Taken from the model's configuration when None. Several eos ids may be given.
     suppress_token_ids : sequence of int
         Never generated. The mask token never is.
+    constraint : Constraint or Tensor, optional
+        What the tokens must obey. A tensor says which tokens are allowed: bool `[V]`, or an int32 bitmask
+        `[ceil(V / 32)]` (bit v % 32 of word v // 32), for all positions; `[N, …]` or `[B, N, …]`, one for each of the N
+        = `max_new_tokens` positions of an answer (`infill`: of the canvas), B and N being that or 1. Fewer than V are
+        those of the first tokens, and the others are not allowed. Block by block only: not with the rules `Strided`,
+        `Reordered` and `Pipeline`.
     defer_token_ids : sequence of int
         Positions where one of these is proposed come last, whatever their score.
     eos_policy : {"none", "fill", "block"}
@@ -129,6 +136,7 @@ class DecodingConfig:
     eos_token_id: int | Sequence[int] | None = None
     pad_token_id: int | None = None
     suppress_token_ids: Sequence[int] = ()
+    constraint: Constraint | Tensor | None = None
     defer_token_ids: Sequence[int] = ()
     eos_policy: str = "fill"
     logit_alignment: str | None = None
@@ -148,6 +156,8 @@ class DecodingConfig:
             raise ValueError(f"score must be one of {tuple(SCORES)} or a Score; got {self.score!r}")
         if not isinstance(self.rule, Rule):
             raise TypeError(f"rule must be a Rule such as dlmkernels.Threshold(0.9); got {self.rule!r}")
+        if self.constraint is not None and not isinstance(self.constraint, (Constraint, Tensor)):
+            raise TypeError(f"constraint must be a Constraint or a tensor; got {self.constraint!r}")
         for name, low in (
             ("max_new_tokens", 1),
             ("block_length", 1),

@@ -29,6 +29,7 @@ def generate(
     streamer=None,
     *,
     inputs_embeds: Tensor | None = None,
+    given: Tensor | None = None,
     **overrides,
 ) -> DecodingOutput:
     """Decode `max_new_tokens` tokens after each prompt, in parallel.
@@ -49,6 +50,9 @@ def generate(
     inputs_embeds : Tensor, optional
         `[B, P, hidden]`: input embeddings of the prompts, in place of `input_ids`. The result then holds padding where
         the prompts were.
+    given : Tensor, optional
+        int64 `[B, max_new_tokens]` or `[max_new_tokens]`: tokens that stand in the answer from the start and stay, -1
+        where one is to be decoded. Block by block only.
     **overrides
         Fields of `DecodingConfig`.
 
@@ -91,6 +95,10 @@ def generate(
     masks = tokens.new_full((batch, length - prompt_length), max(special.mask, 0))
     columns = torch.arange(length, device=tokens.device)
     is_open = (columns >= prompt_length) & (columns < grid.ends[:, None])
+    if given is not None:
+        given = _check_given(model, given, batch, config)
+        masks[:, : config.max_new_tokens] = torch.where(given >= 0, given, masks[:, : config.max_new_tokens])
+        is_open[:, prompt_length:end] &= given < 0
     canvas = Canvas.of(torch.cat((tokens, masks), 1), is_open, origin)
     _check_streamer(streamer, batch)
     if streamer is not None:
@@ -179,6 +187,8 @@ def _prepare(model, config: DecodingConfig | None, overrides: dict):
             f"cache='{config.cache}' needs a model of a known type whose rows can be forwarded in parts; "
             f"{type(model.model).__name__} (of unknown type, or with token_dropout) decodes with cache='none'"
         )
+    if config.constraint is not None and isinstance(config.rule, (Strided, Reordered, Pipeline)):
+        raise ValueError(f"constraint cannot be used with rule {type(config.rule).__name__}")
     config = _of_the_family(model, config)
     return model, config, _special_tokens(model, config)
 
@@ -325,6 +335,22 @@ def _check_tokens(
     if (origin == tokens.shape[1]).any():
         raise ValueError(f"attention_mask leaves row {int((origin == tokens.shape[1]).nonzero()[0])} of {name} empty")
     return tokens, origin
+
+
+def _check_given(model: DiffusionModel, given: Tensor, batch: int, config: DecodingConfig) -> Tensor:
+    """Tokens of the answers that are given, int64 `[B, max_new_tokens]`."""
+    shapes = ((config.max_new_tokens,), (batch, config.max_new_tokens))
+    if not isinstance(given, Tensor) or given.dtype != torch.int64 or given.shape not in shapes:
+        got = f"{given.dtype} of shape {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+        raise ValueError(f"given must be int64 of shape {list(shapes[1])} (max_new_tokens); got {got}")
+    if given.device != model.device:
+        raise ValueError(f"given must be on the model's device {model.device}; got {given.device}")
+    low, high = given.min().item(), given.max().item()
+    if low < -1 or (model.vocab_size is not None and high >= model.vocab_size):
+        raise ValueError(f"given must hold ids from 0 to {model.vocab_size} - 1, or -1; got ids from {low} to {high}")
+    if isinstance(config.rule, (Strided, Reordered, Pipeline)):
+        raise ValueError(f"given cannot be used with rule {type(config.rule).__name__}")
+    return given.expand(batch, -1)
 
 
 def _check_embeds(model: DiffusionModel, embeds: Tensor, pad: int) -> Tensor:

@@ -18,8 +18,10 @@ from ..models.adapt import DiffusionModel, EncoderDecoderModel
 from ..window import AttentionWindow, TokenWindow
 from .canvas import Canvas
 from .config import DecodingConfig, SpecialTokens
+from .constraint import Constrained, one_each
 from .output import DecodingOutput
 from .poll import OpenCount
+from .rules import Action
 from .schedule import Block, Grid, plan_blocks
 from .scores import score_named
 from .step import RandomState, Step
@@ -41,7 +43,8 @@ def decode(
     forward = CanvasForward(model, canvas, config, special, grid, prompt_embeds)
     propose = Proposer(model, canvas, config, special)
     rule = config.rule
-    options = StepOptions(propose, canvas, config)
+    constrained = Constrained(config, canvas, start, end, special.mask)
+    options = StepOptions(propose, canvas, config, constrained)
     if rule.noise == "uniform":
         if model.vocab_size is None:
             raise ValueError(f"{type(rule).__name__} draws from the vocabulary, whose size the model does not say")
@@ -55,15 +58,21 @@ def decode(
     with model.attached():
         for number, (block, in_block) in enumerate(zip(blocks, most_open)):
             forward.begin_block()
+            constrained.begin_block()
             if in_block > 0 and forward.commits_apart and forward.lacks_context(block):
                 took_part = forward.append_context(block)
                 if config.seeded:
                     first = torch.where(took_part, block.outer, canvas.tokens.shape[1])
                     window = canvas.window(first, 1, 1)
-                    stats = propose(model.logits(forward.last_of_context()), window)
+                    one = torch.ones_like(first)
+                    step = options.step(
+                        model.logits(forward.last_of_context()), window, first, 1, 0, 1, one, one, 0.0, {}
+                    )
+                    step, action = constrained.act(step, lambda step: Action(step.used))
+                    assert action.commit is not None
                     commit_tokens(
-                        canvas, config, special, window.positions, stats.token[:, None], window.positions >= 0,
-                        stats.confidence[:, None], fills_at_once,
+                        canvas, config, special, window.positions, step.token, action.commit, step.confidence,
+                        fills_at_once,
                     )  # fmt: skip
                     took_part &= window.positions[:, 0] < 0  # the others have been counted
                 canvas.step.add_(took_part)
@@ -72,7 +81,10 @@ def decode(
             counts.submit(_open_counts(canvas, block))
             working = open_now > 0
             memory: dict[str, Tensor] = {}
-            for index in range(block.max_steps):
+            helped = working
+            # What a constraint has kept open when the rule has done its steps gets more, as long as they help.
+            for index in range(block.max_steps + constrained.may_leave_open * block.length):
+                is_extra = index >= block.max_steps
                 capacity, open_at_most = counts.latest()
                 if capacity == 0:
                     break
@@ -81,12 +93,17 @@ def decode(
                 else:
                     columns = whole if rule.slots == "canvas" else (block.start, block.length)
                     window = canvas.free_window(*columns, working)
+                if is_extra:
+                    helped = helped & (open_now > 0)
+                    if not helped.any():
+                        break
+                    window = TokenWindow(torch.where(helped[:, None], window.positions, -1), window.origin)
                 logits = model.logits(forward(block, index, window, open_at_most))
                 step = options.step(
                     logits, window, block.start, block.length, index, block.num_steps, open_at_start, open_now,
                     min((behind + index) / planned, 1.0), memory,
                 )  # fmt: skip
-                action = rule.act(step)
+                step, action = constrained.act(step, one_each if is_extra else rule.act)
                 info = ops.remask_(
                     canvas.tokens, canvas.state, window.positions, _or(action.token, step.token),
                     commit=action.commit, edit=action.edit, remask=action.remask, renoise=action.renoise,
@@ -104,10 +121,13 @@ def decode(
                     counts.submit(info[:, :2].amax(0))
                 else:
                     open_now = _open_in(canvas, block)
-                    working = working & (open_now > 0 if action.working is None else action.working)
+                    wanted = open_now > 0 if action.working is None else action.working
+                    working = working & (wanted | (open_now > 0) if constrained.may_leave_open else wanted)
                     counts.submit(torch.stack((working.sum(), info[:, 1].amax())))
                 if hasattr(streamer, "put_draft"):
                     streamer.put_draft(canvas.tokens[0, start:end].cpu())
+                if is_extra:
+                    helped = info[:, 2] > 0
             behind += block.num_steps
             if config.eos_policy != "none" and not fills_at_once:
                 canvas.fill_after_eos(special.eos, special.pad)
@@ -118,7 +138,7 @@ def decode(
                 break
     if streamer is not None:
         streamer.end()
-    return output_of(canvas, start, end)
+    return output_of(canvas, start, end, constrained.constraint is not None)
 
 
 def _or(value: Tensor | None, otherwise: Tensor) -> Tensor:
@@ -149,14 +169,16 @@ def commit_tokens(
     )  # fmt: skip
 
 
-def output_of(canvas: Canvas, prompt_length: int, end: int) -> DecodingOutput:
+def output_of(canvas: Canvas, prompt_length: int, end: int, is_constrained: bool = False) -> DecodingOutput:
     """The first `end` columns of a canvas as the result; a warning says where masks are left."""
     complete = ~canvas.is_open[:, :end].any(1)
     if not complete.all():
         rows = (~complete).nonzero().flatten().tolist()
+        why = "the model's logits there were NaN or -inf throughout"
+        if is_constrained:
+            why = f"the constraint refused every token there, or {why}"
         warnings.warn(
-            f"masks are left in rows {rows}: the model's logits there were NaN or -inf throughout (see "
-            "`DecodingOutput.complete`)",
+            f"masks are left in rows {rows}: {why} (see `DecodingOutput.complete`)",
             RuntimeWarning,
             stacklevel=4,
         )
@@ -468,14 +490,17 @@ class Proposer:
         self.reads_current = "p_current" in needs
 
     def __call__(
-        self, logits: Tensor, window: TokenWindow, bias: Tensor | None = None, temperature: float | None = None
-    ) -> ops.TokenConfidence:
+        self, logits: Tensor, window: TokenWindow, bias: Tensor | None = None, temperature: float | None = None,
+        allowed: Tensor | None = None,
+    ) -> ops.TokenConfidence:  # fmt: skip
         """Statistics of the N = B * W slots, in the window's order, from logits `[N or 2N, V]`."""
         rows = window.positions.numel()
         uncond = logits[rows:] if self.config.cfg_scale > 0 else None
         numbers = torch.arange(rows, dtype=torch.int32, device=logits.device)
         is_used = window.positions.flatten() >= 0
         options = self.options | {"bias": bias}
+        if allowed is not None:
+            options["bitmask"] = allowed if allowed.dim() == 1 else allowed.flatten(0, 1)
         if temperature is not None:
             options["temperature"] = torch.full((1,), temperature, device=logits.device)
         if "seed" in options:
@@ -506,8 +531,10 @@ class Proposer:
 class StepOptions:
     """What all steps of a decoding have in common."""
 
-    def __init__(self, propose: Proposer, canvas: Canvas, config: DecodingConfig):
-        self.propose, self.canvas, self.rule = propose, canvas, config.rule
+    def __init__(
+        self, propose: Proposer, canvas: Canvas, config: DecodingConfig, constrained: Constrained | None = None
+    ):
+        self.propose, self.canvas, self.rule, self.constrained = propose, canvas, config.rule, constrained
         deferred = list(config.defer_token_ids)
         self.common: dict[str, Any] = {
             "random": RandomState(propose.seed, canvas.step),
@@ -529,11 +556,12 @@ class StepOptions:
             is_open = self.canvas.is_open.gather(1, window.positions.clamp(min=0).long())
             eligible = eligible & is_open & (index_in_block >= 0) & (index_in_block < length)
         temperature = self.rule.temperature(index, num_steps)
-        stats = self.propose(logits, window, temperature=temperature)
+        allowed = None if self.constrained is None else self.constrained.allowed(window, logits.shape[1])
+        stats = self.propose(logits, window, temperature=temperature, allowed=allowed)
         return Step(
             stats=stats, window=window, eligible=eligible, index=index, num_steps=num_steps,
             open_at_start=open_at_start, open_now=open_now, block_start=start, block_length=length, progress=progress,
-            memory=memory, raw_logits=logits,
+            memory=memory, raw_logits=logits, allowed=allowed,
             sampling_temperature=self.propose.config.temperature if temperature is None else temperature,
             **self.common,
         )  # fmt: skip

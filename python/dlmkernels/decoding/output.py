@@ -27,7 +27,8 @@ class DecodingOutput:
     confidence : Tensor
         float32 `[B, T]`: probability a token had when it was committed, 0 where `commit_step` is -1.
     complete : Tensor
-        bool `[B]`: False where masks were left because their logits held no finite value.
+        bool `[B]`: False where masks were left because their logits held no finite value, or because the constraint
+        refused every token.
     prompt_length : int
         Columns before the first generated one (0 for `infill`).
     """

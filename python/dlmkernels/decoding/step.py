@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..window import TokenWindow
+from .constraint import unpack, without
 from .scores import Score
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class Step:
         int32 `[B]`: open positions of the block when it was entered, and before this step.
     canvas : Canvas
         All positions, with the step and the confidence with which each was committed; not to be written.
+    allowed : Tensor, optional
+        Bitmasks of the tokens that may be proposed: int32 `[B, W, ceil(V / 32)]`, or `[ceil(V / 32)]` for all slots.
     memory : dict
         What the rule keeps from step to step; empty when a block is entered. See `keep` and `recall`.
     """
@@ -71,6 +74,7 @@ class Step:
     sampling_temperature: float = 0.0
     deferred: Tensor | None = None
     progress: float = 0.0
+    allowed: Tensor | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
 
     def _shaped(self, name: str) -> Tensor:
@@ -134,12 +138,33 @@ class Step:
         """
         rows = torch.arange(self.eligible.numel(), device=self.eligible.device).view(self.eligible.shape)
         rows = rows[:, first:last]
-        return self.proposer.clean(self.raw_logits, rows.flatten()).unflatten(0, rows.shape)
+        z = self.proposer.clean(self.raw_logits, rows.flatten()).unflatten(0, rows.shape)
+        if self.allowed is None:
+            return z
+        bitmask = self.allowed if self.allowed.dim() == 1 else self.allowed[:, first:last]
+        return z.masked_fill(~unpack(bitmask, self.vocab_size), -torch.inf)
 
     def again(self, bias: Tensor) -> Step:
         """The same step with proposals from `logits + bias`, bias float32 `[B, W, V]`; no forward is needed."""
-        stats = self.proposer(self.raw_logits, self.window, bias=bias.flatten(0, 1))
+        stats = self.proposer(self.raw_logits, self.window, bias=bias.flatten(0, 1), allowed=self.allowed)
         return replace(self, stats=stats)
+
+    def without(self, refused: Tensor, token: Tensor) -> Step:
+        """The same step with new proposals at the slots `refused` bool `[B, W]`, other than `token` `[B, W]` there.
+
+        Draws keep their noise: what is drawn next is as likely as if the refused token had never been possible.
+        """
+        words = -(-self.vocab_size // 32)
+        allowed = token.new_full((1,), -1, dtype=torch.int32) if self.allowed is None else self.allowed
+        allowed = without(allowed.expand(*self.eligible.shape, words), token, refused)
+        window = TokenWindow(torch.where(refused, self.window.positions, -1), self.window.origin)
+        sampled = self.proposer.options["temperature"] is not None
+        new = self.proposer(
+            self.raw_logits, window, allowed=allowed, temperature=self.sampling_temperature if sampled else None
+        )
+        where = refused.flatten()
+        merged = (torch.where(where, n, old) if old.numel() == len(where) else old for n, old in zip(new, self.stats))
+        return replace(self, stats=ops.TokenConfidence(*merged), allowed=allowed)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The model's input embeddings of tokens `[B, W]`, `[B, W, hidden]`."""
