@@ -275,6 +275,22 @@ class TestAllowedTokens:
         assert not out.complete.any() and (out.generated[:, 4] == MASK).all()
         assert (out.generated == MASK).sum() == 2
 
+    def test_without_a_constraint_nothing_is_masked(self, model, monkeypatch):
+        from dlmkernels.decoding import loop
+
+        seen, real = [], loop.ops.token_confidence
+
+        def record(logits, **options):
+            seen.append(options.get("bitmask"))
+            return real(logits, **options)
+
+        monkeypatch.setattr(loop.ops, "token_confidence", record)
+        for constraint in (None, torch.ones(VOCAB, dtype=torch.bool)):
+            seen.clear()
+            out = dk.generate(model, prompts(2, 5), rule=dk.Threshold(0.3), constraint=constraint, **SHORT)
+            assert len(seen) >= int(out.num_forwards.max())
+            assert all((bitmask is None) == (constraint is None) for bitmask in seen)
+
     @pytest.mark.parametrize("vocab", [1, 31, 32, 33, 97, 128])
     def test_packing(self, vocab):
         allowed = torch.rand(3, 2, vocab, generator=torch.Generator().manual_seed(vocab)) < 0.5

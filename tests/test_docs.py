@@ -5,11 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import dlmkernels as dk
 from dlmkernels.demo import MODEL_DIR
 from dlmkernels.demo.tasks import TASKS
-from small_models import build, prompts
+from small_models import MASK, build, prompts
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,10 +34,27 @@ def test_readme_example(capsys):
 
 
 def test_rule_of_your_own():
-    (code,) = blocks("docs/decoding.md")
+    code, _ = blocks("docs/decoding.md")
     names = {"model": build(), "ids": prompts(2, 5)}
     exec(compile(code, "docs/decoding.md", "exec"), names)
     assert names["out"].complete.all() and names["out"].commit_step[0, 5:].bincount().tolist()[:2] == [64, 32]
+
+
+def test_constraint_of_your_own():
+    _, code = blocks("docs/decoding.md")
+    model, ids = build(), prompts(2, 5)
+    free = dk.generate(model, ids, rule=dk.Threshold(0.9))
+    opening, closing = free.generated[0].bincount().topk(2).indices.tolist()  # brackets that the model likes to write
+    names = {"dk": dk, "torch": torch, "model": model, "ids": ids, "OPEN": opening, "CLOSE": closing, "MASK": MASK}
+    exec(compile(code, "docs/decoding.md", "exec"), names)
+    assert names["out"].complete.all() and (names["out"].generated == opening).any()
+    for text in names["out"].generated.tolist():
+        depth = 0
+        for token in text:
+            depth += (token == opening) - (token == closing)
+            assert depth >= 0
+        assert depth == 0
+    assert any(text.count(opening) != text.count(closing) for text in free.generated.tolist())
 
 
 @pytest.mark.parametrize(
