@@ -29,7 +29,12 @@ MASKED_RULES = [
         dk.AncestralRemask(strategy=s, eta=0.3) for s in ("cap", "rescale", "conf", "loop")
     ),
 ]  # fmt: skip
-UNIFORM_RULES = [dk.UniformState(), dk.UniformState(denoise=False), dk.RenoisedEntropyBound(1.0, steps=6)]
+UNIFORM_RULES = [
+    dk.UniformState(),
+    dk.UniformState(denoise=False),
+    dk.PredictorCorrector(eta=0.3),
+    dk.RenoisedEntropyBound(1.0, steps=6),
+]
 
 
 def options_for(rule):

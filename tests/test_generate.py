@@ -117,6 +117,7 @@ class TestRandomness:
     {"rule": dk.Backtracking()}, {"rule": dk.PathPlanning(), "temperature": 1.0},
     *({"rule": dk.AncestralRemask(strategy=s, eta=0.3), "temperature": 1.0} for s in ("cap", "conf", "loop")),
     {"rule": dk.ScoreAncestral(), "temperature": 1.0}, {"rule": dk.UniformState(), "temperature": 1.0},
+    {"rule": dk.PredictorCorrector(strategy="constant", kappa=0.5), "temperature": 1.0},
     {"rule": dk.RenoisedEntropyBound(2.0), "distribution": "tempered", "block_length": 16}, {"rule": dk.EarlyAnswer((2.0, 1.5, 1.0))},
     ], ids=str)  # fmt: skip
     def test_a_request_does_not_depend_on_its_batch(self, model, options):

@@ -213,6 +213,115 @@ class TestUniform:
         assert out.complete.all() and (out.num_forwards == steps).all()
         check("duo", out, follow(uniform, steps, choices))
 
+    @pytest.mark.parametrize("denoise", [True, False])
+    @pytest.mark.parametrize("strategy,more", [
+        ("cap", {"eta": 0.3}), ("cap", {"eta": 1.0}), ("rescale", {"eta": 0.4}), ("loop", {"eta": 0.2}),
+        ("constant", {"kappa": 0.6}), ("constant", {"kappa": 0.0, "t_on": 1.0, "t_off": 0.0}),
+    ])  # fmt: skip
+    def test_psi(self, strategy, more, denoise):
+        """kappa times the posterior, and 1 - kappa times the forward process on its end, for every token."""
+        pair, eps, noise_eps, steps = Pair(), 0.1, 0.02, 6
+        table = torch.softmax(pair.table.double(), -1)
+        o = {"eta": 0.5, "kappa": 0.5, "t_on": 0.7, "t_off": 0.25, "alpha_on": 0.6} | more
+
+        def alpha(t):
+            if strategy == "loop":  # time itself rests where alpha would be alpha_on
+                rest = 1 - o["alpha_on"]
+                ends = [(0.0, 0.0), (o["t_off"], rest), (o["t_on"], rest), (1.0, 1.0)]
+                (x, u), (y, v) = next(pair for pair in itertools.pairwise(ends) if pair[0][0] <= t <= pair[1][0])
+                t = u + (v - u) * (t - x) / (y - x)
+            return 1 - (1 - noise_eps) * t
+
+        def posterior(p, x, a, b):
+            z = a * VOCAB * p[x] + 1 - a
+            out = []
+            for v in range(VOCAB):
+                stays = (a * VOCAB * p[v] + a / b - a) * (v == x)
+                out.append((stays + (b - a) * p[v] + (1 - a / b) * (1 - b) / VOCAB) / z)
+            return out
+
+        shares = []
+
+        def share(t, a, b):
+            is_on = o["t_off"] < t <= o["t_on"]
+            if strategy == "constant":
+                return o["kappa"] if is_on else 1.0
+            sigma = {"cap": min(o["eta"], (1 - b) / a), "rescale": o["eta"] * min(1, (1 - b) / a), "loop": o["eta"]}
+            return max(0.0, 1 - sigma[strategy] / (1 - b)) if b < 1 and (strategy != "loop" or is_on) else 1.0
+
+        def choices(state, i, step):
+            p, x = table[state[0], state[1], i].tolist(), state[i]
+            if denoise and step == steps - 1:
+                return {p.index(max(p)): 1.0}
+            width = (1 - eps) / (steps - denoise)
+            t = 1 - width * step
+            a, b = alpha(t), alpha(0.0 if step == steps - 1 else t - width)
+            kappa = share(t, a, b)
+            shares.append(kappa)
+            straight, end = posterior(p, x, a, b), posterior(p, x, a, 1.0)
+            out = {v: kappa * straight[v] + (1 - kappa) * (b * end[v] + (1 - b) / VOCAB) for v in range(VOCAB)}
+            assert abs(sum(out.values()) - 1) < numerics.TWO_PROGRAMS
+            return out
+
+        uniform = {s: 1 / VOCAB**LENGTH for s in itertools.product(range(VOCAB), repeat=LENGTH)}
+        out = sample(pair, rule=dk.PredictorCorrector(eps, denoise, noise_eps, strategy, **o), steps=steps)
+        assert out.complete.all() and (out.num_forwards == steps).all()
+        check("psi", out, follow(uniform, steps, choices))
+        assert min(shares) < 0.95  # the corrector was at work
+
+    def test_one_step_of_psi(self):
+        """Where a position goes from each state; the same counts do not fit the posterior alone."""
+
+        class Watch(Pair):
+            seen = []
+
+            def forward(self, tokens, **kwargs):
+                self.seen.append(tokens[:, 1:].clone())
+                return super().forward(tokens)
+
+        watch, kappa, noise_eps = Watch(), 0.3, 0.02
+        table = torch.softmax(watch.table.double(), -1)
+        rule = dk.PredictorCorrector(0.1, True, noise_eps, "constant", kappa=kappa, t_on=1.0, t_off=0.0)
+        sample(watch, rule=rule, steps=4)
+        before, after = Watch.seen[1:3]
+        a, b = (1 - (1 - noise_eps) * (1 - 0.3 * i) for i in (1, 2))
+        fits = []
+        for x, y in itertools.product(range(VOCAB), repeat=2):
+            rows = (before == torch.tensor((x, y))).all(1)
+            p = table[x, y, 0].tolist()
+            z = a * VOCAB * p[x] + 1 - a
+            expected = {}
+            for share in (kappa, 1.0):
+                out = []
+                for v in range(VOCAB):
+                    same = float(v == x)
+                    straight = (a * VOCAB * p[v] + a / b - a) * same + (b - a) * p[v] + (1 - a / b) * (1 - b) / VOCAB
+                    end = a * VOCAB * p[v] * same + (1 - a) * p[v]
+                    out.append(share * straight / z + (1 - share) * (b * end / z + (1 - b) / VOCAB))
+                expected[share] = out
+            counts = after[rows, 0].bincount(minlength=VOCAB)
+            numerics.assert_distribution(f"from {x}, {y}", counts, expected[kappa])
+            try:
+                numerics.assert_distribution("posterior", counts, expected[1.0])
+                fits.append(True)
+            except AssertionError:
+                fits.append(False)
+        assert not all(fits)
+
+    def test_psi_without_corrector_is_duo(self):
+        pair = Pair()
+        duo, psi = (
+            sample(pair, rule=rule, steps=6).sequences
+            for rule in (dk.UniformState(), dk.PredictorCorrector(strategy="constant", kappa=1.0))
+        )
+        assert torch.equal(duo, psi)
+
+    def test_psi_errors(self):
+        with pytest.raises(ValueError, match="strategy must be one of cap, rescale, loop, constant; got 'conf'"):
+            dk.PredictorCorrector(strategy="conf")
+        with pytest.raises(ValueError, match=r"kappa must be a number from 0 to 1; got 1\.5"):
+            dk.PredictorCorrector(kappa=1.5)
+
     def test_first_noise_is_uniform_and_apart_from_the_second(self):
         """The noise before the first step is not drawn from that step's own numbers."""
 

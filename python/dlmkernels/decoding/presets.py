@@ -18,6 +18,7 @@ from .rules import (
     HierarchicalThreshold,
     LocalThreshold,
     PathPlanning,
+    PredictorCorrector,
     Quota,
     RenoisedEntropyBound,
     RunEditing,
@@ -46,6 +47,7 @@ REMDM = DecodingConfig(
     rule=AncestralRemask(strategy="cap", eta=0.008), temperature=1.0, top_p=0.9, keep_crossing=False,
     distribution="filtered", eos_policy="none",
 )  # fmt: skip
+PSI = MDLM.replace(rule=PredictorCorrector(denoise=False), top_p=0.9, distribution="filtered")
 D3LLM = DecodingConfig(rule=EntropyPipeline(0.5, 0.1, 0.95, delay=2), block_length=32)
 DINFER = DecodingConfig(rule=Threshold(0.9, tie=1e-5), block_length=32, eos_policy="block")
 
@@ -105,6 +107,13 @@ PRESETS: dict[str, DecodingConfig] = {
     "mdlm": MDLM,
     "sedd": MDLM.replace(rule=ScoreAncestral()),
     "duo": MDLM.replace(rule=UniformState()),
+    # Ψ-samplers, arXiv:2602.21185, as its scripts have them: three for text, one for images
+    "psi": PSI,
+    "psi-rescale": PSI.replace(rule=PredictorCorrector(denoise=False, strategy="rescale", eta=0.05)),
+    "psi-loop": PSI.replace(rule=PredictorCorrector(denoise=False, strategy="loop"), top_p=0.95),
+    "psi-constant": PSI.replace(
+        rule=PredictorCorrector(denoise=False, strategy="constant", kappa=0.95, t_on=0.5, t_off=0.1), top_p=1.0
+    ),
     # BD3-LM, arXiv:2503.09573, with the first-hitting sampler of arXiv:2409.02908: one random position a forward
     "bd3-lm": DecodingConfig(rule=Quota(), score="random", temperature=1.0, cache="block"),
     # ReMDM, arXiv:2503.00307

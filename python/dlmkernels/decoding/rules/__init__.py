@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoding rules, one module a family: what a step commits, edits, remasks and renoises."""
 
-from .ancestral import Ancestral, ScoreAncestral, UniformState
+from .ancestral import Ancestral, PredictorCorrector, ScoreAncestral, UniformState
 from .base import Action, Rule
 from .confidence import (
     DilatedSchedule,
@@ -29,7 +29,7 @@ from .revision import (
 __all__ = [
     "Action", "Ancestral", "AncestralRemask", "Backtracking", "CreditThreshold", "DilatedSchedule",
     "DynamicThreshold", "EarlyAnswer", "EntropyBound", "EntropySum", "Factor", "HierarchicalThreshold",
-    "LocalThreshold", "PathPlanning", "Quota", "RenoisedEntropyBound", "Rule", "RunEditing", "ScoreAncestral",
-    "SmoothedThreshold", "StableThreshold", "Threshold", "TimeQuota", "TokenEditing", "UniformState",
+    "LocalThreshold", "PathPlanning", "PredictorCorrector", "Quota", "RenoisedEntropyBound", "Rule", "RunEditing",
+    "ScoreAncestral", "SmoothedThreshold", "StableThreshold", "Threshold", "TimeQuota", "TokenEditing", "UniformState",
     "WideInNarrowOut",
 ]  # fmt: skip

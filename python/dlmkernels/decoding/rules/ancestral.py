@@ -141,9 +141,11 @@ class UniformState(TimeGrid):
                 working=step.everyone(False),
             )  # fmt: skip
         t, s = self.times(step)
-        a, b = (1 - (1 - self.noise_eps) * x for x in (t, 0.0 if is_last else s))
+        a, b = self.alpha(t), self.alpha(0.0 if is_last else s)
+        kappa = self.posterior_share(t, a, b)
         total = a * step.vocab_size * step.p_current + 1 - a
-        noise, draw = (1 - a / b) * (1 - b) / total, (b - a) / total
+        noise = kappa * (1 - a / b) * (1 - b) / total + (1 - kappa) * (1 - b)
+        draw = (kappa * (b - a) + (1 - kappa) * b * (1 - a)) / total
         # One and the same uniform number for both: below `noise`, or below their sum; noise acts where both apply.
         renoise = step.select("bernoulli", score=step.confidence, eligible=step.used, cost=noise)
         drawn = step.select("bernoulli", score=step.confidence, eligible=step.used, cost=noise + draw)
@@ -152,3 +154,66 @@ class UniformState(TimeGrid):
             token=torch.where(drawn, step.token, step.current),
             confidence=torch.where(drawn, step.confidence, step.p_current), working=step.everyone(not is_last),
         )  # fmt: skip
+
+    def alpha(self, t: float) -> float:
+        """Share of tokens that the forward process leaves at time t."""
+        return 1 - (1 - self.noise_eps) * t
+
+    def posterior_share(self, t: float, a: float, b: float) -> float:
+        """Share of the posterior in the step from alpha a, at time t, to alpha b; the rest is the corrector's."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class PredictorCorrector(UniformState):
+    """`UniformState` that takes some of its tokens back: each position samples the posterior, or a corrector.
+
+    The Ψ-samplers of Deschenaux, Gulcehre and Sahoo (arXiv:2602.21185). The corrector samples the end of the process,
+    where a token stays with probability ``a V p / Z`` and takes a sample with ``(1 - a) / Z``, and puts noise on it as
+    the forward process does until alpha is b. With kappa, the posterior's share, the mixture is that of `UniformState`
+    with other weights: noise has ``kappa (1 - a / b)(1 - b) / Z + (1 - kappa)(1 - b)``, a sample
+    ``(kappa (b - a) + (1 - kappa) b (1 - a)) / Z``, and staying the rest. With ``kappa = 1 - sigma / (1 - b)``, at
+    least 0, and the sigma of ReMDM (`AncestralRemask`, which is what this is where noise is a mask), `strategy` is
+
+    - "cap": ``sigma = min(eta, (1 - b) / a)``;
+    - "rescale": ``sigma = eta min(1, (1 - b) / a)``;
+    - "loop": sigma = eta while ``t_off < t <= t_on``, where alpha rests at `alpha_on`; before, alpha rises to it in
+      proportion; afterwards from it to 1; and kappa is 1 there;
+    - "constant": kappa is `kappa` while ``t_off < t <= t_on``, and 1 elsewhere.
+    """
+
+    strategy: str = "cap"
+    eta: float = 0.01
+    kappa: float = 0.95
+    t_on: float = 0.55
+    t_off: float = 0.05
+    alpha_on: float = 0.9
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.strategy not in ("cap", "rescale", "loop", "constant"):
+            raise ValueError(f"strategy must be one of cap, rescale, loop, constant; got {self.strategy!r}")
+        for name in ("eta", "kappa", "t_on", "t_off", "alpha_on"):
+            check_number(name, getattr(self, name), 0, 1)
+
+    def alpha(self, t: float) -> float:
+        if self.strategy == "loop":
+            off = 1 - self.alpha_on
+            if t > self.t_on:
+                t = off + (1 - off) * (t - self.t_on) / (1 - self.t_on)
+            else:
+                t = off if t > self.t_off else off * t / self.t_off
+        return super().alpha(t)
+
+    def posterior_share(self, t: float, a: float, b: float) -> float:
+        is_on = self.t_off < t <= self.t_on
+        if self.strategy == "constant":
+            return self.kappa if is_on else 1.0
+        if b >= 1 or (self.strategy == "loop" and not is_on):
+            return 1.0
+        sigma, most = self.eta, (1 - b) / a if a > 0 else math.inf
+        if self.strategy == "cap":
+            sigma = min(self.eta, most)
+        elif self.strategy == "rescale":
+            sigma = self.eta * min(1.0, most)
+        return max(1 - sigma / (1 - b), 0.0)
