@@ -466,7 +466,9 @@ def shipped():
 
 
 # decoders of models that have learnt to judge a token that stands there, which the shipped one has not
-OF_EDITORS = ("llada2.1", "llada2.1-speed", "dmax", "diffusion-gemma", "duo")
+OF_EDITORS = (
+    "llada2.1", "llada2.1-speed", "dmax", "diffusion-gemma", "duo", "psi", "psi-rescale", "psi-loop", "psi-constant",
+)  # fmt: skip
 # these need causal attention, and say so
 OF_CAUSAL_MODELS = ("i-dlm", "wedlm")
 

@@ -96,14 +96,16 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo", help="decode the model shipped with the package and compare unmasking rules",
         description="Solve a Sudoku before your eyes, then compare unmasking rules on held-out problems of three "
-        "tasks. Writes pictures.",
+        "tasks. Writes pictures and the table as Markdown.",
     )  # fmt: skip
     demo.add_argument("--problems", type=_positive, metavar="N", help="problems for each task (default 48)")
     demo.add_argument("--quick", action="store_true", help="8 problems for each task and few rules: some seconds")
     demo.add_argument(
         "--rules", choices=("few", "all"), default="few", help="all: every published decoder there is a preset of"
     )
-    demo.add_argument("--out", default="demo-out", metavar="DIR", help="folder for the pictures (default demo-out)")
+    demo.add_argument(
+        "--out", default="demo-out", metavar="DIR", help="folder for the pictures and the table (default demo-out)"
+    )
     demo.add_argument("--json", metavar="FILE", help="write the table as JSON as well")
     demo.add_argument("--seed", type=int, default=1, help="which held-out problems (default 1)")
     demo.set_defaults(run=_demo)

@@ -55,14 +55,25 @@ def for_full_attention(config: dk.DecodingConfig) -> dk.DecodingConfig:
     return config.replace(logit_alignment="same")
 
 
-# Every preset that runs on the shipped model, which knows masks, not noise, whose logits are no ratios, and whose
-# attention is not causal. Decoders of models that have learnt to edit are among them, and show what happens to one that
-# has not.
+def reason_against(config: dk.DecodingConfig) -> str | None:
+    """Why the shipped model cannot be decoded by a published decoder; None where it can."""
+    if config.rule.noise != "mask":
+        return "noise is other tokens; the model knows masks"
+    if isinstance(config.rule, dk.ScoreAncestral):
+        return "logits are read as logarithms of ratios; the model's are of probabilities"
+    if isinstance(config.rule, (dk.Strided, dk.Reordered)):
+        return "attention must be causal; the model's sees everything"
+    return None
+
+
+# Every preset that runs on the shipped model. Decoders of models that have learnt to edit are among them, and show what
+# happens to one that has not.
 PUBLISHED = tuple(
     Case(name, {"config": for_full_attention(config)})
     for name, config in dk.PRESETS.items()
-    if config.rule.noise == "mask" and not isinstance(config.rule, (dk.ScoreAncestral, dk.Strided, dk.Reordered))
+    if reason_against(config) is None
 )
+NOT_RUN = {name: reason for name, config in dk.PRESETS.items() if (reason := reason_against(config))}
 # title, task, difficulty
 SETS: tuple[tuple[str, str, int | None], ...] = (
     ("Sudoku, 40 clues", "sudoku", 40),
@@ -108,7 +119,7 @@ def run(
     quick : bool
         Half of the rules.
     out : str
-        Folder for the two pictures, made if it does not exist.
+        Folder for the two pictures and the table as Markdown, made if it does not exist.
     json_file : str, optional
         Where to write the results, with the environment, as JSON.
     seed : int
@@ -131,7 +142,10 @@ def run(
     cases = list(PUBLISHED) if rules == "all" else [c for c in CASES if c.quick or not quick]
     results = compare(model, tokenizer, count, cases, seed)
     plot(results, folder / "dlmkernels-demo.png")
+    notes = [f"`{name}`: {reason}" for name, reason in NOT_RUN.items()] if rules == "all" else []
+    (folder / "dlmkernels-demo.md").write_text(markdown(results, notes))
     say(f"\npictures: {folder / 'dlmkernels-demo.png'}, {folder / 'dlmkernels-sudoku.png'}")
+    say(f"table: {folder / 'dlmkernels-demo.md'}")
     if json_file:
         from ..info import collect
 
@@ -209,6 +223,8 @@ def compare(model, tokenizer, count: int, cases: list[Case], seed: int) -> list[
     for title, name, difficulty in SETS:
         problems = TASKS[name].make(count, seed=seed, difficulty=difficulty)
         for i, case in enumerate(cases):
+            if not can_decode(problems, case):
+                continue
             progress = Progress(f"{title}: {case.name}", count)
             r = measure(model, tokenizer, title, problems, case, progress)
             progress.clear()
@@ -239,11 +255,32 @@ def measure(
 
 def decode(model, tokenizer, problems: list[Problem], seeds: Tensor, options: dict[str, Any]) -> dk.DecodingOutput:
     """Fill in a batch of canvases of one task: after the prompt where all that follows is blank, else between clues."""
-    if all(len(p.blanks) == len(p.answer) for p in problems):
+    if follows_prompt(problems):
         prompts = tokenizer([p.prompt for p in problems], return_tensors="pt")
         return dk.generate(model, prompts.input_ids, max_new_tokens=len(problems[0].answer), seed=seeds, **options)
     canvases = tokenizer([p.canvas for p in problems], return_tensors="pt")
     return dk.infill(model, canvases.input_ids, seed=seeds, **options)
+
+
+def follows_prompt(problems: list[Problem]) -> bool:
+    """Whether everything behind the prompt is blank."""
+    return all(len(p.blanks) == len(p.answer) for p in problems)
+
+
+def can_decode(problems: list[Problem], case: Case) -> bool:
+    """Whether a rule can decode such problems: pipelines of blocks decode only what comes after a prompt."""
+    config = case.options.get("config")
+    return follows_prompt(problems) or not (config and isinstance(config.rule, dk.Pipeline))
+
+
+def markdown(results: list[Result], notes: list[str]) -> str:
+    """The results as a table, a row for each rule and a column for each set of problems; notes as a list below."""
+    titles, rules = (list(dict.fromkeys(getattr(r, name) for r in results)) for name in ("set", "rule"))
+    cell = {(r.rule, r.set): f"{r.solved:.0%} · {r.forwards:.1f} · {r.tokens_per_second:.0f}" for r in results}
+    head = f"solved, of {results[0].problems} · forwards · tokens/s"
+    lines = [f"| {head} | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+    lines += [f"| `{rule}` | {' | '.join(cell.get((rule, title), '–') for title in titles)} |" for rule in rules]
+    return "\n".join([*lines, *([""] if notes else []), *(f"- {note}" for note in notes), ""])
 
 
 def plot(results: list[Result], path: Path) -> None:
@@ -270,10 +307,11 @@ def plot(results: list[Result], path: Path) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(alpha=0.3)
         for i, rule in enumerate(rules):
-            r = next(r for r in results if (r.set, r.rule) == (title, rule))
+            r = next((r for r in results if (r.set, r.rule) == (title, rule)), None)
+            at = ([r.forwards], [r.solved]) if r else ([], [])
             # hollow, each of another size and shape: where points coincide, all of them can be seen
             style = {"color": f"C{(i + i // 10) % 10}", "mfc": "none", "ms": max(13 - i * 0.7, 6), "mew": 1.8}
-            axes.plot(r.forwards, r.solved, MARKERS[i % len(MARKERS)], label=rule, ls="none", clip_on=False, zorder=3,
+            axes.plot(*at, MARKERS[i % len(MARKERS)], label=rule, ls="none", clip_on=False, zorder=3,
                       **style)  # fmt: skip
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=120)
