@@ -165,9 +165,42 @@ def test_pictures(trace, tmp_path, cases):
         for title, *_ in run.SETS
         for i, case in enumerate(cases)
     ]
-    run.plot(results, tmp_path / "results.png")
+    (run.plot_grid if cases is run.PUBLISHED else run.plot)(results, tmp_path / "results.png")
     for name in ("board", "trace", "results"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
+
+
+def test_table():
+    first = run.Result("A", "quick", 32, 0.5, 4.25, 2.0, 1234.4)
+    results = [
+        first,
+        run.Result("A", "slow", 32, 1.0, 17.0, 1.0, 99.6),
+        run.Result("B", "slow", 32, 0.0, 1.0, 1.0, 2.0),
+    ]
+    assert run.markdown(results, ["`other`: no"]).splitlines() == [
+        "| solved, of 32 · forwards · tokens/s | A | B |",
+        "|---|---|---|",
+        "| `quick` | 50% · 4.2 · 1234 | – |",
+        "| `slow` | 100% · 17.0 · 100 | 0% · 1.0 · 2 |",
+        "",
+        "- `other`: no",
+    ]
+
+
+def test_every_preset_is_run_or_listed():
+    assert {case.name for case in run.PUBLISHED} | run.NOT_RUN.keys() == dk.PRESETS.keys()
+    assert {"duo", "sedd", "i-dlm"} <= run.NOT_RUN.keys() and all(run.NOT_RUN.values())
+
+
+@pytest.mark.parametrize("name", ["d2f", "d3llm"])
+def test_pipelines_do_not_infill(shipped, name):
+    """What the comparison leaves out is what is refused."""
+    case = next(case for case in run.PUBLISHED if case.name == name)
+    boards, sums = (TASKS[task].make(1) for task in ("sudoku", "addition"))
+    assert run.can_decode(sums, case) and not run.can_decode(boards, case) and run.can_decode(boards, run.CASES[0])
+    with pytest.raises(ValueError, match="decodes what comes after a prompt"):
+        run.decode(*shipped, boards, torch.tensor([0]), case.options)
+    assert run.compare(*shipped, 1, [case], seed=1)[0].set == "16-digit addition"
 
 
 def test_a_missing_model_is_named(monkeypatch, tmp_path):

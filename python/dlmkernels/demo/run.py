@@ -141,7 +141,7 @@ def run(
     say(f"\n{count} held-out problems of each kind, {min(BATCH, count)} at a time\n")
     cases = list(PUBLISHED) if rules == "all" else [c for c in CASES if c.quick or not quick]
     results = compare(model, tokenizer, count, cases, seed)
-    plot(results, folder / "dlmkernels-demo.png")
+    (plot_grid if rules == "all" else plot)(results, folder / "dlmkernels-demo.png")
     notes = [f"`{name}`: {reason}" for name, reason in NOT_RUN.items()] if rules == "all" else []
     (folder / "dlmkernels-demo.md").write_text(markdown(results, notes))
     say(f"\npictures: {folder / 'dlmkernels-demo.png'}, {folder / 'dlmkernels-sudoku.png'}")
@@ -307,14 +307,39 @@ def plot(results: list[Result], path: Path) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(alpha=0.3)
         for i, rule in enumerate(rules):
-            r = next((r for r in results if (r.set, r.rule) == (title, rule)), None)
-            at = ([r.forwards], [r.solved]) if r else ([], [])
+            r = next(r for r in results if (r.set, r.rule) == (title, rule))
             # hollow, each of another size and shape: where points coincide, all of them can be seen
             style = {"color": f"C{(i + i // 10) % 10}", "mfc": "none", "ms": max(13 - i * 0.7, 6), "mew": 1.8}
-            axes.plot(*at, MARKERS[i % len(MARKERS)], label=rule, ls="none", clip_on=False, zorder=3,
+            axes.plot(r.forwards, r.solved, MARKERS[i % len(MARKERS)], label=rule, ls="none", clip_on=False, zorder=3,
                       **style)  # fmt: skip
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=120)
+
+
+def plot_grid(results: list[Result], path: Path) -> None:
+    """Save a PNG for many rules: a row each, coloured by the share of solved problems, with the forwards in it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    titles, rules = (list(dict.fromkeys(getattr(r, name) for r in results)) for name in ("set", "rule"))
+    cell = {(r.rule, r.set): r for r in results}
+    solved = [[cell[rule, t].solved if (rule, t) in cell else float("nan") for t in titles] for rule in rules]
+    figure = Figure(figsize=(7.6, 1.2 + 0.21 * len(rules)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    image = axes.imshow(solved, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", alpha=0.85)
+    for row, rule in enumerate(rules):
+        for column, title in enumerate(titles):
+            text = f"{cell[rule, title].forwards:.1f}" if (rule, title) in cell else "–"
+            axes.text(column, row, text, ha="center", va="center", fontsize=7.5)
+    axes.set_xticks(range(len(titles)), titles, fontsize=8)
+    axes.set_yticks(range(len(rules)), rules, fontsize=8)
+    axes.set_title("Colour: solved. Number: forwards a problem", fontsize=10)
+    axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, format=PercentFormatter(1), shrink=0.4)
+    figure.savefig(path, dpi=100)
 
 
 class Progress:
