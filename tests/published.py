@@ -266,13 +266,14 @@ def fast_dllm(
 
 def delayed(
     model: Callable, canvas: Tensor, start: int, mask: int, *, block_length: int, warmup: int = 2,
-    refresh: int | None = None, threshold: float | None = None,
+    refresh: int | None = None, threshold: float | None = None, shift: bool = False,
 ) -> Request:  # fmt: skip
     """dKV-Cache-Decode (Ma et al., arXiv:2505.15781, section 3): keys and values are kept one step after the token.
 
     One token a step, or with a threshold as in Fast-dLLM. A block's first two steps take the whole canvas, so does
     every `refresh`-th. The others take the positions that are masked anywhere in the canvas, and those that the step
-    before decided; what is kept of all the others is seen.
+    before decided; what is kept of all the others is seen. With `shift`, as its program for Dream ("un"): the rows
+    left of those positions, since they speak of them.
     """
     request = Request(canvas, mask)
     for begin, end in blocks_of(start, len(canvas), block_length):
@@ -283,10 +284,10 @@ def delayed(
                 rows = list(range(len(canvas)))
                 logits, kept = forward(model, request.tokens)
             else:
-                rows = before
+                rows = sorted({max(i - shift, 0) for i in before})
                 out, kept = model(request.tokens[None, rows], kept, columns=torch.tensor(rows))
                 logits = out[0]
-            proposals = propose(logits, [rows.index(i) for i in eligible], mask)
+            proposals = propose(logits, [rows.index(max(i - shift, 0)) for i in eligible], mask)
             proposals.positions = eligible
             c = proposals.probability
             take(request, proposals, c, 1 if threshold is None else threshold_count(request, c, threshold))

@@ -260,15 +260,31 @@ class TestCaches:
     @pytest.mark.parametrize("warmup,refresh", [(2, 4), (2, None), (1, None), (1, 3)])
     @pytest.mark.parametrize("threshold", [None, 0.5])
     @pytest.mark.parametrize("block_length", [8, 24])
-    def test_delayed(self, model, plain, warmup, refresh, threshold, block_length):
+    @pytest.mark.parametrize("shift", [False, True])
+    def test_delayed(self, model, plain, warmup, refresh, threshold, block_length, shift):
         assert_rows_same(
             model,
             lambda c, s: published.delayed(
-                plain, c, s, MASK, block_length=block_length, warmup=warmup, refresh=refresh, threshold=threshold
+                plain, c, s, MASK, block_length=block_length, warmup=warmup, refresh=refresh, threshold=threshold,
+                shift=shift,
             ),
             24, rule=dk.Quota() if threshold is None else dk.Threshold(threshold), block_length=block_length,
-            cache="delayed", warmup=warmup, refresh_interval=refresh,
+            cache="delayed", warmup=warmup, refresh_interval=refresh, logit_alignment="shift" if shift else "same",
         )  # fmt: skip
+
+    @pytest.mark.parametrize("cache", ["none", "delayed", "dual"])
+    def test_first_position_with_shifted_logits(self, model, cache):
+        """It is read from its own row, in a request that is padded as in one alone."""
+        options = {"rule": dk.Quota(), "logit_alignment": "shift", "cache": cache, "eos_policy": "none"}
+        canvas = prompts(1, 9)[0]
+        canvas[:2] = canvas[5:7] = MASK
+        alone = dk.infill(model, canvas, **options)
+        padded = torch.cat((canvas.new_full((4,), PAD), canvas))
+        both = torch.stack((prompts(1, 13, seed=3)[0].index_fill(0, torch.arange(6, 9), MASK), padded))
+        valid = torch.stack((torch.ones(13), torch.arange(13) >= 4))
+        out = dk.infill(model, both, valid, **options)
+        assert torch.equal(out.sequences[1, 4:], alone.sequences[0])
+        assert torch.equal(out.commit_step[1, 4:], alone.commit_step[0])
 
     def test_delayed_under_guidance(self, model):
         """Both halves of the batch keep what they have read: with nothing kept for long, the result is the exact one."""
@@ -284,6 +300,11 @@ class TestCaches:
             model, lambda c, s: published.delayed(plain, c, s, MASK, block_length=32, refresh=4), 40,
             config=dk.preset("dkv-cache"),
         )  # fmt: skip
+        plainly = {"rule": dk.Quota(), "score": "probability", "temperature": 0.0, "top_p": 1.0}
+        assert_rows_same(
+            model, lambda c, s: published.delayed(plain, c, s, MASK, block_length=24, warmup=1, refresh=4, shift=True),
+            24, seed=1, config=dk.preset("dkv-cache-dream", **plainly),
+        )  # fmt: skip
         assert_rows_same(
             model,
             lambda c, s: published.fast_dllm(
@@ -298,7 +319,6 @@ class TestCaches:
         ({"warmup": 0}, "warmup must be an integer of at least 1; got 0"),
         ({"refresh_interval": 0}, "refresh_interval must be an integer of at least 1; got 0"),
         ({"cache": "delayed", "rule": dk.TokenEditing()}, "cache='delayed' needs a rule that takes nothing back"),
-        ({"cache": "delayed", "logit_alignment": "shift"}, "logit_alignment='same'; got Quota and 'shift'"),
     ])  # fmt: skip
     def test_refused(self, model, options, match):
         with pytest.raises(ValueError, match=match):

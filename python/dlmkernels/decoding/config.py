@@ -58,7 +58,8 @@ class DecodingConfig:
         KV reuse. none: every forward takes the whole canvas (exact). prefix: keys and values left of the block are
         kept from the block's first forward. dual: also those right of it; a forward then takes the block alone
         (Fast-dLLM, arXiv:2505.22618). delayed: those of a token are kept from the forward after it was decided; a
-        forward takes what is open and what the last step decided (dKV-Cache, arXiv:2505.15781). All three are
+        forward takes what is open and what the last step decided (dKV-Cache, arXiv:2505.15781; with shifted logits, the
+        rows that speak of it). All three are
         approximations, for models with full attention; with the rule `EntropyPipeline`, prefix is d3LLM's. block: for
         the other kinds of attention, under which a finished block never changes again: its keys and values are
         appended once and a forward takes the open block alone (exact).

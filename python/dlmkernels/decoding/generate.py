@@ -221,11 +221,8 @@ def _of_the_family(model: DiffusionModel, config: DecodingConfig) -> DecodingCon
             f"decided; got '{attention}' and '{config.cache}'"
         )
     alignment = config.logit_alignment or family.logit_alignment
-    if config.cache == "delayed" and (config.rule.slots != "open" or alignment != "same"):
-        raise ValueError(
-            "cache='delayed' needs a rule that takes nothing back and logit_alignment='same'; got "
-            f"{type(config.rule).__name__} and {alignment!r}"
-        )
+    if config.cache == "delayed" and config.rule.slots != "open":
+        raise ValueError(f"cache='delayed' needs a rule that takes nothing back; got {type(config.rule).__name__}")
     if config.rule.shadow and (
         attention != "full" or config.cache != "none" or alignment != "same" or not model.reuses_kv
     ):

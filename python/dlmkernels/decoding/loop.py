@@ -282,8 +282,7 @@ class CanvasForward:
                 return self._in_part(pending, at_most, window)
         first, last = self._columns(block, whole)
         hidden = self._forward_columns(block, first, last)
-        # Position 0 has no row before it and keeps its own.
-        return self._pick(hidden, window.positions - (first + self.shift))
+        return self._pick(hidden, self._row_of(window) - first)
 
     def lacks_context(self, block: Block) -> bool:
         """Whether something left of the block has not been forwarded since it was decided."""
@@ -347,12 +346,21 @@ class CanvasForward:
         return self._pick(self.model.hidden(tokens, positions, seen, self._embeds(tokens, everywhere)), row)
 
     def _in_part(self, pending: Tensor, at_most: int, window: TokenWindow) -> Tensor:
-        """A forward of the `pending` positions bool `[B, T]` alone, of which no request has more than `at_most`."""
-        slots = self.slots[: len(pending)]
+        """A forward for the `pending` positions bool `[B, T]` alone, of which no request has more than `at_most`."""
+        slots, origin = self.slots[: len(pending)], self.canvas.origin[:, None]
+        if self.shift:
+            before = torch.nn.functional.pad(pending[:, 1:], (0, 1))
+            pending = (before & (slots >= origin)) | (pending & (slots == origin))
         columns = torch.where(pending, slots, slots.shape[1]).sort(1).values[:, :at_most]
         hidden = self.at(self._twice(columns), self.ends)
         place = pending.cumsum(1) - 1
-        return self._pick(hidden, place.gather(1, window.positions.clamp(min=0).long()))
+        return self._pick(hidden, place.gather(1, self._row_of(window).clamp(min=0).long()))
+
+    def _row_of(self, window: TokenWindow) -> Tensor:
+        """Column of the row that speaks of each slot. A request's first position has no row before it: its own does."""
+        if not self.shift:
+            return window.positions
+        return torch.maximum(window.positions - 1, self.canvas.origin[:, None])
 
     def _forward_rows(self, block: Block, start: Tensor, length: int, decided: bool = False) -> Tensor:
         """Hidden states of `length` columns of each row from `start` on, as far as they are to be forwarded."""

@@ -80,6 +80,8 @@ PRESETS: dict[str, DecodingConfig] = {
     "dinfer-vicinity": DINFER.replace(cache="dual", vicinity=(16, 16)),
     # dKV-Cache, arXiv:2505.15781, its variant "decode"
     "dkv-cache": LLADA.replace(cache="delayed", warmup=2, refresh_interval=4, block_length=32),
+    # and for Dream, whose program counts its forwards from the first
+    "dkv-cache-dream": DREAM.replace(cache="delayed", refresh_interval=4),
     # KLASS, arXiv:2511.05664
     "klass": DecodingConfig(rule=StableThreshold(0.9, 0.01, 2), block_length=64, eos_policy="none"),
     # Prophet, arXiv:2508.19982
