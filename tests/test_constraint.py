@@ -101,6 +101,15 @@ class Balanced(dk.Constraint):
         return accepted
 
 
+class NoRepeats(dk.Constraint):
+    """No token beside an equal one."""
+
+    def accepts(self, tokens, proposed):
+        after = torch.where(proposed >= 0, proposed, tokens)
+        same = after[:, 1:] == after[:, :-1]
+        return ~(torch.nn.functional.pad(same, (1, 0)) | torch.nn.functional.pad(same, (0, 1)))
+
+
 class Automaton:
     """Runs of digits and letters in turn, by token id modulo 2, none longer than `longest`: a finite automaton."""
 
@@ -344,6 +353,15 @@ class TestChecker:
         assert out.complete.all() and not (out.generated == MASK).any()
         assert all(Balanced.can_close(text) for text in out.generated.tolist())
         assert not all(Balanced.can_close(text) for text in free.generated.tolist())
+
+    @pytest.mark.parametrize("rule", [dk.Quota(), dk.Threshold(0.1), dk.RunEditing(0.1), dk.PathPlanning()], ids=str)
+    def test_neighbours(self, rule):
+        """A model that repeats itself, and tokens of which two are refused for each other's sake."""
+        model = build(seed=3, sharpness=2.0)
+        free = dk.generate(model, prompts(3, 7), steps=4, **SHORT | {"block_length": 12})
+        assert (free.generated[:, 1:] == free.generated[:, :-1]).any()
+        out = dk.generate(model, prompts(3, 7), constraint=NoRepeats(), **options_for(rule))
+        assert out.complete.all() and not (out.sequences[:, 7:] == out.sequences[:, 6:-1]).any()
 
     @pytest.mark.parametrize("rule", MASKED_RULES, ids=str)
     def test_one_that_accepts_everything_changes_nothing(self, model, rule):

@@ -36,9 +36,8 @@ class Constraint:
     >>> class NoRepeats(Constraint):
     ...     def accepts(self, tokens, proposed):
     ...         after = torch.where(proposed >= 0, proposed, tokens)
-    ...         is_repeat = torch.zeros_like(after, dtype=torch.bool)
-    ...         is_repeat[:, 1:] = after[:, 1:] == after[:, :-1]
-    ...         return ~is_repeat
+    ...         same = after[:, 1:] == after[:, :-1]
+    ...         return ~(torch.nn.functional.pad(same, (1, 0)) | torch.nn.functional.pad(same, (0, 1)))
     """
 
     #: how often a step decides at most; what is refused the last time stays open, and nothing else is lost

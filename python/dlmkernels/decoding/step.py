@@ -53,7 +53,8 @@ class Step:
     allowed : Tensor, optional
         Bitmasks of the tokens that may be proposed: int32 `[B, W, ceil(V / 32)]`, or `[ceil(V / 32)]` for all slots.
     memory : dict
-        What the rule keeps from step to step; empty when a block is entered. See `keep` and `recall`.
+        What the rule keeps from step to step; empty when a block is entered. See `keep` and `recall`. Its tensors are
+        replaced, never written: with a constraint a rule may be asked about one step several times.
     """
 
     stats: ops.TokenConfidence
