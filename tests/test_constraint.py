@@ -3,6 +3,7 @@
 
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ import numerics
 import published
 import restated_rules as restated
 from dlmkernels.decoding.constraint import pack, unpack
+from dlmkernels.demo import run as demo
+from dlmkernels.demo.tasks import MASK_ID, TASKS
 from joint_model import Joint
 from plain_llama import PlainLlama
 from small_models import EOS, MASK, VOCAB, build, prompts
@@ -429,8 +432,8 @@ class TestChecker:
             out = dk.generate(model, ids, rule=dk.Threshold(0.3), constraint=constraint, **SHORT)
         assert torch.equal(out.sequences[0], free.sequences[0]) and (out.generated[1] == MASK).all()
         assert out.num_forwards[0] == free.num_forwards[0]
-        forwards = int(out.num_forwards[1])  # of each block, the rule's six and one that did not help
-        assert forwards == 14 and constraint.calls == 5 * forwards
+        # of each block one forward, and one for its best position
+        assert out.num_forwards[1] == 4 and constraint.calls <= 5 * 4 + int(out.num_forwards[0])
 
     @pytest.mark.filterwarnings("ignore:masks are left:RuntimeWarning")
     @pytest.mark.parametrize("attempts", [1, 2])
@@ -515,6 +518,49 @@ class TestChecker:
                 expected[a, b] += 0.5 * table.sum(0)[b] * first[a] / first.sum()
         counts = joint.number(out.generated).bincount(minlength=vocab**2)
         numerics.assert_distribution("constrained pairs", counts, expected.flatten())
+
+
+class Sudoku(dk.Constraint):
+    """Digits 1 to 9, no two alike in a row, a column or a box; of two proposals that clash the first stands."""
+
+    def __init__(self, tokenizer, vocab):
+        digits = torch.zeros(vocab, dtype=torch.bool)
+        digits[tokenizer("123456789").input_ids] = True
+        self.digits = pack(digits)
+        r, c = torch.arange(81) // 9, torch.arange(81) % 9
+        parts = (r, c, 3 * (r // 3) + c // 3)
+        self.sees = sum((part[:, None] == part).int() for part in parts) > 0
+        self.sees &= ~torch.eye(81, dtype=torch.bool)
+
+    def allowed(self, tokens, positions):
+        return self.digits
+
+    def accepts(self, tokens, proposed):
+        after = torch.where(proposed >= 0, proposed, tokens)[:, 1:]
+        alike = (after[:, :, None] == after[:, None, :]) & self.sees & (after != MASK_ID)[..., None]
+        is_given, is_before = proposed[:, 1:] < 0, torch.ones(81, 81, dtype=torch.bool).tril(-1)
+        clashes = (alike & (is_given[:, None, :] | is_before)).any(2)
+        return torch.nn.functional.pad(~clashes, (1, 0), value=True)
+
+
+def test_sudoku_by_its_rules():
+    """A trained model in few forwards: what is completed under the rules is solved, and more of it than without."""
+    shipped, tokenizer = demo.load()
+    problems = TASKS["sudoku"].make(12, seed=1, difficulty=32)
+    ids = torch.stack([torch.from_numpy(p.ids) for p in problems])
+
+    def solved(**options):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # dead ends
+            out = dk.infill(shipped, ids, steps=8, **options)
+        texts = tokenizer.batch_decode(out.sequences)
+        return out, [TASKS["sudoku"].check(p, text) for p, text in zip(problems, texts)]
+
+    _, freely = solved()
+    out, by_rule = solved(constraint=Sudoku(tokenizer, shipped.config.vocab_size))
+    assert out.complete.tolist() == by_rule
+    assert sum(by_rule) > sum(freely)
+    assert (out.num_forwards <= 20).all()  # dead ends are noticed
 
 
 class TestGiven:

@@ -27,7 +27,7 @@ class Constraint:
     what it refuses is taken out of the distribution of its position, and the rule decides anew from the logits that are
     there, without a forward, until everything is accepted (as in constrained decoding of diffusion models with
     grammars, Mündler et al., arXiv:2508.10111). A position that has no candidate left stays open for the next forward,
-    which sees another canvas. What stays open although the rule has spent its steps gets forwards of its own, one
+    which sees another canvas. Where the rule has nothing to say any more, what is open gets forwards of its own, one
     position in each, until all is decided or nothing more is accepted.
 
     Canvases are int64 `[B, T]` and hold the mask token where nothing is decided. Answers begin in the same column in
@@ -109,8 +109,14 @@ class Constrained:
 
     def begin_block(self) -> None:
         """Forget what was kept open in the block before."""
-        #: requests in which a position of the block has been, bool `[B]`
+        #: requests in which a position of the block has been kept open; and those that no step can change, bool `[B]`
         self.is_behind = torch.zeros_like(self.canvas.origin, dtype=torch.bool)
+        self.is_stuck = self.is_behind
+
+    def without_stuck(self, window: TokenWindow, among: Tensor | None) -> TokenWindow:
+        """The window without requests that are stuck, or not `among` bool `[B]`."""
+        goes_on = ~self.is_stuck if among is None else among & ~self.is_stuck
+        return replace(window, positions=torch.where(goes_on[:, None], window.positions, -1))
 
     def allowed(self, window: TokenWindow, vocab: int) -> Tensor | None:
         """Bitmask int32 `[ceil(vocab / 32)]` for all of the window's slots, or `[B, W, ceil(vocab / 32)]`."""
@@ -139,7 +145,7 @@ class Constrained:
         if not self.may_leave_open:
             return step, act(step)
         assert self.constraint is not None
-        memory = dict(step.memory)
+        memory, was_behind = dict(step.memory), self.is_behind
         for left in reversed(range(self.constraint.attempts)):
             step.memory.clear()
             step.memory.update(memory)  # a rule has decided once, however often it was asked
@@ -160,6 +166,11 @@ class Constrained:
             else:
                 action, written = _less(action, refused), written & ~refused
                 self.is_behind = self.is_behind | refused.any(1)
+        if act is one_each:
+            was_behind = torch.ones_like(was_behind)
+        if act is one_each or not self.rule.draws:
+            # the best that there is was tried, and this canvas would only be tried again
+            self.is_stuck = self.is_stuck | (was_behind & ~(written | _mask(action.remask, step)).any(1))
         self.is_behind = self.is_behind | (step.eligible & ~written & (step.token < 0)).any(1)
         return step, action
 

@@ -81,7 +81,6 @@ def decode(
             counts.submit(_open_counts(canvas, block))
             working = open_now > 0
             memory: dict[str, Tensor] = {}
-            helped = working
             # What a constraint has kept open when the rule has done its steps gets more, as long as they help.
             for index in range(block.max_steps + constrained.may_leave_open * block.length):
                 is_extra = index >= block.max_steps
@@ -93,11 +92,10 @@ def decode(
                 else:
                     columns = whole if rule.slots == "canvas" else (block.start, block.length)
                     window = canvas.free_window(*columns, working)
-                if is_extra:
-                    helped = helped & (open_now > 0)
-                    if not helped.any():
+                if constrained.may_leave_open:
+                    window = constrained.without_stuck(window, open_now > 0 if is_extra else None)
+                    if (is_extra or constrained.checks) and not (window.positions >= 0).any():
                         break
-                    window = TokenWindow(torch.where(helped[:, None], window.positions, -1), window.origin)
                 logits = model.logits(forward(block, index, window, open_at_most))
                 step = options.step(
                     logits, window, block.start, block.length, index, block.num_steps, open_at_start, open_now,
@@ -126,8 +124,6 @@ def decode(
                     counts.submit(torch.stack((working.sum(), info[:, 1].amax())))
                 if hasattr(streamer, "put_draft"):
                     streamer.put_draft(canvas.tokens[0, start:end].cpu())
-                if is_extra:
-                    helped = info[:, 2] > 0
             behind += block.num_steps
             if config.eos_policy != "none" and not fills_at_once:
                 canvas.fill_after_eos(special.eos, special.pad)
