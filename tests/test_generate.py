@@ -10,6 +10,7 @@ import numerics
 import small_models
 from dlmkernels.decoding.poll import OpenCount
 from small_models import EOS, MASK, PAD, build, prompts
+from test_constraint import NoRepeats
 
 
 @pytest.fixture(scope="module")
@@ -406,6 +407,8 @@ class LateCount(OpenCount):
     {"rule": dk.TokenEditing(0.3, 0.2), "eos_policy": "fill"}, {"rule": dk.RunEditing(0.3, 0.4, soft=False)},
     {"rule": dk.Backtracking(2)}, {"rule": dk.WideInNarrowOut(0.2, 0.5)}, {"rule": dk.EarlyAnswer((0.5, 0.4, 0.3))},
     {"rule": dk.AncestralRemask(eta=0.3), "steps": 16}, {"rule": dk.RenoisedEntropyBound(steps=4), "seed": 1},
+    {"rule": dk.Threshold(0.3), "constraint": NoRepeats()}, {"rule": dk.Backtracking(2), "constraint": NoRepeats()},
+    {"rule": dk.Threshold(0.5), "cache": "delayed", "logit_alignment": "shift"},
     {"rule": dk.Reordered(4), "attention": "reordered", "cache": "block"},
     {"rule": dk.Strided(3), "attention": "causal", "logit_alignment": "shift", "cache": "block"},
     {"rule": dk.Pipeline(0.5), "attention": "block", "logit_alignment": "shift", "cache": "block"},
