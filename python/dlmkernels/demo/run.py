@@ -328,18 +328,19 @@ def plot_grid(results: list[Result], path: Path) -> None:
     figure = Figure(figsize=(7.6, 1.2 + 0.21 * len(rules)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    image = axes.imshow(solved, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", alpha=0.85)
+    image = axes.imshow(solved, cmap="YlGn", vmin=0, vmax=1, aspect="auto")
     for row, rule in enumerate(rules):
         for column, title in enumerate(titles):
-            text = f"{cell[rule, title].forwards:.1f}" if (rule, title) in cell else "–"
-            axes.text(column, row, text, ha="center", va="center", fontsize=7.5)
+            r = cell.get((rule, title))
+            text, dark = (f"{r.forwards:.1f}", r.solved > 0.6) if r else ("–", False)
+            axes.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
     axes.set_xticks(range(len(titles)), titles, fontsize=8)
     axes.set_yticks(range(len(rules)), rules, fontsize=8)
     axes.set_title("Colour: solved. Number: forwards a problem", fontsize=10)
     axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
     axes.spines[:].set_visible(False)
     figure.colorbar(image, format=PercentFormatter(1), shrink=0.4)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=90)
 
 
 class Progress:
