@@ -58,11 +58,13 @@ def test_constraint_of_your_own():
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "CONTRIBUTING.md", "docs/decoding.md", "docs/families.md", "csrc/README.md"]
+    "name",
+    ["README.md", "CONTRIBUTING.md", "docs/decoding.md", "docs/families.md", "docs/rules.md", "csrc/README.md"],
 )
 def test_links_lead_somewhere(name):
     folder = (ROOT / name).parent
-    for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / name).read_text()):
+    text = (ROOT / name).read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text) + re.findall(r'<img src="([^":]+)"', text):
         assert (folder / target).exists(), f"{name} links to {target}"
 
 
@@ -74,6 +76,7 @@ def test_quoted_files_exist():
             assert (ROOT / path).exists(), f"{name} speaks of {path}"
 
 
-def test_every_preset_is_explained():
-    text = (ROOT / "docs/decoding.md").read_text()
+@pytest.mark.parametrize("name", ["docs/decoding.md", "docs/rules.md"])
+def test_every_preset_is_explained(name):
+    text = (ROOT / name).read_text()
     assert [name for name in dk.PRESETS if f"`{name}`" not in text] == []
