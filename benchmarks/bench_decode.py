@@ -6,8 +6,10 @@ whatever the random weights say.
 """
 
 import functools
+import time
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 import torch.nn.functional as F
 import transformers
@@ -15,7 +17,11 @@ import transformers
 import dlmkernels as dk
 
 # vocabulary, width, inner width, layers, heads
-SIZES = {"small": (32000, 256, 688, 4, 8), "LLaDA's proportions": (126464, 512, 1536, 8, 8)}
+SIZES = {
+    "small": (32000, 256, 688, 4, 8),
+    "LLaDA's proportions": (126464, 512, 1536, 8, 8),
+    "vocabulary 4096": (4096, 128, 256, 2, 2),
+}
 
 
 @dataclass(frozen=True)
@@ -118,18 +124,19 @@ def plain_decode(model, ids, case):
         model.config._attn_implementation = attention
 
 
+def ours(model, ids, case):
+    return dk.generate(
+        model, ids, max_new_tokens=case.new, block_length=case.block, steps=case.steps, cache=case.cache,
+        mask_token_id=case.mask, eos_policy="none",
+    )  # fmt: skip
+
+
 def test_decode(benchmark, harness, case):
     ids = torch.randint(4, case.mask, (case.batch, case.prompt))
 
-    def ours(model):
-        return dk.generate(
-            model, ids, max_new_tokens=case.new, block_length=case.block, steps=case.steps, cache=case.cache,
-            mask_token_id=case.mask, eos_policy="none",
-        )  # fmt: skip
-
     # Compared in float32: in bfloat16 near ties are many, and after the first that falls otherwise all tokens differ.
     model = build(case.size, torch.float32)
-    out = ours(model)
+    out = ours(model, ids, case)
     assert int(out.num_forwards[0]) == case.steps
     same = (out.sequences == plain_decode(model, ids, case))[:, case.prompt :].float().mean().item()
     assert same > 0.9
@@ -138,5 +145,34 @@ def test_decode(benchmark, harness, case):
     if case.cache != "none":
         llada = replace(case, cache="none", softmax=case.dtype)
         baselines["plain loop without a cache (LLaDA)"] = lambda: plain_decode(model, ids, llada)
-    harness.compare(benchmark, f"generate: {case}", lambda: ours(model), baselines,
+    harness.compare(benchmark, f"generate: {case}", lambda: ours(model, ids, case), baselines,
                     work=case.batch * case.new, unit="tokens/s")  # fmt: skip
+
+
+def test_step_overhead(benchmark, harness):
+    """What a step takes beyond the model's forward and its head: Python, torch and the ops."""
+    if harness.floors is not None:
+        pytest.skip("a GPU's forwards go on while Python does")
+    case = Case("dual", new=128, steps=128, size="vocabulary 4096")
+    model = build(case.size, case.dtype)
+    in_model = 0.0
+
+    def standing_still(forward):
+        def run(*args, **kwargs):
+            nonlocal in_model
+            start = time.perf_counter()
+            result = forward(*args, **kwargs)
+            in_model += time.perf_counter() - start
+            return result
+
+        return run
+
+    ids = torch.randint(4, case.mask, (case.batch, case.prompt))
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (model.model, model.lm_head):
+            patch.setattr(module, "forward", standing_still(module.forward))
+        harness.compare(
+            benchmark, f"outside the model: {case}", lambda: ours(model, ids, case),
+            {"plain loop (Fast-dLLM)": lambda: plain_decode(model, ids, case)},
+            work=case.steps, unit="forwards/s", clock=lambda: time.perf_counter() - in_model,
+        )  # fmt: skip
