@@ -94,7 +94,7 @@ def decode(
                     window = canvas.free_window(*columns, working)
                 if constrained.may_leave_open:
                     window = constrained.without_stuck(window, open_now > 0 if is_extra else None)
-                    if (is_extra or constrained.checks) and not (window.positions >= 0).any():
+                    if (is_extra or constrained.checks) and not window.used.any():
                         break
                 logits = model.logits(forward(block, index, window, open_at_most))
                 step = options.step(
@@ -456,7 +456,8 @@ class CanvasForward:
     def _pick(self, hidden: Tensor, row: Tensor) -> Tensor:
         """Rows `row` `[B, W]` of `hidden` `[B or 2B, Q, hidden]`, one below another."""
         row = self._twice(row.clamp(min=0))
-        row = row + torch.arange(len(row), device=row.device)[:, None] * hidden.shape[1]
+        if len(row) > 1:
+            row = row + torch.arange(len(row), device=row.device)[:, None] * hidden.shape[1]
         return hidden.flatten(0, 1).index_select(0, row.flatten())
 
     def _twice(self, x: Tensor) -> Tensor:
@@ -501,7 +502,7 @@ class Proposer:
         rows = window.positions.numel()
         uncond = logits[rows:] if self.config.cfg_scale > 0 else None
         numbers = torch.arange(rows, dtype=torch.int32, device=logits.device)
-        is_used = window.positions.flatten() >= 0
+        is_used = window.used.flatten()
         options = self.options | {"bias": bias}
         if allowed is not None:
             options["bitmask"] = allowed if allowed.dim() == 1 else allowed.flatten(0, 1)
@@ -554,7 +555,7 @@ class StepOptions:
         open_at_start: Tensor, open_now: Tensor, progress: float, memory: dict[str, Tensor],
     ) -> Step:  # fmt: skip
         """The step that these logits `[N or 2N, V]` make in the block of `length` columns from `start` `[B]` on."""
-        eligible = window.positions >= 0
+        eligible = window.used
         if self.rule.slots != "open":
             index_in_block = window.positions - start[:, None]
             is_open = self.canvas.is_open.gather(1, window.positions.clamp(min=0).long())
