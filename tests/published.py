@@ -362,6 +362,22 @@ def dream(
     return requests
 
 
+def rnd1(model: Callable, canvas: Tensor, start: int, mask: int, *, steps: int) -> Request:
+    """RND1's decoder (its program `diffusion_sample`): after i of S steps, floor(n (S - i) / S) of the n masks are left.
+
+    They are those with the largest entropies. Logits of position i stand in row i - 1. The program computes the share
+    in float32.
+    """
+    request = Request(canvas, mask)
+    total = len(request.open(start, len(canvas)))
+    for step in range(steps):
+        eligible = request.open(start, len(canvas))
+        proposals = propose(shifted(forward(model, request.tokens)[0]), eligible, mask)
+        count = len(eligible) - total * (steps - step - 1) // steps
+        take(request, proposals, [-h for h in proposals.entropy], count)
+    return request
+
+
 # --- EB-Sampler ------------------------------------------------------------------------------------------------------
 
 

@@ -100,6 +100,78 @@ class TestFull:
             assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("steps", [16, 8, 5, 3, 1])
+def test_rnd1s_own_decoder(steps, loaded):
+    """The default of its family; steps that do not divide the tokens, too."""
+    checkpoint, model = loaded("rnd1", checkpoints.rnd1)
+    restated = lambda c, s: published.rnd1(checkpoint.plain, c, s, MASK, steps=steps)  # noqa: E731
+    assert_rows_same(model, restated, 16, temperature=0.0, steps=steps, seed=2)
+    out = dk.generate(model, prompts(2, 5), max_new_tokens=16, steps=steps, seed=1)
+    assert out.complete.all() and (out.num_forwards == steps).all()
+
+
+class TestDiffuLLaMA:
+    """Its sampler: with t steps left each mask is revealed with probability 1 / t, tokens of the filtered distribution."""
+
+    ROWS, STEPS, LENGTH = 3000, 5, 8
+
+    @pytest.fixture(scope="class")
+    def drawn(self, loaded):
+        checkpoint, model = loaded("diffullama", checkpoints.diffullama)
+        ids = prompts(1, 6)
+        out = dk.generate(
+            model, ids.expand(self.ROWS, -1), max_new_tokens=self.LENGTH, steps=self.STEPS, seed=torch.arange(self.ROWS)
+        )
+        return checkpoint, ids, out
+
+    def test_when(self, drawn):
+        """So that every step is as likely as any other, whatever the position."""
+        *_, out = drawn
+        for step in out.commit_step[:, 6:].T:
+            numerics.assert_distribution("step", step.bincount(minlength=self.STEPS), [1 / self.STEPS] * self.STEPS)
+        together = out.commit_step[:, 6] * self.STEPS + out.commit_step[:, 7]
+        numerics.assert_distribution("pair", together.bincount(minlength=self.STEPS**2), [self.STEPS**-2] * self.STEPS**2)
+
+    def test_what(self, drawn):
+        """The first position in the first step: temperature 0.9, then the least set of more than 0.9."""
+        checkpoint, ids, out = drawn
+        canvas = torch.cat((ids, torch.full((1, self.LENGTH), MASK)), 1)
+        z = checkpoint.double(canvas)[0, 5].index_fill(0, torch.tensor([MASK]), -torch.inf) / 0.9
+        p = torch.softmax(z, -1)
+        above = torch.where(p > p[:, None], p, 0.0).sum(1)
+        p = torch.where(above > 0.9, 0.0, p)
+        first = out.sequences[out.commit_step[:, 6] == 0, 6]
+        assert (p > 0).sum() > 3
+        numerics.assert_distribution("token", first.bincount(minlength=VOCAB), (p / p.sum()).tolist())
+
+
+#: Models distilled by d3LLM have their teachers' architecture.
+DISTILLED = {"d3llm-llada": checkpoints.llada, "d3llm-dream": checkpoints.dream}
+
+
+@pytest.mark.parametrize("name", DISTILLED)
+class TestD3LLM:
+    def load(self, name, folder):
+        checkpoint = DISTILLED[name]()
+        return checkpoint, dk.load(checkpoint.write(folder), family=name)
+
+    def test_default_decoding(self, name, tmp_path):
+        """Its pipeline, in blocks of 32."""
+        checkpoint, model = self.load(name, tmp_path)
+        told = {"block": 32, "threshold": 0.5, "add": 0.1, "decoded": 0.95, "shift": "dream" in name, "pad": PAD}
+        restated = lambda c, s: published.multi_block(checkpoint.plain, c[:s], 48, MASK, **told)  # noqa: E731
+        assert_rows_same(model, restated, 48, seed=1)
+
+    def test_saved_again(self, name, tmp_path):
+        _, model = self.load(name, tmp_path)
+        model.save_pretrained(tmp_path / "again")
+        again = dk.load(tmp_path / "again")
+        assert adapt(again).family == adapt(model).family and adapt(again).family.name == name
+        teacher = adapt(dk.load(tmp_path)).family
+        alike = ("logit_alignment", "attention", "mask_token_id", "eos_token_ids", "num_tokens", "vocab_size")
+        assert all(getattr(adapt(again).family, fact) == getattr(teacher, fact) for fact in alike)
+
+
 # --- blocks after a finished context ---------------------------------------------------------------------------------
 
 BLOCKS = {

@@ -58,6 +58,14 @@ PRESETS: dict[str, DecodingConfig] = {
     "dream-maskgit-plus": DREAM.replace(score="probability"),
     "dream-topk-margin": DREAM.replace(score="margin"),
     "dream-origin": DREAM.replace(rule=Ancestral(eps=1e-3, denoise=False)),
+    # RND1, github.com/RadicalNumerics/RND1: entropy order, as many tokens a forward as the other
+    "rnd1": DecodingConfig(
+        rule=Quota(spread=True), score="entropy", distribution="filtered", temperature=0.1, eos_policy="none"
+    ),
+    # DiffuLLaMA, arXiv:2410.17891: every position by chance; DiffuGPT has a temperature of 0.95
+    "diffullama": DecodingConfig(
+        rule=Ancestral(eps=0.0, denoise=False), temperature=0.9, top_p=0.9, distribution="filtered", eos_policy="none"
+    ),
     # Fast-dLLM, arXiv:2505.22618: confidence over a dual cache
     "fast-dllm": FAST_DLLM,
     "fast-dllm-factor": FAST_DLLM.replace(rule=Factor(1.0)),
