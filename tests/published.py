@@ -662,6 +662,39 @@ def introspective(model: Callable, prompt: Tensor, new_tokens: int, mask: int, *
     return request
 
 
+def self_speculative(model: Callable, prompt: Tensor, new_tokens: int, mask: int, *, block: int) -> Request:
+    """Linear self-speculation of Nemotron-Labs-Diffusion (arXiv:2607.05722, `linear_spec_generate`), greedy.
+
+    The prompt, read causally, predicts the first token. Then by turns: the last token and `block` - 1 masks, which see
+    what is decided and each other, draft; and the same with the drafts, read causally, says what follows each of them.
+    Its tokens are taken as long as the drafts agree with them, and one more. What is decided is always read causally.
+
+    The program drafts whole blocks, beyond the tokens asked for too; here a block ends where they do.
+    """
+    request = Request(torch.cat((prompt, prompt.new_full((new_tokens,), mask))), mask)
+    length = len(request.tokens)
+    first = propose(model(prompt[None], torch.ones(len(prompt), len(prompt)).tril().bool())[0], [len(prompt) - 1], mask)
+    first.positions = [len(prompt)]
+    request.commit(first, [0])
+    while open_now := request.open(0, length):
+        last = open_now[0] - 1
+        end = min(last + block, length)
+        visible = torch.ones(end, end).tril().bool()
+        visible[last:] = True
+        drafts = propose(model(request.tokens[None, :end], visible)[0], list(range(last, end)), mask)
+        request.note(*drafts.lead[1:])
+        request.num_forwards += 1
+        tokens = request.tokens[:end].clone()
+        tokens[last + 1 :] = torch.tensor(drafts.token[1:], dtype=torch.int64)
+        said = propose(model(tokens[None], visible.tril())[0], list(range(last, end)), mask)
+        said.positions = [i + 1 for i in said.positions]
+        count = 0
+        while last + count + 1 < end and tokens[last + count + 1] == said.token[count]:
+            count += 1
+        request.commit(said, [i for i in range(count + 1) if last + 1 + i < length])
+    return request
+
+
 def reordered(
     model: Callable, prompt: Tensor, new_tokens: int, mask: int, *, window: int, threshold: float, penalty: float
 ) -> Request:

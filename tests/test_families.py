@@ -130,7 +130,9 @@ class TestDiffuLLaMA:
         for step in out.commit_step[:, 6:].T:
             numerics.assert_distribution("step", step.bincount(minlength=self.STEPS), [1 / self.STEPS] * self.STEPS)
         together = out.commit_step[:, 6] * self.STEPS + out.commit_step[:, 7]
-        numerics.assert_distribution("pair", together.bincount(minlength=self.STEPS**2), [self.STEPS**-2] * self.STEPS**2)
+        numerics.assert_distribution(
+            "pair", together.bincount(minlength=self.STEPS**2), [self.STEPS**-2] * self.STEPS**2
+        )
 
     def test_what(self, drawn):
         """The first position in the first step: temperature 0.9, then the least set of more than 0.9."""
@@ -487,6 +489,116 @@ class TestStrided:
             dk.Strided(1)
         with pytest.raises(ValueError, match="leniency must be a positive number; got 0"):
             dk.Strided(leniency=0)
+
+
+class TestSelfSpeculative:
+    @pytest.fixture(scope="class")
+    def echo(self, tmp_path_factory):
+        """A checkpoint whose drafts are often accepted, and often not."""
+        checkpoint = checkpoints.nemotron(4)
+        for i in range(checkpoints.LAYERS):
+            for part in ("self_attn.o_proj", "mlp.down_proj"):
+                checkpoint.weights[f"encoder.layers.{i}.{part}.weight"] *= 0.4
+        # one token that mostly follows itself and some others, and is what masks look like
+        row = checkpoint.weights["encoder.embed_tokens.weight"]
+        row[1::2] += row[5] * 0.5
+        row[MASK] = row[5] * 0.8
+        checkpoint.weights["diffusion_head.weight"][5] = 0.6 * row[5]
+        return checkpoint, dk.load(checkpoint.write(tmp_path_factory.mktemp("speculative")))
+
+    @pytest.mark.parametrize("block", [2, 5, 8, 32])
+    @pytest.mark.parametrize("which", ["plain", "echo"])
+    def test_published_decoder(self, which, block, loaded, echo):
+        checkpoint, model = echo if which == "echo" else loaded("nemotron", checkpoints.nemotron)
+        assert_rows_same(
+            model, lambda c, s: published.self_speculative(checkpoint.plain, c[:s], 21, MASK, block=block), 21,
+            config=dk.preset("nemotron-speculative"), block_length=block, seed=1,
+        )  # fmt: skip
+
+    CAUSAL = {"config": dk.DecodingConfig(), "attention": "causal", "logit_alignment": "shift", "seeded": False,
+              "block_length": 1, "cache": "none"}  # fmt: skip
+
+    @pytest.mark.parametrize("which", ["plain", "echo"])
+    def test_greedy_is_one_after_another_in_fewer_forwards(self, which, loaded, echo):
+        _, model = echo if which == "echo" else loaded("nemotron", checkpoints.nemotron)
+        options = {"max_new_tokens": 40, "eos_policy": "none"}
+        ids = prompts(4, 7)
+        out = dk.generate(model, ids, config=dk.preset("nemotron-speculative"), **options)
+        slow = dk.generate(model, ids, **self.CAUSAL | options)
+        assert torch.equal(out.sequences, slow.sequences)
+        if which == "echo":
+            assert out.num_forwards.min() < 20 and len(set(out.num_forwards.tolist())) > 1
+
+    def test_sampling_is_that_of_one_after_another(self, echo):
+        """Four tokens after a prompt, drafts of some of them having been accepted or not."""
+        rows = 4000
+        _, model = echo
+        ids = prompts(1, 5).expand(rows, -1)
+        options = {"max_new_tokens": 5, "temperature": 1.5, "top_k": 3, "eos_policy": "none"}
+        out = dk.generate(model, ids, config=dk.preset("nemotron-speculative"), seed=torch.arange(rows), **options)
+        assert out.complete.all() and len(set(out.num_forwards.tolist())) > 2
+        checkpoint, _ = echo
+        states = {(): 1.0}
+        for _ in range(4):
+            after = {}
+            for text, weight in states.items():
+                tokens = torch.cat((ids[0], torch.tensor(text, dtype=torch.int64)))
+                z = checkpoint.plain(tokens[None], causal(len(tokens)))[0, -1].index_fill(0, torch.tensor(MASK), -1e30)
+                best = z.topk(3)
+                for p, token in zip(torch.softmax(best.values / 1.5, 0).tolist(), best.indices.tolist()):
+                    after[(*text, token)] = after.get((*text, token), 0.0) + weight * p
+            states = after
+        likely = [text for text, p in states.items() if p * rows > 10]
+        assert len(likely) > 20
+        number = {text: i for i, text in enumerate(likely)}
+        got = torch.tensor([number.get(tuple(text), len(likely)) for text in out.generated[:, :4].tolist()])
+        p = [states[text] for text in likely]
+        numerics.assert_distribution("text", got.bincount(minlength=len(likely) + 1), [*p, 1 - sum(p)])
+
+    def test_sampling_does_not_depend_on_the_batch(self, echo):
+        _, model = echo
+        rows = [prompts(1, n, seed=n)[0] for n in (3, 8, 6)]
+        ids = torch.stack([torch.cat((r.new_full((8 - len(r),), PAD), r)) for r in rows])
+        valid = torch.stack([torch.arange(8) >= 8 - len(r) for r in rows]).long()
+        options = {"config": dk.preset("nemotron-speculative"), "max_new_tokens": 16, "eos_policy": "none"}
+        options |= {"temperature": 1.0}
+        seeds = torch.tensor([1, 2, 3])
+        out = dk.generate(model, ids, valid, seed=seeds, **options)
+        assert out.complete.all() and not (out.sequences == MASK).any()
+        for i, row in enumerate(rows):
+            alone = dk.generate(model, row, seed=seeds[i : i + 1], **options)
+            assert torch.equal(out.generated[i], alone.generated[0]) and out.num_forwards[i] == alone.num_forwards[0]
+
+    def test_stop_token_and_streamer(self, echo):
+        _, model = echo
+        options = {"config": dk.preset("nemotron-speculative"), "max_new_tokens": 24, "pad_token_id": PAD}
+        whole = dk.generate(model, prompts(1, 6), eos_policy="none", **options)
+        eos = whole.generated[0, 9].item()
+        stop = whole.generated[0].tolist().index(eos) + 1
+        got = []
+        streamer = type(
+            "S", (), {"put": lambda self, t: got.extend(t.tolist()), "end": lambda self: got.append("end")}
+        )()
+        out = dk.generate(model, prompts(1, 6), eos_token_id=eos, streamer=streamer, **options)
+        assert torch.equal(out.generated[0, :stop], whole.generated[0, :stop])
+        assert (out.generated[0, stop:] == PAD).all() and out.num_forwards < whole.num_forwards
+        assert got == [*out.sequences[0].tolist(), "end"]
+
+    @pytest.mark.parametrize("options,match", [
+        ({"attention": "full", "cache": "none", "seeded": False}, "rule SelfSpeculative needs attention='causal-con"),
+        ({"cache": "none"}, "rule SelfSpeculative needs .*cache='block'.*got .*'none'"),
+        ({"seeded": False}, "rule SelfSpeculative needs .*seeded; got .*False"),
+        ({"logit_alignment": "shift"}, "rule SelfSpeculative needs logit_alignment='same'"),
+        ({"cfg_scale": 1.0}, "cfg_scale cannot be used"),
+        ({"block_length": 1}, "block_length must be at least 2 with rule SelfSpeculative; got 1"),
+    ], ids=str)  # fmt: skip
+    def test_refused(self, options, match, loaded):
+        _, model = loaded("nemotron", checkpoints.nemotron)
+        config = dk.preset("nemotron-speculative")
+        with pytest.raises(ValueError, match=match):
+            dk.generate(model, prompts(1, 4), config=config, max_new_tokens=4, **options)
+        with pytest.raises(ValueError, match="rule SelfSpeculative decodes what comes after a prompt"):
+            dk.infill(model, torch.tensor([[5, MASK]]), config=config)
 
 
 class TestReordered:

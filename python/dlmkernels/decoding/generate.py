@@ -17,7 +17,8 @@ from .pipelined import decode_pipelined
 from .presets import preset
 from .reordered import decode_reordered
 from .schedule import Grid
-from .streams import Pipeline, Reordered, Strided
+from .speculative import decode_speculative
+from .streams import Pipeline, Reordered, SelfSpeculative, Strided
 from .strided import decode_strided
 
 
@@ -98,6 +99,8 @@ def generate(
     loop = decode
     if isinstance(config.rule, Strided):
         loop = decode_strided
+    elif isinstance(config.rule, SelfSpeculative):
+        loop = decode_speculative
     elif isinstance(config.rule, Reordered):
         loop = decode_reordered
     elif isinstance(config.rule, Pipeline):
@@ -135,7 +138,7 @@ def infill(
     is_padding = torch.arange(length, device=tokens.device) < origin[:, None]
     canvas = Canvas.of(tokens, (tokens == special.mask) & ~is_padding, origin)
     _check_streamer(streamer, batch)
-    if isinstance(config.rule, (Strided, Reordered, Pipeline)):
+    if isinstance(config.rule, (Strided, SelfSpeculative, Reordered, Pipeline)):
         raise ValueError(f"rule {type(config.rule).__name__} decodes what comes after a prompt: use generate")
     grid = Grid.of(config, canvas.origin, 0, length, grows=False)
     return decode(model, canvas, config, special, grid, 0, length, streamer)

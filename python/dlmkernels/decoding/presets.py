@@ -31,7 +31,7 @@ from .rules import (
     WideInNarrowOut,
 )
 from .scores import DensityWeighted, PositionWeighted
-from .streams import EntropyPipeline, Pipeline, Reordered, Strided
+from .streams import EntropyPipeline, Pipeline, Reordered, SelfSpeculative, Strided
 
 LLADA = DecodingConfig(rule=Quota(), score="probability", eos_policy="none")
 # entropy order, nucleus before temperature's confidence is read, logits one row early
@@ -133,6 +133,7 @@ PRESETS: dict[str, DecodingConfig] = {
     "d3llm-prefix": D3LLM.replace(cache="prefix", refresh_interval=3),
     # Nemotron-Labs-Diffusion, arXiv:2607.05722
     "nemotron": DecodingConfig(rule=Threshold(0.9), cache="block"),
+    "nemotron-speculative": DecodingConfig(rule=SelfSpeculative(), cache="block"),
     # WeDLM, arXiv:2512.22737
     "wedlm": DecodingConfig(rule=Reordered(), temperature=0.2, cache="block"),
     # I-DLM, arXiv:2604.11035

@@ -44,6 +44,22 @@ class Strided(Rule):
 
 
 @dataclass(frozen=True)
+class SelfSpeculative(Rule):
+    """A block drafted in one forward that sees all of it, and verified in another that reads it from the left.
+
+    The linear self-speculation of Nemotron-Labs-Diffusion (arXiv:2607.05722), for models that are causal in what is
+    decided (their row i then speaks of position i + 1) and fill the masks of a block in place. The block begins with
+    the last token. Drafts are accepted from the left while they are what the causal model says itself; its own token
+    comes after them. So the tokens are those of decoding one after another, drawn ones too: drafts are only compared.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def select(self, step):
+        raise TypeError("SelfSpeculative has a loop of its own and selects nothing of a step")
+
+
+@dataclass(frozen=True)
 class Reordered(Rule):
     """A window of masks that slides with what is decided before it, all of it read again as if in another order.
 

@@ -61,7 +61,8 @@ def for_full_attention(config: dk.DecodingConfig) -> dk.DecodingConfig:
 PUBLISHED = tuple(
     Case(name, {"config": for_full_attention(config)})
     for name, config in dk.PRESETS.items()
-    if config.rule.noise == "mask" and not isinstance(config.rule, (dk.ScoreAncestral, dk.Strided, dk.Reordered))
+    if config.rule.noise == "mask"
+    and not isinstance(config.rule, (dk.ScoreAncestral, dk.Strided, dk.SelfSpeculative, dk.Reordered))
 )
 # title, task, difficulty
 SETS: tuple[tuple[str, str, int | None], ...] = (
