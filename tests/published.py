@@ -559,7 +559,7 @@ def multi_block(
     decoded: float, shift: bool = False, eos: int | None = None, pad: int = 0, delay: int | None = None,
     interval: int | None = None,
 ) -> Request:  # fmt: skip
-    """d3LLM (github.com/hao-ai-lab/d3LLM, `generate_multi_block`), whose forwards take all of a canvas of masks.
+    """d3LLM (arXiv:2601.07568, `generate_multi_block`), whose forwards take all of a canvas of masks.
 
     Blocks are added and completed as in D2F. Of all masks of the blocks so far the one of least entropy is committed,
     and what has no more than `threshold`; if that is nothing in the first complete block with masks, its best too. An

@@ -516,7 +516,7 @@ class TestSelfSpeculative:
         )  # fmt: skip
 
     CAUSAL = {"config": dk.DecodingConfig(), "attention": "causal", "logit_alignment": "shift", "seeded": False,
-              "block_length": 1, "cache": "none"}  # fmt: skip
+              "block_length": 1}  # fmt: skip
 
     @pytest.mark.parametrize("which", ["plain", "echo"])
     def test_greedy_is_one_after_another_in_fewer_forwards(self, which, loaded, echo):
@@ -524,8 +524,9 @@ class TestSelfSpeculative:
         options = {"max_new_tokens": 40, "eos_policy": "none"}
         ids = prompts(4, 7)
         out = dk.generate(model, ids, config=dk.preset("nemotron-speculative"), **options)
-        slow = dk.generate(model, ids, **self.CAUSAL | options)
-        assert torch.equal(out.sequences, slow.sequences)
+        for cache in ("none", "block"):
+            slow = dk.generate(model, ids, **self.CAUSAL | options | {"cache": cache})
+            assert torch.equal(out.sequences, slow.sequences)
         if which == "echo":
             assert out.num_forwards.min() < 20 and len(set(out.num_forwards.tolist())) > 1
 

@@ -128,7 +128,7 @@ PRESETS: dict[str, DecodingConfig] = {
     ),
     # Discrete Diffusion Forcing, arXiv:2508.09192; the shares are those of most of its scripts
     "d2f": DecodingConfig(rule=Pipeline(0.9, 0.1, 0.95), cache="block"),
-    # d3LLM, github.com/hao-ai-lab/d3LLM, without its cache and with it
+    # d3LLM, arXiv:2601.07568, without its cache and with it
     "d3llm": D3LLM,
     "d3llm-prefix": D3LLM.replace(cache="prefix", refresh_interval=3),
     # Nemotron-Labs-Diffusion, arXiv:2607.05722

@@ -131,7 +131,7 @@ class Pipeline(Rule):
 
 @dataclass(frozen=True)
 class EntropyPipeline(Pipeline):
-    """The pipeline of d3LLM (github.com/hao-ai-lab/d3LLM), for models with full attention.
+    """The pipeline of d3LLM (arXiv:2601.07568), for models with full attention.
 
     A forward commits what has an entropy of at most `threshold` nats, in all of the open blocks, and at least one
     position; and at least one in the first of the unfinished blocks that is active. What stands behind an end token is

@@ -188,7 +188,7 @@ FAMILIES: dict[str, Family] = {
             "d2f-dream", logit_alignment="shift", attention="block", block_grid="prompt", block_length=32,
             mask_token_id=151666, num_tokens=151667, **QWEN2_IDS, preset="d2f",
         ),
-        # d3LLM, github.com/hao-ai-lab/d3LLM: distilled from LLaDA, and from Dream and Dream-Coder
+        # d3LLM, arXiv:2601.07568: distilled from LLaDA, and from Dream and Dream-Coder
         Family("d3llm-llada", **LLADA_IDS, preset="d3llm"),
         Family(
             "d3llm-dream", logit_alignment="shift", mask_token_id=151666, num_tokens=151667, **QWEN2_IDS,
