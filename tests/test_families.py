@@ -685,23 +685,63 @@ class TestReordered:
             dk.load(write(tmp_path, checkpoints.wedlm, qk_norm=False))
 
 
-@pytest.mark.parametrize("name,options", [
-    ("llada", {"cache": "none"}), ("dream", {"cache": "dual", "block_length": 8}), ("sdar", {"cache": "block"}),
-    ("llada", {"cfg_scale": 0.5}), ("diffugpt", {}), ("nemotron", {}),
-], ids=str)  # fmt: skip
+THRESHOLD = {"rule": dk.Threshold(0.5), "temperature": 0.0}
+EMBEDDED = [
+    *[("llada", {"cache": c, "block_length": 6} | THRESHOLD) for c in ("none", "prefix", "dual", "delayed")],
+    *[("dream", {"cache": c, "block_length": 6} | THRESHOLD) for c in ("none", "prefix", "dual")],
+    *[(name, {"cache": c} | THRESHOLD) for name in ("sdar", "llada2", "nemotron", "fast-dllm-v2") for c in ("none", "block")],
+    ("sdar", {"cache": "block", "fuse_commit": False} | THRESHOLD), ("sdar", {"cfg_scale": 0.5} | THRESHOLD),
+    ("a2d-bd3lm", {"cache": "block", "block_length": 4} | THRESHOLD), ("d2f-dream", {"cache": "block"} | THRESHOLD),
+    ("fast-dllm-v2", {"sub_block_length": 4, "sub_block_cache": True}),
+    ("nemotron", {"config": dk.preset("nemotron-speculative")}), ("i-dlm", {"temperature": 0.0}), ("i-dlm", {"seed": 3}),
+    ("wedlm", {"temperature": 0.0}), ("wedlm", {"cache": "none"} | THRESHOLD),
+    ("d2f-llada", {"cache": "block", "block_length": 5}), ("d2f-llada", {"cache": "none", "block_length": 5}),
+    ("llada", {"config": dk.preset("d3llm"), "block_length": 5}),
+    ("llada", {"config": dk.preset("d3llm-prefix"), "block_length": 5}),
+    ("llada", {"cfg_scale": 0.5, "cache": "dual"}), ("llada", {"config": dk.preset("dinfer-vicinity"), "block_length": 6}),
+    ("llada", {"config": dk.preset("dinfer-smoothing")}), ("llada", {"config": dk.preset("dinfer-smoothing"), "cfg_scale": 0.5}),
+    ("llada", {"config": dk.preset("wino"), "block_length": 6}), ("llada", {"config": dk.preset("saber")}),
+    ("llada2", {"config": dk.preset("dmax")}), ("llada2", {"config": dk.preset("llada2.1")}),
+    ("diffugpt", {}), ("rnd1", {"seed": 3}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name,options", EMBEDDED, ids=lambda value: value if isinstance(value, str) else "")
 def test_embedded_prompts(name, options, loaded):
-    """The embeddings of a prompt's tokens decode like the tokens; other embeddings do not."""
-    _, model = loaded(name, (FULL | BLOCKS)[name])
+    """The embeddings of a prompt's tokens decode like the tokens, whatever reads them; other embeddings do not.
+
+    The end token is what stands where the prompts were, and ends nothing.
+    """
+    _, model = loaded(name, (FULL | BLOCKS | {"i-dlm": checkpoints.i_dlm, "wedlm": checkpoints.wedlm})[name])
     ids = prompts(2, 9)
     valid = torch.ones(2, 9, dtype=torch.int64)
     valid[0, :4] = 0
-    options = {"max_new_tokens": 12, "temperature": 0.0, "rule": dk.Threshold(0.5)} | options
+    options = {"max_new_tokens": 12, "seed": 1, "pad_token_id": EOS, "eos_token_id": EOS} | options
     embeds = model.get_input_embeddings()(ids)
     expected = dk.generate(model, ids, valid, **options)
     out = dk.generate(model, attention_mask=valid, inputs_embeds=embeds, **options)
-    assert torch.equal(out.generated, expected.generated) and (out.sequences[:, :9] == PAD).all()
+    assert torch.equal(out.generated, expected.generated) and (out.sequences[:, :9] == EOS).all()
+    assert torch.equal(out.commit_step, expected.commit_step) and torch.equal(out.num_forwards, expected.num_forwards)
+    alone = dk.generate(model, inputs_embeds=embeds[:1, 4:], **options)
+    assert torch.equal(alone.generated, dk.generate(model, ids[0, 4:], **options).generated)
     other = dk.generate(model, attention_mask=valid, inputs_embeds=embeds.roll(1, 1), **options)
     assert not torch.equal(other.generated, expected.generated)
+
+
+def test_embedded_prompts_of_models_without_embeddings():
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Parameter(torch.zeros(8, 8))
+
+        def forward(self, tokens):
+            return type("Out", (), {"logits": self.table[tokens]})()
+
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(ValueError, match="inputs_embeds needs a model of transformers; got Odd"),
+    ):
+        dk.generate(Odd().eval(), inputs_embeds=torch.zeros(1, 2, 8), mask_token_id=7)
 
 
 @pytest.mark.parametrize("embeds,match", [

@@ -332,6 +332,8 @@ def _check_tokens(
 
 def _check_embeds(model: DiffusionModel, embeds: Tensor, pad: int) -> Tensor:
     """Tokens that stand for the embedded prompts, int64 `[B, P]`."""
+    if not hasattr(model.model, "get_input_embeddings"):
+        raise ValueError(f"inputs_embeds needs a model of transformers; got {type(model.model).__name__}")
     table = model.model.get_input_embeddings()
     hidden = table.embedding_dim
     if not isinstance(embeds, Tensor) or embeds.dim() != 3 or embeds.shape[2] != hidden or embeds.numel() == 0:
