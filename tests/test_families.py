@@ -837,6 +837,38 @@ class TestFacts:
         with pytest.raises(ValueError, match=r"wrong shapes: \S+ \[56\], expected \[\d+\]"):
             dk.load(write(tmp_path, (FULL | BLOCKS)[name], damage), family=UNNAMED.get(name))
 
+    @pytest.mark.parametrize("name,key,damage,match", [
+        ("llada-moe", "model.layers.0.mlp.experts.3.up_proj.weight", None, r"layers\.0\.mlp\.experts\.gate_up_proj does not"),
+        ("llada-moe", "model.layers.1.mlp.experts.3.down_proj.weight", (5, 24), r"layers\.1\.mlp\.experts\.down_proj does not"),
+        ("llada2", "model.layers.0.attention.query_key_value.weight", (5, HIDDEN),
+         r"layers\.0\.self_attn\.q_proj\.weight does not fit: query_key_value has 5 rows, expected 160"),
+    ], ids=["missing", "shape", "in one matrix"])  # fmt: skip
+    def test_weights_that_cannot_be_put_together(self, name, key, damage, match, tmp_path):
+        """Experts become one tensor, and a matrix of queries, keys and values three."""
+
+        def change(weights):
+            del weights[key]
+            weights.update({} if damage is None else {key: torch.zeros(damage)})
+
+        with pytest.raises(ValueError, match=match):
+            dk.load(write(tmp_path, (FULL | BLOCKS)[name], change))
+
+    @pytest.mark.parametrize(
+        "name,field", [("llada-moe", "hidden_size"), ("llada2", "head_dim"), ("llada2", "num_experts")]
+    )
+    def test_fields_that_are_missing(self, name, field, tmp_path):
+        folder = write(tmp_path, (FULL | BLOCKS)[name])
+        config = json.loads((folder / "config.json").read_text())
+        del config[field]
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=f"cannot be loaded: it lacks '{field}'"):
+            dk.load(folder)
+
+    @pytest.mark.parametrize("block_size", [0, -4, "four", 4.0])
+    def test_block_sizes_that_are_none(self, block_size, tmp_path):
+        with pytest.raises(ValueError, match=f"its configuration has blocks of {block_size!r} tokens"):
+            dk.load(write(tmp_path, checkpoints.sdar, block_size=block_size))
+
     def test_mislabelled(self, tmp_path):
         """The weights of one family under the configuration of another."""
         other = checkpoints.dream()
