@@ -912,6 +912,17 @@ class TestTraps:
         for name in ("fast-dllm", "nemotron"):
             assert not strict[name]
 
+    @pytest.mark.parametrize("name", ["sdar", "llada2", "i-dlm", "wedlm", "nemotron"])
+    def test_temperature_0(self, name, loaded):
+        """Nothing is divided by it (SDAR's program does): the tokens are the likeliest, whatever the seed and filters."""
+        _, model = loaded(name, (BLOCKS | {"i-dlm": checkpoints.i_dlm, "wedlm": checkpoints.wedlm})[name])
+        options = {"temperature": 0.0, "max_new_tokens": 16, "eos_policy": "none", "top_k": 3}
+        one, other = (dk.generate(model, prompts(2, 9), seed=seed, **options) for seed in (1, 2))
+        assert torch.equal(one.sequences, other.sequences) and one.complete.all()
+        assert one.confidence.isfinite().all() and (one.confidence[:, 9:] > 0).all()
+        drawn = dk.generate(model, prompts(2, 9), seed=1, **options | {"temperature": 1.5, "top_k": 0, "top_p": 1.0})
+        assert not torch.equal(drawn.sequences, one.sequences)
+
     def test_fast_dllm_v2_by_name(self, loaded):
         """The preset, in blocks of 32 and parts of 8 as its model was published with."""
         checkpoint, model = loaded("fast-dllm-v2", checkpoints.fast_dllm_v2)
