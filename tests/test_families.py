@@ -585,6 +585,32 @@ class TestSelfSpeculative:
         assert (out.generated[0, stop:] == PAD).all() and out.num_forwards < whole.num_forwards
         assert got == [*out.sequences[0].tolist(), "end"]
 
+    def test_loop_reads_nothing_on_the_host(self, echo, monkeypatch):
+        """But the counts, which on a GPU travel by themselves."""
+        from dlmkernels.decoding import speculative
+        from test_generate import HostReads
+
+        reads, rounds = HostReads(), []
+
+        class Counts(speculative.OpenCount):
+            def latest(self):
+                rounds.append(super().latest())
+                if rounds[-1][1] > 0:
+                    reads.__enter__()
+                return rounds[-1]
+
+            def submit(self, counts):
+                if rounds:
+                    reads.__exit__(None, None, None)
+                super().submit(counts)
+
+        monkeypatch.setattr(speculative, "OpenCount", Counts)
+        for temperature in (0.0, 1.0):
+            rounds.clear()
+            config = dk.preset("nemotron-speculative", temperature=temperature)
+            out = dk.generate(echo[1], prompts(2, 6), config=config, max_new_tokens=20)
+            assert out.complete.all() and len(rounds) > 2 and reads.seen == []
+
     @pytest.mark.parametrize("options,match", [
         ({"attention": "full", "cache": "none", "seeded": False}, "rule SelfSpeculative needs attention='causal-con"),
         ({"cache": "none"}, "rule SelfSpeculative needs .*cache='block'.*got .*'none'"),
