@@ -557,13 +557,13 @@ def discrete_forcing(
 def multi_block(
     model: Callable, prompt: Tensor, new_tokens: int, mask: int, *, block: int, threshold: float, add: float,
     decoded: float, shift: bool = False, eos: int | None = None, pad: int = 0, delay: int | None = None,
-    interval: int | None = None,
+    interval: int | None = None, best_of_all: bool = True,
 ) -> Request:  # fmt: skip
     """d3LLM (arXiv:2601.07568, `generate_multi_block`), whose forwards take all of a canvas of masks.
 
-    Blocks are added and completed as in D2F. Of all masks of the blocks so far the one of least entropy is committed,
-    and what has no more than `threshold`; if that is nothing in the first complete block with masks, its best too. An
-    end token overwrites what stands behind it. (In the forward after that the program takes the masks for those that
+    Blocks are added and completed as in D2F. Of all masks of the blocks so far the one of least entropy is committed
+    (not with `best_of_all` off, as in the program for Dream, `_sample_multi_block`), and what has no more than
+    `threshold`; if that is nothing in the first complete block with masks, its best too. An end token overwrites what stands behind it. (In the forward after that the program takes the masks for those that
     were there before: what it commits behind the end token is overwritten again, but one of it can have been the best.)
 
     With a `delay` (`generate_multi_block_kv_cache`, `cache_delay_iter`) a finished block goes into the cache, after the
@@ -614,8 +614,10 @@ def multi_block(
         proposals = propose(shifted(z) if shift else z, masks, mask)
         h = proposals.entropy
         order = sorted(range(len(masks)), key=lambda n: h[n])
-        request.note(*(abs(h[n] - threshold) for n in order[1:]), *(h[n] - h[order[0]] for n in order[1:2]))
-        chosen = [order[0], *(n for n in order[1:] if h[n] <= threshold)]
+        first = order[:1] if best_of_all else []
+        rest = order[len(first) :]
+        request.note(*(abs(h[n] - threshold) for n in rest), *(h[n] - h[order[0]] for n in rest[:1] if first))
+        chosen = [*first, *(n for n in rest if h[n] <= threshold)]
         for this in complete:
             inside = [n for n in order if this.start <= masks[n] < this.end]
             if inside:

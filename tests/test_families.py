@@ -160,7 +160,8 @@ class TestD3LLM:
     def test_default_decoding(self, name, tmp_path):
         """Its pipeline, in blocks of 32."""
         checkpoint, model = self.load(name, tmp_path)
-        told = {"block": 32, "threshold": 0.5, "add": 0.1, "decoded": 0.95, "shift": "dream" in name, "pad": PAD}
+        told = {"block": 32, "threshold": 0.5, "add": 0.1, "decoded": 0.95, "pad": PAD}
+        told |= {"shift": "dream" in name, "best_of_all": "llada" in name}
         restated = lambda c, s: published.multi_block(checkpoint.plain, c[:s], 48, MASK, **told)  # noqa: E731
         assert_rows_same(model, restated, 48, seed=1)
 

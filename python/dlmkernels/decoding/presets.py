@@ -128,9 +128,10 @@ PRESETS: dict[str, DecodingConfig] = {
     ),
     # Discrete Diffusion Forcing, arXiv:2508.09192; the shares are those of most of its scripts
     "d2f": DecodingConfig(rule=Pipeline(0.9, 0.1, 0.95), cache="block"),
-    # d3LLM, arXiv:2601.07568, without its cache and with it
+    # d3LLM, arXiv:2601.07568: on LLaDA, without its cache and with it, and on Dream
     "d3llm": D3LLM,
     "d3llm-prefix": D3LLM.replace(cache="prefix", refresh_interval=3),
+    "d3llm-dream": D3LLM.replace(rule=EntropyPipeline(0.5, 0.1, 0.95, best_of_all=False)),
     # Nemotron-Labs-Diffusion, arXiv:2607.05722
     "nemotron": DecodingConfig(rule=Threshold(0.9), cache="block"),
     "nemotron-speculative": DecodingConfig(rule=SelfSpeculative(), cache="block"),

@@ -192,7 +192,7 @@ FAMILIES: dict[str, Family] = {
         Family("d3llm-llada", **LLADA_IDS, preset="d3llm"),
         Family(
             "d3llm-dream", logit_alignment="shift", mask_token_id=151666, num_tokens=151667, **QWEN2_IDS,
-            preset="d3llm",
+            preset="d3llm-dream",
         ),
         # Nemotron-Labs-Diffusion, arXiv:2607.05722
         Family(
