@@ -1260,6 +1260,17 @@ class TestEsm:
             request = published.llada(lambda t: model(t).logits, canvas, len(prompt), 32, steps=4)
             assert_same(out, row, request)
 
+    def test_embedded_prompts(self, position, token_dropout):
+        model, ids = esm(position, token_dropout), torch.randint(4, 30, (2, 9))
+        options = {"max_new_tokens": 8, "steps": 4, "eos_policy": "none"}
+        embeds = model.get_input_embeddings()(ids)
+        if token_dropout:
+            with pytest.raises(ValueError, match="inputs_embeds cannot be used with this model: .* the whole row"):
+                dk.generate(model, inputs_embeds=embeds, **options)
+            return
+        out = dk.generate(model, inputs_embeds=embeds, **options)
+        assert torch.equal(out.generated, dk.generate(model, ids, **options).generated)
+
     def test_kv_reuse_only_where_it_can_be(self, position, token_dropout):
         model = esm(position, token_dropout)
         if token_dropout:
