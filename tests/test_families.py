@@ -1265,7 +1265,7 @@ class TestEsm:
         options = {"max_new_tokens": 8, "steps": 4, "eos_policy": "none"}
         embeds = model.get_input_embeddings()(ids)
         if token_dropout:
-            with pytest.raises(ValueError, match="inputs_embeds cannot be used with this model: .* the whole row"):
+            with pytest.raises(ValueError, match=r"inputs_embeds cannot be used with this model: .* the whole row"):
                 dk.generate(model, inputs_embeds=embeds, **options)
             return
         out = dk.generate(model, inputs_embeds=embeds, **options)
