@@ -635,7 +635,9 @@ class TestErrors:
         with pytest.raises(ValueError, match="attempts must be an integer of at least 1; got 0"):
             dk.generate(model, prompts(2, 5), constraint=constraint)
 
-    @pytest.mark.parametrize("rule", [dk.Strided(), dk.Reordered(), dk.Pipeline(), dk.EntropyPipeline()], ids=str)
+    @pytest.mark.parametrize(
+        "rule", [dk.Strided(), dk.SelfSpeculative(), dk.Reordered(), dk.Pipeline(), dk.EntropyPipeline()], ids=str
+    )
     @pytest.mark.parametrize("what", ["constraint", "given"])
     def test_rules_with_loops_of_their_own(self, model, rule, what):
         value = {"constraint": Balanced(5), "given": torch.full((NEW,), -1)}[what]

@@ -344,6 +344,10 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+#: Rules that have loops of their own.
+OWN_LOOP = (dk.Strided, dk.SelfSpeculative, dk.Reordered, dk.Pipeline)
+
+
 @pytest.mark.parametrize("options", [
     {"rule": dk.Threshold(0.5), "cache": "dual"}, {"rule": dk.EntropyBound(), "cache": "prefix"},
     {"rule": dk.Quota(), "score": "random", "temperature": 1.0, "top_k": 5}, {"rule": dk.Factor(), "cfg_scale": 1.0},
@@ -355,7 +359,7 @@ class HostReads(TorchDispatchMode):
     {"score": dk.scores.PositionWeighted(torch.ones(97))},
     {"rule": dk.Threshold(0.5), "constraint": torch.ones(16, 97, dtype=torch.bool)},
     *({"config": config, "block_length": 8, "cache": "none"} for config in dk.PRESETS.values()
-      if not isinstance(config.rule, (dk.Strided, dk.Reordered, dk.Pipeline))),  # they have loops of their own
+      if not isinstance(config.rule, OWN_LOOP)),
 ], ids=lambda o: next((n for n, c in dk.PRESETS.items() if c is o.get("config")), None) or str(o))  # fmt: skip
 def test_step_loop_reads_nothing_on_the_host(model, options, monkeypatch):
     """Between two polls no tensor's value reaches the host."""
@@ -411,6 +415,7 @@ class LateCount(OpenCount):
     {"rule": dk.Threshold(0.5), "cache": "delayed", "logit_alignment": "shift"},
     {"rule": dk.Reordered(4), "attention": "reordered", "cache": "block"},
     {"rule": dk.Strided(3), "attention": "causal", "logit_alignment": "shift", "cache": "block"},
+    {"rule": dk.SelfSpeculative(), "attention": "causal-context", "seeded": True, "cache": "block"},
     {"rule": dk.Pipeline(0.5), "attention": "block", "logit_alignment": "shift", "cache": "block"},
     {"rule": dk.Pipeline(0.5, 0.3, 0.5), "attention": "block"}, {"rule": dk.EntropyPipeline(1.0)},
     {"rule": dk.EntropyPipeline(1.0), "cache": "prefix", "refresh_interval": 3},
@@ -424,11 +429,11 @@ def test_late_counts_change_nothing(model, options, monkeypatch):
 
     def run():
         yield dk.generate(model, prompts(2, 6), **options)
-        if not isinstance(options.get("rule"), (dk.Strided, dk.Reordered, dk.Pipeline)):
+        if not isinstance(options.get("rule"), OWN_LOOP):
             yield dk.infill(model, canvas, **options | {"steps": None})
 
     at_once = list(run())
-    for module in ("loop", "strided", "reordered", "pipelined"):
+    for module in ("loop", "strided", "speculative", "reordered", "pipelined"):
         monkeypatch.setattr(f"dlmkernels.decoding.{module}.OpenCount", LateCount)
     for ours, late in zip(at_once, run()):
         assert late.complete.all()

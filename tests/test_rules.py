@@ -470,7 +470,7 @@ OF_EDITORS = (
     "llada2.1", "llada2.1-speed", "dmax", "diffusion-gemma", "duo", "psi", "psi-rescale", "psi-loop", "psi-constant",
 )  # fmt: skip
 # these need causal attention, and say so
-OF_CAUSAL_MODELS = ("i-dlm", "wedlm")
+OF_CAUSAL_MODELS = ("i-dlm", "nemotron-speculative", "wedlm")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

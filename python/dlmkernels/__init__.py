@@ -27,6 +27,7 @@ from .decoding.scores import Score as Score
 from .decoding.streams import EntropyPipeline as EntropyPipeline
 from .decoding.streams import Pipeline as Pipeline
 from .decoding.streams import Reordered as Reordered
+from .decoding.streams import SelfSpeculative as SelfSpeculative
 from .decoding.streams import Strided as Strided
 from .trace import Trace as Trace
 from .window import AttentionWindow as AttentionWindow
@@ -46,7 +47,7 @@ _LAZY = {
 }
 __all__ = [
     "PRESETS", "AttentionWindow", "Constraint", "DecodingConfig", "EntropyPipeline", "KVCache", "Pipeline", "Reordered",
-    "Score", "Strided", "TokenWindow", "Trace", "ops", "preset", "rules", "scores", *_LAZY,
+    "Score", "SelfSpeculative", "Strided", "TokenWindow", "Trace", "ops", "preset", "rules", "scores", *_LAZY,
 ]  # fmt: skip
 __all__ += rules.__all__
 

@@ -17,8 +17,12 @@ from .pipelined import decode_pipelined
 from .presets import preset
 from .reordered import decode_reordered
 from .schedule import Grid
-from .streams import Pipeline, Reordered, Strided
+from .speculative import decode_speculative
+from .streams import Pipeline, Reordered, SelfSpeculative, Strided
 from .strided import decode_strided
+
+# rules that do not go block after block
+LOOPS_OF_THEIR_OWN = (Strided, SelfSpeculative, Reordered, Pipeline)
 
 
 def generate(
@@ -106,6 +110,8 @@ def generate(
     loop = decode
     if isinstance(config.rule, Strided):
         loop = decode_strided
+    elif isinstance(config.rule, SelfSpeculative):
+        loop = decode_speculative
     elif isinstance(config.rule, Reordered):
         loop = decode_reordered
     elif isinstance(config.rule, Pipeline):
@@ -143,7 +149,7 @@ def infill(
     is_padding = torch.arange(length, device=tokens.device) < origin[:, None]
     canvas = Canvas.of(tokens, (tokens == special.mask) & ~is_padding, origin)
     _check_streamer(streamer, batch)
-    if isinstance(config.rule, (Strided, Reordered, Pipeline)):
+    if isinstance(config.rule, LOOPS_OF_THEIR_OWN):
         raise ValueError(f"rule {type(config.rule).__name__} decodes what comes after a prompt: use generate")
     grid = Grid.of(config, canvas.origin, 0, length, grows=False)
     return decode(model, canvas, config, special, grid, 0, length, streamer)
@@ -187,7 +193,7 @@ def _prepare(model, config: DecodingConfig | None, overrides: dict):
             f"cache='{config.cache}' needs a model of a known type whose rows can be forwarded in parts; "
             f"{type(model.model).__name__} (of unknown type, or with token_dropout) decodes with cache='none'"
         )
-    if config.constraint is not None and isinstance(config.rule, (Strided, Reordered, Pipeline)):
+    if config.constraint is not None and isinstance(config.rule, LOOPS_OF_THEIR_OWN):
         raise ValueError(f"constraint cannot be used with rule {type(config.rule).__name__}")
     config = _of_the_family(model, config)
     return model, config, _special_tokens(model, config)
@@ -345,13 +351,15 @@ def _check_given(model: DiffusionModel, given: Tensor, batch: int, config: Decod
     low, high = given.min().item(), given.max().item()
     if low < -1 or (model.vocab_size is not None and high >= model.vocab_size):
         raise ValueError(f"given must hold ids from 0 to {model.vocab_size} - 1, or -1; got ids from {low} to {high}")
-    if isinstance(config.rule, (Strided, Reordered, Pipeline)):
+    if isinstance(config.rule, LOOPS_OF_THEIR_OWN):
         raise ValueError(f"given cannot be used with rule {type(config.rule).__name__}")
     return given.expand(batch, -1)
 
 
 def _check_embeds(model: DiffusionModel, embeds: Tensor, pad: int) -> Tensor:
     """Tokens that stand for the embedded prompts, int64 `[B, P]`."""
+    if not hasattr(model.model, "get_input_embeddings"):
+        raise ValueError(f"inputs_embeds needs a model of transformers; got {type(model.model).__name__}")
     table = model.model.get_input_embeddings()
     hidden = table.embedding_dim
     if not isinstance(embeds, Tensor) or embeds.dim() != 3 or embeds.shape[2] != hidden or embeds.numel() == 0:

@@ -61,7 +61,7 @@ def reason_against(config: dk.DecodingConfig) -> str | None:
         return "noise is other tokens; the model knows masks"
     if isinstance(config.rule, dk.ScoreAncestral):
         return "logits are read as logarithms of ratios; the model's are of probabilities"
-    if isinstance(config.rule, (dk.Strided, dk.Reordered)):
+    if isinstance(config.rule, (dk.Strided, dk.SelfSpeculative, dk.Reordered)):
         return "attention must be causal; the model's sees everything"
     return None
 
