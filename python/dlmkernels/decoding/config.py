@@ -92,8 +92,8 @@ class DecodingConfig:
         What the tokens must obey. A tensor says which tokens are allowed: bool `[V]`, or an int32 bitmask
         `[ceil(V / 32)]` (bit v % 32 of word v // 32), for all positions; `[N, …]` or `[B, N, …]`, one for each of the N
         = `max_new_tokens` positions of an answer (`infill`: of the canvas), B and N being that or 1. Fewer than V are
-        those of the first tokens, and the others are not allowed. Block by block only: not with rules that have loops of
-        their own.
+        those of the first tokens, and the others are not allowed. Block by block only: not with rules that have a loop
+        of their own.
     defer_token_ids : sequence of int
         Positions where one of these is proposed come last, whatever their score.
     eos_policy : {"none", "fill", "block"}
