@@ -22,22 +22,30 @@ class Strided(Rule):
     """Up to `stride` tokens a forward: drafts of the last forward are verified, and the next ones drafted, in one.
 
     I-DLM (arXiv:2604.11035), for strictly causal models whose row i speaks of position i + 1. A forward takes the last
-    token, the drafts after it and stride - 1 masks. From the left, a draft x is accepted with probability
-    min(1, p(x) / (leniency q(x))), p from this forward, q from the one that drafted it; at temperature 0 if it is the
-    most likely token. The first one rejected is replaced by a draw from max(0, p - q); if none is, one more token is
-    sampled, and the rows of the masks draft the next (their most likely tokens). Masks leave nothing in the cache.
+    token, the drafts after it and stride - 1 masks. From the left, a draft is accepted if it is the very token that the
+    model chooses in that row; the first that is not is replaced by that token. If none is rejected, one more token is
+    taken, and the rows of the masks draft the next ones, with the noise of the forward that will verify them. So the
+    tokens are those of decoding one after another, under any temperature and filter. Masks leave nothing in the cache.
 
-    At temperature 0 the tokens are those of decoding one after another.
+    Attributes
+    ----------
+    stride : int
+        At least 2.
+    leniency : float, optional
+        With a number, drafts are accepted as I-DLM's program does it (at a temperature): the masks draft their most
+        likely tokens, a draft x is accepted with probability min(1, p(x) / (leniency q(x))), p and q the unfiltered
+        distributions of the forward that verifies and of the one that drafted it, and the first one rejected is
+        replaced by a draw from max(0, p - q). More drafts are accepted, of another distribution than the model's.
     """
 
     stride: int = 4
-    leniency: float = 1.0
+    leniency: float | None = None
 
     def __post_init__(self):
         if not isinstance(self.stride, int) or self.stride < 2:
             raise ValueError(f"stride must be an integer of at least 2; got {self.stride!r}")
-        if not isinstance(self.leniency, (int, float)) or not self.leniency > 0:
-            raise ValueError(f"leniency must be a positive number; got {self.leniency!r}")
+        if self.leniency is not None and not (isinstance(self.leniency, (int, float)) and self.leniency > 0):
+            raise ValueError(f"leniency must be None or a positive number; got {self.leniency!r}")
 
     def select(self, step):
         raise TypeError("Strided has a loop of its own and selects nothing of a step")
