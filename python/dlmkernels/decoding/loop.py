@@ -95,6 +95,13 @@ def decode(
                     mask_token_id=special.mask, vocab_size=model.vocab_size or 0, eos_token_ids=special.eos,
                     eos_policy="fill" if fills_at_once else "none", fill_token_id=special.pad,
                 )  # fmt: skip
+                if action.insert is not None:
+                    block_end = (block.start + block.length).clamp(max=canvas.tokens.shape[1])
+                    ops.splice_(
+                        canvas.tokens, torch.where(working, block.start, -1), insert=action.insert,
+                        remove=action.remove, end=block_end, state=canvas.state, commit_step=canvas.commit_step,
+                        commit_confidence=canvas.confidence, fill_token_id=special.mask,
+                    )  # fmt: skip
                 if action.embeds is not None and action.embedded is not None:
                     forward.embed_next(window, action.embeds, action.embedded)
                 if model.self_conditions:
@@ -105,7 +112,8 @@ def decode(
                 else:
                     open_now = _open_in(canvas, block)
                     working = working & (open_now > 0 if action.working is None else action.working)
-                    counts.submit(torch.stack((working.sum(), info[:, 1].amax())))
+                    open_in_all = info[:, 1] if action.insert is None else canvas.is_open.sum(1)
+                    counts.submit(torch.stack((working.sum(), open_in_all.amax())))
                 if hasattr(streamer, "put_draft"):
                     streamer.put_draft(canvas.tokens[0, start:end].cpu())
             behind += block.num_steps
@@ -149,8 +157,11 @@ def commit_tokens(
     )  # fmt: skip
 
 
-def output_of(canvas: Canvas, prompt_length: int, end: int) -> DecodingOutput:
-    """The first `end` columns of a canvas as the result; a warning says where masks are left."""
+def output_of(canvas: Canvas, prompt_length: int, end: int, length: Tensor | None = None) -> DecodingOutput:
+    """The first `end` columns of a canvas as the result; a warning says where masks are left.
+
+    `length` int32 `[B]` says at which column each row ends. None: at `end`.
+    """
     complete = ~canvas.is_open[:, :end].any(1)
     if not complete.all():
         rows = (~complete).nonzero().flatten().tolist()
@@ -161,7 +172,9 @@ def output_of(canvas: Canvas, prompt_length: int, end: int) -> DecodingOutput:
             stacklevel=4,
         )
     tokens, steps, confidence = (x[:, :end] for x in (canvas.tokens, canvas.commit_step, canvas.confidence))
-    return DecodingOutput(tokens, canvas.step, steps, confidence, complete, prompt_length)
+    if length is None:
+        length = torch.full_like(canvas.origin, end)
+    return DecodingOutput(tokens, canvas.step, steps, confidence, complete, prompt_length, length)
 
 
 def _at(values: Tensor, columns: Tensor) -> Tensor:
@@ -450,6 +463,7 @@ class Proposer:
         self.seed = _seeds(config.seed, batch, device)
         needs = config.rule.needs | score_named(config.score).needs
         self.never = torch.tensor(special.banned, dtype=torch.int64, device=device)
+        self.ends = torch.tensor(special.eos, dtype=torch.int64, device=device)
         sampled = config.temperature > 0 or config.rule.temperature(0, 1) is not None
         self.options: dict[str, Any] = {
             "cfg_scale": scalar(config.cfg_scale, torch.float32, config.cfg_scale > 0),
@@ -521,6 +535,7 @@ class StepOptions:
     def step(
         self, logits: Tensor, window: TokenWindow, start: Tensor, length: int, index: int, num_steps: int,
         open_at_start: Tensor, open_now: Tensor, progress: float, memory: dict[str, Tensor],
+        room: Tensor | None = None,
     ) -> Step:  # fmt: skip
         """The step that these logits `[N or 2N, V]` make in the block of `length` columns from `start` `[B]` on."""
         eligible = window.positions >= 0
@@ -533,7 +548,7 @@ class StepOptions:
         return Step(
             stats=stats, window=window, eligible=eligible, index=index, num_steps=num_steps,
             open_at_start=open_at_start, open_now=open_now, block_start=start, block_length=length, progress=progress,
-            memory=memory, raw_logits=logits,
+            memory=memory, room=room, raw_logits=logits,
             sampling_temperature=self.propose.config.temperature if temperature is None else temperature,
             **self.common,
         )  # fmt: skip

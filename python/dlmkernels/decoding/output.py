@@ -30,6 +30,9 @@ class DecodingOutput:
         bool `[B]`: False where masks were left because their logits held no finite value.
     prompt_length : int
         Columns before the first generated one (0 for `infill`).
+    length : Tensor
+        int32 `[B]`: column at which each row ends. What stands behind it is padding, in decodings that change the
+        length; in all others it is T.
     """
 
     sequences: Tensor
@@ -38,6 +41,7 @@ class DecodingOutput:
     confidence: Tensor
     complete: Tensor
     prompt_length: int
+    length: Tensor
 
     @property
     def generated(self) -> Tensor:
