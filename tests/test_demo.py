@@ -170,6 +170,17 @@ def test_pictures(trace, tmp_path, cases):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
 
+def test_rules_that_only_continue_are_left_out_between_clues(shipped, capsys, tmp_path):
+    """Of the sets whose blanks are not all at the end; the picture then has fewer points in these."""
+    cases = [case for case in run.PUBLISHED if case.name in ("fast-dllm", "d2f", "daedal")]
+    assert [case.continues for case in cases] == [False, True, True]
+    results = run.compare(*shipped, 2, cases, seed=1)
+    names = {title: [r.rule for r in results if r.set == title] for title, *_ in run.SETS}
+    assert names == {title: [c.name for c in cases[: 1 if task == "sudoku" else 3]] for title, task, _ in run.SETS}
+    run.plot(results, tmp_path / "results.png")
+    assert "daedal" in capsys.readouterr().out and (tmp_path / "results.png").stat().st_size > 5000
+
+
 def test_a_missing_model_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "MODEL_DIR", tmp_path)
     with pytest.raises(ValueError, match="reinstall"):

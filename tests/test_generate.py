@@ -352,7 +352,10 @@ class HostReads(TorchDispatchMode):
     {"rule": dk.Threshold(0.9, tie=1e-5), "defer_token_ids": (5,), "score": dk.scores.DensityWeighted()},
     {"score": dk.scores.PositionWeighted(torch.ones(97))},
     *({"config": config, "block_length": 8, "cache": "none"} for config in dk.PRESETS.values()
-      if not isinstance(config.rule, (dk.Strided, dk.Reordered, dk.Pipeline))),  # they have loops of their own
+      # they have loops of their own, or need tokens
+      if not isinstance(config.rule, (dk.Strided, dk.Reordered, dk.Pipeline, dk.VariableLength))
+      and not config.rule.token_ids),
+    {"rule": dk.SplitEditing(0.5, 0.0, 4, 90, 91)},
 ], ids=lambda o: next((n for n, c in dk.PRESETS.items() if c is o.get("config")), None) or str(o))  # fmt: skip
 def test_step_loop_reads_nothing_on_the_host(model, options, monkeypatch):
     """Between two polls no tensor's value reaches the host."""

@@ -31,6 +31,12 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     quick: bool = False
 
+    @property
+    def continues(self) -> bool:
+        """Whether its rule decodes what comes after a prompt, and nothing else."""
+        config = self.options.get("config", dk.DecodingConfig())
+        return self.options.get("rule", config.rule).decodes == "continuations"
+
 
 MARKERS = "o^vsDphX*P"
 CONFIDENCE, RANDOM = "one a forward, by confidence", "one a forward, random order"
@@ -55,13 +61,14 @@ def for_full_attention(config: dk.DecodingConfig) -> dk.DecodingConfig:
     return config.replace(logit_alignment="same")
 
 
-# Every preset that runs on the shipped model, which knows masks, not noise, whose logits are no ratios, and whose
-# attention is not causal. Decoders of models that have learnt to edit are among them, and show what happens to one that
-# has not.
+# Every preset that runs on the shipped model, which knows masks, not noise, whose logits are no ratios, whose attention
+# is not causal, and which has no tokens that insert or delete. Decoders of models that have learnt to edit are among
+# them, and show what happens to one that has not.
 PUBLISHED = tuple(
     Case(name, {"config": for_full_attention(config)})
     for name, config in dk.PRESETS.items()
     if config.rule.noise == "mask" and not isinstance(config.rule, (dk.ScoreAncestral, dk.Strided, dk.Reordered))
+    if not config.rule.token_ids
 )
 # title, task, difficulty
 SETS: tuple[tuple[str, str, int | None], ...] = (
@@ -208,7 +215,8 @@ def compare(model, tokenizer, count: int, cases: list[Case], seed: int) -> list[
     results = []
     for title, name, difficulty in SETS:
         problems = TASKS[name].make(count, seed=seed, difficulty=difficulty)
-        for i, case in enumerate(cases):
+        between = any(len(p.blanks) < len(p.answer) for p in problems)
+        for i, case in enumerate(case for case in cases if not (between and case.continues)):
             progress = Progress(f"{title}: {case.name}", count)
             r = measure(model, tokenizer, title, problems, case, progress)
             progress.clear()
@@ -270,12 +278,15 @@ def plot(results: list[Result], path: Path) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(alpha=0.3)
         for i, rule in enumerate(rules):
-            r = next(r for r in results if (r.set, r.rule) == (title, rule))
+            r = next((r for r in results if (r.set, r.rule) == (title, rule)), None)
+            if r is None:  # a rule that continues texts, where the blanks are elsewhere
+                continue
             # hollow, each of another size and shape: where points coincide, all of them can be seen
             style = {"color": f"C{(i + i // 10) % 10}", "mfc": "none", "ms": max(13 - i * 0.7, 6), "mew": 1.8}
             axes.plot(r.forwards, r.solved, MARKERS[i % len(MARKERS)], label=rule, ls="none", clip_on=False, zorder=3,
                       **style)  # fmt: skip
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    handles = {rule: handle for axes in figure.axes for handle, rule in zip(*axes.get_legend_handles_labels())}
+    figure.legend([handles[rule] for rule in rules], rules, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=120)
 
 
