@@ -435,6 +435,27 @@ def test_late_counts_change_nothing(model, options, monkeypatch):
         numerics.assert_same_probabilities(ours.confidence, late.confidence)
 
 
+@pytest.mark.parametrize("options", [
+    {"cache": "none"}, {"cache": "prefix"}, {"cache": "dual", "block_length": 4},
+    {"cache": "block", "attention": "causal", "block_length": 4},
+], ids=str)  # fmt: skip
+def test_first_position_of_a_padded_row(model, options):
+    """With shifted logits it has no row before it, and keeps its own: not that of the padding."""
+    rows = [prompts(1, n, seed=n)[0] for n in (9, 5, 8)]
+    for row in rows:
+        row[0] = row[3] = MASK
+    ids = torch.stack([torch.cat((r.new_full((9 - len(r),), PAD), r)) for r in rows])
+    valid = torch.stack([torch.arange(9) >= 9 - len(r) for r in rows]).long()
+    options = {"rule": dk.Quota(), "logit_alignment": "shift", "eos_policy": "none"} | options
+    out = dk.infill(model, ids, valid, **options)
+    for k, row in enumerate(rows):
+        if options["cache"] in ("none", "prefix"):  # blocks of an infilling are counted from the batch's first column
+            alone = dk.infill(model, row, **options)
+            assert torch.equal(alone.sequences[0], out.sequences[k, 9 - len(row) :])
+        other = dk.infill(model, ids.masked_fill(valid == 0, 7), valid, **options)
+        assert torch.equal(other.sequences[k, 9 - len(row) :], out.sequences[k, 9 - len(row) :])
+
+
 def test_preset():
     config = dk.preset("fast-dllm", max_new_tokens=64)
     assert config.cache == "dual" and config.rule == dk.Threshold(0.9) and config.max_new_tokens == 64

@@ -128,6 +128,10 @@ class TestExpanding:
     def test_options(self, edits, options):
         self.compare(edits, seed=5, **options)
 
+    def test_first_position(self, edits):
+        """It has no row before it, whatever padding stands there."""
+        self.compare(edits, dk.Expanding(EXPAND, DELETE, budget=0), rows=((0, 1, 5), (4, 2, 6), (0, 1, 2)), seed=7)
+
     def test_everything_is_deleted(self):
         """One mask a forward goes, and what stood around them comes together."""
         table = Table([sure(1, 0.9)] * 6)
@@ -416,6 +420,24 @@ class TestSplitEditing:
             assert out.commit_step[k, -18:].tolist() == text.commit_step[len(prompt) : len(prompt) + 18].tolist()
             assert out.num_forwards[k] == text.num_forwards and out.length[k] == out.sequences.shape[1]
 
+    @pytest.mark.parametrize("trial", [0, 13, 17, 23])
+    @pytest.mark.parametrize("post", [0, 1])
+    def test_splits_without_end(self, trial, post):
+        """Positions that split again and again: the last forward a block may have commits everything."""
+        z = torch.randn(7, 6, generator=torch.Generator().manual_seed(trial)) * 2
+        z[:, 0] += 3.0
+        text = restated.split_editing(
+            lambda tokens: z[None, : tokens.shape[1]], torch.tensor([4] + [FEW_MASK] * 6), 1, FEW_MASK, delete=1,
+            split=0, threshold=0.99, edit_threshold=0.99, post=post, block_length=6,
+        )  # fmt: skip
+        with pytest.warns(UserWarning, match="does not know model type"):
+            out = dk.generate(
+                Table(z).eval(), torch.tensor([[4]]), mask_token_id=FEW_MASK, eos_policy="none", max_new_tokens=6,
+                rule=dk.SplitEditing(0.99, 0.99, post, 1, 0),
+            )  # fmt: skip
+        assert_same(out, 0, text)
+        assert out.num_forwards[0] == 6 + post + 1
+
     def test_everything_is_deleted(self):
         """Masks come in for what is deleted, until the last forward forbids it."""
         row = torch.tensor([0.02, 0.9, 0.03, 0.02, 0.02, 0.01]).log().tolist()  # 1, the delete token, and then 2
@@ -491,6 +513,22 @@ def test_late_counts_change_nothing(name, edits, monkeypatch):
         assert torch.equal(getattr(at_once, what), getattr(late, what)), what
     numerics.assert_same_probabilities(at_once.confidence, late.confidence)
     assert late.complete.all()
+
+
+@pytest.mark.filterwarnings("ignore:dlmkernels does not know")
+def test_a_late_host_sees_all_masks(monkeypatch):
+    """One mask becomes many, and the last of them is the surest: it is among those that are looked at."""
+    rows = torch.tensor([[0.0, 0.0, 5.0, 2.0 + i, 0.0, 0.0] for i in range(8)])
+    rule = dk.Expanding(2, 1)
+    options = {"rule": rule, "mask_token_id": FEW_MASK, "max_new_tokens": 7, "eos_policy": "none"}
+    outputs = []
+    for counts in (None, LateCount):
+        if counts:
+            monkeypatch.setattr("dlmkernels.decoding.variable.OpenCount", counts)
+        outputs.append(dk.infill(Table(rows).eval(), torch.tensor([[4, FEW_MASK, 4]]), **options))
+    at_once, late = outputs
+    assert at_once.length[0] == 9 and (at_once.commit_step[0, 1:8].diff() != 1).any()
+    assert torch.equal(at_once.sequences, late.sequences) and torch.equal(at_once.commit_step, late.commit_step)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "splitting"])

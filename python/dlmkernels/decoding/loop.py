@@ -273,8 +273,14 @@ class CanvasForward:
                 return self._in_part(pending, at_most, window)
         first, last = self._columns(block, whole)
         hidden = self._forward_columns(block, first, last)
-        # Position 0 has no row before it and keeps its own.
-        return self._pick(hidden, window.positions - (first + self.shift))
+        return self._pick(hidden, self.speaker_of(window.positions) - first)
+
+    def speaker_of(self, positions: Tensor) -> Tensor:
+        """Columns whose rows speak of canvas positions int32 `[B, W]`, none below 0.
+
+        A request's first position has no row before it and keeps its own.
+        """
+        return torch.maximum(positions - self.shift, self.canvas.origin[:, None])
 
     def lacks_context(self, block: Block) -> bool:
         """Whether something left of the block has not been forwarded since it was decided."""
@@ -318,11 +324,11 @@ class CanvasForward:
             head, hidden = hidden[:, before - 1], hidden[:, before:]
             if whole:
                 self.carried, self.done = head, block.offset
-        row = window.positions - first[:, None]
+        row = self.speaker_of(window.positions) - first[:, None]
         if not self.shift:
             return self._pick(hidden, row)
         # The row before the block's first comes from the context; without one the first row stands for itself.
-        return self._pick(torch.cat((head[:, None], hidden), 1), row)
+        return self._pick(torch.cat((head[:, None], hidden), 1), row + 1)
 
     def _with_shadow(self, block: Block, window: TokenWindow) -> Tensor:
         """A forward of all the canvas and of the block's shadow, from which decided positions are read."""
@@ -442,7 +448,7 @@ class CanvasForward:
 
     def _pick(self, hidden: Tensor, row: Tensor) -> Tensor:
         """Rows `row` `[B, W]` of `hidden` `[B or 2B, Q, hidden]`, one below another."""
-        row = self._twice(row.clamp(min=0))
+        row = self._twice(row.clamp(0, hidden.shape[1] - 1))
         row = row + torch.arange(len(row), device=row.device)[:, None] * hidden.shape[1]
         return hidden.flatten(0, 1).index_select(0, row.flatten())
 

@@ -84,8 +84,7 @@ def decode_variable(
             else:
                 base, width = first, rows - start
                 window = canvas.free_window(first, width, working)
-            # Position 0 has no row before it and keeps its own.
-            row = torch.maximum(window.positions - forward.shift, canvas.origin[:, None]).clamp(max=rows - 1).long()
+            row = forward.speaker_of(window.positions).clamp(max=rows - 1).long()
             picked = hidden.gather(1, row[:, :, None].expand(-1, -1, hidden.shape[2]))
             logits = model.logits(picked.flatten(0, 1))
             room = torch.minimum(limit - length, rule.max_insertions(most) - inserted)
