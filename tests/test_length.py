@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoders that change the length, against their restatements (`restated_length.py`), token for token."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ import numerics
 import restated_length as restated
 from plain_llama import PlainLlama
 from published import block_causal, blocks_of
-from small_models import EOS, MASK, PAD, prompts
+from small_models import EOS, KINDS, MASK, PAD, prompts
 from test_generate import HostReads, LateCount
 from test_published import FEW_MASK, Table, canvas_of, decode, lively, ragged, sure
 
@@ -187,6 +189,18 @@ class TestExpanding:
         finally:
             del model.generation_config.expand_token_id, model.generation_config.delete_token_id
         assert torch.equal(out.sequences, expected.sequences)
+
+    def test_ids_that_the_family_does_not_know(self, edits):
+        """Logits beyond the tokenizer's ids are never chosen, but those of the tokens that the rule names."""
+        model, _ = edits
+        _, batch, valid = self.canvases(seed=2)
+        options = {"rule": dk.Expanding(EXPAND, DELETE), "max_new_tokens": 9, "eos_policy": "none"}
+        options |= {"score": "entropy", "logit_alignment": "shift"}
+        known = dk.adapt(model)
+        known.family = dataclasses.replace(known.family, vocab_size=97, num_tokens=EXPAND)
+        expected = dk.infill(model, batch, valid, suppress_token_ids=range(92, 97), **options)
+        assert torch.equal(dk.infill(known, batch, valid, **options).sequences, expected.sequences)
+        assert len(set(expected.length.tolist())) > 1
 
     @pytest.mark.parametrize("options,match", [
         ({"max_new_tokens": 3}, "max_new_tokens must be at least the number of masks of any row, 7; got 3"),
@@ -476,6 +490,35 @@ class TestSplitEditing:
         finally:
             del model.config.delete_token_id, model.config.split_token_id
         assert out.complete.all() and not torch.isin(out.generated, torch.tensor([DELETE, EXPAND])).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model(kind):
+    """A row of a batch whose rows end in different columns is the request alone."""
+    model = lively(kind)
+    canvas = prompts(2, 12, seed=3).clamp(max=EXPAND - 1)
+    canvas[0, 3:7] = canvas[1, 5] = MASK
+    valid = torch.ones_like(canvas)
+    valid[1, :2] = 0
+    options = {"rule": dk.Expanding(EXPAND, DELETE), "max_new_tokens": 9, "eos_policy": "none"}
+    out = dk.infill(model, canvas, valid, **options)
+    alone = dk.infill(model, canvas[1, 2:], **options)
+    assert torch.equal(out.sequences[1, 2 : out.length[1]], alone.sequences[0])
+    rows, ids, valid = ragged(seed=1)
+    options = {"rule": TestLengthening.RULE, "max_new_tokens": 40, "block_length": 8}
+    options |= {"eos_token_id": TestLengthening.ENDS}
+    out = dk.generate(model, ids, valid, **options)
+    alone = dk.generate(model, rows[0], **options)
+    assert torch.equal(out.sequences[0, ids.shape[1] - len(rows[0]) : out.length[0]], alone.sequences[0])
+
+
+def test_prompt_as_embeddings(edits):
+    model, _ = edits
+    _, ids, valid = ragged(seed=1)
+    options = CASES["lengthening"] | {"eos_token_id": TestLengthening.ENDS}
+    out = dk.generate(model, ids, valid, **options)
+    embedded = dk.generate(model, inputs_embeds=model.get_input_embeddings()(ids), attention_mask=valid, **options)
+    assert torch.equal(out.generated, embedded.generated) and torch.equal(out.length, embedded.length)
 
 
 CASES = {

@@ -300,9 +300,11 @@ def _special_tokens(model: DiffusionModel, config: DecodingConfig) -> SpecialTok
             if not isinstance(i, int) or i < 0 or (vocab is not None and i >= vocab):
                 limit = "" if vocab is None else f" of {vocab} tokens"
                 raise ValueError(f"{name} must be in the model's vocabulary{limit}; got {i!r}")
-    # Logits beyond the tokenizer's last id stand for nothing.
-    unknown = range(known, vocab) if known is not None and vocab is not None else ()
-    return SpecialTokens(mask, eos, pad, [*([mask] if mask != -1 else []), *config.suppress_token_ids, *unknown])
+    # Logits beyond the tokenizer's last id stand for nothing, unless the rule says what.
+    unknown = set(range(known, vocab)) if known is not None and vocab is not None else set()
+    unknown -= {getattr(config.rule, name) for name in config.rule.token_ids}
+    masks = [mask] if mask != -1 else []
+    return SpecialTokens(mask, eos, pad, [*masks, *config.suppress_token_ids, *sorted(unknown)])
 
 
 def _stop_ids(model: DiffusionModel) -> list[int]:
