@@ -14,6 +14,7 @@ from checkpoints import EOS, HIDDEN, MASK, PAD, VOCAB
 from dlmkernels import AttentionWindow
 from dlmkernels.models.adapt import adapt
 from small_models import prompts
+from test_generate import HostReads
 from test_published import assert_rows_same, assert_same
 
 FULL = {
@@ -450,6 +451,32 @@ class TestStrided:
         for leniency in (None, 1.0):
             out = dk.generate(model, ids, rule=dk.Strided(3, leniency), top_k=0, top_p=1.0, **options)
             assert out.complete.all() and out.num_forwards.float().mean() < 0.8 * 24
+
+    @pytest.mark.parametrize("leniency", [None, 1.0])
+    def test_loop_reads_nothing_on_the_host(self, leniency, echo, monkeypatch):
+        """But the counts, which on a GPU travel by themselves."""
+        from dlmkernels.decoding import strided
+
+        reads, steps = HostReads(), []
+
+        class Counts(strided.OpenCount):
+            def latest(self):
+                steps.append(super().latest())
+                if steps[-1][1] > 0:
+                    reads.__enter__()
+                return steps[-1]
+
+            def submit(self, counts):
+                if steps:
+                    reads.__exit__(None, None, None)
+                super().submit(counts)
+
+        monkeypatch.setattr(strided, "OpenCount", Counts)
+        out = dk.generate(echo[1], prompts(2, 6), rule=dk.Strided(3, leniency), max_new_tokens=16, seed=1)
+        assert out.complete.all() and len(steps) > 2 and reads.seen == []
+        with reads:
+            torch.tensor(3).item()
+        assert reads.seen  # the recorder does see reads
 
     def test_stop_token_and_streamer(self, echo):
         _, model = echo
