@@ -35,7 +35,8 @@ QUICK = [Case(LLADA, 1, 256), Case(LLADA, 1, 1024), Case(DREAM, 1, 1024), Case(S
 FULL = [
     Case(LLADA, 1, 4096), Case(LLADA, 8, 1024), Case(LLADA, 8, 4096), Case(LLADA, 1, 1024, queries=4),
     Case(LLADA, 1, 4096, queries=4), Case(LLADA, 1, 1024, queries=1024), Case(DREAM, 1, 4096), Case(DREAM, 8, 1024),
-    Case(DREAM, 8, 4096), Case(SDAR, 1, 4096), Case(LLADA, 1, 1024, torch.float32),
+    Case(DREAM, 8, 4096), Case(DREAM, 1, 1024, queries=4), Case(DREAM, 1, 4096, queries=4), Case(SDAR, 1, 4096),
+    Case(LLADA, 1, 1024, torch.float32),
 ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def tighter(*limits: tuple[Limit, float]) -> tuple[Limit, float]:
 
     def seconds(limit: Limit, work: float) -> float:
         limit.run()
-        return min(_timed(limit.run, lambda: None) for _ in range(5)) / limit.work * work
+        return min(_timed(limit.run, lambda: None, time.perf_counter) for _ in range(5)) / limit.work * work
 
     return max(limits, key=lambda pair: seconds(*pair))
 
@@ -153,6 +154,7 @@ class Harness:
         work: float = 0.0,
         moved: float = 0.0,
         unit: str = "",
+        clock: Callable[[], float] = time.perf_counter,
     ) -> Comparison:
         """Time `ours` through the `benchmark` fixture, and between its rounds each baseline once.
 
@@ -174,6 +176,8 @@ class Harness:
             Bytes that one call must read and write, where `work` is something else: for a GPU's floors.
         unit : str
             Unit of the rate where there is no limit: "tokens/s".
+        clock : callable, optional
+            Seconds; one that stands still for what is not to count. On a CPU only.
         """
         if self.floors is not None:
             return self._compare_on_gpu(benchmark, group, ours, baselines, limit, work, moved, unit)
@@ -184,7 +188,7 @@ class Harness:
         everything = [*others.values(), ours]
         for run in everything:
             run()
-        round_seconds = sum(_timed(run, before) for run in everything)
+        round_seconds = sum(_timed(run, before, time.perf_counter) for run in everything)
         rounds = max(5, min(100, round(self.seconds / round_seconds)))
         times: dict[str, list[float]] = {name: [] for name in others}
         own: list[float] = []
@@ -193,13 +197,11 @@ class Harness:
         def others_first():
             for i in range(len(names)):  # another one goes first each round
                 name = names[(i + len(own)) % len(names)]
-                times[name].append(_timed(others[name], before))
+                times[name].append(_timed(others[name], before, clock))
             before()
 
         def timed_ours():
-            start = time.perf_counter()
-            ours()
-            own.append(time.perf_counter() - start)
+            own.append(_timed(ours, lambda: None, clock))
 
         benchmark.pedantic(timed_ours, setup=others_first, rounds=rounds, iterations=1)
         result = Comparison(group)
@@ -272,11 +274,11 @@ class Harness:
         return lines
 
 
-def _timed(run: Function, before: Function) -> float:
+def _timed(run: Function, before: Function, clock: Callable[[], float]) -> float:
     before()
-    start = time.perf_counter()
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _short(x: float) -> str:

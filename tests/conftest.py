@@ -10,8 +10,8 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    """The native tests, which take longest, first; with a worker for a file, the others run beside them."""
-    items.sort(key=lambda item: item.path.name != "test_simt.py")
+    """The native tests, which take longest, first: with a worker for a file, each gets one."""
+    items.sort(key=lambda item: item.path.name not in ("test_simt.py", "test_translated_ptx.py"))
 
 
 @pytest.fixture(autouse=True)

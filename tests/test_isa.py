@@ -8,8 +8,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from dlmkernels import _C
+from dlmkernels import _C, ops
 
 BEST = [isa for isa in _C.cpu_isas() if isa != "amx"][-1]  # no processor has timed AMX: it must be asked for
 
@@ -56,6 +57,35 @@ def test_amx_is_refused_with_a_reason():
     assert re.search(r"'amx' cannot be used; available: generic.*; amx: .*(without|offer|build)", refusal("amx"))
 
 
+@pytest.mark.skipif("avx2" not in _C.cpu_isas(), reason="no AVX2")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_avx2_gives_the_bits_of_the_generic_code(dtype):
+    logits = (3 * torch.randn(5, 20011)).to(dtype)
+    draws = {name: torch.arange(5, dtype=kind) for name, kind in
+             [("seed", torch.int64), ("position", torch.int32), ("step", torch.int32)]}  # fmt: skip
+    q, cache = torch.randn(2, 9, 6, 64).to(dtype), torch.randn(2, 2, 150, 3, 64).to(dtype)
+    slots = torch.arange(9, dtype=torch.int32).repeat(2, 1)
+
+    def run(isa):
+        before = _C.cpu_isa()
+        _C.set_cpu_isa(isa)
+        try:
+            stats = ops.token_confidence(
+                logits, temperature=torch.tensor([0.8]), top_p=torch.tensor([0.9]), with_margin=True,
+                with_entropy=True, **draws,
+            )  # fmt: skip
+            if dtype == torch.float16:
+                return list(stats)
+            k, v = cache.clone()
+            return [*stats, *ops.block_attention(q, q[:, :, :3], q[:, :, 3:], k, v, slots)]
+        finally:
+            _C.set_cpu_isa(before)
+
+    generic, avx2 = run("generic"), run("avx2")
+    assert len(generic) == len(avx2)
+    assert all(torch.equal(a, b) for a, b in zip(generic, avx2))
+
+
 # Mnemonics of VEX and EVEX instructions begin with v, those on mask registers are k...; a few others begin likewise.
 WIDE = re.compile(
     r"\t(v(?!er[rw]\b|m(call|launch|resume|xo|run|load|save)\b)\w+|k(mov|and|or|xor|xnor|not|test|shift|unpck|add)\w*)\s"
@@ -85,7 +115,7 @@ def test_wide_instructions_stay_in_their_namespaces():
     it, on processors without them too.
     """
     found = functions_with(WIDE)
-    theirs = r"\bdlm::cpu::(avx512(bf16)?|amx)::"
+    theirs = r"\bdlm::cpu::(avx2|avx512(bf16)?|amx)::"
     assert not {name: what for name, what in found.items() if not re.search(theirs, name)}
     if "avx512" in _C.cpu_isas():
         assert any("avx512::" in name and "scan_as<" in name for name in found)

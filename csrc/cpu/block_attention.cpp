@@ -15,11 +15,13 @@ BlockAttentionKernels block_attention(DType dtype) {
     case Isa::kAmx:
       return amx::block_attention(dtype);
 #endif
-#ifdef DLM_AVX512
+#ifdef DLM_X86
     case Isa::kAvx512Bf16:
       return avx512bf16::block_attention(dtype);
     case Isa::kAvx512:
       return avx512::block_attention(dtype);
+    case Isa::kAvx2:
+      return avx2::block_attention(dtype);
 #endif
     default:
       return generic::block_attention(dtype);

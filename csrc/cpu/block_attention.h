@@ -32,6 +32,9 @@ namespace generic {
 void scatter_new_rows(const BlockAttentionParams& params, int64_t begin, int64_t end);
 BlockAttentionKernels block_attention(DType dtype);
 }  // namespace generic
+namespace avx2 {
+BlockAttentionKernels block_attention(DType dtype);
+}  // namespace avx2
 namespace avx512 {
 BlockAttentionKernels block_attention(DType dtype);
 }  // namespace avx512

@@ -16,7 +16,7 @@
 namespace dlm::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"generic", "avx512", "avx512bf16", "amx"};
+constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512bf16", "amx"};
 
 #ifdef DLM_AMX
 // The tile registers' data, a state component of the processor that a process must ask Linux for
@@ -37,12 +37,14 @@ bool may_use_tiles() { return syscall(SYS_arch_prctl, kRequestPermission, kTileD
 // Why an instruction set cannot be used here; empty: it can.
 std::string obstacle(Isa isa) {
   if (isa == Isa::kGeneric) return "";
-#ifdef DLM_AVX512
+#ifdef DLM_X86
   // These ask CPUID for the instructions and XCR0 for the operating system's support of their
   // registers. The four extensions are what CMakeLists.txt compiles *_avx512.cpp for: every
   // processor with AVX-512 since 2017.
   const char* missing = nullptr;
-  if (!__builtin_cpu_supports("avx512f"))
+  if (isa == Isa::kAvx2)
+    missing = __builtin_cpu_supports("avx2") ? nullptr : "AVX2";
+  else if (!__builtin_cpu_supports("avx512f"))
     missing = "AVX-512F";
   else if (!__builtin_cpu_supports("avx512bw"))
     missing = "AVX-512BW";

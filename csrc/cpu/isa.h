@@ -8,7 +8,7 @@
 namespace dlm::cpu {
 
 // Ascending: a later one is preferred, but kAmx, which must be asked for.
-enum class Isa : int { kGeneric, kAvx512, kAvx512Bf16, kAmx };
+enum class Isa : int { kGeneric, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 const char* isa_name(Isa isa);
 Isa isa();                 // in use: the best available, or DLMKERNELS_CPU_ISA

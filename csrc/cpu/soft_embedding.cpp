@@ -24,7 +24,7 @@ struct Kernel {
 };
 Kernel kernel() {
   switch (isa()) {
-#ifdef DLM_AVX512
+#ifdef DLM_X86
     case Isa::kAvx512Bf16:
     case Isa::kAvx512:
       return {avx512::soft_weights, avx512::soft_add};

@@ -29,11 +29,13 @@ struct Kernel {
 
 Kernel kernel() {
   switch (isa()) {
-#ifdef DLM_AVX512
+#ifdef DLM_X86
     case Isa::kAmx:
     case Isa::kAvx512Bf16:
     case Isa::kAvx512:
       return {avx512::scan, avx512::add_measures, 32768};
+    case Isa::kAvx2:
+      return {avx2::scan, avx2::add_measures, 16384};
 #endif
     default:
       return {generic::scan, generic::add_measures, 8192};

@@ -96,6 +96,12 @@ void add_measures(const LogitsRow& row, int64_t begin, int64_t end, const Measur
                   const Bins& bins);
 }  // namespace generic
 
+namespace avx2 {
+Scan scan(const LogitsRow& row, int64_t begin, int64_t end, const Wanted& want);
+void add_measures(const LogitsRow& row, int64_t begin, int64_t end, const Measure& measure,
+                  const Bins& bins);
+}  // namespace avx2
+
 namespace avx512 {
 Scan scan(const LogitsRow& row, int64_t begin, int64_t end, const Wanted& want);
 void add_measures(const LogitsRow& row, int64_t begin, int64_t end, const Measure& measure,

@@ -5,6 +5,7 @@
 // Bytes: V elements a pass (from L2 or L3 after the first). Some 30 operations a logit: arithmetic
 // is the limit, not memory, until vectors are wide. Noise, some 40 operations a logit, is drawn
 // only where a chunk of the row could still beat the best token so far.
+// token_confidence_avx2.cpp compiles all of this a second time, in a namespace of its own.
 #include "cpu/token_confidence.h"
 
 #include <algorithm>
@@ -15,7 +16,11 @@
 #include "common/order.h"
 #include "cpu/random_words.h"
 
-namespace dlm::cpu::generic {
+#ifndef DLM_NAMESPACE
+#define DLM_NAMESPACE generic
+#endif
+
+namespace dlm::cpu::DLM_NAMESPACE {
 namespace {
 
 constexpr int kBlock = 1024;  // logits converted at a time: 4 KiB of floats
@@ -230,7 +235,8 @@ Scan scan_as(const LogitsRow& logits, int64_t begin, int64_t end, const Wanted& 
       }
       found.second = std::max(found.max, top.second);
       found.max = top.first;
-      const int64_t at = std::find(z, z + n, top.first) - z;
+      int64_t at = 0;
+      while (z[at] != top.first) ++at;
       found.argmax = begin + at;
       z[at] = -kInfinity;
     } else {
@@ -308,4 +314,4 @@ void add_measures(const LogitsRow& row, int64_t begin, int64_t end, const Measur
   }
 }
 
-}  // namespace dlm::cpu::generic
+}  // namespace dlm::cpu::DLM_NAMESPACE

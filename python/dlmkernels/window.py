@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -62,6 +63,11 @@ class TokenWindow:
 
     positions: Tensor
     origin: Tensor
+
+    @cached_property
+    def used(self) -> Tensor:
+        """Slots that stand for a position, bool `[B, W]`."""
+        return self.positions >= 0
 
     @property
     def request_positions(self) -> Tensor:

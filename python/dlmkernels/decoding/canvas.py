@@ -60,7 +60,7 @@ class Canvas:
 
     def open_in(self, start: Tensor, length: int) -> Tensor:
         """Which of the columns `start[b]` … `start[b] + length` of each row are open: bool `[B, length]`."""
-        return self._in(self.is_open, start[:, None] + torch.arange(length, device=start.device))
+        return self._has(OPEN, start[:, None] + torch.arange(length, dtype=torch.int32, device=start.device))
 
     def window(self, start: Tensor, length: int, capacity: int) -> TokenWindow:
         """The open positions among `length` columns from `start` int32 `[B]` on, ascending, in `capacity` slots.
@@ -69,12 +69,12 @@ class Canvas:
         runs for them.
         """
         columns = start[:, None] + torch.arange(length, dtype=torch.int32, device=start.device)
-        is_open = self.open_in(start, length)
+        is_open = self._has(OPEN, columns)
         if capacity == length:
             return TokenWindow(torch.where(is_open, columns, -1), self.origin)
-        # Open columns keep their number, closed ones sort behind them.
-        ranked = torch.where(is_open, columns, columns + length).sort(dim=1).values[:, :capacity]
-        return TokenWindow(torch.where(ranked < start[:, None] + length, ranked, -1), self.origin)
+        behind = self.tokens.shape[1]  # where closed columns go
+        ranked = torch.where(is_open, columns, behind).sort(dim=1).values[:, :capacity]
+        return TokenWindow(ranked.masked_fill(ranked == behind, -1), self.origin)
 
     def free_window(self, start: Tensor, length: int, working: Tensor) -> TokenWindow:
         """All positions of `length` columns from `start` int32 `[B]` on that are not given, in the `working` rows.
@@ -82,14 +82,15 @@ class Canvas:
         `working` is bool `[B]`.
         """
         columns = start[:, None] + torch.arange(length, dtype=torch.int32, device=start.device)
-        free = self._in((self.state & FROZEN) == 0, columns) & working[:, None]
+        inside = columns < self.tokens.shape[1]
+        free = inside & ~self._has(FROZEN, columns) & working[:, None]
         return TokenWindow(torch.where(free, columns, -1), self.origin)
 
-    @staticmethod
-    def _in(what: Tensor, columns: Tensor) -> Tensor:
-        """A bool `[B, T]` at canvas columns `[B, W]`; False right of the canvas."""
-        last = what.shape[1] - 1
-        return what.gather(1, columns.clamp(max=last).long()) & (columns <= last)
+    def _has(self, bit: int, columns: Tensor) -> Tensor:
+        """Where the state at canvas columns int32 `[B, W]` has a bit: bool `[B, W]`; nowhere right of the canvas."""
+        last = self.tokens.shape[1] - 1
+        state = self.state.gather(1, columns.clamp(max=last).long())
+        return (state & bit).bool() & (columns <= last)
 
     def fill_after_eos(self, eos: list[int], pad: int) -> None:
         """Complete the requests that have an end token with nothing open before it: all after it becomes `pad`."""

@@ -62,7 +62,7 @@ def decode(
                     window = canvas.window(first, 1, 1)
                     stats = propose(model.logits(forward.last_of_context()), window)
                     commit_tokens(
-                        canvas, config, special, window.positions, stats.token[:, None], window.positions >= 0,
+                        canvas, config, special, window.positions, stats.token[:, None], window.used,
                         stats.confidence[:, None], fills_at_once,
                     )  # fmt: skip
                     took_part &= window.positions[:, 0] < 0  # the others have been counted
@@ -449,7 +449,8 @@ class CanvasForward:
     def _pick(self, hidden: Tensor, row: Tensor) -> Tensor:
         """Rows `row` `[B, W]` of `hidden` `[B or 2B, Q, hidden]`, one below another."""
         row = self._twice(row.clamp(0, hidden.shape[1] - 1))
-        row = row + torch.arange(len(row), device=row.device)[:, None] * hidden.shape[1]
+        if len(row) > 1:
+            row = row + torch.arange(len(row), device=row.device)[:, None] * hidden.shape[1]
         return hidden.flatten(0, 1).index_select(0, row.flatten())
 
     def _twice(self, x: Tensor) -> Tensor:
@@ -494,7 +495,7 @@ class Proposer:
         rows = window.positions.numel()
         uncond = logits[rows:] if self.config.cfg_scale > 0 else None
         numbers = torch.arange(rows, dtype=torch.int32, device=logits.device)
-        is_used = window.positions.flatten() >= 0
+        is_used = window.used.flatten()
         options = self.options | {"bias": bias}
         if temperature is not None:
             options["temperature"] = torch.full((1,), temperature, device=logits.device)
@@ -544,7 +545,7 @@ class StepOptions:
         room: Tensor | None = None,
     ) -> Step:  # fmt: skip
         """The step that these logits `[N or 2N, V]` make in the block of `length` columns from `start` `[B]` on."""
-        eligible = window.positions >= 0
+        eligible = window.used
         if self.rule.slots != "open":
             index_in_block = window.positions - start[:, None]
             is_open = self.canvas.is_open.gather(1, window.positions.clamp(min=0).long())

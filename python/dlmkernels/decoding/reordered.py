@@ -62,7 +62,7 @@ def decode_reordered(
             window = canvas.window(first, rule.window, rule.window)
             row = (window.positions - final[:, None]).clamp(min=0).long()
             picked = hidden.gather(1, row[:, :, None].expand(-1, -1, hidden.shape[2])).flatten(0, 1)
-            count = (window.positions >= 0).sum(1, dtype=torch.int32)
+            count = window.used.sum(1, dtype=torch.int32)
             step = options.step(model.logits(picked), window, first, rule.window, 0, 1, count, count, 0.0, {})
             info = commit_tokens(
                 canvas, config, special, window.positions, step.token, rule.select(step), step.confidence

@@ -169,7 +169,7 @@ class Step:
     @property
     def used(self) -> Tensor:
         """Slots that stand for a position, bool `[B, W]`."""
-        return self.window.positions >= 0
+        return self.window.used
 
     @property
     def is_open(self) -> Tensor:

@@ -94,7 +94,7 @@ def decode_variable(
             action = rule.act(step)
             assert action.commit is not None and action.insert is not None and action.remove is not None
             commit_tokens(canvas, config, special, window.positions, step.token, action.commit, step.confidence)
-            place = torch.where(window.positions >= 0, window.positions - base[:, None], width).long()
+            place = torch.where(window.used, window.positions - base[:, None], width).long()
             inserted += _splice(
                 canvas, length, base, special, _by_place(action.insert, place, width),
                 _by_place(action.remove, place, width),
