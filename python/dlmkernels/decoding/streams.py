@@ -24,8 +24,9 @@ class Strided(Rule):
     I-DLM (arXiv:2604.11035), for strictly causal models whose row i speaks of position i + 1. A forward takes the last
     token, the drafts after it and stride - 1 masks. From the left, a draft is accepted if it is the very token that the
     model chooses in that row; the first that is not is replaced by that token. If none is rejected, one more token is
-    taken, and the rows of the masks draft the next ones, with the noise of the forward that will verify them. So the
-    tokens are those of decoding one after another, under any temperature and filter. Masks leave nothing in the cache.
+    taken, and the rows of the masks draft the next ones, with the noise of the forward that will verify them. So at
+    temperature 0 the tokens are those of decoding one after another, and at any other, under any filter, they have the
+    same distribution. Masks leave nothing in the cache.
 
     Attributes
     ----------
