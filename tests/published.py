@@ -362,6 +362,22 @@ def dream(
     return requests
 
 
+def rnd1(model: Callable, canvas: Tensor, start: int, mask: int, *, steps: int) -> Request:
+    """RND1's decoder (its program `diffusion_sample`): after i of S steps, floor(n (S - i) / S) of the n masks are left.
+
+    They are those with the largest entropies. Logits of position i stand in row i - 1. The program computes the share
+    in float32.
+    """
+    request = Request(canvas, mask)
+    total = len(request.open(start, len(canvas)))
+    for step in range(steps):
+        eligible = request.open(start, len(canvas))
+        proposals = propose(shifted(forward(model, request.tokens)[0]), eligible, mask)
+        count = len(eligible) - total * (steps - step - 1) // steps
+        take(request, proposals, [-h for h in proposals.entropy], count)
+    return request
+
+
 # --- EB-Sampler ------------------------------------------------------------------------------------------------------
 
 
@@ -541,13 +557,13 @@ def discrete_forcing(
 def multi_block(
     model: Callable, prompt: Tensor, new_tokens: int, mask: int, *, block: int, threshold: float, add: float,
     decoded: float, shift: bool = False, eos: int | None = None, pad: int = 0, delay: int | None = None,
-    interval: int | None = None,
+    interval: int | None = None, best_of_all: bool = True,
 ) -> Request:  # fmt: skip
-    """d3LLM (github.com/hao-ai-lab/d3LLM, `generate_multi_block`), whose forwards take all of a canvas of masks.
+    """d3LLM (arXiv:2601.07568, `generate_multi_block`), whose forwards take all of a canvas of masks.
 
-    Blocks are added and completed as in D2F. Of all masks of the blocks so far the one of least entropy is committed,
-    and what has no more than `threshold`; if that is nothing in the first complete block with masks, its best too. An
-    end token overwrites what stands behind it. (In the forward after that the program takes the masks for those that
+    Blocks are added and completed as in D2F. Of all masks of the blocks so far the one of least entropy is committed
+    (not with `best_of_all` off, as in the program for Dream, `_sample_multi_block`), and what has no more than
+    `threshold`; if that is nothing in the first complete block with masks, its best too. An end token overwrites what stands behind it. (In the forward after that the program takes the masks for those that
     were there before: what it commits behind the end token is overwritten again, but one of it can have been the best.)
 
     With a `delay` (`generate_multi_block_kv_cache`, `cache_delay_iter`) a finished block goes into the cache, after the
@@ -598,8 +614,10 @@ def multi_block(
         proposals = propose(shifted(z) if shift else z, masks, mask)
         h = proposals.entropy
         order = sorted(range(len(masks)), key=lambda n: h[n])
-        request.note(*(abs(h[n] - threshold) for n in order[1:]), *(h[n] - h[order[0]] for n in order[1:2]))
-        chosen = [order[0], *(n for n in order[1:] if h[n] <= threshold)]
+        first = order[:1] if best_of_all else []
+        rest = order[len(first) :]
+        request.note(*(abs(h[n] - threshold) for n in rest), *(h[n] - h[order[0]] for n in rest[:1] if first))
+        chosen = [*first, *(n for n in rest if h[n] <= threshold)]
         for this in complete:
             inside = [n for n in order if this.start <= masks[n] < this.end]
             if inside:
@@ -643,6 +661,39 @@ def introspective(model: Callable, prompt: Tensor, new_tokens: int, mask: int, *
         all_accepted = accepted == len(drafts)
         reached += accepted + 1
         drafts = said.token[first : first + stride - 1] if all_accepted else []
+    return request
+
+
+def self_speculative(model: Callable, prompt: Tensor, new_tokens: int, mask: int, *, block: int) -> Request:
+    """Linear self-speculation of Nemotron-Labs-Diffusion (arXiv:2607.05722, `linear_spec_generate`), greedy.
+
+    The prompt, read causally, predicts the first token. Then by turns: the last token and `block` - 1 masks, which see
+    what is decided and each other, draft; and the same with the drafts, read causally, says what follows each of them.
+    Its tokens are taken as long as the drafts agree with them, and one more. What is decided is always read causally.
+
+    The program drafts whole blocks, beyond the tokens asked for too; here a block ends where they do.
+    """
+    request = Request(torch.cat((prompt, prompt.new_full((new_tokens,), mask))), mask)
+    length = len(request.tokens)
+    first = propose(model(prompt[None], torch.ones(len(prompt), len(prompt)).tril().bool())[0], [len(prompt) - 1], mask)
+    first.positions = [len(prompt)]
+    request.commit(first, [0])
+    while open_now := request.open(0, length):
+        last = open_now[0] - 1
+        end = min(last + block, length)
+        visible = torch.ones(end, end).tril().bool()
+        visible[last:] = True
+        drafts = propose(model(request.tokens[None, :end], visible)[0], list(range(last, end)), mask)
+        request.note(*drafts.lead[1:])
+        request.num_forwards += 1
+        tokens = request.tokens[:end].clone()
+        tokens[last + 1 :] = torch.tensor(drafts.token[1:], dtype=torch.int64)
+        said = propose(model(tokens[None], visible.tril())[0], list(range(last, end)), mask)
+        said.positions = [i + 1 for i in said.positions]
+        count = 0
+        while last + count + 1 < end and tokens[last + count + 1] == said.token[count]:
+            count += 1
+        request.commit(said, [i for i in range(count + 1) if last + 1 + i < length])
     return request
 
 

@@ -101,6 +101,81 @@ class TestFull:
             assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("steps", [16, 8, 5, 3, 1])
+def test_rnd1s_own_decoder(steps, loaded):
+    """The default of its family; steps that do not divide the tokens, too."""
+    checkpoint, model = loaded("rnd1", checkpoints.rnd1)
+    restated = lambda c, s: published.rnd1(checkpoint.plain, c, s, MASK, steps=steps)  # noqa: E731
+    assert_rows_same(model, restated, 16, temperature=0.0, steps=steps, seed=2)
+    out = dk.generate(model, prompts(2, 5), max_new_tokens=16, steps=steps, seed=1)
+    assert out.complete.all() and (out.num_forwards == steps).all()
+
+
+class TestDiffuLLaMA:
+    """Its sampler: with t steps left each mask is revealed with probability 1 / t, tokens of the filtered distribution."""
+
+    ROWS, STEPS, LENGTH = 3000, 5, 8
+
+    @pytest.fixture(scope="class")
+    def drawn(self, loaded):
+        checkpoint, model = loaded("diffullama", checkpoints.diffullama)
+        ids = prompts(1, 6)
+        out = dk.generate(
+            model, ids.expand(self.ROWS, -1), max_new_tokens=self.LENGTH, steps=self.STEPS, seed=torch.arange(self.ROWS)
+        )
+        return checkpoint, ids, out
+
+    def test_when(self, drawn):
+        """So that every step is as likely as any other, whatever the position."""
+        *_, out = drawn
+        for step in out.commit_step[:, 6:].T:
+            numerics.assert_distribution("step", step.bincount(minlength=self.STEPS), [1 / self.STEPS] * self.STEPS)
+        together = out.commit_step[:, 6] * self.STEPS + out.commit_step[:, 7]
+        numerics.assert_distribution(
+            "pair", together.bincount(minlength=self.STEPS**2), [self.STEPS**-2] * self.STEPS**2
+        )
+
+    def test_what(self, drawn):
+        """The first position in the first step: temperature 0.9, then the least set of more than 0.9."""
+        checkpoint, ids, out = drawn
+        canvas = torch.cat((ids, torch.full((1, self.LENGTH), MASK)), 1)
+        z = checkpoint.double(canvas)[0, 5].index_fill(0, torch.tensor([MASK]), -torch.inf) / 0.9
+        p = torch.softmax(z, -1)
+        above = torch.where(p > p[:, None], p, 0.0).sum(1)
+        p = torch.where(above > 0.9, 0.0, p)
+        first = out.sequences[out.commit_step[:, 6] == 0, 6]
+        assert (p > 0).sum() > 3
+        numerics.assert_distribution("token", first.bincount(minlength=VOCAB), (p / p.sum()).tolist())
+
+
+#: Models distilled by d3LLM have their teachers' architecture.
+DISTILLED = {"d3llm-llada": checkpoints.llada, "d3llm-dream": checkpoints.dream}
+
+
+@pytest.mark.parametrize("name", DISTILLED)
+class TestD3LLM:
+    def load(self, name, folder):
+        checkpoint = DISTILLED[name]()
+        return checkpoint, dk.load(checkpoint.write(folder), family=name)
+
+    def test_default_decoding(self, name, tmp_path):
+        """Its pipeline, in blocks of 32."""
+        checkpoint, model = self.load(name, tmp_path)
+        told = {"block": 32, "threshold": 0.5, "add": 0.1, "decoded": 0.95, "pad": PAD}
+        told |= {"shift": "dream" in name, "best_of_all": "llada" in name}
+        restated = lambda c, s: published.multi_block(checkpoint.plain, c[:s], 48, MASK, **told)  # noqa: E731
+        assert_rows_same(model, restated, 48, seed=1)
+
+    def test_saved_again(self, name, tmp_path):
+        _, model = self.load(name, tmp_path)
+        model.save_pretrained(tmp_path / "again")
+        again = dk.load(tmp_path / "again")
+        assert adapt(again).family == adapt(model).family and adapt(again).family.name == name
+        teacher = adapt(dk.load(tmp_path)).family
+        alike = ("logit_alignment", "attention", "mask_token_id", "eos_token_ids", "num_tokens", "vocab_size")
+        assert all(getattr(adapt(again).family, fact) == getattr(teacher, fact) for fact in alike)
+
+
 # --- blocks after a finished context ---------------------------------------------------------------------------------
 
 BLOCKS = {
@@ -509,6 +584,143 @@ class TestStrided:
             dk.Strided(leniency=0)
 
 
+class TestSelfSpeculative:
+    @pytest.fixture(scope="class")
+    def echo(self, tmp_path_factory):
+        """A checkpoint whose drafts are often accepted, and often not."""
+        checkpoint = checkpoints.nemotron(4)
+        for i in range(checkpoints.LAYERS):
+            for part in ("self_attn.o_proj", "mlp.down_proj"):
+                checkpoint.weights[f"encoder.layers.{i}.{part}.weight"] *= 0.4
+        # one token that mostly follows itself and some others, and is what masks look like
+        row = checkpoint.weights["encoder.embed_tokens.weight"]
+        row[1::2] += row[5] * 0.5
+        row[MASK] = row[5] * 0.8
+        checkpoint.weights["diffusion_head.weight"][5] = 0.6 * row[5]
+        return checkpoint, dk.load(checkpoint.write(tmp_path_factory.mktemp("speculative")))
+
+    @pytest.mark.parametrize("block", [2, 5, 8, 32])
+    @pytest.mark.parametrize("which", ["plain", "echo"])
+    def test_published_decoder(self, which, block, loaded, echo):
+        checkpoint, model = echo if which == "echo" else loaded("nemotron", checkpoints.nemotron)
+        assert_rows_same(
+            model, lambda c, s: published.self_speculative(checkpoint.plain, c[:s], 21, MASK, block=block), 21,
+            config=dk.preset("nemotron-speculative"), block_length=block, seed=1,
+        )  # fmt: skip
+
+    CAUSAL = {"config": dk.DecodingConfig(), "attention": "causal", "logit_alignment": "shift", "seeded": False,
+              "block_length": 1}  # fmt: skip
+
+    @pytest.mark.parametrize("which", ["plain", "echo"])
+    def test_greedy_is_one_after_another_in_fewer_forwards(self, which, loaded, echo):
+        _, model = echo if which == "echo" else loaded("nemotron", checkpoints.nemotron)
+        options = {"max_new_tokens": 40, "eos_policy": "none"}
+        ids = prompts(4, 7)
+        out = dk.generate(model, ids, config=dk.preset("nemotron-speculative"), **options)
+        for cache in ("none", "block"):
+            slow = dk.generate(model, ids, **self.CAUSAL | options | {"cache": cache})
+            assert torch.equal(out.sequences, slow.sequences)
+        if which == "echo":
+            assert out.num_forwards.min() < 20 and len(set(out.num_forwards.tolist())) > 1
+
+    def test_sampling_is_that_of_one_after_another(self, echo):
+        """Four tokens after a prompt, drafts of some of them having been accepted or not."""
+        rows = 4000
+        _, model = echo
+        ids = prompts(1, 5).expand(rows, -1)
+        options = {"max_new_tokens": 5, "temperature": 1.5, "top_k": 3, "eos_policy": "none"}
+        out = dk.generate(model, ids, config=dk.preset("nemotron-speculative"), seed=torch.arange(rows), **options)
+        assert out.complete.all() and len(set(out.num_forwards.tolist())) > 2
+        checkpoint, _ = echo
+        states = {(): 1.0}
+        for _ in range(4):
+            after = {}
+            for text, weight in states.items():
+                tokens = torch.cat((ids[0], torch.tensor(text, dtype=torch.int64)))
+                z = checkpoint.plain(tokens[None], causal(len(tokens)))[0, -1].index_fill(0, torch.tensor(MASK), -1e30)
+                best = z.topk(3)
+                for p, token in zip(torch.softmax(best.values / 1.5, 0).tolist(), best.indices.tolist()):
+                    after[(*text, token)] = after.get((*text, token), 0.0) + weight * p
+            states = after
+        likely = [text for text, p in states.items() if p * rows > 10]
+        assert len(likely) > 20
+        number = {text: i for i, text in enumerate(likely)}
+        got = torch.tensor([number.get(tuple(text), len(likely)) for text in out.generated[:, :4].tolist()])
+        p = [states[text] for text in likely]
+        numerics.assert_distribution("text", got.bincount(minlength=len(likely) + 1), [*p, 1 - sum(p)])
+
+    def test_sampling_does_not_depend_on_the_batch(self, echo):
+        _, model = echo
+        rows = [prompts(1, n, seed=n)[0] for n in (3, 8, 6)]
+        ids = torch.stack([torch.cat((r.new_full((8 - len(r),), PAD), r)) for r in rows])
+        valid = torch.stack([torch.arange(8) >= 8 - len(r) for r in rows]).long()
+        options = {"config": dk.preset("nemotron-speculative"), "max_new_tokens": 16, "eos_policy": "none"}
+        options |= {"temperature": 1.0}
+        seeds = torch.tensor([1, 2, 3])
+        out = dk.generate(model, ids, valid, seed=seeds, **options)
+        assert out.complete.all() and not (out.sequences == MASK).any()
+        for i, row in enumerate(rows):
+            alone = dk.generate(model, row, seed=seeds[i : i + 1], **options)
+            assert torch.equal(out.generated[i], alone.generated[0]) and out.num_forwards[i] == alone.num_forwards[0]
+
+    def test_stop_token_and_streamer(self, echo):
+        _, model = echo
+        options = {"config": dk.preset("nemotron-speculative"), "max_new_tokens": 24, "pad_token_id": PAD}
+        whole = dk.generate(model, prompts(1, 6), eos_policy="none", **options)
+        eos = whole.generated[0, 9].item()
+        stop = whole.generated[0].tolist().index(eos) + 1
+        got = []
+        streamer = type(
+            "S", (), {"put": lambda self, t: got.extend(t.tolist()), "end": lambda self: got.append("end")}
+        )()
+        out = dk.generate(model, prompts(1, 6), eos_token_id=eos, streamer=streamer, **options)
+        assert torch.equal(out.generated[0, :stop], whole.generated[0, :stop])
+        assert (out.generated[0, stop:] == PAD).all() and out.num_forwards < whole.num_forwards
+        assert got == [*out.sequences[0].tolist(), "end"]
+
+    def test_loop_reads_nothing_on_the_host(self, echo, monkeypatch):
+        """But the counts, which on a GPU travel by themselves."""
+        from dlmkernels.decoding import speculative
+        from test_generate import HostReads
+
+        reads, rounds = HostReads(), []
+
+        class Counts(speculative.OpenCount):
+            def latest(self):
+                rounds.append(super().latest())
+                if rounds[-1][1] > 0:
+                    reads.__enter__()
+                return rounds[-1]
+
+            def submit(self, counts):
+                if rounds:
+                    reads.__exit__(None, None, None)
+                super().submit(counts)
+
+        monkeypatch.setattr(speculative, "OpenCount", Counts)
+        for temperature in (0.0, 1.0):
+            rounds.clear()
+            config = dk.preset("nemotron-speculative", temperature=temperature)
+            out = dk.generate(echo[1], prompts(2, 6), config=config, max_new_tokens=20)
+            assert out.complete.all() and len(rounds) > 2 and reads.seen == []
+
+    @pytest.mark.parametrize("options,match", [
+        ({"attention": "full", "cache": "none", "seeded": False}, "rule SelfSpeculative needs attention='causal-con"),
+        ({"cache": "none"}, "rule SelfSpeculative needs .*cache='block'.*got .*'none'"),
+        ({"seeded": False}, "rule SelfSpeculative needs .*seeded; got .*False"),
+        ({"logit_alignment": "shift"}, "rule SelfSpeculative needs logit_alignment='same'"),
+        ({"cfg_scale": 1.0}, "cfg_scale cannot be used"),
+        ({"block_length": 1}, "block_length must be at least 2 with rule SelfSpeculative; got 1"),
+    ], ids=str)  # fmt: skip
+    def test_refused(self, options, match, loaded):
+        _, model = loaded("nemotron", checkpoints.nemotron)
+        config = dk.preset("nemotron-speculative")
+        with pytest.raises(ValueError, match=match):
+            dk.generate(model, prompts(1, 4), config=config, max_new_tokens=4, **options)
+        with pytest.raises(ValueError, match="rule SelfSpeculative decodes what comes after a prompt"):
+            dk.infill(model, torch.tensor([[5, MASK]]), config=config)
+
+
 class TestReordered:
     WEDLM = {"wedlm-8b": checkpoints.wedlm, "wedlm-7b": lambda: checkpoints.wedlm(qk_norm=False)}
 
@@ -592,23 +804,63 @@ class TestReordered:
             dk.load(write(tmp_path, checkpoints.wedlm, qk_norm=False))
 
 
-@pytest.mark.parametrize("name,options", [
-    ("llada", {"cache": "none"}), ("dream", {"cache": "dual", "block_length": 8}), ("sdar", {"cache": "block"}),
-    ("llada", {"cfg_scale": 0.5}), ("diffugpt", {}), ("nemotron", {}),
-], ids=str)  # fmt: skip
+THRESHOLD = {"rule": dk.Threshold(0.5), "temperature": 0.0}
+EMBEDDED = [
+    *[("llada", {"cache": c, "block_length": 6} | THRESHOLD) for c in ("none", "prefix", "dual", "delayed")],
+    *[("dream", {"cache": c, "block_length": 6} | THRESHOLD) for c in ("none", "prefix", "dual")],
+    *[(name, {"cache": c} | THRESHOLD) for name in ("sdar", "llada2", "nemotron", "fast-dllm-v2") for c in ("none", "block")],
+    ("sdar", {"cache": "block", "fuse_commit": False} | THRESHOLD), ("sdar", {"cfg_scale": 0.5} | THRESHOLD),
+    ("a2d-bd3lm", {"cache": "block", "block_length": 4} | THRESHOLD), ("d2f-dream", {"cache": "block"} | THRESHOLD),
+    ("fast-dllm-v2", {"sub_block_length": 4, "sub_block_cache": True}),
+    ("nemotron", {"config": dk.preset("nemotron-speculative")}), ("i-dlm", {"temperature": 0.0}), ("i-dlm", {"seed": 3}),
+    ("wedlm", {"temperature": 0.0}), ("wedlm", {"cache": "none"} | THRESHOLD),
+    ("d2f-llada", {"cache": "block", "block_length": 5}), ("d2f-llada", {"cache": "none", "block_length": 5}),
+    ("llada", {"config": dk.preset("d3llm"), "block_length": 5}),
+    ("llada", {"config": dk.preset("d3llm-prefix"), "block_length": 5}),
+    ("llada", {"cfg_scale": 0.5, "cache": "dual"}), ("llada", {"config": dk.preset("dinfer-vicinity"), "block_length": 6}),
+    ("llada", {"config": dk.preset("dinfer-smoothing")}), ("llada", {"config": dk.preset("dinfer-smoothing"), "cfg_scale": 0.5}),
+    ("llada", {"config": dk.preset("wino"), "block_length": 6}), ("llada", {"config": dk.preset("saber")}),
+    ("llada2", {"config": dk.preset("dmax")}), ("llada2", {"config": dk.preset("llada2.1")}),
+    ("diffugpt", {}), ("rnd1", {"seed": 3}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name,options", EMBEDDED, ids=lambda value: value if isinstance(value, str) else "")
 def test_embedded_prompts(name, options, loaded):
-    """The embeddings of a prompt's tokens decode like the tokens; other embeddings do not."""
-    _, model = loaded(name, (FULL | BLOCKS)[name])
+    """The embeddings of a prompt's tokens decode like the tokens, whatever reads them; other embeddings do not.
+
+    The end token is what stands where the prompts were, and ends nothing.
+    """
+    _, model = loaded(name, (FULL | BLOCKS | {"i-dlm": checkpoints.i_dlm, "wedlm": checkpoints.wedlm})[name])
     ids = prompts(2, 9)
     valid = torch.ones(2, 9, dtype=torch.int64)
     valid[0, :4] = 0
-    options = {"max_new_tokens": 12, "temperature": 0.0, "rule": dk.Threshold(0.5)} | options
+    options = {"max_new_tokens": 12, "seed": 1, "pad_token_id": EOS, "eos_token_id": EOS} | options
     embeds = model.get_input_embeddings()(ids)
     expected = dk.generate(model, ids, valid, **options)
     out = dk.generate(model, attention_mask=valid, inputs_embeds=embeds, **options)
-    assert torch.equal(out.generated, expected.generated) and (out.sequences[:, :9] == PAD).all()
+    assert torch.equal(out.generated, expected.generated) and (out.sequences[:, :9] == EOS).all()
+    assert torch.equal(out.commit_step, expected.commit_step) and torch.equal(out.num_forwards, expected.num_forwards)
+    alone = dk.generate(model, inputs_embeds=embeds[:1, 4:], **options)
+    assert torch.equal(alone.generated, dk.generate(model, ids[0, 4:], **options).generated)
     other = dk.generate(model, attention_mask=valid, inputs_embeds=embeds.roll(1, 1), **options)
     assert not torch.equal(other.generated, expected.generated)
+
+
+def test_embedded_prompts_of_models_without_embeddings():
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Parameter(torch.zeros(8, 8))
+
+        def forward(self, tokens):
+            return type("Out", (), {"logits": self.table[tokens]})()
+
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(ValueError, match="inputs_embeds needs a model of transformers; got Odd"),
+    ):
+        dk.generate(Odd().eval(), inputs_embeds=torch.zeros(1, 2, 8), mask_token_id=7)
 
 
 @pytest.mark.parametrize("embeds,match", [
@@ -704,6 +956,38 @@ class TestFacts:
         with pytest.raises(ValueError, match=r"wrong shapes: \S+ \[56\], expected \[\d+\]"):
             dk.load(write(tmp_path, (FULL | BLOCKS)[name], damage), family=UNNAMED.get(name))
 
+    @pytest.mark.parametrize("name,key,damage,match", [
+        ("llada-moe", "model.layers.0.mlp.experts.3.up_proj.weight", None, r"layers\.0\.mlp\.experts\.gate_up_proj does not"),
+        ("llada-moe", "model.layers.1.mlp.experts.3.down_proj.weight", (5, 24), r"layers\.1\.mlp\.experts\.down_proj does not"),
+        ("llada2", "model.layers.0.attention.query_key_value.weight", (5, HIDDEN),
+         r"layers\.0\.self_attn\.q_proj\.weight does not fit: query_key_value has 5 rows, expected 160"),
+    ], ids=["missing", "shape", "in one matrix"])  # fmt: skip
+    def test_weights_that_cannot_be_put_together(self, name, key, damage, match, tmp_path):
+        """Experts become one tensor, and a matrix of queries, keys and values three."""
+
+        def change(weights):
+            del weights[key]
+            weights.update({} if damage is None else {key: torch.zeros(damage)})
+
+        with pytest.raises(ValueError, match=match):
+            dk.load(write(tmp_path, (FULL | BLOCKS)[name], change))
+
+    @pytest.mark.parametrize(
+        "name,field", [("llada-moe", "hidden_size"), ("llada2", "head_dim"), ("llada2", "num_experts")]
+    )
+    def test_fields_that_are_missing(self, name, field, tmp_path):
+        folder = write(tmp_path, (FULL | BLOCKS)[name])
+        config = json.loads((folder / "config.json").read_text())
+        del config[field]
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=f"cannot be loaded: it lacks '{field}'"):
+            dk.load(folder)
+
+    @pytest.mark.parametrize("block_size", [0, -4, "four", 4.0])
+    def test_block_sizes_that_are_none(self, block_size, tmp_path):
+        with pytest.raises(ValueError, match=f"its configuration has blocks of {block_size!r} tokens"):
+            dk.load(write(tmp_path, checkpoints.sdar, block_size=block_size))
+
     def test_mislabelled(self, tmp_path):
         """The weights of one family under the configuration of another."""
         other = checkpoints.dream()
@@ -746,6 +1030,17 @@ class TestTraps:
             assert strict[name]
         for name in ("fast-dllm", "nemotron"):
             assert not strict[name]
+
+    @pytest.mark.parametrize("name", ["sdar", "llada2", "i-dlm", "wedlm", "nemotron"])
+    def test_temperature_0(self, name, loaded):
+        """Nothing is divided by it (SDAR's program does): the tokens are the likeliest, whatever the seed and filters."""
+        _, model = loaded(name, (BLOCKS | {"i-dlm": checkpoints.i_dlm, "wedlm": checkpoints.wedlm})[name])
+        options = {"temperature": 0.0, "max_new_tokens": 16, "eos_policy": "none", "top_k": 3}
+        one, other = (dk.generate(model, prompts(2, 9), seed=seed, **options) for seed in (1, 2))
+        assert torch.equal(one.sequences, other.sequences) and one.complete.all()
+        assert one.confidence.isfinite().all() and (one.confidence[:, 9:] > 0).all()
+        drawn = dk.generate(model, prompts(2, 9), seed=1, **options | {"temperature": 1.5, "top_k": 0, "top_p": 1.0})
+        assert not torch.equal(drawn.sequences, one.sequences)
 
     def test_fast_dllm_v2_by_name(self, loaded):
         """The preset, in blocks of 32 and parts of 8 as its model was published with."""
@@ -1056,6 +1351,17 @@ class TestEsm:
             canvas = torch.cat((prompt, prompt.new_full((8,), 32)))
             request = published.llada(lambda t: model(t).logits, canvas, len(prompt), 32, steps=4)
             assert_same(out, row, request)
+
+    def test_embedded_prompts(self, position, token_dropout):
+        model, ids = esm(position, token_dropout), torch.randint(4, 30, (2, 9))
+        options = {"max_new_tokens": 8, "steps": 4, "eos_policy": "none"}
+        embeds = model.get_input_embeddings()(ids)
+        if token_dropout:
+            with pytest.raises(ValueError, match=r"inputs_embeds cannot be used with this model: .* the whole row"):
+                dk.generate(model, inputs_embeds=embeds, **options)
+            return
+        out = dk.generate(model, inputs_embeds=embeds, **options)
+        assert torch.equal(out.generated, dk.generate(model, ids, **options).generated)
 
     def test_kv_reuse_only_where_it_can_be(self, position, token_dropout):
         model = esm(position, token_dropout)

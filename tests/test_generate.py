@@ -342,6 +342,10 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+#: Rules that have loops of their own.
+OWN_LOOP = (dk.Strided, dk.SelfSpeculative, dk.Reordered, dk.Pipeline, dk.VariableLength)
+
+
 @pytest.mark.parametrize("options", [
     {"rule": dk.Threshold(0.5), "cache": "dual"}, {"rule": dk.EntropyBound(), "cache": "prefix"},
     {"rule": dk.Quota(), "score": "random", "temperature": 1.0, "top_k": 5}, {"rule": dk.Factor(), "cfg_scale": 1.0},
@@ -352,9 +356,7 @@ class HostReads(TorchDispatchMode):
     {"rule": dk.Threshold(0.9, tie=1e-5), "defer_token_ids": (5,), "score": dk.scores.DensityWeighted()},
     {"score": dk.scores.PositionWeighted(torch.ones(97))},
     *({"config": config, "block_length": 8, "cache": "none"} for config in dk.PRESETS.values()
-      # they have loops of their own, or need tokens
-      if not isinstance(config.rule, (dk.Strided, dk.Reordered, dk.Pipeline, dk.VariableLength))
-      and not config.rule.token_ids),
+      if not isinstance(config.rule, OWN_LOOP) and not config.rule.token_ids),
     {"rule": dk.SplitEditing(0.5, 0.0, 4, 90, 91)},
 ], ids=lambda o: next((n for n, c in dk.PRESETS.items() if c is o.get("config")), None) or str(o))  # fmt: skip
 def test_step_loop_reads_nothing_on_the_host(model, options, monkeypatch):
@@ -409,6 +411,7 @@ class LateCount(OpenCount):
     {"rule": dk.AncestralRemask(eta=0.3), "steps": 16}, {"rule": dk.RenoisedEntropyBound(steps=4), "seed": 1},
     {"rule": dk.Reordered(4), "attention": "reordered", "cache": "block"},
     {"rule": dk.Strided(3), "attention": "causal", "logit_alignment": "shift", "cache": "block"},
+    {"rule": dk.SelfSpeculative(), "attention": "causal-context", "seeded": True, "cache": "block"},
     {"rule": dk.Pipeline(0.5), "attention": "block", "logit_alignment": "shift", "cache": "block"},
     {"rule": dk.Pipeline(0.5, 0.3, 0.5), "attention": "block"}, {"rule": dk.EntropyPipeline(1.0)},
     {"rule": dk.EntropyPipeline(1.0), "cache": "prefix", "refresh_interval": 3},
@@ -422,11 +425,11 @@ def test_late_counts_change_nothing(model, options, monkeypatch):
 
     def run():
         yield dk.generate(model, prompts(2, 6), **options)
-        if not isinstance(options.get("rule"), (dk.Strided, dk.Reordered, dk.Pipeline)):
+        if not isinstance(options.get("rule"), OWN_LOOP):
             yield dk.infill(model, canvas, **options | {"steps": None})
 
     at_once = list(run())
-    for module in ("loop", "strided", "reordered", "pipelined"):
+    for module in ("loop", "strided", "speculative", "reordered", "pipelined"):
         monkeypatch.setattr(f"dlmkernels.decoding.{module}.OpenCount", LateCount)
     for ours, late in zip(at_once, run()):
         assert late.complete.all()

@@ -44,20 +44,71 @@ def edit_weights(folder, change):
     save_file(weights, path, metadata={"format": "pt"})
 
 
+def cut(path, end=-999):
+    path.write_bytes(path.read_bytes()[:end])
+
+
 @pytest.mark.parametrize("damage,match", [
     (lambda f: (f / "config.json").unlink(), r"no readable model configuration"),
     (lambda f: (f / "config.json").write_text("{"), r"no readable model configuration"),
+    (lambda f: (f / "config.json").write_bytes(b"\xff\xfe{"), r"no readable model configuration"),
+    (lambda f: (f / "config.json").write_text("[1, 2]"), r"no readable model configuration at .*: it holds no object"),
+    (lambda f: (f / "config.json").write_text("null"), r"no readable model configuration at .*: it holds no object"),
+    (lambda f: edit_config(f, hidden_size="64"), r"'hidden_size' expected int, got str \(value: '64'\)"),
+    (lambda f: edit_config(f, num_attention_heads=7), r"not a multiple of the number of attention heads \(7\)"),
+    (lambda f: edit_config(f, num_attention_heads=0), r"cannot be loaded: integer .*by zero"),
+    (lambda f: edit_config(f, num_hidden_layers=9), r"missing keys: model.layers.\d.input_layernorm.weight, "),
+    (lambda f: edit_config(f, vocab_size=50), r"wrong shapes: .*model.embed_tokens.weight \[\d+, 64\], expected \[50, 64\]"),
+    (lambda f: edit_config(f, dlm_family="nobody"), r"names the family 'nobody'; known families: masked, "),
+    (lambda f: edit_config(f, block_size=0), r"its configuration has blocks of 0 tokens"),
     (lambda f: edit_config(f, model_type="llada3"), r"llada3"),
     (lambda f: edit_config(f, model_type="t5"), r"model type 't5'; known types: Dream, .*llama"),
     (lambda f: (f / "model.safetensors").unlink(), r"cannot be loaded"),
-    (lambda f: (f / "model.safetensors").write_bytes(b"\0" * 64), r"cannot be loaded"),
-    (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-999]), r"cannot be loaded"),
+    (lambda f: (f / "model.safetensors").write_bytes(b""), r"model\.safetensors cannot be read: .*header too small"),
+    (lambda f: (f / "model.safetensors").write_bytes(b"\0" * 64), r"model\.safetensors cannot be read"),
+    (lambda f: cut(f / "model.safetensors"), r"model\.safetensors cannot be read: .*file not fully covered"),
     (lambda f: edit_weights(f, lambda w: w.pop("model.norm.weight")), r"missing keys: model.norm.weight"),
     (lambda f: edit_weights(f, lambda w: w.update(extra=torch.zeros(2))), r"unexpected keys: extra"),
     (lambda f: edit_weights(f, lambda w: w.update({"model.norm.weight": torch.zeros(3)})), r"wrong shapes: model.norm.weight \[3\], expected \[64\]"),
-], ids=["no config", "broken config", "unknown type", "other type", "no weights", "garbage", "truncated", "missing",
-        "unexpected", "wrong shape"])  # fmt: skip
+    (lambda f: edit_weights(f, lambda w: w.update({"model.norm.weight": torch.tensor(1.0)})), r"wrong shapes: model.norm.weight \[\], expected \[64\]"),
+], ids=["no config", "broken config", "not text", "list", "null", "type of a field", "heads", "no heads", "layers", "vocabulary",
+        "family", "blocks", "unknown type", "other type", "no weights", "empty", "garbage", "truncated", "missing",
+        "unexpected", "wrong shape", "scalar"])  # fmt: skip
 def test_damaged_checkpoint(checkpoint, damage, match):
+    damage(checkpoint)
+    with pytest.raises(ValueError, match=match):
+        dk.load(checkpoint)
+
+
+SECOND, INDEX = "model-00002-of-00003.safetensors", "model.safetensors.index.json"
+
+
+def edit_index(folder, **changes):
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"] |= changes
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("damage,match", [
+    (lambda f: (f / SECOND).unlink(), rf"there is no {SECOND}, which {INDEX} names"),
+    (lambda f: cut(f / SECOND), rf"{SECOND} cannot be read: .*file not fully covered"),
+    (lambda f: cut(f / SECOND, 20), rf"{SECOND} cannot be read: .*invalid header length"),
+    (lambda f: (f / INDEX).write_text("{"), rf"{INDEX} is not an index of weights: JSONDecodeError"),
+    (lambda f: (f / INDEX).write_text("{}"), rf"{INDEX} is not an index of weights: KeyError: 'weight_map'"),
+    (lambda f: (f / INDEX).write_text("[]"), rf"{INDEX} is not an index of weights: TypeError"),
+    (lambda f: edit_index(f, **{"model.norm.weight": "nowhere.safetensors"}), rf"no nowhere.safetensors, which {INDEX} names"),
+    (lambda f: edit_index(f, **{"model.norm.weight": 3}), r"3 cannot be read"),
+], ids=["missing", "truncated", "header", "broken index", "empty index", "list", "names no file", "names no name"])  # fmt: skip
+def test_damaged_shards(checkpoint, damage, match):
+    whole = checkpoint / "model.safetensors"
+    weights = load_file(whole)
+    files = [f"model-{i + 1:05d}-of-00003.safetensors" for i in range(3)]
+    for i, file in enumerate(files):
+        save_file({name: weights[name] for name in sorted(weights)[i::3]}, checkpoint / file, metadata={"format": "pt"})
+    weight_map = {name: files[i % 3] for i, name in enumerate(sorted(weights))}
+    (checkpoint / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    whole.unlink()
+    dk.load(checkpoint)
     damage(checkpoint)
     with pytest.raises(ValueError, match=match):
         dk.load(checkpoint)

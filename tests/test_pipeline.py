@@ -75,18 +75,28 @@ def test_d2f(family, block, threshold, add, decoded, new_tokens, loaded):
 
 
 @pytest.mark.parametrize("block,threshold,add,decoded,new_tokens", PIPELINES)
+@pytest.mark.parametrize("best_of_all", [True, False])
 @pytest.mark.parametrize("family", FULL)
-def test_d3llm(family, block, threshold, add, decoded, new_tokens, loaded):
+def test_d3llm(family, best_of_all, block, threshold, add, decoded, new_tokens, loaded):
     checkpoint, model = loaded(family)
     threshold, add = 4 * (1 - threshold), max(add, 0.05)
     decoder = restated(
         published.multi_block, checkpoint, family, new_tokens, block=block, threshold=threshold, add=add,
-        decoded=decoded,
+        decoded=decoded, best_of_all=best_of_all,
     )  # fmt: skip
     assert_rows_same(
         model, decoder, new_tokens, seed=3, config=dk.DecodingConfig(), block_length=block,
-        rule=dk.EntropyPipeline(threshold, add, decoded),
+        rule=dk.EntropyPipeline(threshold, add, decoded, best_of_all=best_of_all),
     )  # fmt: skip
+
+
+def test_best_of_all(loaded):
+    """Where the entropies are large it is one position more in many forwards."""
+    _, model = loaded("dream")
+    options = {"config": dk.DecodingConfig(), "max_new_tokens": 48, "block_length": 8, "eos_policy": "none"}
+    rules = [dk.EntropyPipeline(0.05, 0.1, 1.0, best_of_all=best) for best in (True, False)]
+    best, first = (dk.generate(model, prompts(3, 6, seed=5), rule=rule, **options) for rule in rules)
+    assert best.complete.all() and first.complete.all() and (best.num_forwards < first.num_forwards).all()
 
 
 @pytest.mark.parametrize("block,threshold,add,decoded,new_tokens", PIPELINES)

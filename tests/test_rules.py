@@ -468,7 +468,7 @@ def shipped():
 # decoders of models that have learnt to judge a token that stands there, which the shipped one has not
 OF_EDITORS = ("llada2.1", "llada2.1-speed", "dmax", "diffusion-gemma", "duo")
 # these need causal attention, and say so
-OF_CAUSAL_MODELS = ("i-dlm", "wedlm")
+OF_CAUSAL_MODELS = ("i-dlm", "nemotron-speculative", "wedlm")
 # these need tokens that insert and delete, and say so
 OF_MODELS_WITH_EDITS = ("dreamon", "llada2.2")
 

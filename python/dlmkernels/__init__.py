@@ -28,6 +28,7 @@ from .decoding.streams import Expanding as Expanding
 from .decoding.streams import Lengthening as Lengthening
 from .decoding.streams import Pipeline as Pipeline
 from .decoding.streams import Reordered as Reordered
+from .decoding.streams import SelfSpeculative as SelfSpeculative
 from .decoding.streams import Strided as Strided
 from .decoding.streams import VariableLength as VariableLength
 from .trace import Trace as Trace
@@ -48,8 +49,8 @@ _LAZY = {
 }
 __all__ = [
     "PRESETS", "AttentionWindow", "DecodingConfig", "EntropyPipeline", "Expanding", "KVCache", "Lengthening",
-    "Pipeline", "Reordered", "Score", "Strided", "TokenWindow", "Trace", "VariableLength", "ops", "preset",
-    "rules", "scores", *_LAZY,
+    "Pipeline", "Reordered", "Score", "SelfSpeculative", "Strided", "TokenWindow", "Trace", "VariableLength", "ops",
+    "preset", "rules", "scores", *_LAZY,
 ]  # fmt: skip
 __all__ += rules.__all__
 

@@ -18,7 +18,8 @@ from .pipelined import decode_pipelined
 from .presets import preset
 from .reordered import decode_reordered
 from .schedule import Grid
-from .streams import Pipeline, Reordered, Strided, VariableLength
+from .speculative import decode_speculative
+from .streams import Pipeline, Reordered, SelfSpeculative, Strided, VariableLength
 from .strided import decode_strided
 from .variable import decode_variable
 
@@ -100,6 +101,8 @@ def generate(
     loop = decode
     if isinstance(config.rule, Strided):
         loop = decode_strided
+    elif isinstance(config.rule, SelfSpeculative):
+        loop = decode_speculative
     elif isinstance(config.rule, Reordered):
         loop = decode_reordered
     elif isinstance(config.rule, Pipeline):
@@ -368,6 +371,8 @@ def _check_tokens(
 
 def _check_embeds(model: DiffusionModel, embeds: Tensor, pad: int) -> Tensor:
     """Tokens that stand for the embedded prompts, int64 `[B, P]`."""
+    if not hasattr(model.model, "get_input_embeddings"):
+        raise ValueError(f"inputs_embeds needs a model of transformers; got {type(model.model).__name__}")
     table = model.model.get_input_embeddings()
     hidden = table.embedding_dim
     if not isinstance(embeds, Tensor) or embeds.dim() != 3 or embeds.shape[2] != hidden or embeds.numel() == 0:

@@ -32,7 +32,7 @@ from .rules import (
     WideInNarrowOut,
 )
 from .scores import DensityWeighted, PositionWeighted
-from .streams import EntropyPipeline, Expanding, Lengthening, Pipeline, Reordered, Strided
+from .streams import EntropyPipeline, Expanding, Lengthening, Pipeline, Reordered, SelfSpeculative, Strided
 
 LLADA = DecodingConfig(rule=Quota(), score="probability", eos_policy="none")
 # entropy order, nucleus before temperature's confidence is read, logits one row early
@@ -59,6 +59,14 @@ PRESETS: dict[str, DecodingConfig] = {
     "dream-maskgit-plus": DREAM.replace(score="probability"),
     "dream-topk-margin": DREAM.replace(score="margin"),
     "dream-origin": DREAM.replace(rule=Ancestral(eps=1e-3, denoise=False)),
+    # RND1, github.com/RadicalNumerics/RND1: entropy order, as many tokens a forward as the other
+    "rnd1": DecodingConfig(
+        rule=Quota(spread=True), score="entropy", distribution="filtered", temperature=0.1, eos_policy="none"
+    ),
+    # DiffuLLaMA, arXiv:2410.17891: every position by chance; DiffuGPT has a temperature of 0.95
+    "diffullama": DecodingConfig(
+        rule=Ancestral(eps=0.0, denoise=False), temperature=0.9, top_p=0.9, distribution="filtered", eos_policy="none"
+    ),
     # Fast-dLLM, arXiv:2505.22618: confidence over a dual cache
     "fast-dllm": FAST_DLLM,
     "fast-dllm-factor": FAST_DLLM.replace(rule=Factor(1.0)),
@@ -123,11 +131,13 @@ PRESETS: dict[str, DecodingConfig] = {
     ),
     # Discrete Diffusion Forcing, arXiv:2508.09192; the shares are those of most of its scripts
     "d2f": DecodingConfig(rule=Pipeline(0.9, 0.1, 0.95), cache="block"),
-    # d3LLM, github.com/hao-ai-lab/d3LLM, without its cache and with it
+    # d3LLM, arXiv:2601.07568: on LLaDA, without its cache and with it, and on Dream
     "d3llm": D3LLM,
     "d3llm-prefix": D3LLM.replace(cache="prefix", refresh_interval=3),
+    "d3llm-dream": D3LLM.replace(rule=EntropyPipeline(0.5, 0.1, 0.95, best_of_all=False)),
     # Nemotron-Labs-Diffusion, arXiv:2607.05722
     "nemotron": DecodingConfig(rule=Threshold(0.9), cache="block"),
+    "nemotron-speculative": DecodingConfig(rule=SelfSpeculative(), cache="block"),
     # WeDLM, arXiv:2512.22737
     "wedlm": DecodingConfig(rule=Reordered(), temperature=0.2, cache="block"),
     # DreamOn, arXiv:2602.01326, which has Dream's order and filters

@@ -55,6 +55,23 @@ class Strided(Rule):
 
 
 @dataclass(frozen=True)
+class SelfSpeculative(Rule):
+    """A block drafted in one forward that sees all of it, and verified in another that reads it from the left.
+
+    The linear self-speculation of Nemotron-Labs-Diffusion (arXiv:2607.05722), for models that are causal in what is
+    decided (their row i then speaks of position i + 1) and fill the masks of a block in place. The block begins with
+    the last token. Drafts are accepted from the left while they are what the causal model says itself; its own token
+    comes after them. So the tokens are those of decoding one after another, drawn ones too: drafts are only compared.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    decodes: ClassVar[str] = "continuations"
+
+    def select(self, step):
+        raise TypeError("SelfSpeculative has a loop of its own and selects nothing of a step")
+
+
+@dataclass(frozen=True)
 class Reordered(Rule):
     """A window of masks that slides with what is decided before it, all of it read again as if in another order.
 
@@ -128,11 +145,11 @@ class Pipeline(Rule):
 
 @dataclass(frozen=True)
 class EntropyPipeline(Pipeline):
-    """The pipeline of d3LLM (github.com/hao-ai-lab/d3LLM), for models with full attention.
+    """The pipeline of d3LLM (arXiv:2601.07568), for models with full attention.
 
     A forward commits what has an entropy of at most `threshold` nats, in all of the open blocks, and at least one
-    position; and at least one in the first of the unfinished blocks that is active. What stands behind an end token is
-    overwritten with it at once.
+    position in the first of the unfinished blocks that is active; with `best_of_all` the best position of all, too (its
+    program for LLaDA does, the one for Dream does not). What stands behind an end token is overwritten with it at once.
 
     With cache="prefix" a block goes into the cache `delay` forwards after it was found finished, when what it stands
     among has settled; until then, and at every `refresh_interval`-th forward, all of the canvas is forwarded, and what
@@ -144,6 +161,7 @@ class EntropyPipeline(Pipeline):
 
     threshold: float = 0.5
     delay: int = 2
+    best_of_all: bool = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -152,7 +170,8 @@ class EntropyPipeline(Pipeline):
 
     def select_by_block(self, step: Step, is_active: Tensor) -> Tensor:
         score, blocks = -step.entropy, ByBlock(step, is_active.shape[1])
-        chosen = step.select("threshold", score=score, parameter=-self.threshold, need=1, fill=1)
+        least = int(self.best_of_all)
+        chosen = step.select("threshold", score=score, parameter=-self.threshold, need=least, fill=least)
         working = is_active & blocks.any(step.eligible)
         first = working & (working.cumsum(1) == 1)
         return chosen | blocks.select(score, "none", fill=(first & ~blocks.any(chosen)).flatten())

@@ -67,8 +67,9 @@ def for_full_attention(config: dk.DecodingConfig) -> dk.DecodingConfig:
 PUBLISHED = tuple(
     Case(name, {"config": for_full_attention(config)})
     for name, config in dk.PRESETS.items()
-    if config.rule.noise == "mask" and not isinstance(config.rule, (dk.ScoreAncestral, dk.Strided, dk.Reordered))
-    if not config.rule.token_ids
+    if config.rule.noise == "mask"
+    and not isinstance(config.rule, (dk.ScoreAncestral, dk.Strided, dk.SelfSpeculative, dk.Reordered))
+    and not config.rule.token_ids
 )
 # title, task, difficulty
 SETS: tuple[tuple[str, str, int | None], ...] = (

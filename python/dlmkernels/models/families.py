@@ -167,7 +167,7 @@ FAMILIES: dict[str, Family] = {
         # Dream, arXiv:2508.15487; also Dream-Coder, DiffuCoder
         Family("dream", logit_alignment="shift", mask_token_id=151666, num_tokens=151667, **QWEN2_IDS, preset="dream"),
         # RND1, github.com/RadicalNumerics/RND1
-        Family("rnd1", logit_alignment="shift", **QWEN3_IDS),
+        Family("rnd1", logit_alignment="shift", **QWEN3_IDS, preset="rnd1"),
         # BD3-LM, arXiv:2503.09573: any model that denoises a block after clean ones
         Family("bd3-lm", attention="block", block_grid="absolute"),
         # the same as trained by github.com/ZHZisZZ/dllm, which pads prompts to whole blocks
@@ -188,6 +188,12 @@ FAMILIES: dict[str, Family] = {
             "d2f-dream", logit_alignment="shift", attention="block", block_grid="prompt", block_length=32,
             mask_token_id=151666, num_tokens=151667, **QWEN2_IDS, preset="d2f",
         ),
+        # d3LLM, arXiv:2601.07568: distilled from LLaDA, and from Dream and Dream-Coder
+        Family("d3llm-llada", **LLADA_IDS, preset="d3llm"),
+        Family(
+            "d3llm-dream", logit_alignment="shift", mask_token_id=151666, num_tokens=151667, **QWEN2_IDS,
+            preset="d3llm-dream",
+        ),
         # Nemotron-Labs-Diffusion, arXiv:2607.05722
         Family(
             "nemotron", attention="causal-context", block_length=32, seeded=True, mask_token_id=100,
@@ -203,6 +209,6 @@ FAMILIES: dict[str, Family] = {
         # DiffusionGemma, as in transformers
         Family("diffusion-gemma", attention="causal-context", whole_blocks=True, preset="diffusion-gemma"),
         # DiffuLLaMA, DiffuGPT, arXiv:2410.17891
-        Family("diffullama", logit_alignment="shift"),
+        Family("diffullama", logit_alignment="shift", preset="diffullama"),
     )
 }  # fmt: skip

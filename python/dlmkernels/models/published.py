@@ -307,6 +307,9 @@ def plan(raw: Mapping, family: str | None = None) -> Plan:
     """
     if family is not None and family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {family!r}")
+    for block in (raw.get("block_size"), raw.get("bd_size")):
+        if block is not None and (not isinstance(block, int) or block < 1):
+            raise ValueError(f"its configuration has blocks of {block!r} tokens")
     form = form_of(raw)
     if form is None:
         model_type = raw.get("model_type")

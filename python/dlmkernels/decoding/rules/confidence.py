@@ -21,17 +21,22 @@ class Quota(Rule):
 
     LLaDA's linear schedule (Nie et al., arXiv:2502.09992, `get_num_transfer_tokens`). With `of_block` n is the length
     of the block, as in SDAR (Cheng et al., arXiv:2510.06303), so that a block whose first positions are given takes
-    fewer steps.
+    fewer steps. With `spread` the n % S are not the first steps' but spread over all: after i steps
+    n - floor(n (S - i) / S) are decided, as in RND1 (github.com/RadicalNumerics/RND1, `diffusion_sample`).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
     of_block: bool = False
+    spread: bool = False
 
     def count(self, step: Step) -> int | Tensor:
         """This step's share: int32 `[B]`, or one number for all."""
-        left_over = max(step.num_steps - 1 - step.index, 0)
-        return ((step.block_length if self.of_block else step.open_at_start) + left_over) // step.num_steps
+        n = step.block_length if self.of_block else step.open_at_start
+        left = max(step.num_steps - 1 - step.index, 0)
+        if self.spread:
+            return n * (left + 1) // step.num_steps - n * left // step.num_steps
+        return (n + left) // step.num_steps
 
     def select(self, step: Step) -> Tensor:
         return step.select("none", fill=self.count(step))
