@@ -636,7 +636,17 @@ class TestErrors:
             dk.generate(model, prompts(2, 5), constraint=constraint)
 
     @pytest.mark.parametrize(
-        "rule", [dk.Strided(), dk.SelfSpeculative(), dk.Reordered(), dk.Pipeline(), dk.EntropyPipeline()], ids=str
+        "rule",
+        [
+            dk.Strided(),
+            dk.SelfSpeculative(),
+            dk.Reordered(),
+            dk.Pipeline(),
+            dk.EntropyPipeline(),
+            dk.Lengthening(),
+            dk.SplitEditing(split_token_id=90, delete_token_id=91),
+        ],
+        ids=str,
     )
     @pytest.mark.parametrize("what", ["constraint", "given"])
     def test_rules_with_loops_of_their_own(self, model, rule, what):

@@ -189,18 +189,18 @@ def test_table():
 
 def test_every_preset_is_run_or_listed():
     assert {case.name for case in run.PUBLISHED} | run.NOT_RUN.keys() == dk.PRESETS.keys()
-    assert {"duo", "sedd", "i-dlm"} <= run.NOT_RUN.keys() and all(run.NOT_RUN.values())
+    assert {"duo", "sedd", "i-dlm", "dreamon"} <= run.NOT_RUN.keys() and all(run.NOT_RUN.values())
 
 
-@pytest.mark.parametrize("name", ["d2f", "d3llm"])
-def test_pipelines_do_not_infill(shipped, name):
-    """What the comparison leaves out is what is refused."""
-    case = next(case for case in run.PUBLISHED if case.name == name)
-    boards, sums = (TASKS[task].make(1) for task in ("sudoku", "addition"))
-    assert run.can_decode(sums, case) and not run.can_decode(boards, case) and run.can_decode(boards, run.CASES[0])
-    with pytest.raises(ValueError, match="decodes what comes after a prompt"):
-        run.decode(*shipped, boards, torch.tensor([0]), case.options)
-    assert run.compare(*shipped, 1, [case], seed=1)[0].set == "16-digit addition"
+def test_rules_that_only_continue_are_left_out_between_clues(shipped, capsys, tmp_path):
+    """Of the sets whose blanks are not all at the end; the picture then has fewer points in these."""
+    cases = [case for case in run.PUBLISHED if case.name in ("fast-dllm", "d2f", "daedal")]
+    assert [case.continues for case in cases] == [False, True, True]
+    results = run.compare(*shipped, 2, cases, seed=1)
+    names = {title: [r.rule for r in results if r.set == title] for title, *_ in run.SETS}
+    assert names == {title: [c.name for c in cases[: 1 if task == "sudoku" else 3]] for title, task, _ in run.SETS}
+    run.plot(results, tmp_path / "results.png")
+    assert "daedal" in capsys.readouterr().out and (tmp_path / "results.png").stat().st_size > 5000
 
 
 def test_a_missing_model_is_named(monkeypatch, tmp_path):

@@ -14,6 +14,7 @@ from checkpoints import EOS, HIDDEN, MASK, PAD, VOCAB
 from dlmkernels import AttentionWindow
 from dlmkernels.models.adapt import adapt
 from small_models import prompts
+from test_generate import HostReads
 from test_published import assert_rows_same, assert_same
 
 FULL = {
@@ -371,6 +372,15 @@ def causal(length):
     return torch.ones(length, length).tril().bool()
 
 
+def rare_together(counts, probabilities):
+    """Counts and probabilities with everything expected fewer than ten times as one outcome."""
+    often = probabilities * counts.sum() >= 10
+    if (~often & (probabilities > 0)).any() and probabilities[~often].sum() * counts.sum() < 5:
+        often[torch.where(often, probabilities, 2.0).argmin()] = False
+    together = [torch.cat((x[often], x[~often].sum()[None])) for x in (counts.double(), probabilities.double())]
+    return together[0], together[1]
+
+
 class TestStrided:
     @pytest.fixture(scope="class")
     def echo(self, tmp_path_factory):
@@ -424,9 +434,11 @@ class TestStrided:
             alone = dk.generate(model, row, seed=seeds[i : i + 1], **options)
             assert torch.equal(out.generated[i], alone.generated[0]) and out.num_forwards[i] == alone.num_forwards[0]
 
-    @pytest.mark.parametrize("leniency", [1.0, 0.8])
+    @pytest.mark.parametrize("leniency", [None, 1.0, 0.8])
     def test_verification(self, leniency):
-        """The token after a draft: the draft with probability min(1, p / (leniency q)), else one of max(0, p - q)."""
+        """A draft that is the argmax stands with probability p, and the text is the model's; by ratio it stands with
+        min(1, p / (leniency q)), else comes one of max(0, p - q).
+        """
         from types import SimpleNamespace
 
         from dlmkernels.decoding.strided import Verifier
@@ -436,30 +448,110 @@ class TestStrided:
         z, wrong = torch.randn(2, words, generator=generator)
         banned = torch.tensor([6])
         p, q = (torch.softmax(x.index_fill(0, banned, -torch.inf) / temperature, -1) for x in (z, wrong))
-        draft = int(q.argmax())
-        passes = min(1.0, float(p[draft] / (leniency * q[draft])))
-        assert 0.1 < passes < 0.9
-        expected = (1 - passes) * (p - q).clamp(min=0) / (p - q).clamp(min=0).sum()
-        expected[draft] += passes
+        draft, expected = int(q.argmax()), p
+        if leniency is not None:
+            passes = min(1.0, float(p[draft] / (leniency * q[draft])))
+            assert 0.1 < passes < 0.9
+            expected = (1 - passes) * (p - q).clamp(min=0) / (p - q).clamp(min=0).sum()
+            expected[draft] += passes
 
         zeros, seeds = torch.zeros(draws, dtype=torch.int32), torch.arange(draws)
         one = torch.full((1,), temperature)
         options = {"banned": banned, "temperature": one, "seed": seeds, "step": zeros, "distribution": "tempered"}
+        canvas = SimpleNamespace(origin=zeros, step=zeros)
         verify = Verifier(
-            SimpleNamespace(origin=zeros, step=zeros),
-            SimpleNamespace(rule=dk.Strided(2, leniency), temperature=temperature),
+            canvas, SimpleNamespace(rule=dk.Strided(2, leniency), temperature=temperature),
             SimpleNamespace(options=options, seed=seeds),
+        )  # fmt: skip
+        nothing = torch.full((draws, 1), -1)
+        none, first, _, drafts = verify(
+            torch.stack((z, wrong, wrong)).expand(draws, 3, words).contiguous(), nothing, zeros, zeros
         )
-        logits = z.expand(draws, 3, words).contiguous()
-        drafts = torch.full((draws, 1), draft)
-        accepted, token, probability = verify(
-            logits, drafts, wrong.expand(draws, 1, words).contiguous(), zeros + 1, zeros
+        assert (none == 0).all() and (first[:, 1] == -1).all()
+        numerics.assert_distribution("without a draft", first[:, 0].bincount(minlength=words), p)
+        if leniency is None:
+            numerics.assert_distribution("draft", drafts[:, 0].bincount(minlength=words), q)
+            drafts = torch.full((draws, 1), draft)
+        else:
+            assert (drafts == draft).all()
+        canvas.step = zeros + 1
+        accepted, token, probability, _ = verify(
+            z.expand(draws, 3, words).contiguous(), drafts.contiguous(), zeros + 1, zeros + 1
         )
-        counts = token[:, 0].bincount(minlength=words)
-        numerics.assert_distribution("token", counts, expected)
+        numerics.assert_distribution("token", token[:, 0].bincount(minlength=words), expected)
         assert ((token[:, 0] == draft) == (accepted == 1)).all()
         numerics.assert_distribution("next", token[accepted == 1, 1].bincount(minlength=words), p)
+        numerics.assert_same_probabilities(probability[:, 0], p[token[:, 0]])
         numerics.assert_same_probabilities(probability[accepted == 1, 1], p[token[accepted == 1, 1]])
+
+    @pytest.mark.parametrize("filters", [{}, {"top_k": 3}], ids=str)
+    @pytest.mark.parametrize("stride", [2, 4])
+    def test_sampled_text_is_the_models(self, stride, filters, echo):
+        """Three tokens of many requests against the product of the model's distributions, computed token by token."""
+        checkpoint, model = echo
+        draws, prompt, temperature = 3000, prompts(1, 6, seed=2), 2.0
+        prompt[:, 2:] = 5
+
+        def follow(text):
+            z = checkpoint.plain(text[None], causal(len(text)))[0, -1].index_fill(0, torch.tensor(MASK), -torch.inf)
+            if filters:
+                z = z.masked_fill(z < z.topk(3).values[-1], -torch.inf)
+            return torch.softmax(z / temperature, -1)
+
+        out = dk.generate(
+            model, prompt.expand(draws, -1), seed=torch.arange(draws), rule=dk.Strided(stride), max_new_tokens=3,
+            temperature=temperature, eos_policy="none", **({"top_k": 0, "top_p": 1.0} | filters),
+        )  # fmt: skip
+        assert out.num_forwards.min() < 3  # drafts are accepted
+        checked = [0, 0, 0]
+
+        def check(text, these):
+            """The distribution of what follows `text` in the requests `these` `[n, rest]`, and of what follows that."""
+            if len(these) < 100 or not these.shape[1]:
+                return
+            p = follow(text)
+            numerics.assert_distribution(f"after {text}", *rare_together(these[:, 0].bincount(minlength=len(p)), p))
+            checked[3 - these.shape[1]] += 1
+            for word in p.topk(3).indices:
+                check(torch.cat((text, word[None])), these[these[:, 0] == word][:, 1:])
+
+        check(prompt[0], out.generated)
+        assert min(checked) > 0, checked
+
+    def test_sampling_takes_fewer_forwards(self, echo):
+        """Drafts are accepted at a temperature, with and without a leniency."""
+        _, model = echo
+        options = {"max_new_tokens": 24, "eos_policy": "none", "seed": torch.arange(64), "temperature": 0.8}
+        ids = prompts(1, 6).index_fill(1, torch.arange(2, 6), 5).expand(64, -1)
+        for leniency in (None, 1.0):
+            out = dk.generate(model, ids, rule=dk.Strided(3, leniency), top_k=0, top_p=1.0, **options)
+            assert out.complete.all() and out.num_forwards.float().mean() < 0.8 * 24
+
+    @pytest.mark.parametrize("leniency", [None, 1.0])
+    def test_loop_reads_nothing_on_the_host(self, leniency, echo, monkeypatch):
+        """But the counts, which on a GPU travel by themselves."""
+        from dlmkernels.decoding import strided
+
+        reads, steps = HostReads(), []
+
+        class Counts(strided.OpenCount):
+            def latest(self):
+                steps.append(super().latest())
+                if steps[-1][1] > 0:
+                    reads.__enter__()
+                return steps[-1]
+
+            def submit(self, counts):
+                if steps:
+                    reads.__exit__(None, None, None)
+                super().submit(counts)
+
+        monkeypatch.setattr(strided, "OpenCount", Counts)
+        out = dk.generate(echo[1], prompts(2, 6), rule=dk.Strided(3, leniency), max_new_tokens=16, seed=1)
+        assert out.complete.all() and len(steps) > 2 and reads.seen == []
+        with reads:
+            torch.tensor(3).item()
+        assert reads.seen  # the recorder does see reads
 
     def test_stop_token_and_streamer(self, echo):
         _, model = echo
@@ -488,7 +580,7 @@ class TestStrided:
             dk.generate(model, prompts(1, 4), max_new_tokens=4, **options)
         with pytest.raises(ValueError, match="stride must be an integer of at least 2; got 1"):
             dk.Strided(1)
-        with pytest.raises(ValueError, match="leniency must be a positive number; got 0"):
+        with pytest.raises(ValueError, match="leniency must be None or a positive number; got 0"):
             dk.Strided(leniency=0)
 
 

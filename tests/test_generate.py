@@ -345,7 +345,7 @@ class HostReads(TorchDispatchMode):
 
 
 #: Rules that have loops of their own.
-OWN_LOOP = (dk.Strided, dk.SelfSpeculative, dk.Reordered, dk.Pipeline)
+OWN_LOOP = (dk.Strided, dk.SelfSpeculative, dk.Reordered, dk.Pipeline, dk.VariableLength)
 
 
 @pytest.mark.parametrize("options", [
@@ -359,7 +359,8 @@ OWN_LOOP = (dk.Strided, dk.SelfSpeculative, dk.Reordered, dk.Pipeline)
     {"score": dk.scores.PositionWeighted(torch.ones(97))},
     {"rule": dk.Threshold(0.5), "constraint": torch.ones(16, 97, dtype=torch.bool)},
     *({"config": config, "block_length": 8, "cache": "none"} for config in dk.PRESETS.values()
-      if not isinstance(config.rule, OWN_LOOP)),
+      if not isinstance(config.rule, OWN_LOOP) and not config.rule.token_ids),
+    {"rule": dk.SplitEditing(0.5, 0.0, 4, 90, 91)},
 ], ids=lambda o: next((n for n, c in dk.PRESETS.items() if c is o.get("config")), None) or str(o))  # fmt: skip
 def test_step_loop_reads_nothing_on_the_host(model, options, monkeypatch):
     """Between two polls no tensor's value reaches the host."""
@@ -440,6 +441,27 @@ def test_late_counts_change_nothing(model, options, monkeypatch):
         for name in ("sequences", "commit_step", "num_forwards"):
             assert torch.equal(getattr(ours, name), getattr(late, name)), name
         numerics.assert_same_probabilities(ours.confidence, late.confidence)
+
+
+@pytest.mark.parametrize("options", [
+    {"cache": "none"}, {"cache": "prefix"}, {"cache": "dual", "block_length": 4},
+    {"cache": "block", "attention": "causal", "block_length": 4},
+], ids=str)  # fmt: skip
+def test_first_position_of_a_padded_row(model, options):
+    """With shifted logits it has no row before it, and keeps its own: not that of the padding."""
+    rows = [prompts(1, n, seed=n)[0] for n in (9, 5, 8)]
+    for row in rows:
+        row[0] = row[3] = MASK
+    ids = torch.stack([torch.cat((r.new_full((9 - len(r),), PAD), r)) for r in rows])
+    valid = torch.stack([torch.arange(9) >= 9 - len(r) for r in rows]).long()
+    options = {"rule": dk.Quota(), "logit_alignment": "shift", "eos_policy": "none"} | options
+    out = dk.infill(model, ids, valid, **options)
+    for k, row in enumerate(rows):
+        if options["cache"] in ("none", "prefix"):  # blocks of an infilling are counted from the batch's first column
+            alone = dk.infill(model, row, **options)
+            assert torch.equal(alone.sequences[0], out.sequences[k, 9 - len(row) :])
+        other = dk.infill(model, ids.masked_fill(valid == 0, 7), valid, **options)
+        assert torch.equal(other.sequences[k, 9 - len(row) :], out.sequences[k, 9 - len(row) :])
 
 
 def test_preset():

@@ -471,10 +471,12 @@ OF_EDITORS = (
 )  # fmt: skip
 # these need causal attention, and say so
 OF_CAUSAL_MODELS = ("i-dlm", "nemotron-speculative", "wedlm")
+# these need tokens that insert and delete, and say so
+OF_MODELS_WITH_EDITS = ("dreamon", "llada2.2")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("name", [name for name in dk.PRESETS if name not in OF_CAUSAL_MODELS])
+@pytest.mark.parametrize("name", [name for name in dk.PRESETS if name not in OF_CAUSAL_MODELS + OF_MODELS_WITH_EDITS])
 def test_every_preset_decodes_the_shipped_model(shipped, name):
     """Right additions; the shift of the models that were trained with one is left out."""
     problems = TASKS["addition"].make(2, seed=2)
@@ -490,3 +492,11 @@ def test_presets_of_causal_models_are_refused(shipped, name):
     ids = shipped[1](TASKS["addition"].make(1)[0].prompt, return_tensors="pt").input_ids
     with pytest.raises(ValueError, match="cache must be one of"):
         dk.generate(shipped[0], ids, config=dk.preset(name), max_new_tokens=4)
+
+
+@pytest.mark.parametrize("name", OF_MODELS_WITH_EDITS)
+def test_presets_that_need_tokens_are_refused(shipped, name):
+    decodes = dk.infill if dk.preset(name).rule.decodes == "infillings" else dk.generate
+    ids = shipped[1](TASKS["addition"].make(1)[0].prompt, return_tensors="pt").input_ids
+    with pytest.raises(ValueError, match="_token_id is not in the model's configuration: pass rule="):
+        decodes(shipped[0], ids, config=demo.for_full_attention(dk.preset(name)), max_new_tokens=4)

@@ -25,10 +25,13 @@ from .decoding.presets import preset as preset
 from .decoding.rules import *  # noqa: F403
 from .decoding.scores import Score as Score
 from .decoding.streams import EntropyPipeline as EntropyPipeline
+from .decoding.streams import Expanding as Expanding
+from .decoding.streams import Lengthening as Lengthening
 from .decoding.streams import Pipeline as Pipeline
 from .decoding.streams import Reordered as Reordered
 from .decoding.streams import SelfSpeculative as SelfSpeculative
 from .decoding.streams import Strided as Strided
+from .decoding.streams import VariableLength as VariableLength
 from .trace import Trace as Trace
 from .window import AttentionWindow as AttentionWindow
 from .window import TokenWindow as TokenWindow
@@ -46,8 +49,9 @@ _LAZY = {
     "load": ".models.load",
 }
 __all__ = [
-    "PRESETS", "AttentionWindow", "Constraint", "DecodingConfig", "EntropyPipeline", "KVCache", "Pipeline", "Reordered",
-    "Score", "SelfSpeculative", "Strided", "TokenWindow", "Trace", "ops", "preset", "rules", "scores", *_LAZY,
+    "PRESETS", "AttentionWindow", "Constraint", "DecodingConfig", "EntropyPipeline", "Expanding", "KVCache",
+    "Lengthening", "Pipeline", "Reordered", "Score", "SelfSpeculative", "Strided", "TokenWindow", "Trace",
+    "VariableLength", "ops", "preset", "rules", "scores", *_LAZY,
 ]  # fmt: skip
 __all__ += rules.__all__
 

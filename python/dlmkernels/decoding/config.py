@@ -29,7 +29,7 @@ class DecodingConfig:
     Attributes
     ----------
     max_new_tokens : int
-        Tokens generated after the prompt.
+        Tokens generated after the prompt; at most so many with the rules that change the length.
     block_length : int, optional
         Blocks are decoded left to right, each until it has no mask left. None: the length of the blocks the model
         was trained with, where its attention has blocks; else one block.

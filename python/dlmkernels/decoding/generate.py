@@ -7,6 +7,7 @@ import dataclasses
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..models.adapt import DiffusionModel, EncoderDecoderModel, LogitsModel, adapt
 from .canvas import Canvas
@@ -16,13 +17,12 @@ from .output import DecodingOutput
 from .pipelined import decode_pipelined
 from .presets import preset
 from .reordered import decode_reordered
+from .rules import Rule
 from .schedule import Grid
 from .speculative import decode_speculative
-from .streams import Pipeline, Reordered, SelfSpeculative, Strided
+from .streams import Pipeline, Reordered, SelfSpeculative, Strided, VariableLength
 from .strided import decode_strided
-
-# rules that do not go block after block
-LOOPS_OF_THEIR_OWN = (Strided, SelfSpeculative, Reordered, Pipeline)
+from .variable import decode_variable
 
 
 def generate(
@@ -75,7 +75,7 @@ def generate(
     >>> out = dlmkernels.generate(model, ids, max_new_tokens=128, block_length=32, rule=dlmkernels.Threshold(0.9))
     >>> out.generated, out.tokens_per_forward
     """
-    model, config, special = _prepare(model, config, overrides)
+    model, config, special = _prepare(model, config, overrides, "continuations")
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("input_ids or inputs_embeds must be given, and not both")
     if inputs_embeds is not None:
@@ -116,6 +116,8 @@ def generate(
         loop = decode_reordered
     elif isinstance(config.rule, Pipeline):
         loop = decode_pipelined
+    elif isinstance(config.rule, VariableLength):
+        loop = decode_variable
     return loop(model, canvas, config, special, grid, prompt_length, end, streamer, inputs_embeds)
 
 
@@ -134,25 +136,36 @@ def infill(
     tokens : Tensor
         int64 `[B, T]` or `[T]`, holding `mask_token_id` where a token is wanted.
 
-    The other parameters, the result and the errors are those of `generate`; `max_new_tokens` has no meaning here, and
-    `block_length` divides the whole canvas.
+    The other parameters, the result and the errors are those of `generate`; `block_length` divides the whole canvas.
+    `max_new_tokens` has a meaning for rules that change the length alone (`Expanding`): it is what the masks of a row
+    may become, and no less than there are.
     """
-    model, config, special = _prepare(model, config, overrides)
+    model, config, special = _prepare(model, config, overrides, "infillings")
     if special.mask < 0:
         raise ValueError("mask_token_id is not in the model's configuration: pass the id that stands where to decode")
     tokens, origin = _check_tokens("tokens", model, tokens, attention_mask)
     batch, length = tokens.shape
-    if model.max_length is not None and length > model.max_length:
+    is_open = (tokens == special.mask) & (torch.arange(length, device=tokens.device) >= origin[:, None])
+    varies, width, grown = isinstance(config.rule, VariableLength), length, ""
+    if varies:
+        least, most = is_open.sum(1).aminmax()
+        if most > config.max_new_tokens:
+            raise ValueError(
+                f"max_new_tokens must be at least the number of masks of any row, {int(most)}; "
+                f"got {config.max_new_tokens}"
+            )
+        width += config.max_new_tokens - int(least)
+        grown = f" and may become {width} long"
+    if model.max_length is not None and width > model.max_length:
         raise ValueError(
-            f"tokens is {length} long, longer than the model's max_position_embeddings of {model.max_length}"
+            f"tokens is {length} long{grown}, longer than the model's max_position_embeddings of {model.max_length}"
         )
-    is_padding = torch.arange(length, device=tokens.device) < origin[:, None]
-    canvas = Canvas.of(tokens, (tokens == special.mask) & ~is_padding, origin)
+    more = (0, width - length)
+    canvas = Canvas.of(pad(tokens, more, value=special.pad), pad(is_open, more), origin)
     _check_streamer(streamer, batch)
-    if isinstance(config.rule, LOOPS_OF_THEIR_OWN):
-        raise ValueError(f"rule {type(config.rule).__name__} decodes what comes after a prompt: use generate")
-    grid = Grid.of(config, canvas.origin, 0, length, grows=False)
-    return decode(model, canvas, config, special, grid, 0, length, streamer)
+    grid = Grid.of(config, canvas.origin, 0, width, grows=False)
+    loop = decode_variable if varies else decode
+    return loop(model, canvas, config, special, grid, 0, length, streamer)
 
 
 def custom_generate(
@@ -178,8 +191,8 @@ def custom_generate(
     return generate(model, input_ids, attention_mask, decoding_config, streamer, **overrides).sequences
 
 
-def _prepare(model, config: DecodingConfig | None, overrides: dict):
-    """Adapt the model; fill what the configuration leaves to it."""
+def _prepare(model, config: DecodingConfig | None, overrides: dict, task: str | None = None):
+    """Adapt the model; fill what the configuration leaves to it. `task` is one of `Rule.decodes`, None: no decoding."""
     model = adapt(model)
     if getattr(model.model, "training", False):
         raise ValueError("model is in training mode (dropout would be active): call model.eval() first")
@@ -188,15 +201,36 @@ def _prepare(model, config: DecodingConfig | None, overrides: dict):
         if model.rule_options:
             config = config.replace(rule=dataclasses.replace(config.rule, **model.rule_options))  # type: ignore
     config = config.replace(**overrides)
+    if task and config.rule.decodes not in ("anything", task):
+        other = "fills in masks that stand in a canvas: use infill"
+        if task == "infillings":
+            other = "decodes what comes after a prompt: use generate"
+        raise ValueError(f"rule {type(config.rule).__name__} {other}")
+    if task:
+        config = _with_token_ids(model, config)
     if config.cache != "none" and not model.reuses_kv:
         raise ValueError(
             f"cache='{config.cache}' needs a model of a known type whose rows can be forwarded in parts; "
             f"{type(model.model).__name__} (of unknown type, or with token_dropout) decodes with cache='none'"
         )
-    if config.constraint is not None and isinstance(config.rule, LOOPS_OF_THEIR_OWN):
-        raise ValueError(f"constraint cannot be used with rule {type(config.rule).__name__}")
+    if config.constraint is not None:
+        _check_block_by_block("constraint", config.rule)
     config = _of_the_family(model, config)
     return model, config, _special_tokens(model, config)
+
+
+def _with_token_ids(model: DiffusionModel, config: DecodingConfig) -> DecodingConfig:
+    """The token ids that the rule leaves to the model."""
+    rule = config.rule
+    found = {name: getattr(rule, name) for name in rule.token_ids}
+    for name, is_needed in rule.token_ids.items():
+        if found[name] is None:
+            found[name] = _from_model(model, name)
+        if found[name] is None and is_needed:
+            raise ValueError(
+                f"{name} is not in the model's configuration: pass rule=dlmkernels.{type(rule).__name__}({name}=…)"
+            )
+    return config.replace(rule=dataclasses.replace(rule, **found)) if found else config  # type: ignore[type-var]
 
 
 def _of_the_family(model: DiffusionModel, config: DecodingConfig) -> DecodingConfig:
@@ -271,14 +305,17 @@ def _special_tokens(model: DiffusionModel, config: DecodingConfig) -> SpecialTok
     for name, ids in (
         ("mask_token_id", [mask] if mask != -1 else []), ("eos_token_id", eos), ("pad_token_id", [pad]),
         ("suppress_token_ids", config.suppress_token_ids), ("defer_token_ids", config.defer_token_ids),
+        *((name, [i]) for name in config.rule.token_ids if (i := getattr(config.rule, name)) is not None),
     ):  # fmt: skip
         for i in ids:
             if not isinstance(i, int) or i < 0 or (vocab is not None and i >= vocab):
                 limit = "" if vocab is None else f" of {vocab} tokens"
                 raise ValueError(f"{name} must be in the model's vocabulary{limit}; got {i!r}")
-    # Logits beyond the tokenizer's last id stand for nothing.
-    unknown = range(known, vocab) if known is not None and vocab is not None else ()
-    return SpecialTokens(mask, eos, pad, [*([mask] if mask != -1 else []), *config.suppress_token_ids, *unknown])
+    # Logits beyond the tokenizer's last id stand for nothing, unless the rule says what.
+    unknown = set(range(known, vocab)) if known is not None and vocab is not None else set()
+    unknown -= {getattr(config.rule, name) for name in config.rule.token_ids}
+    masks = [mask] if mask != -1 else []
+    return SpecialTokens(mask, eos, pad, [*masks, *config.suppress_token_ids, *sorted(unknown)])
 
 
 def _stop_ids(model: DiffusionModel) -> list[int]:
@@ -340,6 +377,12 @@ def _check_tokens(
     return tokens, origin
 
 
+def _check_block_by_block(name: str, rule: Rule) -> None:
+    """Refuse the argument `name` with a rule that has a loop of its own, or moves tokens about."""
+    if rule.decodes != "anything" or rule.token_ids:
+        raise ValueError(f"{name} cannot be used with rule {type(rule).__name__}")
+
+
 def _check_given(model: DiffusionModel, given: Tensor, batch: int, config: DecodingConfig) -> Tensor:
     """Tokens of the answers that are given, int64 `[B, max_new_tokens]`."""
     shapes = ((config.max_new_tokens,), (batch, config.max_new_tokens))
@@ -351,8 +394,7 @@ def _check_given(model: DiffusionModel, given: Tensor, batch: int, config: Decod
     low, high = given.min().item(), given.max().item()
     if low < -1 or (model.vocab_size is not None and high >= model.vocab_size):
         raise ValueError(f"given must hold ids from 0 to {model.vocab_size} - 1, or -1; got ids from {low} to {high}")
-    if isinstance(config.rule, LOOPS_OF_THEIR_OWN):
-        raise ValueError(f"given cannot be used with rule {type(config.rule).__name__}")
+    _check_block_by_block("given", config.rule)
     return given.expand(batch, -1)
 
 

@@ -110,6 +110,13 @@ def decode(
                     mask_token_id=special.mask, vocab_size=model.vocab_size or 0, eos_token_ids=special.eos,
                     eos_policy="fill" if fills_at_once else "none", fill_token_id=special.pad,
                 )  # fmt: skip
+                if action.insert is not None:
+                    block_end = (block.start + block.length).clamp(max=canvas.tokens.shape[1])
+                    ops.splice_(
+                        canvas.tokens, torch.where(working, block.start, -1), insert=action.insert,
+                        remove=action.remove, end=block_end, state=canvas.state, commit_step=canvas.commit_step,
+                        commit_confidence=canvas.confidence, fill_token_id=special.mask,
+                    )  # fmt: skip
                 if action.embeds is not None and action.embedded is not None:
                     forward.embed_next(window, action.embeds, action.embedded)
                 if model.self_conditions:
@@ -121,7 +128,8 @@ def decode(
                     open_now = _open_in(canvas, block)
                     wanted = open_now > 0 if action.working is None else action.working
                     working = working & (wanted | (open_now > 0) if constrained.may_leave_open else wanted)
-                    counts.submit(torch.stack((working.sum(), info[:, 1].amax())))
+                    open_in_all = info[:, 1] if action.insert is None else canvas.is_open.sum(1)
+                    counts.submit(torch.stack((working.sum(), open_in_all.amax())))
                 if hasattr(streamer, "put_draft"):
                     streamer.put_draft(canvas.tokens[0, start:end].cpu())
             behind += block.num_steps
@@ -134,7 +142,7 @@ def decode(
                 break
     if streamer is not None:
         streamer.end()
-    return output_of(canvas, start, end, constrained.constraint is not None)
+    return output_of(canvas, start, end, is_constrained=constrained.constraint is not None)
 
 
 def _or(value: Tensor | None, otherwise: Tensor) -> Tensor:
@@ -165,8 +173,13 @@ def commit_tokens(
     )  # fmt: skip
 
 
-def output_of(canvas: Canvas, prompt_length: int, end: int, is_constrained: bool = False) -> DecodingOutput:
-    """The first `end` columns of a canvas as the result; a warning says where masks are left."""
+def output_of(
+    canvas: Canvas, prompt_length: int, end: int, length: Tensor | None = None, is_constrained: bool = False
+) -> DecodingOutput:
+    """The first `end` columns of a canvas as the result; a warning says where masks are left.
+
+    `length` int32 `[B]` says at which column each row ends. None: at `end`.
+    """
     complete = ~canvas.is_open[:, :end].any(1)
     if not complete.all():
         rows = (~complete).nonzero().flatten().tolist()
@@ -179,7 +192,9 @@ def output_of(canvas: Canvas, prompt_length: int, end: int, is_constrained: bool
             stacklevel=4,
         )
     tokens, steps, confidence = (x[:, :end] for x in (canvas.tokens, canvas.commit_step, canvas.confidence))
-    return DecodingOutput(tokens, canvas.step, steps, confidence, complete, prompt_length)
+    if length is None:
+        length = torch.full_like(canvas.origin, end)
+    return DecodingOutput(tokens, canvas.step, steps, confidence, complete, prompt_length, length)
 
 
 def _at(values: Tensor, columns: Tensor) -> Tensor:
@@ -278,7 +293,14 @@ class CanvasForward:
                 return self._in_part(pending, at_most, window)
         first, last = self._columns(block, whole)
         hidden = self._forward_columns(block, first, last)
-        return self._pick(hidden, self._row_of(window) - first)
+        return self._pick(hidden, self.speaker_of(window.positions) - first)
+
+    def speaker_of(self, positions: Tensor) -> Tensor:
+        """Columns whose rows speak of canvas positions int32 `[B, W]`, none below 0.
+
+        A request's first position has no row before it and keeps its own.
+        """
+        return torch.maximum(positions - self.shift, self.canvas.origin[:, None])
 
     def lacks_context(self, block: Block) -> bool:
         """Whether something left of the block has not been forwarded since it was decided."""
@@ -322,11 +344,11 @@ class CanvasForward:
             head, hidden = hidden[:, before - 1], hidden[:, before:]
             if whole:
                 self.carried, self.done = head, block.offset
-        row = window.positions - first[:, None]
+        row = self.speaker_of(window.positions) - first[:, None]
         if not self.shift:
             return self._pick(hidden, row)
         # The row before the block's first comes from the context; without one the first row stands for itself.
-        return self._pick(torch.cat((head[:, None], hidden), 1), row)
+        return self._pick(torch.cat((head[:, None], hidden), 1), row + 1)
 
     def _with_shadow(self, block: Block, window: TokenWindow) -> Tensor:
         """A forward of all the canvas and of the block's shadow, from which decided positions are read."""
@@ -350,13 +372,7 @@ class CanvasForward:
         columns = torch.where(pending, slots, slots.shape[1]).sort(1).values[:, :at_most]
         hidden = self.at(self._twice(columns), self.ends)
         place = pending.cumsum(1) - 1
-        return self._pick(hidden, place.gather(1, self._row_of(window).clamp(min=0).long()))
-
-    def _row_of(self, window: TokenWindow) -> Tensor:
-        """Column of the row that speaks of each slot. A request's first position has no row before it: its own does."""
-        if not self.shift:
-            return window.positions
-        return torch.maximum(window.positions - 1, self.canvas.origin[:, None])
+        return self._pick(hidden, place.gather(1, self.speaker_of(window.positions).long()))
 
     def _forward_rows(self, block: Block, start: Tensor, length: int, decided: bool = False) -> Tensor:
         """Hidden states of `length` columns of each row from `start` on, as far as they are to be forwarded."""
@@ -455,7 +471,7 @@ class CanvasForward:
 
     def _pick(self, hidden: Tensor, row: Tensor) -> Tensor:
         """Rows `row` `[B, W]` of `hidden` `[B or 2B, Q, hidden]`, one below another."""
-        row = self._twice(row.clamp(min=0))
+        row = self._twice(row.clamp(0, hidden.shape[1] - 1))
         if len(row) > 1:
             row = row + torch.arange(len(row), device=row.device)[:, None] * hidden.shape[1]
         return hidden.flatten(0, 1).index_select(0, row.flatten())
@@ -477,6 +493,7 @@ class Proposer:
         self.seed = _seeds(config.seed, batch, device)
         needs = config.rule.needs | score_named(config.score).needs
         self.never = torch.tensor(special.banned, dtype=torch.int64, device=device)
+        self.ends = torch.tensor(special.eos, dtype=torch.int64, device=device)
         sampled = config.temperature > 0 or config.rule.temperature(0, 1) is not None
         self.options: dict[str, Any] = {
             "cfg_scale": scalar(config.cfg_scale, torch.float32, config.cfg_scale > 0),
@@ -553,6 +570,7 @@ class StepOptions:
     def step(
         self, logits: Tensor, window: TokenWindow, start: Tensor, length: int, index: int, num_steps: int,
         open_at_start: Tensor, open_now: Tensor, progress: float, memory: dict[str, Tensor],
+        room: Tensor | None = None,
     ) -> Step:  # fmt: skip
         """The step that these logits `[N or 2N, V]` make in the block of `length` columns from `start` `[B]` on."""
         eligible = window.used
@@ -566,7 +584,7 @@ class StepOptions:
         return Step(
             stats=stats, window=window, eligible=eligible, index=index, num_steps=num_steps,
             open_at_start=open_at_start, open_now=open_now, block_start=start, block_length=length, progress=progress,
-            memory=memory, raw_logits=logits, allowed=allowed,
+            memory=memory, room=room, raw_logits=logits, allowed=allowed,
             sampling_temperature=self.propose.config.temperature if temperature is None else temperature,
             **self.common,
         )  # fmt: skip

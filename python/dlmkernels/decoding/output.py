@@ -31,6 +31,9 @@ class DecodingOutput:
         refused every token.
     prompt_length : int
         Columns before the first generated one (0 for `infill`).
+    length : Tensor
+        int32 `[B]`: column at which each row ends. What stands behind it is padding, in decodings that change the
+        length; in all others it is T.
     """
 
     sequences: Tensor
@@ -39,6 +42,7 @@ class DecodingOutput:
     confidence: Tensor
     complete: Tensor
     prompt_length: int
+    length: Tensor
 
     @property
     def generated(self) -> Tensor:

@@ -24,6 +24,7 @@ from .rules import (
     RunEditing,
     ScoreAncestral,
     SmoothedThreshold,
+    SplitEditing,
     StableThreshold,
     Threshold,
     TimeQuota,
@@ -32,7 +33,7 @@ from .rules import (
     WideInNarrowOut,
 )
 from .scores import DensityWeighted, PositionWeighted
-from .streams import EntropyPipeline, Pipeline, Reordered, SelfSpeculative, Strided
+from .streams import EntropyPipeline, Expanding, Lengthening, Pipeline, Reordered, SelfSpeculative, Strided
 
 LLADA = DecodingConfig(rule=Quota(), score="probability", eos_policy="none")
 # entropy order, nucleus before temperature's confidence is read, logits one row early
@@ -105,6 +106,8 @@ PRESETS: dict[str, DecodingConfig] = {
     # LLaDA2.1, arXiv:2602.08676: its quality and its speed mode
     "llada2.1": DecodingConfig(rule=TokenEditing(0.95, 0.9), distribution="filtered", cache="block"),
     "llada2.1-speed": DecodingConfig(rule=TokenEditing(0.5, 0.0), distribution="filtered", cache="block"),
+    # LLaDA2.2, as SGLang serves it
+    "llada2.2": DecodingConfig(rule=SplitEditing(0.5, 0.0), distribution="filtered", cache="block"),
     # DMax, arXiv:2604.08302
     "dmax": DecodingConfig(rule=RunEditing(0.5), cache="block"),
     # Saber, arXiv:2510.18165
@@ -148,6 +151,10 @@ PRESETS: dict[str, DecodingConfig] = {
     "nemotron-speculative": DecodingConfig(rule=SelfSpeculative(), cache="block"),
     # WeDLM, arXiv:2512.22737
     "wedlm": DecodingConfig(rule=Reordered(), temperature=0.2, cache="block"),
+    # DreamOn, arXiv:2602.01326, which has Dream's order and filters
+    "dreamon": DREAM.replace(rule=Expanding(), top_p=0.9, max_new_tokens=64),
+    # DAEDAL, arXiv:2508.00819
+    "daedal": DecodingConfig(rule=Lengthening(), block_length=32, eos_policy="none", max_new_tokens=2048),
     # I-DLM, arXiv:2604.11035
     "i-dlm": DecodingConfig(
         rule=Strided(4), temperature=1.0, top_k=50, top_p=0.95, distribution="filtered", cache="block"

@@ -55,6 +55,8 @@ class Step:
     memory : dict
         What the rule keeps from step to step; empty when a block is entered. See `keep` and `recall`. Its tensors are
         replaced, never written: with a constraint a rule may be asked about one step several times.
+    room : Tensor, optional
+        int32 `[B]`: by how many positions a request may still grow. None where the length does not vary.
     """
 
     stats: ops.TokenConfidence
@@ -77,6 +79,7 @@ class Step:
     progress: float = 0.0
     allowed: Tensor | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
+    room: Tensor | None = None
 
     def _shaped(self, name: str) -> Tensor:
         x = getattr(self.stats, name)
@@ -104,13 +107,16 @@ class Step:
     @property
     def argmax_confidence(self) -> Tensor:
         """Probability of `argmax`, float32 `[B, W]`."""
-        best = self.argmax
-        rows = torch.arange(best.numel(), device=best.device)
-        z = self.proposer.clean(self.raw_logits, rows, best.flatten().clamp(min=0)).view(best.shape)
+        return self.probability_of(self.argmax)
+
+    def probability_of(self, tokens: Tensor) -> Tensor:
+        """Probability of one token at each slot, none of them a banned one; int64 to float32 `[B, W]`; -inf for -1."""
+        rows = torch.arange(tokens.numel(), device=tokens.device)
+        z = self.proposer.clean(self.raw_logits, rows, tokens.flatten().clamp(min=0)).view(tokens.shape)
         temperature = self.sampling_temperature if self.proposer.config.distribution != "raw" else 0.0
         if temperature > 0:
             z = z * (1 / temperature)
-        return torch.where(best >= 0, (z - self.logsumexp).exp(), -torch.inf)
+        return torch.where(tokens >= 0, (z - self.logsumexp).exp(), -torch.inf)
 
     @property
     def margin(self) -> Tensor:
@@ -146,7 +152,10 @@ class Step:
         return z.masked_fill(~unpack(bitmask, self.vocab_size), -torch.inf)
 
     def again(self, bias: Tensor) -> Step:
-        """The same step with proposals from `logits + bias`, bias float32 `[B, W, V]`; no forward is needed."""
+        """The same step with proposals from `logits + bias`; no forward is needed.
+
+        `bias` is float32 `[B, W, V]`, or `[1, 1, V]` for all slots.
+        """
         stats = self.proposer(self.raw_logits, self.window, bias=bias.flatten(0, 1), allowed=self.allowed)
         return replace(self, stats=stats)
 
@@ -217,6 +226,10 @@ class Step:
     def mask_token(self) -> int:
         """Id of the mask token."""
         return self.proposer.special.mask
+
+    def is_end(self, tokens: Tensor) -> Tensor:
+        """Which of the tokens are end tokens, bool of the same shape."""
+        return torch.isin(tokens, self.proposer.ends)
 
     def everyone(self, value: bool) -> Tensor:
         """The same for every request, bool `[B]`."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..window import TokenWindow
-from .rules import Rule
-from .rules.base import check_number
+from .rules import Action, Rule
+from .rules.base import check_number, row_sum
 
 if TYPE_CHECKING:
     from .step import Step
@@ -22,22 +22,33 @@ class Strided(Rule):
     """Up to `stride` tokens a forward: drafts of the last forward are verified, and the next ones drafted, in one.
 
     I-DLM (arXiv:2604.11035), for strictly causal models whose row i speaks of position i + 1. A forward takes the last
-    token, the drafts after it and stride - 1 masks. From the left, a draft x is accepted with probability
-    min(1, p(x) / (leniency q(x))), p from this forward, q from the one that drafted it; at temperature 0 if it is the
-    most likely token. The first one rejected is replaced by a draw from max(0, p - q); if none is, one more token is
-    sampled, and the rows of the masks draft the next (their most likely tokens). Masks leave nothing in the cache.
+    token, the drafts after it and stride - 1 masks. From the left, a draft is accepted if it is the very token that the
+    model chooses in that row; the first that is not is replaced by that token. If none is rejected, one more token is
+    taken, and the rows of the masks draft the next ones, with the noise of the forward that will verify them. So at
+    temperature 0 the tokens are those of decoding one after another, and at any other, under any filter, they have the
+    same distribution. Masks leave nothing in the cache.
 
-    At temperature 0 the tokens are those of decoding one after another.
+    Attributes
+    ----------
+    stride : int
+        At least 2.
+    leniency : float, optional
+        With a number, drafts are accepted as I-DLM's program does it (at a temperature): the masks draft their most
+        likely tokens, a draft x is accepted with probability min(1, p(x) / (leniency q(x))), p and q the unfiltered
+        distributions of the forward that verifies and of the one that drafted it, and the first one rejected is
+        replaced by a draw from max(0, p - q). More drafts are accepted, of another distribution than the model's.
     """
 
+    decodes: ClassVar[str] = "continuations"
+
     stride: int = 4
-    leniency: float = 1.0
+    leniency: float | None = None
 
     def __post_init__(self):
         if not isinstance(self.stride, int) or self.stride < 2:
             raise ValueError(f"stride must be an integer of at least 2; got {self.stride!r}")
-        if not isinstance(self.leniency, (int, float)) or not self.leniency > 0:
-            raise ValueError(f"leniency must be a positive number; got {self.leniency!r}")
+        if self.leniency is not None and not (isinstance(self.leniency, (int, float)) and self.leniency > 0):
+            raise ValueError(f"leniency must be None or a positive number; got {self.leniency!r}")
 
     def select(self, step):
         raise TypeError("Strided has a loop of its own and selects nothing of a step")
@@ -54,6 +65,7 @@ class SelfSpeculative(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    decodes: ClassVar[str] = "continuations"
 
     def select(self, step):
         raise TypeError("SelfSpeculative has a loop of its own and selects nothing of a step")
@@ -70,6 +82,7 @@ class Reordered(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
+    decodes: ClassVar[str] = "continuations"
 
     window: int = 16
     entropy_threshold: float = 0.4
@@ -104,6 +117,7 @@ class Pipeline(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    decodes: ClassVar[str] = "continuations"
     #: whether an end token closes what stands behind it before everything left of it is decided
     closes_at_eos: ClassVar[bool] = False
 
@@ -161,6 +175,161 @@ class EntropyPipeline(Pipeline):
         working = is_active & blocks.any(step.eligible)
         first = working & (working.cumsum(1) == 1)
         return chosen | blocks.select(score, "none", fill=(first & ~blocks.any(chosen)).flatten())
+
+
+class VariableLength(Rule):
+    """Base of the rules under which a request grows and shrinks, up to `max_new_tokens` of decoded tokens.
+
+    For models with full attention, without a cache. In `act`, `step.room` says by how much each request may still grow.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def most_growth(self) -> int:
+        """By how many positions at most a request grows in a step."""
+        raise NotImplementedError
+
+    def max_insertions(self, most: int) -> int:
+        """How many positions may be inserted into a request of at most `most` decoded tokens, all in all."""
+        return most
+
+    def max_forwards(self, masks: int, most: int) -> int:
+        """Forwards after which such a request, which began with `masks`, is complete."""
+        raise NotImplementedError
+
+    def first_masks(self, most: int) -> int:
+        """How many masks a continuation begins with."""
+        return most
+
+    def restrict(self, logits: Tensor, room: Tensor) -> None:
+        """Write -inf to the logits `[B, W, V]` of what must not be proposed."""
+
+
+@dataclass(frozen=True)
+class Expanding(VariableLength):
+    """Masks that become two, or none: what is filled in finds its own length.
+
+    DreamOn (arXiv:2602.01326). A forward takes the best `count` positions: one whose proposal is the expand token
+    becomes two masks, one whose proposal is the delete token is taken out, the others are committed. Where a request
+    has no room left, or has expanded `budget` times, the expand token is not proposed. Of several expansions that have
+    too little room together the first are made; the others leave their mask as it is.
+
+    For `infill`: a row has at most `max_new_tokens` decoded tokens, and ends where `DecodingOutput.length` says.
+
+    Attributes
+    ----------
+    expand_token_id : int, optional
+        Taken from the model's configuration where None.
+    delete_token_id : int, optional
+        Where neither the rule nor the model's configuration has one, the end tokens delete.
+    count : int
+        Positions a forward.
+    budget : int, optional
+        None: twice `max_new_tokens`.
+    """
+
+    decodes: ClassVar[str] = "infillings"
+    token_ids: ClassVar[dict[str, bool]] = {"expand_token_id": True, "delete_token_id": False}
+
+    expand_token_id: int | None = None
+    delete_token_id: int | None = None
+    count: int = 1
+    budget: int | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.count, int) or self.count < 1:
+            raise ValueError(f"count must be an integer of at least 1; got {self.count!r}")
+        if self.budget is not None and (not isinstance(self.budget, int) or self.budget < 0):
+            raise ValueError(f"budget must be None or an integer of at least 0; got {self.budget!r}")
+
+    @property
+    def most_growth(self) -> int:
+        return self.count
+
+    def max_insertions(self, most: int) -> int:
+        return 2 * most if self.budget is None else self.budget
+
+    def max_forwards(self, masks: int, most: int) -> int:
+        return masks + 2 * self.max_insertions(most)
+
+    def restrict(self, logits: Tensor, room: Tensor) -> None:
+        assert self.expand_token_id is not None
+        logits[..., self.expand_token_id].masked_fill_((room <= 0)[:, None], -torch.inf)
+
+    def act(self, step: Step) -> Action:
+        assert step.room is not None
+        chosen = step.select("none", fill=self.count)
+        expands = chosen & (step.token == self.expand_token_id)
+        deletes = chosen & (
+            step.is_end(step.token) if self.delete_token_id is None else step.token == self.delete_token_id
+        )
+        made = expands & (expands.cumsum(1) <= step.room[:, None])
+        return Action(chosen & ~expands & ~deletes, insert=made.int(), remove=deletes)
+
+
+@dataclass(frozen=True)
+class Lengthening(VariableLength):
+    """A text that is as long as the model thinks it has to be.
+
+    DAEDAL (arXiv:2508.00819). The end confidence of a forward is the sum of the probabilities of the last `end_window`
+    positions at which an end token is the likeliest, divided by `end_window`. A request begins with `first_length`
+    masks, and gets `growth` more as long as its end confidence is below `end_enough`; then `end_window` // 2 more. From
+    there on, block by block, a forward commits what is more confident than `threshold`, the best at least; and where
+    the end confidence is below `end_certain`, the least confident of the other open positions of the block, if it is
+    below `doubt`, becomes `growth` masks. `max_new_tokens` is the largest length; what does not fit is not inserted.
+
+    For `generate`; a row ends where `DecodingOutput.length` says.
+    """
+
+    slots: ClassVar[str] = "canvas"
+    decodes: ClassVar[str] = "continuations"
+
+    threshold: float = 0.9
+    doubt: float = 0.1
+    first_length: int = 64
+    growth: int = 8
+    end_window: int = 32
+    end_enough: float = 0.5
+    end_certain: float = 0.9
+
+    def __post_init__(self):
+        for name in ("threshold", "doubt", "end_enough", "end_certain"):
+            check_number(name, getattr(self, name))
+        for name in ("first_length", "growth", "end_window"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
+
+    @property
+    def most_growth(self) -> int:
+        return max(self.growth, self.end_window // 2)
+
+    def max_forwards(self, masks: int, most: int) -> int:
+        return -(-most // self.growth) + 1 + most
+
+    def first_masks(self, most: int) -> int:
+        return min(self.first_length, most)
+
+    def act(self, step: Step) -> Action:
+        assert step.room is not None
+        adjusts = step.memory.get("adjusts", step.everyone(True))
+        is_end = step.used & step.is_end(step.argmax)
+        counted = is_end & (is_end.flip(1).cumsum(1).flip(1) <= self.end_window)
+        end_confidence = row_sum(step.argmax_confidence, counted) / self.end_window
+        lengthens = adjusts & (end_confidence < self.end_enough) & (step.room > 0)
+        step.memory["adjusts"] = lengthens
+        append = torch.where(lengthens, self.growth, self.end_window // 2).masked_fill(~adjusts, 0)
+
+        eligible = step.eligible & ~adjusts[:, None]
+        commit = step.select("threshold", eligible=eligible, parameter=self.threshold, strict=True, need=1, fill=1)
+        doubted = eligible & ~commit & (step.confidence < self.doubt)
+        doubted &= (end_confidence < self.end_certain)[:, None]
+        chosen = step.select("none", score=-step.confidence, eligible=doubted, fill=1)
+        insert = chosen * step.room.clamp(0, self.growth - 1)[:, None]
+        return Action(
+            commit, insert=insert.int(), remove=torch.zeros_like(commit), append=torch.minimum(append, step.room).int()
+        )
 
 
 class ByBlock:

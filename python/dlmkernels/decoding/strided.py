@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .. import ops, reference
+from .. import ops
 from ..models.adapt import DiffusionModel
 from .canvas import Canvas
 from .config import DecodingConfig, SpecialTokens
@@ -42,11 +44,9 @@ def decode_strided(
     forward = CanvasForward(model, canvas, config, special, grid, prompt_embeds)
     drafts_at_most, batch = rule.stride - 1, len(canvas.tokens)
     device = canvas.tokens.device
-    verify = Verifier(canvas, config, Proposer(model, canvas, config, special))
+    verifier = Verifier(canvas, config, Proposer(model, canvas, config, special))
     last = torch.full((batch,), start - 1, dtype=torch.int32, device=device)  # column of the last token
-    drafted = torch.zeros_like(last)  # how many drafts stand after it
-    drafts = canvas.tokens.new_full((batch, drafts_at_most), special.mask)
-    draft_logits: Tensor | None = None
+    drafts = canvas.tokens.new_full((batch, drafts_at_most), -1)  # what is drafted after it, in some rows nothing
     before = start - 1  # columns of the prompt, in the first forward
     shown = start
     offset = torch.arange(2 * rule.stride - 1, dtype=torch.int32, device=device)
@@ -60,6 +60,7 @@ def decode_strided(
             inside = (last[:, None] + offset).clamp(max=canvas.tokens.shape[1] - 1).long()
             tokens = torch.full_like(inside, special.mask)
             tokens[:, 0] = canvas.tokens.gather(1, inside[:, :1])[:, 0]
+            drafted = (drafts >= 0).int().cumprod(1).sum(1, dtype=torch.int32)
             tokens[:, 1 : rule.stride] = torch.where(offset[:drafts_at_most] < drafted[:, None], drafts, special.mask)
             used = (offset < rule.stride + drafted[:, None]) & canvas.is_open.any(1, keepdim=True)
             columns = last[:, None] + offset
@@ -69,20 +70,15 @@ def decode_strided(
                 used = torch.cat((used[:, :1].expand(-1, before), used), 1)
             hidden = forward.at(columns, forward.ends, used, tokens, causal_block=1)[:, before:]
             before = 0
-            logits = model.logits(hidden)
-
-            accepted, token, p = verify(logits, drafts, draft_logits, drafted, last)
+            accepted, token, p, next_drafts = verifier(model.logits(hidden), drafts, drafted, last)
             count = accepted + 1
             window = last[:, None] + 1 + offset[: rule.stride]
             is_open = canvas.is_open.gather(1, window.clamp(max=canvas.tokens.shape[1] - 1).long())
             is_new = (offset[: rule.stride] < count[:, None]) & is_open & (window < end)
             info = commit_tokens(canvas, config, special, torch.where(is_new, window, -1), token, is_new, p)
             counts.submit(info[:, 1].amax().expand(2))
-
-            first_mask = (drafted + 1).long()[:, None] + torch.arange(drafts_at_most, device=device)
-            draft_logits = logits.gather(1, first_mask[:, :, None].expand(-1, -1, logits.shape[2]))
-            drafts = verify.most_likely(draft_logits)
-            drafted = torch.where(accepted == drafted, drafts_at_most, 0).int()
+            # The masks stood behind all drafts: what they draft follows if none was rejected.
+            drafts = torch.where((accepted == drafted)[:, None], next_drafts, -1)
             last = (last + count).clamp(max=end - 1)
             if streamer is not None:
                 reached = int(last[0]) + 1
@@ -97,68 +93,58 @@ def decode_strided(
 
 
 class Verifier:
-    """Accepts a prefix of the drafts and finds the token after it."""
+    """Accepts a prefix of the drafts, finds the token after it, and drafts the next ones: `ops.verify_drafts`."""
 
     def __init__(self, canvas: Canvas, config: DecodingConfig, propose: Proposer):
-        self.canvas, self.config, self.propose = canvas, config, propose
         assert isinstance(config.rule, Strided)
-        self.rule = config.rule
+        self.canvas, self.rule, self.propose = canvas, config.rule, propose
+        self.by_ratio = config.rule.leniency is not None and config.temperature > 0
+        self.draft_logits: Tensor | None = None  # those of the drafts, and their logsumexp, when they are compared
+        self.draft_logsumexp: Tensor | None = None
 
     def __call__(
-        self, logits: Tensor, drafts: Tensor, draft_logits: Tensor | None, drafted: Tensor, last: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Number of accepted drafts int32 `[B]`; the accepted and the next token int64 `[B, stride]`, with their
-        probabilities. `logits` `[B, 2 stride - 1, V]` are of the last token, the drafts and the masks."""
-        most = drafts.shape[1]
-        number = torch.arange(most, dtype=torch.int32, device=drafts.device)
-        p = self._probability(logits[:, :most], drafts)
-        if self.config.temperature == 0:
-            passed = self.most_likely(logits[:, :most]) == drafts
-        elif draft_logits is None:
-            passed = torch.zeros_like(drafts, dtype=torch.bool)
-        else:
-            q = self._probability(draft_logits, drafts)
-            position = (last - self.canvas.origin)[:, None] + 1 + number
-            bits = reference.philox(
-                self.propose.seed[:, None], position.long(), self.canvas.step[:, None].long(), "verify",
-                torch.zeros_like(drafts),
-            )  # fmt: skip
-            passed = reference.bernoulli(bits, p / (self.rule.leniency * q))
-        accepted = (passed & (number < drafted[:, None])).int().cumprod(1).sum(1, dtype=torch.int32)
+        self, logits: Tensor, drafts: Tensor, drafted: Tensor, last: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Number of accepted drafts int32 `[B]`; the accepted and the next token int64 `[B, stride]`, -1 behind it,
+        with their probabilities; and the most likely tokens, or draws, of the masks' rows, int64 `[B, stride - 1]`.
 
-        row = accepted.long()[:, None, None].expand(-1, 1, logits.shape[2])
-        z = logits.gather(1, row)[:, 0]
-        position = last - self.canvas.origin + 1 + accepted
-        options = self.propose.options | ({"position": position} if "seed" in self.propose.options else {})
-        stats = ops.token_confidence(z, **options)
-        following, probability = stats.token, stats.confidence
-        if self.config.temperature > 0 and draft_logits is not None:
-            wrong = draft_logits.gather(1, row.clamp(max=most - 1))[:, 0]
-            rest = (self._softmax(z) - self._softmax(wrong)).clamp(min=0)
-            drawn = ops.token_confidence(
-                rest.log(), temperature=torch.ones(1, device=z.device), seed=self.propose.seed, step=self.canvas.step,
-                position=position,
-            )  # fmt: skip
-            is_rest = (accepted < drafted) & (rest.sum(1) > 0)
-            following = torch.where(is_rest, drawn.token, following)
-            probability = torch.where(is_rest, drawn.confidence, probability)
-        at = torch.arange(most + 1, device=drafts.device) == accepted[:, None]
-        token = torch.where(at, following[:, None], torch.cat((drafts, following[:, None]), 1))
-        return accepted, token, torch.where(at, probability[:, None], torch.cat((p, probability[:, None]), 1))
+        `logits` `[B, 2 stride - 1, V]` are of the last token, the `drafted` ones of the `drafts` (-1 behind them) and
+        the masks.
+        """
+        batch, rows = logits.shape[:2]
+        verified, number = self.rule.stride, torch.arange(rows, dtype=torch.int32, device=logits.device)
+        # the rows of the last token and of the drafts, as many as there might be; then those of the masks
+        row = torch.where(number < verified, number, number - verified + 1 + drafted[:, None])
+        row_map = row + rows * torch.arange(batch, dtype=torch.int32, device=logits.device)[:, None]
+        first = (last - self.canvas.origin + 1).contiguous()
+        options: dict[str, Any] = dict(self.propose.options)
+        if "seed" in options:
+            # A draft is drawn with the noise that its verification will use.
+            options["position"] = (first[:, None] + row).flatten()
+            options["step"] = (self.canvas.step[:, None] + (number >= verified).int()).flatten()
+        if self.by_ratio:
+            options["distribution"] = "tempered"
+        flat = logits.flatten(0, 1)
+        stats = ops.token_confidence(flat, row_map=row_map.flatten(), **options)
+        token, best, p, logsumexp = (
+            x.view(batch, rows) for x in (stats.token, stats.argmax, stats.confidence, stats.logsumexp)
+        )
+        target, following = token[:, :verified].contiguous(), token[:, verified:]
+        if not self.by_ratio:
+            accepted, tokens = ops.verify_drafts(drafts, target)
+            return accepted, tokens, p[:, :verified].contiguous(), following
 
-    def most_likely(self, logits: Tensor) -> Tensor:
-        """int64 `[B, N]` of logits `[B, N, V]`."""
-        banned = self.propose.options["banned"]
-        return ops.token_confidence(logits.flatten(0, 1), banned=banned).token.view(logits.shape[:2])
-
-    def _probability(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """Of the tokens `[B, N]`, at the temperature of the decoding and without filters, float32 `[B, N]`."""
-        options = {"banned": self.propose.options["banned"], "given": tokens.flatten(), "distribution": "tempered"}
-        if self.config.temperature > 0:
-            options |= {name: self.propose.options[name] for name in ("temperature", "seed", "step")}
-            options["position"] = torch.zeros_like(tokens, dtype=torch.int32).flatten()
-        return ops.token_confidence(logits.flatten(0, 1), **options).p_given.view(tokens.shape)
-
-    def _softmax(self, logits: Tensor) -> Tensor:
-        z = logits.float().index_fill(-1, self.propose.options["banned"], -torch.inf)
-        return torch.softmax(z / self.config.temperature, -1)
+        sums, compared = logsumexp[:, :verified].contiguous(), {}
+        if self.draft_logits is not None:
+            compared = {
+                "logits": flat, "logsumexp": sums, "row_map": row_map[:, :verified].contiguous(),
+                "draft_logits": self.draft_logits, "draft_logsumexp": self.draft_logsumexp,
+                "banned": options["banned"], "temperature": options["temperature"], "leniency": self.rule.leniency,
+                "seed": self.propose.seed, "step": self.canvas.step, "position": first,
+            }  # fmt: skip
+        accepted, tokens = ops.verify_drafts(drafts, target, **compared)
+        z = logits[:, :verified].gather(2, tokens.clamp(min=0)[:, :, None])[:, :, 0].float()
+        p = (z * (1 / options["temperature"]) - sums).exp()
+        masks = row_map[:, verified:].flatten()
+        self.draft_logits, self.draft_logsumexp = flat[masks.long()], logsumexp[:, verified:].contiguous()
+        return accepted, tokens, p, best[:, verified:].contiguous()

@@ -31,6 +31,12 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     quick: bool = False
 
+    @property
+    def continues(self) -> bool:
+        """Whether its rule decodes what comes after a prompt, and nothing else."""
+        config = self.options.get("config", dk.DecodingConfig())
+        return self.options.get("rule", config.rule).decodes == "continuations"
+
 
 MARKERS = "o^vsDphX*P"
 CONFIDENCE, RANDOM = "one a forward, by confidence", "one a forward, random order"
@@ -63,6 +69,8 @@ def reason_against(config: dk.DecodingConfig) -> str | None:
         return "logits are read as logarithms of ratios; the model's are of probabilities"
     if isinstance(config.rule, (dk.Strided, dk.SelfSpeculative, dk.Reordered)):
         return "attention must be causal; the model's sees everything"
+    if config.rule.token_ids:
+        return "some tokens insert or delete; the model has none of these"
     return None
 
 
@@ -222,9 +230,8 @@ def compare(model, tokenizer, count: int, cases: list[Case], seed: int) -> list[
     results = []
     for title, name, difficulty in SETS:
         problems = TASKS[name].make(count, seed=seed, difficulty=difficulty)
-        for i, case in enumerate(cases):
-            if not can_decode(problems, case):
-                continue
+        between = any(len(p.blanks) < len(p.answer) for p in problems)
+        for i, case in enumerate(case for case in cases if not (between and case.continues)):
             progress = Progress(f"{title}: {case.name}", count)
             r = measure(model, tokenizer, title, problems, case, progress)
             progress.clear()
@@ -255,22 +262,11 @@ def measure(
 
 def decode(model, tokenizer, problems: list[Problem], seeds: Tensor, options: dict[str, Any]) -> dk.DecodingOutput:
     """Fill in a batch of canvases of one task: after the prompt where all that follows is blank, else between clues."""
-    if follows_prompt(problems):
+    if all(len(p.blanks) == len(p.answer) for p in problems):
         prompts = tokenizer([p.prompt for p in problems], return_tensors="pt")
         return dk.generate(model, prompts.input_ids, max_new_tokens=len(problems[0].answer), seed=seeds, **options)
     canvases = tokenizer([p.canvas for p in problems], return_tensors="pt")
     return dk.infill(model, canvases.input_ids, seed=seeds, **options)
-
-
-def follows_prompt(problems: list[Problem]) -> bool:
-    """Whether everything behind the prompt is blank."""
-    return all(len(p.blanks) == len(p.answer) for p in problems)
-
-
-def can_decode(problems: list[Problem], case: Case) -> bool:
-    """Whether a rule can decode such problems: pipelines of blocks decode only what comes after a prompt."""
-    config = case.options.get("config")
-    return follows_prompt(problems) or not (config and isinstance(config.rule, dk.Pipeline))
 
 
 def markdown(results: list[Result], notes: list[str]) -> str:
@@ -307,12 +303,15 @@ def plot(results: list[Result], path: Path) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(alpha=0.3)
         for i, rule in enumerate(rules):
-            r = next(r for r in results if (r.set, r.rule) == (title, rule))
+            r = next((r for r in results if (r.set, r.rule) == (title, rule)), None)
+            if r is None:  # a rule that continues texts, where the blanks are elsewhere
+                continue
             # hollow, each of another size and shape: where points coincide, all of them can be seen
             style = {"color": f"C{(i + i // 10) % 10}", "mfc": "none", "ms": max(13 - i * 0.7, 6), "mew": 1.8}
             axes.plot(r.forwards, r.solved, MARKERS[i % len(MARKERS)], label=rule, ls="none", clip_on=False, zorder=3,
                       **style)  # fmt: skip
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    handles = {rule: handle for axes in figure.axes for handle, rule in zip(*axes.get_legend_handles_labels())}
+    figure.legend([handles[rule] for rule in rules], rules, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=120)
 
 

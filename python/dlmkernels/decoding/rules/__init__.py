@@ -22,6 +22,7 @@ from .revision import (
     PathPlanning,
     RenoisedEntropyBound,
     RunEditing,
+    SplitEditing,
     TokenEditing,
     WideInNarrowOut,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "Action", "Ancestral", "AncestralRemask", "Backtracking", "CreditThreshold", "DilatedSchedule",
     "DynamicThreshold", "EarlyAnswer", "EntropyBound", "EntropySum", "Factor", "HierarchicalThreshold",
     "LocalThreshold", "PathPlanning", "PredictorCorrector", "Quota", "RenoisedEntropyBound", "Rule", "RunEditing",
-    "ScoreAncestral", "SmoothedThreshold", "StableThreshold", "Threshold", "TimeQuota", "TokenEditing", "UniformState",
+    "ScoreAncestral", "SmoothedThreshold", "SplitEditing", "StableThreshold", "Threshold", "TimeQuota", "TokenEditing",
+    "UniformState",
     "WideInNarrowOut",
 ]  # fmt: skip

@@ -41,6 +41,13 @@ class Action:
         of this block, and at which slots.
     working : Tensor, optional
         bool `[B]`: requests that want another step of this block. None: those with an open position in it.
+    insert, remove : Tensor, optional
+        int32 and bool `[B, W]`, both or neither: how many masks are put before a slot, and which slots are taken out,
+        after the rest is written. A block keeps its size: what is pushed beyond its end is dropped, what becomes free
+        there is masked. Where the length varies the request grows and shrinks. Only where the window holds all
+        positions of the block, or the length varies.
+    append : Tensor, optional
+        int32 `[B]`: how many masks are put at the end of a request. Only where the length varies.
     """
 
     commit: Tensor | None = None
@@ -52,6 +59,9 @@ class Action:
     embeds: Tensor | None = None
     embedded: Tensor | None = None
     working: Tensor | None = None
+    insert: Tensor | None = None
+    remove: Tensor | None = None
+    append: Tensor | None = None
 
 
 class Rule:
@@ -72,6 +82,11 @@ class Rule:
         but the tokens there. (Otherwise a position sees its own token.) With slots="block" only.
     draws : bool
         Whether the rule itself leaves something to chance, even where tokens are not sampled.
+    decodes : {"anything", "continuations", "infillings"}
+        What it is for: `generate`, `infill`, or both.
+    token_ids : dict
+        Names of its fields that hold token ids, which are taken from the model's configuration where they are None, and
+        whether it needs them.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"margin", "entropy"})
@@ -79,6 +94,8 @@ class Rule:
     noise: ClassVar[str] = "mask"
     shadow: ClassVar[bool] = False
     draws: ClassVar[bool] = False
+    decodes: ClassVar[str] = "anything"
+    token_ids: ClassVar[dict[str, bool]] = {}
 
     def select(self, step: Step) -> Tensor:
         """Positions to commit: bool `[B, W]`, a subset of `step.eligible`."""
@@ -109,11 +126,15 @@ def check_number(name: str, value: float, low: float = -math.inf, high: float = 
         raise ValueError(f"{name} must be a number{limits}; got {value!r}")
 
 
-def row_mean(values: Tensor, where: Tensor) -> Tensor:
-    """Mean of the chosen non-negative values of each row, float32 `[B]`; 0 where there are none.
+def row_sum(values: Tensor, where: Tensor) -> Tensor:
+    """Sum of the chosen non-negative values of each row, float64 `[B]`.
 
     Summed as integers of 2^-32, so that it does not depend on the batch or the device.
     """
     fixed = (values.double().nan_to_num(0.0, 2.0**18, 0.0).clamp(0, 2.0**18) * 2.0**32).round().long()
-    total = fixed.masked_fill(~where, 0).sum(1).double() / 2.0**32
-    return (total / where.sum(1).clamp(min=1)).float()
+    return fixed.masked_fill(~where, 0).sum(1).double() / 2.0**32
+
+
+def row_mean(values: Tensor, where: Tensor) -> Tensor:
+    """Mean of the chosen non-negative values of each row, float32 `[B]`; 0 where there are none."""
+    return (row_sum(values, where) / where.sum(1).clamp(min=1)).float()

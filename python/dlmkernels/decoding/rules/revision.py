@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from ... import ops
 from .ancestral import TimeGrid
 from .base import Action, Rule, check_number, row_mean
 
@@ -53,6 +54,114 @@ class TokenEditing(Rule):
 
     def max_steps(self, length: int, num_steps: int) -> int:
         return length + self.max_post_steps
+
+
+@dataclass(frozen=True)
+class SplitEditing(Rule):
+    """Edit a block of fixed size by its tokens, and by two that insert and delete.
+
+    LLaDA2.2 as SGLang serves it ("joint threshold" with insertion and deletion; github.com/sgl-project/sglang). As in
+    `TokenEditing`, what is open is committed and decided tokens are replaced; but where the proposal is the split token
+    a mask is put before what stands there, and where it is the delete token the position is taken out. The block keeps
+    its size: what is pushed beyond its end is lost, and masks come in at its end when it shrinks.
+
+    While masks are left that the block began with, a forward commits everything open that is more confident than
+    `threshold`, at least one more than there are inserted masks (the best); then all masks. Decided tokens are replaced
+    if the proposal is another and more confident than `edit_threshold`. Where a block has been as it is before, the
+    least confident change takes a token that has not been tried there. A block ends with a forward that changes
+    nothing, or with one that commits everything and neither splits nor deletes: the `max_post_steps`-th without a mask
+    of the first ones, or the last of ``length + max_post_steps + 1``.
+
+    Attributes
+    ----------
+    threshold, edit_threshold : float
+        What the confidence must exceed to commit, and to replace.
+    max_post_steps : int
+        At least 0.
+    delete_token_id, split_token_id : int, optional
+        Taken from the model's configuration where None.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    slots: ClassVar[str] = "block"
+    decodes: ClassVar[str] = "continuations"
+    token_ids: ClassVar[dict[str, bool]] = {"delete_token_id": True, "split_token_id": True}
+
+    threshold: float = 0.5
+    edit_threshold: float = 0.0
+    max_post_steps: int = 16
+    delete_token_id: int | None = None
+    split_token_id: int | None = None
+
+    def __post_init__(self):
+        check_number("threshold", self.threshold)
+        check_number("edit_threshold", self.edit_threshold)
+        if not isinstance(self.max_post_steps, int) or self.max_post_steps < 0:
+            raise ValueError(f"max_post_steps must be an integer of at least 0; got {self.max_post_steps!r}")
+
+    def act(self, step: Step) -> Action:
+        memory, is_open = step.memory, step.is_open
+        original = memory.get("original", is_open.long())
+        from_start = is_open & (original != 0)
+        num_open, num_from_start = is_open.sum(1), from_start.sum(1)
+        post_steps = memory.get("post steps", torch.zeros_like(num_open)) + (num_from_start == 0)
+
+        # which positions are written
+        is_last = step.index >= step.block_length + self.max_post_steps
+        cleans = (post_steps >= max(self.max_post_steps, 1)) | step.everyone(is_last)
+        least = num_open - num_from_start + 1
+        commit = step.select("threshold", parameter=self.threshold, strict=True, need=least, fill=least)
+        commit = torch.where((cleans | (num_from_start == 0))[:, None], is_open, commit)
+        if self.max_post_steps == 0:
+            cleans = cleans | ~(from_start & ~commit).any(1)
+            commit = torch.where(cleans[:, None], is_open, commit)
+        edit = step.decided & (step.confidence > self.edit_threshold) & (step.token != step.current)
+        written = commit | edit
+
+        # what is written there
+        token = torch.where(cleans[:, None], self._without_controls(step), step.token)
+        token = self._varied(step, token, written, ~cleans)
+        tried = torch.where(written, token, -1)[:, None]
+        memory["tried"] = torch.cat((memory["tried"], tried), 1) if "tried" in memory else tried
+        splits = written & (token == self.split_token_id)
+        deletes = written & (token == self.delete_token_id)
+        insert = splits.int()
+        ops.splice_(original, torch.zeros_like(step.block_start), insert=insert, remove=deletes, fill_token_id=0)
+        memory["original"], memory["post steps"] = original, post_steps
+        plain = ~splits & ~deletes
+        return Action(
+            commit & plain, edit & plain, token=token, confidence=step.probability_of(token), insert=insert,
+            remove=deletes, working=written.any(1) & ~cleans,
+        )  # fmt: skip
+
+    def _without_controls(self, step: Step) -> Tensor:
+        """Proposals other than the two tokens that insert and delete, int64 `[B, W]`."""
+        assert self.delete_token_id is not None and self.split_token_id is not None
+        bias = torch.zeros(1, 1, step.vocab_size, device=step.token.device)
+        bias[..., self.delete_token_id] = bias[..., self.split_token_id] = -torch.inf
+        return step.again(bias).token
+
+    def _varied(self, step: Step, token: Tensor, written: Tensor, where: Tensor) -> Tensor:
+        """The tokens with another at the least confident change, in requests of bool `[B]` whose block was so before.
+
+        It is the likeliest of those that have not been tried at this place.
+        """
+        block = torch.where(step.used, step.current, -1)[:, None]
+        seen = step.memory.get("seen", block[:, :0])
+        step.memory["seen"] = torch.cat((seen, block), 1)
+        if "tried" not in step.memory:
+            return token
+        repeats = (seen == block).all(2).any(1) & where
+        changes = written & (token != step.current)
+        slot = torch.where(changes, step.confidence, torch.inf).argmin(1, keepdim=True)
+        tried = step.memory["tried"].gather(2, slot[:, None].expand(-1, seen.shape[1], 1))[:, :, 0]
+        rows = torch.arange(token.numel(), device=token.device).view(token.shape).gather(1, slot)[:, 0]
+        fresh = ops.token_confidence(step.proposer.clean(step.raw_logits, rows), banned=tried.contiguous()).token
+        replaced = torch.where(repeats & changes.any(1) & (fresh >= 0), fresh, token.gather(1, slot)[:, 0])
+        return token.scatter(1, slot, replaced[:, None])
+
+    def max_steps(self, length: int, num_steps: int) -> int:
+        return length + self.max_post_steps + 1
 
 
 @dataclass(frozen=True)
