@@ -15,6 +15,25 @@ OPEN, FROZEN = 1, 2  # bits of the state, as in csrc/common/params.h
 
 
 @dataclass(frozen=True)
+class Columns:
+    """Some columns of each row of a canvas.
+
+    Attributes
+    ----------
+    number : Tensor
+        int32 `[B, W]`, ascending.
+    index : Tensor
+        int64 `[B, W]`: the same, or the last that there is.
+    inside : Tensor
+        bool `[B, W]`: whether there is such a column.
+    """
+
+    number: Tensor
+    index: Tensor
+    inside: Tensor
+
+
+@dataclass(frozen=True)
 class Canvas:
     """Tokens of a batch and what is known of each position; the ops write into these tensors.
 
@@ -58,39 +77,36 @@ class Canvas:
         """bool `[B, T]`."""
         return (self.state & OPEN) != 0
 
-    def open_in(self, start: Tensor, length: int) -> Tensor:
-        """Which of the columns `start[b]` … `start[b] + length` of each row are open: bool `[B, length]`."""
-        return self._has(OPEN, start[:, None] + torch.arange(length, dtype=torch.int32, device=start.device))
+    def columns(self, start: Tensor, length: int) -> Columns:
+        """The columns `start[b]` … `start[b] + length` of each row; start int32 `[B]`."""
+        number = start[:, None] + torch.arange(length, dtype=torch.int32, device=start.device)
+        last = self.tokens.shape[1] - 1
+        return Columns(number, number.clamp(max=last).long(), number <= last)
 
-    def window(self, start: Tensor, length: int, capacity: int) -> TokenWindow:
-        """The open positions among `length` columns from `start` int32 `[B]` on, ascending, in `capacity` slots.
+    def open_in(self, columns: Columns) -> Tensor:
+        """Which of the columns are open: bool `[B, W]`."""
+        return self._has(OPEN, columns) & columns.inside
 
-        `capacity` is at least as many as any row has. Decided positions take no slot, so that no language-model head
-        runs for them.
+    def window(self, columns: Columns, capacity: int) -> TokenWindow:
+        """The open positions among the columns, ascending, in `capacity` slots, at least as many as any row has.
+
+        Decided positions take no slot, so that no language-model head runs for them.
         """
-        columns = start[:, None] + torch.arange(length, dtype=torch.int32, device=start.device)
-        is_open = self._has(OPEN, columns)
-        if capacity == length:
-            return TokenWindow(torch.where(is_open, columns, -1), self.origin)
+        is_open = self.open_in(columns)
+        if capacity == is_open.shape[1]:
+            return TokenWindow(torch.where(is_open, columns.number, -1), self.origin)
         behind = self.tokens.shape[1]  # where closed columns go
-        ranked = torch.where(is_open, columns, behind).sort(dim=1).values[:, :capacity]
+        ranked = torch.where(is_open, columns.number, behind).sort(dim=1).values[:, :capacity]
         return TokenWindow(ranked.masked_fill(ranked == behind, -1), self.origin)
 
-    def free_window(self, start: Tensor, length: int, working: Tensor) -> TokenWindow:
-        """All positions of `length` columns from `start` int32 `[B]` on that are not given, in the `working` rows.
+    def free_window(self, columns: Columns, working: Tensor) -> TokenWindow:
+        """All positions among the columns that are not given, in the `working` rows, bool `[B]`."""
+        free = columns.inside & ~self._has(FROZEN, columns) & working[:, None]
+        return TokenWindow(torch.where(free, columns.number, -1), self.origin)
 
-        `working` is bool `[B]`.
-        """
-        columns = start[:, None] + torch.arange(length, dtype=torch.int32, device=start.device)
-        inside = columns < self.tokens.shape[1]
-        free = inside & ~self._has(FROZEN, columns) & working[:, None]
-        return TokenWindow(torch.where(free, columns, -1), self.origin)
-
-    def _has(self, bit: int, columns: Tensor) -> Tensor:
-        """Where the state at canvas columns int32 `[B, W]` has a bit: bool `[B, W]`; nowhere right of the canvas."""
-        last = self.tokens.shape[1] - 1
-        state = self.state.gather(1, columns.clamp(max=last).long())
-        return (state & bit).bool() & (columns <= last)
+    def _has(self, bit: int, columns: Columns) -> Tensor:
+        """Where the state at the columns has a bit: bool `[B, W]`; outside the canvas anything."""
+        return (self.state.gather(1, columns.index) & bit).bool()
 
     def fill_after_eos(self, eos: list[int], pad: int) -> None:
         """Complete the requests that have an end token with nothing open before it: all after it becomes `pad`."""

@@ -43,6 +43,9 @@ class Constraint:
     #: how often a step decides at most; what is refused the last time stays open, and nothing else is lost
     attempts: int = 100
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
     def allowed(self, tokens: Tensor, positions: Tensor) -> Tensor | None:
         """Which tokens may stand at canvas `positions` int32 `[B, W]` (-1: a slot that is not used).
 

@@ -211,8 +211,8 @@ class _Task:
         origin = self.origin.repeat(n)
         scored = masked & self.in_answer.repeat(n, 1)
         canvas = Canvas.of(true.masked_fill(masked, self.mask), scored, origin)
-        start = torch.full_like(origin, self.start)
-        window = canvas.window(start, length - self.start, max(int(scored.sum(1).max()), 1))
+        answer = canvas.columns(torch.full_like(origin, self.start), length - self.start)
+        window = canvas.window(answer, max(int(scored.sum(1).max()), 1))
         kv_range = torch.stack((origin, self.start + self.lengths.repeat(n)), 1)
         positions = (self.columns - origin[:, None]).clamp(min=0).long()
         hidden = self.model.hidden(

@@ -16,7 +16,7 @@ from .. import ops
 from ..cache import KVCache
 from ..models.adapt import DiffusionModel, EncoderDecoderModel
 from ..window import AttentionWindow, TokenWindow
-from .canvas import Canvas
+from .canvas import Canvas, Columns
 from .config import DecodingConfig, SpecialTokens
 from .constraint import Constrained, one_each
 from .output import DecodingOutput
@@ -51,10 +51,10 @@ def decode(
         canvas.renoise(propose.seed, model.vocab_size)
     blocks = plan_blocks(config, grid)
     planned, behind = sum(b.num_steps for b in blocks if b.offset < grid.planned * grid.length), 0
-    most_open = torch.stack([canvas.open_in(b.start, b.length).sum(1).max() for b in blocks]).tolist()
+    most_open = torch.stack([_open_in(canvas, _columns(canvas, block)).max() for block in blocks]).tolist()
     # A rule that takes tokens back may also take back an end token: that counts once its block is finished.
     fills_at_once = config.eos_policy == "fill" and rule.slots == "open"
-    whole = torch.full_like(canvas.origin, start), canvas.tokens.shape[1] - start
+    whole = canvas.columns(torch.full_like(canvas.origin, start), canvas.tokens.shape[1] - start)
     with model.attached():
         for number, (block, in_block) in enumerate(zip(blocks, most_open)):
             forward.begin_block()
@@ -63,7 +63,7 @@ def decode(
                 took_part = forward.append_context(block)
                 if config.seeded:
                     first = torch.where(took_part, block.outer, canvas.tokens.shape[1])
-                    window = canvas.window(first, 1, 1)
+                    window = canvas.window(canvas.columns(first, 1), 1)
                     one = torch.ones_like(first)
                     step = options.step(
                         model.logits(forward.last_of_context()), window, first, 1, 0, 1, one, one, 0.0, {}
@@ -76,9 +76,10 @@ def decode(
                     )  # fmt: skip
                     took_part &= window.positions[:, 0] < 0  # the others have been counted
                 canvas.step.add_(took_part)
-            open_at_start = open_now = _open_in(canvas, block)
+            columns = _columns(canvas, block)
+            open_at_start = open_now = _open_in(canvas, columns)
             counts = OpenCount(in_block, sum(most_open[number:]))
-            counts.submit(_open_counts(canvas, block))
+            counts.submit(_open_counts(canvas, columns))
             working = open_now > 0
             memory: dict[str, Tensor] = {}
             # What a constraint has kept open when the rule has done its steps gets more, as long as they help.
@@ -88,10 +89,9 @@ def decode(
                 if capacity == 0:
                     break
                 if rule.slots == "open":
-                    window = canvas.window(block.start, block.length, capacity)
+                    window = canvas.window(columns, capacity)
                 else:
-                    columns = whole if rule.slots == "canvas" else (block.start, block.length)
-                    window = canvas.free_window(*columns, working)
+                    window = canvas.free_window(whole if rule.slots == "canvas" else columns, working)
                 if constrained.may_leave_open:
                     window = constrained.without_stuck(window, open_now > 0 if is_extra else None)
                     if (is_extra or constrained.checks) and not window.used.any():
@@ -125,7 +125,7 @@ def decode(
                     open_now = info[:, 0].contiguous()
                     counts.submit(info[:, :2].amax(0))
                 else:
-                    open_now = _open_in(canvas, block)
+                    open_now = _open_in(canvas, columns)
                     wanted = open_now > 0 if action.working is None else action.working
                     working = working & (wanted | (open_now > 0) if constrained.may_leave_open else wanted)
                     open_in_all = info[:, 1] if action.insert is None else canvas.is_open.sum(1)
@@ -135,7 +135,7 @@ def decode(
             behind += block.num_steps
             if config.eos_policy != "none" and not fills_at_once:
                 canvas.fill_after_eos(special.eos, special.pad)
-                counts.submit(_open_counts(canvas, block))
+                counts.submit(_open_counts(canvas, columns))
             if streamer is not None:
                 streamer.put(canvas.tokens[0, max(block.span[0], start) : min(block.span[1], end)].cpu())
             if counts.latest()[1] == 0:
@@ -149,12 +149,16 @@ def _or(value: Tensor | None, otherwise: Tensor) -> Tensor:
     return otherwise if value is None else value
 
 
-def _open_in(canvas: Canvas, block: Block) -> Tensor:
-    return canvas.open_in(block.start, block.length).sum(1, dtype=torch.int32)
+def _columns(canvas: Canvas, block: Block) -> Columns:
+    return canvas.columns(block.start, block.length)
 
 
-def _open_counts(canvas: Canvas, block: Block) -> Tensor:
-    return torch.stack((_open_in(canvas, block).amax(), canvas.is_open.sum(1).amax()))
+def _open_in(canvas: Canvas, columns: Columns) -> Tensor:
+    return canvas.open_in(columns).sum(1, dtype=torch.int32)
+
+
+def _open_counts(canvas: Canvas, columns: Columns) -> Tensor:
+    return torch.stack((_open_in(canvas, columns).amax(), canvas.is_open.sum(1).amax()))
 
 
 def commit_tokens(
@@ -233,6 +237,7 @@ class CanvasForward:
         columns = torch.arange(length, device=self.origin.device)
         self.positions = (columns - self.origin[:, None]).clamp(min=0)
         self.slots = columns.int().expand(len(self.origin), length)
+        self.part = (0, 0)  # the columns of the last forward of the same columns in all rows
         in_part = bool(((self.origin > 0) | (self.ends < length)).any())
         self.kv_range = torch.stack((self.origin, self.ends), 1) if in_part else None
         self.cache = KVCache(length) if config.cache != "none" else None
@@ -401,12 +406,14 @@ class CanvasForward:
 
     def _forward_columns(self, block: Block, first: int, last: int) -> Tensor:
         """Hidden states of the columns `[first, last)` of every row."""
+        if (first, last) != self.part:
+            self.part = first, last
+            self.slots_of_part = self.slots[:, first:last].contiguous()
+            self.positions_of_part = self.positions[:, first:last]
         tokens = self._tokens()[:, first:last]
-        window = AttentionWindow(
-            self.slots[:, first:last].contiguous(), self.kv_range, self.cache, **self._visibility(block, False)
-        )
-        embeds = self._embeds(tokens, self.slots[:, first:last])
-        return self.model.hidden(tokens, self.positions[:, first:last], window, embeds)
+        window = AttentionWindow(self.slots_of_part, self.kv_range, self.cache, **self._visibility(block, False))
+        embeds = self._embeds(tokens, self.slots_of_part)
+        return self.model.hidden(tokens, self.positions_of_part, window, embeds)
 
     def _columns(self, block: Block, whole: bool) -> tuple[int, int]:
         """Canvas columns to forward, for caches of models with full attention."""

@@ -111,7 +111,9 @@ class Blocks:
     opened : Tensor
         int32 `[B]`: how many blocks have been opened.
     width : int
-        Columns that hold all N blocks of the row that has most.
+        How many columns hold all N blocks of the row that has most.
+    columns : Columns
+        Those.
     """
 
     def __init__(self, canvas: Canvas, grid: Grid, rule: Pipeline):
@@ -120,6 +122,7 @@ class Blocks:
         number = torch.arange(grid.count, dtype=torch.int32, device=grid.first.device)
         self._number, self._lengths = number, (grid.ends - grid.first)[:, None] - number * grid.length
         self._lengths = self._lengths.clamp(0, grid.length)
+        self.columns = canvas.columns(grid.first, self.width)
         self.opened = torch.ones_like(grid.first)
         self._look()
 
@@ -146,7 +149,7 @@ class Blocks:
 
     def window(self, capacity: int) -> TokenWindow:
         """The open positions of the opened blocks, of which no row has more than `capacity`."""
-        window = self.canvas.window(self.grid.first, self.width, capacity)
+        window = self.canvas.window(self.columns, capacity)
         positions = torch.where(window.positions < self.end[:, None], window.positions, -1)
         return TokenWindow(positions, window.origin)
 
@@ -158,7 +161,7 @@ class Blocks:
         self.opened = self.opened + (may_open & is_left & (share >= self.rule.open_at))
 
     def _look(self) -> None:
-        is_open = self.canvas.open_in(self.grid.first, self.width).unflatten(1, (self.grid.count, self.grid.length))
+        is_open = self.canvas.open_in(self.columns).unflatten(1, (self.grid.count, self.grid.length))
         self._masks = is_open.sum(2, dtype=torch.int32)
         self._share = (self._lengths - self._masks).double() / self._lengths.clamp(min=1)
 

@@ -59,7 +59,7 @@ def decode_reordered(
             order = forward.reading_order()
             limit = order.gather(1, columns.clamp(max=width - 1).long())
             hidden = forward.at(columns, forward.ends, used, q_limit=limit, k_order=order)
-            window = canvas.window(first, rule.window, rule.window)
+            window = canvas.window(canvas.columns(first, rule.window), rule.window)
             row = (window.positions - final[:, None]).clamp(min=0).long()
             picked = hidden.gather(1, row[:, :, None].expand(-1, -1, hidden.shape[2])).flatten(0, 1)
             count = window.used.sum(1, dtype=torch.int32)

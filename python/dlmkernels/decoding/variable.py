@@ -78,18 +78,19 @@ def decode_variable(
             hidden = forward.at(columns[:rows].expand(len(first), -1), length.clamp(max=rows), used)
             offset = (is_open.int().argmax(1).int() - first).clamp(min=0)
             block = first + offset // block_length * block_length
+            in_block = canvas.columns(block, block_length)
             if rule.slots == "open":
                 base, width = block, block_length
-                window = canvas.window(block, block_length, capacity)
+                window = canvas.window(in_block, capacity)
             else:
                 base, width = first, rows - start
-                window = canvas.free_window(first, width, working)
+                window = canvas.free_window(canvas.columns(first, width), working)
             row = forward.speaker_of(window.positions).clamp(max=rows - 1).long()
             picked = hidden.gather(1, row[:, :, None].expand(-1, -1, hidden.shape[2]))
             logits = model.logits(picked.flatten(0, 1))
             room = torch.minimum(limit - length, rule.max_insertions(most) - inserted)
             rule.restrict(logits.unflatten(0, row.shape), room)
-            open_now = canvas.open_in(block, block_length).sum(1, dtype=torch.int32)
+            open_now = canvas.open_in(in_block).sum(1, dtype=torch.int32)
             step = options.step(logits, window, block, block_length, index, 1, open_now, open_now, 0.0, memory, room)
             action = rule.act(step)
             assert action.commit is not None and action.insert is not None and action.remove is not None
