@@ -14,6 +14,7 @@ from .loop import CanvasForward, Proposer, StepOptions, commit_tokens, output_of
 from .output import DecodingOutput
 from .poll import OpenCount
 from .schedule import Grid
+from .streaming import Stream
 from .streams import EntropyPipeline, Pipeline
 
 
@@ -48,7 +49,7 @@ def decode_pipelined(
         first = prefix.advance(blocks.context)
     width = blocks.width
     most_rows = canvas.tokens.shape[1]
-    shown = start
+    stream = Stream(streamer, canvas, start)
     counts = OpenCount(most_rows, width)
     counts.submit(torch.stack(((reach - first).amax(), blocks.num_open.amax())))
     with model.attached():
@@ -88,18 +89,8 @@ def decode_pipelined(
                 first = prefix.advance(blocks.context)
             unfinished = blocks.num_open > 0
             counts.submit(torch.stack((((reach - first) * unfinished).amax(), blocks.num_open.amax())))
-            if hasattr(streamer, "put_draft"):
-                streamer.put_draft(canvas.tokens[0, start:end].cpu())
-            if streamer is not None:
-                still_open = canvas.is_open[0, :end].nonzero()
-                reached = int(still_open[0]) if len(still_open) else end
-                if reached > shown:
-                    streamer.put(canvas.tokens[0, shown:reached].cpu())
-                shown = reached
-    if streamer is not None:
-        if shown < end:
-            streamer.put(canvas.tokens[0, shown:end].cpu())
-        streamer.end()
+            stream.step(end)
+    stream.finish(end)
     return output_of(canvas, start, end)
 
 

@@ -13,6 +13,7 @@ from .loop import CanvasForward, Proposer, StepOptions, commit_tokens, output_of
 from .output import DecodingOutput
 from .poll import OpenCount
 from .schedule import Grid
+from .streaming import Stream
 from .streams import Reordered
 
 
@@ -44,7 +45,7 @@ def decode_reordered(
     width = canvas.tokens.shape[1]
     final = torch.zeros_like(canvas.origin)  # columns of each row that are in the cache for good
     length = start + rule.window  # columns to forward: the prompt and the first window
-    shown = start
+    stream = Stream(streamer, canvas, start)
     counts = OpenCount(end - start, end - start)
     counts.submit(torch.stack((canvas.is_open.sum(1).amax(),) * 2))
     with model.attached():
@@ -69,16 +70,6 @@ def decode_reordered(
             )
             counts.submit(info[:, 1].amax().expand(2))
             final, length = first, 2 * rule.window
-            if hasattr(streamer, "put_draft"):
-                streamer.put_draft(canvas.tokens[0, start:end].cpu())
-            if streamer is not None:
-                still_open = canvas.is_open[0].nonzero()
-                reached = int(still_open[0]) if len(still_open) else end
-                if reached > shown:
-                    streamer.put(canvas.tokens[0, shown:reached].cpu())
-                shown = reached
-    if streamer is not None:
-        if shown < end:
-            streamer.put(canvas.tokens[0, shown:end].cpu())
-        streamer.end()
+            stream.step(end)
+    stream.finish(end)
     return output_of(canvas, start, end)

@@ -15,6 +15,7 @@ from .loop import CanvasForward, Proposer, commit_tokens, output_of
 from .output import DecodingOutput
 from .poll import OpenCount
 from .schedule import Grid
+from .streaming import Stream
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def decode_speculative(
     columns = torch.arange(start, dtype=torch.int32, device=device).expand(batch, start)
     last = torch.full((batch,), start, dtype=torch.int32, device=device)  # column of the last token
     offset = torch.arange(grid.length, dtype=torch.int32, device=device)
-    counts, shown = OpenCount(end - start, end - start), start
+    counts, stream = OpenCount(end - start, end - start), Stream(streamer, canvas, start)
     with model.attached():
         # the prompt, and the token after it
         hidden = forward.at(columns, last, causal_block=1)
@@ -75,15 +76,8 @@ def decode_speculative(
             info = commit_tokens(canvas, config, special, window.positions, verified.tokens, chosen, confidence)
             counts.submit(info[:, 1].amax().expand(2))
             last = last + chosen.sum(1, dtype=torch.int32)
-            if streamer is not None:
-                reached = int(last[0]) + 1
-                if reached > shown:
-                    streamer.put(canvas.tokens[0, shown:reached].cpu())
-                shown = reached
-    if streamer is not None:
-        if shown < end:
-            streamer.put(canvas.tokens[0, shown:end].cpu())
-        streamer.end()
+            stream.step(end)
+    stream.finish(end)
     return output_of(canvas, start, end)
 
 

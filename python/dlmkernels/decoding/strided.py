@@ -16,6 +16,7 @@ from .loop import CanvasForward, Proposer, commit_tokens, output_of
 from .output import DecodingOutput
 from .poll import OpenCount
 from .schedule import Grid
+from .streaming import Stream
 from .streams import Strided
 
 
@@ -48,7 +49,7 @@ def decode_strided(
     last = torch.full((batch,), start - 1, dtype=torch.int32, device=device)  # column of the last token
     drafts = canvas.tokens.new_full((batch, drafts_at_most), -1)  # what is drafted after it, in some rows nothing
     before = start - 1  # columns of the prompt, in the first forward
-    shown = start
+    stream = Stream(streamer, canvas, start)
     offset = torch.arange(2 * rule.stride - 1, dtype=torch.int32, device=device)
     counts = OpenCount(end - start, end - start)
     counts.submit(torch.stack((canvas.is_open.sum(1).amax(),) * 2))
@@ -80,15 +81,8 @@ def decode_strided(
             # The masks stood behind all drafts: what they draft follows if none was rejected.
             drafts = torch.where((accepted == drafted)[:, None], next_drafts, -1)
             last = (last + count).clamp(max=end - 1)
-            if streamer is not None:
-                reached = int(last[0]) + 1
-                if reached > shown:
-                    streamer.put(canvas.tokens[0, shown:reached].cpu())
-                shown = reached
-    if streamer is not None:
-        if shown < end:
-            streamer.put(canvas.tokens[0, shown:end].cpu())
-        streamer.end()
+            stream.step(end)
+    stream.finish(end)
     return output_of(canvas, start, end)
 
 

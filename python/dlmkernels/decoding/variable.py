@@ -14,6 +14,7 @@ from .loop import CanvasForward, Proposer, StepOptions, commit_tokens, output_of
 from .output import DecodingOutput
 from .poll import OpenCount
 from .schedule import Grid
+from .streaming import Stream
 from .streams import VariableLength
 
 #: Slots that `ops.splice_` takes.
@@ -62,7 +63,7 @@ def decode_variable(
         )
     inserted = torch.zeros_like(length)
     memory: dict[str, Tensor] = {}
-    shown = start
+    stream = Stream(streamer, canvas, start)
     counts = OpenCount(masks, longest)
     with model.attached():
         for index in range(rule.max_forwards(masks, most)):
@@ -105,17 +106,8 @@ def decode_variable(
                 inserted += _splice(canvas, length, length.clone(), special, append.contiguous(), None)
             still_open = canvas.is_open.sum(1, dtype=torch.int32)
             counts.submit(torch.stack((still_open.amax(), (length * (still_open > 0)).amax())))
-            if hasattr(streamer, "put_draft"):
-                streamer.put_draft(canvas.tokens[0, start : int(length[0])].cpu())
-            if streamer is not None:
-                reached = int(canvas.is_open[0].int().argmax()) if still_open[0] else int(length[0])
-                if reached > shown:
-                    streamer.put(canvas.tokens[0, shown:reached].cpu())
-                shown = max(reached, shown)
-    if streamer is not None:
-        if shown < int(length[0]):
-            streamer.put(canvas.tokens[0, shown : int(length[0])].cpu())
-        streamer.end()
+            stream.step(length)
+    stream.finish(length)
     return output_of(canvas, start, max(int(length.amax()), start), length)
 
 
