@@ -12,7 +12,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCE, BUILD = ROOT / "tests" / "cpp", ROOT / "build" / "cpp"
-FLAVOURS = ["plain", pytest.param("asan", marks=pytest.mark.slow), pytest.param("tsan", marks=pytest.mark.slow)]
 FLAG = {"asan": "-fsanitize=address,undefined", "tsan": "-fsanitize=thread"}
 
 

@@ -44,7 +44,8 @@ def readable(names):
     return [re.sub(r"\([^()]*Params\)$|^void |dlm::cuda::", "", line) for line in lines]
 
 
-@pytest.mark.parametrize("arch", [a if a == "80" else pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES])
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_compiles_without_spills(source, arch, tmp_path):
     if not shutil.which("nvcc"):

@@ -10,17 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from simt_programs import BUILD, FLAVOURS, build, call, configure, needs_sanitizer, run_native
+from simt_programs import BUILD, build, call, configure, needs_sanitizer, run_native
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.slow
+@pytest.mark.parametrize("flavour", ["plain", "asan", "tsan"])
 def test_source(flavour, tmp_path):
     """The kernels' source, compiled by the host compiler."""
     needs_sanitizer(flavour, tmp_path)
     run_native(build(f"simt_{flavour}"))
 
 
-@pytest.mark.parametrize("flavour", ["plain", pytest.param("asan", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("flavour", ["plain", "asan"])
 def test_amx(flavour, tmp_path):
     """The AMX kernel as the library has it; a model does what its tile instructions say."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -33,6 +35,7 @@ def test_amx(flavour, tmp_path):
     run_native(build(f"amx_{flavour}"))
 
 
+@pytest.mark.slow
 def test_golden_data_is_compared(tmp_path):
     """Golden data passes where it agrees (here the model's own) and fails where a word or the inputs differ."""
     program = build("simt_plain")

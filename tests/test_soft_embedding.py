@@ -13,9 +13,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 op = torch.ops.dlmkernels.soft_embedding.default
 
 
-@pytest.fixture(params=_C.cpu_isas())
+@pytest.fixture(params=[isa for isa in _C.cpu_isas() if isa in ("generic", "avx512")])
 def isa(request):
-    """Runs a test with the kernels of each instruction set that this machine has."""
+    """Runs a test with the kernels of each instruction set that this machine has, and for which the op has its own."""
     before = _C.cpu_isa()
     _C.set_cpu_isa(request.param)
     yield request.param
