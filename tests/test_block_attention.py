@@ -173,6 +173,7 @@ def test_lengths(Q, S):
     check(make(Q=Q, S=S, H=7, G=1, D=16, slots=slots, dtype=torch.bfloat16, causal_block=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_real_shape(dtype):
     check(make(B=1, Q=32, S=1024, H=28, G=4, D=128, dtype=dtype, slots=torch.arange(992, 1024).int()[None]))

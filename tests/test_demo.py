@@ -91,6 +91,7 @@ def test_checker_wants_the_clues_kept():
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_confidence_order_solves_and_random_order_does_not(shipped):
     """Few clues, where order matters most; most confident first in as many tokens a forward as are nearly certain."""
     by_confidence = solve(shipped, "sudoku", 12, 32, rule=dk.EntropyBound(0.001))

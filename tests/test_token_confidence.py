@@ -76,6 +76,7 @@ class TestAgainstReference:
         out = check(logits_of(5, vocabulary, dtype))
         assert torch.equal(out.token, out.argmax)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("vocabulary", [126464, 262144])
     def test_large_vocabulary(self, dtype, vocabulary):
