@@ -97,21 +97,24 @@ def _limits() -> ctypes.CDLL | None:
         subprocess.run([compiler, *flags, Path(__file__).with_name("limits.cpp"), "-o", library], check=True)
         loaded = ctypes.CDLL(str(library))
     for function in (loaded.multiply_add_float, loaded.multiply_add_bfloat16):
-        function.argtypes, function.restype = [ctypes.c_long, ctypes.c_int], ctypes.c_double
+        function.argtypes, function.restype = [ctypes.c_long], ctypes.c_double
     return loaded
 
 
 def arithmetic_limit(dtype: torch.dtype) -> Limit:
     """Multiplications and additions in registers: of bf16 pairs where `dtype` is bf16 and there is such an instruction,
-    else of floats. Where there is no compiler, a square product."""
-    library, threads = _limits(), torch.get_num_threads()
+    else of floats. Where there is no compiler, a square product.
+
+    One thread does its share, as in `exp_limit`: a second one that has just been started shares its processor at first.
+    """
+    library = _limits()
     if library is None:
         return matmul_limit(dtype)
     name, function = "fp32 multiply-add in registers", library.multiply_add_float
-    if dtype == torch.bfloat16 and library.multiply_add_bfloat16(1, 1) > 0:
+    if dtype == torch.bfloat16 and library.multiply_add_bfloat16(1) > 0:
         name, function = "bf16 multiply-add in registers", library.multiply_add_bfloat16
     repeats = 100_000
-    return Limit(name, lambda: function(repeats, threads), function(1, threads) * repeats, "GFLOP/s")
+    return Limit(name, lambda: function(repeats), function(1) * repeats * torch.get_num_threads(), "GFLOP/s")
 
 
 def tighter(*limits: tuple[Limit, float]) -> tuple[Limit, float]:
