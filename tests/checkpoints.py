@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import plain_models
+from dlmkernels import AttentionWindow
+from dlmkernels.models.adapt import adapt
 from plain_models import LLADA, USUAL, PlainDecoder
 
 VOCAB, MASK, EOS, PAD = 97, 96, 1, 0
@@ -288,3 +290,22 @@ def wedlm(seed: int = 0, qk_norm: bool = True) -> Checkpoint:
         "attention_bias": not qk_norm, "layer_types": ["full_attention"] * LAYERS,
     }  # fmt: skip
     return checkpoint(config, decoder_shapes(head_dim=16, qk_norm=qk_norm, biases="" if qk_norm else "qkv"), seed)
+
+
+#: Families whose configuration does not name them.
+UNNAMED = {"diffullama": "diffullama", "diffugpt": "diffullama"}
+
+
+def write(tmp_path, make, change=None, **config):
+    checkpoint = make()
+    checkpoint.config |= config
+    if change:
+        change(checkpoint.weights)
+    return checkpoint.write(tmp_path)
+
+
+def our_logits(model, tokens, **window):
+    adapted = adapt(model)
+    with adapted.attached():
+        positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+        return adapted.logits(adapted.hidden(tokens, positions, AttentionWindow(**window)))

@@ -24,3 +24,21 @@ def _device(request, monkeypatch):
     device = request.config.getoption("--device")
     if device and not request.node.get_closest_marker("on_cpu"):
         on_device.install(monkeypatch, device)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """`loaded(name, make)`: the checkpoint of a family and the model loaded from it, once."""
+    import checkpoints
+    import dlmkernels as dk
+
+    done = {}
+
+    def get(name, make):
+        if name not in done:
+            checkpoint = make()
+            folder = checkpoint.write(tmp_path_factory.mktemp(name))
+            done[name] = checkpoint, dk.load(folder, family=checkpoints.UNNAMED.get(name))
+        return done[name]
+
+    return get

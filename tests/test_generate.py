@@ -3,12 +3,12 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import dlmkernels as dk
 import numerics
 import small_models
 from dlmkernels.decoding.poll import OpenCount
+from host_reads import HostReads
 from small_models import EOS, MASK, PAD, build, prompts
 from test_constraint import NoRepeats
 
@@ -326,22 +326,6 @@ class TestErrors:
             out = dk.generate(model, ids, **SHORT)
         assert out.complete.tolist() == [True, False] and (out.generated[1] == MASK).all()
         assert torch.equal(out.sequences[0], alone.sequences[0])
-
-
-class HostReads(TorchDispatchMode):
-    """Records every operation that hands a tensor's value to the host."""
-
-    READS = ("_local_scalar_dense", "item", "equal", "nonzero", "is_nonzero")
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name in self.READS:
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 #: Rules that have loops of their own.

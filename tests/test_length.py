@@ -10,10 +10,12 @@ import checkpoints
 import dlmkernels as dk
 import numerics
 import restated_length as restated
+from dlmkernels.decoding import variable
+from host_reads import reads_between_polls
 from plain_llama import PlainLlama
 from published import block_causal, blocks_of
 from small_models import EOS, KINDS, MASK, PAD, prompts
-from test_generate import HostReads, LateCount
+from test_generate import LateCount
 from test_published import FEW_MASK, Table, canvas_of, decode, lively, ragged, sure
 
 EXPAND, DELETE = 90, 91
@@ -49,27 +51,6 @@ def assert_same(out, row, text):
     numerics.assert_same_probabilities(out.confidence[row, here], text.confidence)
     assert (out.sequences[row, end:] == PAD).all() and (out.commit_step[row, end:] == -1).all()
     assert out.sequences.shape[1] == out.length.max()
-
-
-def reads_in_steps(monkeypatch):
-    """What is read on the host between a count that is taken and the next that is handed over."""
-    from dlmkernels.decoding import variable
-
-    reads, steps = HostReads(), []
-
-    class Counts(variable.OpenCount):
-        def latest(self):
-            steps.append(super().latest())
-            if steps[-1][0] > 0:
-                reads.__enter__()
-            return steps[-1]
-
-        def submit(self, counts):
-            reads.__exit__(None, None, None)
-            super().submit(counts)
-
-    monkeypatch.setattr(variable, "OpenCount", Counts)
-    return reads, steps
 
 
 class TestExpanding:
@@ -577,7 +558,7 @@ def test_a_late_host_sees_all_masks(monkeypatch):
 @pytest.mark.parametrize("name", [name for name in CASES if name != "splitting"])
 def test_loop_reads_nothing_on_the_host(name, edits, monkeypatch):
     """But the counts, which on a GPU travel by themselves. (Of `SplitEditing` see `test_generate.py`.)"""
-    reads, steps = reads_in_steps(monkeypatch)
+    reads, steps = reads_between_polls(monkeypatch, variable, 0)
     out = run(name, edits[0])
     assert out.complete.all() and len(steps) > 2 and reads.seen == []
     with reads:

@@ -12,8 +12,9 @@ import dlmkernels as dk
 import numerics
 import published
 from checkpoints import MASK, PAD
+from host_reads import reads_between_polls
 from small_models import build, prompts
-from test_generate import HostReads, LateCount
+from test_generate import LateCount
 from test_published import assert_rows_same, assert_same, ragged
 
 D2F = {"d2f-llada": checkpoints.llada, "d2f-dream": checkpoints.dream}
@@ -273,21 +274,7 @@ def test_loop_reads_nothing_on_the_host(family, loaded, monkeypatch):
     """But the counts, which on a GPU travel by themselves."""
     from dlmkernels.decoding import pipelined
 
-    reads, steps = HostReads(), []
-
-    class Counts(pipelined.OpenCount):
-        def latest(self):
-            steps.append(super().latest())
-            if steps[-1][1] > 0:
-                reads.__enter__()
-            return steps[-1]
-
-        def submit(self, counts):
-            if steps:
-                reads.__exit__(None, None, None)
-            super().submit(counts)
-
-    monkeypatch.setattr(pipelined, "OpenCount", Counts)
+    reads, steps = reads_between_polls(monkeypatch, pipelined)
     _, model = loaded(family)
     config = dk.preset("d2f" if family in D2F else "d3llm")
     out = dk.generate(model, prompts(2, 6), config=config, max_new_tokens=20, block_length=8)
