@@ -11,6 +11,8 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Threads without work sleep: on a busy machine, those that spin take the processors from those that work.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 # Pinned, and installed first: an unpinned torch, or one drawn in by another package, may bring gigabytes of CUDA
 # libraries. TORCH= keeps whatever torch the interpreter has.

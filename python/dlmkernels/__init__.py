@@ -10,6 +10,11 @@ needs transformers, which is imported at first use.
 
 import importlib
 
+from . import wait_policy as _wait_policy
+
+_wait_policy.choose()
+
+# ruff: noqa: E402  (what follows loads torch)
 import torch  # noqa: F401  (its library must be loaded before ours)
 
 from . import _C  # registers torch.ops.dlmkernels
