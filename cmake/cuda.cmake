@@ -1,5 +1,5 @@
 # Finds nvcc, chooses the GPU architectures, and compiles csrc/cuda. TORCH_CUDA_ARCH_LIST, in the environment, is read
-# as torch reads it: "8.0;9.0a;10.0+PTX", by semicolons or blanks; +PTX adds code that later GPUs translate when they
+# as torch reads it: "8.0;9.0;12.0+PTX", by semicolons or blanks; +PTX adds code that later GPUs translate when they
 # load it. Sets CMAKE_CUDA_COMPILER and, unless nvcc is refused, cuda_architectures and dlm_cuda_library().
 include(CheckLanguage)
 set(CMAKE_CUDA_ARCHITECTURES OFF)  # written out below: CMake has no notation for all of them
@@ -20,20 +20,22 @@ if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.0)
   return()
 endif()
 
-# A100 and its like; H100, H200; B200; RTX 50 and what comes later. Older nvcc knows the first two.
+# A100 and RTX 30 and 40; H100, H200; B200, B300; RTX 50 and what comes later. No kernel needs an instruction of one
+# architecture alone: code without the suffix "a" also runs on the later GPUs of the same number before the point. Older
+# nvcc knows the first two.
 if(NOT "$ENV{TORCH_CUDA_ARCH_LIST}" STREQUAL "")
   string(REGEX REPLACE "[ ,;]+" ";" wanted "$ENV{TORCH_CUDA_ARCH_LIST}")
 elseif(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)
-  set(wanted 8.0 9.0a 9.0+PTX)
+  set(wanted 8.0 9.0+PTX)
 else()
-  set(wanted 8.0 9.0a 10.0a 12.0+PTX)
+  set(wanted 8.0 9.0 10.0 12.0+PTX)
 endif()
 
 set(gencode "")
 set(cuda_architectures "")
 foreach(item IN LISTS wanted)
   if(NOT item MATCHES "^([0-9]+)\\.([0-9])([af]?)(\\+PTX)?$")
-    message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST must hold architectures like 8.0, 9.0a or 12.0+PTX; got '${item}'")
+    message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST must hold architectures like 8.0, 9.0 or 12.0+PTX; got '${item}'")
   endif()
   set(number "${CMAKE_MATCH_1}${CMAKE_MATCH_2}${CMAKE_MATCH_3}")
   if(CMAKE_MATCH_1 LESS 8)

@@ -152,7 +152,7 @@ def main() -> int:
 
     run = Run(arguments.only)
     run.environment |= {"PATH": os.environ["PATH"], "DLMKERNELS_CUDA": "1"}
-    run.environment.setdefault("TORCH_CUDA_ARCH_LIST", about["capability"].replace("9.0", "9.0a"))
+    run.environment.setdefault("TORCH_CUDA_ARCH_LIST", about["capability"])
     architecture = "sm_" + re.sub(r"\D", "", about["capability"])
 
     run.step("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 240)

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,9 +11,28 @@ def pytest_addoption(parser):
     parser.addoption("--device", help="run the ops there: cuda, or cpu to test the way there and back")
 
 
+# Each of their tests runs a program or a compiler: they share nothing within Python.
+NATIVE = ("test_simt.py", "test_translated_ptx.py", "test_gpu_programs.py", "test_nvcc.py")
+
+
 def pytest_collection_modifyitems(items):
-    """The native tests, which take longest, first: with a worker for a file, each gets one."""
-    items.sort(key=lambda item: item.path.name not in ("test_simt.py", "test_translated_ptx.py"))
+    """The native tests, which take longest, first."""
+    items.sort(key=lambda item: item.path.name not in NATIVE)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With `--dist loadfile`, a file at a time to a worker, since its tests share models; native tests one by one."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return nodeid if Path(file).name in NATIVE else file
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(autouse=True)

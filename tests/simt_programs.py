@@ -3,9 +3,11 @@
 
 import contextlib
 import fcntl
+import functools
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCE, BUILD = ROOT / "tests" / "cpp", ROOT / "build" / "cpp"
 FLAG = {"asan": "-fsanitize=address,undefined", "tsan": "-fsanitize=thread"}
+# The files of a program, by the names it knows them by: an op's tests, the faults planted in its kernels.
+FILES = sorted(path.stem for path in (*SOURCE.glob("test_*.cpp"), *SOURCE.glob("must_fail/*.cpp")))
+FILES.remove("test_amx")  # a program of its own
+OF_THE_MACHINE = "test_simt"  # its kernels have no translation
 
 
 def call(command, **options):
@@ -21,16 +27,25 @@ def call(command, **options):
     return done.stdout
 
 
-def needs_sanitizer(flavour, tmp_path):
-    """Skip unless the compiler can build and the machine can run a program with the flavour's sanitizer."""
-    if flavour == "plain":
-        return
-    source, program = tmp_path / "probe.cpp", tmp_path / "probe"
-    source.write_text("int main() {}\n")
-    compiler = os.environ.get("CXX", "g++")
-    built = subprocess.run([compiler, FLAG[flavour], str(source), "-o", str(program)], capture_output=True)
-    if built.returncode != 0 or subprocess.run([str(program)], capture_output=True).returncode != 0:
+@functools.cache
+def lacks_sanitizer(flavour):
+    """Can the compiler not build, or the machine not run, a program with the flavour's sanitizer?"""
+    with tempfile.TemporaryDirectory() as folder:
+        source, program = Path(folder) / "probe.cpp", Path(folder) / "probe"
+        source.write_text("int main() {}\n")
+        command = [os.environ.get("CXX", "g++"), FLAG[flavour], str(source), "-o", str(program)]
+        return any(subprocess.run(c, capture_output=True).returncode != 0 for c in (command, [str(program)]))
+
+
+def needs_sanitizer(flavour):
+    """Skip where the flavour's programs cannot be built or run."""
+    if flavour != "plain" and lacks_sanitizer(flavour):
         pytest.skip(f"the compiler or the machine lacks {FLAG[flavour]}")
+
+
+def needs_nvcc():
+    if not shutil.which("nvcc"):
+        pytest.skip("nvcc is not on PATH")
 
 
 @contextlib.contextmanager
@@ -42,31 +57,37 @@ def locked():
         yield
 
 
-def configure():
+def configure(*options):
     for tool in ("cmake", "ninja"):
         if not shutil.which(tool):
             pytest.skip(f"{tool} is not on PATH")
     if not shutil.which(os.environ.get("CXX", "g++")):
         pytest.skip("no C++ compiler")
     with locked():
-        if not (BUILD / "build.ninja").exists():
-            call(["cmake", "-S", SOURCE, "-B", BUILD, "-G", "Ninja"])
+        if options or not (BUILD / "build.ninja").exists():
+            call(["cmake", "-S", SOURCE, "-B", BUILD, "-G", "Ninja", *options])
 
 
+@functools.cache
 def build(target):
+    """Path of a program; tests that need it at the same time wait for one build."""
     configure()
     with locked():
         call(["ninja", "-C", BUILD, "-j2", target])
     return BUILD / target
 
 
-def run_native(program):
-    """Run all tests of a program; each prints a line `PASS file.test: n checks, t s`."""
-    tests = call([program, "--list"]).splitlines()
-    # A process a file: what ThreadSanitizer maps for fibers it never gives back, and Linux maps no more than 65,530.
-    for file in dict.fromkeys(line.split()[0] for line in tests):
-        done = subprocess.run([str(program), file], capture_output=True, text=True)
-        print(done.stdout)
-        results = [line.split() for line in done.stdout.splitlines() if line.startswith(("PASS ", "FAIL "))]
-        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
-        assert results and all(int(r[2]) > 0 for r in results), f"{file}: no kernel was run"
+def list_files(program):
+    return list(dict.fromkeys(line.split()[0] for line in call([program, "--list"]).splitlines()))
+
+
+def run_file(program, file):
+    """Run a file's tests; each prints a line `PASS file.test: n checks, t s`.
+
+    A process a file: what ThreadSanitizer maps for fibers it never gives back, and Linux maps no more than 65,530.
+    """
+    done = subprocess.run([str(program), file], capture_output=True, text=True)
+    print(done.stdout)
+    results = [line.split() for line in done.stdout.splitlines() if line.startswith(("PASS ", "FAIL "))]
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
+    assert results and all(int(r[2]) > 0 for r in results), f"{file}: no kernel was run"

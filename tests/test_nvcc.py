@@ -4,14 +4,14 @@
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from simt_programs import ROOT, needs_nvcc
+
 # The kernels of the native tests are compiled too, so there is always something to compile.
 SOURCES = [*sorted((ROOT / "csrc" / "cuda").rglob("*.cu")), ROOT / "tests" / "cpp" / "kernels" / "instantiate.cu"]
-ARCHITECTURES = ["80", "90a", "100a", "120a"]
+ARCHITECTURES = ["80", "90", "100", "120"]  # those of cmake/cuda.cmake
 FLAGS = ["-std=c++17", "-O3", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'cpp'}"]
 # Part of a kernel's readable name -> why it may spill or use local memory.
 MAY_USE_LOCAL_MEMORY: dict[str, str] = {}
@@ -48,8 +48,7 @@ def readable(names):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_compiles_without_spills(source, arch, tmp_path):
-    if not shutil.which("nvcc"):
-        pytest.skip("nvcc is not on PATH")
+    needs_nvcc()
     target = ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-cubin", "-o", str(tmp_path / "kernels.cubin")]
     done = subprocess.run(["nvcc", *FLAGS, *target, str(source)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-8000:]
@@ -64,6 +63,11 @@ def test_compiles_without_spills(source, arch, tmp_path):
         if row[5]:
             bad.append(f"{name}: {row[5]} bytes of static shared memory; take it from a SmemCarver")
     assert not bad, "\n".join(bad)
+
+
+def test_the_architectures_are_those_of_the_build():
+    wanted = re.findall(r"set\(wanted ([^)]*)\)", (ROOT / "cmake" / "cuda.cmake").read_text())
+    assert ARCHITECTURES == [re.sub(r"\D", "", item) for item in wanted[-1].split()]
 
 
 def test_the_table_is_read_right():

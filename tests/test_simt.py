@@ -10,29 +10,35 @@ from pathlib import Path
 
 import pytest
 
-from simt_programs import BUILD, build, call, configure, needs_sanitizer, run_native
+from simt_programs import BUILD, FILES, build, call, configure, list_files, needs_sanitizer, run_file
+
+slow = pytest.mark.slow
+FLAVOURS = ["plain", pytest.param("asan", marks=slow), pytest.param("tsan", marks=slow)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("flavour", ["plain", "asan", "tsan"])
-def test_source(flavour, tmp_path):
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_source(flavour, file):
     """The kernels' source, compiled by the host compiler."""
-    needs_sanitizer(flavour, tmp_path)
-    run_native(build(f"simt_{flavour}"))
+    needs_sanitizer(flavour)
+    run_file(build(f"simt_{flavour}"), file)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("flavour", ["plain", "asan"])
-def test_amx(flavour, tmp_path):
+def test_every_file_is_run():
+    assert sorted(list_files(build("simt_plain"))) == FILES
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS[:2])
+def test_amx(flavour):
     """The AMX kernel as the library has it; a model does what its tile instructions say."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists() or "avx512_bf16" not in cpuinfo.read_text():
         pytest.skip("the rest of the kernel needs AVX512_BF16")
-    needs_sanitizer(flavour, tmp_path)
+    needs_sanitizer(flavour)
     configure()
     if f"amx_{flavour}:" not in (BUILD / "build.ninja").read_text():
         pytest.skip("the compiler does not know AMX")
-    run_native(build(f"amx_{flavour}"))
+    run_file(build(f"amx_{flavour}"), "test_amx")
 
 
 @pytest.mark.slow

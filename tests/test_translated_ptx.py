@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Native tests of what nvcc makes of the CUDA kernels, run on the host: see tests/cpp/README.md."""
 
-import shutil
 import subprocess
 import sys
 
 import pytest
 
-from simt_programs import SOURCE, build, call, needs_sanitizer, run_native
+from simt_programs import FILES, OF_THE_MACHINE, SOURCE, build, call, needs_nvcc, needs_sanitizer, run_file
 
 
-# The two architectures' PTX differs in a few instructions: the sanitizers look at one of them.
+# The two architectures' PTX differs in a few instructions, and in whether nvcc joins products and sums: the sanitizers
+# look at one of them.
 @pytest.mark.slow
-@pytest.mark.parametrize(("arch", "flavour"), [("80", "plain"), ("90a", "plain"), ("80", "asan"), ("80", "tsan")])
-def test_translated_ptx(arch, flavour, tmp_path):
+@pytest.mark.parametrize("file", [file for file in FILES if file != OF_THE_MACHINE])
+@pytest.mark.parametrize(("arch", "flavour"), [("80", "plain"), ("90", "plain"), ("80", "asan"), ("80", "tsan")])
+def test_translated_ptx(arch, flavour, file):
     """The PTX that nvcc makes of the kernels, inline assembly included, translated to C++."""
-    if not shutil.which("nvcc"):
-        pytest.skip("nvcc is not on PATH: the PTX cannot be made")
-    needs_sanitizer(flavour, tmp_path)
-    run_native(build(f"ptx{arch}_{flavour}"))
+    needs_nvcc()
+    needs_sanitizer(flavour)
+    run_file(build(f"ptx{arch}_{flavour}"), file)
 
 
 def test_unknown_instructions_stop_the_translation(tmp_path):

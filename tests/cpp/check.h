@@ -11,6 +11,7 @@
 #include <functional>
 #include <new>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/device.h"
@@ -68,14 +69,20 @@ inline void run(cudaError_t error) {
 
 inline void for_each_schedule(const std::function<void()>& body) { body(); }
 
+// Of memory that the host and the GPU share.
 template <class T>
 class Array {
  public:
+  Array() = default;
   explicit Array(size_t n, T value = T()) : size_(n) {
-    cudaMallocManaged(&data_, n * sizeof(T) + 16);
+    if (cudaMallocManaged(&data_, n * sizeof(T) + 16) != cudaSuccess) throw std::bad_alloc();
     for (size_t i = 0; i < n; ++i) data_[i] = value;
   }
-  Array(const Array&) = delete;
+  Array(Array&& other) noexcept { swap(other); }
+  Array& operator=(Array&& other) noexcept {
+    swap(other);
+    return *this;
+  }
   ~Array() { cudaFree(data_); }
   T* data() { return data_; }
   const T* data() const { return data_; }
@@ -84,10 +91,16 @@ class Array {
   const T& operator[](size_t i) const { return data_[i]; }
   T* begin() { return data_; }
   T* end() { return data_ + size_; }
+  const T* begin() const { return data_; }
+  const T* end() const { return data_ + size_; }
 
  private:
+  void swap(Array& other) {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+  }
   T* data_ = nullptr;
-  size_t size_;
+  size_t size_ = 0;
 };
 
 inline void run(cudaError_t error) {

@@ -3,8 +3,10 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "common/dtype.h"
+#include "common/params.h"
 
 namespace check {
 
@@ -38,6 +40,20 @@ template <class T>
 void fill_normal(T& array, Random& random, double scale = 1) {
   using Element = std::decay_t<decltype(array[0])>;
   for (auto& x : array) x = dlm::from_float<Element>(float(scale * random.normal()));
+}
+
+// A value for every row, for pairs of rows, or for all; `values` has as many as there are rows.
+template <class T>
+auto per_row(const T& values, Random& random) {
+  using Element = std::decay_t<decltype(values[0])>;
+  const int64_t groups[] = {1, 2, int64_t(values.size())};
+  return dlm::PerRow<Element>{values.data(), groups[random.below(3)]};
+}
+// The same from some row on, for a call of that row alone.
+template <class T>
+dlm::PerRow<T> from_row(dlm::PerRow<T> values, int64_t row) {
+  if (values.data) values.data += row / values.rows_per_value;
+  return values;
 }
 
 // |got - want| <= tolerance * max(1, |want|); false for NaN, unless both are; equal infinities

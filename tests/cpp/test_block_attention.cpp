@@ -53,7 +53,9 @@ TEST(shapes) {
                                 {33, 1, 1},
                                 {64, 2, 1},
                                 {130, 1, 1},
-                                {3, 3, 3}}) {
+                                {3, 3, 3},
+                                {3, 10, 10},
+                                {2, 34, 17}}) {
     for (const int64_t S : {Q, Q + 1, 64, 131}) {
       if (S < Q) continue;
       check_case<BFloat16>({.Q = Q, .S = S, .H = H, .G = G, .D = 64}, ++seed);
@@ -106,23 +108,37 @@ TEST(requests_do_not_depend_on_their_place) {
     Shape larger = shape;
     larger.B = 3, larger.S = shape.S + shift, larger.shift = shift;
     AttentionCase<BFloat16> c(larger, 601);
-    const size_t row = size_t(shape.G * shape.D), b = 2;
-    const size_t to = (b * size_t(larger.S) + size_t(shift)) * row;
-    std::copy(alone.k_expected.begin(), alone.k_expected.end(), c.k_cache.begin() + to);
-    std::copy(alone.v_expected.begin(), alone.v_expected.end(), c.v_cache.begin() + to);
-    const auto copy = [&](auto& from, auto& into) {
-      std::copy(from.begin(), from.end(), into.begin() + b * from.size());
+    const int64_t b = 2;
+    const auto copy = [&](const auto& from, const int64_t* from_stride, auto& to,
+                          const int64_t* to_stride, int64_t rows, int64_t heads, int64_t first) {
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t h = 0; h < heads; ++h) {
+          std::copy_n(&from[c.at(from_stride, 0, i, h)], shape.D,
+                      &to[c.at(to_stride, b, first + i, h)]);
+        }
+      }
     };
-    copy(alone.q, c.q), copy(alone.k_new, c.k_new), copy(alone.v_new, c.v_new);
+    const auto &p = alone.p, &wide = c.p;
+    copy(alone.q, p.q_stride, c.q, wide.q_stride, shape.Q, shape.H, 0);
+    copy(alone.k_new, p.k_new_stride, c.k_new, wide.k_new_stride, shape.Q, shape.G, 0);
+    copy(alone.v_new, p.v_new_stride, c.v_new, wide.v_new_stride, shape.Q, shape.G, 0);
+    copy(alone.k_expected, p.k_cache_stride, c.k_cache, wide.k_cache_stride, shape.S, shape.G,
+         shift);
+    copy(alone.v_expected, p.v_cache_stride, c.v_cache, wide.v_cache_stride, shape.S, shape.G,
+         shift);
+    c.p.scale = p.scale;
     for (size_t i = 0; i < alone.slots.size(); ++i) {
-      c.slots[b * alone.slots.size() + i] = alone.slots[i] + int32_t(shift);
+      c.slots[size_t(b) * alone.slots.size() + i] = alone.slots[i] + int32_t(shift);
     }
-    for (size_t i = 0; i < 4; ++i) c.ranges[b * 4 + i] = alone.ranges[i] + int32_t(shift);
+    for (size_t i = 0; i < alone.ranges.size(); ++i) {
+      c.ranges[size_t(b) * alone.ranges.size() + i] = alone.ranges[i] + int32_t(shift);
+    }
     run(dlm::cuda::start_block_attention(c.p, c.workspace.data(), nullptr));
     const size_t n = alone.out.size(), rows = alone.lse.size();
-    CHECK(!std::memcmp(alone.out.data(), c.out.data() + b * n, n * 2), "out, shift %d", int(shift));
-    CHECK(!std::memcmp(alone.lse.data(), c.lse.data() + b * rows, rows * 4), "lse, shift %d",
+    CHECK(!std::memcmp(alone.out.data(), c.out.data() + size_t(b) * n, n * 2), "out, shift %d",
           int(shift));
+    CHECK(!std::memcmp(alone.lse.data(), c.lse.data() + size_t(b) * rows, rows * 4),
+          "lse, shift %d", int(shift));
   }
 }
 
@@ -138,15 +154,15 @@ TEST(under_every_schedule) {
 #ifdef DLM_SIMT
 // K and V once for all rows of their head, q once; whole sectors; no bank twice at a time.
 TEST(every_byte_is_read_once) {
-  const auto counted = [](const Shape& shape) {
-    AttentionCase<BFloat16> c(shape, 800);
+  const auto counted = [](AttentionCase<BFloat16>& c) {
     simt::counters() = {};
     check_case(c);
     return simt::counters();
   };
   for (const int64_t D : {64, 128, 256}) {
-    const Shape shape{.B = 1, .Q = 4, .S = 128, .H = 7, .G = 1, .D = D, .fresh = false};
-    const simt::Counters n = counted(shape);
+    const Shape shape{.B = 1, .Q = 4, .S = 128, .H = 7, .G = 1, .D = D, .fresh = false, .gap = 2};
+    AttentionCase<BFloat16> c(shape, 800);
+    const simt::Counters n = counted(c);
     const auto bytes = uint64_t((2 * shape.Q * shape.H + 2 * shape.S) * D * 2);
     CHECK(n.gmem_sectors * 32 == bytes, "D %d: %zu bytes, expected %zu", int(D),
           size_t(n.gmem_sectors * 32), size_t(bytes));
@@ -154,9 +170,11 @@ TEST(every_byte_is_read_once) {
           int(D), size_t(n.smem_conflicts), size_t(n.smem_requests));
   }
   // What nobody sees is not read.
-  const Shape window{
-      .B = 1, .Q = 1, .S = 500, .H = 1, .G = 1, .mode = Shape::kWindow, .fresh = false};
-  const uint64_t read = counted(window).gmem_sectors * 32, most = (2 + 2 * (17 + 1 + 3)) * 64 * 2;
+  AttentionCase<BFloat16> c(
+      {.B = 1, .Q = 1, .S = 500, .H = 1, .G = 1, .mode = Shape::kWindow, .fresh = false, .gap = 2},
+      801);
+  const uint64_t read = counted(c).gmem_sectors * 32;
+  const auto most = uint64_t((2 + 2 * (c.p.window_left + 1 + c.p.window_right)) * 64 * 2);
   CHECK(read <= most, "%zu bytes are read, the window holds %zu", size_t(read), size_t(most));
 }
 #endif

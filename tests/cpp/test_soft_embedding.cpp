@@ -69,7 +69,7 @@ TEST(rows_are_independent) {
     run(c.start());
     for (const int64_t n : {0, 15, 16, 63, 69}) {
       dlm::SoftEmbeddingParams p = c.p;
-      p.N = p.R = 1, p.argmax += n, p.temperature.data += n;
+      p.N = p.R = 1, p.argmax += n, p.temperature = from_row(p.temperature, n);
       p.logits = static_cast<const uint16_t*>(p.logits) + n * p.logits_stride;
       if (p.floor) p.floor += n;
       Array<uint16_t> out(24);

@@ -115,7 +115,9 @@ TEST(rows_are_independent) {
       std::copy(row, row + c.p.V * size, moved.begin() + n * size);
       dlm::TokenConfidenceParams p = c.p;
       p.N = p.R = 1, p.logits = moved.data() + n * size, p.given += n;
-      p.temperature.data += n, p.top_p.data += n, p.random.seed.data += n, p.random.position += n;
+      p.temperature = from_row(p.temperature, n), p.top_p = from_row(p.top_p, n);
+      p.random.seed = from_row(p.random.seed, n), p.random.step = from_row(p.random.step, n);
+      p.random.position += n;
       Array<int64_t> token(1), argmax(1);
       Array<float> floats(5);
       Array<int32_t> flags(1);

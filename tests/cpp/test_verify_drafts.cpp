@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <map>
+
 #include "cpu/verify_drafts_generic.cpp"
 #include "kernels/verify_case.h"
 
@@ -62,7 +64,8 @@ TEST(rows_are_independent) {
     p.logits = static_cast<const uint16_t*>(p.logits) + b * (p.W + 1) * p.logits_stride;
     p.draft_logits = static_cast<const uint16_t*>(p.draft_logits) + b * p.W * p.draft_stride;
     p.logsumexp += b * (p.W + 1), p.draft_logsumexp += b * p.W;
-    p.temperature.data += b, p.random.seed.data += b, p.random.step.data += b;
+    p.temperature = from_row(p.temperature, b);
+    p.random.seed = from_row(p.random.seed, b), p.random.step = from_row(p.random.step, b);
     p.random.position += b;
     Array<int32_t> accepted(1);
     Array<int64_t> tokens(size_t(p.W + 1));
@@ -71,6 +74,46 @@ TEST(rows_are_independent) {
     const auto* whole = c.tokens.data() + b * (p.W + 1);
     CHECK(accepted[0] == c.accepted[size_t(b)] && std::equal(tokens.begin(), tokens.end(), whole),
           "row %d", int(b));
+  }
+}
+
+// Two ids whose shares of the rest and whose noise give the same value: the lower one is drawn,
+// whether one thread finds both, two lanes of a warp, or two warps.
+TEST(ties_fall_to_the_lowest_id) {
+  constexpr int64_t V = 8192, kPerThread = 8, kPerWarp = 32 * kPerThread;
+  for (const int apart : {0, 1, 2}) {
+    C c(dlm::DType::kBFloat16, 1, 1, V, C::kRatio, 1);
+    const auto wanted = [&](int64_t a, int64_t b) {
+      const bool thread = a / kPerThread % 512 == b / kPerThread % 512;
+      const bool warp = a / kPerWarp % 16 == b / kPerWarp % 16;
+      return apart == (thread ? 0 : warp ? 1 : 2);
+    };
+    int64_t low = -1, high = -1;
+    for (c.seed[0] = 0; high < 0 && c.seed[0] < 10000; ++c.seed[0]) {
+      std::map<float, int64_t> seen;
+      for (int64_t v = 0; v < V && high < 0; ++v) {
+        const dlm::Philox4 bits =
+            dlm::philox(uint64_t(c.seed[0]), uint32_t(c.position[0]), uint32_t(c.step[0]),
+                        dlm::Stream::kResidual, uint32_t(v / 4));
+        const float value = dlm::div_rn(0.5f, dlm::exponential(bits.word[v % 4]));
+        const auto [at, fresh] = seen.emplace(value, v);
+        if (!fresh && wanted(at->second, v)) low = at->second, high = v;
+      }
+      if (high >= 0) break;
+    }
+    CHECK(high >= 0, "no tie found");
+    // The target is one of the two, the draft an id between them or behind.
+    const int64_t draft = high - low > 1 ? low + 1 : high + 1;
+    for (int64_t v = 0; v < V; ++v) {
+      C::write(c.logits, c.p.dtype, v, v == low || v == high ? 0 : -INFINITY);
+      C::write(c.draft_logits, c.p.dtype, v, v == draft ? 0 : -INFINITY);
+    }
+    c.temperature[0] = 1, c.drafts[0] = draft;
+    c.logsumexp[0] = std::log(2.0f), c.draft_logsumexp[0] = 0;
+    c.expect();
+    run(dlm::cuda::start_verify_drafts(c.p, nullptr));
+    CHECK(c.accepted[0] == 0 && c.tokens[0] == low && c.wrong().empty(), "ids %d and %d: %d; %s",
+          int(low), int(high), int(c.tokens[0]), c.wrong().c_str());
   }
 }
 

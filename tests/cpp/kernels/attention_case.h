@@ -2,6 +2,7 @@
 // Random arguments of block_attention and what the definition, in float64, says of them. Whatever
 // no row sees holds NaN, in the caches as in the rows of q without a slot.
 #pragma once
+#include <algorithm>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -21,6 +22,7 @@ struct AttentionShape {
   bool twice = false;      // two rows name the same slot
   bool infinite = false;   // a V row that only some rows see holds NaN and infinities
   int64_t shift = 0;       // everything stands so many slots further right
+  int64_t gap = 1;         // gaps between rows are multiples of so many 16 bytes
 };
 
 template <class T>
@@ -37,6 +39,8 @@ struct AttentionCase {
                                                                           : 2e-3;
   static constexpr double kLseTolerance = 4e-6;
 
+  static constexpr int64_t kRanges = 3;
+
   AttentionShape s;
   dlm::BlockAttentionParams p{};
   Array<T> q, k_new, v_new, k_cache, v_cache, out;
@@ -46,28 +50,31 @@ struct AttentionCase {
 
   explicit AttentionCase(const AttentionShape& shape, uint64_t seed)
       : s(shape),
-        q(count(s.B, s.Q, s.H, s.D)),
-        k_new(count(s.B, s.Q, s.G, s.D)),
-        v_new(count(s.B, s.Q, s.G, s.D)),
-        k_cache(count(s.B, s.S, s.G, s.D)),
-        v_cache(count(s.B, s.S, s.G, s.D)),
         out(count(s.B, s.Q, s.H, s.D), number(NAN)),
         lse(count(s.B, s.Q, s.H, 1), NAN),
-        workspace(0),
         slots(count(s.B, s.Q, 1, 1)),
-        ranges(count(s.B, 2, 2, 1)),
+        ranges(count(s.B, kRanges, 2, 1)),
         origin(size_t(s.B)),
         limit(count(s.B, s.Q, 1, 1)),
         order(count(s.B, s.S, 1, 1)) {
     Random random(seed);
-    for (Array<T>* values : {&q, &k_new, &v_new, &k_cache, &v_cache}) fill_normal(*values, random);
-    set_params();
+    fill(q, p.q_stride, s.Q, s.H, random);
+    fill(k_new, p.k_new_stride, s.Q, s.G, random);
+    fill(v_new, p.v_new_stride, s.Q, s.G, random);
+    fill(k_cache, p.k_cache_stride, s.S, s.G, random);
+    fill(v_cache, p.v_cache_stride, s.S, s.G, random);
+    set_params(random);
     for (int64_t b = 0; b < s.B; ++b) place(b, random);
     p.slots = slots.data();
     if (s.infinite) spoil();
     poison();
     expect_scatter();
-    allocate();
+    workspace = Array<float>(size_t(dlm::cuda::attend_workspace(p)), NAN);
+  }
+
+  // Where a head's row starts.
+  static size_t at(const int64_t* stride, int64_t b, int64_t row, int64_t head) {
+    return size_t(b * stride[0] + row * stride[1] + head * stride[2]);
   }
 
   // What differs from the definition, or "".
@@ -107,30 +114,47 @@ struct AttentionCase {
  private:
   static size_t count(int64_t a, int64_t b, int64_t c, int64_t d) { return size_t(a * b * c * d); }
   static T number(float x) { return dlm::from_float<T>(x); }
-  static void dense(int64_t rows, int64_t heads, int64_t D, int64_t* stride) {
-    stride[0] = rows * heads * D, stride[1] = heads * D, stride[2] = D;
+
+  // A tensor [B, rows, heads, D], by chance a view of [B, heads, rows, D]. Behind heads, rows and
+  // requests are gaps as no other tensor has, which hold NaN.
+  void fill(Array<T>& tensor, int64_t* stride, int64_t rows, int64_t heads, Random& random) {
+    const bool by_rows = random.below(2);
+    int64_t &inner = stride[by_rows ? 2 : 1], &outer = stride[by_rows ? 1 : 2];
+    const auto next_gap = [&] { return ++gaps_ * s.gap * 16 / int64_t(sizeof(T)); };
+    inner = s.D + next_gap();
+    outer = (by_rows ? heads : rows) * inner + next_gap();
+    stride[0] = (by_rows ? rows : heads) * outer + next_gap();
+    const bool empty = s.B * rows * heads == 0;
+    tensor =
+        Array<T>(empty ? 0 : at(stride, s.B - 1, rows - 1, heads - 1) + size_t(s.D), number(NAN));
+    for (int64_t b = 0; b < s.B; ++b) {
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t h = 0; h < heads; ++h) {
+          T* row = &tensor[at(stride, b, i, h)];
+          for (int64_t d = 0; d < s.D; ++d) row[d] = number(float(random.normal()));
+        }
+      }
+    }
   }
 
-  void set_params() {
+  void set_params(Random& random) {
     p.dtype = kTypeOf<T>;
     p.B = s.B, p.Q = s.Q, p.S = s.S, p.H = s.H, p.G = s.G, p.D = s.D;
     p.q = q.data(), p.k_cache = k_cache.data(), p.v_cache = v_cache.data();
     if (s.fresh) p.k_new = k_new.data(), p.v_new = v_new.data();
     p.out = out.data(), p.lse = lse.data();
-    dense(s.Q, s.H, s.D, p.q_stride);
-    dense(s.Q, s.G, s.D, p.k_new_stride);
-    dense(s.Q, s.G, s.D, p.v_new_stride);
-    dense(s.S, s.G, s.D, p.k_cache_stride);
-    dense(s.S, s.G, s.D, p.v_cache_stride);
     p.window_left = p.window_right = -1;
-    p.scale = float(1 / std::sqrt(double(s.D)));
+    p.scale = float(random.uniform(0.7, 1.3) / std::sqrt(double(s.D)));
     using Shape = AttentionShape;
-    if (s.mode != Shape::kFull || s.shift) p.kv_range = ranges.data(), p.N = 2;
+    if (s.mode != Shape::kFull || s.shift) p.kv_range = ranges.data(), p.N = kRanges;
     if (s.mode == Shape::kCausal) p.causal_block = 1;
-    if (s.mode == Shape::kBlockCausal) p.causal_block = 4, p.block_origin = {origin.data(), 1};
+    if (s.mode == Shape::kBlockCausal) {
+      p.causal_block = 3 + random.below(4), p.block_origin = per_row(origin, random);
+    }
     if (s.mode == Shape::kOrder) p.q_limit = limit.data(), p.k_order = order.data();
-    if (s.mode == Shape::kWindow) p.window_left = 17, p.window_right = 3;
-    if (s.mode == Shape::kCap) p.softcap = 2.5f;
+    if (s.mode == Shape::kWindow)
+      p.window_left = 12 + random.below(9), p.window_right = random.below(5);
+    if (s.mode == Shape::kCap) p.softcap = float(random.uniform(1.5, 3.5));
   }
 
   // The block of new rows, ranges and orders of one request; the first request's row is the last.
@@ -146,13 +170,15 @@ struct AttentionCase {
     if (s.twice) slots[size_t(b * s.Q + s.Q - 1)] = slots[size_t(b * s.Q)];
     for (int64_t j = 0; j < s.S; ++j) order[size_t(b * s.S + j)] = int32_t(random.below(10));
     origin[size_t(b)] = int32_t(s.shift + random.below(7));
-    int32_t* r = &ranges[size_t(b * 4)];
-    r[0] = int32_t(s.shift), r[3] = int32_t(s.S);
-    r[1] = r[2] = int32_t(s.shift + S / 2);
+    // One behind the other, the slots from `shift` on; with kRanges something is missing before,
+    // between and behind them, and a range may be empty.
+    int32_t* r = &ranges[size_t(b * 2 * kRanges)];
+    r[0] = int32_t(s.shift), r[5] = int32_t(s.S);
+    r[1] = r[2] = int32_t(s.shift + S / 3);
+    r[3] = r[4] = int32_t(s.shift + S * 2 / 3);
     if (s.mode == AttentionShape::kRanges) {
-      r[0] += int32_t(random.below(uint32_t(S / 4 + 1)));
-      r[2] += int32_t(random.below(uint32_t(S / 4 + 1)));
-      r[3] -= int32_t(random.below(uint32_t(S / 8 + 1)));
+      const auto some = [&] { return int32_t(random.below(uint32_t(S / 6 + 1))); };
+      r[0] += some(), r[1] -= some(), r[2] += some(), r[3] -= some(), r[5] -= some();
       if (random.below(4) == 0) r[1] = r[0];
     }
   }
@@ -160,8 +186,8 @@ struct AttentionCase {
   // NaN and both infinities in a V row that is written, or is the last of all.
   void spoil() {
     for (int64_t b = 0; b < s.B; ++b) {
-      T* row = s.fresh ? &v_new[size_t((b * s.Q + s.Q - 1) * s.G * s.D)]
-                       : &v_cache[size_t((b * s.S + s.S - 1) * s.G * s.D)];
+      T* row = s.fresh ? &v_new[at(p.v_new_stride, b, s.Q - 1, 0)]
+                       : &v_cache[at(p.v_cache_stride, b, s.S - 1, 0)];
       row[0] = number(NAN), row[s.D - 1] = number(INFINITY), row[s.D / 2] = number(-INFINITY);
     }
   }
@@ -174,40 +200,34 @@ struct AttentionCase {
           seen |= sees(b, i, slot);
           written |= s.fresh && slots[size_t(b * s.Q + i)] == slot;
         }
-        for (int64_t e = 0; (!seen || written) && e < s.G * s.D; ++e) {
-          k_cache[size_t((b * s.S + slot) * s.G * s.D + e)] = number(NAN);
-          v_cache[size_t((b * s.S + slot) * s.G * s.D + e)] = number(NAN);
+        for (int64_t g = 0; (!seen || written) && g < s.G; ++g) {
+          spoil(&k_cache[at(p.k_cache_stride, b, slot, g)]);
+          spoil(&v_cache[at(p.v_cache_stride, b, slot, g)]);
         }
       }
       for (int64_t i = 0; i < s.Q; ++i) {
         if (slots[size_t(b * s.Q + i)] >= 0) continue;
-        for (int64_t e = 0; e < s.H * s.D; ++e)
-          q[size_t((b * s.Q + i) * s.H * s.D + e)] = number(NAN);
+        for (int64_t h = 0; h < s.H; ++h) spoil(&q[at(p.q_stride, b, i, h)]);
       }
     }
   }
+  void spoil(T* row) const { std::fill(row, row + s.D, number(NAN)); }
 
   void expect_scatter() {
     k_expected.assign(k_cache.begin(), k_cache.end());
     v_expected.assign(v_cache.begin(), v_cache.end());
-    const int64_t row = s.G * s.D;
     for (int64_t b = 0; s.fresh && b < s.B; ++b) {
       for (int64_t i = 0; i < s.Q; ++i) {
         const int64_t slot = slots[size_t(b * s.Q + i)];
         if (slot < 0) continue;
-        for (int64_t e = 0; e < row; ++e) {
-          k_expected[size_t((b * s.S + slot) * row + e)] = k_new[size_t((b * s.Q + i) * row + e)];
-          v_expected[size_t((b * s.S + slot) * row + e)] = v_new[size_t((b * s.Q + i) * row + e)];
+        for (int64_t g = 0; g < s.G; ++g) {
+          std::copy_n(&k_new[at(p.k_new_stride, b, i, g)], s.D,
+                      &k_expected[at(p.k_cache_stride, b, slot, g)]);
+          std::copy_n(&v_new[at(p.v_new_stride, b, i, g)], s.D,
+                      &v_expected[at(p.v_cache_stride, b, slot, g)]);
         }
       }
     }
-  }
-
-  void allocate() {
-    // By new and move where the array allows it; on a GPU it neither copies nor moves.
-    const size_t floats = size_t(dlm::cuda::attend_workspace(p));
-    workspace.~Array<float>();
-    new (&workspace) Array<float>(floats, NAN);
   }
 
   static bool different(const Array<T>& got, const std::vector<T>& want) {
@@ -216,13 +236,13 @@ struct AttentionCase {
 
   std::string wrong_row(int64_t b, int64_t i, int64_t h) const {
     const int64_t g = h / (s.H / s.G), row = (b * s.Q + i) * s.H + h;
-    const T* query = &q[size_t(row * s.D)];
+    const T* query = &q[at(p.q_stride, b, i, h)];
     double maximum = -INFINITY, total = 0;
     std::vector<double> logit(size_t(s.S), -INFINITY), want(size_t(s.D), 0.0);
     std::vector<bool> seen(size_t(s.S), false);
     for (int64_t slot = 0; slot < s.S; ++slot) {
       if (!sees(b, i, slot)) continue;
-      const T* key = &k_expected[size_t(((b * s.S + slot) * s.G + g) * s.D)];
+      const T* key = &k_expected[at(p.k_cache_stride, b, slot, g)];
       double dot = 0;
       for (int64_t d = 0; d < s.D; ++d)
         dot += double(dlm::to_float(query[d])) * dlm::to_float(key[d]);
@@ -236,7 +256,7 @@ struct AttentionCase {
       if (!seen[size_t(slot)]) continue;
       const double weight = std::exp(logit[size_t(slot)] - maximum);
       total += weight;
-      const T* value = &v_expected[size_t(((b * s.S + slot) * s.G + g) * s.D)];
+      const T* value = &v_expected[at(p.v_cache_stride, b, slot, g)];
       for (int64_t d = 0; d < s.D; ++d) want[size_t(d)] += weight * dlm::to_float(value[d]);
     }
     const double want_lse = total > 0 ? maximum + std::log(total) : -INFINITY;
@@ -258,30 +278,8 @@ struct AttentionCase {
              name, int(b), int(i), int(h), int(d), got, want, int(s.Q), int(s.S), int(s.D), s.mode);
     return text;
   }
-};
 
-// A few cases that between them reach every fault; the first difference found, or "". Of one
-// element type and head dimension: all kernels with all faults would take a compiler minutes.
-template <dlm::cuda::AttentionFault fault>
-std::string try_attention() {
-  using namespace dlm::cuda;
-  using Shape = AttentionShape;
-  const Shape shapes[] = {
-      {.B = 1, .Q = 5, .S = 330, .H = 2, .G = 1, .mode = Shape::kRanges},
-      {.B = 1, .Q = 40, .S = 140, .H = 1, .G = 1, .mode = Shape::kCausal, .infinite = true},
-      {.B = 1, .Q = 40, .S = 50, .H = 1, .G = 1, .twice = true},
-      {.B = 1, .Q = 1, .S = 1030, .H = 1, .G = 1},
-  };
-  uint64_t seed = 900;
-  for (const Shape& shape : shapes) {
-    AttentionCase<dlm::BFloat16> c(shape, ++seed);
-    const AttendParams p = attend_params(c.p, c.workspace.data());
-    run(start_scatter<fault>(c.p, nullptr));
-    run(start_attend<dlm::BFloat16, 64, fault>(p, nullptr));
-    if (p.splits > 1) run(start_combine<dlm::BFloat16>(p, nullptr));
-    if (std::string wrong = c.wrong(); !wrong.empty()) return wrong;
-  }
-  return "";
-}
+  int64_t gaps_ = 0;
+};
 
 }  // namespace check

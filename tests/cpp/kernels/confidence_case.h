@@ -32,6 +32,8 @@ struct ConfidenceCase {
     kBrief = 32768    // neither margin nor entropy
   };
 
+  static constexpr int64_t kBans = 3;
+
   dlm::TokenConfidenceParams p{};
   unsigned with;
   Array<uint8_t> logits, uncond, workspace;
@@ -45,23 +47,23 @@ struct ConfidenceCase {
       : with(with_),
         row_map(size_t(N)),
         sound_map(size_t(N)),
-        bitmask(size_t(2 * ((V + 31) / 32))),
+        bitmask(size_t(N * ((V + 31) / 32))),
         top_k(size_t(N)),
-        step(1, 3),
+        step(size_t(N)),
         position(size_t(N)),
         flags(size_t(N), -7),
         expected_flags(size_t(N)),
         given(size_t(N)),
         sound_given(size_t(N)),
-        banned(6),
-        sound_banned(6),
+        banned(size_t(N * kBans)),
+        sound_banned(size_t(N * kBans)),
         seed(size_t(N)),
         token(size_t(N), -7),
         argmax(size_t(N), -7),
         expected_token(size_t(N)),
         expected_argmax(size_t(N)),
         cfg_scale(size_t(N)),
-        bias(size_t(2 * V)),
+        bias(size_t(N * V)),
         temperature(size_t(N)),
         top_p(size_t(N)),
         statistics(size_t(6 * N), NAN),
@@ -69,13 +71,12 @@ struct ConfidenceCase {
     Random random(random_seed);
     const auto below = [&](int64_t n) { return int64_t(random.uniform(0, double(n))); };
     const int64_t R = with & kRowMap ? 3 : N;
-    N = std::max<int64_t>(N - N % 2, 1);  // two rows of bias, bitmask and bans
 
     p.dtype = dtype, p.N = N, p.R = R, p.V = V;
     const int64_t size = dtype == dlm::DType::kFloat32 ? 4 : 2;
     const int64_t offset = with & kShifted ? 1 + below(7) : 0;
     const int64_t stride = with & kShifted ? V + below(9) : (V + 15) / 16 * 16;
-    p.logits_stride = stride, p.uncond_stride = stride + (with & kShifted ? below(5) : 0);
+    p.logits_stride = stride, p.uncond_stride = stride + (with & kShifted ? 1 + below(5) : 16);
     logits = Array<uint8_t>(size_t(size * (offset + stride * (R - 1) + V)));
     uncond = Array<uint8_t>(size_t(size * (p.uncond_stride * (R - 1) + V)));
     const double scale = with & kPeaked ? 1.5 : random.uniform(0.5, 4);
@@ -123,24 +124,28 @@ struct ConfidenceCase {
       cfg_scale[i] = float(random.uniform(-1, 2));
       seed[i] = int64_t(random.bits());
       position[i] = int32_t(random.word());
+      step[i] = int32_t(3 + 5 * n + below(5));
     }
 
     p.logits = logits.data() + offset * size;
     if (with & kRowMap) p.row_map = sound_map.data();
     p.given = sound_given.data();
-    if (with & kGuidance) p.uncond_logits = uncond.data(), p.cfg_scale = {cfg_scale.data(), 1};
+    if (with & kGuidance) p.uncond_logits = uncond.data(), p.cfg_scale = per_row(cfg_scale, random);
     if (with & kBias) p.bias = bias.data();
-    if (with & kBanned) p.banned = sound_banned.data(), p.banned_count = 3;
+    if (with & kBanned) p.banned = sound_banned.data(), p.banned_count = kBans;
     if (with & kBitmask) p.bitmask = bitmask.data();
     p.bitmask_words = (V + 31) / 32;
-    p.bias_rows_per_value = p.banned_rows_per_value = p.bitmask_rows_per_value =
-        std::max<int64_t>(N / 2, 1);
-    if (with & kSample) p.temperature = {temperature.data(), 1};
-    if (with & kTopK) p.top_k = {top_k.data(), 1};
-    if (with & kTopP) p.top_p = {top_p.data(), 1};
+    // Shared by all rows, by two, by none: each by another number of them.
+    const int64_t shared[] = {1, 2, N}, turn = below(3);
+    p.bias_rows_per_value = shared[turn];
+    p.banned_rows_per_value = shared[(turn + 1) % 3];
+    p.bitmask_rows_per_value = shared[(turn + 2) % 3];
+    if (with & kSample) p.temperature = per_row(temperature, random);
+    if (with & kTopK) p.top_k = per_row(top_k, random);
+    if (with & kTopP) p.top_p = per_row(top_p, random);
     p.top_p_first = with & kTopPFirst, p.keep_crossing = !(with & kDropCrossing);
     p.distribution = distribution;
-    p.random = {{seed.data(), 1}, {step.data(), N}, position.data()};
+    p.random = {per_row(seed, random), per_row(step, random), position.data()};
     write_to(expected_token, expected_argmax, expected_statistics, expected_flags);
     dlm::cpu::token_confidence(p, 0, N);
     if (with & kRowMap) p.row_map = row_map.data();
@@ -162,8 +167,7 @@ struct ConfidenceCase {
 
   // Confidence, logsumexp, p_given, margin, entropy of row n, in float64.
   std::vector<double> gold(int64_t n) const {
-    const int64_t source = p.row_map ? sound_map[size_t(n)] : n, V = p.V,
-                  group = n / p.bias_rows_per_value;
+    const int64_t source = p.row_map ? sound_map[size_t(n)] : n, V = p.V;
     std::vector<double> result = {-INFINITY, -INFINITY, 0, 0, 0};
     if (source < 0) return result;
     const auto read = [&](const void* data, int64_t i) {
@@ -177,18 +181,19 @@ struct ConfidenceCase {
       float x = read(p.logits, source * p.logits_stride + v);
       if (p.uncond_logits) {
         const float u = read(p.uncond_logits, source * p.uncond_stride + v);
-        x = u + (cfg_scale[size_t(n)] + 1.0f) * (x - u);
+        x = u + (p.cfg_scale.at(n, 0) + 1.0f) * (x - u);
       }
-      if (p.bias) x += p.bias[group * V + v];
+      if (p.bias) x += p.bias[n / p.bias_rows_per_value * V + v];
       if (x != x) x = -INFINITY;
-      if (p.bitmask && !(p.bitmask[group * p.bitmask_words + v / 32] >> v % 32 & 1)) x = -INFINITY;
+      const int64_t word = n / p.bitmask_rows_per_value * p.bitmask_words + v / 32;
+      if (p.bitmask && !(p.bitmask[word] >> v % 32 & 1)) x = -INFINITY;
       z[size_t(v)] = std::fmin(x, 3.402823466e+38f);
     }
     for (int64_t i = 0; p.banned && i < p.banned_count; ++i) {
-      const int64_t id = sound_banned[size_t(group * p.banned_count + i)];
+      const int64_t id = sound_banned[size_t(n / p.banned_rows_per_value * p.banned_count + i)];
       if (id >= 0) z[size_t(id)] = -INFINITY;
     }
-    const float asked = with & kSample ? temperature[size_t(n)] : 0.0f;
+    const float asked = p.temperature.at(n, 0.0f);
     const double T = asked > 0 ? asked : 1.0;
     const bool raw = p.distribution == dlm::Distribution::kRaw;
     const auto total = [&](double divisor, double floor) {
@@ -202,10 +207,10 @@ struct ConfidenceCase {
     if (sorted[0] == -INFINITY) return result;
     double floor = -INFINITY;
     if (p.distribution == dlm::Distribution::kFiltered) {
-      const int64_t k = with & kTopK ? top_k[size_t(n)] : 0;
+      const int64_t k = p.top_k.at(n, 0);
       double kth = k > 0 && k < V ? sorted[size_t(k - 1)] : -INFINITY;
       floor = kth;
-      const double q = with & kTopP ? top_p[size_t(n)] : 1.0;
+      const double q = p.top_p.at(n, 1.0f);
       if (q < 1) {
         const double limit = q * total(T, p.top_p_first ? -INFINITY : kth);
         double larger = 0, lowest = -INFINITY;
@@ -279,21 +284,5 @@ struct ConfidenceCase {
     return "";
   }
 };
-
-// A few cases that between them reach every line of the kernels; the first difference found, or "".
-template <dlm::cuda::ConfidenceFault fault>
-std::string try_confidence() {
-  using C = ConfidenceCase;
-  uint64_t seed = 1;
-  for (const auto& [V, with, distribution] : {std::tuple{20003, C::kTies | 0u, 0},
-                                              {16391, C::kSample | C::kShifted | 0u, 1},
-                                              {3001, C::kSample | C::kTopP | C::kBanned | 0u, 2},
-                                              {3001, C::kTopK | 0u, 2}}) {
-    C c(dlm::DType::kBFloat16, 2, V, with, dlm::Distribution(distribution), ++seed);
-    c.start<fault>();
-    if (std::string wrong = c.wrong(); !wrong.empty()) return wrong;
-  }
-  return "";
-}
 
 }  // namespace check

@@ -41,7 +41,7 @@ struct SelectCase {
         need(size_t(B)),
         fill(size_t(B)),
         cap(size_t(B)),
-        step(1),
+        step(size_t(B)),
         position(size_t(B * W)),
         count(size_t(B), -7),
         expected_count(size_t(B), -9),
@@ -79,19 +79,19 @@ struct SelectCase {
       fill[size_t(b)] = int32_t(below(some + 3)) - 1;
       cap[size_t(b)] = int32_t(below(some + 3)) - 1;
       seed[size_t(b)] = below(1ll << 50) * (below(2) ? 1 : -1);
+      step[size_t(b)] = int32_t(3 + 5 * b + below(5));
     }
-    step[0] = 3;
 
     p.B = B, p.W = W, p.rule = rule, p.strict = with & kStrict;
     p.score = score.data(), p.cost = cost.data();
     p.eligible = reinterpret_cast<const bool*>(eligible.data());
     if (with & kGate) p.gate = reinterpret_cast<const bool*>(gate.data());
-    p.parameter = {parameter.data(), 1};
-    if (with & kNeed) p.need = {need.data(), 1};
-    if (with & kFill) p.fill = {fill.data(), 1};
-    if (with & kCap) p.cap = {cap.data(), B};  // one value for all
-    if (with & kOrder) p.order_temperature = {temperature.data(), 1};
-    p.random = {{seed.data(), 1}, {step.data(), B}, position.data()};
+    p.parameter = per_row(parameter, random);
+    if (with & kNeed) p.need = per_row(need, random);
+    if (with & kFill) p.fill = per_row(fill, random);
+    if (with & kCap) p.cap = per_row(cap, random);
+    if (with & kOrder) p.order_temperature = per_row(temperature, random);
+    p.random = {per_row(seed, random), per_row(step, random), position.data()};
     p.selected = reinterpret_cast<bool*>(expected.data()), p.count = expected_count.data();
     dlm::cpu::generic::select_tokens(p, 0, B);
     p.selected = reinterpret_cast<bool*>(selected.data()), p.count = count.data();
@@ -115,23 +115,5 @@ struct SelectCase {
     return "";
   }
 };
-
-// A few cases that between them reach every line of the kernel; the first difference found, or "".
-template <dlm::cuda::SelectFault fault>
-std::string try_select() {
-  uint64_t seed = 1;
-  for (const int64_t W : {5, 90, 200, 400}) {
-    for (int rule = 0; rule < 7; ++rule) {
-      for (const unsigned with :
-           {SelectCase::kFill | SelectCase::kNeed, SelectCase::kCap | SelectCase::kGate | 0u,
-            SelectCase::kGate | SelectCase::kFill | SelectCase::kNeed | 0u}) {
-        SelectCase c(3, W, dlm::Rule(rule), with, ++seed);
-        dlm::cuda::start_select_tokens<fault>(c.p, nullptr);
-        if (std::string wrong = c.wrong(); !wrong.empty()) return wrong;
-      }
-    }
-  }
-  return "";
-}
 
 }  // namespace check

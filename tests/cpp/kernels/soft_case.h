@@ -84,7 +84,7 @@ struct SoftCase {
       if (below(6)) floor[size_t(n)] = float(sorted[size_t(below(std::min<int64_t>(V, 5)))]);
     }
     p.argmax = argmax.data();
-    if (with & kTemperature) p.temperature = {temperature.data(), 1};
+    if (with & kTemperature) p.temperature = per_row(temperature, random);
     if (with & kFloor) p.floor = floor.data();
     p.mask_token_id = with & kFloor && with & kMask ? below(V) : -1;
     workspace = Array<uint8_t>(size_t(dlm::cuda::soft_workspace_of(p)), 0xff);
@@ -127,7 +127,7 @@ struct SoftCase {
                                                                   : 1e-3;
     for (int64_t n = 0; n < p.N; ++n) {
       const int64_t row = source(n);
-      const double T = p.temperature && temperature[size_t(n)] > 0 ? temperature[size_t(n)] : 1;
+      const double asked = p.temperature.at(n, 0), T = asked > 0 ? asked : 1;
       std::vector<double> share(size_t(p.V), 0.0);
       if (row >= 0 && argmax[size_t(n)] >= 0) {
         const double* of_row = z.data() + row * p.V;
@@ -159,22 +159,5 @@ struct SoftCase {
     return "";
   }
 };
-
-// A few cases that between them reach every line of the kernels; the first difference found, or "".
-template <dlm::cuda::SoftFault fault>
-std::string try_soft() {
-  using C = SoftCase;
-  constexpr dlm::DType kHalf = dlm::DType::kBFloat16;
-  uint64_t seed = 1;
-  for (const auto& [N, V, D, with] : {std::tuple{5, 4103, 24, C::kTemperature | 0u},
-                                      {66, 200, 136, C::kSpecial | 0u},
-                                      {3, 77, 9, C::kUnaligned | C::kShifted | 0u},
-                                      {3, 5000, 40, C::kFloor | C::kMask | 0u}}) {
-    C c(kHalf, kHalf, N, V, D, with, ++seed);
-    c.start<fault>();
-    if (std::string wrong = c.wrong(); !wrong.empty()) return wrong;
-  }
-  return "";
-}
 
 }  // namespace check
