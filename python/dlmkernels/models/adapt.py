@@ -330,9 +330,9 @@ def adapt(model, *, family: str | None = None, causal: bool | None = None) -> Di
     if isinstance(model, DiffusionModel):
         _check_unused(causal, model)
         return model.renewed(FAMILIES[family] if family else None)
-    if not callable(getattr(model, "forward", None)):
-        raise TypeError(f"model must be a torch module that returns logits; got {type(model).__name__}")
     within = unwrap(model)
+    if not callable(getattr(within, "forward", None)):
+        raise TypeError(f"model must be a torch module that returns logits; got {type(model).__name__}")
     known = _adapt_known(within, family)
     if known is not None:
         _check_unused(causal, known)

@@ -52,8 +52,8 @@ def attention_forward(
     window = dlm_window.to(query.device)
     window.attended.add(id(module))
     index = getattr(module, "layer_idx", None)
-    # some encoders do not number their layers
-    index = id(module) if index is None else index
+    # some encoders do not number their layers; a twin is known by what it shares with the model's
+    index = id(module._parameters) if index is None else index
     dtype = _common_dtype(window, index, value)
     q, k, v = (x.transpose(1, 2).to(dtype) for x in (query, key, value))
     # transformers counts the query itself into `sliding_window`

@@ -28,13 +28,13 @@ def check_loaded(model: nn.Module, may_be_elsewhere: bool = True) -> None:
 
     `may_be_elsewhere`: whether hooks count.
     """
-    for prefix, module in model.named_modules():
-        if may_be_elsewhere and _offloads(module):
-            continue
-        for name, weight in module.named_parameters(prefix, recurse=False):
-            if weight.is_meta:
-                rest = "" if may_be_elsewhere else " in memory: its parts on disk or in CPU memory cannot be shared"
-                raise ValueError(f"model: its parameter {name} is on the device 'meta', it has no values{rest}")
+    for module in model.modules():
+        empty = (weight for weight in module._parameters.values() if weight is not None and weight.is_meta)
+        weight = next(empty, None)
+        if weight is not None and not (may_be_elsewhere and _offloads(module)):
+            name = next(name for name, parameter in model.named_parameters() if parameter is weight)
+            rest = "" if may_be_elsewhere else " in memory: its parts on disk or in CPU memory cannot be shared"
+            raise ValueError(f"model: its parameter {name} is on the device 'meta', it has no values{rest}")
 
 
 def _input_embeddings(model: nn.Module) -> nn.Module | None:

@@ -130,7 +130,7 @@ class RequestRotary(nn.Module):
 
 def _types(module: nn.Module) -> dict[str | None, str]:
     """The scaling of a rotary embedding for each kind of layer, under None where all layers have one."""
-    types = getattr(module, "rope_type", None)
+    types = vars(module).get("rope_type")
     if isinstance(types, str):
         return {None: types}
     return dict(types) if isinstance(types, dict) else {}

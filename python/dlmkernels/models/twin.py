@@ -86,7 +86,7 @@ class _Twins:
     def _fill(self, twin: nn.Module, module: nn.Module) -> None:
         state = dict(module.__dict__)
         for name, value in module.__dict__.items():
-            if name not in _SHARED:
+            if type(value) not in _PLAIN and name not in _SHARED:
                 state[name] = self.of(value)
         if not isinstance(state.get("forward"), _FUNCTIONS):
             state["forward"] = self._object(module, state["forward"])

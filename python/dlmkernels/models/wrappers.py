@@ -6,6 +6,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .devices import input_device
+from .twin import twin_of
+
 #: Classes that run what they hold as `module`, on more devices or in more processes.
 _PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 #: Kinds of PEFT adapters with an effect that is not in the layers they adapt.
@@ -30,6 +33,9 @@ def unwrap(model):
 
 def _inner(model):
     """What one wrapper holds, None where `model` is none."""
+    compiled = getattr(model, "_torchdynamo_orig_callable", None)  # of a method, or of what is compiled already
+    if compiled is not None:
+        return getattr(compiled, "__self__", compiled)
     if not isinstance(model, nn.Module):
         return None
     if "_orig_mod" in model._modules:
@@ -52,10 +58,11 @@ def _only_holds(model: nn.Module, held: nn.Module) -> bool:
     """Whether a wrapper of another class hands everything to the module that it holds: seen by a short forward."""
     if list(model._modules.values()) != [held] or model._parameters or model._buffers:
         return False
+    twin = twin_of(model)
     try:
-        tokens = torch.ones((1, 4), dtype=torch.int64, device=next(held.parameters()).device)
+        tokens = torch.ones((1, 4), dtype=torch.int64, device=input_device(held))
         with torch.no_grad():
-            outer, inner = model(tokens).logits, held(tokens).logits
+            outer, inner = twin(tokens).logits, twin.module(tokens).logits
     except Exception:  # it takes something else, or returns something else
         return False
     return torch.equal(outer, inner)
