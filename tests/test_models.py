@@ -134,8 +134,3 @@ class TestAdapt:
 
         with pytest.warns(UserWarning, match="does not know model type 'Odd'"):
             assert not adapt(Odd()).reuses_kv
-
-    def test_own_call_while_attached_is_refused(self):
-        model = build()
-        with adapt(model).attached(), pytest.raises(RuntimeError, match="dlm_window"):
-            model(prompts(1, 4))

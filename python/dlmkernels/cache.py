@@ -31,6 +31,10 @@ class KVCache:
             )
         return self._layers[index]
 
+    def dtype(self, index: int) -> torch.dtype | None:
+        """What one layer's buffers hold, None before the layer has written."""
+        return self._layers[index][0].dtype if index in self._layers else None
+
     @property
     def num_bytes(self) -> int:
         """Memory held by all layers, in bytes."""

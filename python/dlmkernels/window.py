@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from .cache import KVCache
@@ -36,6 +38,9 @@ class AttentionWindow:
     shadow : Tensor, optional
         int32 `[B, n]`: the slots that the last n rows stand for a second time. Such a row sees all that `kv_range`
         says but this slot, and the last n rows; the other rows do not see those. Full attention without a cache only.
+    rotations : object, optional
+        What `DiffusionModel.rotations` made of the requests' lengths, for models whose rotary embedding depends on
+        them. None: each row of the batch is as long as the largest of its positions says.
     """
 
     slots: Tensor | None = None
@@ -47,6 +52,39 @@ class AttentionWindow:
     k_order: Tensor | None = None
     context_end: Tensor | None = None
     shadow: Tensor | None = None
+    rotations: Any = None
+    #: the layers that have attended so far
+    attended: set[int] = field(default_factory=set, init=False, repr=False, compare=False)
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> AttentionWindow:
+        """The same window with its tensors on `device`: itself, or a copy that is made once for each device.
+
+        The cache stays what it is, since each of its layers lives where that layer of the model does.
+        """
+        device = torch.device(device)
+        if device not in self._copies:
+            moved = {
+                f.name: value.to(device, non_blocking=non_blocking)
+                for f in fields(self)
+                if isinstance(value := getattr(self, f.name), Tensor)
+            }
+            if not moved:
+                return self
+            copy = replace(self, **moved)
+            # of which there is one set for all devices
+            vars(copy).update(attended=self.attended, _copies=self._copies)
+            self._copies[device] = copy
+        return self._copies[device]
+
+    @cached_property
+    def _device(self) -> torch.device | None:
+        """Where the tensors are, None without any."""
+        tensors = (value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor))
+        return next((tensor.device for tensor in tensors), None)
+
+    @cached_property
+    def _copies(self) -> dict[torch.device | None, AttentionWindow]:
+        return {self._device: self}
 
 
 @dataclass(frozen=True)

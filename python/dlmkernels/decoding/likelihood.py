@@ -173,6 +173,7 @@ class _Task:
         self.shift = 1 if config.logit_alignment == "shift" else 0
         columns = torch.arange(tokens.shape[1], device=tokens.device)
         self.columns = columns.int()
+        self.ends = start + lengths
         self.in_prompt = (columns >= origin[:, None]) & (columns < start)
         self.in_answer = (columns >= start) & (columns < start + lengths[:, None])
 
@@ -213,11 +214,13 @@ class _Task:
         canvas = Canvas.of(true.masked_fill(masked, self.mask), scored, origin)
         answer = canvas.columns(torch.full_like(origin, self.start), length - self.start)
         window = canvas.window(answer, max(int(scored.sum(1).max()), 1))
-        kv_range = torch.stack((origin, self.start + self.lengths.repeat(n)), 1)
+        end = self.ends.repeat(n)
         positions = (self.columns - origin[:, None]).clamp(min=0).long()
-        hidden = self.model.hidden(
-            canvas.tokens, positions, AttentionWindow(self.columns.expand(n * batch, length).contiguous(), kv_range)
-        )
+        seen = AttentionWindow(
+            self.columns.expand(n * batch, length).contiguous(), torch.stack((origin, end), 1),
+            rotations=self.model.rotations(end - origin),
+        )  # fmt: skip
+        hidden = self.model.hidden(canvas.tokens, positions, seen)
         at = window.positions.long()
         row = (at - self.shift).clamp(min=0) + torch.arange(n * batch, device=at.device)[:, None] * length
         logits = self.model.logits(hidden.flatten(0, 1).index_select(0, row.flatten()))

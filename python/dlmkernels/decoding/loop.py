@@ -216,8 +216,9 @@ class CanvasForward:
 
     def __init__(
         self, model: DiffusionModel, canvas: Canvas, config: DecodingConfig, special: SpecialTokens, grid: Grid,
-        prompt_embeds: Tensor | None = None,
+        prompt_embeds: Tensor | None = None, ends: Tensor | None = None,
     ):  # fmt: skip
+        """`ends` int32 `[B]`: how far each request may reach where that is less than the grid's end."""
         self.model, self.canvas, self.config, self.special, self.grid = model, canvas, config, special, grid
         self.shift = 1 if config.logit_alignment == "shift" else 0
         #: whether the context of a block is forwarded before the block, and not with it
@@ -233,6 +234,8 @@ class CanvasForward:
             if prompt_embeds is not None:
                 mask = model.embed(torch.full_like(canvas.tokens[:, :1], special.mask))
                 self.prompt_embeds = torch.cat((prompt_embeds, mask.expand_as(prompt_embeds)))
+        #: for models whose rotary embedding depends on the length: that of a request is its canvas's
+        self.rotations = model.rotations((self.ends if ends is None else self._twice(ends)) - self.origin)
         length = canvas.tokens.shape[1]
         columns = torch.arange(length, device=self.origin.device)
         self.positions = (columns - self.origin[:, None]).clamp(min=0)
@@ -364,7 +367,8 @@ class CanvasForward:
         columns = self._twice(columns)
         tokens, everywhere = self._tokens(), torch.cat((self.slots, columns), 1)
         tokens = torch.cat((tokens, torch.full_like(tokens[:, : block.length], self.special.mask)), 1)
-        seen = AttentionWindow(kv_range=torch.stack((self.origin, self.ends), 1), shadow=columns.contiguous())
+        kv_range = torch.stack((self.origin, self.ends), 1)
+        seen = AttentionWindow(kv_range=kv_range, shadow=columns.contiguous(), rotations=self.rotations)
         positions = self.positions.gather(1, everywhere.long())
         return self._pick(self.model.hidden(tokens, positions, seen, self._embeds(tokens, everywhere)), row)
 
@@ -399,7 +403,8 @@ class CanvasForward:
         if tokens is None:
             tokens = self._tokens().gather(1, inside)
         slots = torch.where(outside if used is None else outside | ~used, -1, columns)
-        window = AttentionWindow(slots, torch.stack((self.origin, end), 1), self.cache, **visibility)
+        kv_range = torch.stack((self.origin, end), 1)
+        window = AttentionWindow(slots, kv_range, self.cache, rotations=self.rotations, **visibility)
         positions, embeds = self.positions.gather(1, inside), self._embeds(tokens, inside)
         opinion = None if self.opinion is None else _at(self.opinion, inside)
         return self.model.hidden(tokens, positions, window, embeds, opinion)
@@ -411,7 +416,8 @@ class CanvasForward:
             self.slots_of_part = self.slots[:, first:last].contiguous()
             self.positions_of_part = self.positions[:, first:last]
         tokens = self._tokens()[:, first:last]
-        window = AttentionWindow(self.slots_of_part, self.kv_range, self.cache, **self._visibility(block, False))
+        visibility = self._visibility(block, False)
+        window = AttentionWindow(self.slots_of_part, self.kv_range, self.cache, rotations=self.rotations, **visibility)
         embeds = self._embeds(tokens, self.slots_of_part)
         return self.model.hidden(tokens, self.positions_of_part, window, embeds)
 

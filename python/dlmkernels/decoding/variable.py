@@ -37,7 +37,6 @@ def decode_variable(
     rule = config.rule
     assert isinstance(rule, VariableLength)
     _check(config, special)
-    forward = CanvasForward(model, canvas, config, special, grid, prompt_embeds)
     options = StepOptions(Proposer(model, canvas, config, special), canvas, config)
     most = config.max_new_tokens
     # Behind `length` a row is padding; it may not become longer than `limit`. Nothing moves left of `first`.
@@ -50,6 +49,7 @@ def decode_variable(
         length = torch.full_like(canvas.origin, end)
         limit = length + most - canvas.is_open.sum(1, dtype=torch.int32)
         first = canvas.is_open.int().argmax(1).int()
+    forward = CanvasForward(model, canvas, config, special, grid, prompt_embeds, limit)
     columns = torch.arange(canvas.tokens.shape[1], dtype=torch.int32, device=first.device)
     masks, longest, widest = torch.stack(
         (canvas.is_open.sum(1).amax(), length.amax(), (torch.where(canvas.is_open, columns, 0).amax(1) - first).amax())

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import threading
 import warnings
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,19 +15,27 @@ from transformers import PreTrainedModel
 
 from .. import ops
 from ..window import AttentionWindow
-from .attention import use_block_attention
+from . import rotary
+from .attention import NAME
+from .devices import check_loaded, input_device
 from .families import ARCHITECTURES, FAMILIES, Architecture, Family
 from .load import from_pretrained
+from .probe import is_causal
 from .published import form_of, known_types, plan
+from .twin import twin_of
+from .wrappers import unwrap
 
 
 class DiffusionModel:
     """A model prepared for decoding. Parameters are shared with the model it was made from, and it is not changed.
 
+    Any number of threads may decode with one model, or with one object of this class, and call the model itself
+    meanwhile: what decodes is a second tree of modules beside the model (see `twin`).
+
     Attributes
     ----------
     model : PreTrainedModel
-        The adapted model.
+        The adapted model, without its wrappers.
     family : Family
         How models of its kind are decoded.
     reuses_kv : bool
@@ -41,18 +51,35 @@ class DiffusionModel:
     self_conditions = False
 
     def __init__(self, model: PreTrainedModel, architecture: Architecture, family: Family):
-        self.model, self.family = model, family
-        self._head = architecture.head(model)
+        check_loaded(model)
+        self.model, self.family, self._architecture = model, family, architecture
         self._offset = architecture.position_offset(model.config)
         self.reuses_kv = self.embeds_by_token = not architecture.whole_canvas(model.config)
+        self._build()
+
+    def _build(self) -> None:
+        """The modules that decode."""
+        self._twin = twin_of(self.model, NAME)
+        self._rotaries = rotary.fix_lengths(self._twin)
+        self._head = self._architecture.head(self._twin)
+
+    def renewed(self, family: Family | None = None) -> DiffusionModel:
+        """The same of the model as it is now: attributes of its modules may have changed, an adapter been disabled."""
+        new = copy.copy(self)
+        if family is not None:
+            self._architecture.check_family(family.name)
+            new.family = family
+        new._build()
+        return new
 
     @property
     def config(self):
         return self.model.config
 
     @property
-    def device(self):
-        return self.model.device
+    def device(self) -> torch.device:
+        """Where tokens are expected, and hidden states and logits returned."""
+        return input_device(self.model)
 
     @property
     def vocab_size(self) -> int | None:
@@ -70,13 +97,22 @@ class DiffusionModel:
         """Length of the blocks the model was trained with, None where it has none or does not say."""
         return getattr(self.config, "block_size", None) or self.family.block_length
 
-    def attached(self) -> AbstractContextManager[None]:
-        """While entered, the model's layers attend through our kernels."""
-        return use_block_attention(self.model)
+    def attached(self):
+        return contextlib.nullcontext()
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Input embeddings `[B, Q, hidden]` of tokens `[B, Q]`."""
-        return self.model.get_input_embeddings()(tokens)
+        return self._twin.get_input_embeddings()(tokens).to(tokens.device)
+
+    def rotations(self, lengths: Tensor) -> rotary.Rotations | None:
+        """What `AttentionWindow.rotations` holds for requests of these lengths, integer `[B]`; None if of no account.
+
+        A request's length counts everything from its first token to the end of its canvas.
+        """
+        if not self._rotaries:
+            return None
+        counts = lengths.tolist()
+        return {id(module): module.groups(counts) for module in self._rotaries}
 
     @property
     def rule_options(self) -> dict[str, Any]:
@@ -96,13 +132,24 @@ class DiffusionModel:
         if not self.reuses_kv and window.kv_range is not None:
             # for the embeddings alone: visibility is the window's
             inputs["attention_mask"] = _valid(tokens, window.kv_range)
-        return self.model.base_model(
-            **inputs, position_ids=positions + self._offset, dlm_window=window, use_cache=False
-        ).last_hidden_state
+        with rotary.use(window.rotations):
+            hidden = self._twin.base_model(
+                **inputs, position_ids=positions + self._offset, dlm_window=window, use_cache=False
+            ).last_hidden_state
+        self._check_attended(window, self.config.num_hidden_layers)
+        return hidden.to(tokens.device)
+
+    def _check_attended(self, window: AttentionWindow, layers: int) -> None:
+        """Raise where layers did not call our attention function: nobody knows what they have seen."""
+        if len(window.attended) < layers:
+            raise ValueError(
+                f"model: {layers - len(window.attended)} of its {layers} layers do not attend through transformers' "
+                "attention interface, as though their attention was replaced: restore it before decoding"
+            )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[..., V]` of hidden states `[..., hidden]`."""
-        return self._head(hidden)
+        return self._head(hidden).to(hidden.device)
 
 
 class EncoderDecoderModel(DiffusionModel):
@@ -155,40 +202,55 @@ class EncoderDecoderModel(DiffusionModel):
         opinion: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         is_context = window.causal_block == 1
-        stack = self.model.model.encoder.language_model if is_context else self.model.model.decoder
+        stack = self._twin.model.encoder.language_model if is_context else self._twin.model.decoder
         if is_context:  # an image's place without the image
             tokens = tokens.masked_fill(tokens == self.config.image_token_id, self.text_config.pad_token_id)
         x = self.embed(tokens) if embeds is None else embeds
         if not is_context:
             x = stack.self_conditioning(x, torch.zeros_like(x) if opinion is None else opinion)
         kinds = self.text_config.layer_types
-        rotations = {kind: stack.rotary_emb(x, positions, kind) for kind in set(kinds)}
+        with rotary.use(window.rotations):
+            rotations = {kind: stack.rotary_emb(x, positions, kind) for kind in set(kinds)}
         for layer, kind in zip(stack.layers, kinds):
             x = layer(x, position_embeddings=rotations[kind], position_ids=positions, dlm_window=window)
-        return stack.norm(x)
+        self._check_attended(window, len(stack.layers))
+        return stack.norm(x).to(tokens.device)
 
     def mean_embedding(self, logits: Tensor, temperature: float) -> Tensor:
         """Mean embeddings `[N, hidden]` under softmax(logits / temperature), of logits `[N, V]`; 0 stands for 1."""
-        table = self.model.model.decoder.embed_tokens
+        table = self._twin.model.decoder.embed_tokens
         at = torch.full((1,), temperature, device=logits.device)
         return ops.soft_embedding(logits, table.weight, temperature=at) * table.embed_scale.to(table.weight.dtype)
 
 
 class LogitsModel(DiffusionModel):
-    """Any model that returns `.logits`: the whole canvas is forwarded each time and its own attention is used."""
+    """Any model that returns `.logits`: the whole canvas is forwarded each time and its own attention is used.
+
+    Parameters
+    ----------
+    model : Module
+        Without its wrappers.
+    family : Family
+    call : callable
+        What is called: the model with its wrappers.
+    """
 
     reuses_kv = False
 
-    def __init__(self, model):
-        self.model, self.family, self._offset = model, FAMILIES["masked"], 0
+    def __init__(self, model, family: Family, call):
+        self.model, self.family, self._call = model, family, call
+        self._by_length = any(map(rotary.depends_on_length, model.modules()))
+
+    def renewed(self, family: Family | None = None) -> DiffusionModel:
+        return LogitsModel(self.model, family or self.family, self._call)
 
     @property
     def config(self):
         return getattr(self.model, "config", None)
 
     @property
-    def device(self):
-        return next(self.model.parameters()).device
+    def device(self) -> torch.device:
+        return input_device(self.model)
 
     @property
     def vocab_size(self) -> int | None:
@@ -198,8 +260,8 @@ class LogitsModel(DiffusionModel):
     def block_length(self) -> int | None:
         return None
 
-    def attached(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    def rotations(self, lengths: Tensor) -> None:
+        return None
 
     def hidden(
         self, tokens: Tensor, positions: Tensor, window: AttentionWindow, embeds: Tensor | None = None,
@@ -209,8 +271,14 @@ class LogitsModel(DiffusionModel):
         inputs = (tokens,) if embeds is None else ()
         named = {} if embeds is None else {"inputs_embeds": embeds}
         if window.kv_range is not None:
+            if self._by_length:
+                raise ValueError(
+                    "input_ids: requests of different lengths cannot be decoded in one batch by "
+                    f"{type(self.model).__name__}, whose rotary embedding depends on the longest of them: decode them "
+                    "one by one"
+                )
             named["attention_mask"] = _valid(tokens, window.kv_range)
-        return self.model(*inputs, **named).logits
+        return self._call(*inputs, **named).logits.to(tokens.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return hidden
@@ -222,7 +290,7 @@ def _valid(tokens: Tensor, kv_range: Tensor) -> Tensor:
     return ((columns >= kv_range[:, :1]) & (columns < kv_range[:, 1:])).long()
 
 
-def adapt(model, *, family: str | None = None) -> DiffusionModel:
+def adapt(model, *, family: str | None = None, causal: bool | None = None) -> DiffusionModel:
     """Prepare a loaded model for decoding with our kernels.
 
     Parameters
@@ -232,32 +300,68 @@ def adapt(model, *, family: str | None = None) -> DiffusionModel:
         KV reuse. So does a model of a published family loaded by its own code (`trust_remote_code`): its parameters
         are placed into the stock class of its architecture, without a copy (separate expert matrices excepted, which
         the stock class holds as one tensor). Any other module whose call returns `.logits` `[B, T, V]` decodes without
-        KV reuse, through its own attention, which must be bidirectional; a warning says so once.
+        KV reuse, through its own attention; a warning says so.
+
+        It may be wrapped by `torch.compile`, by PEFT (whose adapters stay active) or for parallel execution, in any
+        order: what is decoded is the model within, layer by layer and not compiled.
     family : str, optional
         How it is decoded (a key of `FAMILIES`). None: what its configuration says, else "masked".
+    causal : bool, optional
+        For models that decode through their own attention. None: three short forwards find out whether it is causal,
+        and a model whose attention is causal is refused, since masks would then not see what stands behind them. True:
+        causal attention is what is wanted. False: it is known to be bidirectional, nothing is tried.
 
     Returns
     -------
     DiffusionModel
-        Shares the model's parameters; the model itself is left as it is.
+        Shares the model's parameters; the model itself is left as it is. Attributes that are set on the model's modules
+        later (an adapter disabled, say) are seen by the next `generate`, `infill` or `adapt`.
 
     Raises
     ------
     TypeError
         When `model` is not a torch module or has no language-model head.
     ValueError
-        When the family is not known, or the model's configuration fits several.
+        When the family is not known, the model's configuration fits several, its attention is causal and not known to
+        dlmkernels, or a wrapper changes what the model within computes.
     """
-    if isinstance(model, DiffusionModel):
-        return model
-    if not callable(getattr(model, "forward", None)):
-        raise TypeError(f"model must be a torch module that returns logits; got {type(model).__name__}")
     if family is not None and family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {family!r}")
-    config = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", None)
-    architecture = ARCHITECTURES.get(model_type or "")
-    if architecture is not None and isinstance(model, PreTrainedModel):
+    if isinstance(model, DiffusionModel):
+        _check_unused(causal, model)
+        return model.renewed(FAMILIES[family] if family else None)
+    within = unwrap(model)
+    if not callable(getattr(within, "forward", None)):
+        raise TypeError(f"model must be a torch module that returns logits; got {type(model).__name__}")
+    known = _adapt_known(within, family)
+    if known is not None:
+        _check_unused(causal, known)
+        return known
+    adapted = LogitsModel(within, FAMILIES[family or "masked"], model)
+    if causal is None:
+        _refuse_causal(adapted)
+    model_type = getattr(adapted.config, "model_type", None) or type(within).__name__
+    what = f"does not know model type '{model_type}'"
+    if model_type in ARCHITECTURES:
+        what = (
+            f"knows model type '{model_type}' as {ARCHITECTURES[model_type].model_class}, not {type(within).__name__}"
+        )
+    # at this line, so that Python shows it once and not for every place that decodes
+    warnings.warn(
+        f"dlmkernels {what}: decoding forwards the whole canvas each step through the model's own attention (no KV "
+        f"reuse). Known types: {known_types()}",
+        stacklevel=1,
+    )
+    return adapted
+
+
+def _adapt_known(model, family: str | None) -> DiffusionModel | None:
+    """A model of a known architecture or published family, None if it is of neither."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    config = model.config
+    architecture = ARCHITECTURES.get(config.model_type)
+    if architecture is not None:
         if model.get_output_embeddings() is None:
             raise TypeError(
                 "model must have a language-model head: load it with dlmkernels.load or "
@@ -267,21 +371,55 @@ def adapt(model, *, family: str | None = None) -> DiffusionModel:
             name = family or getattr(config, "dlm_family", None) or architecture.family
             kind = EncoderDecoderModel if architecture.two_stacks else DiffusionModel
             return kind(model, architecture, FAMILIES[name])
-    if isinstance(model, PreTrainedModel) and form_of(model.config.to_dict()) is not None:
-        return _restock(model, family)
-    warnings.warn(
-        f"dlmkernels does not know model type '{model_type or type(model).__name__}': decoding forwards the "
-        "whole canvas each step through the model's own attention (no KV reuse). Known types: " + known_types(),
-        stacklevel=3,
-    )
-    return LogitsModel(model)
+    return None if form_of(config.to_dict()) is None else _restock(model, family)
+
+
+def _check_unused(causal: bool | None, model: DiffusionModel) -> None:
+    if causal is not None:
+        raise ValueError(
+            "causal is for models that decode through their own attention; what "
+            f"{type(model.model).__name__} sees is chosen by its family, or by attention=… of generate; got {causal}"
+        )
+
+
+def _refuse_causal(adapted: LogitsModel) -> None:
+    """Raise if the model attends causally, or it cannot be found out."""
+    model, name = adapted.model, type(adapted.model).__name__
+    ids = (getattr(adapted.config, kind, None) for kind in ("pad_token_id", "mask_token_id", "eos_token_id"))
+    avoid = {i for value in ids for i in (value if isinstance(value, list) else [value]) if i is not None}
+    call = twin_of(model) if isinstance(model, torch.nn.Module) else model
+    try:
+        found = is_causal(call, adapted.vocab_size, adapted.device, avoid)
+    except Exception as error:
+        raise ValueError(
+            f"model: could not find out whether {name} attends causally, since a short forward failed "
+            f"({type(error).__name__}: {error}); say so with dlmkernels.adapt(model, causal=False) or causal=True"
+        ) from error
+    if found:
+        raise ValueError(
+            f"model: {name} attends causally, so that a mask would not see what stands behind it. A diffusion language "
+            "model must be loaded so that its attention is known: with dlmkernels.load, or by a stock class of "
+            f"transformers and dlmkernels.adapt(model, family=…); known types: {known_types()}. If causal attention is "
+            "what you want, decode dlmkernels.adapt(model, causal=True)"
+        )
+
+
+#: transformers changes settings of the process (torch's default dtype among them) while it builds a model.
+_building = threading.Lock()
 
 
 def _restock(model: PreTrainedModel, family: str | None) -> DiffusionModel:
     """A model of a published family as a stock one that shares its parameters."""
+    check_loaded(model, may_be_elsewhere=False)
     how = plan(model.config.to_dict(), family)
-    with model.device:
-        stock = from_pretrained(how, None, state_dict=model.state_dict(), dtype=model.dtype)
+    state = model.state_dict()
+    if any(".base_layer." in name for name in state):
+        raise ValueError(
+            f"model: {type(model).__name__} has adapters, and its parameters are to be placed into "
+            f"{how.model_class.__name__}: merge them first (merge_and_unload of PEFT)"
+        )
+    with _building, model.device:
+        stock = from_pretrained(how, None, state_dict=state, dtype=model.dtype)
     stock.generation_config = getattr(model, "generation_config", None)
     stock.train(model.training)
     return DiffusionModel(stock, ARCHITECTURES[stock.config.model_type], how.family)

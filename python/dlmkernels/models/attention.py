@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 
 from .. import ops, reference
 from ..window import AttentionWindow
@@ -19,28 +17,52 @@ from ..window import AttentionWindow
 NAME = "dlmkernels"
 
 
+#: Keyword arguments of stock layers that change nothing here: positions are in the rotated queries and keys, what is
+#: seen is said by the window, and the others are about what the model keeps or returns.
+WITHOUT_EFFECT = frozenset((
+    "cache_position", "deterministic", "is_causal", "logits_to_keep", "output_attentions", "output_hidden_states",
+    "output_router_logits", "position_embeddings", "position_ids", "return_dict", "use_cache",
+))  # fmt: skip
+
+
 def attention_forward(
     module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling: float | None = None,
     dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None,
-    dlm_window: AttentionWindow | None = None, **kwargs,
+    s_aux: Tensor | None = None, dlm_window: AttentionWindow | None = None, **kwargs,
 ):  # fmt: skip
     """Scatter the rows' keys and values into the layer's cache, then attend: transformers' attention interface.
 
-    `query` `[B, H, Q, D]`, `key` and `value` `[B, G, Q, D]` come rotated. Returns `[B, Q, H, D]` and no weights.
-    `attention_mask` is ignored: visibility is the window's.
+    `query` `[B, H, Q, D]`, `key` and `value` `[B, G, Q, D]` come rotated, and under `torch.autocast` in different
+    dtypes. `s_aux` `[H]` are attention sinks: a logit of each head that takes its share and has no value. Returns
+    `[B, Q, H, D]` and no weights. `attention_mask` is ignored: visibility is the window's.
+
+    Raises
+    ------
+    RuntimeError
+        Without `dlm_window`.
+    ValueError
+        When a layer asks for what is not implemented; the message names it.
     """
     if dlm_window is None:
         raise RuntimeError(
             f"attention implementation '{NAME}' serves decoding only: the model must be called with dlm_window=…, as "
             "dlmkernels.generate does"
         )
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    window = dlm_window
+    _refuse_unknown(module, kwargs | {"dropout": dropout or None})
+    window = dlm_window.to(query.device)
+    window.attended.add(id(module))
+    index = getattr(module, "layer_idx", None)
+    # some encoders do not number their layers; a twin is known by what it shares with the model's
+    index = id(module._parameters) if index is None else index
+    dtype = _common_dtype(window, index, value)
+    q, k, v = (x.transpose(1, 2).to(dtype) for x in (query, key, value))
     # transformers counts the query itself into `sliding_window`
     reach = -1 if sliding_window is None else sliding_window - 1
     if window.shadow is not None:
         if reach >= 0:
             raise ValueError("a shadow block needs full attention; this model's layers have a sliding window")
+        if s_aux is not None:
+            raise ValueError("a shadow block cannot be used with a model that has attention sinks")
         return _attend_with_shadow(q, k, v, window, softcap=softcap or 0.0, scale=scaling), None
     kv_range = window.kv_range
     if reach >= 0 and window.context_end is not None:
@@ -52,17 +74,36 @@ def attention_forward(
         k_cache, v_cache = k, v
     else:
         k_new, v_new = k, v
-        index = getattr(module, "layer_idx", None)
-        # some encoders do not number their layers
-        k_cache, v_cache = window.cache.layer(id(module) if index is None else index, k, v)
+        k_cache, v_cache = window.cache.layer(index, k, v)
     tensors = q, k_new, v_new, k_cache, v_cache, window.slots, kv_range
     visibility: dict[str, Any] = {
         "causal_block": window.causal_block, "block_origin": window.block_origin, "q_limit": window.q_limit,
         "k_order": window.k_order, "window_left": reach, "window_right": reach,
     }  # fmt: skip
     if not (softcap or _has_kernel(q)):
-        return _attend_in_torch(*tensors, scale=scaling, **visibility), None
-    return ops.block_attention(*tensors, softcap=softcap or 0.0, scale=scaling, **visibility).out, None
+        return _attend_in_torch(*tensors, sinks=s_aux, scale=scaling, **visibility), None
+    out, lse = ops.block_attention(*tensors, softcap=softcap or 0.0, scale=scaling, **visibility)
+    if s_aux is not None:
+        # the share of the sum of exponentials that is not the sink's
+        out = (out * torch.sigmoid(lse - s_aux.float())[..., None]).to(dtype)
+    return out, None
+
+
+def _refuse_unknown(module, options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        if value is not None and value is not False and name not in WITHOUT_EFFECT:
+            raise ValueError(
+                f"model: its {type(module).__name__} attends with {name}, which dlmkernels does not implement"
+            )
+
+
+def _common_dtype(window: AttentionWindow, index: int, value: Tensor) -> torch.dtype:
+    """What queries, keys and values are brought to: the dtype of the layer's cache, or what attention would run in."""
+    kept = None if window.cache is None else window.cache.dtype(index)
+    if kept is not None:
+        return kept
+    kind = value.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
 
 
 def _has_kernel(q: Tensor) -> bool:
@@ -82,7 +123,8 @@ def _warn_of_torch(head_dim: int) -> None:
 
 def _attend_in_torch(
     q: Tensor, k_new: Tensor | None, v_new: Tensor | None, k_cache: Tensor, v_cache: Tensor, slots: Tensor | None,
-    kv_range: Tensor | None, *, scale: float | None, block_origin: Tensor | None = None, **visibility,
+    kv_range: Tensor | None, *, scale: float | None, block_origin: Tensor | None = None, sinks: Tensor | None = None,
+    **visibility,
 ) -> Tensor:  # fmt: skip
     """`out` of `ops.block_attention` in torch alone, for heads that have no kernel; the cache is written likewise."""
     _warn_of_torch(q.shape[3])
@@ -99,11 +141,16 @@ def _attend_in_torch(
     seen = reference.block_attention_mask(batch, rows, length, slots, kv_range, block_origin=origin, **visibility)
     unseen = ~seen.any(1)[:, :, None, None]  # these may hold anything
     k, v = (x.masked_fill(unseen, 0.0).transpose(1, 2) for x in (k_cache, v_cache))
-    mask = seen[:, None]
+    mask, is_blind = seen[:, None], ~seen.any(-1)[:, None, :, None]
+    if sinks is not None:
+        # one more key, of zeros, which every row of a head sees with the logit of its sink
+        k, v = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (k, v))
+        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf).expand(-1, q.shape[2], -1, -1)
+        mask = torch.cat((bias, sinks.to(q.dtype)[None, :, None, None].expand(batch, -1, rows, 1)), -1)
     out = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(1, 2), k, v, attn_mask=mask, scale=scale, enable_gqa=True
     )
-    return out.masked_fill(~mask.any(-1, keepdim=True), 0.0).transpose(1, 2)
+    return out.masked_fill(is_blind, 0.0).transpose(1, 2)
 
 
 def _attend_with_shadow(q: Tensor, k: Tensor, v: Tensor, window: AttentionWindow, **options) -> Tensor:
@@ -131,17 +178,3 @@ def _attend_with_shadow(q: Tensor, k: Tensor, v: Tensor, window: AttentionWindow
 
 # No mask function is registered beside it: transformers then builds no mask at all.
 AttentionInterface.register(NAME, attention_forward)
-
-
-@contextmanager
-def use_block_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let `model` attend through `attention_forward`; its own setting is restored on leaving."""
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
-    before = [(c, c._attn_implementation) for c in configs]
-    try:
-        for c, _ in before:
-            c._attn_implementation = NAME
-        yield
-    finally:
-        for c, implementation in before:
-            c._attn_implementation = implementation

@@ -62,6 +62,20 @@ def _soft_capped_head(model):
     return lambda hidden: cap * (model.lm_head(hidden).float() / cap).tanh()
 
 
+def _gemma_head(model):
+    """The same where there may be no cap, in the dtype of the logits."""
+    cap = model.config.final_logit_softcapping
+    return model.lm_head if cap is None else lambda hidden: cap * (model.lm_head(hidden) / cap).tanh()
+
+
+def _granite_head(model):
+    return lambda hidden: model.lm_head(hidden) / model.config.logits_scaling
+
+
+def _cohere_head(model):
+    return lambda hidden: model.lm_head(hidden) * model.logit_scale
+
+
 def _after_padding(config) -> int:
     return config.pad_token_id + 1
 
@@ -69,15 +83,49 @@ def _after_padding(config) -> int:
 # transformers' `config.model_type` -> architecture
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("LlamaForCausalLM", _lm_head),
+    "arcee": Architecture("ArceeForCausalLM", _lm_head),
+    "apertus": Architecture("ApertusForCausalLM", _lm_head),
+    "cohere": Architecture("CohereForCausalLM", _cohere_head),
+    "cohere2": Architecture("Cohere2ForCausalLM", _cohere_head),
+    "ernie4_5": Architecture("Ernie4_5ForCausalLM", _lm_head),
+    "exaone4": Architecture("Exaone4ForCausalLM", _lm_head),
+    "gemma": Architecture("GemmaForCausalLM", _lm_head),
+    "gemma2": Architecture("Gemma2ForCausalLM", _gemma_head),
+    "gemma3_text": Architecture("Gemma3ForCausalLM", _gemma_head),
+    "glm": Architecture("GlmForCausalLM", _lm_head),
+    "glm4": Architecture("Glm4ForCausalLM", _lm_head),
+    "glm4_moe": Architecture("Glm4MoeForCausalLM", _lm_head),
+    "gpt2": Architecture("GPT2LMHeadModel", _lm_head),
+    "gpt_neox": Architecture("GPTNeoXForCausalLM", _lm_head),
+    "gpt_oss": Architecture("GptOssForCausalLM", _lm_head),
+    "granite": Architecture("GraniteForCausalLM", _granite_head),
+    "granitemoe": Architecture("GraniteMoeForCausalLM", _granite_head),
+    "helium": Architecture("HeliumForCausalLM", _lm_head),
+    "hunyuan_v1_dense": Architecture("HunYuanDenseV1ForCausalLM", _lm_head),
+    "llada2_moe": Architecture("LLaDA2ForCausalLM", _lm_head, module=".llada2"),
+    "ministral": Architecture("MinistralForCausalLM", _lm_head),
+    "ministral3": Architecture("Ministral3ForCausalLM", _lm_head),
+    "mistral": Architecture("MistralForCausalLM", _lm_head),
+    "mixtral": Architecture("MixtralForCausalLM", _lm_head),
+    "olmo": Architecture("OlmoForCausalLM", _lm_head),
+    "olmo2": Architecture("Olmo2ForCausalLM", _lm_head),
+    "olmo3": Architecture("Olmo3ForCausalLM", _lm_head),
+    "olmoe": Architecture("OlmoeForCausalLM", _lm_head),
+    "phi": Architecture("PhiForCausalLM", _lm_head),
+    "phi3": Architecture("Phi3ForCausalLM", _lm_head),
     "qwen2": Architecture("Qwen2ForCausalLM", _lm_head),
+    "qwen2_moe": Architecture("Qwen2MoeForCausalLM", _lm_head),
     "qwen3": Architecture("Qwen3ForCausalLM", _lm_head),
     "qwen3_moe": Architecture("Qwen3MoeForCausalLM", _lm_head),
-    "llada2_moe": Architecture("LLaDA2ForCausalLM", _lm_head, module=".llada2"),
-    "ministral3": Architecture("Ministral3ForCausalLM", _lm_head),
-    "gpt2": Architecture("GPT2LMHeadModel", _lm_head),
+    "seed_oss": Architecture("SeedOssForCausalLM", _lm_head),
+    "smollm3": Architecture("SmolLM3ForCausalLM", _lm_head),
+    "starcoder2": Architecture("Starcoder2ForCausalLM", _lm_head),
     "bert": Architecture("BertForMaskedLM", head=lambda model: model.cls),
-    "roberta": Architecture("RobertaForMaskedLM", _lm_head, position_offset=_after_padding),
+    "camembert": Architecture("CamembertForMaskedLM", _lm_head, position_offset=_after_padding),
+    "eurobert": Architecture("EuroBertForMaskedLM", _lm_head),
     "modernbert": Architecture("ModernBertForMaskedLM", head=lambda model: nn.Sequential(model.head, model.decoder)),
+    "roberta": Architecture("RobertaForMaskedLM", _lm_head, position_offset=_after_padding),
+    "xlm-roberta": Architecture("XLMRobertaForMaskedLM", _lm_head, position_offset=_after_padding),
     # Rotary ESM counts from anywhere; with token dropout an embedding is scaled by the share of masks in its row.
     "esm": Architecture(
         "EsmForMaskedLM", _lm_head,

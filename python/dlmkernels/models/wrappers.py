@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What models are wrapped in: compilation, data parallelism, adapters of PEFT. The model within, and what to refuse."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .devices import input_device
+from .twin import twin_of
+
+#: Classes that run what they hold as `module`, on more devices or in more processes.
+_PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+#: Kinds of PEFT adapters with an effect that is not in the layers they adapt.
+_OUTSIDE = ("ADAPTION_PROMPT", "POLY", "SHADOW", "XLORA")
+
+
+def unwrap(model):
+    """The model within any nesting of `torch.compile`, PEFT and parallel wrappers; adapters stay active in its layers.
+
+    Raises
+    ------
+    ValueError
+        When an adapter acts outside of the layers that it adapts (prompt learning, for one), or the model's parameters
+        are sharded.
+    """
+    while True:
+        inner = _inner(model)
+        if inner is None:
+            return model
+        model = inner
+
+
+def _inner(model):
+    """What one wrapper holds, None where `model` is none."""
+    compiled = getattr(model, "_torchdynamo_orig_callable", None)  # of a method, or of what is compiled already
+    if compiled is not None:
+        return getattr(compiled, "__self__", compiled)
+    if not isinstance(model, nn.Module):
+        return None
+    if "_orig_mod" in model._modules:
+        return model._orig_mod
+    if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+        _check_adapters(model)
+        return model.get_base_model()
+    held = getattr(model, "module", None)
+    if isinstance(held, nn.Module) and (_is_parallel(model) or _only_holds(model, held)):
+        _check_whole(model)
+        return held
+    return None
+
+
+def _is_parallel(model: nn.Module) -> bool:
+    return any(base.__name__ in _PARALLEL for base in type(model).__mro__)
+
+
+def _only_holds(model: nn.Module, held: nn.Module) -> bool:
+    """Whether a wrapper of another class hands everything to the module that it holds: seen by a short forward."""
+    if list(model._modules.values()) != [held] or model._parameters or model._buffers:
+        return False
+    twin = twin_of(model)
+    try:
+        tokens = torch.ones((1, 4), dtype=torch.int64, device=input_device(held))
+        with torch.no_grad():
+            outer, inner = twin(tokens).logits, twin.module(tokens).logits
+    except Exception:  # it takes something else, or returns something else
+        return False
+    return torch.equal(outer, inner)
+
+
+def _check_adapters(model) -> None:
+    active = model.active_adapters if hasattr(model, "active_adapters") else [getattr(model, "active_adapter", None)]
+    active = [active] if isinstance(active, str) else active() if callable(active) else active
+    for name in active:
+        config = model.peft_config.get(name)
+        kind = str(getattr(config, "peft_type", None)).rsplit(".", 1)[-1]
+        outside = getattr(config, "is_prompt_learning", False) or kind in _OUTSIDE
+        if outside or getattr(config, "alora_invocation_tokens", None):
+            raise ValueError(
+                f"model: its adapter '{name}' is of type {kind} and acts outside of the layers it adapts, which "
+                "dlmkernels does not follow: disable it, or use one whose weights are in the layers (LoRA, IA3, …)"
+            )
+
+
+def _check_whole(model: nn.Module) -> None:
+    if any(base.__name__ == "FullyShardedDataParallel" for base in type(model).__mro__) and any(
+        p.numel() == 0 or type(p).__name__ == "FlatParameter" for p in model.parameters()
+    ):
+        raise ValueError(
+            "model: its parameters are sharded over processes: decode within "
+            "FullyShardedDataParallel.summon_full_params(model), or load it without sharding"
+        )
