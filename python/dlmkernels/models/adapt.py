@@ -15,6 +15,7 @@ from .. import ops
 from ..window import AttentionWindow
 from .attention import use_block_attention
 from .families import ARCHITECTURES, FAMILIES, Architecture, Family
+from .fields import longest_canvas
 from .load import from_pretrained
 from .published import form_of, known_types, plan
 
@@ -62,7 +63,7 @@ class DiffusionModel:
     @property
     def max_length(self) -> int | None:
         """Longest canvas the model's position encoding was made for, or None when it does not say."""
-        length = getattr(self.config, "max_position_embeddings", None)
+        length = longest_canvas(self.config)
         return None if length is None else length - self._offset
 
     @property
@@ -129,8 +130,8 @@ class EncoderDecoderModel(DiffusionModel):
         return self.text_config.vocab_size
 
     @property
-    def max_length(self) -> int:
-        return self.text_config.max_position_embeddings
+    def max_length(self) -> int | None:
+        return longest_canvas(self.text_config)
 
     @property
     def block_length(self) -> int:
