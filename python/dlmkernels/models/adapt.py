@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -124,6 +125,10 @@ class EncoderDecoderModel(DiffusionModel):
             raise ValueError(
                 "model must have a causal encoder; its configuration has use_bidirectional_attention='all'"
             )
+        # Up to transformers 5.17 the encoder reads padding in an image's place, later the image's token itself. The
+        # two are told apart by what the function that finds those places is called with.
+        finds = inspect.signature(model.model.encoder.get_placeholder_mask).parameters
+        self._blank = None if "image_features" in finds else model.config.image_token_id
 
     @property
     def vocab_size(self) -> int:
@@ -157,8 +162,8 @@ class EncoderDecoderModel(DiffusionModel):
     ) -> Tensor:  # fmt: skip
         is_context = window.causal_block == 1
         stack = self.model.model.encoder.language_model if is_context else self.model.model.decoder
-        if is_context:  # an image's place without the image
-            tokens = tokens.masked_fill(tokens == self.config.image_token_id, self.text_config.pad_token_id)
+        if is_context and self._blank is not None:  # an image's place without the image
+            tokens = tokens.masked_fill(tokens == self._blank, self.text_config.pad_token_id)
         x = self.embed(tokens) if embeds is None else embeds
         if not is_context:
             x = stack.self_conditioning(x, torch.zeros_like(x) if opinion is None else opinion)
