@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The build backend: setuptools', once all that a build needs is known to be there.
 
-pip asks `get_requires_for_build_…` before it resolves `torch>=2.11` by itself and downloads gigabytes. What is missing
-without build isolation is said here in one sentence, where pip would show a traceback of whichever tool fails first.
+pip asks for `get_requires_for_build_…` (or, without build isolation, for the metadata: `setup.py dist_info`) before it
+resolves `torch>=2.11` by itself and downloads gigabytes. What is missing is said in one sentence, where pip would show
+a traceback of whichever tool fails first.
 """
 
 from __future__ import annotations
@@ -56,17 +57,13 @@ def check() -> None:
         sys.exit(f"dlmkernels cannot be built yet: run first pip install {packages}")
 
 
-def get_requires_for_build_wheel(config_settings=None):
-    check()
-    return _setuptools.get_requires_for_build_wheel(config_settings)
+if importlib.util.find_spec("setuptools") is None:  # as in a new environment of Python 3.12 or later
 
+    def build_wheel(*args, **kwargs):
+        check()
 
-def get_requires_for_build_editable(config_settings=None):
-    check()
-    return _setuptools.get_requires_for_build_editable(config_settings)
-
-
-if importlib.util.find_spec("setuptools") is not None:
+    build_editable = prepare_metadata_for_build_wheel = prepare_metadata_for_build_editable = build_wheel
+else:
     from setuptools import build_meta as _setuptools
 
     build_wheel = _setuptools.build_wheel
@@ -75,3 +72,11 @@ if importlib.util.find_spec("setuptools") is not None:
     get_requires_for_build_sdist = _setuptools.get_requires_for_build_sdist
     prepare_metadata_for_build_wheel = _setuptools.prepare_metadata_for_build_wheel
     prepare_metadata_for_build_editable = _setuptools.prepare_metadata_for_build_editable
+
+    def get_requires_for_build_wheel(config_settings=None):
+        check()
+        return _setuptools.get_requires_for_build_wheel(config_settings)
+
+    def get_requires_for_build_editable(config_settings=None):
+        check()
+        return _setuptools.get_requires_for_build_editable(config_settings)

@@ -18,7 +18,7 @@ from .attention import use_block_attention
 from .families import ARCHITECTURES, FAMILIES, Architecture, Family
 from .fields import longest_canvas
 from .load import from_pretrained
-from .published import form_of, known_types, plan
+from .published import Question, form_of, known_types, plan
 
 
 class DiffusionModel:
@@ -274,7 +274,9 @@ def adapt(model, *, family: str | None = None) -> DiffusionModel:
             kind = EncoderDecoderModel if architecture.two_stacks else DiffusionModel
             return kind(model, architecture, FAMILIES[name])
     if isinstance(model, PreTrainedModel) and form_of(model.config.to_dict()) is not None:
-        return _restock(model, family)
+        known = _restock(model, family)
+        if known is not None:
+            return known
     warnings.warn(
         f"dlmkernels does not know model type '{model_type or type(model).__name__}': decoding forwards the "
         "whole canvas each step through the model's own attention (no KV reuse). Known types: " + known_types(),
@@ -283,11 +285,22 @@ def adapt(model, *, family: str | None = None) -> DiffusionModel:
     return LogitsModel(model)
 
 
-def _restock(model: PreTrainedModel, family: str | None) -> DiffusionModel:
-    """A model of a published family as a stock one that shares its parameters."""
-    how = plan(model.config.to_dict(), family)
-    with model.device:
-        stock = from_pretrained(how, None, state_dict=model.state_dict(), dtype=model.dtype)
+def _restock(model: PreTrainedModel, family: str | None) -> DiffusionModel | None:
+    """A model of a published family as a stock one that shares its parameters; None, after a warning, if its
+    configuration or its weights are not what they are in that family."""
+    try:
+        how = plan(model.config.to_dict(), family)
+        with model.device:
+            stock = from_pretrained(how, None, state_dict=model.state_dict(), dtype=model.dtype)
+    except Question:
+        raise
+    except ValueError as error:
+        warnings.warn(
+            f"model: its configuration says '{model.config.model_type}', but it cannot be read as one of those "
+            f"({error}): its own forward is used",
+            stacklevel=4,
+        )
+        return None
     stock.generation_config = getattr(model, "generation_config", None)
     stock.train(model.training)
     return DiffusionModel(stock, ARCHITECTURES[stock.config.model_type], how.family)

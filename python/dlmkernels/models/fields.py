@@ -42,7 +42,7 @@ SIZES = {
 #: Numbers that no weight shows.
 COUNTS = {
     "max_position_embeddings", "max_sequence_length", "num_experts_per_tok", "top_k_experts", "sliding_window",
-    "local_attention", "canvas_length", "block_size", "bd_size", "decoder_sparse_step", "n_group", "topk_group",
+    "local_attention", "canvas_length", "decoder_sparse_step", "n_group", "topk_group",
     "original_max_position_embeddings", "max_window_layers", "global_attn_every_n_layers",
 }  # fmt: skip
 REALS = {
@@ -117,7 +117,7 @@ def ids(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _fields(raw: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Name and value of every field, those inside others under the names of both."""
     for name, value in raw.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and not name.endswith("_token_id") and name not in LAYERS | SIZES | COUNTS | REALS:
             yield from _fields(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

@@ -367,8 +367,9 @@ def plan(raw: Mapping, family: str | None = None, changes: Mapping[str, Any] | N
     raw = config_fields.heeded(raw) | {name: value for name, value in changes.items() if name in raw}
     config_fields.check({**raw, **changes})
     for name in ("block_size", "bd_size"):
-        if raw.get(name) is not None and raw[name] < 1:
-            raise ValueError(f"its configuration has blocks of {raw[name]!r} tokens ({name})")
+        block = raw.get(name)
+        if block is not None and (not isinstance(block, int) or block < 1):
+            raise ValueError(f"its configuration has blocks of {block!r} tokens ({name})")
     form = form_of(raw)
     if form is None:
         model_type = raw.get("model_type")
