@@ -2,9 +2,7 @@
 """Build dlmkernels._C by driving CMake; sources, flags and architectures are listed in CMakeLists.txt alone."""
 
 import os
-import runpy
 import shlex
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -14,7 +12,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-BUILDS = {"build_ext", "bdist_wheel", "editable_wheel", "install", "develop"}
+sys.path.insert(0, str(ROOT / "cmake"))
+import backend  # noqa: E402
+
+BUILDS = {"build_ext", "bdist_wheel", "dist_info", "editable_wheel", "install", "develop"}
 
 
 def build_jobs() -> int:
@@ -38,18 +39,17 @@ class CMakeBuild(build_ext):
             # Said every time: the build folder would remember another answer.
             f"-DDLMKERNELS_CUDA={os.environ.get('DLMKERNELS_CUDA') or 'auto'}",
         ]
-        if shutil.which("ninja"):
-            args += ["-G", "Ninja"]
+        if ninja := backend.tool("ninja"):
+            args += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         args += shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        subprocess.run(["cmake", "-S", ROOT, "-B", build, *args], check=True)
-        subprocess.run(["cmake", "--build", build, "--parallel", str(build_jobs())], check=True)
-        subprocess.run(["cmake", "--install", build, "--prefix", out], check=True)
+        cmake = backend.tool("cmake") or "cmake"
+        subprocess.run([cmake, "-S", ROOT, "-B", build, *args], check=True)
+        subprocess.run([cmake, "--build", build, "--parallel", str(build_jobs())], check=True)
+        subprocess.run([cmake, "--install", build, "--prefix", out], check=True)
 
 
 if BUILDS & set(sys.argv):
-    # Said before pip resolves `torch>=2.11` by itself and downloads gigabytes.
-    find_torch = runpy.run_path(str(ROOT / "cmake" / "find_torch.py"))
-    if find_torch["find_torch"]() is None:
-        sys.exit(find_torch["MESSAGE"])
+    # For those who call it directly; pip has asked the backend before.
+    backend.check()
 
 setup(ext_modules=[Extension("dlmkernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

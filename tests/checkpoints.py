@@ -309,3 +309,29 @@ def our_logits(model, tokens, **window):
     with adapted.attached():
         positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
         return adapted.logits(adapted.hidden(tokens, positions, AttentionWindow(**window)))
+
+
+def llada_as_llama(seed: int = 0) -> Checkpoint:
+    """LLaDA-V's language model: LLaDA under the names of Llama's fields and weights."""
+    config = {name: QWEN[name] for name in QWEN if "window" not in name} | {
+        "architectures": ["LLaDAModelLM"], "model_type": "llada", "num_experts": -1, "num_experts_per_tok": -1,
+        "attention_bias": False, "pretraining_tp": 1, "moe_choice": "expert", "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+    }  # fmt: skip
+    return checkpoint(config, decoder_shapes(), seed, eps=1e-5, theta=5e5)
+
+
+def with_vision(made: Checkpoint) -> Checkpoint:
+    """A checkpoint as LLaVA-like models hold it: with weights that read images beside."""
+    made.config |= {"model_type": "llava_llada", "mm_vision_tower": "x", "mm_hidden_size": 16, "mm_projector_type": "mlp2x_gelu"}
+    made.weights |= {
+        "model.vision_tower.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight": torch.zeros(16, 16),
+        "model.mm_projector.0.weight": torch.zeros(HIDDEN, 16), "model.image_newline": torch.zeros(HIDDEN),
+    }  # fmt: skip
+    return made
+
+
+def renamed(made: Checkpoint, model_type: str) -> Checkpoint:
+    """The same under another model type."""
+    made.config |= {"model_type": model_type}
+    return made

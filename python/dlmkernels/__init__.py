@@ -63,5 +63,12 @@ __all__ += rules.__all__
 
 def __getattr__(name: str):
     if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+        try:
+            return getattr(importlib.import_module(_LAZY[name], __name__), name)
+        except ImportError as error:
+            if (error.name or "").partition(".")[0] in ("transformers", "safetensors", "huggingface_hub"):
+                raise ImportError(
+                    f'dlmkernels.{name} needs transformers: pip install -U "dlmkernels[models]" ({error})'
+                ) from error
+            raise
     raise AttributeError(f"module 'dlmkernels' has no attribute '{name}'")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import threading
 import warnings
 from typing import Any
@@ -19,9 +20,10 @@ from . import rotary
 from .attention import NAME
 from .devices import check_loaded, input_device
 from .families import ARCHITECTURES, FAMILIES, Architecture, Family
+from .fields import longest_canvas
 from .load import from_pretrained
 from .probe import is_causal
-from .published import form_of, known_types, plan
+from .published import Question, form_of, known_types, plan
 from .twin import twin_of
 from .wrappers import unwrap
 
@@ -89,7 +91,7 @@ class DiffusionModel:
     @property
     def max_length(self) -> int | None:
         """Longest canvas the model's position encoding was made for, or None when it does not say."""
-        length = getattr(self.config, "max_position_embeddings", None)
+        length = longest_canvas(self.config)
         return None if length is None else length - self._offset
 
     @property
@@ -170,14 +172,18 @@ class EncoderDecoderModel(DiffusionModel):
             raise ValueError(
                 "model must have a causal encoder; its configuration has use_bidirectional_attention='all'"
             )
+        # Up to transformers 5.17 the encoder reads padding in an image's place, later the image's token itself. The
+        # two are told apart by what the function that finds those places is called with.
+        finds = inspect.signature(model.model.encoder.get_placeholder_mask).parameters
+        self._blank = None if "image_features" in finds else model.config.image_token_id
 
     @property
     def vocab_size(self) -> int:
         return self.text_config.vocab_size
 
     @property
-    def max_length(self) -> int:
-        return self.text_config.max_position_embeddings
+    def max_length(self) -> int | None:
+        return longest_canvas(self.text_config)
 
     @property
     def block_length(self) -> int:
@@ -203,8 +209,8 @@ class EncoderDecoderModel(DiffusionModel):
     ) -> Tensor:  # fmt: skip
         is_context = window.causal_block == 1
         stack = self._twin.model.encoder.language_model if is_context else self._twin.model.decoder
-        if is_context:  # an image's place without the image
-            tokens = tokens.masked_fill(tokens == self.config.image_token_id, self.text_config.pad_token_id)
+        if is_context and self._blank is not None:  # an image's place without the image
+            tokens = tokens.masked_fill(tokens == self._blank, self.text_config.pad_token_id)
         x = self.embed(tokens) if embeds is None else embeds
         if not is_context:
             x = stack.self_conditioning(x, torch.zeros_like(x) if opinion is None else opinion)
@@ -337,7 +343,7 @@ def adapt(model, *, family: str | None = None, causal: bool | None = None) -> Di
     if known is not None:
         _check_unused(causal, known)
         return known
-    adapted = LogitsModel(within, FAMILIES[family or "masked"], model)
+    adapted = LogitsModel(within, FAMILIES[family or _family_named(within) or "masked"], model)
     if causal is None:
         _refuse_causal(adapted)
     model_type = getattr(adapted.config, "model_type", None) or type(within).__name__
@@ -374,6 +380,12 @@ def _adapt_known(model, family: str | None) -> DiffusionModel | None:
     return None if form_of(config.to_dict()) is None else _restock(model, family)
 
 
+def _family_named(model) -> str | None:
+    """The family of a published form that could not be read: its logits speak of the same positions all the same."""
+    form = form_of(model.config.to_dict()) if isinstance(model, PreTrainedModel) else None
+    return form.family if form is not None and isinstance(form.family, str) else None
+
+
 def _check_unused(causal: bool | None, model: DiffusionModel) -> None:
     if causal is not None:
         raise ValueError(
@@ -408,18 +420,31 @@ def _refuse_causal(adapted: LogitsModel) -> None:
 _building = threading.Lock()
 
 
-def _restock(model: PreTrainedModel, family: str | None) -> DiffusionModel:
-    """A model of a published family as a stock one that shares its parameters."""
+def _restock(model: PreTrainedModel, family: str | None) -> DiffusionModel | None:
+    """A model of a published family as a stock one that shares its parameters.
+
+    None, after a warning, if its configuration or its weights are not what they are in that family.
+    """
     check_loaded(model, may_be_elsewhere=False)
-    how = plan(model.config.to_dict(), family)
     state = model.state_dict()
     if any(".base_layer." in name for name in state):
         raise ValueError(
-            f"model: {type(model).__name__} has adapters, and its parameters are to be placed into "
-            f"{how.model_class.__name__}: merge them first (merge_and_unload of PEFT)"
+            f"model: {type(model).__name__} has adapters, and its parameters are to be placed into a stock class: merge "
+            "them first (merge_and_unload of PEFT)"
         )
-    with _building, model.device:
-        stock = from_pretrained(how, None, state_dict=state, dtype=model.dtype)
+    try:
+        how = plan(model.config.to_dict(), family)
+        with _building, model.device:
+            stock = from_pretrained(how, None, state_dict=state, dtype=model.dtype)
+    except Question:
+        raise
+    except ValueError as error:
+        warnings.warn(
+            f"model: its configuration says '{model.config.model_type}', but it cannot be read as one of those "
+            f"({error}): its own forward is used",
+            stacklevel=4,
+        )
+        return None
     stock.generation_config = getattr(model, "generation_config", None)
     stock.train(model.training)
     return DiffusionModel(stock, ARCHITECTURES[stock.config.model_type], how.family)

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from os import PathLike
@@ -13,24 +13,32 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers.core_model_loading import WeightRenaming
 from transformers.utils import cached_file
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+from .checkpoint import ADAPTER_CONFIG, HUB_ID, QUIET
+from .published import renamed
+
+WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 
 
-def adapter_config(path_or_id: str | PathLike, where: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The `adapter_config.json` at a folder or hub id, None if there is none."""
-    file = cached_file(path_or_id, CONFIG, **where, **QUIET)
-    if file is None:
+def base_of(config: Mapping[str, Any]) -> str | None:
+    """The base model that an adapter's configuration names, None if it names none.
+
+    Raises
+    ------
+    ValueError
+        When it names a folder relative to somewhere, which would be another one for each user.
+    """
+    base = config.get("base_model_name_or_path")
+    if base in (None, ""):
         return None
-    with open(file, encoding="utf-8") as stream:
-        return json.load(stream)
-
-
-QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False,
-         "_raise_exceptions_for_gated_repo": False}  # fmt: skip
+    if not isinstance(base, str) or not (os.path.isabs(base) or HUB_ID.fullmatch(base)) or ".." in base.split("/"):
+        raise ValueError(
+            f"the adapter's configuration has base_model_name_or_path={base!r}; expected a hub id or the full path of a "
+            "folder: pass base=… to say which model it is for"
+        )
+    return base
 
 
 def merge(
@@ -56,15 +64,15 @@ def merge(
             raise ValueError(f"the adapter's configuration has {name}={config[name]!r}, which is not supported")
     pairs = _pairs(_weights(path_or_id, where, allow_pickle))
     parameters = dict(model.named_parameters())
-    renamings = [WeightRenaming(old, new) for old, new in key_mapping.items()]
+    names = renamed((module + ".weight" for module in pairs), key_mapping)
     updates = []
     for module, (a, b) in pairs.items():
-        name = module + ".weight"
-        for renaming in renamings:
-            name, _ = renaming.rename_source_key(name)
+        name = names[module + ".weight"]
         weight = parameters.get(name)
         if weight is None:
             raise ValueError(f"the adapter adapts {module}, which the model does not have")
+        if a.dim() != 2 or b.dim() != 2 or 0 in (*a.shape, *b.shape):
+            raise ValueError(f"the adapter of {module} has matrices {list(b.shape)} and {list(a.shape)}")
         if not weight.is_floating_point():
             raise ValueError(f"the adapter cannot be merged into {name}: it is quantised ({weight.dtype})")
         shape = (b.shape[0], a.shape[1])
@@ -75,6 +83,8 @@ def merge(
             )
         rank = a.shape[0]
         alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < math.inf:
+            raise ValueError(f"the adapter's configuration has lora_alpha={alpha!r} for {module}; expected a number")
         updates.append((weight, b, a, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)))
     with torch.no_grad():
         for weight, b, a, scale in updates:
@@ -89,7 +99,7 @@ def _weights(path_or_id: str | PathLike, where: Mapping[str, Any], allow_pickle:
         return load_file(file)
     file = cached_file(path_or_id, PICKLE, **where, **QUIET) if allow_pickle else None
     if file is None:
-        raise ValueError(f"there is no {WEIGHTS} beside {CONFIG}")
+        raise ValueError(f"there is no {WEIGHTS} beside {ADAPTER_CONFIG}")
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
@@ -107,9 +117,14 @@ def _pairs(weights: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     return {module: (pair["A"], pair["B"]) for module, pair in found.items()}
 
 
-def _by_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
+def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
     """PEFT's per-module values: the first pattern that ends the module's name."""
+    if not isinstance(patterns, (Mapping, type(None))):
+        raise ValueError(f"the adapter's configuration has alpha_pattern={patterns!r}; expected an object")
     for pattern, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+        # Without groups and with few repetitions, a pattern cannot take longer than the name is long, to the third.
+        if "(" in pattern or len(re.findall(r"[*+?{]", pattern)) > 3:
+            raise ValueError(f"the adapter's configuration has an alpha_pattern that is not supported: '{pattern}'")
+        if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module):
             return value
     return default

@@ -3,22 +3,39 @@
 
 from __future__ import annotations
 
-import json
+import functools
+import inspect
 import traceback
+from collections.abc import Callable
 from os import PathLike
 from typing import Any
 
-from safetensors import safe_open
-from transformers import PreTrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from . import adapters
+from . import adapters, fields
+from .checkpoint import ADAPTER_CONFIG, WHERE, locate, read_object, weight_files, weight_shapes
 from .families import FAMILIES
-from .published import Plan, Question, plan
+from .published import Plan, Question, UnknownField, plan, renamed
 
-#: Arguments of `from_pretrained` that say where a file is found.
-WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-OF_ONE_REPOSITORY = ("revision", "subfolder")
+OF_ONE_REPOSITORY = ("revision", "subfolder", "_commit_hash")
+KINDS = ("missing_keys", "unexpected_keys")
+#: What `from_pretrained` takes beyond its signature, in any of the versions of transformers.
+PASSED_ON = {
+    "allow_all_kernels", "attn_implementation", "device_map", "device_mesh", "disable_mmap", "distributed_config",
+    "dtype", "experts_implementation", "fusion_config", "generation_config", "kernel_config", "low_cpu_mem_usage",
+    "max_memory", "offload_buffers", "offload_folder", "offload_state_dict", "quantization_config", "subfolder",
+    "torch_dtype", "tp_plan", "tp_size", "tqdm_class", "use_kernels", "variant",
+}  # fmt: skip
+#: What `load` says itself, and how it is told.
+OWN = {
+    "config": "pass its fields by name", "ignore_mismatched_sizes": "shapes must be right",
+    "key_mapping": "families say it", "output_loading_info": "what does not fit is an error",
+    "state_dict": "weights come from the checkpoint", "use_safetensors": "see allow_pickle",
+    "dlm_family": "pass family", "gguf_file": "GGUF files are not read", "weights_only": "it is always so",
+    "adapter_kwargs": "adapters are merged", "adapter_name": "adapters are merged",
+}  # fmt: skip
 
 
 def load(
@@ -32,6 +49,7 @@ def load(
     path_or_id : str or path
         A local folder or a hub id, in Hugging Face format: the published form of any known family, a stock
         transformers model, or a LoRA adapter in PEFT's format, which is merged into its base (PEFT is not needed).
+        "demo" is the small model that comes with the package ("./demo": a folder of that name).
     family : str, optional
         How it is decoded (a key of `FAMILIES`), where its configuration does not tell: a `LlamaForCausalLM` may have
         been trained as anything.
@@ -40,7 +58,9 @@ def load(
     allow_pickle : bool
         Also read `pytorch_model.bin`, with `torch.load(weights_only=True)`. Off: safetensors alone.
     **kwargs
-        Passed to `from_pretrained` (`dtype`, `device_map`, `quantization_config`, `revision`, …).
+        Arguments of transformers' `from_pretrained` (`dtype`, `device_map`, `quantization_config`, `revision`,
+        `attn_implementation`, …), and fields of the configuration in place of the checkpoint's
+        (`max_position_embeddings`, `mask_token_id`, …).
 
     Returns
     -------
@@ -50,56 +70,113 @@ def load(
 
     Raises
     ------
+    TypeError
+        When a keyword is neither an argument of `from_pretrained` nor a field of the configuration.
     ValueError
-        When the model type is not known or fits several families, weights are missing, unexpected or of another
-        shape, or the files cannot be read. No remote code is ever run.
+        When there is no such checkpoint, the model type is not known or fits several families, a field of the
+        configuration is not what it must be, weights are missing, unexpected or of another shape, or the files cannot
+        be read.
+
+    Notes
+    -----
+    A checkpoint is data. None of its code is run; what its configuration says of implementations (of attention, of
+    experts), of kernels and of other files is not heeded, its quantiser must be an installed library unless
+    `quantization_config` is passed, and its index of weights may name files in its own folder alone.
     """
+    for name in OWN.keys() & kwargs.keys():
+        raise TypeError(f"load takes no {name}: {OWN[name]}")
     if kwargs.pop("trust_remote_code", False):
         raise ValueError(
             "trust_remote_code is not supported: load runs no code from a checkpoint. Load the model yourself and "
             "pass it to dlmkernels.generate"
         )
-    where = {name: kwargs[name] for name in WHERE if name in kwargs}
-    try:
-        raw, _ = PreTrainedConfig.get_config_dict(path_or_id, **where)
-        adapter = adapters.adapter_config(path_or_id, where)
-    except TypeError as error:
-        raise ValueError(
-            f"path_or_id: no readable model configuration at '{path_or_id}': it holds no object"
-        ) from error
-    except Exception as error:  # a file may hold anything
-        raise ValueError(f"path_or_id: no readable model configuration at '{path_or_id}': {_say(error)}") from error
+    path, where = locate(path_or_id, {name: kwargs[name] for name in WHERE if name in kwargs})
+    raw, where = _read(path, CONFIG_NAME, where)
+    adapter, where = _read(path, ADAPTER_CONFIG, where)
     if adapter is not None:
-        return _load_adapted(path_or_id, adapter, base, family, where, allow_pickle, kwargs)
+        return _load_adapted(path, adapter, base, family, where, allow_pickle, kwargs)
+    return _load(path, raw, family, where, allow_pickle, kwargs)
+
+
+def _read(path: str, name: str, where: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """A JSON file of the checkpoint, None if there is none, and `where` to find the rest of the same revision."""
+    try:
+        found = read_object(path, name, where)
+    except Exception as error:  # a file may hold anything
+        raise ValueError(f"path_or_id: no readable model configuration at '{path}': {_say(error)}") from error
+    if found is None:
+        return None, where
+    content, commit = found
+    return content, where | ({"_commit_hash": commit} if commit else {})
+
+
+def _load(
+    path: str, raw: dict[str, Any] | None, family: str | None, where: dict[str, Any], allow_pickle: bool,
+    kwargs: dict[str, Any], ask: Callable[[Plan], None] = lambda how: None,
+):  # fmt: skip
+    """The model at `path`, whose configuration is `raw`. `ask(plan)` may raise a question before weights are read."""
     if not raw:
-        raise ValueError(f"path_or_id: no readable model configuration at '{path_or_id}': there is no config.json")
+        raise ValueError(f"path_or_id: no readable model configuration at '{path}': there is no {CONFIG_NAME}")
+    changes = {name: value for name, value in kwargs.items() if name not in _passed_on()}
     try:
-        how = plan(raw, family)
+        fields.check_quantizer(raw, kwargs.get("quantization_config"))
+        how = plan(raw, family, changes)
+        ask(how)
+        generation, _ = _read(path, GENERATION_CONFIG_NAME, where)
+        fields.check({GENERATION_CONFIG_NAME: fields.ids(generation or {})})
+        shapes = weight_shapes(weight_files(path, where, allow_pickle, kwargs.get("variant")))
+        fields.check_sizes(how.raw, shapes)
+        with torch.device("meta"):
+            empty = how.model_class(how.config)
+        fields.check_model(empty, how.raw, renamed(shapes, how.key_mapping), shapes)
+    except UnknownField:
+        raise
     except Exception as error:  # what the stock configurations raise has no common base
-        raise ValueError(f"path_or_id: '{path_or_id}' cannot be loaded: {_say(error)}") from error
-    return from_pretrained(how, path_or_id, use_safetensors=None if allow_pickle else True, **kwargs)
+        raise ValueError(f"path_or_id: '{path}' cannot be loaded: {_say(error)}") from error
+    how.config._commit_hash = where.get("_commit_hash")
+    passed = {name: value for name, value in (kwargs | where).items() if name in _passed_on()}
+    return from_pretrained(how, path, use_safetensors=None if allow_pickle else True, **passed)
 
 
-def _load_adapted(path_or_id, adapter: dict, base, family: str | None, where: dict, allow_pickle: bool, kwargs: dict):
+@functools.cache
+def _passed_on() -> set[str]:
+    """Names of the arguments that are for `from_pretrained`."""
+    named = inspect.signature(PreTrainedModel.from_pretrained).parameters.values()
+    return (PASSED_ON | {*WHERE} | {p.name for p in named if p.kind is not p.VAR_KEYWORD}) - OWN.keys()
+
+
+def _load_adapted(path: str, adapter: dict, base, family: str | None, where: dict, allow_pickle: bool, kwargs: dict):
     """The base of an adapter, and the adapter merged into it."""
-    base = base or adapter.get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"path_or_id: the adapter at '{path_or_id}' does not name its base model: pass base=…")
-    # the base has its own revision and folder
-    base_where = {name: value for name, value in where.items() if name not in OF_ONE_REPOSITORY}
-    kwargs = {name: value for name, value in kwargs.items() if name not in OF_ONE_REPOSITORY}
-    try:
-        raw, _ = PreTrainedConfig.get_config_dict(base, **base_where)
-        how = plan(raw, family)
+
+    def ask(how: Plan) -> None:
+        nonlocal key_mapping
+        key_mapping = how.key_mapping
         if family is None and f"d2f-{how.family.name}" in FAMILIES:
             raise Question(
                 f"nothing says how it was trained: pass family='{how.family.name}' or family='d2f-{how.family.name}'"
             )
-        model = from_pretrained(how, base, use_safetensors=None if allow_pickle else True, **kwargs)
-        adapters.merge(model, path_or_id, adapter, how.key_mapping, where, allow_pickle)
+
+    key_mapping: dict[str, str] = {}
+    # the base has its own revision and folder
+    base_where = {name: value for name, value in where.items() if name not in OF_ONE_REPOSITORY}
+    kwargs = {name: value for name, value in kwargs.items() if name not in OF_ONE_REPOSITORY}
+    try:
+        base = base or adapters.base_of(adapter)
+        if base is None:
+            raise ValueError("it does not name its base model: pass base=…")
+        base_path, base_where = locate(base, base_where)
+        raw, base_where = _read(base_path, CONFIG_NAME, base_where)
+        if _read(base_path, ADAPTER_CONFIG, base_where)[0] is not None:
+            raise ValueError(f"its base '{base_path}' is an adapter, too")
+        model = _load(base_path, raw, family, base_where, allow_pickle, kwargs, ask)
+        adapters.merge(model, path, adapter, key_mapping, where, allow_pickle)
+    except UnknownField:
+        raise
     except Exception as error:
-        raise ValueError(f"path_or_id: the adapter at '{path_or_id}' cannot be loaded: {_say(error)}") from error
+        raise ValueError(f"path_or_id: the adapter at '{path}' cannot be loaded: {_say(error)}") from error
     return model
+
+
 
 
 def from_pretrained(how: Plan, path_or_id: str | PathLike | None, **kwargs: Any):
@@ -110,14 +187,9 @@ def from_pretrained(how: Plan, path_or_id: str | PathLike | None, **kwargs: Any)
         # Shapes that differ are collected rather than raised, so that all of them can be named.
         model, report = how.model_class.from_pretrained(path_or_id, ignore_mismatched_sizes=True, **kwargs)
     except Exception as error:  # safetensors, OS and JSON errors share no base class
-        where = {name: kwargs[name] for name in WHERE if name in kwargs}
-        reason = _unconverted(error) or (path_or_id and _unreadable(path_or_id, where)) or _say(error)
-        raise ValueError(f"{what} cannot be loaded: {reason}") from error
-    problems = [
-        f"{kind.replace('_', ' ')}: {', '.join(sorted(report[kind]))}"
-        for kind in ("missing_keys", "unexpected_keys")
-        if report.get(kind)
-    ]
+        raise ValueError(f"{what} cannot be loaded: {_unconverted(error) or _say(error)}") from error
+    found = {kind: {name for name in report.get(kind, ()) if not how.leaves_out(name)} for kind in KINDS}
+    problems = [f"{kind.replace('_', ' ')}: {', '.join(sorted(names))}" for kind, names in found.items() if names]
     if report.get("mismatched_keys"):
         shapes = (f"{name} {list(found)}, expected {list(wanted)}" for name, found, wanted in report["mismatched_keys"])
         problems.append(f"wrong shapes: {'; '.join(sorted(shapes))}")
@@ -144,27 +216,4 @@ def _unconverted(error: Exception) -> str:
         if errors:  # a traceback, what the error says, and for which weights
             said = {name: [*what.strip().splitlines(), ""][-3:][0] for name, what in errors.items()}
             return "; ".join(f"{name} does not fit: {what}" for name, what in sorted(said.items()))
-    return ""
-
-
-def _unreadable(path_or_id: str | PathLike, where: dict) -> str:
-    """Which file of safetensors cannot be read, and why; "" if all can."""
-    try:
-        index = cached_file(path_or_id, SAFE_WEIGHTS_INDEX_NAME, **where, **adapters.QUIET)
-        files = {SAFE_WEIGHTS_NAME}
-        if index is not None:
-            with open(index, encoding="utf-8") as stream:
-                files = set(json.load(stream)["weight_map"].values())
-    except Exception as error:
-        return f"{SAFE_WEIGHTS_INDEX_NAME} is not an index of weights: {type(error).__name__}: {error}"
-    for name in sorted(files, key=str):
-        try:
-            file = cached_file(path_or_id, name, **where, **adapters.QUIET)
-            if file is None and index is not None:
-                return f"there is no {name}, which {SAFE_WEIGHTS_INDEX_NAME} names"
-            if file is not None:
-                with safe_open(file, "pt") as weights:
-                    weights.keys()
-        except Exception as error:
-            return f"{name} cannot be read: {_say(error)}"
     return ""

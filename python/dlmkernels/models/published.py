@@ -6,12 +6,16 @@ Nothing that comes with a checkpoint is executed: its configuration is read as d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.core_model_loading import WeightRenaming
 
+from . import fields as config_fields
 from .families import ARCHITECTURES, FAMILIES, Family
 
 #: Fields that mean the same in every configuration.
@@ -33,12 +37,21 @@ EXPERTS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """How a checkpoint is loaded: onto which class, with which configuration, its weights renamed how."""
+    """How a checkpoint is loaded: onto which class, with which configuration, its weights renamed how.
+
+    `raw` is the file's configuration with the user's changes, `left_out` a pattern of weights that are not loaded.
+    """
 
     family: Family
     model_class: Any
     config: PreTrainedConfig
     key_mapping: dict[str, str] = field(default_factory=dict)
+    raw: Mapping[str, Any] = field(default_factory=dict)
+    left_out: str | None = None
+
+    def leaves_out(self, name: str) -> bool:
+        """Whether a weight of this name is none of the language model's."""
+        return self.left_out is not None and re.match(self.left_out, name) is not None
 
 
 @dataclass(frozen=True)
@@ -53,15 +66,33 @@ class Form:
         From the raw configuration to (stock model type, fields of its configuration).
     key_mapping : dict
         Patterns of weight names and what they become, in this order.
+    left_out : str, optional
+        Pattern of the names, at their start, of weights that are not loaded: those that read images.
     """
 
     family: str | Callable[[Mapping], str]
     translate: Callable[[Mapping], tuple[str, dict[str, Any]]]
     key_mapping: dict[str, str] = field(default_factory=dict)
+    left_out: str | None = None
 
 
 class Question(ValueError):
     """Raised when the configuration fits several families."""
+
+
+class UnknownField(TypeError):
+    """Raised for a keyword that is no field of the configuration."""
+
+
+def renamed(names: Iterable[str], key_mapping: Mapping[str, str]) -> dict[str, str]:
+    """What weights of a checkpoint are called in the stock class."""
+    renamings = [WeightRenaming(old, new) for old, new in key_mapping.items()]
+    found = {}
+    for name in names:
+        found[name] = name
+        for renaming in renamings:
+            found[name], _ = renaming.rename_source_key(found[name])
+    return found
 
 
 def pick(raw: Mapping, *names: str) -> dict[str, Any]:
@@ -113,6 +144,12 @@ def _llada(raw: Mapping):
         "rms_norm_eps": raw.get("rms_norm_eps", 1e-5),
         "tie_word_embeddings": raw.get("weight_tying", True),
     }
+
+
+def _llada_as_llama(raw: Mapping):
+    """LLaDA under the names of Llama's fields and weights: LLaDA-V's language model (arXiv:2505.16933)."""
+    require(raw, attention_bias=False, mlp_bias=False, hidden_act="silu", pretraining_tp=(1,))
+    return "llama", pick(raw, *DECODER)
 
 
 LLADA_KEYS = {
@@ -257,9 +294,20 @@ WRAPPED_KEYS = {
     "llama": {r"^denoise_model\.": "model.", r"^embed_tokens\.": "model.embed_tokens."},
 }
 
-#: Key: the file's `model_type`, then what tells apart those that share one.
+#: What LLaVA-like models hold beside their language model.
+VISION = r"(model\.)?(vision_tower|vision_resampler|mm_projector|image_newline)\b"
+
+#: Key: the file's `model_type`, then what tells apart those that share one (see `form_of`).
 FORMS: dict[str, Form] = {
     "llada": Form("llada", _llada, LLADA_KEYS),
+    "llada, Llama's names": Form("llada", _llada_as_llama),
+    # LaViDa, arXiv:2505.16839, and LLaDA-V: the language models
+    "llava_llada": Form("llada", _llada, LLADA_KEYS, VISION),
+    "llava_llada, Llama's names": Form("llada", _llada_as_llama, {}, VISION),
+    # as saved by github.com/ZHZisZZ/dllm
+    "fastdllm_llada": Form("llada", _llada, LLADA_KEYS),
+    "fastdllm_dream": Form("dream", _dream),
+    "llada21_moe": Form("llada2", _llada2),
     "lladamoe": Form("llada-moe", _llada_moe),
     "Dream": Form("dream", _dream),
     "rnd1": Form("rnd1", _rnd1),
@@ -278,19 +326,23 @@ FORMS: dict[str, Form] = {
 def form_of(raw: Mapping) -> Form | None:
     """The published form of a raw configuration, None if it is a stock one."""
     model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        return None
     if raw.get("dlm_family") and model_type in ARCHITECTURES:
         return None  # saved again by transformers after `load`
-    # LLaDA-8B and LLaDA-MoE have one model type
-    if model_type == "llada" and raw.get("num_experts"):
+    # LLaDA-8B and LLaDA-MoE have one model type, and so have two ways to write LLaDA-8B's configuration
+    if model_type == "llada" and (raw.get("num_experts") or 0) > 0:
         model_type = "lladamoe"
-    return FORMS.get(model_type or "")
+    elif "d_model" not in raw and f"{model_type}, Llama's names" in FORMS:
+        model_type += ", Llama's names"
+    return FORMS.get(model_type)
 
 
 def known_types() -> str:
-    return ", ".join(sorted({*ARCHITECTURES, *FORMS}))
+    return ", ".join(sorted({*ARCHITECTURES, *(name.partition(",")[0] for name in FORMS)}))
 
 
-def plan(raw: Mapping, family: str | None = None) -> Plan:
+def plan(raw: Mapping, family: str | None = None, changes: Mapping[str, Any] | None = None) -> Plan:
     """How to load the checkpoint of a raw configuration (the contents of `config.json`).
 
     Parameters
@@ -298,22 +350,30 @@ def plan(raw: Mapping, family: str | None = None) -> Plan:
     raw : mapping
     family : str, optional
         A key of `FAMILIES`; None: what the configuration says.
+    changes : mapping, optional
+        Fields, by the name that the file or the stock configuration has for them, to put in place of the file's.
 
     Raises
     ------
+    UnknownField
+        When a change is of no field.
     ValueError
-        When the model type is not known, the configuration asks for what the stock class does not do, or it fits
-        several families.
+        When the model type is not known, the configuration asks for what the stock class does not do, a field is not
+        what it must be, or it fits several families.
     """
     if family is not None and family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {family!r}")
-    for block in (raw.get("block_size"), raw.get("bd_size")):
+    changes = changes or {}
+    raw = config_fields.heeded(raw) | {name: value for name, value in changes.items() if name in raw}
+    config_fields.check({**raw, **changes})
+    for name in ("block_size", "bd_size"):
+        block = raw.get(name)
         if block is not None and (not isinstance(block, int) or block < 1):
-            raise ValueError(f"its configuration has blocks of {block!r} tokens")
+            raise ValueError(f"its configuration has blocks of {block!r} tokens ({name})")
     form = form_of(raw)
     if form is None:
         model_type = raw.get("model_type")
-        if model_type not in ARCHITECTURES:
+        if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
             raise ValueError(
                 f"it has model type '{model_type}'; known types: {known_types()}. Other models can be loaded by their "
                 "own class and passed to dlmkernels.generate"
@@ -321,20 +381,42 @@ def plan(raw: Mapping, family: str | None = None) -> Plan:
         name = family or raw.get("dlm_family") or ARCHITECTURES[model_type].family
         ARCHITECTURES[model_type].check_family(name)
         fields: dict[str, Any] = dict(raw)
-        key_mapping = WRAPPED_KEYS.get(model_type, {}) if name == "diffullama" else {}
+        key_mapping, left_out = WRAPPED_KEYS.get(model_type, {}) if name == "diffullama" else {}, None
     else:
         name = family or (form.family if isinstance(form.family, str) else form.family(raw))
         model_type, fields = form.translate(raw)
         # how long its blocks are, under one name
         blocks = {"block_size": raw.get("block_size") or raw.get("bd_size")}
         fields = pick(raw, *COMMON) | pick(blocks, "block_size") | fields
-        key_mapping = form.key_mapping
-    if name not in FAMILIES:
+        key_mapping, left_out = form.key_mapping, form.left_out
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"its configuration names the family {name!r}; known families: {', '.join(FAMILIES)}")
     model_class = ARCHITECTURES[model_type].load_class()
-    fields = {key: value for key, value in fields.items() if key not in ("model_type", "architectures", "auto_map")}
-    config = model_class.config_class.from_dict(fields)
+    config_class = model_class.config_class
+    fields = _changed(fields, changes, raw, config_class)
+    fields.pop("model_type", None)
+    fields.pop("architectures", None)
+    config = config_class.from_dict(config_fields.heeded(fields, config_class))
     config.dlm_family = name
     if FAMILIES[name].knows_ids_of(config) and getattr(config, "mask_token_id", None) is None:
         config.mask_token_id = FAMILIES[name].mask_token_id
-    return Plan(FAMILIES[name], model_class, config, key_mapping)
+    return Plan(FAMILIES[name], model_class, config, key_mapping, {**raw, **fields}, left_out)
+
+
+def _changed(fields: dict[str, Any], changes: Mapping, raw: Mapping, config_class: Any) -> dict[str, Any]:
+    """The fields of a stock configuration with the user's changes, which may be of those inside `text_config`."""
+    inner = getattr(config_class, "sub_configs", {}).get("text_config")
+    names = config_fields.field_names(config_class) | {"mask_token_id", "block_size"}
+    inner_names = set() if inner is None else config_fields.field_names(inner)
+    for name, value in changes.items():
+        if name in names:
+            fields = fields | {name: value}
+        elif name in inner_names:
+            fields = fields | {"text_config": dict(fields.get("text_config") or {}) | {name: value}}
+        elif name not in raw:
+            near = difflib.get_close_matches(name, names | inner_names, 3)
+            raise UnknownField(
+                f"load got an unexpected keyword '{name}': neither an argument of from_pretrained nor a field of "
+                f"{config_class.__name__}" + (f"; near it: {', '.join(near)}" if near else "")
+            )
+    return fields

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of a checkpoint: where they are, and what they say before anything is built from them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import PurePosixPath
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors import safe_open
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
+from transformers.utils.hub import cached_files, extract_commit_hash
+
+#: Arguments of `from_pretrained` that say where a file is found.
+WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False,
+         "_raise_exceptions_for_gated_repo": False}  # fmt: skip
+ADAPTER_CONFIG = "adapter_config.json"
+#: The name of the model that comes with the package.
+DEMO = "demo"
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+#: How long the hub may take to say whether it knows a model.
+HUB_SECONDS = 5.0
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+# --- where ------------------------------------------------------------------------------------------------------------
+
+
+def locate(path_or_id: str | PathLike, where: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The folder or hub id, and `where` with what was learned on the way.
+
+    A folder comes first. What cannot be a hub id is not looked for there; a hub that does not answer is asked once,
+    and what it had sent before is used.
+
+    Raises
+    ------
+    TypeError
+        When `path_or_id` is no path.
+    ValueError
+        When there is no such folder, nor a model of that name on the hub.
+    """
+    if not isinstance(path_or_id, (str, PathLike)):
+        raise TypeError(f"path_or_id must be a folder or a hub id; got {type(path_or_id).__name__}")
+    name = os.path.expanduser(os.fspath(path_or_id))
+    if name == DEMO:
+        from ..demo import MODEL_DIR
+
+        return str(MODEL_DIR), where
+    if os.path.isdir(name):
+        return name, where
+    if os.path.exists(name):
+        raise ValueError(f"path_or_id: '{name}' is a file; expected the folder that holds {CONFIG_NAME}")
+    if isinstance(path_or_id, PathLike) or not HUB_ID.fullmatch(name):
+        raise ValueError(f"path_or_id: there is no folder '{name}'")
+    return name, where | _reach(name, where)
+
+
+def _reach(name: str, where: Mapping[str, Any]) -> dict[str, Any]:
+    """What `where` needs in addition for a model on the hub."""
+    trouble = "downloads are switched off"
+    if not (where.get("local_files_only") or constants.HF_HUB_OFFLINE):
+        try:
+            HfApi().model_info(
+                name, revision=where.get("revision"), token=where.get("token"), timeout=HUB_SECONDS
+            )  # fmt: skip
+            return {}
+        except RevisionNotFoundError:
+            raise ValueError(f"path_or_id: '{name}' has no revision '{where.get('revision')}' on the hub") from None
+        except RepositoryNotFoundError:
+            raise ValueError(
+                f"path_or_id: there is no folder '{name}', and the hub shows no model of that name (a private one "
+                "needs token=…)"
+            ) from None
+        except HfHubHTTPError as error:
+            trouble = f"the hub answers {error.response.status_code}"
+        except Exception as error:  # which one depends on the HTTP client
+            trouble = f"the hub cannot be reached ({type(error).__name__})"
+    places = {key: where[key] for key in ("cache_dir", "revision") if where.get(key)}
+    for file in (CONFIG_NAME, ADAPTER_CONFIG):
+        if isinstance(try_to_load_from_cache(name, file, **places), str):
+            return {"local_files_only": True}
+    raise ValueError(
+        f"path_or_id: there is no folder '{name}', and no model of that name was downloaded before; {trouble}"
+    )
+
+
+# --- what -------------------------------------------------------------------------------------------------------------
+
+
+def read_object(path_or_id: str, name: str, where: Mapping[str, Any]) -> tuple[dict[str, Any], str | None] | None:
+    """The JSON object in a file of the checkpoint and the revision it is from, None if there is no such file.
+
+    Raises
+    ------
+    ValueError
+        When the file holds something else.
+    """
+    file = cached_file(path_or_id, name, **where, **QUIET)
+    if file is None:
+        return None
+    with open(file, encoding="utf-8") as stream:
+        value = json.load(stream)
+    if not isinstance(value, dict):
+        raise ValueError("it holds no object")
+    return value, extract_commit_hash(file, None)
+
+
+def weight_files(
+    path_or_id: str, where: Mapping[str, Any], allow_pickle: bool = False, variant: str | None = None
+) -> list[str]:
+    """The files that hold the weights, those that transformers would read.
+
+    Raises
+    ------
+    ValueError
+        When there are none, or the index of them names a file that is missing or outside of the checkpoint's folder.
+    """
+    kinds = [(SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)][: 1 + bool(allow_pickle)]
+    for names in kinds:
+        whole, index = (_with_variant(name, variant) for name in names)
+        file = cached_file(path_or_id, whole, **where, **QUIET)
+        if file is not None:
+            return [file]
+        file = cached_file(path_or_id, index, **where, **QUIET)
+        if file is not None:
+            return _shards(path_or_id, index, file, where)
+    raise ValueError(f"there is no {_with_variant(SAFE_WEIGHTS_NAME, variant)}")
+
+
+def _with_variant(name: str, variant: str | None) -> str:
+    stem, dot, rest = name.partition(".")
+    return f"{stem}.{variant}{dot}{rest}" if variant else name
+
+
+def _shards(path_or_id: str, index: str, file: str, where: Mapping[str, Any]) -> list[str]:
+    """The files that an index names."""
+    try:
+        with open(file, encoding="utf-8") as stream:
+            read = json.load(stream)
+        names, metadata = sorted(set(read["weight_map"].values()), key=str), read["metadata"]
+        metadata.keys()  # transformers adds to it
+    except Exception as error:
+        raise ValueError(f"{index} is not an index of weights: {type(error).__name__}: {error}") from error
+    for name in names:
+        if not _is_inside(name):
+            raise ValueError(f"{index}: {name!r} cannot be read: it does not name a file in the checkpoint's folder")
+        if os.path.isdir(path_or_id) and cached_file(path_or_id, name, **where, **QUIET) is None:
+            raise ValueError(f"there is no {name}, which {index} names")
+    files = cached_files(path_or_id, names, **where, **QUIET)
+    if files is None or len(files) < len(names):
+        raise ValueError(f"some of the files that {index} names are missing")
+    return list(files)
+
+
+def _is_inside(name: Any) -> bool:
+    """Whether a name is that of a file in or below the folder; where a link of that name leads is the user's affair."""
+    if not isinstance(name, str) or not name or re.search(r"[\\:\0]", name):
+        return False
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
+def weight_shapes(files: list[str]) -> Shapes:
+    """Names and shapes of all weights in these files; no weight is read.
+
+    Raises
+    ------
+    ValueError
+        When a file cannot be read.
+    """
+    shapes: Shapes = {}
+    for file in files:
+        try:
+            shapes |= _header(file)
+        except Exception as error:  # safetensors and pickle have no error in common
+            raise ValueError(f"{os.path.basename(file)} cannot be read: {' '.join(str(error).split())}") from error
+    return shapes
+
+
+def _header(file: str) -> Shapes:
+    if file.endswith(".safetensors"):
+        with safe_open(file, "pt") as weights:
+            return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    weights = torch.load(file, map_location="meta", weights_only=True)
+    return {name: tuple(weight.shape) for name, weight in weights.items()}
