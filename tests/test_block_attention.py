@@ -96,7 +96,7 @@ def naive(c, dtype):
     (_, _, H, D), G = c["q"].shape, c["k_cache"].shape[2]
     visible = mask_of(c)
     k, v = (torch.nan_to_num(cache).repeat_interleave(H // G, 2) for cache in scattered(c))
-    s = torch.einsum("bqhd,bshd->bhqs", torch.nan_to_num(c["q"]), k * (c.get("scale") or D**-0.5))
+    s = torch.einsum("bqhd,bshd->bhqs", torch.nan_to_num(c["q"]), k * (D**-0.5 if c.get("scale") is None else c["scale"]))
     if softcap := c.get("softcap"):
         s = softcap * torch.tanh(s / softcap)
     s = s.masked_fill(~visible.unsqueeze(1), -inf)
@@ -112,9 +112,21 @@ def same_bits(a, b):
     return a.dtype == b.dtype and torch.equal(bits(a), bits(b))
 
 
+def spread(c):
+    """The same arguments in new memory, each tensor of floats with strides of its own and NaN in between."""
+    run = copied(c)
+    for n, name in enumerate(("q", "k_new", "v_new", "k_cache", "v_cache")):
+        if c[name] is None:
+            continue
+        (B, rows, heads, D), room = c[name].shape, (n + 1, (2 * n) % 5, 8 * (n + 1))
+        wide = torch.full((B, rows + room[0], heads + room[1], D + room[2]), nan, dtype=c[name].dtype)
+        run[name] = wide[:, : rows or None, : heads or None, :D].copy_(c[name]) if rows else c[name].clone()
+    return run
+
+
 def check(c, run=None):
-    """Run the op (on `run`, the same values in another layout, if given) and compare all it returns and writes."""
-    run, gold = run or copied(c), copied(c, torch.float64)
+    """Run the op and compare all it returns and writes: on `run`, the same values in another layout, or spread."""
+    run, gold = run or spread(c), copied(c, torch.float64)
     gold_out, gold_lse = reference.block_attention(**gold)
     out, lse = ops.block_attention(**run)
     assert out.dtype == c["q"].dtype and out.is_contiguous() and lse.dtype == torch.float32
@@ -312,6 +324,35 @@ def test_logits_of_any_size():
     numerics.assert_close(
         "mean", out[0, 1, 0], c["v_cache"][0, :65, 0].double().mean(0), c["v_cache"][0, :65, 0].mean(0)
     )
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_scale_of_zero_has_a_cap(dtype):
+    """All logits are 0."""
+    q, k = torch.randn(1, 2, 1, 8).to(dtype), torch.randn(1, 16, 1, 8).to(dtype)
+    out, lse = ops.block_attention(q, None, None, k, k, scale=0.0, softcap=1.0)
+    numerics.assert_close("lse", lse, torch.full((1, 2, 1), math.log(16)).double(), torch.full((1, 2, 1), math.log(16)))
+    check(make(B=1, Q=2, S=16, H=1, G=1, D=8, new=False, dtype=dtype, scale=0.0, softcap=1.0))
+
+
+# scale, soft-cap, and what q is multiplied by so that logits are moderate: factors, their quotients and products are 0,
+# subnormal, or near the largest float.
+FACTORS = [
+    (0.0, 0.0, 1.0), (0.0, 1e-45, 1.0), (0.0, 3.4e38, 1.0), (-0.0, 2.0, 1.0),
+    (1e-30, 1e12, 1e29), (1e-20, 1e30, 1e19), (1e-38, 1e3, 1e37), (-1e-38, 1e3, 1e37), (1e-44, 0.0, 1e38),
+    (3e-39, 2.0, 1e38), (0.3, 1e5, 1.0), (0.3, 1e6, 1.0), (0.3, 1e30, 1.0), (0.3, 2.4e38, 1.0), (0.3, 3.4e38, 1.0),
+    (0.3, 1e-40, 1.0), (0.3, 1e-45, 1.0), (0.3, 1.2e-38, 1.0), (1e30, 1e-10, 1.0), (1e30, 2.0, 1e-30),
+    (3e38, 0.0, 1e-38), (-3e38, 0.0, 1e-38), (3e38, 2.0, 1e-38), (3.4e38, 3.4e38, 1e-38), (1e38, 3e38, 1.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("scale", "softcap", "size"), FACTORS)
+def test_factors_of_any_size(scale, softcap, size, dtype):
+    c = make(B=2, Q=9, S=150, H=2, G=1, D=32, dtype=dtype, scale=scale, softcap=softcap, causal_block=4)
+    c["q"] *= size
+    out, lse = check(c)
+    assert out.isfinite().all() and lse.isfinite().all()
 
 
 def test_infinite_logits():
@@ -571,8 +612,10 @@ ERRORS = {
     "v_new stride": ({"v_new": torch.zeros(2, 5, 2, 64)[..., ::2]}, "v_new must have stride 1"),
     "slots stride": ({"slots": torch.zeros(5, 2, dtype=torch.int32).T}, "slots must be contiguous"),
     "kv_range stride": ({"kv_range": torch.zeros(2, 2, dtype=torch.int32).T}, "kv_range must be contiguous"),
-    "k_cache expanded": ({"k_cache": torch.zeros(2, 1, 2, 32).expand(2, 70, 2, 32)}, "k_cache must not overlap"),
-    "v_cache expanded": ({"v_cache": torch.zeros(1, 70, 2, 32).expand(2, 70, 2, 32)}, "v_cache must not overlap"),
+    "k_cache expanded": ({"k_cache": torch.zeros(2, 1, 2, 32).expand(2, 70, 2, 32)},
+                         "k_cache is written and must not overlap itself"),
+    "v_cache expanded": ({"v_cache": torch.zeros(1, 70, 2, 32).expand(2, 70, 2, 32)},
+                         "v_cache is written and must not overlap itself"),
     "causal_block": ({"causal_block": -1}, "causal_block must be"),
     "window_left": ({"window_left": -2}, "window_left must be"),
     "window_right": ({"window_right": -2}, "window_right must be"),
@@ -609,6 +652,29 @@ def test_wrong_device(name):
              q_limit=torch.zeros(2, 5, dtype=torch.int32), k_order=torch.zeros(2, 70, dtype=torch.int32))  # fmt: skip
     with pytest.raises(RuntimeError, match=f"block_attention: {name} must be on the device of q"):
         ops.block_attention(**{**c, name: c[name].to("meta")})
+
+
+@pytest.mark.on_cpu
+@pytest.mark.parametrize("ranges", [1, 3])
+def test_every_range_is_looked_at(ranges):
+    c = make(kv_range=torch.tensor([10, 60]).repeat(2, ranges, 1).int())
+    for wrong in (-1, 71):
+        for i in range(4 * ranges):
+            kv_range = c["kv_range"].clone()
+            kv_range.view(-1)[i] = wrong
+            with pytest.raises(RuntimeError, match=f"kv_range must lie in .*; got {wrong} in batch row {i // (2 * ranges)}"):  # fmt: skip
+                ops.block_attention(**c | {"kv_range": kv_range})
+
+
+@pytest.mark.on_cpu
+def test_every_slot_is_looked_at():
+    c = make(slots=permuted_slots(2, 5, 70))
+    for wrong in (-2, 70):
+        for i in range(10):
+            slots = c["slots"].clone()
+            slots.view(-1)[i] = wrong
+            with pytest.raises(RuntimeError, match=rf"slots must lie in .*; got {wrong} at \[{i // 5}, {i % 5}\]"):
+                ops.block_attention(**c | {"slots": slots})
 
 
 def test_heads_and_head_dim_errors():

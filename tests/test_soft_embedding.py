@@ -52,8 +52,16 @@ def naive(logits, weight, row_map=None, temperature=None, top_k=None, mask_token
     return p @ weight
 
 
+def rows_apart(t, gap):
+    """The same rows with `gap` elements of NaN between them."""
+    rows, columns = t.shape
+    room = numerics.poison_(torch.empty(rows, columns + gap, dtype=t.dtype))
+    return room[:, gap // 2 : gap // 2 + columns].copy_(t)
+
+
 def check(logits, weight, **arguments):
-    out = ops.soft_embedding(logits, weight, **arguments)
+    """Compare with the reference, on rows that are spread: those of each argument by a stride of their own."""
+    out = ops.soft_embedding(rows_apart(logits, 5), rows_apart(weight, 11), **arguments)
     gold = reference.soft_embedding(logits.double(), weight.double(), **arguments)
     assert out.dtype == weight.dtype and out.is_contiguous()
     empty = (gold == 0).all(1)  # of these the naive program makes NaN
@@ -258,6 +266,16 @@ class TestErrors:
 
 
 class TestRegistration:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("weight_dtype", DTYPES)
+    def test_fake(self, dtype, weight_dtype):
+        """The result has the dtype of the table, also where no kernel runs."""
+        logits, weight = inputs(3, 31, 8, dtype, weight_dtype)
+        fake = ops.soft_embedding(logits.to("meta"), weight.to("meta"), row_map=i32(1, 0).to("meta"))
+        real = ops.soft_embedding(logits, weight, row_map=i32(1, 0))
+        assert (fake.dtype, fake.shape, fake.stride()) == (real.dtype, real.shape, real.stride())
+        assert fake.dtype == weight_dtype
+
     @pytest.mark.parametrize("with_options", [False, True])
     def test_opcheck(self, with_options):
         options = dict(row_map=i32(1, -1, 0), temperature=torch.ones(1), top_k=i32(2), mask_token_id=4)

@@ -2,6 +2,7 @@
 """token_confidence against its reference, and its promises: ties, flags, batch invariance, exact sampling."""
 
 import ctypes
+import functools
 import math
 
 import pytest
@@ -32,7 +33,16 @@ def i32(*values):
 
 
 def randomness(rows, seed=7):
-    return dict(seed=torch.tensor([seed]), position=torch.arange(rows, dtype=torch.int32))
+    """A seed, a step and a position for each row, none twice, and none equal to another of its row."""
+    row = torch.arange(rows)
+    return dict(seed=row + seed + 1_000_000, step=(3 * row + 50_000).int(), position=(2 * row + 1).int())
+
+
+def rows_apart(t, gap):
+    """The same rows with `gap` elements of NaN between them."""
+    rows, columns = t.shape
+    room = numerics.poison_(torch.empty(rows, columns + gap, dtype=t.dtype))
+    return room[:, gap // 2 : gap // 2 + columns].copy_(t)
 
 
 def logits_of(rows, vocabulary, dtype=torch.float32, scale=3.0, seed=0):
@@ -48,8 +58,14 @@ def in_precision(logits, arguments, dtype):
 
 
 def check(logits, **arguments):
-    """Compare with the reference: ids and flags exactly, statistics within the tolerance policy. Return the output."""
-    out = ops.token_confidence(logits, **arguments)
+    """Compare with the reference: ids and flags exactly, statistics within the tolerance policy. Return the output.
+
+    Logits whose rows are one behind the other are spread, those of each argument by a stride of their own.
+    """
+    spread = dict(arguments)
+    if arguments.get("uncond_logits") is not None and arguments["uncond_logits"].is_contiguous():
+        spread["uncond_logits"] = rows_apart(arguments["uncond_logits"], 11)
+    out = ops.token_confidence(rows_apart(logits, 5) if logits.is_contiguous() else logits, **spread)
     gold, peer = in_precision(logits, arguments, torch.float64), in_precision(logits, arguments, torch.float32)
     for name in TokenConfidence._fields:
         got, expected = getattr(out, name), getattr(gold, name)
@@ -60,6 +76,18 @@ def check(logits, **arguments):
             assert got.dtype == torch.float32
             numerics.assert_close(name, got, expected, getattr(peer, name))
     return out
+
+
+def tied_rows(value):
+    """Two rows of three parts in which all logits are equal."""
+    return dict(logits=torch.full((2, 33_000), value), temperature=torch.tensor([1.0]), **randomness(2))
+
+
+@functools.cache
+def ties_among_parts(value):
+    """What the reference draws from them: once for all instruction sets and numbers of threads."""
+    case = tied_rows(value)
+    return reference.token_confidence(case.pop("logits").double(), **case).token
 
 
 def assert_same(a, b, rows=slice(None)):
@@ -135,6 +163,15 @@ class TestAgainstReference:
                 given=torch.arange(12) % vocabulary,
                 **randomness(12),
             )
+
+    def test_a_filter_over_a_whole_number_of_bins(self):
+        """The values between the lowest that can be kept and the maximum fill the bins of the search to the last."""
+        logits = torch.cat([torch.tensor([0.5]), torch.linspace(-3, 0, 999)])[None]
+        check(logits, top_p=torch.tensor([0.9]), distribution="filtered")
+        for maximum in torch.linspace(0.25, 2, 15).tolist():
+            logits[0, 0] = maximum
+            for p in (0.3, 0.9, 0.99):
+                check(logits, top_p=torch.tensor([p]), distribution="filtered")
 
     @pytest.mark.parametrize(("distribution", "dtype"), zip(["raw", "tempered", "filtered"], DTYPES))
     def test_filters_of_a_large_vocabulary(self, distribution, dtype):
@@ -342,13 +379,19 @@ class TestValues:
         for value in (1e5, 1e6, -1e6, 1e9):
             check(torch.full((50, 300), value), temperature=torch.tensor([1.0]), **randomness(50))
 
-    def test_ties_after_the_noise_among_parts_take_the_lowest_id(self):
+    def test_ties_after_the_noise_within_a_chunk_take_the_lowest_id(self):
+        """So many that the most promising of a chunk, which is looked at first, is often not the lowest."""
+        check(torch.full((3000, 64), 4e6), temperature=torch.tensor([1.0]), **randomness(3000))
+
+    @pytest.mark.parametrize("value", [1e5, 1e7, 3e7, 1e9])
+    def test_ties_after_the_noise_among_parts_take_the_lowest_id(self, value):
+        expected = ties_among_parts(value)
         threads = torch.get_num_threads()
         try:
             for shared in (1, 2):
                 torch.set_num_threads(shared)
-                for value in (1e5, 1e7, 3e7, 1e9):
-                    check(torch.full((2, 40_000), value), temperature=torch.tensor([1.0]), **randomness(2))
+                out = ops.token_confidence(**tied_rows(value))
+                assert torch.equal(out.token, expected)
         finally:
             torch.set_num_threads(threads)
 
@@ -394,6 +437,33 @@ class TestValues:
         assert (out.flags.item(), out.token.item()) == (FLAG_NAN, 2)
         out = check(logits, uncond_logits=logits, cfg_scale=torch.tensor([1.0]))
         assert (out.flags.item(), out.token.item()) == (FLAG_NAN, 2)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("scale", [INF, -INF, 1e30, -1e30, math.nan])
+    def test_extreme_guidance(self, scale, dtype):
+        """The row's end included: what lies behind it is no logit."""
+        for vocabulary in (1, 15, 16, 17, 37, 63, 65, 1025):
+            room = torch.full((3, 2, vocabulary + 9), math.nan, dtype=dtype)
+            logits, uncond = room[:, 0, 2 : vocabulary + 2], room[:, 1, 5 : vocabulary + 5]
+            logits.copy_(logits_of(3, vocabulary, dtype))
+            uncond.copy_(torch.where(logits > 0, logits - 1, logits + 1))
+            out = check(logits, uncond_logits=uncond, cfg_scale=torch.tensor([scale]))
+            assert ((out.flags & FLAG_NAN) != 0).all() == math.isnan(scale)
+            assert not (out.flags & FLAG_NAN).any() or math.isnan(scale)
+
+    @pytest.mark.parametrize("special", [INF, -INF, math.nan])
+    def test_special_biases_and_logits_at_the_end_of_a_row(self, special):
+        for vocabulary in (1, 15, 16, 17, 37, 63, 65, 1025):
+            for at in {vocabulary - 1, 0}:
+                bias = torch.zeros(vocabulary + 40)[7 : vocabulary + 7]
+                bias[at] = special
+                check(logits_of(2, vocabulary), bias=bias)
+                logits = logits_of(2, vocabulary)
+                logits[1, at] = special
+                check(logits, bias=torch.zeros(vocabulary))
+                uncond = logits_of(2, vocabulary, seed=1)
+                check(logits, uncond_logits=uncond, cfg_scale=torch.tensor([1.0, -2.0]))
+                check(uncond, uncond_logits=logits, cfg_scale=torch.tensor([1.0, -2.0]))
 
     def test_everything_banned(self):
         logits = logits_of(2, 70)

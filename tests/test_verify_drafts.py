@@ -35,8 +35,18 @@ def log_total(logits, temperature, banned=None):
     return torch.logsumexp(z / temperature.double().view(-1, *[1] * (z.dim() - 1)), -1).float()
 
 
+def rows_apart(t, gap):
+    """The same rows with `gap` elements of NaN between them."""
+    rows, columns = t.shape
+    room = numerics.poison_(torch.empty(rows, columns + gap, dtype=t.dtype))
+    return room[:, gap // 2 : gap // 2 + columns].copy_(t)
+
+
 def ratio_case(seed, B, W, V, dtype=torch.float32, nearness=1.0, temperature=None, banned=None):
-    """Target and draft logits that resemble each other, drafts of which some were drawn; arguments by name."""
+    """Target and draft logits that resemble each other, drafts of which some were drawn; arguments by name.
+
+    Rows have seeds, steps and positions of their own, and logits and draft logits strides of their own.
+    """
     g = generator(seed)
     target = 3 * torch.randn(B, W + 1, V, generator=g)
     drafter = target[:, :W] + nearness * torch.randn(B, W, V, generator=g)
@@ -50,9 +60,9 @@ def ratio_case(seed, B, W, V, dtype=torch.float32, nearness=1.0, temperature=Non
     return {
         "drafts": torch.where(torch.arange(W) < ends, drafts, -1),
         "token": token,
-        "logits": target.flatten(0, 1),
+        "logits": rows_apart(target.flatten(0, 1), 5),
         "logsumexp": log_total(target, temperature, banned),
-        "draft_logits": drafter.flatten(0, 1),
+        "draft_logits": rows_apart(drafter.flatten(0, 1), 11),
         "draft_logsumexp": log_total(drafter, temperature, banned),
         "banned": banned,
         "temperature": temperature,
@@ -118,11 +128,12 @@ class TestReference:
     def test_rows_with_any_stride(self):
         case = ratio_case(9, 8, 3, 31)
         expected = check(**case)
-        for name in ("logits", "draft_logits"):
-            wide = numerics.poison_(torch.empty(len(case[name]), 45))
-            wide[:, 5:36] = case[name]
-            case[name] = wide[:, 5:36]
-        assert all(map(torch.equal, check(**case), expected))
+        for strides in ((45, 38), (36, 61)):
+            wide = case.copy()
+            for name, stride in zip(("logits", "draft_logits"), strides):
+                room = numerics.poison_(torch.empty(len(case[name]), stride))
+                wide[name] = room[:, 5:36].copy_(case[name])
+            assert all(map(torch.equal, check(**wide), expected))
 
     def test_parameters_given_once_or_grouped(self):
         case = ratio_case(10, 12, 3, 31, temperature=torch.full((12,), 0.7))

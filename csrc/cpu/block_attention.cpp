@@ -9,23 +9,26 @@ void scatter_new_rows(const BlockAttentionParams& params, int64_t begin, int64_t
   generic::scatter_new_rows(params, begin, end);  // a copy: no instruction set does better
 }
 
-BlockAttentionKernels block_attention(DType dtype) {
-  switch (isa()) {
-#ifdef DLM_AMX
-    case Isa::kAmx:
-      return amx::block_attention(dtype);
-#endif
+namespace {
+
+using Kernels = BlockAttentionKernels (*)(DType);
+constexpr ForIsa<Kernels> kTable[] = {
+    {Isa::kGeneric, generic::block_attention},
 #ifdef DLM_X86
-    case Isa::kAvx512Bf16:
-      return avx512bf16::block_attention(dtype);
-    case Isa::kAvx512:
-      return avx512::block_attention(dtype);
-    case Isa::kAvx2:
-      return avx2::block_attention(dtype);
+    {Isa::kAvx2, avx2::block_attention},
+    {Isa::kAvx512, avx512::block_attention},
+    {Isa::kAvx512Bf16, avx512bf16::block_attention},
 #endif
-    default:
-      return generic::block_attention(dtype);
-  }
+#ifdef DLM_AMX
+    {Isa::kAmx, amx::block_attention},
+#endif
+};
+
+}  // namespace
+
+BlockAttentionKernels block_attention(DType dtype) {
+  return best_for(isa(), kTable).kernels(dtype);
 }
+Isa block_attention_isa(Isa isa) { return best_for(isa, kTable).isa; }
 
 }  // namespace dlm::cpu

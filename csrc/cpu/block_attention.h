@@ -8,6 +8,8 @@
 
 namespace dlm::cpu {
 
+enum class Isa : int;  // cpu/isa.h
+
 // Longest head dimension of the kernels: their scratch lies on the stack.
 constexpr int64_t kMaxHeadDim = 512;
 
@@ -27,6 +29,8 @@ struct BlockAttentionKernels {
 };
 // Of the instruction set in use.
 BlockAttentionKernels block_attention(DType dtype);
+// Whose kernels are used where `isa` is in use.
+Isa block_attention_isa(Isa isa);
 
 namespace generic {
 void scatter_new_rows(const BlockAttentionParams& params, int64_t begin, int64_t end);

@@ -330,16 +330,38 @@ Floats finite_base(Floats m) { return select(equal(m, splat(-kInfinity)), splat(
 
 // A logit is `unit` times what is stored of it: q.k, or the hyperbolic tangent of a soft-cap. Only
 // differences from the maximum are multiplied by it, whose rounding errors are small where the
-// weights are large. (The sign of the scale is in the queries.)
+// weights are large. (The sign of the scale is in the queries.) Where a factor is 0, subnormal or
+// infinite, a unit would lose what it multiplies: there the logits themselves are stored.
 struct Logits {
-  float cap, unit, log2_unit;  // cap: 0, or what q.k is multiplied by under the hyperbolic tangent
+  enum class Stored { kProducts, kTangents, kLogits };
 
-  explicit Logits(const BlockAttentionParams& p) {
-    const float scale = std::abs(p.scale);
-    cap = p.softcap > 0 ? scale / p.softcap : 0.0f;
-    unit = p.softcap > 0 ? p.softcap : scale;
-    // Never 0, which would make NaN of the -inf that stands for what is not seen.
-    log2_unit = std::max(unit * kLog2E, std::numeric_limits<float>::min());
+  Stored stored;
+  float scale, softcap;
+  float cap;  // what q.k is multiplied by under the hyperbolic tangent
+  float unit, log2_unit;
+
+  explicit Logits(const BlockAttentionParams& p)
+      : stored(p.softcap > 0 ? Stored::kTangents : Stored::kProducts),
+        scale(std::abs(p.scale)),
+        softcap(p.softcap),
+        cap(p.softcap > 0 ? scale / p.softcap : 1.0f),
+        unit(p.softcap > 0 ? p.softcap : scale),
+        log2_unit(unit * kLog2E) {
+    if (std::isnormal(cap) && std::isnormal(log2_unit)) return;
+    stored = Stored::kLogits, unit = 1.0f, log2_unit = kLog2E;
+  }
+
+  // `count` vectors of q.k become what is stored.
+  void convert(float* s, int64_t stride, int64_t count) const {
+    if (stored == Stored::kProducts) return;
+    for (float* const end = s + count * stride; s != end; s += stride) {
+      if (stored == Stored::kTangents) {
+        store(s, tanh(load(s) * splat(cap)));
+      } else {
+        const Floats x = load(s) * splat(scale);
+        store(s, softcap > 0 ? splat(softcap) * tanh(x / splat(softcap)) : x);
+      }
+    }
   }
   Floats weight(Floats x, Floats base) const {
     return exp2_nonpositive((x - base) * splat(log2_unit));
@@ -356,11 +378,7 @@ void online_softmax(const Logits& logits, float* s, uint32_t* weights, int64_t s
   const int64_t count = width / kRepeat;
   const Floats before = load(m);
   Floats top = before;
-  if (logits.cap > 0) {
-    for (int64_t j = 0; j < count; ++j) {
-      store(s + j * stride, tanh(load(s + j * stride) * splat(logits.cap)));
-    }
-  }
+  logits.convert(s, stride, count);
   if (lanes) {
     for (int64_t j = 0; j < count; ++j) {
       store(s + j * stride, select(lanes[j], load(s + j * stride), splat(-kInfinity)));

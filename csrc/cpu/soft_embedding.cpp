@@ -22,17 +22,12 @@ struct Kernel {
   WeightsKernel weights;
   AddKernel add;
 };
-Kernel kernel() {
-  switch (isa()) {
+constexpr ForIsa<Kernel> kTable[] = {
+    {Isa::kGeneric, {generic::soft_weights, generic::soft_add}},
 #ifdef DLM_X86
-    case Isa::kAvx512Bf16:
-    case Isa::kAvx512:
-      return {avx512::soft_weights, avx512::soft_add};
+    {Isa::kAvx512, {avx512::soft_weights, avx512::soft_add}},
 #endif
-    default:
-      return {generic::soft_weights, generic::soft_add};
-  }
-}
+};
 
 int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
@@ -94,7 +89,7 @@ struct Totals {
 
 class Rows {
  public:
-  explicit Rows(const SoftEmbeddingParams& p) : p_(p), kernel_(kernel()) {}
+  explicit Rows(const SoftEmbeddingParams& p) : p_(p), kernel_(best_for(isa(), kTable).kernels) {}
 
   void filtered(int64_t n) {
     const SoftRow row = row_of(p_, n);
@@ -182,6 +177,8 @@ int64_t column_tiles(const SoftEmbeddingParams& p) {
 }
 
 }  // namespace
+
+Isa soft_embedding_isa(Isa isa) { return best_for(isa, kTable).isa; }
 
 int64_t soft_embedding_items(const SoftEmbeddingParams& p) {
   return p.floor ? p.N : (p.N + kSoftRows - 1) / kSoftRows * column_tiles(p);

@@ -6,11 +6,15 @@
 
 namespace dlm::cpu {
 
+enum class Isa : int;  // cpu/isa.h
+
 // Work items. Rows with a floor: a row each. Others: tiles of kSoftRows rows by kSoftColumns
 // columns, columns first.
 constexpr int kSoftRows = 32, kSoftColumns = 256;
 int64_t soft_embedding_items(const SoftEmbeddingParams& p);
 void soft_embedding(const SoftEmbeddingParams& p, int64_t begin, int64_t end);
+// Whose kernels are used where `isa` is in use.
+Isa soft_embedding_isa(Isa isa);
 
 // --- what the kernels of an instruction set do, and what they are told -------------------------
 

@@ -27,20 +27,14 @@ struct Kernel {
   int64_t grain;
 };
 
-Kernel kernel() {
-  switch (isa()) {
+constexpr ForIsa<Kernel> kTable[] = {
+    {Isa::kGeneric, {generic::scan, generic::add_measures, 8192}},
 #ifdef DLM_X86
-    case Isa::kAmx:
-    case Isa::kAvx512Bf16:
-    case Isa::kAvx512:
-      return {avx512::scan, avx512::add_measures, 32768};
-    case Isa::kAvx2:
-      return {avx2::scan, avx2::add_measures, 16384};
+    {Isa::kAvx2, {avx2::scan, avx2::add_measures, 16384}},
+    {Isa::kAvx512, {avx512::scan, avx512::add_measures, 32768}},
 #endif
-    default:
-      return {generic::scan, generic::add_measures, 8192};
-  }
-}
+};
+Kernel kernel() { return best_for(isa(), kTable).kernels; }
 
 int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
@@ -302,6 +296,8 @@ void finish(const Kernel& kernel, const TokenConfidenceParams& p, int64_t n, Tas
 }
 
 }  // namespace
+
+Isa token_confidence_isa(Isa isa) { return best_for(isa, kTable).isa; }
 
 int64_t token_confidence_grain() { return kernel().grain; }
 

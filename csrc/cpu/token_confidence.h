@@ -6,6 +6,8 @@
 
 namespace dlm::cpu {
 
+enum class Isa : int;  // cpu/isa.h
+
 // What a scan of a row, or of a part of one, finds. The sums leave out the argmax, whose term is 1.
 struct Scan {
   float max = -std::numeric_limits<float>::infinity();
@@ -23,6 +25,9 @@ struct Scan {
 // alone, so that the bits do not depend on how many threads share the work.
 constexpr int64_t kPart = 16384;
 inline int64_t token_confidence_parts(int64_t V) { return (V + kPart - 1) / kPart; }
+
+// Whose kernels are used where `isa` is in use.
+Isa token_confidence_isa(Isa isa);
 
 // Logits for which a thread of its own pays.
 int64_t token_confidence_grain();

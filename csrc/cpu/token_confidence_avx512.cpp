@@ -165,8 +165,9 @@ class Row {
   // NaN becomes -inf, +inf the largest float; remembers both.
   struct Specials {
     Mask nan = 0, infinite = 0;
-    DLM_SIMD Floats replace(Floats x) {
-      const Mask not_number = is_nan(x), beyond = greater(x, splat(kLargest));
+    // `there`: the lanes that hold logits. What guidance makes of the others may be NaN, too.
+    DLM_SIMD Floats replace(Floats x, Mask there = 0xffff) {
+      const Mask not_number = is_nan(x) & there, beyond = greater(x, splat(kLargest)) & there;
       nan |= not_number;
       infinite |= beyond;
       return select(beyond, splat(kLargest), select(not_number, splat(-kInfinity), x));
@@ -184,7 +185,7 @@ class Row {
       x = u + splat(row_.guidance) * (x - u);
     }
     if (row_.bias) x = x + load(mask, row_.bias + at);
-    x = specials.replace(x);
+    x = specials.replace(x, mask);
     if (row_.bitmask) mask &= Mask(uint32_t(row_.bitmask[at / 32]) >> at % 32);
     return select(mask & at_least(x, splat(row_.floor)), x, splat(-kInfinity));
   }

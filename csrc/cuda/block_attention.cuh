@@ -142,6 +142,8 @@ inline AttendParams attend_params(const BlockAttentionParams& op, float* workspa
   if (p.splits == 1) p.split_length = INT32_MAX;
   p.scale = op.softcap > 0 ? op.scale / op.softcap : op.scale * kLog2E;
   p.cap = op.softcap > 0 ? op.softcap * kLog2E : 0.0f;
+  p.literal =
+      !std::isnormal(p.scale) || op.softcap > kHighCap || (op.softcap > 0 && !std::isnormal(p.cap));
   p.partial = workspace;
   if (workspace) {
     p.partial_norm = reinterpret_cast<float2*>(workspace + op.B * op.Q * op.H * p.splits * op.D);

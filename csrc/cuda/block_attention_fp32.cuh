@@ -97,7 +97,9 @@ struct AttendFp32 {
 #pragma unroll
       for (int j = 0; j < kOwnKeys; ++j) {
         const bool visible = sees(row0 + r, tile, share + j * 8);
-        const float logit = p.cap > 0.0f ? p.cap * tanhf(s[r][j] * p.scale) : s[r][j] * p.scale;
+        const float logit = p.literal      ? literal_logit(p, s[r][j])
+                            : p.cap > 0.0f ? p.cap * tanhf(s[r][j] * p.scale)
+                                           : s[r][j] * p.scale;
         s[r][j] = visible ? logit : -INFINITY;
         seen[r] |= uint32_t(visible) << j;
         maximum = fmaxf(maximum, s[r][j]);

@@ -165,15 +165,24 @@ struct Attend {
     }
   }
 
-  DLM_DEVICE void scale_logits(float (&s)[kBlocks16][kWarpKeys / 8][4]) const {
-    const bool cap = p.cap > 0.0f;
+  template <class Logit>
+  static DLM_DEVICE void each(float (&s)[kBlocks16][kWarpKeys / 8][4], Logit logit) {
 #pragma unroll
     for (int i = 0; i < kBlocks16; ++i) {
 #pragma unroll
       for (int j = 0; j < kWarpKeys / 8; ++j) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) s[i][j][e] = cap ? capped(p, s[i][j][e]) : s[i][j][e] * p.scale;
+        for (int e = 0; e < 4; ++e) s[i][j][e] = logit(s[i][j][e]);
       }
+    }
+  }
+  DLM_DEVICE void scale_logits(float (&s)[kBlocks16][kWarpKeys / 8][4]) const {
+    if (p.literal) {
+      each(s, [&](float dot) { return literal_logit(p, dot); });
+    } else if (p.cap > 0.0f) {
+      each(s, [&](float dot) { return capped(p, dot); });
+    } else {
+      each(s, [&](float dot) { return dot * p.scale; });
     }
   }
 

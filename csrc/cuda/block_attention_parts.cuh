@@ -35,8 +35,10 @@ struct AttendParams {
   BlockAttentionParams op;
   int32_t group, rows;  // H/G, Q * H/G
   int32_t row_tiles, splits, split_length;
-  // Logits are kept in units of log 2: scale * q.k, or where cap > 0 cap * tanh(scale * q.k).
+  // Logits are kept in units of log 2: scale * q.k, or where cap > 0 cap * tanh(scale * q.k); where
+  // `literal`, scale and soft-cap are those of the op.
   float scale, cap;
+  bool literal;
   // Of several splits: [B*Q*H, splits, D] unnormalised sums; [B*Q*H, splits] maximum and sum of
   // weights.
   float* partial;
@@ -338,6 +340,14 @@ DLM_DEVICE float capped(const AttendParams& p, float dot) {
   // tanh(x) = 1 - 2 / (1 + e^2x); the division is 0 where e^2x overflows
   const float x = dot * p.scale;
   return fmaf(-2.0f * p.cap, __fdividef(1.0f, ptx::exp2_approx(2.0f * kLog2E * x) + 1.0f), p.cap);
+}
+
+// The definition, step by step: for factors whose products and quotients are not normal floats, and
+// for caps so high that `capped`, whose error is relative to the cap, is too coarse.
+constexpr float kHighCap = 1024.0f;
+DLM_DEVICE float literal_logit(const AttendParams& p, float dot) {
+  const float x = dot * p.op.scale;
+  return (p.op.softcap > 0.0f ? p.op.softcap * tanhf(x / p.op.softcap) : x) * kLog2E;
 }
 
 // Running maximum and sum of weights; weights are 2^(logit - maximum).

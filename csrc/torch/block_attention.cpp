@@ -33,16 +33,6 @@ void check_ranges(const Check& check, const BlockAttentionParams& p) {
   }
 }
 
-// Rows that share memory would be written by several threads at once.
-void check_writable(const Check& check, const char* name, const Tensor& t) {
-  for (int64_t i = 0; i < 3; ++i) {
-    check.that(t.size(i) <= 1 || t.stride(i) != 0, name,
-               " must not overlap itself (an expanded tensor) when k_new is written to it; "
-               "dimension ",
-               i, " has stride 0");
-  }
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const MaybeTensor& k_new,
@@ -87,10 +77,6 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const MaybeTensor& k
              "q must have a head dimension that is a multiple of 8 and at most ", cpu::kMaxHeadDim,
              "; got ", p.D);
   check.that(p.S <= std::numeric_limits<int32_t>::max(), "k_cache must have fewer than 2^31 slots");
-  if (k_new) {
-    check_writable(check, "k_cache", k_cache);
-    check_writable(check, "v_cache", v_cache);
-  }
 
   p.slots = check.dense<int32_t>("slots", slots, {p.B, p.Q});
   if (kv_range) {
@@ -112,16 +98,13 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const MaybeTensor& k
              window_left);
   check.that(window_right >= -1, "window_right must be -1 (all) or a count of slots; got ",
              window_right);
-  check.that(softcap >= 0 && std::isfinite(softcap), "softcap must be 0 (none) or positive; got ",
-             softcap);
-  check.that(!scale || std::isfinite(*scale), "scale must be finite; got ", scale.value_or(0));
+  p.softcap = check.float_or_zero("softcap", softcap, "none");
+  p.scale = check.finite_float("scale", scale.value_or(1.0 / std::sqrt(double(p.D))));
   // Beyond what two slots (or a slot and an origin) can be apart nothing changes, and no sum
   // overflows.
   p.causal_block = std::min(causal_block, int64_t(1) << 33);
   p.window_left = std::min(window_left, p.S);
   p.window_right = std::min(window_right, p.S);
-  p.softcap = float(softcap);
-  p.scale = float(scale.value_or(1.0 / std::sqrt(double(p.D))));
   check.that(p.slots || p.Q <= p.S || p.B == 0, "slots must be given when q has more rows (", p.Q,
              ") than k_cache has slots (", p.S, ")");
   if (q.is_cpu()) {
@@ -129,8 +112,21 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const MaybeTensor& k
     check_ranges(check, p);
   }
 
-  Tensor out = torch::stable::new_empty(q, {p.B, p.Q, p.H, p.D});
-  Tensor lse = torch::stable::new_empty(q, {p.B, p.Q, p.H}, ScalarType::Float);
+  check.not_differentiable(
+      {{"q", q}, {"k_new", k_new}, {"v_new", v_new}, {"k_cache", k_cache}, {"v_cache", v_cache}});
+  if (k_new) {
+    check.written({{"k_cache", k_cache}, {"v_cache", v_cache}}, {{"q", q},
+                                                                 {"k_new", k_new},
+                                                                 {"v_new", v_new},
+                                                                 {"slots", slots},
+                                                                 {"kv_range", kv_range},
+                                                                 {"block_origin", block_origin},
+                                                                 {"q_limit", q_limit},
+                                                                 {"k_order", k_order}});
+  }
+
+  Tensor out = check.empty("out", {p.B, p.Q, p.H, p.D}, q.scalar_type());
+  Tensor lse = check.empty("lse", {p.B, p.Q, p.H}, ScalarType::Float);
   if (p.B * p.Q == 0) return {out, lse};
 
   p.q = q.const_data_ptr();
@@ -154,7 +150,7 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const MaybeTensor& k
     const CudaCall call(check, q);
     call.supports(cuda::unsupported_block_attention(p));
     Tensor workspace =
-        torch::stable::new_empty(q, {cuda::block_attention_workspace(p)}, ScalarType::Float);
+        check.empty("workspace", {cuda::block_attention_workspace(p)}, ScalarType::Float);
     call.succeeded(cuda::run_block_attention(p, static_cast<float*>(workspace.mutable_data_ptr()),
                                              call.stream()));
     return {out, lse};
@@ -170,7 +166,7 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const MaybeTensor& k
   }
   const cpu::BlockAttentionKernels kernels = cpu::block_attention(p.dtype);
   const cpu::BlockAttentionWork work = kernels.work(p);
-  Tensor workspace = torch::stable::new_empty(q, {work.workspace}, ScalarType::Float);
+  Tensor workspace = check.empty("workspace", {work.workspace}, ScalarType::Float);
   p.workspace = static_cast<float*>(workspace.mutable_data_ptr());
   auto grain = [&](int64_t items) {
     const int64_t products = p.B * p.Q * p.H * std::max<int64_t>(p.S, 1) * p.D / items;

@@ -6,14 +6,20 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cmath>
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "common/params.h"
+#include "torch/autograd.h"
+#include "torch/overlap.h"
 
 namespace dlm {
 
@@ -28,26 +34,45 @@ std::string text(const Args&... args) {
   return out.str();
 }
 
+// An argument with its name; null if it was not given.
+struct Argument {
+  const char* name;
+  const Tensor* tensor;
+  Argument(const char* name, const Tensor& t) : name(name), tensor(&t) {}
+  Argument(const char* name, const MaybeTensor& t) : name(name), tensor(t ? &*t : nullptr) {}
+};
+using Arguments = std::initializer_list<Argument>;
+
 // Checks the arguments of one op. Every method throws std::runtime_error (RuntimeError in Python).
 // Messages are put together only when needed: that would cost more than all the checks of a call.
 class Check {
  public:
   // `anchor` is the argument whose device all others must share.
   Check(const char* op, const char* anchor_name, const Tensor& anchor)
-      : op_(op), anchor_name_(anchor_name), anchor_(anchor) {}
+      : op_(op), anchor_name_(anchor_name), anchor_(anchor) {
+    given(anchor_name, anchor);
+  }
 
   template <class... Args>
   void that(bool fact, const Args&... message) const {
     if (!fact) throw std::runtime_error(text(op_, ": ", message...));
   }
 
-  static std::string shape(const Tensor& t) {
-    std::string out = "[";
-    for (int64_t i = 0; i < t.dim(); ++i) out += (i ? ", " : "") + std::to_string(t.size(i));
-    return out + "]";
+  // What is no fault of an argument.
+  template <class... Args>
+  [[noreturn]] void failed(const Args&... message) const {
+    throw std::runtime_error(text(op_, " failed: ", message...));
+  }
+
+  static std::string shape(const Tensor& t) { return listed(t.sizes()); }
+
+  // Python's None arrives as a tensor without content where the schema has no `Tensor?`.
+  void given(const char* name, const Tensor& t) const {
+    if (!t.defined()) that(false, name, " must be a tensor; got None");
   }
 
   void device(const char* name, const Tensor& t) const {
+    given(name, t);
     that(t.device() == anchor_.device(), name, " must be on the device of ", anchor_name_,
          "; got another device");
   }
@@ -132,6 +157,81 @@ class Check {
     return {static_cast<const T*>(t->const_data_ptr()), rows_per_value(name, t->numel(), rows)};
   }
 
+  // Numbers that the kernels take as float32.
+  float finite_float(const char* name, double value) const {
+    if (!std::isfinite(float(value))) that(false, name, " must be finite in float32; got ", value);
+    return float(value);
+  }
+  // Where 0 has a meaning of its own, a number that becomes 0 in float32 is refused, too.
+  float float_or_zero(const char* name, double value, const char* zero) const {
+    const float x = float(value);
+    if (!(x >= 0 && std::isfinite(x)) || (x == 0 && value != 0)) {
+      that(false, name, " must be 0 (", zero, ") or positive and finite in float32; got ", value);
+    }
+    return x;
+  }
+
+  // Each value of a temperature in CPU memory: its inverse must be finite.
+  void temperatures(const char* name, const MaybeTensor& t) const {
+    if (!t) return;
+    const float* values = static_cast<const float*>(t->const_data_ptr());
+    for (int64_t i = 0; i < t->numel(); ++i) {
+      const float x = values[i];
+      if (x == 0 || (x >= std::numeric_limits<float>::min() && std::isfinite(x))) continue;
+      that(false, name, " must be 0, or finite and at least 1.2e-38; got ", x, " at ", i);
+    }
+  }
+
+  // For an op whose results are of floating point, or that writes such a tensor.
+  void not_differentiable(Arguments arguments) const {
+    if (!grad_mode()) return;
+    for (const Argument& a : arguments) {
+      if (!a.tensor || !requires_grad(*a.tensor)) continue;
+      that(false, "the op is not differentiable, but ", a.name,
+           " requires a gradient; call it under torch.no_grad() or pass ", a.name, ".detach()");
+    }
+  }
+
+  // What an op writes may share no memory with anything else it is given. Tells autograd what is
+  // written.
+  void written(Arguments written, Arguments read) const {
+    std::vector<std::pair<const char*, Footprint>> targets;
+    targets.reserve(written.size());
+    const auto apart_from_targets = [&](const Argument& a) {
+      const Footprint memory(*a.tensor);
+      for (const auto& [name, target] : targets) {
+        if (!memory.overlaps(target)) continue;
+        that(false, name, " is written and must share no memory with ", a.name,
+             "; pass a clone of one of them");
+      }
+      return memory;
+    };
+    for (const Argument& a : written) {
+      if (!a.tensor) continue;
+      a.tensor->mutable_data_ptr();  // a lazy clone gets memory of its own here
+      targets.emplace_back(a.name, apart_from_targets(a));
+      if (!targets.back().second.overlaps_itself()) continue;
+      that(false, a.name, " is written and must not overlap itself (an expanded tensor?); got ",
+           "shape ", shape(*a.tensor), " and strides ", strides(*a.tensor));
+    }
+    for (const Argument& a : read) {
+      if (a.tensor) apart_from_targets(a);
+    }
+    for (const Argument& a : written) {
+      if (a.tensor) bump_version(*a.tensor);
+    }
+  }
+
+  // A new tensor on the anchor's device.
+  Tensor empty(const char* name, std::initializer_list<int64_t> size, ScalarType type) const {
+    try {
+      return torch::stable::new_empty(anchor_, size, type);
+    } catch (const std::exception& error) {
+      failed(name, " of shape ", listed(size), " and dtype ", torch::headeronly::toString(type),
+             " could not be allocated: ", torch_message(error));
+    }
+  }
+
   template <class T>
   static constexpr ScalarType scalar_type() {
     if constexpr (std::is_same_v<T, int64_t>) return ScalarType::Long;
@@ -142,10 +242,19 @@ class Check {
   }
 
  private:
-  static std::string strides(const Tensor& t) {
-    std::string out = "[";
-    for (int64_t i = 0; i < t.dim(); ++i) out += (i ? ", " : "") + std::to_string(t.stride(i));
-    return out + "]";
+  template <class Numbers>
+  static std::string listed(const Numbers& numbers) {
+    std::string out;
+    for (const int64_t n : numbers) out += text(out.empty() ? "" : ", ", n);
+    return "[" + out + "]";
+  }
+  static std::string strides(const Tensor& t) { return listed(t.strides()); }
+
+  // The stable ABI says only that a call failed; torch itself keeps the reason, from 2.13 on.
+  static std::string torch_message(const std::exception& error) {
+    static const auto reason = torch_symbol<const char*()>(
+        "libtorch_cpu.so", "torch_exception_get_what_without_backtrace");
+    return reason ? reason() : error.what();
   }
 
   const char* op_;

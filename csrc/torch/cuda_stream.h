@@ -4,25 +4,20 @@
 //   scope call.supports(cuda::unsupported_<op>(p));       before anything is written
 //   call.succeeded(cuda::run_<op>(p, call.stream()));
 // The getter of torch's current stream lives in libtorch_cuda, which a CPU-only torch does not
-// have, and which torch has loaded by the time there is a CUDA tensor: it is looked up then, so one
-// build loads beside every torch.
+// have, and which torch has loaded by the time there is a CUDA tensor: it is looked up then.
 #pragma once
 #include <cuda_runtime_api.h>
-#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include "torch/check.h"
+#include "torch/symbols.h"
 
 namespace dlm {
 
 // Null for the default stream, as CUDA has it.
 inline void* current_cuda_stream(int32_t device) {
-  using Getter = int32_t (*)(int32_t, void**);
-  static const Getter getter = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return library ? reinterpret_cast<Getter>(dlsym(library, "aoti_torch_get_current_cuda_stream"))
-                   : nullptr;
-  }();
+  static const auto getter = torch_symbol<int32_t(int32_t, void**)>(
+      "libtorch_cuda.so", "aoti_torch_get_current_cuda_stream");
   void* stream = nullptr;
   if (!getter || getter(device, &stream) != 0) {
     throw std::runtime_error("dlmkernels: this torch tells no current CUDA stream");
@@ -44,7 +39,7 @@ class CudaCall {
   void succeeded(int error) const {
     if (error == 0) return;
     const char* reason = cudaGetErrorString(static_cast<cudaError_t>(error));
-    check_.that(false, "the CUDA kernel could not be started: ", reason);
+    check_.failed("the CUDA kernel could not be started: ", reason);
   }
 
  private:

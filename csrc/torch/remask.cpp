@@ -110,7 +110,23 @@ Tensor remask_(const Tensor& tokens, const Tensor& state, const Tensor& position
     if (vocab_size > 0 && (commit || edit)) check_proposals(check, p);
   }
 
-  Tensor info = torch::stable::new_empty(tokens, {B, int64_t(kInfoColumns)}, ScalarType::Int);
+  check.not_differentiable({{"confidence", confidence}, {"commit_confidence", commit_confidence}});
+  check.written({{"tokens", tokens},
+                 {"state", state},
+                 {"commit_step", commit_step},
+                 {"commit_confidence", commit_confidence},
+                 {"step", step}},
+                {{"position", position},
+                 {"proposal", proposal},
+                 {"commit", commit},
+                 {"edit", edit},
+                 {"remask", remask},
+                 {"renoise", renoise},
+                 {"confidence", confidence},
+                 {"seed", seed},
+                 {"origin", origin}});
+
+  Tensor info = check.empty("info", {B, int64_t(kInfoColumns)}, ScalarType::Int);
   p.info = static_cast<int32_t*>(info.mutable_data_ptr());
   if (B == 0) return info;
 

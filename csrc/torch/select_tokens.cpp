@@ -75,8 +75,8 @@ std::tuple<Tensor, Tensor> select_tokens(const Tensor& score, const Tensor& elig
   check.that(seed || !random, "seed is required by ", drawn_by, "; got None");
   check.that(position || !random, "position is required by ", drawn_by, "; got None");
 
-  Tensor selected = torch::stable::new_empty(score, {B, W}, ScalarType::Bool);
-  Tensor count = torch::stable::new_empty(score, {B}, ScalarType::Int);
+  Tensor selected = check.empty("selected", {B, W}, ScalarType::Bool);
+  Tensor count = check.empty("count", {B}, ScalarType::Int);
   p.selected = static_cast<bool*>(selected.mutable_data_ptr());
   p.count = static_cast<int32_t*>(count.mutable_data_ptr());
   if (B == 0) return {selected, count};

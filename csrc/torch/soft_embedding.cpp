@@ -2,8 +2,6 @@
 #include "cpu/soft_embedding.h"
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 
 #include "cpu/token_confidence.h"
 #include "torch/check.h"
@@ -20,13 +18,10 @@ namespace {
 // Where each row has its maximum, and what top-k keeps: token_confidence, with its other outputs
 // thrown away. Holds the memory of all.
 struct RowStatistics {
-  RowStatistics(const SoftEmbeddingParams& p, PerRow<int32_t> top_k, const Tensor& logits) {
-    const auto empty = [&](ScalarType type, int64_t vectors) {
-      return torch::stable::new_empty(logits, {vectors, p.N}, type);
-    };
-    ids = empty(ScalarType::Long, 2);
-    floats = empty(ScalarType::Float, 4);
-    flags = empty(ScalarType::Int, 1);
+  RowStatistics(const Check& check, const SoftEmbeddingParams& p, PerRow<int32_t> top_k)
+      : ids(check.empty("workspace", {2, p.N}, ScalarType::Long)),
+        floats(check.empty("workspace", {4, p.N}, ScalarType::Float)),
+        flags(check.empty("workspace", {1, p.N}, ScalarType::Int)) {
     op.dtype = p.dtype;
     op.N = p.N, op.R = p.R, op.V = p.V;
     op.logits = p.logits, op.logits_stride = p.logits_stride;
@@ -52,11 +47,7 @@ void check_values(const Check& check, const SoftEmbeddingParams& p, const MaybeT
     if (p.row_map[n] >= -1 && p.row_map[n] < p.R) continue;
     check.that(false, "row_map must be -1 or in [0, ", p.R, "); got ", p.row_map[n], " at ", n);
   }
-  for (int64_t i = 0; temperature && i < temperature->numel(); ++i) {
-    const float t = p.temperature.data[i];
-    if (t == 0.0f || (t >= std::numeric_limits<float>::min() && std::isfinite(t))) continue;
-    check.that(false, "temperature must be 0, or finite and at least 1.2e-38; got ", t, " at ", i);
-  }
+  check.temperatures("temperature", temperature);
   for (int64_t i = 0; top_k && i < top_k->numel(); ++i) {
     if (k.data[i] >= 0) continue;
     check.that(false, "top_k must be 0 (off) or positive; got ", k.data[i], " at ", i);
@@ -97,10 +88,12 @@ Tensor soft_embedding(const Tensor& logits, const Tensor& weight, const MaybeTen
   p.mask_token_id = mask_token_id;
   if (logits.is_cpu()) check_values(check, p, temperature, top_k, k);
 
-  Tensor out = torch::stable::new_empty(weight, {N, p.D});
+  check.not_differentiable({{"logits", logits}, {"weight", weight}, {"temperature", temperature}});
+
+  Tensor out = check.empty("out", {N, p.D}, weight.scalar_type());
   p.out = out.mutable_data_ptr();
   if (N == 0 || p.D == 0) return out;
-  RowStatistics of_rows(p, k, logits);
+  RowStatistics of_rows(check, p, k);
   p.argmax = of_rows.op.argmax;
   p.floor = top_k ? of_rows.op.floor : nullptr;
 
@@ -111,7 +104,7 @@ Tensor soft_embedding(const Tensor& logits, const Tensor& weight, const MaybeTen
     call.supports(cuda::unsupported_soft_embedding(p));
     const int64_t bytes =
         std::max(cuda::token_confidence_workspace(of_rows.op), cuda::soft_embedding_workspace(p));
-    Tensor workspace = torch::stable::new_empty(logits, {bytes}, ScalarType::Byte);
+    Tensor workspace = check.empty("workspace", {bytes}, ScalarType::Byte);
     void* scratch = workspace.mutable_data_ptr();
     call.succeeded(cuda::run_token_confidence(of_rows.op, scratch, call.stream()));
     call.succeeded(cuda::run_soft_embedding(p, scratch, call.stream()));

@@ -69,8 +69,16 @@ std::tuple<Tensor, Tensor> splice_(const Tensor& tokens, const Tensor& start,
   p.pad_token_id = pad_token_id;
   if (tokens.is_cpu()) check_values(check, p);
 
-  Tensor source = torch::stable::new_empty(tokens, {B, T}, ScalarType::Int);
-  Tensor info = torch::stable::new_empty(tokens, {B, int64_t(kSpliceColumns)}, ScalarType::Int);
+  check.not_differentiable({{"commit_confidence", commit_confidence}});
+  check.written({{"tokens", tokens},
+                 {"length", length},
+                 {"state", state},
+                 {"commit_step", commit_step},
+                 {"commit_confidence", commit_confidence}},
+                {{"start", start}, {"insert", insert}, {"remove", remove}, {"end", end}});
+
+  Tensor source = check.empty("source", {B, T}, ScalarType::Int);
+  Tensor info = check.empty("info", {B, int64_t(kSpliceColumns)}, ScalarType::Int);
   p.source = static_cast<int32_t*>(source.mutable_data_ptr());
   p.info = static_cast<int32_t*>(info.mutable_data_ptr());
   if (B == 0) return {source, info};

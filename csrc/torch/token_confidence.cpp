@@ -2,8 +2,6 @@
 #include "cpu/token_confidence.h"
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 
 #include "torch/check.h"
 #include "torch/ops.h"
@@ -121,27 +119,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
     check_range(check, "row_map", p.row_map, N, R);
     check_range(check, "given", p.given, N, V);
     check_range(check, "banned", p.banned, banned ? banned->numel() : 0, V);
-    // below the smallest normal float 1/T would be infinite
-    check_values<float>(
-        check, "temperature", temperature, "0, or finite and at least 1.2e-38", [](float t) {
-          return t == 0.0f || (t >= std::numeric_limits<float>::min() && std::isfinite(t));
-        });
+    check.temperatures("temperature", temperature);
     check_values<int32_t>(check, "top_k", top_k, "0 (off) or positive",
                           [](int32_t k) { return k >= 0; });
     check_values<float>(check, "top_p", top_p, "in [0, 1]",
                         [](float q) { return q >= 0.0f && q <= 1.0f; });
   }
 
-  const auto floats = [&](int64_t n) {
-    return torch::stable::new_empty(logits, {n}, ScalarType::Float);
-  };
+  check.not_differentiable({{"logits", logits},
+                            {"uncond_logits", uncond_logits},
+                            {"cfg_scale", cfg_scale},
+                            {"bias", bias},
+                            {"temperature", temperature},
+                            {"top_p", top_p}});
+
   const auto write = [](const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); };
-  Tensor token = torch::stable::new_empty(logits, {N}, ScalarType::Long);
-  Tensor argmax = torch::stable::new_empty(logits, {N}, ScalarType::Long);
-  Tensor confidence = floats(N), margin = floats(with_margin ? N : 0),
-         entropy = floats(with_entropy ? N : 0);
-  Tensor logsumexp = floats(N), p_given = floats(N);
-  Tensor flags = torch::stable::new_empty(logits, {N}, ScalarType::Int);
+  Tensor token = check.empty("token", {N}, ScalarType::Long);
+  Tensor argmax = check.empty("argmax", {N}, ScalarType::Long);
+  Tensor confidence = check.empty("confidence", {N}, ScalarType::Float);
+  Tensor margin = check.empty("margin", {with_margin ? N : 0}, ScalarType::Float);
+  Tensor entropy = check.empty("entropy", {with_entropy ? N : 0}, ScalarType::Float);
+  Tensor logsumexp = check.empty("logsumexp", {N}, ScalarType::Float);
+  Tensor p_given = check.empty("p_given", {N}, ScalarType::Float);
+  Tensor flags = check.empty("flags", {N}, ScalarType::Int);
   p.token = static_cast<int64_t*>(token.mutable_data_ptr());
   p.argmax = static_cast<int64_t*>(argmax.mutable_data_ptr());
   p.confidence = write(confidence);
@@ -156,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
     const CudaCall call(check, logits);
     call.supports(cuda::unsupported_token_confidence(p));
     Tensor workspace =
-        torch::stable::new_empty(logits, {cuda::token_confidence_workspace(p)}, ScalarType::Byte);
+        check.empty("workspace", {cuda::token_confidence_workspace(p)}, ScalarType::Byte);
     call.succeeded(cuda::run_token_confidence(p, workspace.mutable_data_ptr(), call.stream()));
     return {token, argmax, confidence, margin, entropy, logsumexp, p_given, flags};
   }
@@ -173,8 +173,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
       parallel(N, V, [&](int64_t begin, int64_t end) { cpu::token_confidence(p, begin, end); });
     }
   } else if (N > 0) {
-    const Tensor scratch = torch::stable::new_empty(
-        logits, {N * parts * int64_t(sizeof(cpu::Scan))}, ScalarType::Byte);
+    const Tensor scratch =
+        check.empty("workspace", {N * parts * int64_t(sizeof(cpu::Scan))}, ScalarType::Byte);
     cpu::Scan* scans = static_cast<cpu::Scan*>(scratch.mutable_data_ptr());
     parallel(N * parts, cpu::kPart,
              [&](int64_t begin, int64_t end) { cpu::token_confidence_scan(p, scans, begin, end); });

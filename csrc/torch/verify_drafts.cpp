@@ -2,8 +2,6 @@
 #include "cpu/verify_drafts.h"
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 
 #include "torch/check.h"
 #include "torch/ops.h"
@@ -40,7 +38,7 @@ void check_rows(const Check& check, const char* name, const int32_t* map, int64_
 }
 
 // The values, on the CPU: there, looking at them costs no wait.
-void check_values(const Check& check, const VerifyDraftsParams& p, int64_t temperatures) {
+void check_values(const Check& check, const VerifyDraftsParams& p, const MaybeTensor& temperature) {
   check_rows(check, "row_map", p.row_map, p.B * (p.W + 1), p.R);
   check_rows(check, "draft_row_map", p.draft_row_map, p.B * p.W, p.Q);
   for (int64_t i = 0; i < p.B * p.W; ++i) {
@@ -48,11 +46,7 @@ void check_values(const Check& check, const VerifyDraftsParams& p, int64_t tempe
     check.that(false, "drafts must be below the vocabulary's size ", p.V, "; got ", p.drafts[i],
                " at [", i / p.W, ", ", i % p.W, "]");
   }
-  for (int64_t i = 0; i < temperatures; ++i) {
-    const float t = p.temperature.data[i];
-    if (t == 0.0f || (t >= std::numeric_limits<float>::min() && std::isfinite(t))) continue;
-    check.that(false, "temperature must be 0, or finite and at least 1.2e-38; got ", t, " at ", i);
-  }
+  check.temperatures("temperature", temperature);
 }
 
 }  // namespace
@@ -91,9 +85,7 @@ std::tuple<Tensor, Tensor> verify_drafts(
   p.random.seed = check.per_row<int64_t>("seed", seed, B);
   p.random.step = check.per_row<int32_t>("step", step, B);
   p.random.position = check.dense<int32_t>("position", position, {B});
-  check.that(leniency >= 0.0 && std::isfinite(leniency),
-             "leniency must be finite and not negative; got ", leniency);
-  p.leniency = float(leniency);
+  p.leniency = check.float_or_zero("leniency", leniency, "accept all that can be drawn");
   check.that(draft_logits || !logits, "draft_logits is required by logits; got None");
   if (logits) {
     const auto required = [&](const char* name, const MaybeTensor& t) {
@@ -104,11 +96,11 @@ std::tuple<Tensor, Tensor> verify_drafts(
     required("temperature", temperature);
     required("seed", seed);
     required("position", position);
-    if (drafts.is_cpu()) check_values(check, p, temperature->numel());
+    if (drafts.is_cpu()) check_values(check, p, temperature);
   }
 
-  Tensor accepted = torch::stable::new_empty(drafts, {B}, ScalarType::Int);
-  Tensor tokens = torch::stable::new_empty(drafts, {B, W + 1}, ScalarType::Long);
+  Tensor accepted = check.empty("accepted", {B}, ScalarType::Int);
+  Tensor tokens = check.empty("tokens", {B, W + 1}, ScalarType::Long);
   p.accepted = static_cast<int32_t*>(accepted.mutable_data_ptr());
   p.tokens = static_cast<int64_t*>(tokens.mutable_data_ptr());
   if (B == 0) return {accepted, tokens};

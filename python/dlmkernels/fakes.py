@@ -11,6 +11,18 @@ def _check_devices(op, anchor_name, anchor, arguments):
             raise RuntimeError(f"{op}: {name} must be on the device of {anchor_name}; got {value.device}")
 
 
+def _check_gradients(op, **arguments):
+    """Refuse what a gradient is asked for: a compiled graph runs the kernels, and their checks, without gradients."""
+    if not torch.is_grad_enabled():
+        return
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            raise RuntimeError(
+                f"{op}: the op is not differentiable, but {name} requires a gradient; call it under torch.no_grad() or "
+                f"pass {name}.detach()"
+            )
+
+
 # --- block_attention -------------------------------------------------------------------------------------------------
 
 
@@ -18,6 +30,7 @@ def _check_devices(op, anchor_name, anchor, arguments):
 def _block_attention(q, k_new, v_new, k_cache, v_cache, slots=None, kv_range=None, **optional):
     given = {"k_new": k_new, "v_new": v_new, "k_cache": k_cache, "v_cache": v_cache, "slots": slots}
     _check_devices("block_attention", "q", q, given | {"kv_range": kv_range} | optional)
+    _check_gradients("block_attention", q=q, k_new=k_new, v_new=v_new, k_cache=k_cache, v_cache=v_cache)
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -27,6 +40,7 @@ def _block_attention(q, k_new, v_new, k_cache, v_cache, slots=None, kv_range=Non
 @torch.library.register_fake("dlmkernels::token_confidence")
 def _token_confidence(logits, *, row_map=None, with_margin=True, with_entropy=True, **optional):
     _check_devices("token_confidence", "logits", logits, {"row_map": row_map, **optional})
+    _check_gradients("token_confidence", logits=logits, **optional)
     rows = logits.shape[0] if row_map is None else row_map.shape[0]
 
     def empty(length, dtype=torch.float32):
@@ -62,6 +76,7 @@ INFO_COLUMNS = 9  # kInfoColumns of csrc/common/params.h
 def _remask_(tokens, state, position, proposal, **optional):
     needed = {"state": state, "position": position, "proposal": proposal}
     _check_devices("remask_", "tokens", tokens, needed | optional)
+    _check_gradients("remask_", **optional)
     return tokens.new_empty((tokens.shape[0], INFO_COLUMNS), dtype=torch.int32)
 
 
@@ -82,6 +97,7 @@ SPLICE_COLUMNS = 3  # kSpliceColumns of csrc/common/params.h
 @torch.library.register_fake("dlmkernels::splice_")
 def _splice_(tokens, start, **optional):
     _check_devices("splice_", "tokens", tokens, {"start": start, **optional})
+    _check_gradients("splice_", **optional)
     info = tokens.new_empty((tokens.shape[0], SPLICE_COLUMNS), dtype=torch.int32)
     return tokens.new_empty(tokens.shape, dtype=torch.int32), info
 
@@ -92,4 +108,5 @@ def _splice_(tokens, start, **optional):
 @torch.library.register_fake("dlmkernels::soft_embedding")
 def _soft_embedding(logits, weight, *, row_map=None, **optional):
     _check_devices("soft_embedding", "logits", logits, {"weight": weight, "row_map": row_map, **optional})
+    _check_gradients("soft_embedding", logits=logits, weight=weight, **optional)
     return weight.new_empty((logits.shape[0] if row_map is None else row_map.shape[0], weight.shape[1]))

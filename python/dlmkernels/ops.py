@@ -1,10 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops, one function each: documentation, defaults, and a call of torch.ops.dlmkernels."""
+"""The ops, one function each: documentation, defaults, and a call of torch.ops.dlmkernels.
+
+Where an argument may hold one value for all rows, a number of Python or numpy will do: ``temperature=0.7``. No op is
+differentiable: where a gradient could be asked for, the call is an error. What an op writes must share no memory with
+its other arguments.
+"""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .arguments import ArgumentError as ArgumentError
+from .arguments import call, one_value
 
 # --- block_attention -------------------------------------------------------------------------------------------------
 
@@ -26,7 +34,7 @@ def block_attention(
     kv_range: Tensor | None = None,
     *,
     causal_block: int = 0,
-    block_origin: Tensor | None = None,
+    block_origin: Tensor | int | None = None,
     q_limit: Tensor | None = None,
     k_order: Tensor | None = None,
     window_left: int = -1,
@@ -88,7 +96,7 @@ def block_attention(
 
     Raises
     ------
-    RuntimeError
+    ArgumentError
         Wrong device, dtype, shape, stride, or a slot or range outside the cache (checked on CPU only). The message
         names the argument; nothing has been written.
 
@@ -103,10 +111,10 @@ def block_attention(
     a key head: Ainslie et al., "GQA", 2023. Block-causal order: Arriola et al., "Block Diffusion", 2025.
     """
     return BlockAttention(
-        *torch.ops.dlmkernels.block_attention.default(
-            q, k_new, v_new, k_cache, v_cache, slots, kv_range, causal_block=causal_block, block_origin=block_origin,
-            q_limit=q_limit, k_order=k_order, window_left=window_left, window_right=window_right, softcap=softcap,
-            scale=scale,
+        *call(
+            torch.ops.dlmkernels.block_attention.default, q, k_new, v_new, k_cache, v_cache, slots, kv_range,
+            causal_block=causal_block, block_origin=one_value("block_origin", block_origin, q), q_limit=q_limit,
+            k_order=k_order, window_left=window_left, window_right=window_right, softcap=softcap, scale=scale,
         )
     )  # fmt: skip
 
@@ -136,18 +144,18 @@ def token_confidence(
     row_map: Tensor | None = None,
     given: Tensor | None = None,
     uncond_logits: Tensor | None = None,
-    cfg_scale: Tensor | None = None,
+    cfg_scale: Tensor | float | None = None,
     bias: Tensor | None = None,
     banned: Tensor | None = None,
     bitmask: Tensor | None = None,
-    temperature: Tensor | None = None,
-    top_k: Tensor | None = None,
-    top_p: Tensor | None = None,
+    temperature: Tensor | float | None = None,
+    top_k: Tensor | int | None = None,
+    top_p: Tensor | float | None = None,
     top_p_first: bool = False,
     keep_crossing: bool = True,
     distribution: str = "raw",
-    seed: Tensor | None = None,
-    step: Tensor | None = None,
+    seed: Tensor | int | None = None,
+    step: Tensor | int | None = None,
     position: Tensor | None = None,
     with_margin: bool = True,
     with_entropy: bool = True,
@@ -228,30 +236,31 @@ def token_confidence(
 
     Raises
     ------
-    RuntimeError
+    ArgumentError
         For a wrong device, dtype, shape or stride, an unknown distribution, a missing `seed`, `position`, `cfg_scale`
         or `uncond_logits`; and, on the CPU, for a value out of range in `row_map`, `given`, `banned`, `temperature`,
         `top_k` or `top_p`. The message names the argument. On CUDA, where values are not checked, a row or an id out of
         range is none, and a temperature or a filter below its range is off.
     """
     return TokenConfidence(
-        *torch.ops.dlmkernels.token_confidence.default(
+        *call(
+            torch.ops.dlmkernels.token_confidence.default,
             logits,
             row_map=row_map,
             given=given,
             uncond_logits=uncond_logits,
-            cfg_scale=cfg_scale,
+            cfg_scale=one_value("cfg_scale", cfg_scale, logits),
             bias=bias,
             banned=banned,
             bitmask=bitmask,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
+            temperature=one_value("temperature", temperature, logits),
+            top_k=one_value("top_k", top_k, logits),
+            top_p=one_value("top_p", top_p, logits),
             top_p_first=top_p_first,
             keep_crossing=keep_crossing,
             distribution=distribution,
-            seed=seed,
-            step=step,
+            seed=one_value("seed", seed, logits),
+            step=one_value("step", step, logits),
             position=position,
             with_margin=with_margin,
             with_entropy=with_entropy,
@@ -274,16 +283,16 @@ def select_tokens(
     eligible: Tensor,
     rule: str = "none",
     *,
-    parameter: Tensor | None = None,
+    parameter: Tensor | float | None = None,
     strict: bool = False,
     gate: Tensor | None = None,
     cost: Tensor | None = None,
-    need: Tensor | None = None,
-    fill: Tensor | None = None,
-    cap: Tensor | None = None,
-    order_temperature: Tensor | None = None,
-    seed: Tensor | None = None,
-    step: Tensor | None = None,
+    need: Tensor | int | None = None,
+    fill: Tensor | int | None = None,
+    cap: Tensor | int | None = None,
+    order_temperature: Tensor | float | None = None,
+    seed: Tensor | int | None = None,
+    step: Tensor | int | None = None,
     position: Tensor | None = None,
 ) -> SelectedTokens:
     """Choose the slots of each row's window to commit (or, with negated scores, to remask).
@@ -351,25 +360,26 @@ def select_tokens(
 
     Raises
     ------
-    RuntimeError
+    ArgumentError
         For a wrong device, dtype, shape or stride, W above 4096, an unknown rule, or a missing `parameter`, `cost`,
         `seed` or `position`; the message names the argument.
     """
     return SelectedTokens(
-        *torch.ops.dlmkernels.select_tokens.default(
+        *call(
+            torch.ops.dlmkernels.select_tokens.default,
             score,
             eligible,
             rule,
-            parameter=parameter,
+            parameter=one_value("parameter", parameter, score),
             strict=strict,
             gate=gate,
             cost=cost,
-            need=need,
-            fill=fill,
-            cap=cap,
-            order_temperature=order_temperature,
-            seed=seed,
-            step=step,
+            need=one_value("need", need, score),
+            fill=one_value("fill", fill, score),
+            cap=one_value("cap", cap, score),
+            order_temperature=one_value("order_temperature", order_temperature, score),
+            seed=one_value("seed", seed, score),
+            step=one_value("step", step, score),
             position=position,
         )
     )
@@ -398,8 +408,8 @@ def remask_(
     commit_step: Tensor | None = None,
     commit_confidence: Tensor | None = None,
     step: Tensor | None = None,
-    seed: Tensor | None = None,
-    origin: Tensor | None = None,
+    seed: Tensor | int | None = None,
+    origin: Tensor | int | None = None,
     mask_token_id: int = -1,
     vocab_size: int = 0,
     eos_token_ids: list[int] | tuple[int, ...] = (),
@@ -476,12 +486,13 @@ def remask_(
 
     Raises
     ------
-    RuntimeError
+    ArgumentError
         Before anything is written: for a wrong device, dtype, shape or stride; an unknown policy; a missing
         `confidence`, `seed`, `mask_token_id`, `vocab_size` or `fill_token_id`; and, on the CPU, a position outside
         [-1, T) or given twice in a row and a token id beyond the vocabulary. The message names the argument.
     """
-    return torch.ops.dlmkernels.remask_.default(
+    return call(
+        torch.ops.dlmkernels.remask_.default,
         tokens,
         state,
         position,
@@ -494,8 +505,8 @@ def remask_(
         commit_step=commit_step,
         commit_confidence=commit_confidence,
         step=step,
-        seed=seed,
-        origin=origin,
+        seed=one_value("seed", seed, tokens),
+        origin=one_value("origin", origin, tokens),
         mask_token_id=mask_token_id,
         vocab_size=vocab_size,
         eos_token_ids=eos_token_ids,
@@ -525,10 +536,10 @@ def verify_drafts(
     draft_logsumexp: Tensor | None = None,
     draft_row_map: Tensor | None = None,
     banned: Tensor | None = None,
-    temperature: Tensor | None = None,
+    temperature: Tensor | float | None = None,
     leniency: float = 1.0,
-    seed: Tensor | None = None,
-    step: Tensor | None = None,
+    seed: Tensor | int | None = None,
+    step: Tensor | int | None = None,
     position: Tensor | None = None,
 ) -> VerifiedDrafts:
     """Accept the longest prefix of each row's drafts that the target model agrees with, and add one token.
@@ -590,7 +601,7 @@ def verify_drafts(
 
     Raises
     ------
-    RuntimeError
+    ArgumentError
         For a wrong device, dtype, shape or stride, a negative leniency, a missing companion of `draft_logits`; and, on
         the CPU, for a row, draft or temperature out of range. The message names the argument. On CUDA, where values
         are not checked, a row out of range is none and a draft beyond the vocabulary fails.
@@ -601,7 +612,8 @@ def verify_drafts(
     among the logits has probability 0. Where p exceeds q nowhere, the target's token stands in for the draw.
     """
     return VerifiedDrafts(
-        *torch.ops.dlmkernels.verify_drafts.default(
+        *call(
+            torch.ops.dlmkernels.verify_drafts.default,
             drafts,
             token,
             logits=logits,
@@ -611,10 +623,10 @@ def verify_drafts(
             draft_logsumexp=draft_logsumexp,
             draft_row_map=draft_row_map,
             banned=banned,
-            temperature=temperature,
+            temperature=one_value("temperature", temperature, drafts),
             leniency=leniency,
-            seed=seed,
-            step=step,
+            seed=one_value("seed", seed, drafts),
+            step=one_value("step", step, drafts),
             position=position,
         )
     )
@@ -640,7 +652,7 @@ def splice_(
     insert: Tensor | None = None,
     remove: Tensor | None = None,
     length: Tensor | None = None,
-    end: Tensor | None = None,
+    end: Tensor | int | None = None,
     state: Tensor | None = None,
     commit_step: Tensor | None = None,
     commit_confidence: Tensor | None = None,
@@ -697,19 +709,20 @@ def splice_(
 
     Raises
     ------
-    RuntimeError
+    ArgumentError
         Before anything is written: for a wrong device, dtype, shape or stride, W above 4096, both `length` and `end`,
         a missing token id; and, on the CPU, for a start, length, end or count out of range. The message names the
         argument.
     """
     return Spliced(
-        *torch.ops.dlmkernels.splice_.default(
+        *call(
+            torch.ops.dlmkernels.splice_.default,
             tokens,
             start,
             insert=insert,
             remove=remove,
             length=length,
-            end=end,
+            end=one_value("end", end, tokens),
             state=state,
             commit_step=commit_step,
             commit_confidence=commit_confidence,
@@ -727,8 +740,8 @@ def soft_embedding(
     weight: Tensor,
     *,
     row_map: Tensor | None = None,
-    temperature: Tensor | None = None,
-    top_k: Tensor | None = None,
+    temperature: Tensor | float | None = None,
+    top_k: Tensor | int | None = None,
     mask_token_id: int = -1,
 ) -> Tensor:
     """Embed a distribution over tokens: ``softmax(z / T) @ weight``, without a tensor of probabilities.
@@ -766,7 +779,7 @@ def soft_embedding(
 
     Raises
     ------
-    RuntimeError
+    ArgumentError
         For a wrong device, dtype, shape or stride, a mask token beyond the vocabulary or without `top_k`; and, on the
         CPU, for a value out of range in `row_map`, `temperature` or `top_k`. The message names the argument. On CUDA,
         where values are not checked, a row out of range is unused.
@@ -776,6 +789,12 @@ def soft_embedding(
     Sums are float32. On CUDA, weights are rounded to the dtype of a 16-bit `weight` before they are multiplied with
     it, unless there is a `top_k`. A row's result has the same bits whatever the batch and the number of threads.
     """
-    return torch.ops.dlmkernels.soft_embedding.default(
-        logits, weight, row_map=row_map, temperature=temperature, top_k=top_k, mask_token_id=mask_token_id
+    return call(
+        torch.ops.dlmkernels.soft_embedding.default,
+        logits,
+        weight,
+        row_map=row_map,
+        temperature=one_value("temperature", temperature, logits),
+        top_k=one_value("top_k", top_k, logits),
+        mask_token_id=mask_token_id,
     )

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Python values as arguments of the ops: numbers for one-value tensors, and errors that say what is wrong."""
+
+import math
+import numbers
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ArgumentError(ValueError, RuntimeError):
+    """An argument that an op cannot take; nothing has been written.
+
+    A ValueError, and a RuntimeError like the refusals of torch's own ops.
+    """
+
+
+class _Range(NamedTuple):
+    dtype: torch.dtype
+    holds: Callable[[Any], bool]
+    expected: str
+
+
+_ANY = _Range(torch.float32, lambda x: True, "a number")
+_TEMPERATURE = _Range(
+    torch.float32, lambda x: x == 0 or 1.1754943508222875e-38 <= x < math.inf, "0, or finite and at least 1.2e-38"
+)
+_COUNT = _Range(torch.int32, lambda x: x >= 0, "0 or positive")
+_INTEGER = _Range(torch.int32, lambda x: True, "an integer")
+#: The arguments that a number can be given for.
+_ONE_VALUE = {
+    "temperature": _TEMPERATURE,
+    "order_temperature": _TEMPERATURE,
+    "top_p": _Range(torch.float32, lambda x: 0 <= x <= 1, "in [0, 1]"),
+    "cfg_scale": _ANY,
+    "parameter": _ANY,
+    "top_k": _COUNT,
+    "need": _COUNT,
+    "fill": _COUNT,
+    "cap": _COUNT,
+    "step": _INTEGER,
+    "origin": _INTEGER,
+    "end": _INTEGER,
+    "block_origin": _INTEGER,
+    "seed": _Range(torch.int64, lambda x: True, "an integer"),
+}
+
+
+def one_value(name: str, value: Any, like: Tensor) -> Any:
+    """The tensor that an op's argument `name` takes for a number; tensors of any other kind and None as they are.
+
+    Numbers are Python's and numpy's, and tensors without a dimension in CPU memory.
+    """
+    if value is None or not isinstance(like, Tensor):
+        return value
+    if isinstance(value, Tensor):
+        is_number = value.dim() == 0 and (value.dtype is not _ONE_VALUE[name].dtype or value.device != like.device)
+        if not is_number or value.device.type != "cpu":
+            return value
+        value = value.item()
+    return torch.full((1,), _number(name, value), dtype=_ONE_VALUE[name].dtype, device=like.device)
+
+
+def _number(name: str, value: Any) -> float | int:
+    dtype, holds, expected = _ONE_VALUE[name]
+    kind: Any = numbers.Real if dtype.is_floating_point else numbers.Integral
+    wanted = "a number" if dtype.is_floating_point else "an integer"
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f"{name} must be {wanted} or a tensor; got {_shown(value)}")
+    if not holds(value):
+        raise ArgumentError(f"{name} must be {expected}; got {value}")
+    if dtype.is_floating_point:
+        if torch.finfo(dtype).max < abs(value) != math.inf:
+            raise ArgumentError(f"{name} must be within the range of float32; got {value}")
+        return float(value)
+    bounds = torch.iinfo(dtype)
+    if not bounds.min <= value <= bounds.max:
+        raise ArgumentError(f"{name} must be an integer of {bounds.bits} bits; got {value}")
+    return int(value)
+
+
+_TYPES = {
+    "Tensor": "a tensor",
+    "Optional[Tensor]": "a tensor or None",
+    "int": "an integer of 64 bits",
+    "float": "a number",
+    "Optional[float]": "a number or None",
+    "bool": "True or False",
+    "str": "a string",
+    "List[int]": "a list of integers of 64 bits",
+}
+_MISMATCH = re.compile(r"Expected a value of type '([^']+)' for argument '(\w+)' but instead found type '(\w+)'")
+
+
+def call(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``op(*args, **kwargs)``, an op of torch.ops, with refusals that are a TypeError or an ArgumentError."""
+    try:
+        return op(*args, **kwargs)
+    except RuntimeError as error:
+        refusal = _explained(op, args, kwargs, str(error))
+        if refusal is None:
+            raise
+        raise refusal from None
+
+
+def _explained(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], message: str) -> Exception | None:
+    """What the error of a call of `op` means, if it is about an argument."""
+    arguments = op._schema.arguments
+    name = op._schema.name.split("::")[1]
+    given = dict(zip((a.name for a in arguments), args)) | kwargs
+    for argument in arguments:
+        if str(argument.type) == "Tensor" and given.get(argument.name) is None:
+            return TypeError(f"{name}: {argument.name} must be a tensor; got None")
+    if mismatch := _MISMATCH.search(message):
+        expected, argument_name, _ = mismatch.groups()
+        value = given.get(argument_name)
+        too_large = expected == "int" and isinstance(value, int)
+        error = ArgumentError if too_large else TypeError
+        return error(f"{name}: {argument_name} must be {_TYPES.get(expected, expected)}; got {_shown(value)}")
+    return ArgumentError(message) if message.startswith(f"{name}: ") else None
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
