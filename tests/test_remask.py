@@ -47,7 +47,9 @@ def random_positions(g, B, T, W):
 def random_case(g, B, T, W, eos_policy="none", few_open=False):
     """All arguments by name. `few_open`: rows that are nearly complete, so that eos_policy has something to do."""
     state = torch.randint(256, (B, T), generator=g, dtype=torch.uint8) & ~FROZEN & ~OPEN
-    state |= (torch.rand(B, T, generator=g) < 0.15).to(torch.uint8) * FROZEN
+    given = torch.rand(B, T, generator=g) < torch.tensor([0.0, 0.15, 1.0])[torch.randint(3, (B, 1), generator=g)]
+    given &= torch.arange(T) < torch.randint(T + 1, (B, 1), generator=g)
+    state |= given.to(torch.uint8) * FROZEN
     opened = torch.rand(B, T, generator=g) < (0.1 if few_open else 0.5)
     if few_open:
         opened &= torch.arange(T) >= torch.randint(T + 1, (B, 1), generator=g)
@@ -73,6 +75,7 @@ def random_case(g, B, T, W, eos_policy="none", few_open=False):
         "step": torch.randint(0, 9, (B,), generator=g, dtype=torch.int32),
         "seed": torch.randint(-(2**63), 2**63 - 1, (choose(g, min(B, 1), B),), generator=g),
         "origin": torch.randint(0, T + 1, (B,), generator=g, dtype=torch.int32),
+        "end": torch.randint(0, T + 1, (choose(g, min(B, 1), B),), generator=g, dtype=torch.int32),
     }
     for name, value in optional.items():
         required = name == "confidence" or (name == "seed" and "renoise" in case)
@@ -118,7 +121,7 @@ def row(tokens, state, position, proposal, **kwargs):
             case[name] = torch.tensor([value], dtype=torch.bool).reshape(1, -1)
         elif name in dtypes:
             case[name] = torch.tensor([value], dtype=dtypes[name])
-        elif name in ("step", "seed", "origin"):
+        elif name in ("step", "seed", "origin", "end"):
             case[name] = torch.tensor([value], dtype=torch.int64 if name == "seed" else torch.int32)
         else:
             case[name] = value
@@ -148,9 +151,10 @@ class TestReference:
         g = generator(0)
         case = random_case(g, 6, 20, 8)
         case |= {"renoise": torch.ones(6, 8, dtype=torch.bool), "seed": torch.tensor([4, 5, 6])}
-        case |= {"origin": torch.tensor(2, dtype=torch.int32)}
+        case |= {"origin": torch.tensor(2, dtype=torch.int32), "end": torch.tensor([13, 20], dtype=torch.int32)}
         got, _ = check(case)
         expanded = case | {"seed": case["seed"].repeat_interleave(2), "origin": torch.full((6,), 2, dtype=torch.int32)}
+        expanded["end"] = case["end"].repeat_interleave(3)
         assert torch.equal(check(expanded)[0]["tokens"], got["tokens"])
 
 
@@ -160,7 +164,10 @@ class TestPlainPasses:
     @staticmethod
     def passes(case, b):
         tokens, state = case["tokens"][b].tolist(), case["state"][b].tolist()
-        slots = [(at, w) for w, at in enumerate(case["position"][b].tolist()) if at >= 0 and not state[at] & FROZEN]
+        end = int(reference.per_row(case.get("end"), 8, len(tokens))[b])
+        slots = [
+            (at, w) for w, at in enumerate(case["position"][b].tolist()) if 0 <= at < end and not state[at] & FROZEN
+        ]
         before = list(tokens)
 
         def asked(name):
@@ -177,7 +184,7 @@ class TestPlainPasses:
                 tokens[at], state[at] = MASK_ID, state[at] | OPEN
         for at, _ in asked("renoise"):
             tokens[at], state[at] = None, state[at] | OPEN  # any token of the vocabulary
-        opens = [bool(s & OPEN) and not s & FROZEN for s in state]
+        opens = [bool(s & OPEN) and not s & FROZEN and at < end for at, s in enumerate(state)]
         dirty = [bool(s & DIRTY) or (old != new and new is not None) for s, old, new in zip(state, before, tokens)]
         return tokens, opens, dirty
 
@@ -190,7 +197,8 @@ class TestPlainPasses:
             for b in range(8):
                 tokens, opens, dirty = self.passes(case, b)
                 state = got["state"][b].tolist()
-                assert opens == [s & (OPEN | FROZEN) == OPEN for s in state]
+                inside = range(int(reference.per_row(case.get("end"), 8, 24)[b]))
+                assert opens == [s & (OPEN | FROZEN) == OPEN and at in inside for at, s in enumerate(state)]
                 assert sum(opens) == info[b, ops.INFO_FIELDS.index("open")]
                 for at, token in enumerate(tokens):
                     actual = int(got["tokens"][b, at])
@@ -353,26 +361,58 @@ class TestEndOfSequence:
         out = self.fill([EOS[0], EOS[1], 9], [FROZEN, OPEN, OPEN])
         assert out["info"]["first_eos"] == -1 and out["tokens"] == [EOS[0], EOS[1], 9]
 
-    def test_frozen_positions_in_the_tail_stay(self):
-        out = self.fill([EOS[1], 9, 9], [0, FROZEN, OPEN | FROZEN])
-        assert out["tokens"] == [EOS[1], 9, 9] and out["info"]["done"] == 1
+    @pytest.mark.parametrize("bits", [FROZEN, OPEN | FROZEN])
+    def test_nothing_ends_before_something_that_was_given(self, bits):
+        out = self.fill([EOS[1], 9, 8, 9], [0, OPEN, bits, OPEN], position=[1], proposal=[5], commit=[1])
+        assert out["tokens"] == [EOS[1], 5, 8, 9] and out["state"] == [0, DIRTY, bits, OPEN]
+        assert (out["info"]["first_eos"], out["info"]["prefix"], out["info"]["done"]) == (-1, 3, 0)
+
+    def test_the_end_is_the_first_behind_all_that_was_given(self):
+        out = self.fill([EOS[0], 9, 8, 6, EOS[1], EOS[0], 9], [0, 0, FROZEN, 0, 0, 0, OPEN])
+        assert out["tokens"] == [EOS[0], 9, 8, 6, EOS[1], 11, 11] and out["info"]["first_eos"] == 4
+        assert out["info"]["done"] == 1
+
+    def test_an_open_position_before_the_end_keeps_the_request_open(self):
+        out = self.fill([EOS[0], 9, 8, EOS[1], 9], [0, OPEN, FROZEN, 0, OPEN])
+        assert out["tokens"] == [EOS[0], 9, 8, EOS[1], 9]
+        assert (out["info"]["first_eos"], out["info"]["prefix"], out["info"]["done"]) == (3, 1, 0)
+
+    @pytest.mark.parametrize("bits", [0, OPEN, FROZEN, OPEN | FROZEN])
+    def test_what_stands_behind_the_row_is_nobodys(self, bits):
+        """Neither given, so that it would hold off the end, nor open nor an end itself; nor is it written."""
+        out = self.fill(
+            [EOS[0], 9, EOS[1]], [0, OPEN, bits], position=[2, 1], proposal=[5, 6], end=2, commit=[1, 1], edit=[1, 1],
+            confidence=[0.5, 0.5], commit_step=[3, 4, 5], commit_confidence=[0.5, 0.25, 0.75],
+        )  # fmt: skip
+        assert out["tokens"] == [EOS[0], 11, EOS[1]] and out["state"] == [0, DIRTY, bits]
+        assert out["commit_step"] == [3, -1, 5] and out["commit_confidence"] == [0.5, 0, 0.75]
+        want = {"open_window": 0, "open": 0, "committed": 1, "edited": 0, "first_eos": 0, "prefix": 3, "done": 1}
+        assert want.items() <= out["info"].items()
+        out = self.fill([9, 9, EOS[1]], [0, OPEN, bits], end=2)
+        assert (out["info"]["first_eos"], out["info"]["open"], out["info"]["prefix"]) == (-1, 1, 1)
+        out = self.fill([EOS[0], 9, EOS[1]], [0, OPEN, bits], end=0)
+        assert (out["info"]["first_eos"], out["info"]["done"], out["tokens"][1]) == (-1, 1, 9)
 
     def test_any_of_several_ids(self):
         out = self.fill([1, EOS[1], EOS[0], 9], [0, 0, 0, OPEN])
         assert out["info"]["first_eos"] == 1 and out["tokens"] == [1, EOS[1], 11, 11]
 
-    def test_records_of_the_tail_stay(self):
-        out = self.fill(
-            [EOS[0], 5, 9], [0, 0, OPEN], commit_step=[1, 2, -1], commit_confidence=[0.5, 0.25, 0.0]
-        )  # fmt: skip
-        assert out["commit_step"] == [1, 2, -1] and out["commit_confidence"] == [0.5, 0.25, 0.0]
+    def test_nobody_has_committed_the_tail(self):
+        records = {"commit_step": [1, 2, 3], "commit_confidence": [0.5, 0.25, 0.75]}
+        out = self.fill([EOS[0], 5, 11], [0, 0, OPEN], **records)
+        assert out["commit_step"] == [1, -1, -1] and out["commit_confidence"] == [0.5, 0, 0]
+        for name in records:  # one of them alone
+            assert self.fill([EOS[0], 5, 11], [0, 0, OPEN], **{name: records[name]})[name] == out[name]
+        out = self.fill([EOS[0], 5, 11], [0, 0, OPEN], eos_policy="none", **records)
+        assert out["commit_step"] == records["commit_step"]
+        assert out["commit_confidence"] == records["commit_confidence"]
 
     def test_a_commit_can_end_the_sequence_in_its_own_step(self):
         out = self.fill(
             [1, 9, 9, 9], [0, OPEN, OPEN, OPEN], position=[1, 2], proposal=[EOS[0], 6], commit=[1, 1],
             commit_step=[-1] * 4, step=8,
         )  # fmt: skip
-        assert out["tokens"] == [1, EOS[0], 11, 11] and out["commit_step"] == [-1, 8, 8, -1]
+        assert out["tokens"] == [1, EOS[0], 11, 11] and out["commit_step"] == [-1, 8, -1, -1]
         assert out["state"] == [0, DIRTY, DIRTY, DIRTY]
         assert out["info"]["committed"] == 2 and out["info"]["changed"] == 3
 
@@ -394,6 +434,7 @@ class TestIsolation:
             got, _ = check(case)
             inside = torch.zeros(8, 33, dtype=torch.bool)
             inside.scatter_(1, case["position"].long() % 33, True)
+            inside &= torch.arange(33) < reference.per_row(case.get("end"), 8, 32)[:, None]
             for name in ("tokens", "state", "commit_step", "commit_confidence"):
                 if name in case:
                     assert torch.equal(got[name][~inside[:, :32]], case[name][~inside[:, :32]]), name
@@ -420,6 +461,7 @@ class TestIsolation:
         for name in MASKS:
             case[name] = random_mask(g, 64, 16)
         case["seed"] = torch.arange(64)
+        case["end"] = torch.randint(49, (64,), generator=g, dtype=torch.int32)
         got, info = check(case)
         for index in (torch.randperm(64, generator=g), *(slice(64 - size, 64) for size in range(1, 65))):
             part = {name: rows(value, index) for name, value in clone(case).items()}
@@ -457,6 +499,7 @@ class TestErrors:
             "step": torch.zeros(B, dtype=torch.int32),
             "seed": torch.zeros(B, dtype=torch.long),
             "origin": torch.zeros(B, dtype=torch.int32),
+            "end": torch.full((B,), T, dtype=torch.int32),
             "mask_token_id": MASK_ID,
             "vocab_size": VOCAB,
         }
@@ -473,7 +516,7 @@ class TestErrors:
 
     ON_CANVAS = ("tokens", "state", "commit_step", "commit_confidence")
     ON_WINDOW = ("position", "proposal", "confidence", *MASKS)
-    PER_ROW = ("step", "seed", "origin")
+    PER_ROW = ("step", "seed", "origin", "end")
 
     def test_the_good_call_is_good(self):
         ops.remask_(**self.good())
@@ -523,6 +566,12 @@ class TestErrors:
         position[2, 5] = 1
         self.refuses("position must be distinct within a row; got 1 twice in row 2", position=position)
 
+    @pytest.mark.parametrize("bad", [-1, 11, 2**31 - 1])
+    def test_end_range(self, bad):
+        end = self.good()["end"]
+        end[2] = bad
+        self.refuses(rf"end must be from 0 to 10; got {bad} for row 2", end=end)
+
     def test_proposal_beyond_the_vocabulary(self):
         proposal = self.good()["proposal"]
         proposal[3, 2] = VOCAB
@@ -535,6 +584,7 @@ class TestErrors:
             for other in set(MASKS) - {mask}:
                 del case[other]
             check(case)
+        check(self.good() | {"proposal": proposal, "end": torch.full((self.B,), 2, dtype=torch.int32)})
         case = self.good() | {"proposal": proposal, "vocab_size": 0}
         del case["renoise"]
         check(case)

@@ -300,7 +300,7 @@ class TestDecodings:
                         break
                     logits = plain(request.tokens[None])[0][0].index_fill(1, torch.tensor([MASK]), -torch.inf)
                     two = logits[start + first : start + last].topk(2).values
-                    progress = (8 * block + i) / steps
+                    progress = (8 * block + i + 1) / steps
                     bar = gaps[0 if progress < 0.33 else 1 if progress < 0.67 else 2]
                     mean = (two[:, 0] - two[:, 1]).mean().item()
                     request.note(abs(mean - bar))

@@ -135,6 +135,7 @@ struct RemaskParams {
   int32_t* step;                                 // [B]
   PerRow<int64_t> seed;
   PerRow<int32_t> origin;  // canvas position at which the request starts (left padding)
+  PerRow<int32_t> end;     // canvas position after its last, up to T
   int64_t mask_token_id, vocab_size, fill_token_id;
   const int64_t* eos_token_ids;
   int64_t eos_count;

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // One commit / edit / remask / renoise step on a canvas. A block takes a row, in three passes:
 //   1. a thread a slot writes the slot's position, by the last of the four masks that applies to it
-//   2. all threads search the row for the first end-of-sequence token and the first open position,
-//      a few pairs of positions a thread in flight
+//   2. all threads search the row for the first open position, the last that was given (frozen) and
+//      the first end-of-sequence token, a few pairs of positions a thread in flight; and once more
+//      for such a token if that one has something given behind it
 //   3. the tail is filled if the row is complete up to that token; changes are marked dirty
 // A slot's own thread keeps what its position held. A row's positions are distinct where they
 // ascend, which is seen at a glance; else sorting finds those given twice, so that no two threads
@@ -28,6 +29,9 @@ enum class RemaskFault {
   kOddTail,
   kKeepsOverfilled,
   kNoOrigin,
+  kEndsBeforeGiven,
+  kNoEnd,
+  kKeepsRecords,
 };
 
 // End-of-sequence ids a launch can carry.
@@ -63,10 +67,12 @@ class RemaskRow {
     kRuns,
     kFirstEos,
     kFirstOpen,
+    kGiven,
     kOpen,
     kUsed,
     kWritten,
     kRewritten,
+    kEosBehind,
     kTail,
     kPartials
   };
@@ -86,6 +92,7 @@ class RemaskRow {
         row_(blockIdx.x),
         slots_(int64_t(blockIdx.x) * p_.W),
         canvas_(int64_t(blockIdx.x) * p_.T),
+        end_(end_of(p_, blockIdx.x)),
         tokens_(p_.tokens + canvas_),
         state_(p_.state + canvas_),
         exchange_(smem.take<uint64_t>(blockDim.x * kKeys)),
@@ -104,16 +111,20 @@ class RemaskRow {
     leave_partial<Sum>(uint32_t(committed_) | uint32_t(edited_) << 16, partial(kWritten));
     leave_partial<Sum>(uint32_t(remasked_) | changed_slots(p_.T) << 16, partial(kRewritten));
     if (fault != RemaskFault::kPartialsReadTooEarly) __syncthreads();
-    const uint32_t first_eos = gather_partials<Least>(partial(kFirstEos));
+    uint32_t first_eos = gather_partials<Least>(partial(kFirstEos));
     const uint32_t first_open = gather_partials<Least>(partial(kFirstOpen));
+    const uint32_t given = gather_partials<Greatest>(partial(kGiven));
     const uint32_t open = gather_partials<Sum>(partial(kOpen));
     const uint32_t used = gather_partials<Sum>(partial(kUsed));
     const uint32_t written = gather_partials<Sum>(partial(kWritten));
     const uint32_t rewritten = gather_partials<Sum>(partial(kRewritten));
 
+    if (first_eos < given && fault != RemaskFault::kEndsBeforeGiven) {
+      first_eos = block_reduce<Least>(eos_from(given), partial(kEosBehind));
+    }
     const bool ends = first_eos < Least::kNeutral;
     const bool fill = p_.eos_policy == EosPolicy::kFill && ends && first_open > first_eos;
-    mark_changes(fill ? int64_t(first_eos) : p_.T - 1);
+    mark_changes(fill ? first_eos : end_);
     uint32_t changed = rewritten >> 16;
     if (fill) {
       if (fault != RemaskFault::kFillsTooEarly) __syncthreads();
@@ -194,6 +205,7 @@ class RemaskRow {
       before_[k] = tokens_[at_[k]];
       state_after_[k] = state_[at_[k]];
       ++used_;
+      if (uint32_t(at_[k]) >= end_) continue;
       if (!(state_after_[k] & kStateFrozen)) write(k, slots_ + slot(k));
       window_open_ += is_open(state_after_[k]);
     }
@@ -230,12 +242,17 @@ class RemaskRow {
 
   DLM_DEVICE void reopen(int k, int64_t token) {
     store(k, token, state_after_[k] | kStateOpen);
-    if (p_.commit_step) p_.commit_step[canvas_ + at_[k]] = -1;
-    record_confidence(at_[k], 0.0f);
+    forget(at_[k]);
     ++remasked_;
   }
 
-  DLM_DEVICE void record_confidence(int32_t at, float confidence) {
+  // The records of a position that no step has committed.
+  DLM_DEVICE void forget(int64_t at) {
+    if (p_.commit_step) p_.commit_step[canvas_ + at] = -1;
+    record_confidence(at, 0.0f);
+  }
+
+  DLM_DEVICE void record_confidence(int64_t at, float confidence) {
     if (p_.commit_confidence) p_.commit_confidence[canvas_ + at] = confidence;
   }
 
@@ -247,12 +264,18 @@ class RemaskRow {
     return uniform_below(bits.word[0], uint32_t(p_.vocab_size));
   }
 
+  // Canvas position after the row's last; what stands from there on is not the request's.
+  static DLM_DEVICE uint32_t end_of(const RemaskParams& p, uint32_t row) {
+    if (fault == RemaskFault::kNoEnd) return uint32_t(p.T);
+    return uint32_t(min(max(int64_t(row_value(p.end, row, int32_t(p.T))), int64_t(0)), p.T));
+  }
+
   // Leaves the partial results of the search: first end-of-sequence token at a decided position,
-  // first open position, number of open positions.
+  // first open position, position after the last that was given, number of open positions.
   DLM_DEVICE void search() {
-    const uint32_t T = uint32_t(p_.T), stride = 2 * blockDim.x;
-    uint32_t first_eos = Least::kNeutral, first_open = Least::kNeutral, open = 0;
-    for (uint32_t begin = 2 * threadIdx.x; begin < T; begin += kPairs * stride) {
+    const uint32_t stride = 2 * blockDim.x;
+    uint32_t first_eos = Least::kNeutral, first_open = Least::kNeutral, given = 0, open = 0;
+    for (uint32_t begin = 2 * threadIdx.x; begin < end_; begin += kPairs * stride) {
       int64_t token[kPairs][2];
       uint32_t state[kPairs][2];
 #pragma unroll
@@ -264,33 +287,45 @@ class RemaskRow {
         if (is_open(s)) {
           ++open;
           first_open = min(first_open, t);
-        } else if (is_decided(s) && t < first_eos && is_eos(token[i / 2][i % 2])) {
-          first_eos = t;
+        } else if (is_decided(s)) {
+          if (t < first_eos && is_eos(token[i / 2][i % 2])) first_eos = t;
+        } else if (t < end_) {
+          given = t + 1;
         }
       }
     }
     leave_partial<Least>(first_eos, partial(kFirstEos));
     leave_partial<Least>(first_open, partial(kFirstOpen));
+    leave_partial<Greatest>(given, partial(kGiven));
     leave_partial<Sum>(open, partial(kOpen));
   }
 
-  // Positions t (even) and t + 1; beyond the row they read as frozen.
+  // This thread's first decided position from `begin` on, behind everything given, with an
+  // end-of-sequence token.
+  DLM_DEVICE uint32_t eos_from(uint32_t begin) const {
+    for (uint32_t t = begin + threadIdx.x; t < end_; t += blockDim.x) {
+      if (!is_open(state_[t]) && is_eos(tokens_[t])) return t;
+    }
+    return Least::kNeutral;
+  }
+
+  // Positions t (even) and t + 1; beyond the request they read as frozen.
   DLM_DEVICE void read_pair(uint32_t t, int64_t (&token)[2], uint32_t (&state)[2]) const {
     token[0] = token[1] = 0;
     state[0] = state[1] = kStateFrozen;
-    if (t >= p_.T) return;
+    if (t >= end_) return;
     const bool wants_tokens = p_.eos_count > 0;
     if (launch_.aligned) {
       const uint32_t both = *reinterpret_cast<const uint16_t*>(state_ + t);
       state[0] = both & 0xff;
-      state[1] = both >> 8;
+      if (t + 1 < end_) state[1] = both >> 8;
       if (!wants_tokens) return;
       const uint4 v = ptx::ld_global_16(tokens_ + t);
       token[0] = int64_t(uint64_t(v.y) << 32 | v.x);
       token[1] = int64_t(uint64_t(v.w) << 32 | v.z);
       return;
     }
-    const bool whole = t + 1 < p_.T || fault == RemaskFault::kOddTail;
+    const bool whole = t + 1 < end_ || fault == RemaskFault::kOddTail;
     state[0] = state_[t];
     if (whole) state[1] = state_[t + 1];
     if (!wants_tokens) return;
@@ -329,10 +364,9 @@ class RemaskRow {
   // Returns how many tokens this thread changed.
   DLM_DEVICE uint32_t fill_tail(uint32_t begin) {
     uint32_t changed = 0;
-    for (int64_t t = int64_t(begin) + threadIdx.x; t < p_.T; t += blockDim.x) {
-      uint32_t state = state_[t];
-      if (state & kStateFrozen) continue;
-      state &= ~uint32_t(kStateOpen);
+    for (uint32_t t = begin + threadIdx.x; t < end_; t += blockDim.x) {
+      uint32_t state = state_[t] & ~uint32_t(kStateOpen);
+      if (fault != RemaskFault::kKeepsRecords) forget(t);
       if (tokens_[t] != p_.fill_token_id) {
         tokens_[t] = p_.fill_token_id;
         state |= kStateDirty;
@@ -347,6 +381,7 @@ class RemaskRow {
   const RemaskLaunch& launch_;
   const uint32_t row_;
   const int64_t slots_, canvas_;  // where the row starts in [B,W] and [B,T]
+  const uint32_t end_;
   int64_t* const tokens_;
   uint8_t* const state_;
   uint64_t* const exchange_;

@@ -40,8 +40,8 @@ STABLE_TORCH_LIBRARY(dlmkernels, m) {
       "commit=None, "
       "Tensor? edit=None, Tensor? remask=None, Tensor? renoise=None, Tensor? confidence=None, "
       "Tensor(c!)? commit_step=None, Tensor(d!)? commit_confidence=None, Tensor(e!)? step=None, "
-      "Tensor? seed=None, Tensor? origin=None, int mask_token_id=-1, int vocab_size=0, int[] "
-      "eos_token_ids=[], "
+      "Tensor? seed=None, Tensor? origin=None, Tensor? end=None, int mask_token_id=-1, int "
+      "vocab_size=0, int[] eos_token_ids=[], "
       "str eos_policy=\"none\", int fill_token_id=-1) -> Tensor",
       dlm::remask_);
   DLM_DEF(

@@ -46,8 +46,9 @@ Tensor remask_(const Tensor& tokens, const Tensor& state, const Tensor& position
                const MaybeTensor& remask, const MaybeTensor& renoise, const MaybeTensor& confidence,
                const MaybeTensor& commit_step, const MaybeTensor& commit_confidence,
                const MaybeTensor& step, const MaybeTensor& seed, const MaybeTensor& origin,
-               int64_t mask_token_id, int64_t vocab_size, const std::vector<int64_t>& eos_token_ids,
-               const std::string& eos_policy, int64_t fill_token_id);
+               const MaybeTensor& end, int64_t mask_token_id, int64_t vocab_size,
+               const std::vector<int64_t>& eos_token_ids, const std::string& eos_policy,
+               int64_t fill_token_id);
 
 std::tuple<Tensor, Tensor> verify_drafts(
     const Tensor& drafts, const Tensor& token, const MaybeTensor& logits,

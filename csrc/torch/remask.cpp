@@ -45,15 +45,24 @@ void check_positions(const Check& check, const RemaskParams& p) {
   }
 }
 
+void check_ends(const Check& check, const RemaskParams& p) {
+  for (int64_t b = 0; b < p.B; ++b) {
+    const int32_t end = p.end.at(b, int32_t(p.T));
+    check.that(end >= 0 && end <= p.T, "end must be from 0 to ", p.T, "; got ", end, " for row ",
+               b);
+  }
+}
+
 // No token id beyond the vocabulary would be committed or edited in.
 void check_proposals(const Check& check, const RemaskParams& p) {
   for (int64_t i = 0; i < p.B * p.W; ++i) {
     if (p.proposal[i] < p.vocab_size || p.position[i] < 0) continue;
-    const uint8_t state = p.state[i / p.W * p.T + p.position[i]];
-    if (state & kStateFrozen) continue;
+    const int64_t row = i / p.W;
+    const uint8_t state = p.state[row * p.T + p.position[i]];
+    if (state & kStateFrozen || p.position[i] >= p.end.at(row, int32_t(p.T))) continue;
     const bool* mask = state & kStateOpen ? p.commit : p.edit;
     check.that(!mask || !mask[i], "proposal must be below vocab_size = ", p.vocab_size, "; got ",
-               p.proposal[i], " at [", i / p.W, ", ", i % p.W, "]");
+               p.proposal[i], " at [", row, ", ", i % p.W, "]");
   }
 }
 
@@ -64,8 +73,9 @@ Tensor remask_(const Tensor& tokens, const Tensor& state, const Tensor& position
                const MaybeTensor& remask, const MaybeTensor& renoise, const MaybeTensor& confidence,
                const MaybeTensor& commit_step, const MaybeTensor& commit_confidence,
                const MaybeTensor& step, const MaybeTensor& seed, const MaybeTensor& origin,
-               int64_t mask_token_id, int64_t vocab_size, const std::vector<int64_t>& eos_token_ids,
-               const std::string& eos_policy, int64_t fill_token_id) {
+               const MaybeTensor& end, int64_t mask_token_id, int64_t vocab_size,
+               const std::vector<int64_t>& eos_token_ids, const std::string& eos_policy,
+               int64_t fill_token_id) {
   const Check check("remask_", "tokens", tokens);
   RemaskParams p{};
   p.tokens = check.dense_mutable<int64_t>("tokens", tokens, {-1, -1});
@@ -84,6 +94,7 @@ Tensor remask_(const Tensor& tokens, const Tensor& state, const Tensor& position
   p.step = check.dense_mutable<int32_t>("step", step, {B});
   p.seed = check.per_row<int64_t>("seed", seed, B);
   p.origin = check.per_row<int32_t>("origin", origin, B);
+  p.end = check.per_row<int32_t>("end", end, B);
 
   check.that(W <= kMaxSlots, "position must have at most ", kMaxSlots, " slots (W); got W = ", W);
   check.that(T <= std::numeric_limits<int32_t>::max(),
@@ -107,6 +118,7 @@ Tensor remask_(const Tensor& tokens, const Tensor& state, const Tensor& position
              "fill_token_id must be a token id under eos_policy fill; got ", fill_token_id);
   if (tokens.is_cpu()) {
     check_positions(check, p);
+    check_ends(check, p);
     if (vocab_size > 0 && (commit || edit)) check_proposals(check, p);
   }
 

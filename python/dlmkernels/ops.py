@@ -410,6 +410,7 @@ def remask_(
     step: Tensor | None = None,
     seed: Tensor | int | None = None,
     origin: Tensor | int | None = None,
+    end: Tensor | int | None = None,
     mask_token_id: int = -1,
     vocab_size: int = 0,
     eos_token_ids: list[int] | tuple[int, ...] = (),
@@ -418,10 +419,11 @@ def remask_(
 ) -> Tensor:
     """Commit, edit, remask and renoise canvas positions of a batch: one denoising step, in place.
 
-    The state of a position is a sum of bits: ``STATE_OPEN`` (1, still to be decided), ``STATE_FROZEN`` (2, prompt,
-    padding or infill context: never written, neither open nor decided whatever its other bits), ``STATE_EDITED`` (4,
-    an edit has replaced its token), ``STATE_DIRTY`` (8, its token has changed since its keys and values were written;
-    whoever writes those clears it). Other bits are kept.
+    The state of a position is a sum of bits: ``STATE_OPEN`` (1, still to be decided), ``STATE_FROZEN`` (2, given: prompt
+    or infill context; never written, neither open nor decided whatever its other bits), ``STATE_EDITED`` (4, an edit
+    has replaced its token), ``STATE_DIRTY`` (8, its token has changed since its keys and values were written; whoever
+    writes those clears it). Other bits are kept. Positions from `end` on do not belong to the request: they are never
+    written, and are neither open nor decided nor given.
 
     Of the masks that apply to a slot, only the last of this list acts, and the others leave no trace:
 
@@ -433,10 +435,11 @@ def remask_(
       open, and -1 and 0 are recorded for step and confidence;
     - `renoise`: the token becomes a uniform draw from [0, vocab_size), the position is open, -1 and 0 are recorded.
 
-    A negative proposal is neither committed nor edited in. Afterwards `eos_policy` "fill" completes each row that is
-    decided up to its first end-of-sequence token (the first one at a decided position): every position after it that
-    is not frozen becomes `fill_token_id` and decided; their records stay. A position whose token is not what it was
-    before the call gets the dirty bit. `step` grows by one in rows that have a used slot.
+    A negative proposal is neither committed nor edited in. The end of a request is its first end-of-sequence token at a
+    decided position that has nothing given behind it: where something was given, the text goes on there. Afterwards
+    `eos_policy` "fill" completes each row in which nothing before its end is open: every position after the end becomes
+    `fill_token_id` and decided, and -1 and 0 are recorded. A position whose token is not what it was before the call
+    gets the dirty bit. `step` grows by one in rows that have a used slot.
 
     Parameters
     ----------
@@ -465,6 +468,8 @@ def remask_(
     origin : Tensor, optional
         int32, likewise: canvas position at which the row's request starts, default 0. The draws of `renoise` depend
         on (seed, position - origin, step) alone.
+    end : Tensor, optional
+        int32, likewise: canvas position after the row's last, from 0 to the default T.
     mask_token_id : int
         Needed by `remask`.
     vocab_size : int
@@ -480,16 +485,17 @@ def remask_(
     -------
     Tensor
         int32 [B, 9], the columns ``INFO_FIELDS``: open positions among the row's slots; open positions in the row;
-        positions committed, edited, and remasked or renoised (each counted once, under what acted on it); positions
-        whose token changed; canvas position of the first end-of-sequence token (-1: none) at a decided position; of
-        the first open position (T: none); 1 if no position is open, else 0. All are as the call leaves them.
+        positions committed, edited, and remasked or renoised (each counted once, under what acted on it, even if it was
+        filled afterwards); positions whose token changed; canvas position of the end of the request (-1: it has none);
+        of the first open position (T: none); 1 if no position is open, else 0. All are as the call leaves them.
 
     Raises
     ------
     ArgumentError
         Before anything is written: for a wrong device, dtype, shape or stride; an unknown policy; a missing
         `confidence`, `seed`, `mask_token_id`, `vocab_size` or `fill_token_id`; and, on the CPU, a position outside
-        [-1, T) or given twice in a row and a token id beyond the vocabulary. The message names the argument.
+        [-1, T) or given twice in a row, an end outside [0, T] and a token id beyond the vocabulary. The message names
+        the argument.
     """
     return call(
         torch.ops.dlmkernels.remask_.default,
@@ -507,6 +513,7 @@ def remask_(
         step=step,
         seed=one_value("seed", seed, tokens),
         origin=one_value("origin", origin, tokens),
+        end=one_value("end", end, tokens),
         mask_token_id=mask_token_id,
         vocab_size=vocab_size,
         eos_token_ids=eos_token_ids,

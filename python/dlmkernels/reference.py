@@ -493,6 +493,7 @@ def remask_(
     step: Tensor | None = None,
     seed: Tensor | None = None,
     origin: Tensor | None = None,
+    end: Tensor | None = None,
     mask_token_id: int = -1,
     vocab_size: int = 0,
     eos_token_ids: list[int] | tuple[int, ...] = (),
@@ -501,17 +502,19 @@ def remask_(
 ) -> Tensor:
     """Write one denoising step into tokens, state and the records, in place; return the info of every row.
 
-    A frozen position is neither open nor decided and is never written. Of the masks that apply to a slot the last one
-    of commit, edit, remask, renoise acts, and the others leave no trace:
+    A frozen position has been given: it is neither open nor decided and is never written. What stands from `end` on
+    is not the request's: it is neither open, decided nor given, and is never written. Of the masks that apply to a slot
+    the last one of commit, edit, remask, renoise acts, and the others leave no trace:
 
     - commit (open, proposal >= 0): the proposal; the position is decided; step and confidence are recorded.
     - edit (decided, proposal >= 0 and another token): the proposal; marked as edited; confidence is recorded.
     - remask (decided, or to be committed in this call): the mask token; open; records -1 and 0.
     - renoise: a uniform token; open; records -1 and 0.
 
-    Then, with eos_policy "fill", a row whose positions before its first decided end-of-sequence token are all decided
-    gets `fill_token_id` in all positions after it, and they are decided. Positions whose token is not what it was
-    before the call are marked dirty. The step of rows with a used slot grows by one.
+    The end of a request is the first end-of-sequence token at a decided position with nothing given behind it. Then,
+    with eos_policy "fill", a row in which nothing before its end is open gets `fill_token_id` in all positions after
+    it; they are decided, with records -1 and 0. Positions whose token is not what it was before the call are marked
+    dirty. The step of rows with a used slot grows by one.
     """
     B, T = tokens.shape
     row, slot = (position >= 0).nonzero(as_tuple=True)
@@ -519,8 +522,12 @@ def remask_(
     before, token, bits, proposed = tokens.clone(), tokens[at], state[at], proposal[row, slot]
     now = step.clone() if step is not None else torch.zeros(B, dtype=torch.int32, device=tokens.device)
 
+    index = torch.arange(T, device=tokens.device)
+    inside = index < per_row(end, B, T).to(tokens.device)[:, None]
+    may_write = inside[at] & (bits & _FROZEN == 0)
+
     def asked(mask: Tensor | None) -> Tensor:
-        return mask[row, slot] & (bits & _FROZEN == 0) if mask is not None else torch.zeros_like(row, dtype=torch.bool)
+        return mask[row, slot] & may_write if mask is not None else torch.zeros_like(row, dtype=torch.bool)
 
     is_open = bits & _OPEN != 0
     commits = asked(commit) & is_open & (proposed >= 0)
@@ -551,22 +558,27 @@ def remask_(
     if step is not None:
         step += (position >= 0).any(-1)
 
-    index = torch.arange(T, device=tokens.device)
-
     def first(where: Tensor) -> Tensor:
         """Index of the first True of each row, or T."""
         return torch.where(where, index, T).amin(1) if T else torch.zeros(B, dtype=torch.long, device=tokens.device)
 
     def opens() -> Tensor:
-        return state & (_OPEN | _FROZEN) == _OPEN
+        return inside & (state & (_OPEN | _FROZEN) == _OPEN)
 
-    decided = state & (_OPEN | _FROZEN) == 0
-    eos = first(decided & torch.isin(tokens, torch.tensor(eos_token_ids, dtype=torch.long, device=tokens.device)))
+    given = inside & (state & _FROZEN != 0)
+    given_behind = given.flip(1).cumsum(1).flip(1) > 0
+    decided = inside & (state & (_OPEN | _FROZEN) == 0)
+    is_eos = torch.isin(tokens, torch.tensor(eos_token_ids, dtype=torch.long, device=tokens.device))
+    eos = first(decided & ~given_behind & is_eos)
     if eos_policy == "fill":
         ends = (eos < T) & (first(opens()) > eos)
-        tail = ends[:, None] & (index > eos[:, None]) & (state & _FROZEN == 0)
+        tail = ends[:, None] & (index > eos[:, None]) & inside
         tokens.masked_fill_(tail, fill_token_id)
         state.copy_(torch.where(tail, state & ~_OPEN, state))
+        if commit_step is not None:
+            commit_step.masked_fill_(tail, -1)
+        if commit_confidence is not None:
+            commit_confidence.masked_fill_(tail, 0.0)
     changed = tokens != before
     state.copy_(torch.where(changed, state | _DIRTY, state))
 

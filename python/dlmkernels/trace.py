@@ -19,7 +19,7 @@ class Trace:
     tokens : Tensor
         int64 `[B, T]`, the finished canvas.
     commit_step : Tensor
-        int32 `[B, T]`, -1 for tokens that were given.
+        int32 `[B, T]`, -1 for tokens that were given, for masks that are left and for padding.
     confidence : Tensor
         float32 `[B, T]`.
     prompt_length : int
@@ -32,7 +32,10 @@ class Trace:
     prompt_length: int = 0
 
     def canvas_at(self, step: int, mask_token_id: int) -> Tensor:
-        """The canvas after forward number `step` (from 0; -1: before the first), int64 `[B, T]`."""
+        """The canvas after forward number `step` (from 0; -1: before the first), int64 `[B, T]`.
+
+        What no forward has committed, padding after an end token too, is there from the start.
+        """
         return self.tokens.masked_fill(self.commit_step > step, mask_token_id)
 
     def order(self, row: int = 0) -> list[list[int]]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,11 +44,12 @@ class Canvas:
         int64 `[B, T]`.
     state : Tensor
         uint8 `[B, T]`: bits open, frozen, edited, changed since its keys and values were written.
-    origin : Tensor
-        int32 `[B]`: where each request starts (its left padding).
+    origin, end : Tensor
+        int32 `[B]`: where each request starts (its left padding), and the column after its last. What stands from `end`
+        on is frozen, but nobody has given it.
     commit_step, confidence : Tensor
-        int32 and float32 `[B, T]`: step at which a position was committed (-1: given or open), and the probability
-        its token had then.
+        int32 and float32 `[B, T]`: step at which a position was committed (-1: given, open, or padding), and the
+        probability its token had then (0 there).
     step : Tensor
         int32 `[B]`: forwards each request has taken part in.
     """
@@ -55,18 +57,20 @@ class Canvas:
     tokens: Tensor
     state: Tensor
     origin: Tensor
+    end: Tensor
     commit_step: Tensor
     confidence: Tensor
     step: Tensor
 
     @classmethod
-    def of(cls, tokens: Tensor, is_open: Tensor, origin: Tensor) -> Canvas:
-        """A fresh canvas; positions that are not open are frozen. `tokens` is copied."""
-        batch = tokens.shape[0]
+    def of(cls, tokens: Tensor, is_open: Tensor, origin: Tensor, end: Tensor | int | None = None) -> Canvas:
+        """A fresh canvas; positions that are not open are frozen. `tokens` and `end` (None: all columns) are copied."""
+        batch, width = tokens.shape
         return cls(
             tokens=tokens.clone(),
             state=torch.where(is_open, OPEN, FROZEN).to(torch.uint8),
             origin=origin.to(torch.int32),
+            end=torch.zeros_like(origin, dtype=torch.int32) + (width if end is None else end),
             commit_step=torch.full_like(tokens, -1, dtype=torch.int32),
             confidence=torch.zeros_like(tokens, dtype=torch.float32),
             step=torch.zeros(batch, dtype=torch.int32, device=tokens.device),
@@ -108,27 +112,40 @@ class Canvas:
         """Where the state at the columns has a bit: bool `[B, W]`; outside the canvas anything."""
         return (self.state.gather(1, columns.index) & bit).bool()
 
+    def write(self, positions: Tensor, tokens: Tensor, **how: Any) -> Tensor:
+        """`ops.remask_` at `positions` int32 `[B, W]` with proposals int64 `[B, W]`, and with the records; its info."""
+        return ops.remask_(
+            self.tokens, self.state, positions, tokens, commit_step=self.commit_step, commit_confidence=self.confidence,
+            end=self.end, **how,
+        )  # fmt: skip
+
     def fill_after_eos(self, eos: list[int], pad: int) -> None:
-        """Complete the requests that have an end token with nothing open before it: all after it becomes `pad`."""
+        """Complete the requests that have an end token with nothing open before it and nothing given behind it.
+
+        All after it becomes `pad`.
+        """
         nothing = torch.full_like(self.tokens[:, :1], -1)
-        ops.remask_(
-            self.tokens, self.state, nothing.int(), nothing, eos_token_ids=eos, eos_policy="fill", fill_token_id=pad
-        )
+        self.write(nothing.int(), nothing, eos_token_ids=eos, eos_policy="fill", fill_token_id=pad)
 
     def close_behind(self, column: Tensor) -> None:
-        """Overwrite what stands behind `column` int32 `[B]` with the token there; nowhere in rows where that is -1."""
+        """Overwrite what stands behind `column` int32 `[B]` with the token there; nowhere in rows where that is -1.
+
+        Nobody has committed it then.
+        """
         columns = torch.arange(self.tokens.shape[1], dtype=torch.int32, device=self.tokens.device)
         behind = (column >= 0)[:, None] & (columns > column[:, None]) & ((self.state & FROZEN) == 0)
         token = self.tokens.gather(1, column.clamp(min=0).long()[:, None])
         self.tokens.copy_(torch.where(behind, token, self.tokens))
         self.state.copy_(torch.where(behind, self.state & ~OPEN, self.state))
+        self.commit_step.masked_fill_(behind, -1)
+        self.confidence.masked_fill_(behind, 0.0)
 
     def renoise(self, seed: Tensor, vocab_size: int) -> None:
         """Put tokens drawn uniformly from the vocabulary at all open positions."""
         columns = torch.arange(self.tokens.shape[1], dtype=torch.int32, device=self.tokens.device)
         position = torch.where(self.is_open, columns, -1)
         before_the_first = torch.full_like(self.step, -1)  # the draws of step 0 are that step's own
-        ops.remask_(
-            self.tokens, self.state, position, torch.full_like(self.tokens, -1), renoise=self.is_open,
-            step=before_the_first, seed=seed, origin=self.origin, vocab_size=vocab_size,
+        self.write(
+            position, torch.full_like(self.tokens, -1), renoise=self.is_open, step=before_the_first, seed=seed,
+            origin=self.origin, vocab_size=vocab_size,
         )  # fmt: skip

@@ -103,7 +103,7 @@ def generate(
         given = _check_given(model, given, batch, config)
         masks[:, : config.max_new_tokens] = torch.where(given >= 0, given, masks[:, : config.max_new_tokens])
         is_open[:, prompt_length:end] &= given < 0
-    canvas = Canvas.of(torch.cat((tokens, masks), 1), is_open, origin)
+    canvas = Canvas.of(torch.cat((tokens, masks), 1), is_open, origin, grid.ends)
     _check_streamer(streamer, batch)
     if streamer is not None:
         streamer.put(tokens[0].cpu())
@@ -161,7 +161,7 @@ def infill(
             f"tokens is {length} long{grown}, longer than the model's max_position_embeddings of {model.max_length}"
         )
     more = (0, width - length)
-    canvas = Canvas.of(pad(tokens, more, value=special.pad), pad(is_open, more), origin)
+    canvas = Canvas.of(pad(tokens, more, value=special.pad), pad(is_open, more), origin, length)
     _check_streamer(streamer, batch)
     grid = Grid.of(config, canvas.origin, 0, width, grows=False)
     loop = decode_variable if varies else decode

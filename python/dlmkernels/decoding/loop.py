@@ -6,7 +6,6 @@ Everything a step computes stays on the device. The host knows the plan (blocks,
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from ..window import AttentionWindow, TokenWindow
 from .canvas import Canvas, Columns
 from .config import DecodingConfig, SpecialTokens
 from .constraint import Constrained, one_each
+from .outcome import Unfinished, output_of
 from .output import DecodingOutput
 from .poll import OpenCount
 from .rules import Action
@@ -45,6 +45,7 @@ def decode(
     rule = config.rule
     constrained = Constrained(config, canvas, start, end, special.mask)
     options = StepOptions(propose, canvas, config, constrained)
+    unfinished = Unfinished(canvas, rule, constrained)
     if rule.noise == "uniform":
         if model.vocab_size is None:
             raise ValueError(f"{type(rule).__name__} draws from the vocabulary, whose size the model does not say")
@@ -99,15 +100,15 @@ def decode(
                 logits = model.logits(forward(block, index, window, open_at_most))
                 step = options.step(
                     logits, window, block.start, block.length, index, block.num_steps, open_at_start, open_now,
-                    min((behind + index) / planned, 1.0), memory,
+                    min((behind + index + 1) / planned, 1.0), memory,
                 )  # fmt: skip
                 step, action = constrained.act(step, one_each if is_extra else rule.act)
-                info = ops.remask_(
-                    canvas.tokens, canvas.state, window.positions, _or(action.token, step.token),
+                unfinished.see(step)
+                info = canvas.write(
+                    window.positions, _or(action.token, step.token),
                     commit=action.commit, edit=action.edit, remask=action.remask, renoise=action.renoise,
-                    confidence=_or(action.confidence, step.confidence), commit_step=canvas.commit_step,
-                    commit_confidence=canvas.confidence, step=canvas.step, seed=propose.seed, origin=canvas.origin,
-                    mask_token_id=special.mask, vocab_size=model.vocab_size or 0, eos_token_ids=special.eos,
+                    confidence=_or(action.confidence, step.confidence), step=canvas.step, seed=propose.seed,
+                    origin=canvas.origin, mask_token_id=special.mask, vocab_size=model.vocab_size or 0, eos_token_ids=special.eos,
                     eos_policy="fill" if fills_at_once else "none", fill_token_id=special.pad,
                 )  # fmt: skip
                 if action.insert is not None:
@@ -132,6 +133,7 @@ def decode(
                     counts.submit(torch.stack((working.sum(), open_in_all.amax())))
                 if hasattr(streamer, "put_draft"):
                     streamer.put_draft(canvas.tokens[0, start:end].cpu())
+            unfinished.end_block()
             behind += block.num_steps
             if config.eos_policy != "none" and not fills_at_once:
                 canvas.fill_after_eos(special.eos, special.pad)
@@ -142,7 +144,7 @@ def decode(
                 break
     if streamer is not None:
         streamer.end()
-    return output_of(canvas, start, end, is_constrained=constrained.constraint is not None)
+    return output_of(canvas, start, end, unfinished)
 
 
 def _or(value: Tensor | None, otherwise: Tensor) -> Tensor:
@@ -170,35 +172,10 @@ def commit_tokens(
     `fills`: whether an end token among them is final.
     """
     policy = "fill" if fills and config.eos_policy != "none" else "none"
-    return ops.remask_(
-        canvas.tokens, canvas.state, positions, tokens, commit=chosen, confidence=confidence,
-        commit_step=canvas.commit_step, commit_confidence=canvas.confidence, step=canvas.step,
-        mask_token_id=special.mask, eos_token_ids=special.eos, eos_policy=policy, fill_token_id=special.pad,
+    return canvas.write(
+        positions, tokens, commit=chosen, confidence=confidence, step=canvas.step, mask_token_id=special.mask,
+        eos_token_ids=special.eos, eos_policy=policy, fill_token_id=special.pad,
     )  # fmt: skip
-
-
-def output_of(
-    canvas: Canvas, prompt_length: int, end: int, length: Tensor | None = None, is_constrained: bool = False
-) -> DecodingOutput:
-    """The first `end` columns of a canvas as the result; a warning says where masks are left.
-
-    `length` int32 `[B]` says at which column each row ends. None: at `end`.
-    """
-    complete = ~canvas.is_open[:, :end].any(1)
-    if not complete.all():
-        rows = (~complete).nonzero().flatten().tolist()
-        why = "the model's logits there were NaN or -inf throughout"
-        if is_constrained:
-            why = f"the constraint refused every token there, or {why}"
-        warnings.warn(
-            f"masks are left in rows {rows}: {why} (see `DecodingOutput.complete`)",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-    tokens, steps, confidence = (x[:, :end] for x in (canvas.tokens, canvas.commit_step, canvas.confidence))
-    if length is None:
-        length = torch.full_like(canvas.origin, end)
-    return DecodingOutput(tokens, canvas.step, steps, confidence, complete, prompt_length, length)
 
 
 def _at(values: Tensor, columns: Tensor) -> Tensor:

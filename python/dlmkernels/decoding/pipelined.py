@@ -10,7 +10,8 @@ from ..models.adapt import DiffusionModel
 from ..window import TokenWindow
 from .canvas import Canvas
 from .config import DecodingConfig, SpecialTokens
-from .loop import CanvasForward, Proposer, StepOptions, commit_tokens, output_of
+from .loop import CanvasForward, Proposer, StepOptions, commit_tokens
+from .outcome import Unfinished, output_of
 from .output import DecodingOutput
 from .poll import OpenCount
 from .schedule import Grid
@@ -49,7 +50,7 @@ def decode_pipelined(
         first = prefix.advance(blocks.context)
     width = blocks.width
     most_rows = canvas.tokens.shape[1]
-    stream = Stream(streamer, canvas, start)
+    stream, unfinished = Stream(streamer, canvas, start), Unfinished(canvas, rule)
     counts = OpenCount(most_rows, width)
     counts.submit(torch.stack(((reach - first).amax(), blocks.num_open.amax())))
     with model.attached():
@@ -74,6 +75,7 @@ def decode_pipelined(
             logits = model.logits(_rows(hidden, row).flatten(0, 1))
             open_now = blocks.num_open
             step = options.step(logits, window, grid.first, width, 0, 1, open_now, open_now, 0.0, {})
+            unfinished.see(step)
             chosen = rule.select_by_block(step, blocks.is_active)
             info = commit_tokens(canvas, config, special, window.positions, step.token, chosen, step.confidence)
             if config.cache == "block":
@@ -87,11 +89,11 @@ def decode_pipelined(
                 reach = blocks.end
             if prefix is not None:
                 first = prefix.advance(blocks.context)
-            unfinished = blocks.num_open > 0
-            counts.submit(torch.stack((((reach - first) * unfinished).amax(), blocks.num_open.amax())))
+            has_open = blocks.num_open > 0
+            counts.submit(torch.stack((((reach - first) * has_open).amax(), blocks.num_open.amax())))
             stream.step(end)
     stream.finish(end)
-    return output_of(canvas, start, end)
+    return output_of(canvas, start, end, unfinished)
 
 
 class Blocks:

@@ -9,7 +9,8 @@ from torch import Tensor
 from ..models.adapt import DiffusionModel
 from .canvas import Canvas
 from .config import DecodingConfig, SpecialTokens
-from .loop import CanvasForward, Proposer, StepOptions, commit_tokens, output_of
+from .loop import CanvasForward, Proposer, StepOptions, commit_tokens
+from .outcome import Unfinished, output_of
 from .output import DecodingOutput
 from .poll import OpenCount
 from .schedule import Grid
@@ -45,7 +46,7 @@ def decode_reordered(
     width = canvas.tokens.shape[1]
     final = torch.zeros_like(canvas.origin)  # columns of each row that are in the cache for good
     length = start + rule.window  # columns to forward: the prompt and the first window
-    stream = Stream(streamer, canvas, start)
+    stream, unfinished = Stream(streamer, canvas, start), Unfinished(canvas, rule)
     counts = OpenCount(end - start, end - start)
     counts.submit(torch.stack((canvas.is_open.sum(1).amax(),) * 2))
     with model.attached():
@@ -65,6 +66,7 @@ def decode_reordered(
             picked = hidden.gather(1, row[:, :, None].expand(-1, -1, hidden.shape[2])).flatten(0, 1)
             count = window.used.sum(1, dtype=torch.int32)
             step = options.step(model.logits(picked), window, first, rule.window, 0, 1, count, count, 0.0, {})
+            unfinished.see(step)
             info = commit_tokens(
                 canvas, config, special, window.positions, step.token, rule.select(step), step.confidence
             )
@@ -72,4 +74,4 @@ def decode_reordered(
             final, length = first, 2 * rule.window
             stream.step(end)
     stream.finish(end)
-    return output_of(canvas, start, end)
+    return output_of(canvas, start, end, unfinished)

@@ -11,7 +11,8 @@ from ..models.adapt import DiffusionModel
 from ..window import TokenWindow
 from .canvas import Canvas
 from .config import DecodingConfig, SpecialTokens
-from .loop import CanvasForward, Proposer, commit_tokens, output_of
+from .loop import CanvasForward, Proposer, commit_tokens
+from .outcome import Unfinished, output_of
 from .output import DecodingOutput
 from .poll import OpenCount
 from .schedule import Grid
@@ -78,7 +79,7 @@ def decode_speculative(
             last = last + chosen.sum(1, dtype=torch.int32)
             stream.step(end)
     stream.finish(end)
-    return output_of(canvas, start, end)
+    return output_of(canvas, start, end, Unfinished(canvas, config.rule))
 
 
 def _check(config: DecodingConfig, block_length: int) -> None:

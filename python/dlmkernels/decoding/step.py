@@ -43,7 +43,7 @@ class Step:
     num_steps : int
         Steps planned for the block.
     progress : float
-        Steps planned for the whole generation that lie behind, from 0 to 1.
+        Share of the steps planned for the whole generation that are done with this one, up to 1.
     block_start, block_length : Tensor, int
         The block's first column in each row, int32 `[B]`; how many columns it has.
     open_at_start, open_now : Tensor

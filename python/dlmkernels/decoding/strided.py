@@ -12,7 +12,8 @@ from .. import ops
 from ..models.adapt import DiffusionModel
 from .canvas import Canvas
 from .config import DecodingConfig, SpecialTokens
-from .loop import CanvasForward, Proposer, commit_tokens, output_of
+from .loop import CanvasForward, Proposer, commit_tokens
+from .outcome import Unfinished, output_of
 from .output import DecodingOutput
 from .poll import OpenCount
 from .schedule import Grid
@@ -83,7 +84,7 @@ def decode_strided(
             last = (last + count).clamp(max=end - 1)
             stream.step(end)
     stream.finish(end)
-    return output_of(canvas, start, end)
+    return output_of(canvas, start, end, Unfinished(canvas, rule))
 
 
 class Verifier:

@@ -10,7 +10,8 @@ from .. import ops
 from ..models.adapt import DiffusionModel
 from .canvas import FROZEN, Canvas
 from .config import DecodingConfig, SpecialTokens
-from .loop import CanvasForward, Proposer, StepOptions, commit_tokens, output_of
+from .loop import CanvasForward, Proposer, StepOptions, commit_tokens
+from .outcome import Unfinished, output_of
 from .output import DecodingOutput
 from .poll import OpenCount
 from .schedule import Grid
@@ -40,13 +41,13 @@ def decode_variable(
     options = StepOptions(Proposer(model, canvas, config, special), canvas, config)
     most = config.max_new_tokens
     # Behind `length` a row is padding; it may not become longer than `limit`. Nothing moves left of `first`.
+    length = canvas.end
     if rule.decodes == "continuations":
-        length = torch.full_like(canvas.origin, start + rule.first_masks(most))
+        length.fill_(start + rule.first_masks(most))
         limit = torch.full_like(length, start + most)
         first = torch.full_like(length, start)
         _close(canvas, length, special.pad)
     else:
-        length = torch.full_like(canvas.origin, end)
         limit = length + most - canvas.is_open.sum(1, dtype=torch.int32)
         first = canvas.is_open.int().argmax(1).int()
     forward = CanvasForward(model, canvas, config, special, grid, prompt_embeds, limit)
@@ -63,7 +64,7 @@ def decode_variable(
         )
     inserted = torch.zeros_like(length)
     memory: dict[str, Tensor] = {}
-    stream = Stream(streamer, canvas, start)
+    stream, unfinished = Stream(streamer, canvas, start), Unfinished(canvas, rule)
     counts = OpenCount(masks, longest)
     with model.attached():
         for index in range(rule.max_forwards(masks, most)):
@@ -93,6 +94,7 @@ def decode_variable(
             rule.restrict(logits.unflatten(0, row.shape), room)
             open_now = canvas.open_in(in_block).sum(1, dtype=torch.int32)
             step = options.step(logits, window, block, block_length, index, 1, open_now, open_now, 0.0, memory, room)
+            unfinished.see(step)
             action = rule.act(step)
             assert action.commit is not None and action.insert is not None and action.remove is not None
             commit_tokens(canvas, config, special, window.positions, step.token, action.commit, step.confidence)
@@ -108,7 +110,7 @@ def decode_variable(
             counts.submit(torch.stack((still_open.amax(), (length * (still_open > 0)).amax())))
             stream.step(length)
     stream.finish(length)
-    return output_of(canvas, start, max(int(length.amax()), start), length)
+    return output_of(canvas, start, max(int(length.amax()), start), unfinished, length)
 
 
 def _splice(

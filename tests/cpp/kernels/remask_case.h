@@ -48,12 +48,13 @@ struct RemaskCase {
     kEos = 128,
     kUnordered = 256,
     kOdd = 512,
-    kTwice = 1024
+    kTwice = 1024,
+    kEnd = 2048
   };
 
   dlm::RemaskParams p{};
   Canvas got, expected;
-  Array<int32_t> position, distinct, origin;
+  Array<int32_t> position, distinct, origin, end;
   Array<int64_t> proposal, seed, eos;
   Array<uint8_t> mask;  // commit, edit, remask, renoise
   Array<float> confidence;
@@ -64,6 +65,7 @@ struct RemaskCase {
         position(size_t(B * W), -1),
         distinct(size_t(B * W), -1),
         origin(size_t(B)),
+        end(size_t(B)),
         proposal(size_t(B * W)),
         seed(size_t(B)),
         eos(3),
@@ -73,19 +75,25 @@ struct RemaskCase {
     auto below = [&](int64_t n) { return int64_t(random.uniform(0, double(n))); };
     for (size_t k = 0; k < eos.size(); ++k) eos[k] = 2 + int64_t(k);
     for (int64_t b = 0; b < B; ++b) {
-      // Rows that are wide open, nearly done, done; eos rare or frequent.
-      const int64_t openness = below(3), tokens = below(2) ? 8 : 400;
+      // Rows that are wide open, nearly done, done; eos rare or frequent; given positions on the
+      // left alone, among the others, or nowhere.
+      const int64_t openness = below(3), tokens = below(2) ? 8 : 400, given = below(3);
+      const int64_t prompt = below(T + 1);
+      const auto is_given = [&](int64_t t) {
+        return given == 0 ? t < prompt && below(2) : given == 1 && below(9) == 0;
+      };
       for (int64_t t = 0; t < T; ++t) {
         const size_t i = size_t(b * T + t);
         got.tokens[i] = below(tokens);
         const bool open = openness == 0 ? below(2) : openness == 1 ? below(T) < 2 : false;
-        got.state[i] = uint8_t(open | (below(9) == 0) << 1 | below(2) << 2 | (below(4) == 0) << 3 |
-                               below(2) << 6);
+        got.state[i] =
+            uint8_t(open | is_given(t) << 1 | below(2) << 2 | (below(4) == 0) << 3 | below(2) << 6);
         got.commit_step[i] = int32_t(below(9)) - 1;
         got.commit_confidence[i] = float(below(9));
       }
       got.step[size_t(b)] = int32_t(below(100));
       origin[size_t(b)] = int32_t(below(5));
+      end[size_t(b)] = int32_t(below(3) ? below(T + 1) : T);
       seed[size_t(b)] = below(1ll << 50) - (1ll << 49);
 
       // Every T / W-th position from somewhere on, and unused slots at both ends; else in any
@@ -131,6 +139,7 @@ struct RemaskCase {
     p.position = distinct.data(), p.proposal = proposal.data(), p.confidence = confidence.data();
     p.commit = asked(0), p.edit = asked(1), p.remask = asked(2), p.renoise = asked(3);
     p.seed = per_row(seed, random), p.origin = per_row(origin, random);
+    if (with & kEnd) p.end = per_row(end, random);
     p.mask_token_id = 1, p.vocab_size = 1000, p.fill_token_id = below(2) ? 6 : eos[0];
     p.eos_token_ids = eos.data(), p.eos_count = with & kEos ? int64_t(eos.size()) : 0;
     p.eos_policy = with & kFill ? dlm::EosPolicy::kFill : dlm::EosPolicy::kNone;

@@ -13,7 +13,7 @@ template <Fault fault>
 std::string attempt() {
   uint64_t seed = 1;
   for (const auto& [T, W] : {std::pair{33, 9}, {700, 70}, {600, 300}}) {
-    for (const unsigned with : {0x1ffu, 0xffu, 0x7ffu, 0xc3u, 0x7bfu, 0xf1u}) {
+    for (const unsigned with : {0x1ffu, 0xffu, 0x7ffu, 0xc3u, 0x7bfu, 0xf1u, 0x8ffu, 0xfffu}) {
       RemaskCase c(3, T, W, with, ++seed);
       dlm::cuda::start_remask<fault>(c.p, nullptr);
       if (std::string wrong = c.wrong(); !wrong.empty()) return wrong;
@@ -35,6 +35,9 @@ const FaultTable kFaults({
     {"remask_odd_tail", attempt<Fault::kOddTail>, "value", "asan", "value", kNotRun},
     {"remask_keeps_overfilled", attempt<Fault::kKeepsOverfilled>, "value", "value", "value", kNotRun},
     {"remask_no_origin", attempt<Fault::kNoOrigin>, "value", "value", "value", kNotRun},
+    {"remask_ends_before_given", attempt<Fault::kEndsBeforeGiven>, "value", "value", "value", kNotRun},
+    {"remask_no_end", attempt<Fault::kNoEnd>, "value", "value", "value", kNotRun},
+    {"remask_keeps_records", attempt<Fault::kKeepsRecords>, "value", "value", "value", kNotRun},
     // clang-format on
 });
 

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a decoding ends: its result, and what is said of the masks that are left."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .canvas import Canvas
+from .constraint import Constrained
+from .output import DecodingOutput
+from .rules import Rule
+
+if TYPE_CHECKING:
+    from .step import Step
+
+# What a position's last step found there.
+NOTHING_SEEN, NO_LOGIT, REFUSED, PROPOSED = range(4)
+
+
+class Unfinished:
+    """Why positions stay open: remembers what the last step that looked at a position found there."""
+
+    def __init__(self, canvas: Canvas, rule: Rule, constrained: Constrained | None = None):
+        self.canvas, self.rule = canvas, rule
+        self.constrained = None if constrained is None or constrained.constraint is None else constrained
+        self.found = torch.zeros_like(canvas.state)
+        self.last: Step | None = None
+
+    def see(self, step: Step) -> None:
+        """Take notice of a step, as it stands when it has been decided what it does."""
+        self.last = step
+        # A row whose positions are all in the window may leave it with masks; else the block's last step says it all.
+        if self.rule.slots != "open":
+            self.end_block()
+
+    def end_block(self) -> None:
+        """Remember what the last step has found; no other will look at what is open in its block."""
+        step = self.last
+        if step is None:
+            return
+        self.last = None
+        found = torch.where(step.token >= 0, PROPOSED, NO_LOGIT)
+        if self.constrained is not None:
+            possible = (step.raw_logits[: found.numel()] > -torch.inf).any(1).view(found.shape)
+            refused = possible & ((step.token < 0) | self.constrained.is_stuck[:, None])
+            found = found.masked_fill(refused, REFUSED)
+        width = self.found.shape[1]
+        column = torch.where(step.used, step.window.positions, width).long()  # one more column, for the other slots
+        wider = torch.nn.functional.pad(self.found, (0, 1))
+        self.found = wider.scatter(1, column, found.to(wider.dtype))[:, :width]
+
+    def why(self, is_open: Tensor) -> str:
+        """Which rows have open positions, and for what reason; `is_open` bool `[B, n]`, of the first n columns."""
+        self.end_block()
+        found = self.found[:, : is_open.shape[1]].masked_fill(~is_open, NOTHING_SEEN)
+        has = {reason: (found == reason).any(1) for reason in (NO_LOGIT, REFUSED, PROPOSED)}
+        # Loops that always take what the model says look at no position again that it has said nothing of.
+        has[NO_LOGIT] |= is_open.any(1) & ~torch.stack(list(has.values())).any(0)
+        reasons = {
+            NO_LOGIT: "the model's logits there were NaN or -inf for every token that may be generated",
+            REFUSED: "the constraint refused every token there",
+            PROPOSED: f"the model proposed tokens there, but {self.rule!r} selected none of them",
+        }
+        return "; ".join(
+            f"in rows {has[reason].nonzero().flatten().tolist()}: {text}"
+            for reason, text in reasons.items()
+            if has[reason].any()
+        )
+
+
+def output_of(
+    canvas: Canvas, prompt_length: int, end: int, unfinished: Unfinished, length: Tensor | None = None
+) -> DecodingOutput:
+    """The first `end` columns of a canvas as the result; a warning says where masks are left, and why.
+
+    `length` int32 `[B]` says at which column each row ends. None: at `end`.
+    """
+    is_open = canvas.is_open[:, :end]
+    complete = ~is_open.any(1)
+    if not complete.all():
+        warnings.warn(
+            f"masks are left {unfinished.why(is_open)} (see `DecodingOutput.complete`)",
+            RuntimeWarning,
+            stacklevel=5,  # whoever called `generate` or `infill`
+        )
+    tokens, steps, confidence = (x[:, :end] for x in (canvas.tokens, canvas.commit_step, canvas.confidence))
+    if length is None:
+        length = torch.full_like(canvas.origin, end)
+    return DecodingOutput(tokens, canvas.step, steps, confidence, complete, prompt_length, length)
