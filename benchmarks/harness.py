@@ -209,6 +209,7 @@ class Harness:
         others |= {limit.name: limit.run for limit in limits}
         everything = [*others.values(), ours]
         for run in everything:
+            before()
             run()
         round_seconds = sum(_timed(run, before, time.perf_counter) for run in everything)
         rounds = max(5, min(100, round(self.seconds / round_seconds)))
@@ -240,6 +241,7 @@ class Harness:
     def _compare_on_gpu(self, benchmark, group, ours, baselines, restore, limit, work, moved, unit) -> Comparison:
         """The same on a GPU: device time of captured graphs, the caches as the call before left them."""
         for run in (*baselines.values(), ours):
+            (restore or (lambda: None))()
             run()
         torch.cuda.synchronize()
         others = {name: Repeated(run, restore) for name, run in baselines.items()}

@@ -30,9 +30,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
 
-from steps import Run, Step, missing  # noqa: E402
-
 from machine import processor  # noqa: E402
+from steps import Run, Step, missing  # noqa: E402
 
 BUDGET = 570.0  # seconds
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
