@@ -3,7 +3,8 @@
 # make test    set up, build, and run every test
 # make check   lint, types and the quick tests
 # make bench   the benchmarks, each beside its baseline
-# make gpu     on a machine with a GPU, with the torch that PYTHON has: build, prove, measure (under ten minutes)
+# make gpu     on a machine with a GPU, with the torch that PYTHON has: build, prove, measure (under ten minutes);
+#              with ARGS=--dry-run on any machine: whether that would work
 #
 # Setting up means: a virtual environment in .venv (or PYTHON=… for one of your own), torch, the tools, the build.
 # Each step runs again only when what it depends on has changed.
@@ -67,7 +68,7 @@ bench: setup
 	$(RUN) $(PY) -m pytest benchmarks --benchmark-only $(ARGS)
 
 gpu:
-	$(or $(PYTHON),python3) scripts/gpu.py $(ARGS)
+	$(RUN) $(or $(PYTHON),python3) scripts/gpu.py $(ARGS)
 
 format: setup
 	$(RUN) $(PY) -m ruff check --fix .

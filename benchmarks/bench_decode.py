@@ -46,6 +46,7 @@ class Case:
 
 
 QUICK = [Case("none"), Case("dual")]
+SMALLEST = [Case("dual", new=32, steps=4, size="vocabulary 4096")]
 FULL = [
     Case("none", batch=8), Case("dual", batch=8), Case("dual", prompt=512, new=256, steps=64),
     Case("none", prompt=512, new=256, steps=64),
@@ -92,7 +93,7 @@ def plain_decode(model, ids, case):
     try:
         batch, prompt = ids.shape
         tokens = torch.cat((ids, ids.new_full((batch, case.new), case.mask)), 1)
-        positions = torch.arange(prompt + case.new)[None].expand(batch, -1)
+        positions = torch.arange(prompt + case.new, device=ids.device)[None].expand(batch, -1)
         blocks = case.new // case.block
         steps = case.steps // blocks
         for begin in range(prompt, prompt + case.new, case.block):

@@ -79,5 +79,5 @@ def test_commit(benchmark, harness, case):
     harness.compare(
         benchmark, f"remask_: {case}", ours,
         {"torch.where + indexed write (LLaDA)": published, "torch.where, recording as ours": recording},
-        before=reset,
+        restore=reset,
     )  # fmt: skip

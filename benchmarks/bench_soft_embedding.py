@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from dlmkernels import ops
-from harness import matmul_limit
+from harness import product_timing
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Case:
 
 
 QUICK = [Case(1), Case(32), Case(32, dtype=torch.bfloat16)]
+SMALLEST = [Case(1, 1000, 64)]
 FULL = [Case(32, 126464, 4096, torch.bfloat16), Case(256, 262144, 2816, torch.bfloat16)]
 
 
@@ -39,8 +40,9 @@ def test_whole_distribution(benchmark, harness, case):
         return torch.softmax(logits, -1) @ weight
 
     torch.testing.assert_close(ours(), plain(), **tolerance)
-    harness.compare(benchmark, f"soft_embedding: {case}", ours, {"softmax + product": plain},
-                    limit=matmul_limit(case.dtype), work=2.0 * weight.numel() * case.rows)  # fmt: skip
+    moved = logits.nbytes + weight.nbytes + case.rows * case.dim * weight.element_size()
+    timing = product_timing(case.dtype, 2.0 * weight.numel() * case.rows, moved, logits, weight)
+    harness.compare(benchmark, f"soft_embedding: {case}", ours, {"softmax + product": plain}, **timing)
 
 
 def test_top_1_and_mask(benchmark, harness, case):

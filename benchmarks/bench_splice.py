@@ -65,4 +65,6 @@ def test_expand_and_delete(benchmark, harness, case):
         live = torch.arange(t) < length[:, None]
         results.append((torch.where(live, tokens, -1), length.clone()))
     assert all(map(torch.equal, *results))
-    harness.compare(benchmark, f"splice_: {case}", ours, {"torch.cat for each edit (DreamOn)": published}, before=reset)
+    harness.compare(
+        benchmark, f"splice_: {case}", ours, {"torch.cat for each edit (DreamOn)": published}, restore=reset
+    )

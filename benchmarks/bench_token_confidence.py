@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dlmkernels import ops
-from harness import Limit, exp_limit, read_limit, touch
+from harness import Limit, exp_limits, read_limit, touch
 from shapes import DEMO, DREAM, LLADA, Shape
 
 
@@ -26,6 +26,7 @@ class Case:
 
 
 QUICK = [Case(LLADA, 32, torch.bfloat16), Case(DEMO, 2624, torch.float32)]
+SMALLEST = [Case(DEMO, 64, torch.float32)]
 FULL = [
     Case(LLADA, 1, torch.bfloat16),
     Case(LLADA, 32, torch.float32),
@@ -96,7 +97,7 @@ def multinomial(z, temperature=0.7):
 
 def limits(z) -> list[Limit]:
     """Every logit must be read, and raised to a power."""
-    return [read_limit(z), exp_limit(z)]
+    return [read_limit(z), *exp_limits(z)]
 
 
 def test_greedy(benchmark, harness, case):

@@ -19,6 +19,7 @@ class Case:
 
 
 QUICK = [Case(1), Case(8)]
+SMALLEST = [Case(1, vocabulary=1000)]
 FULL = [Case(64)]
 
 
@@ -42,7 +43,7 @@ def test_rejection(benchmark, harness, case):
         """Softmax of both, a coin a draft, and a draw from the rest for each row, as I-DLM's program does."""
         p, q = torch.softmax(target, -1), torch.softmax(drafter, -1)
         ratio = p[:, :w].gather(2, drafts[..., None]) / q.gather(2, drafts[..., None])
-        accepted = (torch.rand(b, w) < ratio[..., 0]).int().cumprod(1).sum(1)
+        accepted = (torch.rand(b, w, device=target.device) < ratio[..., 0]).int().cumprod(1).sum(1)
         at = accepted.clamp(max=w - 1)[:, None, None].expand(b, 1, v)
         rest = (p.gather(1, at) - q.gather(1, at)).clamp(min=0)[:, 0] + 1e-20
         return accepted, rest.multinomial(1)

@@ -3,36 +3,67 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable
-from functools import cached_property
 
 import torch
 
 Function = Callable[[], object]
 
 
-class Repeated:
-    """Many calls of a function in one CUDA graph, so that launching costs nothing; called plainly if it waits."""
+def waits(run: Function) -> bool:
+    """Whether the host waits for the device in `run`, as for a value that it reads: such a function fits no graph.
 
-    def __init__(self, run: Function, target_ms: float = 2.0):
-        self.calls = max(1, min(200, round(target_ms / max(_milliseconds(run), 1e-3))))
-        self.captured = False
-        self._replay = lambda: [run() for _ in range(self.calls)]
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                for _ in range(self.calls):
-                    run()
-        except RuntimeError:  # it reads a value on the host
-            torch.cuda.synchronize()
-            return
-        self.captured = True
-        self._replay = graph.replay
+    It is called to find out. A capture that fails may leave torch's generator in a state in which every later call of
+    it fails, so it must not be tried.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return False
+
+
+class Repeated:
+    """Many calls of a function in one CUDA graph, so that launching costs nothing; called plainly if it waits.
+
+    `restore` runs before every call: it puts back what the call changes. Its own time, measured in the same way, is
+    taken off.
+    """
+
+    def __init__(self, run: Function, restore: Function | None = None, target_ms: float = 2.0):
+        whole = run if restore is None else functools.partial(_both, restore, run)
+        self.calls = max(1, min(200, round(target_ms / max(_milliseconds(whole), 1e-3))))
+        self.captured = not waits(whole)
+        self._whole = self._many(whole)
+        self._restore = None if restore is None else self._many(restore)
 
     def seconds(self) -> float:
         """Time of one call."""
-        return _milliseconds(self._replay) / self.calls * 1e-3
+        own = _milliseconds(self._whole) - (_milliseconds(self._restore) if self._restore else 0.0)
+        return max(own, 1e-6) / self.calls * 1e-3
+
+    def _many(self, run: Function) -> Function:
+        def plainly():
+            for _ in range(self.calls):
+                run()
+
+        if not self.captured:
+            return plainly
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            plainly()
+        return graph.replay
+
+
+def _both(first: Function, second: Function) -> None:
+    first()
+    second()
 
 
 def _milliseconds(run: Function) -> float:
@@ -47,28 +78,33 @@ def _milliseconds(run: Function) -> float:
 class Floors:
     """What the card does with nothing else to do, measured when first asked for."""
 
-    @cached_property
-    def bytes_a_second(self) -> float:
-        """Reading and writing together, of a large copy."""
-        a = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-        b = torch.empty_like(a)
-        return 2 * a.numel() / self._best(lambda: b.copy_(a))
+    @functools.cache  # noqa: B019 - one object a run
+    def bytes_a_second(self, moved: int = 2**31) -> float:
+        """Reading and writing together: the better of a copy and a sum that move this many bytes again and again.
 
-    @cached_property
+        What fits in the caches stays there, as it does for an op that is timed.
+        """
+        words = max(1, moved // 8)
+        a, b = (torch.zeros(words, dtype=torch.float32, device="cuda") for _ in range(2))
+        both = torch.zeros(2 * words, dtype=torch.float32, device="cuda")
+        return 8 * words / min(self._seconds(lambda: b.copy_(a)), self._seconds(both.sum))
+
+    @functools.cached_property
     def flops_a_second(self) -> float:
         """A large bf16 product by torch's library."""
         n = 8192
         a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        return 2 * n**3 / self._best(lambda: torch.mm(a, b))
+        return 2 * n**3 / self._seconds(lambda: torch.mm(a, b))
 
     def seconds(self, moved: float, flops: float) -> tuple[str, float]:
         """The larger of the two floors, and its name."""
-        copy = ("bytes / copy bandwidth", moved / self.bytes_a_second)
+        copy = ("bytes / bandwidth", moved / self.bytes_a_second(int(moved)))
         product = ("flops / bf16 product", flops / self.flops_a_second)
         return max(copy, product, key=lambda floor: floor[1])
 
     @staticmethod
-    def _best(run: Function) -> float:
+    def _seconds(run: Function) -> float:
         for _ in range(3):
             run()
-        return statistics.median(_milliseconds(run) for _ in range(20)) * 1e-3
+        repeated = Repeated(run)
+        return statistics.median(repeated.seconds() for _ in range(10))

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import json
 import math
 import shutil
 import statistics
@@ -20,10 +22,17 @@ from torch import Tensor
 
 from device import Floors, Function, Repeated
 
+# Three quarters of the rounds must be this far beyond a limit before it is taken for wrong.
+NOISE = 0.05
+
 
 @dataclass
 class Row:
-    """One timed candidate. `ratio` is its time over ours, the median over the rounds; None for ours and the limit."""
+    """One timed candidate.
+
+    `ratio` is its time over ours, the median over the rounds; None for ours and the limit. `share` is what ours reaches
+    of the limit, the median over the rounds, `low_share` the lower quartile.
+    """
 
     name: str
     seconds: float
@@ -31,6 +40,7 @@ class Row:
     rate: float = 0.0
     unit: str = ""
     share: float | None = None
+    low_share: float | None = None
 
 
 @dataclass
@@ -59,30 +69,20 @@ def read_limit(*tensors: Tensor) -> Limit:
     return Limit("one read of the input", run, sum(t.numel() * t.element_size() for t in tensors), "GB/s")
 
 
-def exp_limit(*tensors: Tensor) -> Limit:
-    """One exponential for each element of the tensors: `torch.exp2` over floats that stay in a core's cache.
+def exp_limits(*tensors: Tensor) -> list[Limit]:
+    """One exponential for each element of the tensors, of values in registers (`limits.cpp`); none without a compiler.
 
-    (`torch.exp` takes four times as long.) One thread does its share; the others' would take the same time, and no time
-    goes into starting them.
+    (`torch.exp2` takes longer than the ops do, and would be no limit.) One thread does its share; the others' would
+    take the same time, and no time goes into starting them.
     """
-    threads = torch.get_num_threads()
-    count = sum(t.numel() for t in tensors) / threads
-    x = torch.linspace(-20, 0, min(65536, math.ceil(count)))
-    out = torch.empty_like(x)
-
-    def run():
-        torch.set_num_threads(1)
-        for _ in range(round(count / x.numel())):
-            torch.exp2(x, out=out)
-        torch.set_num_threads(threads)
-
-    return Limit("one exponential an element", run, sum(t.numel() * t.element_size() for t in tensors), "GB/s")
-
-
-def matmul_limit(dtype: torch.dtype, n: int = 1024) -> Limit:
-    """A square product in the same dtype."""
-    a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
-    return Limit(f"{n} x {n} x {n} product", lambda: torch.mm(a, b), 2.0 * n**3, "GFLOP/s")
+    library = _limits()
+    if library is None:
+        return []
+    threads, at_once = torch.get_num_threads(), library.exponentials(1)
+    count = sum(t.numel() for t in tensors)
+    repeats = max(1, round(count / threads / at_once))
+    work = repeats * at_once * threads * sum(t.nbytes for t in tensors) / count
+    return [Limit("one exponential an element", lambda: library.exponentials(repeats), work, "GB/s")]
 
 
 @functools.cache
@@ -96,25 +96,26 @@ def _limits() -> ctypes.CDLL | None:
         flags = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread"]
         subprocess.run([compiler, *flags, Path(__file__).with_name("limits.cpp"), "-o", library], check=True)
         loaded = ctypes.CDLL(str(library))
-    for function in (loaded.multiply_add_float, loaded.multiply_add_bfloat16):
+    for function in (loaded.multiply_add_float, loaded.multiply_add_bfloat16, loaded.exponentials):
         function.argtypes, function.restype = [ctypes.c_long], ctypes.c_double
     return loaded
 
 
-def arithmetic_limit(dtype: torch.dtype) -> Limit:
+def arithmetic_limits(dtype: torch.dtype) -> list[Limit]:
     """Multiplications and additions in registers: of bf16 pairs where `dtype` is bf16 and there is such an instruction,
-    else of floats. Where there is no compiler, a square product.
+    else of floats; none without a compiler.
 
-    One thread does its share, as in `exp_limit`: a second one that has just been started shares its processor at first.
+    One thread does its share, as in `exp_limits`: a second one that has just been started shares its processor at
+    first.
     """
     library = _limits()
     if library is None:
-        return matmul_limit(dtype)
+        return []
     name, function = "fp32 multiply-add in registers", library.multiply_add_float
     if dtype == torch.bfloat16 and library.multiply_add_bfloat16(1) > 0:
         name, function = "bf16 multiply-add in registers", library.multiply_add_bfloat16
     repeats = 100_000
-    return Limit(name, lambda: function(repeats), function(1) * repeats * torch.get_num_threads(), "GFLOP/s")
+    return [Limit(name, lambda: function(repeats), function(1) * repeats * torch.get_num_threads(), "GFLOP/s")]
 
 
 def tighter(*limits: tuple[Limit, float]) -> tuple[Limit, float]:
@@ -125,6 +126,19 @@ def tighter(*limits: tuple[Limit, float]) -> tuple[Limit, float]:
         return min(_timed(limit.run, lambda: None, time.perf_counter) for _ in range(5)) / limit.work * work
 
     return max(limits, key=lambda pair: seconds(*pair))
+
+
+def product_timing(dtype: torch.dtype, flops: float, moved: float, *read: Tensor) -> dict:
+    """Arguments of `Harness.compare` for products of `flops` operations that must read the tensors `read`.
+
+    On a GPU, which the inputs' default device tells, the harness measures what the card can do, and needs to know that
+    `work` is operations and that `moved` bytes are read and written.
+    """
+    if torch.get_default_device().type == "cuda":
+        return {"limit": Limit("", lambda: None, 0.0, "GFLOP/s"), "work": flops, "moved": moved}
+    reading = (read_limit(*read), sum(t.nbytes for t in read))
+    limit, work = tighter(reading, *((limit, flops) for limit in arithmetic_limits(dtype)))
+    return {"limit": limit, "work": work}
 
 
 def touch(*tensors: Tensor) -> Function:
@@ -138,10 +152,11 @@ def touch(*tensors: Tensor) -> Function:
 
 
 class Harness:
-    """Runs comparisons and keeps their results for the summary."""
+    """Runs comparisons and keeps their results for the summary; each goes to the file `lines` as well when it ends."""
 
-    def __init__(self, seconds: float, device: str = "cpu"):
+    def __init__(self, seconds: float, device: str = "cpu", lines: Path | None = None):
         self.seconds = seconds
+        self.lines = lines
         self.floors = Floors() if device == "cuda" else None
         self.comparisons: list[Comparison] = []
 
@@ -153,6 +168,7 @@ class Harness:
         baselines: dict[str, Function],
         *,
         before: Function | None = None,
+        restore: Function | None = None,
         limit: Limit | list[Limit] | None = None,
         work: float = 0.0,
         moved: float = 0.0,
@@ -170,7 +186,9 @@ class Harness:
         baselines : dict
             name -> callable.
         before : callable, optional
-            Called before each candidate, outside its time.
+            Called before each candidate, outside its time: brings the caches into one state. On a CPU only.
+        restore : callable, optional
+            Called before each candidate, outside its time: puts back what the candidates change.
         limit : Limit or list of them, optional
             Timed in turn with the others; of several the slowest is what ours is measured against.
         work : float
@@ -183,13 +201,15 @@ class Harness:
             Seconds; one that stands still for what is not to count. On a CPU only.
         """
         if self.floors is not None:
-            return self._compare_on_gpu(benchmark, group, ours, baselines, limit, work, moved, unit)
-        before = before or (lambda: None)
+            with _no_default_device():
+                return self._compare_on_gpu(benchmark, group, ours, baselines, restore, limit, work, moved, unit)
+        before = before or restore or (lambda: None)
         others = dict(baselines)
         limits = limit if isinstance(limit, list) else [limit] if limit else []
         others |= {limit.name: limit.run for limit in limits}
         everything = [*others.values(), ours]
         for run in everything:
+            before()
             run()
         round_seconds = sum(_timed(run, before, time.perf_counter) for run in everything)
         rounds = max(5, min(100, round(self.seconds / round_seconds)))
@@ -207,31 +227,25 @@ class Harness:
             own.append(_timed(ours, lambda: None, clock))
 
         benchmark.pedantic(timed_ours, setup=others_first, rounds=rounds, iterations=1)
-        result = Comparison(group)
-        for name in baselines:
-            ratio = statistics.median(t / o for t, o in zip(times[name], own))
-            result.rows.append(Row(name, statistics.median(times[name]), ratio))
+        rows = [Row(name, statistics.median(times[name]), _paired(times[name], own)) for name in baselines]
         mine = Row("dlmkernels", statistics.median(own), None, work / statistics.median(own), unit)
         bounds = []
         for limit in limits:
             seconds = statistics.median(times[limit.name])
             bounds.append(Row(limit.name, seconds, None, limit.work / seconds, limit.unit))
-        if bounds:
-            slowest = max(bounds, key=lambda row: row.seconds)
-            mine.unit, mine.share = slowest.unit, mine.rate / slowest.rate
-        result.rows[:0] = bounds
-        result.rows.append(mine)
-        benchmark.extra_info |= {"group": group, "comparison": [vars(row) for row in result.rows]}
-        self.comparisons.append(result)
-        return result
+            shares = [t / o * work / limit.work for t, o in zip(times[limit.name], own)]
+            if mine.share is None or statistics.median(shares) > mine.share:  # the tighter of them counts
+                mine.unit, mine.share, mine.low_share = limit.unit, *_middle_and_low(shares)
+        return self._ended(benchmark, Comparison(group, [*bounds, *rows, mine]))
 
-    def _compare_on_gpu(self, benchmark, group, ours, baselines, limit, work, moved, unit) -> Comparison:
+    def _compare_on_gpu(self, benchmark, group, ours, baselines, restore, limit, work, moved, unit) -> Comparison:
         """The same on a GPU: device time of captured graphs, the caches as the call before left them."""
         for run in (*baselines.values(), ours):
+            (restore or (lambda: None))()
             run()
         torch.cuda.synchronize()
-        others = {name: Repeated(run) for name, run in baselines.items()}
-        mine = Repeated(ours)
+        others = {name: Repeated(run, restore) for name, run in baselines.items()}
+        mine = Repeated(ours, restore)
         times: dict[str, list[float]] = {name: [] for name in others}
         own: list[float] = []
 
@@ -242,24 +256,35 @@ class Harness:
         round_seconds = sum(run.seconds() * run.calls for run in (*others.values(), mine))
         rounds = max(5, min(50, round(self.seconds / round_seconds)))
         benchmark.pedantic(lambda: own.append(mine.seconds()), setup=others_first, rounds=rounds, iterations=1)
-        result = Comparison(group)
-        for name, seconds in times.items():
-            ratio = statistics.median(t / o for t, o in zip(seconds, own))
-            result.rows.append(Row(name, statistics.median(seconds), ratio))
+        rows = [Row(name, statistics.median(seconds), _paired(seconds, own)) for name, seconds in times.items()]
         row = Row("dlmkernels", statistics.median(own), None, work / statistics.median(own), unit)
-        if limit is not None:
-            row.unit = limit.unit
-            bytes_, flops = (work, 0.0) if limit.unit == "GB/s" else (moved, work)
+        limits = limit if isinstance(limit, list) else [limit] if limit else []
+        if limits:
+            row.unit = limits[0].unit
+            bytes_, flops = (work, 0.0) if row.unit == "GB/s" else (moved, work)
             name, floor = self.floors.seconds(bytes_, flops)
-            row.share = floor / row.seconds
-            result.rows.insert(0, Row(name, floor, None, work / floor, limit.unit))
-        result.rows.append(row)
-        benchmark.extra_info |= {
-            "group": group, "comparison": [vars(r) for r in result.rows], "calls_a_round": mine.calls,
-            "captured": mine.captured,
-        }  # fmt: skip
+            row.share, row.low_share = _middle_and_low([floor / seconds for seconds in own])
+            rows.insert(0, Row(name, floor, None, work / floor, row.unit))
+        benchmark.extra_info |= {"calls_a_round": mine.calls, "captured": mine.captured}
+        return self._ended(benchmark, Comparison(group, [*rows, row]))
+
+    def _ended(self, benchmark, result: Comparison) -> Comparison:
+        entry = {"group": result.group, "comparison": [vars(row) for row in result.rows]}
+        benchmark.extra_info |= entry
+        if self.lines:
+            with self.lines.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
         self.comparisons.append(result)
         return result
+
+    def passed_limits(self) -> list[str]:
+        """A line for each comparison that is quicker than its limit, by more than noise: the limit is wrong."""
+        return [
+            f"WRONG LIMIT, passed in three quarters of the rounds ({row.share:.0%} of it): {comparison.group}"
+            for comparison in self.comparisons
+            for row in comparison.rows
+            if row.low_share is not None and row.low_share > 1 + NOISE
+        ]
 
     def table(self) -> list[str]:
         """All comparisons as lines of text."""
@@ -275,6 +300,27 @@ class Harness:
                     f"{share:>12}".rstrip()
                 )
         return lines
+
+
+def _paired(times: list[float], own: list[float]) -> float:
+    """Median over the rounds of a baseline's time over ours."""
+    return statistics.median(t / o for t, o in zip(times, own))
+
+
+def _middle_and_low(shares: list[float]) -> tuple[float, float]:
+    """Median and lower quartile."""
+    return statistics.median(shares), statistics.quantiles(shares, n=4)[0]
+
+
+@contextlib.contextmanager
+def _no_default_device():
+    """While something is timed: a default device adds microseconds to every call of torch."""
+    before = torch.get_default_device()
+    torch.set_default_device(None)
+    try:
+        yield
+    finally:
+        torch.set_default_device(before)
 
 
 def _timed(run: Function, before: Function, clock: Callable[[], float]) -> float:

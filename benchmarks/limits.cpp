@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What this processor can do in a second, for harness.py: multiplications and additions in
-// registers, in one thread. Compiled with -march=native where it runs.
+// What this processor can do in a second, for harness.py: multiplications and additions, and
+// exponentials, in registers, in one thread. Compiled with -march=native where it runs.
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
@@ -17,6 +17,7 @@ constexpr int kBytes = 16;
 constexpr int kSums =
     kBytes == 64 ? 20 : 10;  // enough to hide the latency, few enough for registers
 typedef float Vector __attribute__((vector_size(kBytes)));
+typedef int Integers __attribute__((vector_size(kBytes)));
 
 }  // namespace
 
@@ -56,5 +57,31 @@ double multiply_add_bfloat16(long repeats) {
   (void)repeats;
   return 0;
 #endif
+}
+
+// Exponentials done: 2^x of small x to float accuracy, in as few steps as that takes (to the
+// nearest integer by adding 1.5 * 2^23, a polynomial of degree 5 for the rest, the integer added to
+// the exponent). No range is checked and nothing is loaded or summed, as an op must.
+double exponentials(long repeats) {
+  constexpr int kAtOnce = 8;
+  Vector x[kAtOnce];
+#pragma GCC unroll 8
+  for (int i = 0; i < kAtOnce; ++i) x[i] = Vector{} - 0.37f * float(i);
+  for (long k = 0; k < repeats; ++k) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kAtOnce; ++i) {
+      asm volatile("" : "+x"(x[i]));
+      const Vector shifted = x[i] + 12582912.0f, f = x[i] - (shifted - 12582912.0f);
+      Vector p = Vector{} + 1.326472615e-03f;
+      p = p * f + 9.671512991e-03f;
+      p = p * f + 5.550733581e-02f;
+      p = p * f + 2.402224243e-01f;
+      p = p * f + 6.931470037e-01f;
+      p = p * f + 1.0f;
+      const Vector power = (Vector)((Integers)p + ((Integers)shifted << 23));
+      asm volatile("" ::"x"(power));
+    }
+  }
+  return double(repeats) * kAtOnce * (kBytes / 4);
 }
 }

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build for the GPU of this machine, prove the kernels on it, measure them, and write the results down.
 
-    python scripts/gpu.py [--quick] [--only STEP ...]
+    python scripts/gpu.py [--quick] [--only STEP ...] [--out FOLDER] [--budget SECONDS] [--dry-run]
 
-Uses the torch, nvcc and packages that are there, and no network. Each step has its time limit and its log in
-build/gpu/; a step that fails does not stop the ones that do not need it. Results go to benchmarks/results/<gpu>/:
-environment.json, steps.json, benchmarks.json and table.md; golden outputs of the instruction wrappers, which the
-native tests compare with their models everywhere, to tests/cpp/golden/. Exit status 1 if anything failed.
+Uses the torch, nvcc and packages that are there, and no network. What a step needs is looked for first; a step that
+lacks a tool, fails or hangs does not stop those that do without it. All steps together take less than ten minutes on
+16 cores: each may use the time that is left, less what those after it are promised. Logs go to build/gpu/; results to
+benchmarks/results/<gpu>/: environment.json, steps.json, benchmarks.json and table.md, written as soon as there is
+something to write; golden outputs of the instruction wrappers, which the native tests compare with their models
+everywhere, to tests/cpp/golden/. Exit status 1 if anything failed or could not run.
+
+--dry-run needs no GPU: every step is replaced by what is nearest to it on the CPU, at the smallest shapes, and
+everything goes to build/gpu/dry-run/. It shows that the script works, and nothing about the kernels.
 """
 
 from __future__ import annotations
@@ -16,121 +21,130 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LOGS = ROOT / "build" / "gpu"
-NATIVE = ROOT / "build" / "cpp_gpu"
-PYTEST = [sys.executable, "-m", "pytest"]
-OPS = [f"tests/test_{op}.py" for op in ("block_attention", "token_confidence", "select_tokens", "remask")]
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
+
+from machine import processor  # noqa: E402
+from steps import Run, Step, missing  # noqa: E402
+
+BUDGET = 570.0  # seconds
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+# gpu_tests rounds as the host does; gpu_tests_shipped is compiled as the library is.
+NATIVE_PROGRAMS = {"native": "gpu_tests", "native-shipped": "gpu_tests_shipped"}  # by the step that runs it
 # Tests of small shapes; the first is the name of one in every op's file.
 SANITIZED = ("under_every_schedule", "test_ptx", "test_row_reduce", "test_tile_product")
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
+ON_HOST, ON_CARD = ("cmake", "ninja", "c++"), ("cmake", "ninja", "c++", "nvcc")  # what a native build needs
+OF_MODELS, OF_BENCHMARKS = ("pytest", "transformers"), ("pytest", "transformers", "pytest_benchmark")
 
 
-@dataclass
-class Step:
-    """What one step did: `status` is passed, failed, timed out, or the reason why it did not run."""
-
-    name: str
-    status: str
-    seconds: float
-    last_line: str
+def op_tests() -> list[str]:
+    """The file of tests of every op, as the schemas name them."""
+    schemas = (ROOT / "csrc" / "torch" / "ops.cpp").read_text(encoding="utf-8")
+    return [f"tests/test_{op.rstrip('_')}.py" for op in re.findall(r'DLM_DEF\(\s*m,\s*"(\w+)\(', schemas)]
 
 
-class Run:
-    """The steps so far, and how to make another."""
-
-    def __init__(self, only: list[str]):
-        self.only = only
-        self.steps: list[Step] = []
-        self.environment = {**os.environ, "PYTHONPATH": str(ROOT / "python"), "PYTHONUNBUFFERED": "1"}
-
-    def step(self, name: str, command: list[str], limit: float, needs: str | None = None) -> bool:
-        """Run `command` for at most `limit` seconds, its output to a log; whether it passed."""
-        if self.only and name not in self.only and name.split("-")[0] not in self.only:
-            return False
-        missing = next((s.name for s in self.steps if s.name == needs and s.status != "passed"), None)
-        start = time.perf_counter()
-        log = LOGS / f"{name}.log"
-        if missing:
-            status, lines = f"needs {missing}", [""]
-        else:
-            print(f"== {name}", flush=True)
-            with log.open("w") as out:
-                try:
-                    done = subprocess.run(
-                        command, cwd=ROOT, env=self.environment, stdout=out, stderr=subprocess.STDOUT, timeout=limit
-                    )
-                    status = "passed" if done.returncode == 0 else f"failed ({done.returncode})"
-                except subprocess.TimeoutExpired:
-                    status = f"timed out after {limit:.0f} s"
-            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or [""]
-        step = Step(name, status, round(time.perf_counter() - start, 1), lines[-1].strip()[:200])
-        self.steps.append(step)
-        if status != "passed":
-            print("\n".join(lines[-25:]))
-        print(f"   {step.status}, {step.seconds:.0f} s: {step.last_line}", flush=True)
-        return status == "passed"
+def plan(about: dict, logs: Path, quick: bool) -> list[list[Step]]:
+    """Groups of steps that run side by side, the most valuable first; what they are promised is less than `BUDGET`."""
+    native = logs / "native"
+    programs = {step: native / name for step, name in NATIVE_PROGRAMS.items()}
+    for program in programs.values():  # one that is there later has been built
+        program.unlink(missing_ok=True)
+    make = ["ninja", "-C", str(native), "-k", "0", *(f"{name}_program" for name in NATIVE_PROGRAMS.values())]
+    golden = {"native": ["--dump-golden", str(logs / "golden"), about["gpu"]]}
+    several = [] if "xdist" in about["missing"] else ["-n", "4", "--dist", "loadfile"]
+    ops = [*PYTEST, *op_tests(), "--device", "cuda", "--maxfail=20", *several]
+    size = ["--seconds", "0.2"] if quick else ["--full", "--seconds", "0.4"]
+    sanitize = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
+    return [
+        [configure(native, "sm_" + re.sub(r"\D", "", about["capability"]))],
+        [Step("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 150, programs=("cmake", "c++", "nvcc")),
+         Step("build-native", make, 150, "configure-native", ON_CARD)],
+        [Step("ops", ops, 140, "build", packages=("pytest",)),
+         Step("decoding", [*PYTEST, "tests/test_cuda.py"], 140, "build", packages=OF_MODELS),
+         *(Step(step, [str(program), *golden.get(step, [])], 140, "configure-native")
+           for step, program in programs.items())],
+        [benchmarks(logs, ["--device", "cuda", *size])],
+        [Step(f"sanitizer-{tool}", [*sanitize, tool, str(programs["native"]), *SANITIZED], 90, "configure-native",
+              ("compute-sanitizer",), skipped="a quick run has no sanitizers" if quick else "")
+         for tool in SANITIZERS],
+    ]  # fmt: skip
 
 
-def environment() -> dict:
-    """Card, driver, toolkit, torch, commit."""
-    import torch
-
-    if not torch.cuda.is_available():
-        sys.exit(f"no CUDA device: torch {torch.__version__} (CUDA {torch.version.cuda}) sees none")
-    nvcc = shutil.which("nvcc") or str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc")
-    if not Path(nvcc).exists():
-        sys.exit("no nvcc: put it on PATH, or set CUDA_HOME")
-    os.environ["PATH"] = f"{Path(nvcc).parent}:{os.environ['PATH']}"
-    major, minor = torch.cuda.get_device_capability()
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "capability": f"{major}.{minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory_gib": round(properties.total_memory / 2**30, 1),
-        "driver": output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
-        "nvcc": output([nvcc, "--version"]).splitlines()[-1],
-        "torch": torch.__version__,
-        "torch_cuda": torch.version.cuda,
-        "python": sys.version.split()[0],
-        "processors": os.cpu_count(),
-        "commit": output(["git", "describe", "--always", "--dirty", "--abbrev=12"]),
-        "date": time.strftime("%Y-%m-%d"),
-    }
+def plan_on_cpu(logs: Path) -> list[list[Step]]:
+    """The same groups with what is nearest to each step on a CPU: the build that is there, and the smallest shapes."""
+    program = ROOT / "build" / "cpp" / "simt_plain"  # the kernels' source, compiled for the host
+    make = f"import sys; sys.path.insert(0, 'tests'); import simt_programs; simt_programs.build('{program.name}')"
+    ops = [*PYTEST, *op_tests(), "--device", "cpu", "-k", "test_opcheck and not generic"]
+    decoding = [*PYTEST, "tests/test_cuda.py", "-k", "graph or stream or wait"]
+    return [
+        [configure(logs / "native", "sm_90")],
+        [Step("build", [sys.executable, "-c", "import dlmkernels; print(dlmkernels._C.build_info())"], 60),
+         Step("build-native", [sys.executable, "-c", make], 200, "configure-native", ON_HOST)],
+        [Step("ops", ops, 100, "build", packages=("pytest",)),
+         Step("decoding", decoding, 100, "build", packages=OF_MODELS),
+         Step("native", [str(program), "test_row_reduce"], 100, "build-native"), without_card("native-shipped")],
+        [benchmarks(logs, ["--smallest", "--seconds", "0.01", "-k", "not greedy"])],
+        [without_card(f"sanitizer-{tool}") for tool in SANITIZERS],
+    ]  # fmt: skip
 
 
-def output(command: list[str]) -> str:
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+def without_card(name: str) -> Step:
+    return Step(name, [], 0, skipped="needs a card")
 
 
-def table(comparisons: list[tuple[str, list[dict]]], about: dict) -> str:
+def configure(native: Path, architecture: str) -> Step:
+    options = ["-DFLAVOURS=plain", f"-DGPU_ARCH={architecture}"]
+    command = ["cmake", "-S", "tests/cpp", "-B", str(native), "-G", "Ninja", *options]
+    return Step("configure-native", command, 30, programs=ON_HOST)
+
+
+def benchmarks(logs: Path, options: list[str], folder: Path = ROOT / "benchmarks") -> Step:
+    """Each comparison is a line of comparisons.jsonl when it ends; pytest-benchmark writes its own file at the end."""
+    comparisons, whole = logs / "comparisons.jsonl", logs / "pytest-benchmark.json"
+    for file in (comparisons, whole):
+        file.unlink(missing_ok=True)
+    files = ["--comparisons", str(comparisons), "--benchmark-json", str(whole)]
+    command = [*PYTEST, str(folder), "--benchmark-only", *files, *options]
+    return Step("benchmarks", command, 150, "build", packages=OF_BENCHMARKS)
+
+
+def write_comparisons(logs: Path, results: Path, about: dict) -> None:
+    """benchmarks.json and table.md, of the comparisons that have ended."""
+    file = logs / "comparisons.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    if not lines:
+        return
+    comparisons = {entry["group"]: entry["comparison"] for entry in map(json.loads, lines)}
+    whole = {"environment": about, "comparisons": comparisons}
+    (results / "benchmarks.json").write_text(json.dumps(whole, indent=1) + "\n")
+    (results / "table.md").write_text(table(comparisons, about))
+
+
+def table(comparisons: dict[str, list[dict]], about: dict) -> str:
     """Markdown: ours beside its floor and every baseline."""
     lines = [
         f"{about['gpu']}, driver {about['driver']}, torch {about['torch']}, {about['nvcc']}, {about['date']}, commit "
-        f"{about['commit']}. Device time of one call, median; floor: the larger of bytes over measured copy bandwidth "
-        "and flops over the measured rate of a bf16 product.",
+        f"{about['commit']}. Time of one call, median. Floor: on a GPU the larger of bytes over measured bandwidth and "
+        "flops over the measured rate of a bf16 product.",
         "",
         "| what | floor | dlmkernels | of the floor | baselines |",
         "|---|---|---|---|---|",
     ]
-    for group, rows in comparisons:
+    for group, rows in comparisons.items():
         ours = next(r for r in rows if r["name"] == "dlmkernels")
-        floor = next((r for r in rows if r["ratio"] is None and r is not ours), None)
+        floors = [r["seconds"] for r in rows if r["ratio"] is None and r is not ours]
         others = "; ".join(
             f"{r['name']} {microseconds(r['seconds'])} ({r['ratio']:.2g}×)" for r in rows if r["ratio"] is not None
         )
         share = f"{ours['share']:.0%}" if ours["share"] else ""
-        cells = [group, microseconds(floor["seconds"]) if floor else "", microseconds(ours["seconds"]), share, others]
+        cells = [group, microseconds(max(floors)) if floors else "", microseconds(ours["seconds"]), share, others]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -139,52 +153,91 @@ def microseconds(seconds: float) -> str:
     return f"{seconds * 1e6:,.1f} µs" if seconds < 1e-3 else f"{seconds * 1e3:,.2f} ms"
 
 
-def main() -> int:
+def search_path() -> str:
+    """PATH, with this Python's programs (ninja of a virtual environment) and the CUDA toolkit's."""
+    toolkit = Path(os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda") / "bin"
+    before = [str(Path(sys.executable).parent)]
+    if shutil.which("nvcc") is None and toolkit.is_dir():
+        before.append(str(toolkit))
+    return os.pathsep.join([*before, os.environ.get("PATH", os.defpath)])
+
+
+def environment(on_cpu: bool) -> dict:
+    """Card, driver, toolkit, torch, commit, and which tools are missing."""
+    import torch
+
+    card: dict
+    if on_cpu:
+        card = {"gpu": processor(), "capability": ""}
+    elif torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        card = {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+        }
+    else:
+        sys.exit(
+            f"no CUDA device: torch {torch.__version__} (CUDA {torch.version.cuda}) of {sys.executable} sees none; "
+            "PYTHON=... names another Python, --dry-run needs no device"
+        )
+    name = re.sub(r"\W+", "-", card["gpu"].removeprefix("NVIDIA ")).strip("-").lower()
+    return card | {
+        "results": f"benchmarks/results/{name}",
+        "driver": output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
+        "nvcc": output(["nvcc", "--version"]),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "python": sys.version.split()[0],
+        "processors": os.cpu_count(),
+        "commit": output(["git", "describe", "--always", "--dirty", "--abbrev=12"]),
+        "date": time.strftime("%Y-%m-%d"),
+        "missing": missing((*ON_CARD, "compute-sanitizer", "nvidia-smi"), (*OF_BENCHMARKS, "xdist")),
+    }
+
+
+def output(command: list[str]) -> str:
+    """Last line that a program prints, "unknown" where it cannot be run."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20)
+        return done.stdout.strip().splitlines()[-1]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="no sanitizers, small benchmarks")
     parser.add_argument("--only", nargs="+", default=[], metavar="STEP", help="these steps alone")
-    arguments = parser.parse_args()
-    LOGS.mkdir(parents=True, exist_ok=True)
-    about = environment()
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the results go")
+    parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help="for all steps (%(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU: whether the script works")
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly end, which ends the steps as well
+    os.environ["PATH"] = search_path()
+    about = environment(options.dry_run)
     print(json.dumps(about, indent=2))
-    results = ROOT / "benchmarks" / "results" / re.sub(r"\W+", "-", about["gpu"].removeprefix("NVIDIA ")).lower()
-    results.mkdir(parents=True, exist_ok=True)
-
-    run = Run(arguments.only)
-    run.environment |= {"PATH": os.environ["PATH"], "DLMKERNELS_CUDA": "1"}
-    run.environment.setdefault("TORCH_CUDA_ARCH_LIST", about["capability"])
-    architecture = "sm_" + re.sub(r"\D", "", about["capability"])
-
-    run.step("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 240)
-    run.step("configure-native", ["cmake", "-S", "tests/cpp", "-B", str(NATIVE), "-G", "Ninja", "-DFLAVOURS=plain",
-                                  f"-DGPU_ARCH={architecture}"], 30)  # fmt: skip
-    run.step("build-native", ["ninja", "-C", str(NATIVE), "gpu_tests_program"], 240, needs="configure-native")
-    native = str(NATIVE / "gpu_tests")
-    golden = LOGS / "golden"
-    golden.mkdir(exist_ok=True)
-    if run.step("native", [native, "--dump-golden", str(golden), about["gpu"]], 120, needs="build-native"):
-        shutil.copytree(golden, ROOT / "tests" / "cpp" / "golden", dirs_exist_ok=True)
-    run.step("ops", [*PYTEST, *OPS, "--device", "cuda", "--maxfail=20", "-p", "no:cacheprovider"], 240, "build")
-    run.step("decoding", [*PYTEST, "tests/test_cuda.py", "-p", "no:cacheprovider"], 120, "build")
-    if not arguments.quick:
-        for tool in SANITIZERS:
-            command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", native, *SANITIZED]
-            run.step(f"sanitizer-{tool}", command, 120, "build-native")
-    raw = LOGS / "benchmarks.json"
-    options = ["--device", "cuda", "--benchmark-only", "--benchmark-json", str(raw)]
-    size = ["--seconds", "0.2"] if arguments.quick else ["--full", "--seconds", "0.4"]
-    if run.step("benchmarks", [*PYTEST, "benchmarks", *options, *size, "-p", "no:cacheprovider"], 240, "build"):
-        measured = json.loads(raw.read_text())["benchmarks"]
-        comparisons = [(b["extra_info"]["group"], b["extra_info"]["comparison"]) for b in measured]
-        (results / "benchmarks.json").write_text(
-            json.dumps({"environment": about, "comparisons": dict(comparisons)}, indent=1) + "\n"
-        )
-        (results / "table.md").write_text(table(comparisons, about))
-        print(table(comparisons, about))
+    logs = (ROOT / "build" / "gpu" / ("dry-run" if options.dry_run else "")).resolve()
+    results = (options.out or (logs if options.dry_run else ROOT / about["results"])).resolve()
+    for folder in (logs / "golden", results):
+        folder.mkdir(parents=True, exist_ok=True)
     (results / "environment.json").write_text(json.dumps(about, indent=1) + "\n")
-    (results / "steps.json").write_text(json.dumps([asdict(s) for s in run.steps], indent=1) + "\n")
-    print("\n".join(f"{s.name:<22} {s.status:<12} {s.seconds:6.1f} s  {s.last_line}" for s in run.steps))
-    return int(any(s.status != "passed" for s in run.steps))
+
+    paths = [str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    if not options.dry_run:
+        variables |= {"DLMKERNELS_CUDA": "1"}
+        variables.setdefault("TORCH_CUDA_ARCH_LIST", about["capability"])
+    run = Run(results, logs, ROOT, variables, options.budget, options.only)
+    groups = plan_on_cpu(logs) if options.dry_run else plan(about, logs, options.quick)
+    run.all(groups, lambda: write_comparisons(logs, results, about))
+    if not options.dry_run and any(outcome.name == "native" and not outcome.is_fault for outcome in run.outcomes):
+        shutil.copytree(logs / "golden", ROOT / "tests" / "cpp" / "golden", dirs_exist_ok=True)
+    if (logs / "comparisons.jsonl").exists():
+        print((results / "table.md").read_text())
+    print(run.table())
+    return int(any(outcome.is_fault for outcome in run.outcomes))
 
 
 if __name__ == "__main__":

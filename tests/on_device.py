@@ -11,15 +11,8 @@ import torch
 
 from dlmkernels import ops
 
-NAMES = (
-    "block_attention",
-    "token_confidence",
-    "select_tokens",
-    "remask_",
-    "verify_drafts",
-    "splice_",
-    "soft_embedding",
-)
+# Every op there is, by its schema.
+NAMES = sorted(name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("dlmkernels::"))
 
 
 class Journey:

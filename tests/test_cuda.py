@@ -5,7 +5,9 @@ Every test runs on the CPU as well, where it shows that the test is right.
 """
 
 import contextlib
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,6 +153,59 @@ def test_no_wait_in_the_step_loop(device):
 
     waits(4)
     assert waits(16) == waits(8)
+
+
+@pytest.fixture
+def other_device():
+    """A device that is not the current one; where there is no second card the test is run on the CPU."""
+    return "cuda:1" if torch.cuda.device_count() > 1 else "cpu"
+
+
+class TestOtherDevice:
+    """The ops and the loops go by the device of their tensors, never by the current one."""
+
+    def test_ops(self, other_device):
+        here, there = Canvas("cpu"), Canvas(other_device)
+        for seed in range(3):
+            for canvas in (here, there):
+                canvas.fill(seed)
+                canvas.denoise()
+        for name in ("tokens", "state", "commit_step", "step"):
+            moved = getattr(there, name)
+            assert moved.device == torch.device(other_device) and torch.equal(moved.cpu(), getattr(here, name)), name
+        if other_device != "cpu":
+            assert torch.cuda.current_device() == 0
+
+    def test_decoding(self, other_device):
+        """A count that was recorded on the current device would be read before it is there."""
+        model, ids = demo()
+        expected = dk.infill(model, ids, rule=dk.Threshold(0.9), cache="dual", block_length=27)
+        out = dk.infill(
+            model.to(other_device), ids.to(other_device), rule=dk.Threshold(0.9), cache="dual", block_length=27
+        )
+        assert torch.equal(out.sequences.cpu(), expected.sequences)
+        assert torch.equal(out.commit_step.cpu(), expected.commit_step)
+
+
+BINDINGS = sorted((Path(__file__).resolve().parents[1] / "csrc" / "torch").glob("*.cpp"))
+LAUNCH = re.compile(r"cuda::run_\w+\(")
+
+
+@pytest.mark.on_cpu
+@pytest.mark.parametrize("path", [p for p in BINDINGS if LAUNCH.search(p.read_text())], ids=lambda p: p.stem)
+def test_launches_go_by_the_tensors_device(path):
+    """Every kernel is started within a `CudaCall` of the tensor that all others share a device with.
+
+    It makes that device the current one and looks up its stream; workspaces are allocated after it.
+    """
+    code = re.sub(r"//[^\n]*", "", path.read_text(encoding="utf-8"))
+    (anchor,) = re.findall(r'Check check\("\w+", "(\w+)", \1\)', code)
+    (branch,) = re.findall(rf"if \({anchor}\.is_cuda\(\)[^\n]*{{\n(.*?)\n  }}\n", code, re.S)
+    call, inside = branch.split("\n", 1)
+    assert call.strip() == f"const CudaCall call(check, {anchor});"
+    launches = [inside[launch.end() : inside.index(";", launch.end())] for launch in LAUNCH.finditer(inside)]
+    assert launches and all(arguments.endswith("call.stream()))") for arguments in launches)
+    assert len(launches) == len(LAUNCH.findall(code))  # none elsewhere
 
 
 @needs_gpu

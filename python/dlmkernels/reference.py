@@ -52,10 +52,10 @@ def _plain_log(x: Tensor) -> Tensor:
     p = torch.full_like(f, 7.0376836292e-2)
     for c in (-1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1, 2.0000714765e-1,
               -2.4999993993e-1, 3.3333331174e-1):  # fmt: skip
-        p = p * f + torch.tensor(c, dtype=torch.float32)
+        p = p * f + torch.tensor(c, dtype=torch.float32, device="cpu")
     p = (p * f) * z
     e = exponent.to(torch.float32)
-    p = p + e * torch.tensor(-2.12194440e-4, dtype=torch.float32)
+    p = p + e * torch.tensor(-2.12194440e-4, dtype=torch.float32, device="cpu")
     p = p - 0.5 * z
     return (f + p) + e * 0.693359375
 
@@ -64,7 +64,7 @@ def _plain_exp(x: Tensor) -> Tensor:
     """Exponentials of float32 values up to 0, with one rounding an operation (Cephes' expf); 0 below -87.33654."""
 
     def c(value: float) -> Tensor:
-        return torch.tensor(value, dtype=torch.float32)
+        return torch.tensor(value, dtype=torch.float32, device="cpu")
 
     normal = x >= c(-87.33654)
     x = torch.where(normal, x, 0.0)
@@ -104,7 +104,7 @@ def uniform_below(bits: Tensor, n: int) -> Tensor:
 def per_row(values: Tensor | None, rows: int, absent: float) -> Tensor:
     """Expand a parameter given once, once a group of consecutive rows, or once a row, to one value a row."""
     if values is None:
-        return torch.full((rows,), absent)
+        return torch.full((rows,), absent, device="cpu")
     values = values.reshape(-1)
     return values.repeat_interleave(rows // values.numel()) if values.numel() else values
 
@@ -665,7 +665,8 @@ def verify_drafts(
                 q = _tempered_probabilities(draft_logits[draft_row], T[b], draft_logsumexp[b, i], banned)
                 at, zero = position[b].long() + i, torch.zeros((), dtype=torch.long, device=drafts.device)
                 bits = philox(key[b], at, now[b], "verify", zero)
-                if not bernoulli(bits, p[draft] / (torch.tensor(leniency, dtype=torch.float32) * q[draft])):
+                lenient = torch.tensor(leniency, dtype=torch.float32, device=q.device)
+                if not bernoulli(bits, p[draft] / (lenient * q[draft])):
                     index = torch.arange(len(p), device=p.device)
                     rest = (p - q).clamp(min=0.0) / exponential(philox(key[b], at, now[b], "residual", index))
                     following = rest.argmax() if rest.max() > 0 else following
@@ -803,7 +804,7 @@ def soft_embedding(
         kth = descending.gather(1, k.clamp(1, vocabulary).unsqueeze(1) - 1)
         kept = torch.where((k == 0).unsqueeze(1) | (z >= kth), p, 0.0)
         if mask_token_id >= 0:
-            p = kept.index_add(1, torch.tensor([mask_token_id]), (p - kept).sum(1, keepdim=True))
+            p = kept.index_add(1, torch.tensor([mask_token_id], device=p.device), (p - kept).sum(1, keepdim=True))
         else:
             p = kept / kept.sum(1, keepdim=True)
     p = p.masked_fill((z == -torch.inf).all(-1, keepdim=True), 0.0)

@@ -582,7 +582,7 @@ class StepOptions:
 
 def _seeds(seed: int | Tensor | None, batch: int, device: torch.device) -> Tensor:
     if seed is None:
-        return torch.randint(2**63 - 1, (batch,)).to(device)
+        return torch.randint(2**63 - 1, (batch,), device="cpu").to(device)
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.shape != (batch,):
             raise ValueError(f"seed must be int64 of shape [{batch}]; got {seed.dtype} of shape {list(seed.shape)}")

@@ -4,49 +4,64 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 
 class OpenCount:
-    """Upper bounds of the open positions of a block and of the whole canvas, read without stopping the device.
+    """Upper bounds of the open positions of a block and of the whole canvas, read while the device goes on.
 
-    On a GPU each count travels to pinned memory behind its step, and `latest` takes whatever has arrived; it waits
-    only when more than `max_lag` steps are under way. Open positions never grow within a block, so an old count is a
-    valid bound: it can cost a step that commits nothing, never a token.
+    On a GPU each count travels to the host behind the step that made it, and the host takes the one that was sent
+    `lag` counts before the newest. It waits for that one if it must, and does not look whether a newer one has
+    arrived: what a forward computes on must not depend on how fast the host or the device happens to be, or two runs
+    could choose different matrix products and, at a near tie, different tokens. With a lag of 1 the device has a whole
+    step to do while the host waits. Open positions never grow within a block, so an old count is a valid bound: it can
+    cost a step that commits nothing, never a token.
+
+    Parameters
+    ----------
+    in_block, in_canvas : int
+        The bounds to begin with.
     """
 
-    max_lag = 2
+    #: counts that are left under way, by the type of the device that makes them; where not named, none are
+    lag_on: ClassVar[dict[str, int]] = {"cuda": 1}
 
     def __init__(self, in_block: int, in_canvas: int):
         self._latest = (in_block, in_canvas)
-        self._under_way: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        self._under_way: deque[Tensor | Landing] = deque()
+        self._lag = 0
 
     @property
     def behind(self) -> int:
-        """How many counts have been submitted since the latest that has arrived."""
+        """How many counts have been submitted since the one that `latest` gave."""
         return len(self._under_way)
 
     def submit(self, counts: Tensor) -> None:
         """Hand over `[2]` counts: largest number of open positions of any row, in the block and in the canvas."""
-        if counts.device.type != "cuda":
-            self._latest = tuple(counts.tolist())
-            return
-        landing = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
-        landing.copy_(counts, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._under_way.append((landing, event))
+        self._lag = self.lag_on.get(counts.device.type, 0)
+        self._under_way.append(Landing(counts) if counts.device.type == "cuda" else counts.clone())
 
     def latest(self) -> tuple[int, int]:
-        """The newest counts that have arrived: (in the block, in the canvas)."""
-        while self._under_way:
-            landing, event = self._under_way[0]
-            if len(self._under_way) > self.max_lag:
-                event.synchronize()
-            elif not event.query():
-                break
-            self._latest = tuple(landing.tolist())
-            self._under_way.popleft()
+        """The counts that were submitted `lag` before the newest: (in the block, in the canvas)."""
+        while len(self._under_way) > self._lag:
+            in_block, in_canvas = self._under_way.popleft().tolist()
+            self._latest = in_block, in_canvas
         return self._latest
+
+
+class Landing:
+    """A CUDA tensor's values on their way to the host, behind what its device's current stream has to do."""
+
+    def __init__(self, values: Tensor):
+        self._values = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+        self._values.copy_(values, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record(torch.cuda.current_stream(values.device))  # the current device may be another
+
+    def tolist(self) -> list:
+        """The values, once they are there."""
+        self._event.synchronize()
+        return self._values.tolist()

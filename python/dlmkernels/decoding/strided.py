@@ -67,7 +67,8 @@ def decode_strided(
             used = (offset < rule.stride + drafted[:, None]) & canvas.is_open.any(1, keepdim=True)
             columns = last[:, None] + offset
             if before:
-                columns = torch.cat((offset.new_zeros(batch, before) + torch.arange(before).to(columns), columns), 1)
+                of_prompt = torch.arange(before, dtype=torch.int32, device=device).expand(batch, -1)
+                columns = torch.cat((of_prompt, columns), 1)
                 tokens = torch.cat((canvas.tokens[:, :before], tokens), 1)
                 used = torch.cat((used[:, :1].expand(-1, before), used), 1)
             hidden = forward.at(columns, forward.ends, used, tokens, causal_block=1)[:, before:]

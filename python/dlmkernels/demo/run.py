@@ -189,7 +189,7 @@ def load():
 def choose_threads(model) -> int:
     """Use one thread where several are slower, as they are when other programs keep the processors busy."""
     most = torch.get_num_threads()
-    tokens = torch.full((4, 82), model.config.mask_token_id)
+    tokens = torch.full((4, 82), model.config.mask_token_id, device=model.device)
 
     def seconds(threads: int) -> float:
         torch.set_num_threads(threads)
@@ -211,7 +211,7 @@ def show_sudoku(model, seed: int) -> dk.Trace:
     """Decode one Sudoku with a parallel rule and show how the board filled."""
     task = TASKS["sudoku"]
     problem = task.make(1, seed=seed, difficulty=32)[0]
-    out = dk.infill(model, torch.from_numpy(problem.ids), rule=dk.EntropyBound(0.1))
+    out = dk.infill(model, torch.from_numpy(problem.ids).to(model.device), rule=dk.EntropyBound(0.1))
     trace = out.trace
     if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
         board.play(trace, colour="NO_COLOR" not in os.environ)
@@ -249,7 +249,7 @@ def measure(
     for first in range(0, len(problems), BATCH):
         part = problems[first : first + BATCH]
         start = time.perf_counter()
-        out = decode(model, tokenizer, part, torch.arange(first, first + len(part)), case.options)
+        out = decode(model, tokenizer, part, torch.arange(first, first + len(part), device=model.device), case.options)
         forwards += int(out.num_forwards.sum())
         tokens += int((out.commit_step >= 0).sum())
         seconds += time.perf_counter() - start
