@@ -734,7 +734,7 @@ class TestIds:
         from transformers import GenerationConfig
 
         from dlmkernels.decoding.config import DecodingConfig
-        from dlmkernels.decoding.generate import _special_tokens
+        from dlmkernels.decoding.resolve import special_tokens
         from dlmkernels.models.published import plan
 
         how = plan(raw, family)
@@ -743,7 +743,7 @@ class TestIds:
             family, config, vocab_size = how.family, how.config, how.config.vocab_size
             model = type("M", (), {"generation_config": GenerationConfig(**generation)})
 
-        return _special_tokens(Described, DecodingConfig())
+        return special_tokens(Described, DecodingConfig())
 
     def test_ids_of_the_family(self):
         raw = checkpoints.llada().config | {"vocab_size": 126464, "embedding_size": 126464, "eos_token_id": 126081}

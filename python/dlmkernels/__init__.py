@@ -46,7 +46,7 @@ __version__ = _C.build_info()["version"]
 _LAZY = {
     "generate": ".decoding.generate",
     "infill": ".decoding.generate",
-    "custom_generate": ".decoding.generate",
+    "custom_generate": ".decoding.custom_generate",
     "DecodingOutput": ".decoding.output",
     "log_likelihood": ".decoding.likelihood",
     "LogLikelihood": ".decoding.likelihood",

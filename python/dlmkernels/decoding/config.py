@@ -4,11 +4,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from .checks import (
+    FLOAT32,
+    INT64,
+    Check,
+    ComparedByValue,
+    equal,
+    flag,
+    integer,
+    normalize,
+    number,
+    one_of,
+    optional_flag,
+    plain,
+    several,
+    temperature,
+)
 from .constraint import Constraint
 from .rules import Quota, Rule
 from .scores import SCORES, Score
@@ -22,9 +41,65 @@ DISTRIBUTIONS = ("raw", "tempered", "filtered")
 EOS_POLICIES = ("none", "fill", "block")
 
 
-@dataclass(frozen=True)
-class DecodingConfig:
+def _token_ids(name: str, value: Any) -> int | tuple[int, ...] | None:
+    """Check of one id or several; which ids there are only the model knows."""
+    value = plain(value)
+    if value is None:
+        return None
+    return _token_id(name, value) if isinstance(value, numbers.Number) else several(_token_id)(name, value)
+
+
+def _token_id(name: str, value: Any) -> Any:
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} must be a token id, an integer; got {value!r}")
+    return int(value)
+
+
+def _optional_token_id(name: str, value: Any) -> Any:
+    return None if value is None else _token_id(name, value)
+
+
+def _seed(name: str, value: Any) -> int | Tensor | None:
+    """Check of a seed: one number, or one for each request."""
+    value = plain(value)
+    one = integer(INT64.min, INT64.max)
+    if value is None or isinstance(value, Tensor):
+        return value
+    if isinstance(value, (list, tuple)) or hasattr(value, "tolist"):
+        return torch.tensor(several(one)(name, value), dtype=torch.int64)
+    return one(name, value)
+
+
+def _vicinity(name: str, value: Any) -> tuple[int, ...]:
+    try:
+        return several(integer(0), 2)(name, value) or ()
+    except ValueError:
+        raise ValueError(f"{name} must be two integers of at least 0; got {value!r}") from None
+
+
+#: what each field that is no object may be
+LIMITS: dict[str, Check] = {
+    **{name: integer(1) for name in ("max_new_tokens", "warmup")},
+    **{name: integer(1, optional=True) for name in ("block_length", "sub_block_length", "steps", "refresh_interval")},
+    "top_k": integer(0), "top_p": number(0.0, 1.0), "cfg_scale": number(0.0, FLOAT32.max),
+    "temperature": temperature, "order_temperature": temperature, "vicinity": _vicinity, "seed": _seed,
+    **{name: flag for name in ("top_p_first", "keep_crossing", "sub_block_cache", "fuse_commit")},
+    "seeded": optional_flag, "cache": one_of(*CACHES), "distribution": one_of(*DISTRIBUTIONS),
+    "eos_policy": one_of(*EOS_POLICIES), "logit_alignment": one_of(None, *ALIGNMENTS),
+    "attention": one_of(None, *ATTENTIONS), "block_grid": one_of(None, *GRIDS),
+    "mask_token_id": _optional_token_id, "pad_token_id": _optional_token_id, "eos_token_id": _token_ids,
+    "suppress_token_ids": several(_token_id), "defer_token_ids": several(_token_id),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class DecodingConfig(ComparedByValue):
     """How to decode. Every field is also a keyword of `generate` and `infill`.
+
+    Numbers may be Python's, numpy's, or tensors of one value; where several are wanted, any sequence of them. What you
+    set has to have an effect in the decoding: an option that has none with the rule, the cache and the attention in use
+    is refused by name. The fields of a preset need not.
 
     Attributes
     ----------
@@ -146,49 +221,57 @@ class DecodingConfig:
     seeded: bool | None = None
 
     def __post_init__(self):
-        for name, choices in (
-            ("cache", CACHES), ("distribution", DISTRIBUTIONS), ("eos_policy", EOS_POLICIES),
-            ("logit_alignment", (None, *ALIGNMENTS)), ("attention", (None, *ATTENTIONS)),
-            ("block_grid", (None, *GRIDS)),
-        ):  # fmt: skip
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}; got {getattr(self, name)!r}")
-        if not isinstance(self.score, Score) and self.score not in SCORES:
+        if not isinstance(self.score, Score) and (not isinstance(self.score, str) or self.score not in SCORES):
             raise ValueError(f"score must be one of {tuple(SCORES)} or a Score; got {self.score!r}")
         if not isinstance(self.rule, Rule):
             raise TypeError(f"rule must be a Rule such as dlmkernels.Threshold(0.9); got {self.rule!r}")
         if self.constraint is not None and not isinstance(self.constraint, (Constraint, Tensor)):
             raise TypeError(f"constraint must be a Constraint or a tensor; got {self.constraint!r}")
-        for name, low in (
-            ("max_new_tokens", 1),
-            ("block_length", 1),
-            ("sub_block_length", 1),
-            ("steps", 1),
-            ("warmup", 1),
-            ("refresh_interval", 1),
-            ("top_k", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < low):
-                raise ValueError(f"{name} must be an integer of at least {low}; got {value!r}")
-        for name, low, high in (
-            ("temperature", 0.0, float("inf")), ("order_temperature", 0.0, float("inf")), ("top_p", 0.0, 1.0),
-            ("cfg_scale", 0.0, float("inf")),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not low <= value <= high:
-                raise ValueError(f"{name} must be a number from {low} to {high}; got {value!r}")
+        normalize(self, LIMITS)
+        self._ask(f.name for f in dataclasses.fields(self))
 
-        sides = self.vicinity
-        if not isinstance(sides, tuple) or len(sides) != 2 or not all(isinstance(n, int) and n >= 0 for n in sides):
-            raise ValueError(f"vicinity must be two integers of at least 0; got {sides!r}")
+    @property
+    def asked(self) -> frozenset[str]:
+        """Fields that whoever made this configuration has set to something else than their default.
+
+        Each of them must have an effect in the decoding (see `effects`). Those of a preset are not among them: what a
+        decoder was published with may lie idle with another model, or beside what is changed.
+        """
+        return self.__dict__["_asked"]
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn, and not the likeliest ones taken."""
+        return self.temperature > 0 or self.rule.temperature(0, 1) is not None
 
     def replace(self, **changes) -> DecodingConfig:
         """A copy with some fields changed; an unknown field is a TypeError that lists the known ones."""
-        known = [f.name for f in dataclasses.fields(self)]
-        if unknown := sorted(set(changes) - set(known)):
-            raise TypeError(f"unknown decoding option {', '.join(unknown)}; known: {', '.join(known)}")
-        return dataclasses.replace(self, **changes)
+        check_names(changes)
+        new = dataclasses.replace(self, **changes)
+        new._ask(self.asked | set(changes))
+        return new
+
+    def as_preset(self) -> DecodingConfig:
+        """A copy of which no field has been asked for."""
+        new = dataclasses.replace(self)
+        new._ask(())
+        return new
+
+    def _ask(self, names: Iterable[str]) -> None:
+        asked = frozenset(name for name in names if not equal(getattr(self, name), _default(name)))
+        object.__setattr__(self, "_asked", asked)
+
+
+def _default(name: str) -> Any:
+    """Default value of a field."""
+    return Quota() if name == "rule" else DecodingConfig.__dataclass_fields__[name].default
+
+
+def check_names(options: Iterable[str]) -> None:
+    """Raise a TypeError unless all of them are names of fields."""
+    known = DecodingConfig.__dataclass_fields__
+    if unknown := sorted(set(options) - set(known)):
+        raise TypeError(f"unknown decoding option {', '.join(unknown)}; known: {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -205,9 +288,15 @@ class SpecialTokens:
         What follows an end token.
     banned : list of int
         Never proposed: the mask, what was asked for, and ids that the tokenizer does not know.
+    padding : int, optional
+        What stands left of shorter prompts; None where neither the configuration nor the model says so.
+    padding_is_content : bool
+        Whether `padding` has another meaning too, so that it may be part of a prompt (it is an end token, say).
     """
 
     mask: int
     eos: list[int]
     pad: int
     banned: list[int]
+    padding: int | None = None
+    padding_is_content: bool = False

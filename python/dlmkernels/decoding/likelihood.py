@@ -12,10 +12,11 @@ from torch import Tensor
 from .. import ops
 from ..models.adapt import DiffusionModel, adapt
 from ..window import AttentionWindow
+from .arguments import check_tokens
 from .canvas import Canvas
-from .config import DecodingConfig
-from .generate import _check_tokens, _prepare
+from .config import DecodingConfig, SpecialTokens
 from .loop import _seeds
+from .resolve import prepare
 
 METHODS = ("monte-carlo", "mean-field", "coupled")
 
@@ -116,9 +117,9 @@ def log_likelihood(
             f"model must have full attention; that of family '{model.family.name}' is '{model.family.attention}'"
         )
     config = DecodingConfig(mask_token_id=mask_token_id, logit_alignment=logit_alignment)
-    model, config, special = _prepare(model, config, {})
-    prompt, origin = _check_tokens("prompt", model, prompt, prompt_mask)
-    answer, lengths = _check_answer(model, answer, answer_mask, len(prompt))
+    model, config, special = prepare(model, config, {})
+    prompt, origin = check_tokens("prompt", model, prompt, prompt_mask, special)
+    answer, lengths = _check_answer(model, answer, answer_mask, len(prompt), special)
     tokens = torch.cat((prompt, answer), 1)
     if model.max_length is not None and tokens.shape[1] > model.max_length:
         raise ValueError(
@@ -145,14 +146,16 @@ def log_likelihood(
     return LogLikelihood(total, per_token, error, count + samples if method == "coupled" else count)
 
 
-def _check_answer(model: DiffusionModel, answer: Tensor, mask: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
+def _check_answer(
+    model: DiffusionModel, answer: Tensor, mask: Tensor | None, batch: int, special: SpecialTokens
+) -> tuple[Tensor, Tensor]:
     """Validated answers `[B, L]` and their lengths, int32 `[B]`."""
     if isinstance(answer, Tensor) and answer.dim() == 2 and len(answer) != batch:
         raise ValueError(f"answer must have as many rows as prompt, {batch}; got {len(answer)}")
     flipped = None if mask is None else mask.flip(-1)  # padding on the right is padding on the left of the mirror image
     mirrored = answer.flip(-1) if isinstance(answer, Tensor) and answer.dim() > 0 else answer
     try:
-        mirrored, padding = _check_tokens("answer", model, mirrored, flipped)
+        mirrored, padding = check_tokens("answer", model, mirrored, flipped, special)
     except ValueError as error:
         text = str(error).replace("attention_mask", "answer_mask").replace("left", "right").replace(
             "right and 1 after it: pad prompts on the right", "right and 1 before it"

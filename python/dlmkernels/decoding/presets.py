@@ -160,6 +160,7 @@ PRESETS: dict[str, DecodingConfig] = {
         rule=Strided(4), temperature=1.0, top_k=50, top_p=0.95, distribution="filtered", cache="block"
     ),
 }  # fmt: skip
+PRESETS = {name: config.as_preset() for name, config in PRESETS.items()}
 
 
 def preset(name: str, **overrides) -> DecodingConfig:

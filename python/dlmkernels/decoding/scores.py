@@ -4,18 +4,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from .checks import Check, ComparedByValue, amount, normalize, number
 
 if TYPE_CHECKING:
     from .step import Step
 
 
 class Score:
-    """Base of all scores; `needs` as in `Rule`.
+    """Base of all scores; `needs` and `limits` as in `Rule`.
 
     >>> @dataclass(frozen=True)
     ... class MarginThenPosition(Score):
@@ -29,6 +32,10 @@ class Score:
     lowest: ClassVar[float] = torch.finfo(torch.float32).min
     #: temperature of the Gumbel noise put on the score, if the configuration asks for none
     order_temperature: ClassVar[float] = 0.0
+    limits: ClassVar[Mapping[str, Check]] = {}
+
+    def __post_init__(self):
+        normalize(self, self.limits)
 
     def __call__(self, step: Step) -> Tensor:
         """Float32 `[B, W]`; -inf and NaN keep a position from being committed."""
@@ -88,8 +95,14 @@ class LeftToRight(Score):
         return -step.index_in_block.float()
 
 
+def _frequency(name: str, value: Any) -> Tensor | None:
+    if value is not None and (not isinstance(value, Tensor) or value.dim() != 1 or not value.is_floating_point()):
+        raise ValueError(f"{name} must be a floating-point tensor of one dimension; got {value!r}")
+    return value
+
+
 @dataclass(frozen=True, eq=False)
-class PositionWeighted(Score):
+class PositionWeighted(ComparedByValue, Score):
     """Probability, corrected for frequent tokens and discounted along the block.
 
     PC-Sampler (Huang et al., arXiv:2508.13021): ``exp(-decay i) min(clip, -p ln(f + 1e-9))`` for the proposal's
@@ -108,6 +121,7 @@ class PositionWeighted(Score):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     lowest: ClassVar[float] = 0.0
+    limits: ClassVar[Mapping[str, Check]] = {"frequency": _frequency, "decay": amount, "clip": amount}
 
     frequency: Tensor | None = None
     decay: float = 0.25
@@ -133,12 +147,9 @@ class DensityWeighted(Score):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     lowest: ClassVar[float] = 0.0
+    limits: ClassVar[Mapping[str, Check]] = {"sigma": number(0, 1000, above=True)}
 
     sigma: float = 10.0
-
-    def __post_init__(self):
-        if not self.sigma > 0:
-            raise ValueError(f"sigma must be positive; got {self.sigma!r}")
 
     def __call__(self, step: Step) -> Tensor:
         known = (~step.canvas.is_open).float()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..window import TokenWindow
+from .checks import FLOAT32, Check, amount, flag, integer, number
 from .rules import Action, Rule
-from .rules.base import check_number, row_sum
+from .rules.base import SHARE, row_sum
 
 if TYPE_CHECKING:
     from .step import Step
@@ -40,15 +42,19 @@ class Strided(Rule):
     """
 
     decodes: ClassVar[str] = "continuations"
+    limits: ClassVar[Mapping[str, Check]] = {
+        "stride": integer(2), "leniency": number(0, FLOAT32.max, above=True, optional=True),
+    }  # fmt: skip
+    by_block: ClassVar[bool] = False
 
     stride: int = 4
     leniency: float | None = None
 
-    def __post_init__(self):
-        if not isinstance(self.stride, int) or self.stride < 2:
-            raise ValueError(f"stride must be an integer of at least 2; got {self.stride!r}")
-        if self.leniency is not None and not (isinstance(self.leniency, (int, float)) and self.leniency > 0):
-            raise ValueError(f"leniency must be None or a positive number; got {self.leniency!r}")
+    @property
+    def ignores(self) -> frozenset[str]:
+        names = {"block_length", "score", "defer_token_ids", "order_temperature", "seeded"}
+        # drafts are then compared under the tempered distribution
+        return frozenset(names if self.leniency is None else names | {"distribution"})
 
     def select(self, step):
         raise TypeError("Strided has a loop of its own and selects nothing of a step")
@@ -66,6 +72,11 @@ class SelfSpeculative(Rule):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     decodes: ClassVar[str] = "continuations"
+    by_block: ClassVar[bool] = False
+
+    @property
+    def ignores(self) -> frozenset[str]:
+        return frozenset({"score", "defer_token_ids", "order_temperature"})
 
     def select(self, step):
         raise TypeError("SelfSpeculative has a loop of its own and selects nothing of a step")
@@ -83,14 +94,18 @@ class Reordered(Rule):
 
     needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
     decodes: ClassVar[str] = "continuations"
+    limits: ClassVar[Mapping[str, Check]] = {
+        "window": integer(1), "entropy_threshold": number(), "distance_penalty": amount,
+    }  # fmt: skip
+    by_block: ClassVar[bool] = False
 
     window: int = 16
     entropy_threshold: float = 0.4
     distance_penalty: float = 0.02
 
-    def __post_init__(self):
-        if not isinstance(self.window, int) or self.window < 1:
-            raise ValueError(f"window must be an integer of at least 1; got {self.window!r}")
+    @property
+    def ignores(self) -> frozenset[str]:
+        return frozenset({"block_length", "score", "defer_token_ids", "seeded"})
 
     def select(self, step: Step) -> Tensor:
         distance = step.window.positions - step.window.positions[:, :1]  # slots ascend
@@ -120,15 +135,12 @@ class Pipeline(Rule):
     decodes: ClassVar[str] = "continuations"
     #: whether an end token closes what stands behind it before everything left of it is decided
     closes_at_eos: ClassVar[bool] = False
+    limits: ClassVar[Mapping[str, Check]] = {"threshold": number(), "open_at": SHARE, "activate_at": SHARE}
+    by_block: ClassVar[bool] = False
 
     threshold: float = 0.9
     open_at: float = 0.1
     activate_at: float = 0.95
-
-    def __post_init__(self):
-        check_number("threshold", self.threshold)
-        check_number("open_at", self.open_at, 0, 1)
-        check_number("activate_at", self.activate_at, 0, 1)
 
     def select(self, step):
         raise TypeError(f"{type(self).__name__} has a loop of its own and selects by block")
@@ -163,10 +175,9 @@ class EntropyPipeline(Pipeline):
     delay: int = 2
     best_of_all: bool = True
 
-    def __post_init__(self):
-        super().__post_init__()
-        if not isinstance(self.delay, int) or self.delay < 1:
-            raise ValueError(f"delay must be an integer of at least 1; got {self.delay!r}")
+    @property
+    def ignores(self) -> frozenset[str]:
+        return frozenset({"score", "defer_token_ids", "warmup", "vicinity"})
 
     def select_by_block(self, step: Step, is_active: Tensor) -> Tensor:
         score, blocks = -step.entropy, ByBlock(step, is_active.shape[1])
@@ -184,6 +195,8 @@ class VariableLength(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    limits: ClassVar[Mapping[str, Check]] = {**Pipeline.limits, "delay": integer(1), "best_of_all": flag}
+    by_block: ClassVar[bool] = False
 
     @property
     def most_growth(self) -> int:
@@ -231,17 +244,16 @@ class Expanding(VariableLength):
 
     decodes: ClassVar[str] = "infillings"
     token_ids: ClassVar[dict[str, bool]] = {"expand_token_id": True, "delete_token_id": False}
+    limits: ClassVar[Mapping[str, Check]] = {
+        "expand_token_id": integer(0, optional=True), "delete_token_id": integer(0, optional=True),
+        "count": integer(1), "budget": integer(0, optional=True),
+    }  # fmt: skip
+    reads_ends: ClassVar[bool] = True
 
     expand_token_id: int | None = None
     delete_token_id: int | None = None
     count: int = 1
     budget: int | None = None
-
-    def __post_init__(self):
-        if not isinstance(self.count, int) or self.count < 1:
-            raise ValueError(f"count must be an integer of at least 1; got {self.count!r}")
-        if self.budget is not None and (not isinstance(self.budget, int) or self.budget < 0):
-            raise ValueError(f"budget must be None or an integer of at least 0; got {self.budget!r}")
 
     @property
     def most_growth(self) -> int:
@@ -284,6 +296,11 @@ class Lengthening(VariableLength):
 
     slots: ClassVar[str] = "canvas"
     decodes: ClassVar[str] = "continuations"
+    limits: ClassVar[Mapping[str, Check]] = {
+        **{name: number() for name in ("threshold", "doubt", "end_enough", "end_certain")},
+        **{name: integer(1) for name in ("first_length", "growth", "end_window")},
+    }  # fmt: skip
+    reads_ends: ClassVar[bool] = True
 
     threshold: float = 0.9
     doubt: float = 0.1
@@ -292,14 +309,6 @@ class Lengthening(VariableLength):
     end_window: int = 32
     end_enough: float = 0.5
     end_certain: float = 0.9
-
-    def __post_init__(self):
-        for name in ("threshold", "doubt", "end_enough", "end_certain"):
-            check_number(name, getattr(self, name))
-        for name in ("first_length", "growth", "end_window"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
 
     @property
     def most_growth(self) -> int:

@@ -8,12 +8,14 @@ not replaced at time t.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from .base import Action, Rule, check_number
+from ..checks import Check, flag, one_of
+from .base import SHARE, Action, Rule
 
 if TYPE_CHECKING:
     from ..step import Step
@@ -33,16 +35,18 @@ class TimeGrid(Rule):
     """
 
     draws: ClassVar[bool] = True
+    limits: ClassVar[Mapping[str, Check]] = {"eps": SHARE, "denoise": flag}
 
     eps: float = 1e-5
     denoise: bool = True
 
-    def __post_init__(self):
-        check_number("eps", self.eps, 0, 1)
-
     @property
     def uses_steps(self) -> bool:
         return True
+
+    @property
+    def ignores(self) -> frozenset[str]:
+        return frozenset({"score", "defer_token_ids", "order_temperature"})
 
     def is_last(self, step: Step) -> bool:
         """Whether this forward decides everything that is left."""
@@ -95,12 +99,9 @@ class ScoreAncestral(TimeGrid):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    limits: ClassVar[Mapping[str, Check]] = {**TimeGrid.limits, "noise_eps": SHARE}
 
     noise_eps: float = 1e-3
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_number("noise_eps", self.noise_eps, 0, 1)
 
     def act(self, step: Step) -> Action:
         if self.is_last(step):
@@ -126,12 +127,9 @@ class UniformState(TimeGrid):
     needs: ClassVar[frozenset[str]] = frozenset({"p_current"})
     slots: ClassVar[str] = "block"
     noise: ClassVar[str] = "uniform"
+    limits: ClassVar[Mapping[str, Check]] = {**TimeGrid.limits, "noise_eps": SHARE}
 
     noise_eps: float = 1e-3
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_number("noise_eps", self.noise_eps, 0, 1)
 
     def act(self, step: Step) -> Action:
         is_last = self.is_last(step)
@@ -182,19 +180,17 @@ class PredictorCorrector(UniformState):
     - "constant": kappa is `kappa` while ``t_off < t <= t_on``, and 1 elsewhere.
     """
 
+    limits: ClassVar[Mapping[str, Check]] = {
+        **UniformState.limits, "strategy": one_of("cap", "rescale", "loop", "constant"),
+        **{name: SHARE for name in ("eta", "kappa", "t_on", "t_off", "alpha_on")},
+    }  # fmt: skip
+
     strategy: str = "cap"
     eta: float = 0.01
     kappa: float = 0.95
     t_on: float = 0.55
     t_off: float = 0.05
     alpha_on: float = 0.9
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.strategy not in ("cap", "rescale", "loop", "constant"):
-            raise ValueError(f"strategy must be one of cap, rescale, loop, constant; got {self.strategy!r}")
-        for name in ("eta", "kappa", "t_on", "t_off", "alpha_on"):
-            check_number(name, getattr(self, name), 0, 1)
 
     def alpha(self, t: float) -> float:
         if self.strategy == "loop":

@@ -16,14 +16,19 @@ to remember from one step to the next it keeps in the step (`Step.keep`, `Step.r
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
+from ..checks import Check, normalize, number
+
 if TYPE_CHECKING:
     from ..step import Step
+
+
+SHARE: Check = number(0, 1)
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,12 @@ class Rule:
     token_ids : dict
         Names of its fields that hold token ids, which are taken from the model's configuration where they are None, and
         whether it needs them.
+    by_block : bool
+        Whether the loop that most rules share decodes it, block by block; False: it has a loop of its own.
+    reads_ends : bool
+        Whether it asks which tokens are end tokens (`Step.is_end`).
+    limits : dict
+        What its numbers may be: name of a field to a check of `decoding.checks`, which is done when it is made.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"margin", "entropy"})
@@ -96,6 +107,17 @@ class Rule:
     draws: ClassVar[bool] = False
     decodes: ClassVar[str] = "anything"
     token_ids: ClassVar[dict[str, bool]] = {}
+    by_block: ClassVar[bool] = True
+    reads_ends: ClassVar[bool] = False
+    limits: ClassVar[Mapping[str, Check]] = {}
+
+    def __post_init__(self):
+        normalize(self, self.limits)
+
+    @property
+    def ignores(self) -> frozenset[str]:
+        """Fields of `DecodingConfig` that make no difference to this rule; a user who sets one is told so."""
+        return frozenset()
 
     def select(self, step: Step) -> Tensor:
         """Positions to commit: bool `[B, W]`, a subset of `step.eligible`."""
@@ -117,13 +139,6 @@ class Rule:
     def temperature(self, index: int, num_steps: int) -> float | None:
         """Sampling temperature of step `index`; None: the configured one."""
         return None
-
-
-def check_number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> None:
-    """Raise unless `value` is a number of `[low, high]`."""
-    if not isinstance(value, (int, float)) or not low <= value <= high:
-        limits = "" if (low, high) == (-math.inf, math.inf) else f" from {low:g} to {high:g}"
-        raise ValueError(f"{name} must be a number{limits}; got {value!r}")
 
 
 def row_sum(values: Tensor, where: Tensor) -> Tensor:

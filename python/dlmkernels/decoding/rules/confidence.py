@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Rule, check_number
+from ..checks import Check, flag, integer, number
+from .base import SHARE, Rule
 
 if TYPE_CHECKING:
     from ..step import Step
@@ -26,6 +28,7 @@ class Quota(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    limits: ClassVar[Mapping[str, Check]] = {"of_block": flag, "spread": flag}
 
     of_block: bool = False
     spread: bool = False
@@ -55,6 +58,7 @@ class TimeQuota(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    limits: ClassVar[Mapping[str, Check]] = {"eps": SHARE}
 
     eps: float = 1e-3
 
@@ -84,15 +88,11 @@ class Threshold(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    limits: ClassVar[Mapping[str, Check]] = {"threshold": number(), "strict": flag, "tie": number(0, optional=True)}
 
     threshold: float = 0.9
     strict: bool = False
     tie: float | None = None
-
-    def __post_init__(self):
-        check_number("threshold", self.threshold)
-        if self.tie is not None:
-            check_number("tie", self.tie, 0)
 
     def select(self, step: Step) -> Tensor:
         threshold: float | Tensor = self.threshold
@@ -110,12 +110,10 @@ class DynamicThreshold(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    limits: ClassVar[Mapping[str, Check]] = {"threshold": number(), "strict": flag}
 
     threshold: float = 0.9
     strict: bool = True
-
-    def __post_init__(self):
-        check_number("threshold", self.threshold)
 
     def select(self, step: Step) -> Tensor:
         quota = Quota(of_block=True).count(step)
@@ -134,11 +132,9 @@ class Factor(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    limits: ClassVar[Mapping[str, Check]] = {"factor": number(0)}
 
     factor: float = 1.0
-
-    def __post_init__(self):
-        check_number("factor", self.factor)
 
     def select(self, step: Step) -> Tensor:
         return step.select("factor", parameter=self.factor, need=1, fill=1)
@@ -152,11 +148,13 @@ class EntropyBound(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
+    limits: ClassVar[Mapping[str, Check]] = {"bound": number(0)}
 
     bound: float = 0.1
 
-    def __post_init__(self):
-        check_number("bound", self.bound)
+    @property
+    def ignores(self) -> frozenset[str]:
+        return frozenset({"score", "defer_token_ids"})
 
     def select(self, step: Step) -> Tensor:
         return step.select(
@@ -173,11 +171,13 @@ class EntropySum(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
+    limits: ClassVar[Mapping[str, Check]] = {"budget": number(0)}
 
     budget: float = 0.35
 
-    def __post_init__(self):
-        check_number("budget", self.budget)
+    @property
+    def ignores(self) -> frozenset[str]:
+        return frozenset({"score", "defer_token_ids"})
 
     def select(self, step: Step) -> Tensor:
         return step.select("entropy-sum", score=-step.entropy, cost=step.entropy, parameter=self.budget, need=1, fill=1)
@@ -192,13 +192,10 @@ class HierarchicalThreshold(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    limits: ClassVar[Mapping[str, Check]] = {"threshold": number(), "low": number()}
 
     threshold: float = 0.9
     low: float = 0.4
-
-    def __post_init__(self):
-        check_number("threshold", self.threshold)
-        check_number("low", self.low)
 
     def select(self, step: Step) -> Tensor:
         score = step.candidates
@@ -222,15 +219,11 @@ class LocalThreshold(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    limits: ClassVar[Mapping[str, Check]] = {"threshold": number(), "relaxed": number(), "radius": integer(0)}
 
     threshold: float = 0.9
     relaxed: float = 0.75
     radius: int = 4
-
-    def __post_init__(self):
-        check_number("threshold", self.threshold)
-        check_number("relaxed", self.relaxed)
-        check_number("radius", self.radius, 0)
 
     def select(self, step: Step) -> Tensor:
         position, far = step.window.positions.long(), 2**31
@@ -250,12 +243,9 @@ class DilatedSchedule(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    limits: ClassVar[Mapping[str, Check]] = {"base": integer(2)}
 
     base: int = 2
-
-    def __post_init__(self):
-        if not isinstance(self.base, int) or self.base < 2:
-            raise ValueError(f"base must be an integer of at least 2; got {self.base!r}")
 
     def select(self, step: Step) -> Tensor:
         stride = max(step.block_length // self.base ** (step.index + 1), 1)

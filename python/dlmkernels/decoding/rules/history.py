@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Action, Rule, check_number, row_mean
+from ..checks import Check, amount, integer, number, several
+from .base import Action, Rule, row_mean
 from .confidence import Quota
 
 if TYPE_CHECKING:
@@ -28,15 +30,11 @@ class StableThreshold(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    limits: ClassVar[Mapping[str, Check]] = {"threshold": number(), "divergence": number(0), "history": integer(1)}
 
     threshold: float = 0.9
     divergence: float = 0.01
     history: int = 2
-
-    def __post_init__(self):
-        check_number("threshold", self.threshold)
-        check_number("divergence", self.divergence, 0)
-        check_number("history", self.history, 1)
 
     def select(self, step: Step) -> Tensor:
         now = torch.softmax(step.logits(), -1)
@@ -68,15 +66,14 @@ class CreditThreshold(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    limits: ClassVar[Mapping[str, Check]] = {
+        "threshold": number(), "weight": amount, "exponent": amount, "decay": amount,
+    }  # fmt: skip
 
     threshold: float = 0.9
     weight: float = 0.7
     exponent: float = 0.2
     decay: float = 0.8
-
-    def __post_init__(self):
-        for name in ("threshold", "weight", "exponent", "decay"):
-            check_number(name, getattr(self, name))
 
     def act(self, step: Step) -> Action:
         logits = step.logits()
@@ -101,6 +98,9 @@ class SmoothedThreshold(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    limits: ClassVar[Mapping[str, Check]] = {
+        name: amount for name in ("threshold", "fall", "first_weight", "growth", "most_weight")
+    }  # fmt: skip
 
     threshold: float = 0.9
     fall: float = 0.02
@@ -108,16 +108,20 @@ class SmoothedThreshold(Rule):
     growth: float = 0.02
     most_weight: float = 0.3
 
-    def __post_init__(self):
-        for name in ("threshold", "fall", "first_weight", "growth", "most_weight"):
-            check_number(name, getattr(self, name), 0)
-
     def act(self, step: Step) -> Action:
         bar = max(1 - self.fall * step.index, self.threshold)
         commit = step.select("threshold", parameter=bar, need=1, fill=1)
         weight = min(self.first_weight + self.growth * (step.index + 1), self.most_weight)
         mean = step.mean_embedding(torch.softmax(step.logits(), -1))
         return Action(commit, embeds=step.embed(step.current) + weight * mean, embedded=step.eligible & ~commit)
+
+
+def _span(name: str, value: Any) -> tuple | None:
+    """Check of a half-open range that is not empty, or None."""
+    span = several(integer(0), 2, optional=True)(name, value)
+    if span is not None and span[0] >= span[1]:
+        raise ValueError(f"{name} must be a range whose end lies behind its start; got {value!r}")
+    return span
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,7 @@ class EarlyAnswer(Rule):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     slots: ClassVar[str] = "canvas"
+    limits: ClassVar[Mapping[str, Check]] = {"gaps": several(number(), 3), "answer": _span}
 
     gaps: tuple[float, float, float] = (7.5, 5.0, 2.5)
     answer: tuple[int, int] | None = None

@@ -8,6 +8,7 @@ heard too.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ... import ops
+from ..checks import Check, amount, flag, integer, number, one_of, temperature
 from .ancestral import TimeGrid
-from .base import Action, Rule, check_number, row_mean
+from .base import SHARE, Action, Rule, row_mean
 
 if TYPE_CHECKING:
     from ..step import Step
@@ -33,15 +35,13 @@ class TokenEditing(Rule):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     slots: ClassVar[str] = "block"
+    limits: ClassVar[Mapping[str, Check]] = {
+        "threshold": number(), "edit_threshold": number(), "max_post_steps": integer(0),
+    }  # fmt: skip
 
     threshold: float = 0.95
     edit_threshold: float = 0.9
     max_post_steps: int = 16
-
-    def __post_init__(self):
-        check_number("threshold", self.threshold)
-        check_number("edit_threshold", self.edit_threshold)
-        check_number("max_post_steps", self.max_post_steps, 0)
 
     def act(self, step: Step) -> Action:
         commit = step.select("threshold", parameter=self.threshold, strict=True, need=1, fill=1)
@@ -86,18 +86,16 @@ class SplitEditing(Rule):
     slots: ClassVar[str] = "block"
     decodes: ClassVar[str] = "continuations"
     token_ids: ClassVar[dict[str, bool]] = {"delete_token_id": True, "split_token_id": True}
+    limits: ClassVar[Mapping[str, Check]] = {
+        **TokenEditing.limits,
+        **{name: integer(0, optional=True) for name in ("delete_token_id", "split_token_id")},
+    }  # fmt: skip
 
     threshold: float = 0.5
     edit_threshold: float = 0.0
     max_post_steps: int = 16
     delete_token_id: int | None = None
     split_token_id: int | None = None
-
-    def __post_init__(self):
-        check_number("threshold", self.threshold)
-        check_number("edit_threshold", self.edit_threshold)
-        if not isinstance(self.max_post_steps, int) or self.max_post_steps < 0:
-            raise ValueError(f"max_post_steps must be an integer of at least 0; got {self.max_post_steps!r}")
 
     def act(self, step: Step) -> Action:
         memory, is_open = step.memory, step.is_open
@@ -177,14 +175,15 @@ class RunEditing(Rule):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     slots: ClassVar[str] = "block"
+    limits: ClassVar[Mapping[str, Check]] = {"threshold": number(), "sure": number(), "soft": flag}
 
     threshold: float = 0.5
     sure: float = 0.9
     soft: bool = True
 
-    def __post_init__(self):
-        check_number("threshold", self.threshold)
-        check_number("sure", self.sure)
+    @property
+    def ignores(self) -> frozenset[str]:
+        return frozenset({"order_temperature"})
 
     def act(self, step: Step) -> Action:
         score = step.candidates
@@ -223,11 +222,9 @@ class Backtracking(Rule):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     slots: ClassVar[str] = "block"
+    limits: ClassVar[Mapping[str, Check]] = {"count": integer(1)}
 
     count: int = 2
-
-    def __post_init__(self):
-        check_number("count", self.count, 1)
 
     def act(self, step: Step) -> Action:
         decided_before = step.canvas.commit_step >= 0
@@ -256,13 +253,10 @@ class WideInNarrowOut(Rule):
     needs: ClassVar[frozenset[str]] = frozenset({"p_current"})
     slots: ClassVar[str] = "block"
     shadow: ClassVar[bool] = True
+    limits: ClassVar[Mapping[str, Check]] = {"threshold": number(), "back_threshold": number()}
 
     threshold: float = 0.6
     back_threshold: float = 0.9
-
-    def __post_init__(self):
-        check_number("threshold", self.threshold)
-        check_number("back_threshold", self.back_threshold)
 
     def act(self, step: Step) -> Action:
         most = (step.open_now * 7 // 10).clamp(5, 20)
@@ -288,11 +282,13 @@ class PathPlanning(Rule):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     slots: ClassVar[str] = "block"
+    limits: ClassVar[Mapping[str, Check]] = {"stickiness": amount}
 
     stickiness: float = 1.0
 
-    def __post_init__(self):
-        check_number("stickiness", self.stickiness, 0)
+    @property
+    def ignores(self) -> frozenset[str]:
+        return frozenset({"score", "defer_token_ids"})
 
     def act(self, step: Step) -> Action:
         left = max(step.num_steps - 1 - step.index, 0)
@@ -328,19 +324,16 @@ class AncestralRemask(TimeGrid):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     slots: ClassVar[str] = "block"
+    limits: ClassVar[Mapping[str, Check]] = {
+        **TimeGrid.limits, "strategy": one_of("cap", "rescale", "conf", "loop"),
+        **{name: SHARE for name in ("eta", "t_on", "t_off", "alpha_on")},
+    }  # fmt: skip
 
     strategy: str = "cap"
     eta: float = 0.008
     t_on: float = 0.55
     t_off: float = 0.05
     alpha_on: float = 0.9
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.strategy not in ("cap", "rescale", "conf", "loop"):
-            raise ValueError(f"strategy must be one of cap, rescale, conf, loop; got {self.strategy!r}")
-        for name in ("eta", "t_on", "t_off", "alpha_on"):
-            check_number(name, getattr(self, name), 0, 1)
 
     def act(self, step: Step) -> Action:
         if self.is_last(step):
@@ -390,6 +383,10 @@ class RenoisedEntropyBound(Rule):
     slots: ClassVar[str] = "block"
     noise: ClassVar[str] = "uniform"
     draws: ClassVar[bool] = True
+    limits: ClassVar[Mapping[str, Check]] = {
+        **{name: number(0) for name in ("bound", "entropy")}, "t_min": temperature, "t_max": temperature,
+        "stability": integer(0), "steps": integer(1),
+    }  # fmt: skip
 
     bound: float = 0.1
     t_min: float = 0.4
@@ -398,10 +395,9 @@ class RenoisedEntropyBound(Rule):
     entropy: float = 0.005
     steps: int = 48
 
-    def __post_init__(self):
-        for name in ("bound", "t_min", "t_max", "stability", "entropy"):
-            check_number(name, getattr(self, name), 0)
-        check_number("steps", self.steps, 1)
+    @property
+    def ignores(self) -> frozenset[str]:
+        return frozenset({"score", "defer_token_ids", "temperature"})
 
     def temperature(self, index: int, num_steps: int) -> float:
         return self.t_min + (self.t_max - self.t_min) * (self.steps - index) / self.steps

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the tensors that a decoding is asked for with."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from ..models.adapt import DiffusionModel
+from .config import DecodingConfig, SpecialTokens
+from .resolve import check_block_by_block
+
+
+def check_tokens(
+    name: str, model: DiffusionModel, tokens: Tensor | None, attention_mask: Tensor | None, special: SpecialTokens,
+    lowest: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Validated tokens `[B, T]` and the column at which each row starts, int32 `[B]`.
+
+    Without an attention mask, the model's padding token on the left of a row is padding, if it is nothing else.
+    `lowest`: 0, or -1 where that stands for what is to be decoded.
+    """
+    if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
+        got = f"a tensor of {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(f"{name} must be an int64 tensor of token ids; got {got}")
+    if tokens.dim() == 1:
+        tokens = tokens[None]
+    if tokens.dim() != 2 or len(tokens) == 0:
+        raise ValueError(f"{name} must have shape [batch, length], batch at least 1; got {list(tokens.shape)}")
+    if tokens.device != model.device:
+        raise ValueError(f"{name} must be on the model's device {model.device}; got {tokens.device}")
+    if tokens.numel() > 0:
+        low, high = tokens.min().item(), tokens.max().item()
+        if low < lowest or (model.vocab_size is not None and high >= model.vocab_size):
+            open_too = ", or -1" if lowest < 0 else ""
+            raise ValueError(
+                f"{name} must hold ids from 0 to {model.vocab_size} - 1{open_too}; got ids from {low} to {high}"
+            )
+    if attention_mask is None:
+        return tokens, _infer_origin(name, tokens, special)
+    return tokens, _check_mask(name, tokens, attention_mask)
+
+
+def _check_mask(name: str, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+    """The column at which each row starts, int32 `[B]`."""
+    if not isinstance(attention_mask, Tensor):
+        raise ValueError(f"attention_mask must be a tensor; got {type(attention_mask).__name__}")
+    if attention_mask.dim() == 1:
+        attention_mask = attention_mask[None]
+    if attention_mask.shape != tokens.shape:
+        raise ValueError(
+            f"attention_mask must have the shape of {name}, {list(tokens.shape)}; got {list(attention_mask.shape)}"
+        )
+    valid = attention_mask.to(tokens.device) != 0
+    origin = (~valid).sum(1, dtype=torch.int32)
+    if not torch.equal(valid, torch.arange(tokens.shape[1], device=tokens.device) >= origin[:, None]):
+        raise ValueError("attention_mask must be 0 for padding on the left and 1 after it: pad prompts on the left")
+    is_empty = (origin == tokens.shape[1]) & (origin > 0)
+    if is_empty.any():
+        raise ValueError(f"attention_mask leaves row {int(is_empty.nonzero()[0])} of {name} empty")
+    return origin
+
+
+def _infer_origin(name: str, tokens: Tensor, special: SpecialTokens) -> Tensor:
+    """The column at which each row starts, int32 `[B]`, by the padding tokens on its left."""
+    nothing = torch.zeros(len(tokens), dtype=torch.int32, device=tokens.device)
+    if special.padding is None or tokens.numel() == 0:
+        return nothing
+    leading = (tokens == special.padding).int().cumprod(1).sum(1, dtype=torch.int32)
+    if special.padding_is_content:
+        if (leading != leading[0]).any():
+            warnings.warn(
+                f"{name} may be padded with token {special.padding}, and is taken as it is, since that token can also "
+                "be part of a text: pass a mask that is 0 for padding (attention_mask of generate and infill)",
+                UserWarning, stacklevel=4,
+            )  # fmt: skip
+        return nothing
+    is_empty = leading == tokens.shape[1]
+    if is_empty.any():
+        raise ValueError(
+            f"row {int(is_empty.nonzero()[0])} of {name} holds nothing but padding (token {special.padding}); pass "
+            "attention_mask if it is not padding"
+        )
+    return leading
+
+
+def check_prompt(tokens: Tensor, attention_mask: Tensor | None, special: SpecialTokens) -> None:
+    """Refuse what `infill` is for, and prompts that are padded on the wrong side."""
+    if (tokens == special.mask).any():
+        raise ValueError(
+            f"input_ids holds the mask token ({special.mask}): generate decodes what comes after a prompt; "
+            "dlmkernels.infill decodes masks wherever they are"
+        )
+    if attention_mask is not None or special.padding is None or special.padding_is_content or tokens.numel() == 0:
+        return
+    is_padded = tokens[:, -1] == special.padding
+    if is_padded.any():
+        raise ValueError(
+            f"input_ids ends with the padding token ({special.padding}) in row {int(is_padded.nonzero()[0])}, and what "
+            "is decoded comes after it: pad prompts on the left (tokenizer.padding_side = 'left'), or pass "
+            "attention_mask if the token belongs to the prompt"
+        )
+
+
+def check_given(model: DiffusionModel, given: Tensor, batch: int, config: DecodingConfig) -> Tensor:
+    """Tokens of the answers that are given, int64 `[B, max_new_tokens]`."""
+    shapes = ((config.max_new_tokens,), (batch, config.max_new_tokens))
+    if not isinstance(given, Tensor) or given.dtype != torch.int64 or given.shape not in shapes:
+        got = f"{given.dtype} of shape {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+        raise ValueError(f"given must be int64 of shape {list(shapes[1])} (max_new_tokens); got {got}")
+    if given.device != model.device:
+        raise ValueError(f"given must be on the model's device {model.device}; got {given.device}")
+    low, high = given.min().item(), given.max().item()
+    if low < -1 or (model.vocab_size is not None and high >= model.vocab_size):
+        raise ValueError(f"given must hold ids from 0 to {model.vocab_size} - 1, or -1; got ids from {low} to {high}")
+    check_block_by_block("given", config.rule)
+    return given.expand(batch, -1)
+
+
+def check_embeds(model: DiffusionModel, embeds: Tensor, pad: int) -> Tensor:
+    """Tokens that stand for the embedded prompts, int64 `[B, P]`."""
+    if not hasattr(model.model, "get_input_embeddings"):
+        raise ValueError(f"inputs_embeds needs a model of transformers; got {type(model.model).__name__}")
+    table = model.model.get_input_embeddings()
+    hidden = table.embedding_dim
+    if not isinstance(embeds, Tensor) or embeds.dim() != 3 or embeds.shape[2] != hidden or embeds.numel() == 0:
+        got = list(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
+        raise ValueError(f"inputs_embeds must have shape [batch, length, {hidden}]; got {got}")
+    if embeds.dtype != table.weight.dtype or embeds.device != model.device:
+        raise ValueError(
+            f"inputs_embeds must be {table.weight.dtype} on {model.device}; got {embeds.dtype} on {embeds.device}"
+        )
+    if not model.embeds_by_token:
+        raise ValueError(
+            "inputs_embeds cannot be used with this model: what it embeds a token as depends on the whole row"
+        )
+    return torch.full(embeds.shape[:2], pad, dtype=torch.int64, device=embeds.device)
+
+
+def check_streamer(streamer, batch: int) -> None:
+    if streamer is not None and batch != 1:
+        raise ValueError(f"streamer takes one request; got a batch of {batch}")

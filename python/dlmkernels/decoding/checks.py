@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of what a caller passes: numbers of any kind become Python's, and what is none is refused by name."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+#: takes a parameter's name and value; returns the value as it is kept, or raises
+Check: TypeAlias = Callable[[str, Any], Any]
+
+FLOAT32 = torch.finfo(torch.float32)
+INT64 = torch.iinfo(torch.int64)
+#: what no length and no count exceeds, so that sums of two of them are int32
+LONGEST = 2**30
+
+
+def plain(value: Any) -> Any:
+    """The Python number that a numpy scalar or a tensor of one value stands for; anything else as it is."""
+    is_array = isinstance(value, Tensor) or type(value).__module__ == "numpy"
+    if is_array and getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        return value.item()
+    return value
+
+
+def number(low: float = -math.inf, high: float = math.inf, *, above: bool = False, optional: bool = False) -> Check:
+    """A check for a number of `[low, high]` (`above`: greater than `low`).
+
+    It must be one that float32 can hold, or an infinity that is one of the limits. `optional`: None is accepted.
+    """
+
+    def check(name: str, value: Any) -> float | None:
+        if value is None and optional:
+            return None
+        x = plain(value)
+        is_number = isinstance(x, numbers.Real) and not isinstance(x, bool)
+        fits = is_number and (math.isinf(x) or abs(x) <= FLOAT32.max)
+        if not fits or not (low < x if above else low <= x) or not x <= high:
+            beyond = " that float32 can hold" if is_number and abs(x) > FLOAT32.max else ""
+            what = _or_none(optional) + _number_in(low, high, above) + beyond
+            raise ValueError(f"{name} must be {what}; got {value!r}")
+        return x if isinstance(x, int) else float(x)
+
+    return check
+
+
+def _number_in(low: float, high: float, above: bool) -> str:
+    if math.isinf(low):
+        return "a number"
+    start = "a positive number" if above and low == 0 else f"a number above {low}" if above else f"a number from {low}"
+    return start if high >= FLOAT32.max else f"{start} to {high}"
+
+
+def integer(low: int, high: int = LONGEST, *, optional: bool = False) -> Check:
+    """A check for an integer of `[low, high]`. `optional`: None is accepted."""
+
+    def check(name: str, value: Any) -> int | None:
+        if value is None and optional:
+            return None
+        x = plain(value)
+        if not isinstance(x, numbers.Integral) or isinstance(x, bool) or not low <= x <= high:
+            is_too_large = isinstance(x, numbers.Integral) and x > high
+            limits = f"of at least {low}" + (f" and at most {high}" if is_too_large else "")
+            raise ValueError(f"{name} must be {_or_none(optional)}an integer {limits}; got {value!r}")
+        return int(x)
+
+    return check
+
+
+def temperature(name: str, value: Any) -> float:
+    """A check for a temperature: 0, or a number whose reciprocal float32 can hold."""
+    x = number(0.0)(name, value)
+    assert x is not None
+    if x != 0 and not FLOAT32.tiny <= x <= FLOAT32.max:
+        raise ValueError(f"{name} must be 0 or a finite number of at least {FLOAT32.tiny:.2g}; got {value!r}")
+    return x
+
+
+def _or_none(optional: bool) -> str:
+    return "None or " if optional else ""
+
+
+#: a check for a finite number of at least 0
+amount = number(0, FLOAT32.max)
+
+
+def flag(name: str, value: Any) -> bool:
+    """A check for True or False."""
+    x = plain(value)
+    if not isinstance(x, bool):
+        raise TypeError(f"{name} must be True or False; got {value!r}")
+    return x
+
+
+def optional_flag(name: str, value: Any) -> bool | None:
+    """A check for True, False or None."""
+    return None if value is None else flag(name, value)
+
+
+def one_of(*choices: str | None) -> Check:
+    """A check for one of some names."""
+
+    def check(name: str, value: Any) -> str | None:
+        if not isinstance(value, str | None) or value not in choices:
+            raise ValueError(f"{name} must be one of {choices}; got {value!r}")
+        return value
+
+    return check
+
+
+def several(check_one: Check, count: int | None = None, *, optional: bool = False) -> Check:
+    """A check for a sequence (a list, a tuple, a tensor or an array of one dimension) of checked values.
+
+    It is kept as a tuple. `count`: how many values there must be.
+    """
+
+    def check(name: str, value: Any) -> tuple | None:
+        if value is None and optional:
+            return None
+        values = value.tolist() if hasattr(value, "tolist") else value
+        if not isinstance(values, Iterable) or isinstance(values, str | Mapping):
+            raise ValueError(f"{name} must be a sequence of numbers; got {value!r}")
+        values = tuple(values)
+        if count is not None and len(values) != count:
+            raise ValueError(f"{name} must have {count} values; got {value!r}")
+        return tuple(check_one(f"{name}[{i}]", one) for i, one in enumerate(values))
+
+    return check
+
+
+def normalize(owner: Any, limits: Mapping[str, Check]) -> None:
+    """Check fields of a frozen dataclass, and keep each as its check returns it."""
+    for name, check in limits.items():
+        object.__setattr__(owner, name, check(name, getattr(owner, name)))
+
+
+class ComparedByValue:
+    """Equality and hash of a dataclass by its fields, tensors among them by their elements.
+
+    For dataclasses with ``eq=False``: the generated comparison asks a tensor for its truth.
+    """
+
+    def _values(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in self.__dataclass_fields__)  # type: ignore[attr-defined]
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(equal(a, b) for a, b in zip(self._values(), other._values()))
+
+    def __hash__(self) -> int:
+        return hash((type(self), *(_hashed(value) for value in self._values())))
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two values are the same, tensors among them by their elements."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return (a.dtype, a.shape, a.device) == (b.dtype, b.shape, b.device) and bool(torch.equal(a, b))
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)
+
+
+def _hashed(value: Any) -> Any:
+    return (value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else value

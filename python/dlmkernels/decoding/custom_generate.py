@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The front door of transformers: `model.generate(…, custom_generate=dlmkernels.custom_generate)`.
+
+transformers turns what its user passes into a generation config, logits processors, stopping criteria and inputs of
+the model, and calls a custom function with these. Each of them is honoured here, or refused by name, or listed as what
+makes no difference to the tokens.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from .config import DEFAULTS
+from .constraint import without
+from .generate import generate
+from .output import DecodingOutput
+from .resolve import ConfigLike
+
+#: Fields of a generation config that are honoured: by what is below, or (lengths, number of sequences, filters, end
+#: tokens, processors) by what transformers has made of them before it calls us.
+HONOURED = frozenset({
+    "max_length", "max_new_tokens", "min_length", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p",
+    "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id", "num_return_sequences",
+    "return_dict_in_generate", "pad_token_id", "eos_token_id", "token_healing",
+})  # fmt: skip
+#: Those that make no difference to the tokens: speed and memory; what belongs to methods of decoding that are refused
+#: (beams, assistants); what our distributions do by themselves (they are normalised, and never choose a NaN); records.
+INDIFFERENT = frozenset({
+    "use_cache", "cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile",
+    "prefill_chunk_size", "low_memory", "continuous_batching_config",
+    "early_stopping", "length_penalty", "diversity_penalty", "is_assistant", "num_assistant_tokens",
+    "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_early_exit", "assistant_lookbehind",
+    "target_lookbehind", "assistant_ensemble_weight", "speculation_type", "max_matching_ngram_size",
+    "renormalize_logits", "remove_invalid_values", "bos_token_id", "decoder_start_token_id",
+    "transformers_version", "_from_model_config", "_commit_hash",
+})  # fmt: skip
+#: Those that have no counterpart in parallel decoding, with the values that switch them off (None always does).
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,), "num_beam_groups": (1,), "constraints": (), "force_words_ids": (), "penalty_alpha": (0,),
+    "dola_layers": (), "prompt_lookup_num_tokens": (), "use_mtp": (False,), "max_time": (), "stop_strings": (),
+    "min_p": (), "top_h": (), "typical_p": (1,), "epsilon_cutoff": (0,), "eta_cutoff": (0,),
+    "repetition_penalty": (1,), "encoder_repetition_penalty": (1,), "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,), "forced_bos_token_id": (), "exponential_decay_length_penalty": (),
+    "sequence_bias": (), "guidance_scale": (1,), "watermarking_config": (), "output_attentions": (False,),
+    "output_hidden_states": (False,), "output_scores": (False,), "output_logits": (False,),
+}  # fmt: skip
+#: What to use instead of some of them.
+INSTEAD = {
+    "guidance_scale": "cfg_scale of decoding_config", "stop_strings": "eos_token_id",
+    "output_scores": "return_dict_in_generate, whose result has the tokens' confidence",
+}  # fmt: skip
+#: Those that matter to sampling alone.
+SAMPLING = frozenset({"min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"})
+#: Inputs of the model that transformers adds and that make no difference here: positions are counted and keys kept by
+#: ourselves.
+OWN_INPUTS = frozenset({"use_cache", "logits_to_keep", "cache_position"})
+CACHES = ("past_key_values", "cache", "cache_params")
+#: How many tokens transformers generates where nobody says.
+DEFAULT_LENGTH = 20
+
+
+@dataclass
+class GenerateDiffusionOutput(ModelOutput):
+    """What `generate` of transformers returns with `return_dict_in_generate`: see `DecodingOutput`."""
+
+    sequences: Tensor | None = None
+    commit_step: Tensor | None = None
+    confidence: Tensor | None = None
+    num_forwards: Tensor | None = None
+    complete: Tensor | None = None
+
+
+def custom_generate(
+    model, input_ids: Tensor, logits_processor=None, stopping_criteria=None, generation_config=None, streamer=None,
+    decoding_config: ConfigLike = None, **model_kwargs,
+):  # fmt: skip
+    """Decode in parallel when called by transformers.
+
+    >>> model.generate(**tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=128,
+    ...                custom_generate=dlmkernels.custom_generate, decoding_config="fast-dllm")
+
+    Honoured are the lengths (`max_new_tokens`, `max_length`, `min_new_tokens`, `min_length`), `eos_token_id`,
+    `pad_token_id`, `suppress_tokens`, `begin_suppress_tokens`, `bad_words_ids` of one token each,
+    `forced_eos_token_id`, `num_return_sequences`, `return_dict_in_generate`, `streamer`, `attention_mask`,
+    `inputs_embeds`, and with `do_sample=True` temperature, top_k and top_p; logits processors and stopping criteria of
+    transformers' own classes that say the same. Everything else that would change the tokens (beams, penalties, other
+    processors and criteria, an assistant …) is refused by name; where it comes from the checkpoint's generation
+    config, and not from the call, a warning says that it is left out.
+
+    Parameters
+    ----------
+    decoding_config : DecodingConfig, str or dict, optional
+        How to decode, as `config` of `generate`; what the call of transformers says takes precedence.
+
+    Returns
+    -------
+    Tensor or GenerateDiffusionOutput
+        int64 `[B, P + max_new_tokens]`, padded behind an end token; with `inputs_embeds` alone, what was generated.
+    """
+    caller = _caller()
+    if caller.get("assistant_model") is not None:
+        raise ValueError("assistant_model cannot be used with dlmkernels: many tokens are decoded at once without one")
+    if streamer is None and caller.get("streamer") is not None:
+        streamer = _WithoutPrompt(caller["streamer"])
+    attention_mask, inputs_embeds = _inputs(input_ids, model_kwargs)
+    _check_generation_config(model, generation_config)
+    options = _ids_of(model, generation_config, stopping_criteria)
+    options["max_new_tokens"] = _length(generation_config, stopping_criteria, input_ids.shape[1], decoding_config)
+    bans = Bans(model, input_ids.shape[1], options["max_new_tokens"])
+    for processor in logits_processor or ():
+        _honour(processor, options, bans)
+    options |= bans.options(decoding_config)
+    out = generate(
+        model, None if inputs_embeds is not None else input_ids, attention_mask, decoding_config, streamer,
+        inputs_embeds=inputs_embeds, **options,
+    )  # fmt: skip
+    sequences = out.sequences if inputs_embeds is None else torch.cat((input_ids, out.generated), 1)
+    if generation_config is not None and generation_config.return_dict_in_generate:
+        return _as_model_output(out, sequences)
+    return sequences
+
+
+def _as_model_output(out: DecodingOutput, sequences: Tensor) -> GenerateDiffusionOutput:
+    width = sequences.shape[1]
+    return GenerateDiffusionOutput(
+        sequences, out.commit_step[:, -width:], out.confidence[:, -width:], out.num_forwards, out.complete
+    )
+
+
+# --- what transformers does not pass on --------------------------------------------------------------------------------
+
+
+def _caller() -> dict[str, Any]:
+    """Arguments of the `generate` of transformers that has called us; nothing if something else has.
+
+    It keeps `streamer` and `assistant_model` from a custom function (it hands on what is in the function's own
+    signature, and these it has taken out before), so that they would be lost without a word.
+    """
+    frame = sys._getframe(2)
+    is_theirs = (
+        frame.f_code.co_name == "generate" and frame.f_globals.get("__name__") == "transformers.generation.utils"
+    )
+    return dict(frame.f_locals) if is_theirs else {}
+
+
+class _WithoutPrompt:
+    """A streamer that has been given the prompt already."""
+
+    def __init__(self, streamer):
+        self._streamer, self._has_prompt = streamer, False
+        if hasattr(streamer, "put_draft"):
+            self.put_draft = streamer.put_draft
+
+    def put(self, value: Tensor) -> None:
+        if self._has_prompt:
+            self._streamer.put(value)
+        self._has_prompt = True
+
+    def end(self) -> None:
+        self._streamer.end()
+
+
+# --- inputs ------------------------------------------------------------------------------------------------------------
+
+
+def _inputs(input_ids: Tensor, given: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    """The attention mask and the input embeddings among the model's inputs; others are refused."""
+    given = {name: value for name, value in given.items() if value is not None and name not in OWN_INPUTS}
+    mask, embeds, positions = (given.pop(name, None) for name in ("attention_mask", "inputs_embeds", "position_ids"))
+    for name in CACHES:
+        cache = given.pop(name, None)
+        if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0):
+            raise ValueError(f"{name} cannot be used with dlmkernels, which keeps keys and values of its own")
+    if positions is not None:
+        _check_positions(positions, input_ids if embeds is None else embeds[..., 0], mask)
+    types = given.pop("token_type_ids", None)
+    if types is not None and bool((types != 0).any()):
+        raise ValueError("token_type_ids must be 0: dlmkernels decodes texts of one type")
+    if given:
+        raise ValueError(f"{', '.join(sorted(given))} cannot be used with dlmkernels, which decodes texts alone")
+    return mask, embeds
+
+
+def _check_positions(positions: Tensor, tokens: Tensor, mask: Tensor | None) -> None:
+    valid = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask != 0
+    counted = valid.long().cumsum(1) - 1
+    if positions.shape[-1] != tokens.shape[1] or bool(((positions != counted) & valid).any()):
+        raise ValueError("position_ids must count each prompt's tokens from 0: dlmkernels counts them so by itself")
+
+
+# --- the generation config -----------------------------------------------------------------------------------------
+
+
+def _check_generation_config(model, config) -> None:
+    """Refuse what cannot be honoured; warn where it is the checkpoint that asks for it."""
+    if config is None:
+        return
+    inherited = getattr(model, "generation_config", None)
+    for name, value in vars(config).items():
+        if name in HONOURED or name in INDIFFERENT or name.startswith("_") or not _is_on(name, value, config):
+            continue
+        instead = f"; use {INSTEAD[name]}" if name in INSTEAD else ""
+        if inherited is not None and value == getattr(inherited, name, None):
+            if name in REFUSED:
+                warnings.warn(
+                    f"{name}={value!r} of the model's generation config is left out: parallel decoding has no "
+                    f"counterpart of it{instead}", UserWarning, stacklevel=5,
+                )  # fmt: skip
+            continue  # what is not transformers' own is the checkpoint's business
+        raise ValueError(f"{name}={value!r} cannot be used with dlmkernels{instead}")
+
+
+def _is_on(name: str, value: Any, config) -> bool:
+    if value is None or value in REFUSED.get(name, ()):
+        return False
+    return name not in SAMPLING or bool(config.do_sample)
+
+
+def _ids_of(model, config, criteria) -> dict[str, Any]:
+    """End and padding tokens, where the call says something else than the model's generation config."""
+    ends: list[int] = []
+    for one in criteria or ():
+        if type(one).__name__ == "EosTokenCriteria":
+            ends += one.eos_token_id.flatten().tolist()
+        elif type(one).__name__ != "MaxLengthCriteria":
+            raise ValueError(
+                f"stopping_criteria: {type(one).__name__} cannot be used with dlmkernels, which decodes many positions "
+                "at once; end tokens (eos_token_id) and a length can"
+            )
+    if config is None:
+        return {"eos_token_id": ends} if ends else {}
+    inherited = getattr(model, "generation_config", None)
+    options: dict[str, Any] = {}
+    if set(ends) != set(_as_list(getattr(inherited, "eos_token_id", None))):
+        options["eos_token_id"] = ends
+    if config.pad_token_id is not None and config.pad_token_id != getattr(inherited, "pad_token_id", None):
+        options["pad_token_id"] = config.pad_token_id
+    return options
+
+
+def _as_list(ids) -> list[int]:
+    if isinstance(ids, Tensor):
+        return ids.flatten().tolist()
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def _length(config, criteria, prompt_length: int, decoding_config: ConfigLike) -> int:
+    """How many tokens are to be generated."""
+    lengths = [one.max_length for one in criteria or () if type(one).__name__ == "MaxLengthCriteria"]
+    if config is not None:
+        lengths.append(config.max_length)
+    ours = getattr(decoding_config, "max_new_tokens", DEFAULTS["max_new_tokens"])
+    if isinstance(decoding_config, dict):
+        ours = decoding_config.get("max_new_tokens", ours)
+    if not lengths:
+        return ours
+    length = min(lengths) - prompt_length
+    if config is not None and config.max_new_tokens is None and ours not in (length, DEFAULTS["max_new_tokens"]):
+        if length == DEFAULT_LENGTH:
+            raise ValueError(
+                f"max_new_tokens={ours} of decoding_config has no effect, since generate of transformers has a length "
+                f"of its own: pass max_new_tokens={ours} to it"
+            )
+    return length
+
+
+# --- logits processors -------------------------------------------------------------------------------------------------
+
+
+class Bans:
+    """Tokens that must not be generated, anywhere or at some positions of the answer."""
+
+    def __init__(self, model, prompt_length: int, length: int):
+        self.model, self.prompt_length, self.length = model, prompt_length, length
+        self.everywhere: list[int] = []
+        #: which tokens are banned, or are the only ones, in which positions; and what asks for it
+        self.somewhere: list[tuple[list[int], slice]] = []
+        self.only: list[tuple[list[int], slice]] = []
+        self.reasons: list[str] = []
+
+    def ban(self, reason: str, ids, first: int = 0, last: int | None = None) -> None:
+        """Ban `ids` in the positions `[first, last)`."""
+        if last is None or (first <= 0 and last >= self.length):
+            self.everywhere += _as_list(ids)
+        elif max(first, 0) < last:
+            self.somewhere.append((_as_list(ids), slice(max(first, 0), last)))
+            self.reasons.append(reason)
+
+    def force(self, reason: str, ids, position: int) -> None:
+        """Allow nothing but `ids` in one position."""
+        self.only.append((_as_list(ids), slice(position, position + 1)))
+        self.reasons.append(reason)
+
+    def options(self, decoding_config: ConfigLike) -> dict[str, Any]:
+        """The same as options of `generate`."""
+        options: dict[str, Any] = {}
+        if self.everywhere:
+            ours = getattr(decoding_config, "suppress_token_ids", ())
+            options["suppress_token_ids"] = list(dict.fromkeys([*ours, *self.everywhere]))
+        if self.reasons:
+            if getattr(decoding_config, "constraint", None) is not None:
+                raise ValueError(f"{self.reasons[0]} cannot be used with a constraint of decoding_config: put it there")
+            options["constraint"] = self._bitmask()
+        return options
+
+    def _bitmask(self) -> Tensor:
+        vocab = self.model.get_output_embeddings().weight.shape[0]
+        mask = torch.full((1, self.length, -(-vocab // 32)), -1, dtype=torch.int32, device=self.model.device)
+        for ids, where in self.only:
+            mask[:, where] = 0
+            for i in ids:
+                bit = 1 << i % 32
+                mask[:, where, i // 32] |= bit - 2**32 if bit >= 2**31 else bit
+        for ids, where in self.somewhere:
+            part = mask[:, where]
+            everywhere = torch.ones(part.shape[:2], dtype=torch.bool, device=part.device)
+            for i in ids:
+                part = without(part, torch.full(part.shape[:2], i, device=part.device), everywhere)
+            mask[:, where] = part
+        return mask
+
+
+def _bad_words(p, options: dict[str, Any], bans: Bans) -> None:
+    for word in p.bad_word_ids:
+        if len(word) != 1:
+            raise ValueError(f"bad_words_ids may hold words of one token with dlmkernels; got {word}")
+        bans.ban("bad_words_ids", word)
+
+
+def _top_p(p, options: dict[str, Any], bans: Bans) -> None:
+    if p.min_tokens_to_keep != 1:
+        raise ValueError(f"TopPLogitsWarper must have min_tokens_to_keep=1; got {p.min_tokens_to_keep}")
+    options["top_p"] = p.top_p
+
+
+#: What each class of processors comes to; the last entries come to nothing.
+PROCESSORS: dict[str, Callable[[Any, dict[str, Any], Bans], Any]] = {
+    "TemperatureLogitsWarper": lambda p, options, bans: options.update(temperature=p.temperature),
+    "TopKLogitsWarper": lambda p, options, bans: options.update(top_k=p.top_k),
+    "TopPLogitsWarper": _top_p,
+    "SuppressTokensLogitsProcessor": lambda p, options, bans: bans.ban("suppress_tokens", p.suppress_tokens),
+    "SuppressTokensAtBeginLogitsProcessor": lambda p, options, bans: bans.ban(
+        "begin_suppress_tokens", p.begin_suppress_tokens, p.begin_index - bans.prompt_length,
+        p.begin_index - bans.prompt_length + 1),
+    "NoBadWordsLogitsProcessor": _bad_words,
+    "MinLengthLogitsProcessor": lambda p, options, bans: bans.ban(
+        "min_length", p.eos_token_id, 0, p.min_length - bans.prompt_length),
+    "MinNewTokensLengthLogitsProcessor": lambda p, options, bans: bans.ban(
+        "min_new_tokens", p.eos_token_id, 0, p.prompt_length_to_skip + p.min_new_tokens - bans.prompt_length),
+    "ForcedEOSTokenLogitsProcessor": lambda p, options, bans: bans.force(
+        "forced_eos_token_id", p.eos_token_id, bans.length - 1),
+    "InfNanRemoveLogitsProcessor": lambda p, options, bans: None,
+    "LogitNormalization": lambda p, options, bans: None,
+}  # fmt: skip
+
+
+def _honour(processor, options: dict[str, Any], bans: Bans) -> None:
+    """Turn a logits processor into options of `generate` or bans; refuse one that cannot be."""
+    name = type(processor).__name__
+    is_theirs = type(processor).__module__.startswith("transformers.")
+    if not is_theirs or name not in PROCESSORS:
+        raise ValueError(
+            f"logits_processor: {name} cannot be used with dlmkernels, which decodes many positions at once, in any "
+            "order; a constraint of decoding_config can say which tokens are allowed where"
+        )
+    PROCESSORS[name](processor, options, bans)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which options can have an effect in a decoding, so that none is taken without one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .config import APPROXIMATE, DecodingConfig
+from .scores import Random, score_named
+from .streams import VariableLength
+
+
+class Need(NamedTuple):
+    """When a field of a configuration makes a difference, and how to say what it needs."""
+
+    is_met: Callable[[DecodingConfig], bool]
+    text: str
+
+
+def _filters(c: DecodingConfig) -> bool:
+    return c.samples or c.distribution == "filtered"
+
+
+def _by_parts(c: DecodingConfig) -> bool:
+    return c.cache == "block" and c.sub_block_length is not None
+
+
+def _refreshes(c: DecodingConfig) -> bool:
+    return c.cache in APPROXIMATE or (c.sub_block_cache and _by_parts(c))
+
+
+BY_BLOCK = "a rule that is decoded block by block"
+FILTERED = "temperature above 0 or distribution='filtered'"
+APPROXIMATED = "cache='prefix', 'dual' or 'delayed', or sub_block_cache"
+
+#: Fields that need others; those of `Rule.ignores` need another rule, and the rest always has an effect.
+NEEDS: dict[str, Need] = {
+    "sub_block_length": Need(lambda c: c.rule.by_block, BY_BLOCK),
+    "steps": Need(lambda c: c.rule.uses_steps, "a rule with a fixed schedule, such as Quota (others take as many "
+                  "forwards as they need)"),
+    "top_k": Need(_filters, FILTERED),
+    "top_p": Need(_filters, FILTERED),
+    "top_p_first": Need(lambda c: _filters(c) and c.top_k > 0 and c.top_p < 1, "top_k, top_p and " + FILTERED),
+    "keep_crossing": Need(lambda c: _filters(c) and c.top_p < 1, "top_p below 1 and " + FILTERED),
+    "distribution": Need(
+        lambda c: c.samples or (c.distribution == "filtered" and (c.top_k > 0 or c.top_p < 1)),
+        "temperature above 0 ('filtered': or top_k or top_p)",
+    ),
+    "order_temperature": Need(
+        lambda c: not isinstance(score_named(c.score), Random), "another score than 'random', which is all chance"
+    ),
+    "sub_block_cache": Need(_by_parts, "cache='block' and sub_block_length"),
+    "warmup": Need(_refreshes, APPROXIMATED),
+    "refresh_interval": Need(_refreshes, APPROXIMATED),
+    "vicinity": Need(
+        lambda c: c.cache == "dual" or (c.cache == "prefix" and c.vicinity[0] > 0),
+        "cache='dual', or on the left of a block cache='prefix'",
+    ),
+    "fuse_commit": Need(
+        lambda c: c.cache == "block" and c.rule.by_block and not c.seeded and c.attention != "causal-context",
+        "cache='block' with " + BY_BLOCK + ", not seeded and without attention='causal-context'",
+    ),
+    "eos_token_id": Need(
+        lambda c: c.eos_policy != "none" or c.rule.reads_ends, "eos_policy='fill' or 'block', or a rule that looks for "
+        "the end",
+    ),
+    "eos_policy": Need(lambda c: c.eos_policy != "block" or c.rule.by_block, "where it is 'block', " + BY_BLOCK),
+    "block_grid": Need(lambda c: c.attention == "block", "attention='block'"),
+}  # fmt: skip
+
+#: Those of `infill` alone.
+NEEDS_TO_INFILL = NEEDS | {
+    "max_new_tokens": Need(lambda c: isinstance(c.rule, VariableLength), "a rule that changes the length"),
+}
+
+
+def check_effects(wanted: DecodingConfig, resolved: DecodingConfig, infills: bool = False) -> None:
+    """Raise a ValueError for an option that was asked for and makes no difference.
+
+    `wanted` is what the caller wants, `resolved` what is decoded with: nothing in it is left to the model any more.
+    """
+    needs, rule = NEEDS_TO_INFILL if infills else NEEDS, type(resolved.rule).__name__
+    for name in sorted(wanted.asked):
+        need = needs.get(name)
+        if name in resolved.rule.ignores:
+            what = f"rule {rule} takes no notice of it"
+        elif need is not None and not need.is_met(resolved):
+            what = f"it needs {need.text}"
+        else:
+            continue
+        raise ValueError(f"{name}={getattr(wanted, name)!r} has no effect with rule {rule} here: {what}; leave it out")

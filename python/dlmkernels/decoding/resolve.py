@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is decoded with: the caller's configuration, and the model's own where that leaves something open."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..models.adapt import DiffusionModel, EncoderDecoderModel, LogitsModel, adapt
+from .config import APPROXIMATE, DecodingConfig, SpecialTokens, check_names
+from .effects import check_effects
+from .presets import preset
+from .rules import Rule
+from .streams import Reordered
+
+#: what a caller may pass as `config`
+ConfigLike = DecodingConfig | str | Mapping[str, Any] | None
+
+
+def prepare(
+    model, config: ConfigLike, overrides: dict[str, Any], task: str | None = None
+) -> tuple[DiffusionModel, DecodingConfig, SpecialTokens]:
+    """The adapted model, the whole configuration, and the ids it decodes with.
+
+    `task` is one of `Rule.decodes`, None where nothing is decoded.
+    """
+    model = adapt(model)
+    _check_model(model)
+    wanted = _configuration(model, config).replace(**overrides)
+    resolved = wanted
+    if task:
+        if wanted.rule.decodes not in ("anything", task):
+            other = "fills in masks that stand in a canvas: use infill"
+            if task == "infillings":
+                other = "decodes what comes after a prompt: use generate"
+            raise ValueError(f"rule {type(wanted.rule).__name__} {other}")
+        resolved = _with_token_ids(model, wanted)
+    resolved = _of_the_family(model, resolved)
+    _check_combination(model, resolved)
+    if task:
+        check_effects(wanted, resolved, infills=task == "infillings")
+    return model, resolved, special_tokens(model, resolved)
+
+
+def _check_model(model: DiffusionModel) -> None:
+    if getattr(model.model, "training", False):
+        raise ValueError("model is in training mode (dropout would be active): call model.eval() first")
+    parameter = next(iter(model.model.parameters()), None)
+    if parameter is not None and parameter.dtype == torch.float64:
+        raise ValueError(
+            "model must have parameters of float32, bfloat16 or float16, the dtypes of the kernels; got float64: call "
+            "model.float()"
+        )
+
+
+def _configuration(model: DiffusionModel, config: ConfigLike) -> DecodingConfig:
+    """What `config` stands for: itself, a preset's name, fields; or the decoder of the model's family."""
+    if isinstance(config, DecodingConfig):
+        return config
+    if isinstance(config, str):
+        return preset(config)
+    if isinstance(config, Mapping):
+        check_names(config)
+        return DecodingConfig(**config)
+    if config is not None:
+        raise TypeError(
+            "config must be a DecodingConfig, the name of a preset, or a dict of fields of DecodingConfig; got "
+            f"{type(config).__name__}"
+        )
+    found = preset(model.family.preset) if model.family.preset else DecodingConfig()
+    if model.rule_options:
+        found = found.replace(rule=dataclasses.replace(found.rule, **model.rule_options))  # type: ignore[type-var]
+    return found
+
+
+def _with_token_ids(model: DiffusionModel, config: DecodingConfig) -> DecodingConfig:
+    """The token ids that the rule leaves to the model."""
+    rule = config.rule
+    found = {name: getattr(rule, name) for name in rule.token_ids}
+    for name, is_needed in rule.token_ids.items():
+        if found[name] is None:
+            found[name] = _from_model(model, name)
+        if found[name] is None and is_needed:
+            raise ValueError(
+                f"{name} is not in the model's configuration: pass rule=dlmkernels.{type(rule).__name__}({name}=…)"
+            )
+    return config.replace(rule=dataclasses.replace(rule, **found)) if found else config  # type: ignore[type-var]
+
+
+def _of_the_family(model: DiffusionModel, config: DecodingConfig) -> DecodingConfig:
+    """What the configuration leaves open, from the model's family."""
+    family = model.family
+    attention = config.attention or family.attention
+    block_length = config.block_length
+    if block_length is None and attention in ("block", "causal-context"):
+        block_length = model.block_length
+        if block_length is None:
+            raise ValueError(
+                f"block_length is needed: the model's attention has blocks (attention='{attention}') and its "
+                "configuration does not say how long they are"
+            )
+    return config.replace(
+        attention=attention, block_length=block_length,
+        seeded=family.seeded if config.seeded is None else config.seeded,
+        block_grid=(config.block_grid or family.block_grid) if attention == "block" else "prompt",
+        logit_alignment=config.logit_alignment or family.logit_alignment,
+    )  # fmt: skip
+
+
+def _check_combination(model: DiffusionModel, config: DecodingConfig) -> None:
+    """Refuse what does not go together, of a configuration that leaves nothing open."""
+    family, attention, cache = model.family, config.attention, config.cache
+    rule = type(config.rule).__name__
+    if cache != "none" and not model.reuses_kv:
+        raise ValueError(
+            f"cache='{cache}' needs a model of a known type whose rows can be forwarded in parts; "
+            f"{type(model.model).__name__} (of unknown type, or with token_dropout) decodes with cache='none'"
+        )
+    if config.constraint is not None:
+        check_block_by_block("constraint", config.rule)
+    if attention != "full" and isinstance(model, LogitsModel):
+        raise ValueError(
+            f"attention='{attention}' needs a model of a known type; {type(model.model).__name__} attends by itself"
+        )
+    allowed = ("none", *APPROXIMATE) if attention == "full" else ("none", "block")
+    if cache not in allowed:
+        raise ValueError(f"cache must be one of {allowed} with attention='{attention}'; got '{cache}'")
+    if attention == "reordered" and cache == "block" and not isinstance(config.rule, Reordered):
+        raise ValueError("cache='block' with attention='reordered' needs the rule Reordered; use cache='none'")
+    if isinstance(model, EncoderDecoderModel) and (attention != family.attention or cache != "block"):
+        raise ValueError(
+            f"attention='{family.attention}' and cache='block' are needed, since an encoder of its own reads what is "
+            f"decided; got '{attention}' and '{cache}'"
+        )
+    if cache == "delayed" and config.rule.slots != "open":
+        raise ValueError(f"cache='delayed' needs a rule that takes nothing back; got {rule}")
+    alignment = config.logit_alignment
+    if config.rule.shadow and (
+        attention != "full" or cache != "none" or alignment != "same" or not model.reuses_kv
+    ):  # fmt: skip
+        raise ValueError(
+            f"rule {rule} needs a model of a known type with attention='full', cache='none' and "
+            f"logit_alignment='same'; got {type(model.model).__name__}, '{attention}', '{cache}' and '{alignment}'"
+        )
+    if config.rule.slots == "canvas" and cache != "none":
+        raise ValueError(f"rule {rule} reads all of the canvas: it needs cache='none'")
+    if config.seeded and attention == "full":
+        raise ValueError("seeded needs a context that later tokens do not change; attention is 'full'")
+
+
+def check_block_by_block(name: str, rule: Rule) -> None:
+    """Refuse the argument `name` with a rule that has a loop of its own, or moves tokens about."""
+    if rule.decodes != "anything" or rule.token_ids:
+        raise ValueError(f"{name} cannot be used with rule {type(rule).__name__}")
+
+
+def special_tokens(model: DiffusionModel, config: DecodingConfig) -> SpecialTokens:
+    """The ids that a decoding needs, from its configuration, else from the model."""
+    eos = config.eos_token_id
+    stop = _stop_ids(model) if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    padding = config.pad_token_id
+    if padding is None:
+        padding = _from_model(model, "pad_token_id")
+    mask = _mask_token(model, config)
+    masks = [] if mask is None else [mask]
+    pad = padding if padding is not None else stop[0] if stop else mask if mask is not None else 0
+    vocab = model.vocab_size
+    _check_ids(config, vocab, {"mask_token_id": masks, "eos_token_id": stop, "pad_token_id": [pad]})
+    # Logits beyond the tokenizer's last id stand for nothing, unless the rule says what.
+    known = model.family.num_tokens if model.family.knows_ids_of(model.config) else None
+    unknown = set(range(known, vocab)) if known is not None and vocab is not None else set()
+    unknown -= {getattr(config.rule, name) for name in config.rule.token_ids}
+    others = {*stop, *masks, *(_from_model(model, name) for name in ("bos_token_id", "cls_token_id", "sep_token_id"))}
+    return SpecialTokens(
+        mask=-1 if mask is None else mask, eos=stop, pad=pad,
+        banned=[*masks, *config.suppress_token_ids, *sorted(unknown)],
+        padding=padding, padding_is_content=padding in others,
+    )  # fmt: skip
+
+
+def _mask_token(model: DiffusionModel, config: DecodingConfig) -> int | None:
+    """The id of the mask token; None for a model whose noise is uniform, which has none."""
+    mask = config.mask_token_id
+    if mask is None:
+        mask = _from_model(model, "mask_token_id")
+    if mask is not None:
+        return mask
+    if config.rule.noise != "uniform":
+        raise ValueError(
+            "mask_token_id is not in the model's configuration: pass mask_token_id=… (tokenizer.mask_token_id)"
+        )
+    if config.cfg_scale > 0:
+        raise ValueError("cfg_scale needs a mask token to hide the prompt behind: pass mask_token_id=…")
+    return None
+
+
+def _check_ids(config: DecodingConfig, vocab: int | None, special: dict[str, list[int]]) -> None:
+    """Refuse ids that are not in a vocabulary of `vocab` tokens: the `special` ones, and those of the configuration."""
+    of_rule = {name: getattr(config.rule, name) for name in config.rule.token_ids}
+    for name, ids in (
+        *special.items(), ("suppress_token_ids", config.suppress_token_ids),
+        ("defer_token_ids", config.defer_token_ids),
+        *((name, [i]) for name, i in of_rule.items() if i is not None),
+    ):  # fmt: skip
+        for i in ids:
+            if not isinstance(i, int) or i < 0 or (vocab is not None and i >= vocab):
+                limit = "" if vocab is None else f" of {vocab} tokens"
+                raise ValueError(f"{name} must be in the model's vocabulary{limit}; got {i!r}")
+
+
+def _stop_ids(model: DiffusionModel) -> list[int]:
+    """End tokens of the model's configurations and of its family."""
+    ids: list[int] = []
+    for source in _sources(model):
+        value = getattr(source, "eos_token_id", None)
+        ids += [] if value is None else [value] if isinstance(value, int) else value
+    if model.family.knows_ids_of(model.config):
+        ids += model.family.eos_token_ids
+    return list(dict.fromkeys(ids))
+
+
+def _sources(model: DiffusionModel) -> tuple:
+    """Where a model's token ids are found: its configuration, that of its text part, its generation configuration."""
+    config = model.config
+    return config, getattr(config, "text_config", None), getattr(model.model, "generation_config", None)
+
+
+def _from_model(model: DiffusionModel, name: str):
+    """A token id from the first of the model's configurations that has it."""
+    for source in _sources(model):
+        value = getattr(source, name, None)
+        if value is not None:
+            return value
+    return None
