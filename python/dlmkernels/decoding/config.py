@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
 
+import torch
 from torch import Tensor
 
 from .constraint import Constraint
-from .rules import Quota, Rule
+from .rules import Quota, Rule, Threshold
 from .scores import SCORES, Score
 
 CACHES = ("none", "prefix", "dual", "delayed", "block")
@@ -20,6 +23,12 @@ ATTENTIONS = ("full", "block", "causal", "causal-context", "reordered")
 GRIDS = ("absolute", "prompt", "both-ways")
 DISTRIBUTIONS = ("raw", "tempered", "filtered")
 EOS_POLICIES = ("none", "fill", "block")
+
+
+#: The rule of a configuration that names none: as many tokens a forward as the model is sure of.
+DEFAULT_RULE: Rule = Threshold(0.9)
+#: The same where `steps` is given: the user has said how many forwards there are.
+FIXED_RULE: Rule = Quota()
 
 
 @dataclass(frozen=True)
@@ -37,10 +46,12 @@ class DecodingConfig:
         A block is decoded in parts of this length, left to right, each seeing the whole block (Fast-dLLM v2,
         arXiv:2509.26328).
     steps : int, optional
-        Forwards of the whole generation, divided evenly among the blocks, for rules with a fixed schedule (`Quota`,
-        `TimeQuota`). None: one forward a token. Adaptive rules take as many as they need.
-    rule : Rule
-        Which positions a step commits.
+        Forwards of the whole generation, for rules with a fixed schedule (`Quota`, `TimeQuota`), divided evenly among
+        the blocks; what is left over goes to the first blocks, one each. None: one forward a token. Adaptive rules take
+        as many as they need.
+    rule : Rule, optional
+        Which positions a step commits. None: `DEFAULT_RULE`, which commits all tokens the model is sure of; or, where
+        `steps` is given, `Quota()`, which takes exactly that many forwards.
     score : {"probability", "margin", "entropy", "random", "position"} or Score
         What orders the positions: probability of the proposal, gap between the two best probabilities, negative
         entropy, chance, left to right, or a score of `dlmkernels.scores`.
@@ -94,6 +105,10 @@ class DecodingConfig:
         = `max_new_tokens` positions of an answer (`infill`: of the canvas), B and N being that or 1. Fewer than V are
         those of the first tokens, and the others are not allowed. Block by block only: not with rules that have a loop
         of their own.
+    logit_bias : dict or Tensor, optional
+        Added to the logits of every position: `{id: value}`, or a float tensor `[V]`. It is added to the guided logits
+        (after `cfg_scale`) and before temperature and filters. The model's distribution is the biased one for all that
+        follows: confidences, margins and entropies are read from it, whatever `distribution` is.
     defer_token_ids : sequence of int
         Positions where one of these is proposed come last, whatever their score.
     eos_policy : {"none", "fill", "block"}
@@ -116,7 +131,7 @@ class DecodingConfig:
     block_length: int | None = None
     sub_block_length: int | None = None
     steps: int | None = None
-    rule: Rule = field(default_factory=Quota)
+    rule: Rule = None  # type: ignore[assignment]  # never None after __post_init__
     score: str | Score = "probability"
     temperature: float = 0.0
     top_k: int = 0
@@ -138,6 +153,7 @@ class DecodingConfig:
     pad_token_id: int | None = None
     suppress_token_ids: Sequence[int] = ()
     constraint: Constraint | Tensor | None = None
+    logit_bias: Mapping[int, float] | Tensor | None = None
     defer_token_ids: Sequence[int] = ()
     eos_policy: str = "fill"
     logit_alignment: str | None = None
@@ -146,6 +162,9 @@ class DecodingConfig:
     seeded: bool | None = None
 
     def __post_init__(self):
+        if self.rule is None:
+            object.__setattr__(self, "rule", DEFAULT_RULE if self.steps is None else FIXED_RULE)
+        check_logit_bias(self.logit_bias)
         for name, choices in (
             ("cache", CACHES), ("distribution", DISTRIBUTIONS), ("eos_policy", EOS_POLICIES),
             ("logit_alignment", (None, *ALIGNMENTS)), ("attention", (None, *ATTENTIONS)),
@@ -184,11 +203,32 @@ class DecodingConfig:
             raise ValueError(f"vicinity must be two integers of at least 0; got {sides!r}")
 
     def replace(self, **changes) -> DecodingConfig:
-        """A copy with some fields changed; an unknown field is a TypeError that lists the known ones."""
+        """A copy with some fields changed; an unknown field is a TypeError that lists the known ones.
+
+        A rule that nobody has named is chosen anew: `steps` alone asks for a fixed schedule.
+        """
+        if "steps" in changes and any(self.rule is rule for rule in (DEFAULT_RULE, FIXED_RULE)):
+            changes = {"rule": None} | changes
         known = [f.name for f in dataclasses.fields(self)]
         if unknown := sorted(set(changes) - set(known)):
             raise TypeError(f"unknown decoding option {', '.join(unknown)}; known: {', '.join(known)}")
         return dataclasses.replace(self, **changes)
+
+
+def check_logit_bias(bias: Mapping[int, float] | Tensor | None) -> None:
+    """Raise unless `bias` is None, a float tensor `[V]` or a mapping from ids to numbers; none of them NaN or +inf."""
+    if isinstance(bias, Tensor):
+        if bias.dim() != 1 or not bias.is_floating_point() or bool((bias.isnan() | (bias == torch.inf)).any()):
+            raise ValueError(
+                "logit_bias must be a float tensor [V] of numbers below infinity; got "
+                f"{bias.dtype} of shape {list(bias.shape)}" + ("" if bias.dim() != 1 else " with NaN or inf in it")
+            )
+    elif bias is not None and not (
+        isinstance(bias, Mapping)
+        and all(isinstance(i, Integral) and not isinstance(i, bool) and i >= 0 for i in bias)
+        and all(isinstance(x, Real) and -math.inf <= x < math.inf for x in bias.values())
+    ):
+        raise ValueError(f"logit_bias must be {{token id: number below infinity}} or a tensor [V]; got {bias!r}")
 
 
 @dataclass(frozen=True)

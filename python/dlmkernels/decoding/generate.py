@@ -12,10 +12,12 @@ from torch.nn.functional import pad
 from ..models.adapt import DiffusionModel, EncoderDecoderModel, LogitsModel, adapt
 from .canvas import Canvas
 from .config import APPROXIMATE, DecodingConfig, SpecialTokens
+from .guidance import pair_prompts
+from .inputs import read_canvases, read_options, read_prompts
 from .loop import decode
 from .output import DecodingOutput
 from .pipelined import decode_pipelined
-from .presets import preset
+from .presets import default_config
 from .reordered import decode_reordered
 from .rules import Rule
 from .schedule import Grid
@@ -32,6 +34,8 @@ def generate(
     config: DecodingConfig | None = None,
     streamer=None,
     *,
+    tokenizer=None,
+    negative_prompt=None,
     inputs_embeds: Tensor | None = None,
     given: Tensor | None = None,
     **overrides,
@@ -42,8 +46,11 @@ def generate(
     ----------
     model : PreTrainedModel or DiffusionModel
         A diffusion language model loaded by transformers, or what `adapt` made of it. It must be in evaluation mode.
-    input_ids : Tensor
-        int64 `[B, P]` prompts, shorter ones padded on the left; `[P]` is one prompt. On the model's device.
+    input_ids : Tensor or str or list or mapping
+        int64 `[B, P]` prompts, shorter ones padded on the left; `[P]` is one prompt. On the model's device. Or text, a
+        list of texts, a chat (a list of messages with "role" and "content") or a list of chats, which need the
+        `tokenizer`; a list of ids, or of lists of ids of any lengths; or what a tokenizer returns (`input_ids` with
+        `attention_mask`, padded on either side). All of these are padded here, on the left.
     attention_mask : Tensor, optional
         `[B, P]`, 0 for padding. Needed when prompts have different lengths.
     config : DecodingConfig, optional
@@ -51,6 +58,11 @@ def generate(
     streamer : transformers streamer, optional
         Receives the prompt, each finished block, and (if it has `put_draft`) the canvas after each step. One request
         only. Reading the canvas for it costs a device synchronisation a step.
+    tokenizer : PreTrainedTokenizer, optional
+        Reads text; names the mask token where the model does not; and is what `DecodingOutput.text` uses.
+    negative_prompt : optional
+        With `cfg_scale`: what the unconditional half of the guidance sees in place of the prompt, in any of the forms
+        of `input_ids`, and of any length. One for all requests, or one each. None: masks in place of all that is given.
     inputs_embeds : Tensor, optional
         `[B, P, hidden]`: input embeddings of the prompts, in place of `input_ids`. The result then holds padding where
         the prompts were.
@@ -75,7 +87,11 @@ def generate(
     >>> out = dlmkernels.generate(model, ids, max_new_tokens=128, block_length=32, rule=dlmkernels.Threshold(0.9))
     >>> out.generated, out.tokens_per_forward
     """
+    overrides = read_options(model, config, overrides, tokenizer)
     model, config, special = _prepare(model, config, overrides, "continuations")
+    input_ids, attention_mask = read_prompts(
+        "input_ids", input_ids, attention_mask, tokenizer, model.device, special.pad
+    )  # fmt: skip
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("input_ids or inputs_embeds must be given, and not both")
     if inputs_embeds is not None:
@@ -86,6 +102,8 @@ def generate(
             f"input_ids holds the mask token ({special.mask}): generate decodes what comes after a prompt; "
             "dlmkernels.infill decodes masks wherever they are"
         )
+    pair = pair_prompts(tokens, origin, negative_prompt, tokenizer, config, special, model.vocab_size)
+    prompt, tokens, origin = tokens, pair.tokens, pair.origin
     batch, prompt_length = tokens.shape
     end = prompt_length + config.max_new_tokens
     grows = config.block_grid == "absolute" or model.family.whole_blocks
@@ -103,10 +121,10 @@ def generate(
         given = _check_given(model, given, batch, config)
         masks[:, : config.max_new_tokens] = torch.where(given >= 0, given, masks[:, : config.max_new_tokens])
         is_open[:, prompt_length:end] &= given < 0
-    canvas = Canvas.of(torch.cat((tokens, masks), 1), is_open, origin)
+    canvas = Canvas.of(torch.cat((tokens, masks), 1), is_open, origin, pair.negative)
     _check_streamer(streamer, batch)
     if streamer is not None:
-        streamer.put(tokens[0].cpu())
+        streamer.put(prompt[0].cpu())
     loop = decode
     if isinstance(config.rule, Strided):
         loop = decode_strided
@@ -118,7 +136,8 @@ def generate(
         loop = decode_pipelined
     elif isinstance(config.rule, VariableLength):
         loop = decode_variable
-    return loop(model, canvas, config, special, grid, prompt_length, end, streamer, inputs_embeds)
+    out = loop(model, canvas, config, special, grid, prompt_length, end, streamer, pair.widened(inputs_embeds))
+    return out.without_columns(pair.added).known_by(tokenizer)
 
 
 def infill(
@@ -127,23 +146,28 @@ def infill(
     attention_mask: Tensor | None = None,
     config: DecodingConfig | None = None,
     streamer=None,
+    *,
+    tokenizer=None,
     **overrides,
 ) -> DecodingOutput:
     """Decode the mask tokens of a canvas wherever they stand; every other token is kept.
 
     Parameters
     ----------
-    tokens : Tensor
-        int64 `[B, T]` or `[T]`, holding `mask_token_id` where a token is wanted.
+    tokens : Tensor or str or list or mapping
+        int64 `[B, T]` or `[T]`, holding `mask_token_id` where a token is wanted. Or one of the other forms in which
+        `generate` takes prompts; in text, `tokenizer.mask_token` stands where a token is wanted.
 
     The other parameters, the result and the errors are those of `generate`; `block_length` divides the whole canvas.
     `max_new_tokens` has a meaning for rules that change the length alone (`Expanding`): it is what the masks of a row
     may become, and no less than there are.
     """
+    overrides = read_options(model, config, overrides, tokenizer)
     model, config, special = _prepare(model, config, overrides, "infillings")
     if special.mask < 0:
         raise ValueError("mask_token_id is not in the model's configuration: pass the id that stands where to decode")
-    tokens, origin = _check_tokens("tokens", model, tokens, attention_mask)
+    canvases = read_canvases("tokens", tokens, attention_mask, tokenizer, model.device, special)
+    tokens, origin = _check_tokens("tokens", model, canvases.tokens, canvases.attention_mask)
     batch, length = tokens.shape
     is_open = (tokens == special.mask) & (torch.arange(length, device=tokens.device) >= origin[:, None])
     varies, width, grown = isinstance(config.rule, VariableLength), length, ""
@@ -165,7 +189,7 @@ def infill(
     _check_streamer(streamer, batch)
     grid = Grid.of(config, canvas.origin, 0, width, grows=False)
     loop = decode_variable if varies else decode
-    return loop(model, canvas, config, special, grid, 0, length, streamer)
+    return loop(model, canvas, config, special, grid, 0, length, streamer).known_by(tokenizer)
 
 
 def custom_generate(
@@ -197,7 +221,7 @@ def _prepare(model, config: DecodingConfig | None, overrides: dict, task: str | 
     if getattr(model.model, "training", False):
         raise ValueError("model is in training mode (dropout would be active): call model.eval() first")
     if config is None:
-        config = preset(model.family.preset) if model.family.preset else DecodingConfig()
+        config = default_config(model.family)
         if model.rule_options:
             config = config.replace(rule=dataclasses.replace(config.rule, **model.rule_options))  # type: ignore
     config = config.replace(**overrides)

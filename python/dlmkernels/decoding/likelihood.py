@@ -15,7 +15,7 @@ from ..window import AttentionWindow
 from .canvas import Canvas
 from .config import DecodingConfig
 from .generate import _check_tokens, _prepare
-from .loop import _seeds
+from .propose import seeds_of
 
 METHODS = ("monte-carlo", "mean-field", "coupled")
 
@@ -126,7 +126,7 @@ def log_likelihood(
             f"max_position_embeddings of {model.max_length}"
         )
     task = _Task(model, config, special.mask, tokens, origin, prompt.shape[1], lengths)
-    seeds = _seeds(seed, len(tokens), tokens.device)
+    seeds = seeds_of(seed, len(tokens), tokens.device)
     draws = _Draws(task, seeds, prompt_mask_probability)
 
     # Sums over the samples, of the tokens' shares and of the squared totals.

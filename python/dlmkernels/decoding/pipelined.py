@@ -10,9 +10,10 @@ from ..models.adapt import DiffusionModel
 from ..window import TokenWindow
 from .canvas import Canvas
 from .config import DecodingConfig, SpecialTokens
-from .loop import CanvasForward, Proposer, StepOptions, commit_tokens, output_of
+from .loop import CanvasForward, commit_tokens, output_of
 from .output import DecodingOutput
 from .poll import OpenCount
+from .propose import Proposer, StepOptions
 from .schedule import Grid
 from .streaming import Stream
 from .streams import EntropyPipeline, Pipeline

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from ..models.families import Family
 from .config import DecodingConfig
 from .rules import (
     Ancestral,
@@ -167,3 +168,8 @@ def preset(name: str, **overrides) -> DecodingConfig:
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
     return PRESETS[name].replace(**overrides)
+
+
+def default_config(family: Family) -> DecodingConfig:
+    """What `generate` does by default with models of a family."""
+    return DecodingConfig() if family.preset is None else preset(family.preset)
