@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from ..models.families import Family
+from typing import TYPE_CHECKING
+
 from .config import DecodingConfig
 from .rules import (
     Ancestral,
@@ -35,6 +36,9 @@ from .rules import (
 )
 from .scores import DensityWeighted, PositionWeighted
 from .streams import EntropyPipeline, Expanding, Lengthening, Pipeline, Reordered, SelfSpeculative, Strided
+
+if TYPE_CHECKING:
+    from ..models.families import Family
 
 LLADA = DecodingConfig(rule=Quota(), score="probability", eos_policy="none")
 # entropy order, nucleus before temperature's confidence is read, logits one row early
