@@ -51,6 +51,8 @@ _LAZY = {
     "log_likelihood": ".decoding.likelihood",
     "LogLikelihood": ".decoding.likelihood",
     "adapt": ".models.adapt",
+    "Backbone": ".models.backbone",
+    "BackboneInput": ".models.backbone",
     "load": ".models.load",
 }
 __all__ = [

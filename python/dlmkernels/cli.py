@@ -4,16 +4,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import info
 from .decoding.config import CACHES, SCORES, DecodingConfig
-from .decoding.presets import PRESETS, preset
+from .decoding.presets import PRESETS, default_config, preset
 from .decoding.rules import (
     CreditThreshold,
     DynamicThreshold,
@@ -29,9 +30,8 @@ from .decoding.rules import (
     TimeQuota,
 )
 from .decoding.scores import score_named
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from .demo import PROMPT
+from .terminal import make_printable
 
 # name on the command line -> constructor, taking the number after the colon where there is one
 RULES: dict[str, Callable[..., Rule]] = {
@@ -50,16 +50,27 @@ RULES: dict[str, Callable[..., Rule]] = {
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+#: What a decoding raises when it cannot do what it is asked; anything else is a fault of ours and shows its traceback.
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError, LookupError, MemoryError)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 after an error of the user's, 130 when interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        make_printable(stream)
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if rest and args.command != "bench":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.rest = rest
     try:
-        return args.run(args)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # who reads has seen enough; nothing can be written at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except USER_ERRORS as error:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"dlmkernels: error: {message}", file=sys.stderr)
         return 2
@@ -113,25 +124,32 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser(
         "generate", help="decode the answer to a prompt",
         description="Decode the answer to a prompt with a model in Hugging Face format. Prints the text; statistics "
-        "go to stderr. Options left out are those of the preset, or the library's defaults.",
+        "go to stderr. Options left out are those of the preset, or else what suits the model's family: "
+        "all tokens a forward is sure of. An option that would have no effect is an error.",
+        epilog=f"To try it: dlmkernels generate --model demo, which is the same as --model demo --prompt '{PROMPT}'.",
     )  # fmt: skip
     add = generate.add_argument
     add("--model", required=True, metavar="PATH", help="local folder or hub id; 'demo' is the model of the demo")
-    add("--prompt", required=True, metavar="TEXT", help="'-' reads it from standard input")
+    add("--prompt", metavar="TEXT", help="'-' reads it from standard input; '--model demo' has one of its own")
     add("--chat", action="store_true", help="wrap the prompt in the tokenizer's chat template")
     add("--infill", action="store_true", help="decode the mask tokens in the prompt instead of what comes after it")
     add("--preset", metavar="NAME", help=f"published decoder: {', '.join(PRESETS)}")
     add("--rule", metavar="RULE", help="quota, threshold:0.9, factor:1.0, entropy-bound:0.1, …")
     add("--max-new-tokens", type=int, metavar="N", help="length of the answer (default 128)")
     add("--block-length", type=int, metavar="N", help="decode in blocks of N, left to right (default: one block)")
-    add("--steps", type=int, metavar="N", help="forwards in all, for rules with a fixed schedule")
+    add(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="forwards in all, by a fixed schedule (--rule quota, or another of these)",
+    )
     add("--score", choices=SCORES, help="what orders the positions")
     add("--cache", choices=CACHES, help="reuse of keys and values")
     add("--temperature", type=float, metavar="T", help="0 is greedy")
     add("--top-k", type=int, metavar="K")
     add("--top-p", type=float, metavar="P")
     add("--cfg-scale", type=float, metavar="S", help="classifier-free guidance")
-    add("--seed", type=int, help="of the random draws (default: a fresh one, which the statistics name)")
+    add("--seed", type=_seed, help="of the random draws (default: a fresh one, which the statistics name)")
     add("--mask-token-id", type=int, metavar="ID", help="if the model's configuration does not name it")
     add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as stored)")
     add("--device", default="cpu", help="cpu or cuda (default cpu)")
@@ -168,6 +186,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _seed(text: str) -> int:
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be an integer of 64 bits; got {value}")
+    return value
+
+
 # --- demo ------------------------------------------------------------------------------------------------------------
 
 
@@ -194,21 +219,31 @@ def _generate(args: argparse.Namespace) -> int:
     _require("transformers", "safetensors", wanted_for="generate")
     import torch
 
-    config = decoding_config(args)  # before anything is loaded: mistakes should show at once
+    changes = decoding_options(args)
+    named = preset(args.preset) if args.preset else None
+    (named or DecodingConfig()).replace(**changes)  # before anything is loaded: mistakes should show at once
     device = _device(args.device)
-    prompt = sys.stdin.read().rstrip("\n") if args.prompt == "-" else args.prompt
+    prompt = _prompt(args)
     model, tokenizer = _load(args.model, args.dtype, device)
-    ids = encode_prompt(tokenizer, prompt, chat=args.chat).to(device)
-    if config.mask_token_id is None and getattr(model.config, "mask_token_id", None) is None:
-        config = config.replace(mask_token_id=tokenizer.mask_token_id)
-
-    mask = config.mask_token_id if config.mask_token_id is not None else getattr(model.config, "mask_token_id", None)
-    if (mask is not None and bool((ids == mask).any())) != args.infill:
-        raise ValueError("--infill: the prompt holds no mask token" if args.infill else
-                         "--prompt holds mask tokens: --infill decodes them")  # fmt: skip
 
     from .decoding.generate import generate, infill
+    from .decoding.inputs import read_prompts
+    from .models.adapt import adapt
 
+    model = adapt(model)
+    ids = read_prompts("--prompt", prompt, None, tokenizer, device, 0).tokens
+    mask = changes.get("mask_token_id", getattr(model.config, "mask_token_id", None))
+    mask = getattr(tokenizer, "mask_token_id", None) if mask is None else mask
+    if mask is not None and bool((ids == mask).any()) != args.infill:
+        raise ValueError("--infill: the prompt holds no mask token" if args.infill else
+                         "--prompt holds mask tokens: --infill decodes them")  # fmt: skip
+    if not args.infill and args.model == "demo" and "max_new_tokens" not in changes:
+        changes["max_new_tokens"] = _demo_answer_length(prompt)
+    draws = is_random((named or default_config(model.family)).replace(**changes))
+    if draws and "seed" not in changes:
+        import secrets
+
+        changes["seed"] = secrets.randbits(31)
     streamer = None
     if args.draft and sys.stdout.isatty():
         from transformers import TextDiffusionStreamer
@@ -218,56 +253,64 @@ def _generate(args: argparse.Namespace) -> int:
         print("dlmkernels: --draft shows nothing, as the output is not a terminal", file=sys.stderr)
     start = time.perf_counter()
     with torch.inference_mode():
-        out = (infill if args.infill else generate)(model, ids, config=config, streamer=streamer)
+        decode = infill if args.infill else generate
+        out = decode(model, ids, config=named, streamer=streamer, tokenizer=tokenizer, **changes)
         forwards, decoded = int(out.num_forwards[0]), int((out.commit_step[0] >= 0).sum())
     seconds = time.perf_counter() - start
     if streamer is None:
-        print(tokenizer.decode(out.generated[0], skip_special_tokens=True), flush=True)
+        print(out.text()[0], flush=True)
     statistics = (
         f"{_count(decoded, 'token')}, {_count(forwards, 'forward')}, {decoded / max(forwards, 1):.2f} tokens per "
         f"forward, {decoded / seconds:.1f} tokens/s ({seconds:.2f} s)"
     )
-    if is_random(config):
-        statistics += f", seed {config.seed}"
+    if draws:
+        statistics += f", seed {changes['seed']}"
+    elif "seed" in changes:
+        statistics += " (nothing was drawn: --seed made no difference)"
     print(statistics, file=sys.stderr)
     return 0
 
 
-def decoding_config(args: argparse.Namespace) -> DecodingConfig:
-    """The configuration that the options describe: the preset's, with what was given put over it."""
-    config = preset(args.preset) if args.preset else DecodingConfig()
+def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `DecodingConfig` that options were given for."""
     names = (
         "max_new_tokens", "block_length", "steps", "score", "cache", "temperature", "top_k", "top_p", "cfg_scale",
         "seed", "mask_token_id",
     )  # fmt: skip
-    changes: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.rule:
-        changes["rule"] = parse_rule(args.rule)
-    config = config.replace(**changes)
-    if config.seed is None and is_random(config):
-        import secrets
+        options["rule"] = parse_rule(args.rule)
+    return options
 
-        config = config.replace(seed=secrets.randbits(31))
-    return config
+
+def _prompt(args: argparse.Namespace) -> str | list[dict[str, str]]:
+    """The text of the prompt; with --chat, a chat of one message."""
+    if args.prompt is None and (args.model != "demo" or args.infill):
+        raise ValueError("--prompt is needed" + (": with mask tokens ('_') in it" if args.model == "demo" else ""))
+    prompt = PROMPT if args.prompt is None else args.prompt
+    if prompt == "-":
+        prompt = sys.stdin.read().rstrip("\n")
+    if not prompt:
+        raise ValueError("--prompt is empty")
+    if args.model == "demo":
+        from .demo.tasks import check_text
+
+        check_text("--prompt", prompt)
+    return [{"role": "user", "content": prompt}] if args.chat else prompt
+
+
+def _demo_answer_length(prompt) -> int:
+    """How many tokens the demo model's answer to a prompt has."""
+    from .demo.tasks import answer_length
+
+    return answer_length(prompt) if isinstance(prompt, str) else 1
 
 
 def is_random(config: DecodingConfig) -> bool:
     """Whether the result depends on the seed."""
     drawn_order = max(config.order_temperature, score_named(config.score).order_temperature)
-    return config.temperature > 0 or drawn_order > 0 or config.rule.draws
-
-
-def encode_prompt(tokenizer, prompt: str, chat: bool = False) -> Tensor:
-    """Token ids of a prompt, int64 `[1, P]`; `chat` wraps it as a user's message."""
-    if chat:
-        if not tokenizer.chat_template:
-            raise ValueError("--chat: this tokenizer has no chat template")
-        message = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).input_ids.long()
-    if ids.shape[1] == 0:
-        raise ValueError("--prompt holds no token")
-    return ids
+    samples = config.temperature > 0 or config.rule.temperature(0, 1) is not None
+    return samples or drawn_order > 0 or config.rule.draws
 
 
 def _load(path: str, dtype: str, device):

@@ -35,6 +35,22 @@ class Columns:
 
 
 @dataclass(frozen=True)
+class NegativePrompt:
+    """What the unconditional half of a guided batch sees in place of the prompts.
+
+    Attributes
+    ----------
+    tokens : Tensor
+        int64 `[B, P]`, in the columns of the prompts, padded on the left.
+    origin : Tensor
+        int32 `[B]`: column at which each begins.
+    """
+
+    tokens: Tensor
+    origin: Tensor
+
+
+@dataclass(frozen=True)
 class Canvas:
     """Tokens of a batch and what is known of each position; the ops write into these tensors.
 
@@ -52,6 +68,8 @@ class Canvas:
         probability its token had then (0 there).
     step : Tensor
         int32 `[B]`: forwards each request has taken part in.
+    negative : NegativePrompt, optional
+        With guidance by a prompt of its own.
     """
 
     tokens: Tensor
@@ -61,9 +79,13 @@ class Canvas:
     commit_step: Tensor
     confidence: Tensor
     step: Tensor
+    negative: NegativePrompt | None = None
 
     @classmethod
-    def of(cls, tokens: Tensor, is_open: Tensor, origin: Tensor, end: Tensor | int | None = None) -> Canvas:
+    def of(
+        cls, tokens: Tensor, is_open: Tensor, origin: Tensor, end: Tensor | int | None = None,
+        negative: NegativePrompt | None = None,
+    ) -> Canvas:  # fmt: skip
         """A fresh canvas; positions that are not open are frozen. `tokens` and `end` (None: all columns) are copied."""
         batch, width = tokens.shape
         return cls(
@@ -74,12 +96,22 @@ class Canvas:
             commit_step=torch.full_like(tokens, -1, dtype=torch.int32),
             confidence=torch.zeros_like(tokens, dtype=torch.float32),
             step=torch.zeros(batch, dtype=torch.int32, device=tokens.device),
+            negative=negative,
         )
 
     @property
     def is_open(self) -> Tensor:
         """bool `[B, T]`."""
         return (self.state & OPEN) != 0
+
+    def length(self, end: int) -> Tensor:
+        """int32 `[B]`: column behind the last of the first `end` that was given, or is open, or was decided by a step.
+
+        What is none of these is the padding behind an end token.
+        """
+        is_token = ((self.state & (OPEN | FROZEN)) != 0) | (self.commit_step >= 0)
+        number = torch.arange(1, end + 1, dtype=torch.int32, device=self.tokens.device)
+        return torch.where(is_token[:, :end], number, 0).amax(1)
 
     def columns(self, start: Tensor, length: int) -> Columns:
         """The columns `start[b]` … `start[b] + length` of each row; start int32 `[B]`."""

@@ -165,4 +165,6 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def _hashed(value: Any) -> Any:
-    return (value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else value
+    if isinstance(value, Tensor):
+        return value.dtype, tuple(value.shape)
+    return frozenset(value.items()) if isinstance(value, Mapping) else value

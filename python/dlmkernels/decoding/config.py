@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from .checks import (
     temperature,
 )
 from .constraint import Constraint
-from .rules import Quota, Rule
+from .rules import Quota, Rule, Threshold
 from .scores import SCORES, Score
 
 CACHES = ("none", "prefix", "dual", "delayed", "block")
@@ -93,6 +94,13 @@ LIMITS: dict[str, Check] = {
 }  # fmt: skip
 
 
+#: The rule of a configuration that names none: as many tokens a forward as the model is sure of. On the demonstration's
+#: tasks it solves what one token a forward solves, within noise, in 3 to 17 tokens a forward (docs/decoding.md).
+DEFAULT_RULE: Rule = Threshold(0.95)
+#: The same where `steps` is given: the user has said how many forwards there are.
+FIXED_RULE: Rule = Quota()
+
+
 @dataclass(frozen=True, eq=False)
 class DecodingConfig(ComparedByValue):
     """How to decode. Every field is also a keyword of `generate` and `infill`.
@@ -112,10 +120,12 @@ class DecodingConfig(ComparedByValue):
         A block is decoded in parts of this length, left to right, each seeing the whole block (Fast-dLLM v2,
         arXiv:2509.26328).
     steps : int, optional
-        Forwards of the whole generation, divided evenly among the blocks, for rules with a fixed schedule (`Quota`,
-        `TimeQuota`). None: one forward a token. Adaptive rules take as many as they need.
-    rule : Rule
-        Which positions a step commits.
+        Forwards of the whole generation, for rules with a fixed schedule (`Quota`, `TimeQuota`), divided evenly among
+        the blocks; what is left over goes to the first blocks, one each. None: one forward a token. Adaptive rules take
+        as many as they need.
+    rule : Rule, optional
+        Which positions a step commits. None: `DEFAULT_RULE`, which commits all tokens the model is sure of; or, where
+        `steps` is given, `Quota()`, which takes exactly that many forwards.
     score : {"probability", "margin", "entropy", "random", "position"} or Score
         What orders the positions: probability of the proposal, gap between the two best probabilities, negative
         entropy, chance, left to right, or a score of `dlmkernels.scores`.
@@ -169,6 +179,10 @@ class DecodingConfig(ComparedByValue):
         = `max_new_tokens` positions of an answer (`infill`: of the canvas), B and N being that or 1. Fewer than V are
         those of the first tokens, and the others are not allowed. Block by block only: not with rules that have a loop
         of their own.
+    logit_bias : dict or Tensor, optional
+        Added to the logits of every position: `{id: value}`, or a float tensor `[V]`. It is added to the guided logits
+        (after `cfg_scale`) and before temperature and filters. The model's distribution is the biased one for all that
+        follows: confidences, margins and entropies are read from it, whatever `distribution` is.
     defer_token_ids : sequence of int
         Positions where one of these is proposed come last, whatever their score.
     eos_policy : {"none", "fill", "block"}
@@ -191,7 +205,7 @@ class DecodingConfig(ComparedByValue):
     block_length: int | None = None
     sub_block_length: int | None = None
     steps: int | None = None
-    rule: Rule = field(default_factory=Quota)
+    rule: Rule = None  # type: ignore[assignment]  # never None after __post_init__
     score: str | Score = "probability"
     temperature: float = 0.0
     top_k: int = 0
@@ -213,6 +227,7 @@ class DecodingConfig(ComparedByValue):
     pad_token_id: int | None = None
     suppress_token_ids: Sequence[int] = ()
     constraint: Constraint | Tensor | None = None
+    logit_bias: Mapping[int, float] | Tensor | None = None
     defer_token_ids: Sequence[int] = ()
     eos_policy: str = "fill"
     logit_alignment: str | None = None
@@ -221,6 +236,9 @@ class DecodingConfig(ComparedByValue):
     seeded: bool | None = None
 
     def __post_init__(self):
+        if self.rule is None:
+            object.__setattr__(self, "rule", DEFAULT_RULE if self.steps is None else FIXED_RULE)
+        check_logit_bias(self.logit_bias)
         if not isinstance(self.score, Score) and (not isinstance(self.score, str) or self.score not in SCORES):
             raise ValueError(f"score must be one of {tuple(SCORES)} or a Score; got {self.score!r}")
         if not isinstance(self.rule, Rule):
@@ -245,8 +263,13 @@ class DecodingConfig(ComparedByValue):
         return self.temperature > 0 or self.rule.temperature(0, 1) is not None
 
     def replace(self, **changes) -> DecodingConfig:
-        """A copy with some fields changed; an unknown field is a TypeError that lists the known ones."""
+        """A copy with some fields changed; an unknown field is a TypeError that lists the known ones.
+
+        A rule that nobody has named is chosen anew: `steps` alone asks for a fixed schedule.
+        """
         check_names(changes)
+        if "steps" in changes and any(self.rule is rule for rule in (DEFAULT_RULE, FIXED_RULE)):
+            changes = {"rule": None} | changes
         new = dataclasses.replace(self, **changes)
         new._ask(self.asked | set(changes))
         return new
@@ -264,7 +287,7 @@ class DecodingConfig(ComparedByValue):
 
 def _default(name: str) -> Any:
     """Default value of a field."""
-    return Quota() if name == "rule" else DecodingConfig.__dataclass_fields__[name].default
+    return DEFAULT_RULE if name == "rule" else DecodingConfig.__dataclass_fields__[name].default
 
 
 def check_names(options: Iterable[str]) -> None:
@@ -272,6 +295,22 @@ def check_names(options: Iterable[str]) -> None:
     known = DecodingConfig.__dataclass_fields__
     if unknown := sorted(set(options) - set(known)):
         raise TypeError(f"unknown decoding option {', '.join(unknown)}; known: {', '.join(known)}")
+
+
+def check_logit_bias(bias: Mapping[int, float] | Tensor | None) -> None:
+    """Raise unless `bias` is None, a float tensor `[V]` or a mapping from ids to numbers; none of them NaN or +inf."""
+    if isinstance(bias, Tensor):
+        if bias.dim() != 1 or not bias.is_floating_point() or bool((bias.isnan() | (bias == torch.inf)).any()):
+            raise ValueError(
+                "logit_bias must be a float tensor [V] of numbers below infinity; got "
+                f"{bias.dtype} of shape {list(bias.shape)}" + ("" if bias.dim() != 1 else " with NaN or inf in it")
+            )
+    elif bias is not None and not (
+        isinstance(bias, Mapping)
+        and all(isinstance(i, Integral) and not isinstance(i, bool) and i >= 0 for i in bias)
+        and all(isinstance(x, Real) and -math.inf <= x < math.inf for x in bias.values())
+    ):
+        raise ValueError(f"logit_bias must be {{token id: number below infinity}} or a tensor [V]; got {bias!r}")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from torch.nn.functional import pad
 from .arguments import check_embeds, check_given, check_prompt, check_streamer, check_tokens
 from .canvas import Canvas
 from .config import DecodingConfig
+from .guidance import pair_prompts
+from .inputs import read_canvases, read_options, read_prompts
 from .loop import decode
 from .output import DecodingOutput
 from .pipelined import decode_pipelined
@@ -36,6 +38,8 @@ def generate(
     config: ConfigLike = None,
     streamer=None,
     *,
+    tokenizer=None,
+    negative_prompt=None,
     inputs_embeds: Tensor | None = None,
     given: Tensor | None = None,
     **overrides,
@@ -46,9 +50,12 @@ def generate(
     ----------
     model : PreTrainedModel or DiffusionModel
         A diffusion language model loaded by transformers, or what `adapt` made of it. It must be in evaluation mode.
-    input_ids : Tensor
+    input_ids : Tensor or str or list or mapping
         int64 `[B, P]` prompts, shorter ones padded on the left; `[P]` is one prompt. On the model's device. An empty
-        prompt `[B, 0]` is decoded after nothing: B samples of the model's own.
+        prompt `[B, 0]` is decoded after nothing: B samples of the model's own. Or text, a list of texts, a chat (a list
+        of messages with "role" and "content") or a list of chats, which need the `tokenizer`; a list of ids, or of
+        lists of ids of any lengths; or what a tokenizer returns (`input_ids` with `attention_mask`, padded on either
+        side). All of these are padded here, on the left.
     attention_mask : Tensor, optional
         `[B, P]`, 0 for padding. Without it, the model's padding token (`pad_token_id`) on the left of a row is taken
         for padding where it is nothing else; a warning says so where it may be something else (an end token, say).
@@ -58,6 +65,11 @@ def generate(
     streamer : transformers streamer, optional
         Receives the prompt, each finished block, and (if it has `put_draft`) the canvas after each step. One request
         only. Reading the canvas for it costs a device synchronisation a step.
+    tokenizer : PreTrainedTokenizer, optional
+        Reads text; names the mask token where the model does not; and is what `DecodingOutput.text` uses.
+    negative_prompt : optional
+        With `cfg_scale`: what the unconditional half of the guidance sees in place of the prompt, in any of the forms
+        of `input_ids`, and of any length. One for all requests, or one each. None: masks in place of all that is given.
     inputs_embeds : Tensor, optional
         `[B, P, hidden]`: input embeddings of the prompts, in place of `input_ids`. The result then holds padding where
         the prompts were.
@@ -84,7 +96,11 @@ def generate(
     >>> out = dlmkernels.generate(model, ids, max_new_tokens=128, block_length=32, rule=dlmkernels.Threshold(0.9))
     >>> out.generated, out.tokens_per_forward
     """
+    overrides = read_options(model, config, overrides, tokenizer)
     model, config, special = prepare(model, config, overrides, "continuations")
+    input_ids, attention_mask = read_prompts(
+        "input_ids", input_ids, attention_mask, tokenizer, model.device, special.pad
+    )  # fmt: skip
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("input_ids or inputs_embeds must be given, and not both")
     if inputs_embeds is not None:
@@ -93,9 +109,11 @@ def generate(
     tokens, origin = check_tokens("input_ids", model, input_ids, attention_mask, special)
     if inputs_embeds is None:
         check_prompt(tokens, attention_mask, special)
+    if tokens.shape[1] == 0:
+        _check_without_prompt(config, given, negative_prompt)
+    pair = pair_prompts(tokens, origin, negative_prompt, tokenizer, config, special, model.vocab_size)
+    prompt, tokens, origin = tokens, pair.tokens, pair.origin
     batch, prompt_length = tokens.shape
-    if prompt_length == 0:
-        _check_without_prompt(config, given)
     end = prompt_length + config.max_new_tokens
     grows = config.block_grid == "absolute" or model.family.whole_blocks
     grid = Grid.of(config, origin, prompt_length, end, grows)
@@ -112,12 +130,13 @@ def generate(
         given = check_given(model, given, batch, config)
         masks[:, : config.max_new_tokens] = torch.where(given >= 0, given, masks[:, : config.max_new_tokens])
         is_open[:, prompt_length:end] &= given < 0
-    canvas = Canvas.of(torch.cat((tokens, masks), 1), is_open, origin, grid.ends)
+    canvas = Canvas.of(torch.cat((tokens, masks), 1), is_open, origin, grid.ends, pair.negative)
     check_streamer(streamer, batch)
     if streamer is not None:
-        streamer.put(tokens[0].cpu())
+        streamer.put(prompt[0].cpu())
     loop = _loop_of(config.rule)
-    return loop(model, canvas, config, special, grid, prompt_length, end, streamer, inputs_embeds)
+    out = loop(model, canvas, config, special, grid, prompt_length, end, streamer, pair.widened(inputs_embeds))
+    return out.without_columns(pair.added).known_by(tokenizer)
 
 
 def infill(
@@ -126,22 +145,27 @@ def infill(
     attention_mask: Tensor | None = None,
     config: ConfigLike = None,
     streamer=None,
+    *,
+    tokenizer=None,
     **overrides,
 ) -> DecodingOutput:
     """Decode the mask tokens of a canvas wherever they stand; every other token is kept.
 
     Parameters
     ----------
-    tokens : Tensor
+    tokens : Tensor or str or list or mapping
         int64 `[B, T]` or `[T]`, holding -1 or `mask_token_id` where a token is wanted. Models whose noise is other
-        tokens (Duo) have no mask token: for them it is -1.
+        tokens (Duo) have no mask token: for them it is -1. Or one of the other forms in which `generate` takes prompts;
+        in text, `tokenizer.mask_token` stands where a token is wanted.
 
     The other parameters, the result and the errors are those of `generate`; `block_length` divides the whole canvas.
     `max_new_tokens` has a meaning for rules that change the length alone (`Expanding`): it is what the masks of a row
     may become, and no less than there are.
     """
+    overrides = read_options(model, config, overrides, tokenizer)
     model, config, special = prepare(model, config, overrides, "infillings")
-    tokens, origin = check_tokens("tokens", model, tokens, attention_mask, special, lowest=-1)
+    canvases = read_canvases("tokens", tokens, attention_mask, tokenizer, model.device, special)
+    tokens, origin = check_tokens("tokens", model, canvases.tokens, canvases.attention_mask, special, lowest=-1)
     batch, length = tokens.shape
     if length == 0:
         raise ValueError(f"tokens must hold at least one position; got shape {list(tokens.shape)}")
@@ -167,7 +191,7 @@ def infill(
     check_streamer(streamer, batch)
     grid = Grid.of(config, canvas.origin, 0, width, grows=False)
     loop = decode_variable if varies else decode
-    return loop(model, canvas, config, special, grid, 0, length, streamer)
+    return loop(model, canvas, config, special, grid, 0, length, streamer).known_by(tokenizer)
 
 
 def _loop_of(rule: Rule):
@@ -175,12 +199,12 @@ def _loop_of(rule: Rule):
     return next((loop for kind, loop in LOOPS.items() if isinstance(rule, kind)), decode)
 
 
-def _check_without_prompt(config: DecodingConfig, given: Tensor | None) -> None:
+def _check_without_prompt(config: DecodingConfig, given: Tensor | None, negative_prompt) -> None:
     """Refuse what needs a prompt."""
     if isinstance(config.rule, (Strided, SelfSpeculative)):
         raise ValueError(
             f"input_ids must hold at least one token with rule {type(config.rule).__name__}, which reads the first "
             "token of the answer off the last one of the prompt"
         )
-    if config.cfg_scale > 0 and given is None:
+    if config.cfg_scale > 0 and given is None and negative_prompt is None:
         raise ValueError("cfg_scale has no effect without a prompt: guidance hides what is given, and nothing is")

@@ -15,7 +15,7 @@ from ..window import AttentionWindow
 from .arguments import check_tokens
 from .canvas import Canvas
 from .config import DecodingConfig, SpecialTokens
-from .loop import _seeds
+from .propose import seeds_of
 from .resolve import prepare
 
 METHODS = ("monte-carlo", "mean-field", "coupled")
@@ -127,7 +127,7 @@ def log_likelihood(
             f"max_position_embeddings of {model.max_length}"
         )
     task = _Task(model, config, special.mask, tokens, origin, prompt.shape[1], lengths)
-    seeds = _seeds(seed, len(tokens), tokens.device)
+    seeds = seeds_of(seed, len(tokens), tokens.device)
     draws = _Draws(task, seeds, prompt_mask_probability)
 
     # Sums over the samples, of the tokens' shares and of the squared totals.

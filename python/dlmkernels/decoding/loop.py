@@ -14,17 +14,18 @@ from torch import Tensor
 from .. import ops
 from ..cache import KVCache
 from ..models.adapt import DiffusionModel, EncoderDecoderModel
+from ..models.backbone import Backbone, Moment
 from ..window import AttentionWindow, TokenWindow
 from .canvas import Canvas, Columns
 from .config import DecodingConfig, SpecialTokens
 from .constraint import Constrained, one_each
+from .guidance import Unconditional
 from .outcome import Unfinished, output_of
 from .output import DecodingOutput
 from .poll import OpenCount
+from .propose import Proposer, StepOptions
 from .rules import Action
 from .schedule import Block, Grid, plan_blocks
-from .scores import score_named
-from .step import RandomState, Step
 
 
 @torch.no_grad()
@@ -97,7 +98,8 @@ def decode(
                     window = constrained.without_stuck(window, open_now > 0 if is_extra else None)
                     if (is_extra or constrained.checks) and not window.used.any():
                         break
-                logits = model.logits(forward(block, index, window, open_at_most))
+                progress = min((behind + index) / planned, 1.0)
+                logits = model.logits(forward(block, index, window, open_at_most, progress))
                 step = options.step(
                     logits, window, block.start, block.length, index, block.num_steps, open_at_start, open_now,
                     min((behind + index + 1) / planned, 1.0), memory,
@@ -204,13 +206,17 @@ class CanvasForward:
         )
         self.origin, self.ends = canvas.origin, grid.ends
         self.prompt_embeds = prompt_embeds
+        depth = grid.depth
+        self.unconditional: Unconditional | None = None
         if config.cfg_scale > 0:
-            # Guidance doubles the batch: the second half sees masks where tokens were given.
-            self.given = ~canvas.is_open
-            self.origin, self.ends = self.origin.repeat(2), self.ends.repeat(2)
+            # Guidance doubles the batch: the second half sees something else where tokens were given.
+            other = self.unconditional = Unconditional(canvas, special.mask)
+            self.origin, self.ends = torch.cat((self.origin, other.origin)), self.ends.repeat(2)
+            if canvas.negative is not None:
+                depth = max(depth, int((grid.first - other.origin).max()))
             if prompt_embeds is not None:
-                mask = model.embed(torch.full_like(canvas.tokens[:, :1], special.mask))
-                self.prompt_embeds = torch.cat((prompt_embeds, mask.expand_as(prompt_embeds)))
+                blind = model.embed(other.tokens[:, : prompt_embeds.shape[1]])
+                self.prompt_embeds = torch.cat((prompt_embeds, blind))
         #: for models whose rotary embedding depends on the length: that of a request is its canvas's
         self.rotations = model.rotations((self.ends if ends is None else self._twice(ends)) - self.origin)
         length = canvas.tokens.shape[1]
@@ -223,7 +229,7 @@ class CanvasForward:
         self.cache = KVCache(length) if config.cache != "none" else None
         # What is final and need not be forwarded again: how far it reaches right of the grid's first block, and its
         # last hidden state.
-        self.done = -grid.depth
+        self.done = -depth
         self.carried: Tensor | None = None
         #: with cache="delayed": what was open at the last forward, bool `[B, T]`, at most so many of a row
         self.was_open, self.was_open_at_most = canvas.is_open, length
@@ -231,6 +237,9 @@ class CanvasForward:
         self.embeds: Tensor | None = None
         #: what the last forward of the block said of all the canvas, for models with self-conditioning
         self.opinion: Tensor | None = None
+        #: where in its plan the decoding stands, as arguments of `Moment`; and what was open when it began
+        self.planned: dict[str, Any] = {}
+        self.to_decode = canvas.is_open.sum(1).clamp(min=1)
 
     def begin_block(self) -> None:
         """Forget what was set for the next forward of the block before."""
@@ -256,15 +265,18 @@ class CanvasForward:
         own = torch.nn.functional.pad(self.model.embed(tokens), (0, 0, 0, 1))  # one more column, for the other slots
         column = torch.where(where, window.positions, tokens.shape[1]).long()[..., None].expand_as(embeds)
         self.embeds = own.scatter(1, column, embeds.to(own.dtype))[:, :-1]
-        if self.config.cfg_scale > 0:
-            blind = self.model.embed(torch.full_like(tokens, self.special.mask))
-            self.embeds = torch.cat((self.embeds, torch.where(self.given[..., None], blind, self.embeds)))
+        if (other := self.unconditional) is not None:
+            blind = self.model.embed(other.tokens)
+            self.embeds = torch.cat((self.embeds, torch.where(other.replaced[..., None], blind, self.embeds)))
 
-    def __call__(self, block: Block, index: int, window: TokenWindow, open_at_most: int) -> Tensor:
+    def __call__(
+        self, block: Block, index: int, window: TokenWindow, open_at_most: int, progress: float
+    ) -> Tensor:  # fmt: skip
         """Hidden states `[N, hidden]`, N = B * W (2 * B * W under guidance, conditional half first).
 
-        No request has more than `open_at_most` open positions.
+        No request has more than `open_at_most` open positions; `progress` is `Step.progress`.
         """
+        self.planned = {"step": index, "num_steps": block.num_steps, "progress": progress}
         interval = self.config.refresh_interval
         whole = index < self.config.warmup or (interval is not None and index % interval == 0)
         if self.config.cache == "block":
@@ -347,7 +359,7 @@ class CanvasForward:
         kv_range = torch.stack((self.origin, self.ends), 1)
         seen = AttentionWindow(kv_range=kv_range, shadow=columns.contiguous(), rotations=self.rotations)
         positions = self.positions.gather(1, everywhere.long())
-        return self._pick(self.model.hidden(tokens, positions, seen, self._embeds(tokens, everywhere)), row)
+        return self._pick(self._hidden(tokens, positions, seen, self._embeds(tokens, everywhere)), row)
 
     def _in_part(self, pending: Tensor, at_most: int, window: TokenWindow) -> Tensor:
         """A forward for the `pending` positions bool `[B, T]` alone, of which no request has more than `at_most`."""
@@ -384,7 +396,7 @@ class CanvasForward:
         window = AttentionWindow(slots, kv_range, self.cache, rotations=self.rotations, **visibility)
         positions, embeds = self.positions.gather(1, inside), self._embeds(tokens, inside)
         opinion = None if self.opinion is None else _at(self.opinion, inside)
-        return self.model.hidden(tokens, positions, window, embeds, opinion)
+        return self._hidden(tokens, positions, window, embeds, opinion)
 
     def _forward_columns(self, block: Block, first: int, last: int) -> Tensor:
         """Hidden states of the columns `[first, last)` of every row."""
@@ -396,7 +408,18 @@ class CanvasForward:
         visibility = self._visibility(block, False)
         window = AttentionWindow(self.slots_of_part, self.kv_range, self.cache, rotations=self.rotations, **visibility)
         embeds = self._embeds(tokens, self.slots_of_part)
-        return self.model.hidden(tokens, self.positions_of_part, window, embeds)
+        return self._hidden(tokens, self.positions_of_part, window, embeds)
+
+    def _hidden(
+        self, tokens: Tensor, positions: Tensor, window: AttentionWindow, embeds: Tensor | None,
+        opinion: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """`DiffusionModel.hidden`; a backbone that may take the time is told what it is."""
+        if not isinstance(self.model, Backbone):
+            return self.model.hidden(tokens, positions, window, embeds, opinion)
+        masked = (self.canvas.is_open.sum(1) / self.to_decode).clamp(max=1)
+        moment = Moment(self._twice(masked), **self.planned)
+        return self.model.hidden(tokens, positions, window, embeds, opinion, moment)
 
     def _columns(self, block: Block, whole: bool) -> tuple[int, int]:
         """Canvas columns to forward, for caches of models with full attention."""
@@ -431,10 +454,13 @@ class CanvasForward:
 
     def block_causal(self) -> dict[str, Any]:
         """Arguments of `AttentionWindow` with which the blocks of the grid see themselves and what stands left."""
-        origin = self.origin
-        if self.config.block_grid != "absolute":
-            first = self._twice(self.grid.first)
-            origin = first if self.config.block_grid == "prompt" else first % self.grid.length
+        first = self._twice(self.grid.first)
+        if self.config.block_grid == "absolute" and self.canvas.negative is None:
+            origin = self.origin
+        elif self.config.block_grid == "prompt":
+            origin = first
+        else:  # a negative prompt is cut into blocks from its end: what is decoded must be one block in both halves
+            origin = first % self.grid.length
         return {"causal_block": self.grid.length, "block_origin": origin}
 
     def reading_order(self) -> Tensor:
@@ -444,9 +470,7 @@ class CanvasForward:
 
     def _tokens(self) -> Tensor:
         tokens = self.canvas.tokens
-        if self.config.cfg_scale > 0:
-            tokens = torch.cat((tokens, tokens.masked_fill(self.given, self.special.mask)))
-        return tokens
+        return tokens if self.unconditional is None else torch.cat((tokens, self.unconditional.see(tokens)))
 
     def _embeds(self, tokens: Tensor, columns: Tensor) -> Tensor | None:
         """Input embeddings at canvas columns `[B, Q]`, those of the prompt and of the rule where they gave some.
@@ -468,123 +492,3 @@ class CanvasForward:
 
     def _twice(self, x: Tensor) -> Tensor:
         return torch.cat((x, x)) if self.config.cfg_scale > 0 else x
-
-
-class Proposer:
-    """Language-model head and `token_confidence` on the slots of a window."""
-
-    def __init__(self, model: DiffusionModel, canvas: Canvas, config: DecodingConfig, special: SpecialTokens):
-        self.model, self.canvas, self.config, self.special = model, canvas, config, special
-        device, batch = canvas.tokens.device, canvas.tokens.shape[0]
-
-        def scalar(value, dtype, wanted):
-            return torch.full((1,), value, dtype=dtype, device=device) if wanted else None
-
-        self.seed = _seeds(config.seed, batch, device)
-        needs = config.rule.needs | score_named(config.score).needs
-        self.never = torch.tensor(special.banned, dtype=torch.int64, device=device)
-        self.ends = torch.tensor(special.eos, dtype=torch.int64, device=device)
-        sampled = config.temperature > 0 or config.rule.temperature(0, 1) is not None
-        self.options: dict[str, Any] = {
-            "cfg_scale": scalar(config.cfg_scale, torch.float32, config.cfg_scale > 0),
-            "banned": self.never if special.banned else None,
-            "temperature": scalar(config.temperature, torch.float32, sampled),
-            "top_k": scalar(config.top_k, torch.int32, config.top_k > 0),
-            "top_p": scalar(config.top_p, torch.float32, config.top_p < 1),
-            "top_p_first": config.top_p_first,
-            "keep_crossing": config.keep_crossing,
-            "distribution": config.distribution,
-            "with_margin": "margin" in needs,
-            "with_entropy": "entropy" in needs,
-        }
-        if sampled:
-            self.options |= {"seed": self.seed, "step": canvas.step}
-        self.reads_current = "p_current" in needs
-
-    def __call__(
-        self, logits: Tensor, window: TokenWindow, bias: Tensor | None = None, temperature: float | None = None,
-        allowed: Tensor | None = None,
-    ) -> ops.TokenConfidence:  # fmt: skip
-        """Statistics of the N = B * W slots, in the window's order, from logits `[N or 2N, V]`."""
-        rows = window.positions.numel()
-        uncond = logits[rows:] if self.config.cfg_scale > 0 else None
-        numbers = torch.arange(rows, dtype=torch.int32, device=logits.device)
-        is_used = window.used.flatten()
-        options = self.options | {"bias": bias}
-        if allowed is not None:
-            options["bitmask"] = allowed if allowed.dim() == 1 else allowed.flatten(0, 1)
-        if temperature is not None:
-            options["temperature"] = torch.full((1,), temperature, device=logits.device)
-        if "seed" in options:
-            options["position"] = window.request_positions.flatten()
-        if self.reads_current:
-            current = self.canvas.tokens.gather(1, window.positions.clamp(min=0).long()).flatten()
-            options["given"] = torch.where(is_used, current, -1)
-        row_map = torch.where(is_used, numbers, -1)
-        return ops.token_confidence(logits[:rows], row_map=row_map, uncond_logits=uncond, **options)
-
-    def clean(self, logits: Tensor, rows: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Logits of some rows as `token_confidence` sees them before bias and temperature.
-
-        Float32 `[n, V]`, or `[n]` those of one token each, which is not a banned one.
-        """
-
-        def pick(rows: Tensor) -> Tensor:
-            return (logits[rows] if ids is None else logits[rows, ids]).float()
-
-        z = pick(rows)
-        if self.config.cfg_scale > 0:
-            blind = pick(rows + len(logits) // 2)
-            z = blind + (self.config.cfg_scale + 1) * (z - blind)
-        z = z.nan_to_num(-torch.inf, torch.finfo(torch.float32).max, -torch.inf)
-        return z.index_fill(1, self.never, -torch.inf) if ids is None else z
-
-
-class StepOptions:
-    """What all steps of a decoding have in common."""
-
-    def __init__(
-        self, propose: Proposer, canvas: Canvas, config: DecodingConfig, constrained: Constrained | None = None
-    ):
-        self.propose, self.canvas, self.rule, self.constrained = propose, canvas, config.rule, constrained
-        deferred = list(config.defer_token_ids)
-        self.common: dict[str, Any] = {
-            "random": RandomState(propose.seed, canvas.step),
-            "score_of": score_named(config.score),
-            "order_temperature": config.order_temperature,
-            "deferred": torch.tensor(deferred, device=canvas.tokens.device) if deferred else None,
-            "canvas": canvas,
-            "proposer": propose,
-        }
-
-    def step(
-        self, logits: Tensor, window: TokenWindow, start: Tensor, length: int, index: int, num_steps: int,
-        open_at_start: Tensor, open_now: Tensor, progress: float, memory: dict[str, Tensor],
-        room: Tensor | None = None,
-    ) -> Step:  # fmt: skip
-        """The step that these logits `[N or 2N, V]` make in the block of `length` columns from `start` `[B]` on."""
-        eligible = window.used
-        if self.rule.slots != "open":
-            index_in_block = window.positions - start[:, None]
-            is_open = self.canvas.is_open.gather(1, window.positions.clamp(min=0).long())
-            eligible = eligible & is_open & (index_in_block >= 0) & (index_in_block < length)
-        temperature = self.rule.temperature(index, num_steps)
-        allowed = None if self.constrained is None else self.constrained.allowed(window, logits.shape[1])
-        stats = self.propose(logits, window, temperature=temperature, allowed=allowed)
-        return Step(
-            stats=stats, window=window, eligible=eligible, index=index, num_steps=num_steps,
-            open_at_start=open_at_start, open_now=open_now, block_start=start, block_length=length, progress=progress,
-            memory=memory, room=room, raw_logits=logits, allowed=allowed,
-            sampling_temperature=self.propose.config.temperature if temperature is None else temperature,
-            **self.common,
-        )  # fmt: skip
-
-
-def _seeds(seed: int | Tensor | None, batch: int, device: torch.device) -> Tensor:
-    if seed is None:
-        return torch.randint(2**63 - 1, (batch,), device="cpu").to(device)
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.shape != (batch,):
-            raise ValueError(f"seed must be int64 of shape [{batch}]; got {seed.dtype} of shape {list(seed.shape)}")
-        return seed.to(device)
-    return torch.full((batch,), seed, dtype=torch.int64, device=device)

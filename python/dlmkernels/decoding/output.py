@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..trace import Trace
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DecodingOutput:
     """Result of `generate` and `infill`.
 
@@ -32,8 +33,11 @@ class DecodingOutput:
     prompt_length : int
         Columns before the first generated one (0 for `infill`).
     length : Tensor
-        int32 `[B]`: column at which each row ends. What stands behind it is padding, in decodings that change the
-        length; in all others it is T.
+        int32 `[B]`: column behind the last token of each row. What stands from there on is padding.
+    origin : Tensor, optional
+        int32 `[B]`: column at which each row starts, behind its padding on the left. None: at 0.
+    tokenizer : optional
+        The one that was given to `generate` or `infill`: what `text` uses.
     """
 
     sequences: Tensor
@@ -43,6 +47,44 @@ class DecodingOutput:
     complete: Tensor
     prompt_length: int
     length: Tensor
+    origin: Tensor | None = None
+    tokenizer: Any = None
+
+    def __repr__(self) -> str:
+        batch, committed = len(self.sequences), int((self.commit_step >= 0).sum())
+        return (
+            f"DecodingOutput(batch={batch}, tokens={committed}, forwards={int(self.num_forwards.sum())}, "
+            f"tokens_per_forward={float(self.tokens_per_forward.mean()):.2f}, complete={bool(self.complete.all())})"
+        )
+
+    def text(self, tokenizer=None, *, skip_special_tokens: bool = True, full: bool = False) -> list[str]:
+        """What was decoded, as text: one string a row, without padding.
+
+        Parameters
+        ----------
+        tokenizer : optional
+            Anything with transformers' `decode(ids, skip_special_tokens=…)`. None: the one that was given to `generate`
+            or `infill`.
+        skip_special_tokens : bool
+            Leave out end tokens, masks that are left, and what else the tokenizer takes for special.
+        full : bool
+            The prompt as well.
+        """
+        tokenizer = self.tokenizer if tokenizer is None else tokenizer
+        if not hasattr(tokenizer, "decode"):
+            raise ValueError(
+                "tokenizer is needed to turn ids into text: out.text(tokenizer), or dlmkernels.generate(…, "
+                f"tokenizer=tokenizer); got {tokenizer!r}"
+            )
+        columns = torch.arange(self.sequences.shape[1], device=self.sequences.device)
+        first = torch.full_like(self.length, 0 if full else self.prompt_length)
+        if self.origin is not None:
+            first = torch.maximum(first, self.origin)
+        shown = (columns >= first[:, None]) & (columns < self.length[:, None])
+        return [
+            tokenizer.decode(tokens[keep].tolist(), skip_special_tokens=skip_special_tokens)
+            for tokens, keep in zip(self.sequences.cpu(), shown.cpu())
+        ]
 
     @property
     def generated(self) -> Tensor:
@@ -77,3 +119,17 @@ class DecodingOutput:
     def trace(self) -> Trace:
         """Which token was committed when, with pictures."""
         return Trace(self.sequences, self.commit_step, self.confidence, self.prompt_length)
+
+    def without_columns(self, count: int) -> DecodingOutput:
+        """The same without the first `count` columns, which must be padding in all rows."""
+        if count == 0:
+            return self
+        cut = {name: getattr(self, name)[:, count:] for name in ("sequences", "commit_step", "confidence")}
+        origin = None if self.origin is None else self.origin - count
+        return replace(
+            self, **cut, prompt_length=self.prompt_length - count, length=self.length - count, origin=origin
+        )  # fmt: skip
+
+    def known_by(self, tokenizer) -> DecodingOutput:
+        """The same with the tokenizer that `text` uses."""
+        return self if tokenizer is None else replace(self, tokenizer=tokenizer)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from .config import DecodingConfig
 from .rules import (
     Ancestral,
@@ -34,6 +36,9 @@ from .rules import (
 )
 from .scores import DensityWeighted, PositionWeighted
 from .streams import EntropyPipeline, Expanding, Lengthening, Pipeline, Reordered, SelfSpeculative, Strided
+
+if TYPE_CHECKING:
+    from ..models.families import Family
 
 LLADA = DecodingConfig(rule=Quota(), score="probability", eos_policy="none")
 # entropy order, nucleus before temperature's confidence is read, logits one row early
@@ -168,3 +173,8 @@ def preset(name: str, **overrides) -> DecodingConfig:
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
     return PRESETS[name].replace(**overrides)
+
+
+def default_config(family: Family) -> DecodingConfig:
+    """What `generate` does by default with models of a family."""
+    return DecodingConfig() if family.preset is None else preset(family.preset)

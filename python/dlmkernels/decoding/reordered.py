@@ -9,10 +9,11 @@ from torch import Tensor
 from ..models.adapt import DiffusionModel
 from .canvas import Canvas
 from .config import DecodingConfig, SpecialTokens
-from .loop import CanvasForward, Proposer, StepOptions, commit_tokens
+from .loop import CanvasForward, commit_tokens
 from .outcome import Unfinished, output_of
 from .output import DecodingOutput
 from .poll import OpenCount
+from .propose import Proposer, StepOptions
 from .schedule import Grid
 from .streaming import Stream
 from .streams import Reordered

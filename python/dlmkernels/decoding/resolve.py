@@ -12,7 +12,7 @@ import torch
 from ..models.adapt import DiffusionModel, EncoderDecoderModel, LogitsModel, adapt
 from .config import APPROXIMATE, DecodingConfig, SpecialTokens, check_names
 from .effects import check_effects
-from .presets import preset
+from .presets import default_config, preset
 from .rules import Rule
 from .streams import Reordered
 
@@ -70,7 +70,7 @@ def _configuration(model: DiffusionModel, config: ConfigLike) -> DecodingConfig:
             "config must be a DecodingConfig, the name of a preset, or a dict of fields of DecodingConfig; got "
             f"{type(config).__name__}"
         )
-    found = preset(model.family.preset) if model.family.preset else DecodingConfig()
+    found = default_config(model.family)
     if model.rule_options:
         found = found.replace(rule=dataclasses.replace(found.rule, **model.rule_options))  # type: ignore[type-var]
     return found

@@ -98,26 +98,32 @@ class Block:
 
 
 def plan_blocks(config: DecodingConfig, grid: Grid) -> list[Block]:
-    """The blocks of a grid, each divided into parts of `sub_block_length`, and the steps among them."""
+    """The blocks of a grid, each divided into parts of `sub_block_length`, and the steps among them.
+
+    Steps are divided evenly among the parts that the columns to decode fill; what is left over goes to the first of
+    them, one each.
+    """
     part = config.sub_block_length or grid.length
-    steps = None
-    if config.steps is not None and config.rule.uses_steps:
-        planned = grid.planned * -(-grid.length // part)
-        if config.steps % planned:
-            raise ValueError(
-                f"steps must be a multiple of the number of blocks ({planned} blocks of {part}); got {config.steps}"
-            )
-        steps = config.steps // planned
+    in_block = -(-grid.length // part)
+    steps = config.steps if config.rule.uses_steps else None
+    if steps is not None and steps < grid.planned * in_block:
+        raise ValueError(
+            f"steps must be at least the number of blocks, {grid.planned * in_block} (of {part} tokens): each takes a "
+            f"forward; got {steps}"
+        )
     low, high = grid.span
     blocks = []
     for k in range(grid.count):
         outer = grid.first + k * grid.length
         outer_length = min(grid.length, grid.width - (low + k * grid.length))
-        for inner in range(0, outer_length, part):
+        for i, inner in enumerate(range(0, outer_length, part)):
             length = min(part, outer_length - inner)
             skip = k * grid.length + inner
             span = (low + skip, min(high + skip + length, grid.width))
-            num_steps = steps or length
+            num_steps = length
+            if steps is not None:
+                least, rest = divmod(steps, grid.planned * in_block)
+                num_steps = least + (k * in_block + i < rest)
             most = config.rule.max_steps(length, num_steps)
             blocks.append(Block(outer + inner, length, num_steps, most, span, outer, outer_length, k * grid.length))
     return blocks

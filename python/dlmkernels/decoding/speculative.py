@@ -11,10 +11,11 @@ from ..models.adapt import DiffusionModel
 from ..window import TokenWindow
 from .canvas import Canvas
 from .config import DecodingConfig, SpecialTokens
-from .loop import CanvasForward, Proposer, commit_tokens
+from .loop import CanvasForward, commit_tokens
 from .outcome import Unfinished, output_of
 from .output import DecodingOutput
 from .poll import OpenCount
+from .propose import Proposer
 from .schedule import Grid
 from .streaming import Stream
 

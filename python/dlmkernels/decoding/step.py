@@ -17,7 +17,7 @@ from .scores import Score
 
 if TYPE_CHECKING:
     from .canvas import Canvas
-    from .loop import Proposer
+    from .propose import Proposer
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from .. import ops
 from ..models.adapt import DiffusionModel
 from .canvas import Canvas
 from .config import DecodingConfig, SpecialTokens
-from .loop import CanvasForward, Proposer, commit_tokens
+from .loop import CanvasForward, commit_tokens
 from .outcome import Unfinished, output_of
 from .output import DecodingOutput
 from .poll import OpenCount
+from .propose import Proposer
 from .schedule import Grid
 from .streaming import Stream
 from .streams import Strided
@@ -43,6 +44,8 @@ def decode_strided(
         )
     if config.cfg_scale > 0:
         raise ValueError("cfg_scale cannot be used with rule Strided")
+    if config.logit_bias is not None and rule.leniency is not None and config.temperature > 0:
+        raise ValueError("logit_bias cannot be used with rule Strided where drafts are tested by a ratio (leniency)")
     forward = CanvasForward(model, canvas, config, special, grid, prompt_embeds)
     drafts_at_most, batch = rule.stride - 1, len(canvas.tokens)
     device = canvas.tokens.device

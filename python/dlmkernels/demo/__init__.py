@@ -5,4 +5,7 @@ from pathlib import Path
 
 MODEL_DIR = Path(__file__).parent / "model"
 
-__all__ = ["MODEL_DIR"]
+#: A question that the model answers.
+PROMPT = "A1234567890123456+8765432109876544="
+
+__all__ = ["MODEL_DIR", "PROMPT"]

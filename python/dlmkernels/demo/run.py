@@ -41,9 +41,9 @@ class Case:
 MARKERS = "o^vsDphX*P"
 CONFIDENCE, RANDOM = "one a forward, by confidence", "one a forward, random order"
 CASES = (
-    Case(CONFIDENCE, {}, quick=True),
-    Case(RANDOM, {"score": "random"}, quick=True),
-    Case("one a forward, left to right", {"score": "position"}),
+    Case(CONFIDENCE, {"rule": dk.Quota()}, quick=True),
+    Case(RANDOM, {"rule": dk.Quota(), "score": "random"}, quick=True),
+    Case("one a forward, left to right", {"rule": dk.Quota(), "score": "position"}),
     Case("Threshold(0.99)", {"rule": dk.Threshold(0.99)}),
     Case("Threshold(0.9)", {"rule": dk.Threshold(0.9)}, quick=True),
     Case("EntropyBound(0.01)", {"rule": dk.EntropyBound(0.01)}),
@@ -151,7 +151,7 @@ def run(
     results = compare(model, tokenizer, count, cases, seed)
     (plot_grid if rules == "all" else plot)(results, folder / "dlmkernels-demo.png")
     notes = [f"`{name}`: {reason}" for name, reason in NOT_RUN.items()] if rules == "all" else []
-    (folder / "dlmkernels-demo.md").write_text(markdown(results, notes))
+    (folder / "dlmkernels-demo.md").write_text(markdown(results, notes), encoding="utf-8")
     say(f"\npictures: {folder / 'dlmkernels-demo.png'}, {folder / 'dlmkernels-sudoku.png'}")
     say(f"table: {folder / 'dlmkernels-demo.md'}")
     if json_file:
@@ -162,7 +162,8 @@ def run(
                 {"environment": collect(), "seed": seed, "batch": BATCH, "results": [asdict(r) for r in results]},
                 indent=2,
             )
-            + "\n"
+            + "\n",
+            encoding="utf-8",
         )
         say(f"data: {json_file}")
     say(f"\n{time.perf_counter() - start:.0f} s.")

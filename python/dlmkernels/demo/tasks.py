@@ -352,3 +352,20 @@ def _with_letter(letter: str, rows: np.ndarray) -> np.ndarray:
 
 
 TASKS: dict[str, Task] = {task.name: task for task in (Sudoku(), Addition(), RunningSum())}
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise unless all characters of `text` are ones the model knows; `name` is what the error calls it."""
+    known = "".join(TOKENS[MASK_ID:])
+    if unknown := "".join(sorted(set(text) - set(known))):
+        raise ValueError(
+            f"{name} holds {unknown!r}: the demonstration's model knows the characters {known} alone. It answers "
+            "A1234567890123456+8765432109876544= (addition, 16 digits each), R and 32 digits and = (running sums), and "
+            "fills in S and 81 cells (Sudoku)"
+        )
+
+
+def answer_length(prompt: str) -> int:
+    """Tokens that are missing behind a prompt: to the end of its task's canvas, at least 1."""
+    length = next((task.length for task in TASKS.values() if prompt.startswith(task.letter)), len(prompt) + 1)
+    return max(length - len(prompt), 1)

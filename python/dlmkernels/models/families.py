@@ -173,7 +173,9 @@ class Family:
     vocab_size : int, optional
         Number of logits of the published checkpoints.
     preset : str, optional
-        The decoder the family was published with, one of `PRESETS`: what `generate` does by default.
+        What `generate` does by default: the decoder the family was published with, one of `PRESETS`. None where that is
+        a fixed schedule of one token a forward (LLaDA, Dream, RND1, DiffuLLaMA): there the default is that of
+        `DecodingConfig`, and the published decoder is asked for by its name.
     """
 
     name: str
@@ -210,12 +212,12 @@ FAMILIES: dict[str, Family] = {
         # any bidirectional masked language model
         Family("masked"),
         # LLaDA, arXiv:2502.09992; 1.5, arXiv:2505.19223
-        Family("llada", **LLADA_IDS, preset="llada"),
-        Family("llada-moe", **LLADA2_IDS, preset="llada"),
+        Family("llada", **LLADA_IDS),
+        Family("llada-moe", **LLADA2_IDS),
         # Dream, arXiv:2508.15487; also Dream-Coder, DiffuCoder
-        Family("dream", logit_alignment="shift", mask_token_id=151666, num_tokens=151667, **QWEN2_IDS, preset="dream"),
+        Family("dream", logit_alignment="shift", mask_token_id=151666, num_tokens=151667, **QWEN2_IDS),
         # RND1, github.com/RadicalNumerics/RND1
-        Family("rnd1", logit_alignment="shift", **QWEN3_IDS, preset="rnd1"),
+        Family("rnd1", logit_alignment="shift", **QWEN3_IDS),
         # BD3-LM, arXiv:2503.09573: any model that denoises a block after clean ones
         Family("bd3-lm", attention="block", block_grid="absolute"),
         # the same as trained by github.com/ZHZisZZ/dllm, which pads prompts to whole blocks
@@ -257,6 +259,6 @@ FAMILIES: dict[str, Family] = {
         # DiffusionGemma, as in transformers
         Family("diffusion-gemma", attention="causal-context", whole_blocks=True, preset="diffusion-gemma"),
         # DiffuLLaMA, DiffuGPT, arXiv:2410.17891
-        Family("diffullama", logit_alignment="shift", preset="diffullama"),
+        Family("diffullama", logit_alignment="shift"),
     )
 }  # fmt: skip

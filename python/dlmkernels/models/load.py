@@ -177,8 +177,6 @@ def _load_adapted(path: str, adapter: dict, base, family: str | None, where: dic
     return model
 
 
-
-
 def from_pretrained(how: Plan, path_or_id: str | PathLike | None, **kwargs: Any):
     """The model of a plan, its weights checked: nothing may be missing, left over or of another shape."""
     kwargs |= {"config": how.config, "key_mapping": how.key_mapping or None, "output_loading_info": True}

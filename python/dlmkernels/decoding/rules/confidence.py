@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..checks import Check, flag, integer, number
+from ..checks import Check, flag, integer, number, one_of
+from ..shares import ROUNDINGS, Schedule, check_schedule, counts, shares_after
 from .base import SHARE, Rule
 
 if TYPE_CHECKING:
@@ -19,27 +20,67 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Quota(Rule):
-    """A fixed number a step: n open positions over S steps, n // S each and one more in the first n % S.
+    """A fixed number a step: n open positions over S steps.
 
-    LLaDA's linear schedule (Nie et al., arXiv:2502.09992, `get_num_transfer_tokens`). With `of_block` n is the length
-    of the block, as in SDAR (Cheng et al., arXiv:2510.06303), so that a block whose first positions are given takes
-    fewer steps. With `spread` the n % S are not the first steps' but spread over all: after i steps
-    n - floor(n (S - i) / S) are decided, as in RND1 (github.com/RadicalNumerics/RND1, `diffusion_sample`).
+    By default n // S each and one more in the first n % S: LLaDA's linear schedule (Nie et al., arXiv:2502.09992,
+    `get_num_transfer_tokens`).
+
+    Attributes
+    ----------
+    of_block : bool
+        n is the length of the block, as in SDAR (Cheng et al., arXiv:2510.06303), so that a block whose first positions
+        are given takes fewer steps.
+    spread : bool
+        With the linear schedule: the n % S are not the first steps' but spread over all. After i steps
+        n - floor(n (S - i) / S) are decided, as in RND1 (github.com/RadicalNumerics/RND1, `diffusion_sample`).
+    schedule : {"linear", "cosine"} or callable or sequence of float or Tensor
+        Which share of the n is decided after which share of the steps. cosine: ``1 - cos(pi r / 2)`` after the share r,
+        so that few tokens go first and many last (MaskGIT, Chang et al., arXiv:2202.04200). A callable gives that share
+        for r in (0, 1]. A sequence, or a tensor `[K]`, holds the shares after 1/K, 2/K … of the steps; between these
+        it is a straight line. Shares must not fall, and the last must be 1.
+    rounding : {"down", "nearest"}
+        How shares become whole numbers, for all but LLaDA's rule. down: what is left open is rounded down, and each
+        step decides one at least (MaskGIT's program). nearest: each step decides the nearest number to its share of
+        what is left, a half going to the even number, and steps without a token are left out (the rule of
+        github.com/ZHZisZZ/dllm, `get_num_transfer_tokens`). With it "linear" is dllm's linear schedule, not LLaDA's.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    limits: ClassVar[Mapping[str, Check]] = {"of_block": flag, "spread": flag}
+    limits: ClassVar[Mapping[str, Check]] = {"of_block": flag, "spread": flag, "rounding": one_of(*ROUNDINGS)}
 
     of_block: bool = False
     spread: bool = False
+    schedule: Schedule | Sequence[float] | Tensor = "linear"
+    rounding: str = "down"
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "schedule", check_schedule(self.schedule))
+        if self.spread and not self.is_linear:
+            raise ValueError("spread is for schedule='linear' with rounding='down'; the others spread by themselves")
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the numbers are those of LLaDA or RND1, which need no table."""
+        return self.schedule == "linear" and self.rounding == "down"
 
     def count(self, step: Step) -> int | Tensor:
         """This step's share: int32 `[B]`, or one number for all."""
         n = step.block_length if self.of_block else step.open_at_start
+        if not self.is_linear:
+            return self._planned(step, n)
         left = max(step.num_steps - 1 - step.index, 0)
         if self.spread:
             return n * (left + 1) // step.num_steps - n * left // step.num_steps
         return (n + left) // step.num_steps
+
+    def _planned(self, step: Step, n: int | Tensor) -> Tensor:
+        """The same from a table for all steps, made at the block's first."""
+        if "quota" not in step.memory:
+            open_at_start = n if isinstance(n, Tensor) else torch.full_like(step.open_at_start, n)
+            shares = shares_after(self.schedule, step.num_steps)  # type: ignore[arg-type]
+            step.memory["quota"] = counts(open_at_start, shares, self.rounding)
+        return step.memory["quota"][:, min(step.index, step.num_steps - 1)].contiguous()
 
     def select(self, step: Step) -> Tensor:
         return step.select("none", fill=self.count(step))

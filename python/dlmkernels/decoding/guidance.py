@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Classifier-free guidance: what the unconditional half of a batch sees in place of the prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .canvas import Canvas, NegativePrompt
+from .config import DecodingConfig, SpecialTokens
+from .inputs import read_prompts
+
+
+@dataclass(frozen=True)
+class PromptPair:
+    """A batch of prompts and of negative prompts, both padded on the left to the longer of the two.
+
+    Attributes
+    ----------
+    tokens, origin : Tensor
+        int64 `[B, P]` and int32 `[B]`: the prompts.
+    negative : NegativePrompt, optional
+        The others.
+    added : int
+        How many columns of padding the prompts have got.
+    """
+
+    tokens: Tensor
+    origin: Tensor
+    negative: NegativePrompt | None = None
+    added: int = 0
+
+    def widened(self, values: Tensor | None) -> Tensor | None:
+        """Values `[B, P, …]` of the prompts' columns before that, with zeros in the new ones."""
+        return None if values is None else pad(values, (0, 0) * (values.dim() - 2) + (self.added, 0))
+
+
+def pair_prompts(
+    tokens: Tensor, origin: Tensor, negative_prompt, tokenizer, config: DecodingConfig, special: SpecialTokens,
+    vocab: int | None,
+) -> PromptPair:  # fmt: skip
+    """Prompts `[B, P]` beside what the unconditional half sees instead, of any length; None: masks, as many."""
+    if negative_prompt is None:
+        return PromptPair(tokens, origin)
+    name, batch = "negative_prompt", len(tokens)
+    if not config.cfg_scale > 0:
+        raise ValueError(f"{name} is for guidance: pass cfg_scale above 0, too; got {config.cfg_scale}")
+    if isinstance(negative_prompt, Tensor):
+        if negative_prompt.dtype != torch.int64 or negative_prompt.dim() not in (1, 2):
+            raise ValueError(f"{name} must be int64 [P] or [B, P]; got {_shape(negative_prompt)}")
+        negative_prompt = negative_prompt.tolist()
+    prompts = read_prompts(name, negative_prompt, None, tokenizer, tokens.device, special.pad)
+    other, mask = prompts.tokens, prompts.attention_mask
+    if len(other) not in (1, batch):
+        raise ValueError(f"{name} must be one prompt or one for each of the {batch} requests; got {len(other)}")
+    low, high = other.min().item(), other.max().item()
+    if low < 0 or (vocab is not None and high >= vocab):
+        raise ValueError(f"{name} must hold ids from 0 to {vocab} - 1; got ids from {low} to {high}")
+    start = torch.zeros(len(other), dtype=torch.int32, device=tokens.device)
+    if mask is not None:
+        start = (mask == 0).sum(1, dtype=torch.int32)
+    width = max(tokens.shape[1], other.shape[1])
+    added, missing = width - tokens.shape[1], width - other.shape[1]
+    other = pad(other, (missing, 0), value=special.pad).expand(batch, -1)
+    return PromptPair(
+        pad(tokens, (added, 0), value=special.pad), origin + added,
+        NegativePrompt(other, (start + missing).expand(batch).contiguous()), added,
+    )  # fmt: skip
+
+
+class Unconditional:
+    """The canvas as the unconditional half sees it: masks where tokens were given, or a prompt of its own.
+
+    Attributes
+    ----------
+    origin : Tensor
+        int32 `[B]`: where its requests start.
+    tokens, replaced : Tensor
+        int64 and bool `[B, T]`: what stands there instead, and where.
+    """
+
+    def __init__(self, canvas: Canvas, mask_token: int):
+        negative, width = canvas.negative, canvas.tokens.shape[1]
+        if negative is None:
+            self.origin, self.replaced = canvas.origin, ~canvas.is_open
+            self.tokens = torch.full_like(canvas.tokens, mask_token)
+        else:
+            behind = width - negative.tokens.shape[1]
+            self.origin, self.tokens = negative.origin, pad(negative.tokens, (0, behind))
+            self.replaced = torch.zeros_like(canvas.is_open)
+            self.replaced[:, : width - behind] = True
+
+    def see(self, tokens: Tensor) -> Tensor:
+        """The canvas' tokens int64 `[B, T]` with what was given replaced."""
+        return torch.where(self.replaced, self.tokens, tokens)
+
+
+def _shape(x: Tensor) -> str:
+    return f"{x.dtype} of shape {list(x.shape)}"

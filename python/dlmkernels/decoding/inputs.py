@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What may be passed as a prompt: token ids, what a tokenizer returns, text, chats; all become one padded tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .config import SpecialTokens
+
+#: keys of a tokenizer's result that say nothing a decoding needs
+HARMLESS = {"special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping", "num_truncated_tokens"}
+#: keys that say which segment a token belongs to: all of it is segment 0 here
+SEGMENTS = ("token_type_ids", "mm_token_type_ids")
+
+Rows = Sequence[Sequence[int]]
+
+
+class Prompts(NamedTuple):
+    """Prompts in the form that a decoding takes.
+
+    Attributes
+    ----------
+    tokens : object
+        int64 `[B, P]`, padded on the left; or what was passed, if it is neither text nor a list nor a mapping.
+    attention_mask : Tensor, optional
+        `[B, P]`, 0 for padding.
+    """
+
+    tokens: Any
+    attention_mask: Tensor | None
+
+
+def read_prompts(
+    name: str, inputs, attention_mask: Tensor | None, tokenizer, device: torch.device, pad: int
+) -> Prompts:  # fmt: skip
+    """Token ids `[B, P]` and their attention mask, from whatever `inputs` is; `name` is what errors call it.
+
+    Parameters
+    ----------
+    inputs : Tensor or str or sequence or mapping
+        A tensor is taken as it is. Text, a list of texts, a chat (a list of messages, each a dict with "role" and
+        "content") and a list of chats need the `tokenizer`. A list of ids is one prompt, a list of lists of ids (or of
+        1-D tensors) are several, of any lengths. A mapping is what a tokenizer returns: `input_ids`, and
+        `attention_mask` where there is padding, on whatever side.
+    pad : int
+        Token that fills shorter rows up on the left.
+
+    Raises
+    ------
+    ValueError or TypeError
+        When it is none of these, holds no token, or needs a tokenizer that is not there.
+    """
+    if inputs is None or isinstance(inputs, Tensor):
+        return Prompts(inputs, attention_mask)
+    if attention_mask is not None:
+        raise ValueError(
+            f"attention_mask belongs to a tensor of ids; {name} is {_kind(inputs)}, whose padding is known from itself"
+        )
+    if isinstance(inputs, Mapping):
+        rows = _rows_of_mapping(name, inputs)
+    elif _is_text(inputs):
+        rows = _tokenized(name, inputs, tokenizer)
+    elif hasattr(inputs, "dtype") and hasattr(inputs, "tolist"):  # a numpy array
+        rows = _rows_of_ids(name, inputs.tolist())
+    else:
+        rows = _rows_of_ids(name, inputs)
+    if not rows:
+        raise ValueError(f"{name} is empty: it holds no prompt")
+    if [] in rows:
+        raise ValueError(f"{name} holds no token in row {rows.index([])}")
+    return padded(rows, device, pad)
+
+
+def read_canvases(
+    name: str, inputs, attention_mask: Tensor | None, tokenizer, device: torch.device, special: SpecialTokens
+) -> Prompts:  # fmt: skip
+    """The same for canvases whose masks are to be filled: text must hold the mask token."""
+    found = read_prompts(name, inputs, attention_mask, tokenizer, device, special.pad)
+    if _is_text(inputs) and not bool((found.tokens == special.mask).any()):
+        mask = getattr(tokenizer, "mask_token", None) or tokenizer.decode([special.mask])
+        raise ValueError(f"{name} holds no mask token: write {mask!r} wherever a token is wanted")
+    return found
+
+
+def padded(rows: Rows, device: torch.device, pad: int) -> Prompts:
+    """Rows of any lengths as one tensor, padded on the left."""
+    width = max(map(len, rows))
+    tokens = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], dtype=torch.int64)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.int64)
+    return Prompts(tokens.to(device), None if bool(mask.all()) else mask.to(device))
+
+
+def read_options(model, config, options: Mapping[str, Any], tokenizer) -> dict[str, Any]:
+    """The keywords of a decoding without token-type ids, and with the tokenizer's mask id where nobody else names one.
+
+    A model's own configuration comes first: only what it leaves out is taken from the tokenizer.
+    """
+    options = dict(options)
+    for key in SEGMENTS:
+        if key in options:
+            _check_segment(key, options.pop(key))
+    mask = getattr(tokenizer, "mask_token_id", None)
+    sources = (options, config, getattr(model, "config", None))
+    if mask is not None and all(_get(source, "mask_token_id") is None for source in sources):
+        options["mask_token_id"] = mask
+    return options
+
+
+def _get(source, name: str):
+    return source.get(name) if isinstance(source, Mapping) else getattr(source, name, None)
+
+
+def _is_text(inputs) -> bool:
+    """A text, a chat, or several of either."""
+    if isinstance(inputs, str):
+        return True
+    if not isinstance(inputs, Sequence) or not inputs:
+        return False
+    first = inputs[0]
+    return isinstance(first, (str, Mapping)) or (
+        isinstance(first, Sequence) and len(first) > 0 and isinstance(first[0], Mapping)
+    )
+
+
+def _tokenized(name: str, inputs, tokenizer) -> list[list[int]]:
+    """Ids of texts or chats; those of one where `inputs` is one."""
+    if tokenizer is None:
+        raise ValueError(
+            f"{name} is text: pass tokenizer=transformers.AutoTokenizer.from_pretrained(…), or token ids instead"
+        )
+    if not callable(tokenizer):
+        raise TypeError(f"tokenizer must be a tokenizer of transformers; got {type(tokenizer).__name__}")
+    one = isinstance(inputs, str) or isinstance(inputs[0], Mapping)
+    items = [inputs] if one else list(inputs)
+    return [_ids_of(name, item, tokenizer) for item in items]
+
+
+def _ids_of(name: str, item, tokenizer) -> list[int]:
+    is_chat = not isinstance(item, str)
+    if is_chat:
+        if not isinstance(item, Sequence) or not all(isinstance(m, Mapping) and "role" in m for m in item):
+            raise TypeError(
+                f"{name} must hold texts, or chats whose messages are dicts like {{'role': 'user', 'content': '…'}}; "
+                f"got {item!r}"
+            )
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError(f"{name} is a chat, but this tokenizer has no chat template: pass text, or set one")
+        item = tokenizer.apply_chat_template(list(item), add_generation_prompt=True, tokenize=False)
+    ids = [int(i) for i in tokenizer(item, add_special_tokens=not is_chat)["input_ids"]]
+    if not ids:
+        raise ValueError(f"{name} holds no token: the tokenizer makes nothing of {item!r}")
+    return ids
+
+
+def _rows_of_mapping(name: str, inputs: Mapping) -> list[list[int]]:
+    """The rows of what a tokenizer returned, without their padding."""
+    known = {"input_ids", "attention_mask", *SEGMENTS, *HARMLESS}
+    if unknown := sorted(str(key) for key in inputs if key not in known):
+        raise ValueError(f"{name}: {', '.join(unknown)} cannot be used here; known: {', '.join(sorted(known))}")
+    if "input_ids" not in inputs:
+        raise ValueError(f"{name} must be what a tokenizer returns, with input_ids; got the keys {sorted(inputs)}")
+    for key in SEGMENTS:
+        if key in inputs:
+            _check_segment(key, inputs[key])
+    rows = _rows_of_ids(f"{name}['input_ids']", _as_lists(inputs["input_ids"]))
+    if (mask := inputs.get("attention_mask")) is None:
+        return rows
+    masks = _rows_of_ids(f"{name}['attention_mask']", _as_lists(mask))
+    if [len(row) for row in masks] != [len(row) for row in rows]:
+        raise ValueError(f"{name}: attention_mask and input_ids must have the same lengths")
+    for number, row in enumerate(masks):
+        if "0" in "".join("1" if x else "0" for x in row).strip("0"):
+            raise ValueError(f"{name}: attention_mask of row {number} has a 0 between tokens; only padding may be 0")
+    return [[token for token, is_token in zip(row, mask) if is_token] for row, mask in zip(rows, masks)]
+
+
+def _rows_of_ids(name: str, inputs) -> list[list[int]]:
+    """A list of ids, or of lists of ids, as rows."""
+    if isinstance(inputs, Sequence) and inputs and all(isinstance(i, Integral) for i in inputs):
+        inputs = [inputs]
+    rows = [_as_lists(row) for row in inputs] if isinstance(inputs, Sequence) and not isinstance(inputs, str) else None
+    if rows is None or not all(isinstance(row, (list, tuple)) for row in rows):
+        raise TypeError(
+            f"{name} must be an int64 tensor of token ids, a list of ids, a list of lists of ids, what a tokenizer "
+            f"returns, or text with tokenizer=…; got {_kind(inputs)}"
+        )
+    for row in rows:
+        if not all(isinstance(i, Integral) and not isinstance(i, bool) for i in row):
+            raise TypeError(f"{name} must hold token ids, which are integers; got {row!r}")
+    return [[int(i) for i in row] for row in rows]
+
+
+def _as_lists(values):
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
+def _check_segment(key: str, values) -> None:
+    if bool(torch.as_tensor(_flat(values)).ne(0).any()):
+        raise ValueError(
+            f"{key} other than 0 cannot be used: the prompt and what is decoded after it are one segment; pass the "
+            "tokenizer one text, or leave the key away"
+        )
+
+
+def _flat(values) -> list[int]:
+    values = _as_lists(values)
+    return [x for row in values for x in _flat(row)] if isinstance(values, (list, tuple)) else [values]
+
+
+def _kind(inputs) -> str:
+    if isinstance(inputs, Sequence) and not isinstance(inputs, str) and inputs:
+        return f"a {type(inputs).__name__} of {type(inputs[0]).__name__}"
+    return f"text ({inputs!r})" if isinstance(inputs, str) else type(inputs).__name__
