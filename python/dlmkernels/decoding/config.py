@@ -307,8 +307,8 @@ def check_logit_bias(bias: Mapping[int, float] | Tensor | None) -> None:
             )
     elif bias is not None and not (
         isinstance(bias, Mapping)
-        and all(isinstance(i, Integral) and not isinstance(i, bool) and i >= 0 for i in bias)
-        and all(isinstance(x, Real) and -math.inf <= x < math.inf for x in bias.values())
+        and all(isinstance(i, numbers.Integral) and not isinstance(i, bool) and i >= 0 for i in bias)
+        and all(isinstance(x, numbers.Real) and -math.inf <= x < math.inf for x in bias.values())
     ):
         raise ValueError(f"logit_bias must be {{token id: number below infinity}} or a tensor [V]; got {bias!r}")
 
