@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import threading
 import warnings
@@ -96,9 +95,6 @@ class DiffusionModel:
     def block_length(self) -> int | None:
         """Length of the blocks the model was trained with, None where it has none or does not say."""
         return getattr(self.config, "block_size", None) or self.family.block_length
-
-    def attached(self):
-        return contextlib.nullcontext()
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Input embeddings `[B, Q, hidden]` of tokens `[B, Q]`."""
