@@ -306,9 +306,8 @@ def write(tmp_path, make, change=None, **config):
 
 def our_logits(model, tokens, **window):
     adapted = adapt(model)
-    with adapted.attached():
-        positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
-        return adapted.logits(adapted.hidden(tokens, positions, AttentionWindow(**window)))
+    positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+    return adapted.logits(adapted.hidden(tokens, positions, AttentionWindow(**window)))
 
 
 def llada_as_llama(seed: int = 0) -> Checkpoint:

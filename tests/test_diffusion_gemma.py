@@ -98,15 +98,14 @@ class TestForward:
             window = AttentionWindow(at, torch.stack((origin, torch.full_like(origin, last)), 1), cache, **visibility)
             return model.hidden(tokens, positions[:, first:last], window, opinion=opinion)
 
-        with model.attached():
-            bounds = [0, *appended, ids.shape[1]]
-            for first, last in itertools.pairwise(bounds):
-                hidden(ids[:, first:last], first, causal_block=1)
-            opinion = None
-            if said is not None:
-                opinion = model.mean_embedding(said.flatten(0, 1), 0.0).unflatten(0, said.shape[:2])
-            end = torch.full_like(origin, ids.shape[1])
-            return model.logits(hidden(canvas, ids.shape[1], opinion, context_end=end))
+        bounds = [0, *appended, ids.shape[1]]
+        for first, last in itertools.pairwise(bounds):
+            hidden(ids[:, first:last], first, causal_block=1)
+        opinion = None
+        if said is not None:
+            opinion = model.mean_embedding(said.flatten(0, 1), 0.0).unflatten(0, said.shape[:2])
+        end = torch.full_like(origin, ids.shape[1])
+        return model.logits(hidden(canvas, ids.shape[1], opinion, context_end=end))
 
     @pytest.mark.parametrize("text", [
         {}, {"global_head_dim": 512, "sliding_window": 4}, {"head_dim": 256, "global_head_dim": 256},

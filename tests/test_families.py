@@ -904,7 +904,6 @@ class TestEsm:
         tokens, cache = torch.randint(4, 32, (2, 19)), dk.KVCache(19)
         full = our_logits(model, tokens, cache=cache)
         adapted, columns = adapt(model), torch.arange(7, 12).expand(2, 5)
-        with adapted.attached():
-            window = AttentionWindow(slots=columns.int().contiguous(), cache=cache)
-            part = adapted.logits(adapted.hidden(tokens[:, 7:12], columns, window))
+        window = AttentionWindow(slots=columns.int().contiguous(), cache=cache)
+        part = adapted.logits(adapted.hidden(tokens[:, 7:12], columns, window))
         numerics.assert_close("block", part, esm(position, False).double()(tokens).logits[:, 7:12], full[:, 7:12])

@@ -34,8 +34,7 @@ def own_logits(model, tokens, valid=None):
 
 def our_logits(model, tokens, window, positions):
     adapted = adapt(model)
-    with adapted.attached():
-        return adapted.logits(adapted.hidden(tokens, positions, window))
+    return adapted.logits(adapted.hidden(tokens, positions, window))
 
 
 @pytest.fixture(autouse=True)

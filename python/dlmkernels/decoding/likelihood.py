@@ -199,12 +199,11 @@ class _Task:
                     sample = 0.0
             pending.clear()
 
-        with self.model.attached():
-            for item in masks:
-                pending.append(item)
-                if len(pending) == at_once:
-                    yield from run()
-            yield from run()
+        for item in masks:
+            pending.append(item)
+            if len(pending) == at_once:
+                yield from run()
+        yield from run()
 
     def _forward(self, masks: list[Tensor]) -> list[Tensor]:
         """Log-probabilities float64 `[B, L]` of the masked answer tokens under each of some masks; 0 elsewhere."""

@@ -57,93 +57,92 @@ def decode(
     # A rule that takes tokens back may also take back an end token: that counts once its block is finished.
     fills_at_once = config.eos_policy == "fill" and rule.slots == "open"
     whole = canvas.columns(torch.full_like(canvas.origin, start), canvas.tokens.shape[1] - start)
-    with model.attached():
-        for number, (block, in_block) in enumerate(zip(blocks, most_open)):
-            forward.begin_block()
-            constrained.begin_block()
-            if in_block > 0 and forward.commits_apart and forward.lacks_context(block):
-                took_part = forward.append_context(block)
-                if config.seeded:
-                    first = torch.where(took_part, block.outer, canvas.tokens.shape[1])
-                    window = canvas.window(canvas.columns(first, 1), 1)
-                    one = torch.ones_like(first)
-                    step = options.step(
-                        model.logits(forward.last_of_context()), window, first, 1, 0, 1, one, one, 0.0, {}
-                    )
-                    step, action = constrained.act(step, lambda step: Action(step.used))
-                    assert action.commit is not None
-                    commit_tokens(
-                        canvas, config, special, window.positions, step.token, action.commit, step.confidence,
-                        fills_at_once,
-                    )  # fmt: skip
-                    took_part &= window.positions[:, 0] < 0  # the others have been counted
-                canvas.step.add_(took_part)
-            columns = _columns(canvas, block)
-            open_at_start = open_now = _open_in(canvas, columns)
-            counts = OpenCount(in_block, sum(most_open[number:]))
-            counts.submit(_open_counts(canvas, columns))
-            working = open_now > 0
-            memory: dict[str, Tensor] = {}
-            # What a constraint has kept open when the rule has done its steps gets more, as long as they help.
-            for index in range(block.max_steps + constrained.may_leave_open * block.length):
-                is_extra = index >= block.max_steps
-                capacity, open_at_most = counts.latest()
-                if capacity == 0:
-                    break
-                if rule.slots == "open":
-                    window = canvas.window(columns, capacity)
-                else:
-                    window = canvas.free_window(whole if rule.slots == "canvas" else columns, working)
-                if constrained.may_leave_open:
-                    window = constrained.without_stuck(window, open_now > 0 if is_extra else None)
-                    if (is_extra or constrained.checks) and not window.used.any():
-                        break
-                progress = min((behind + index) / planned, 1.0)
-                logits = model.logits(forward(block, index, window, open_at_most, progress))
+    for number, (block, in_block) in enumerate(zip(blocks, most_open)):
+        forward.begin_block()
+        constrained.begin_block()
+        if in_block > 0 and forward.commits_apart and forward.lacks_context(block):
+            took_part = forward.append_context(block)
+            if config.seeded:
+                first = torch.where(took_part, block.outer, canvas.tokens.shape[1])
+                window = canvas.window(canvas.columns(first, 1), 1)
+                one = torch.ones_like(first)
                 step = options.step(
-                    logits, window, block.start, block.length, index, block.num_steps, open_at_start, open_now,
-                    min((behind + index + 1) / planned, 1.0), memory,
+                    model.logits(forward.last_of_context()), window, first, 1, 0, 1, one, one, 0.0, {}
+                )
+                step, action = constrained.act(step, lambda step: Action(step.used))
+                assert action.commit is not None
+                commit_tokens(
+                    canvas, config, special, window.positions, step.token, action.commit, step.confidence,
+                    fills_at_once,
                 )  # fmt: skip
-                step, action = constrained.act(step, one_each if is_extra else rule.act)
-                unfinished.see(step)
-                info = canvas.write(
-                    window.positions, _or(action.token, step.token),
-                    commit=action.commit, edit=action.edit, remask=action.remask, renoise=action.renoise,
-                    confidence=_or(action.confidence, step.confidence), step=canvas.step, seed=propose.seed,
-                    origin=canvas.origin, mask_token_id=special.mask, vocab_size=model.vocab_size or 0, eos_token_ids=special.eos,
-                    eos_policy="fill" if fills_at_once else "none", fill_token_id=special.pad,
-                )  # fmt: skip
-                if action.insert is not None:
-                    block_end = (block.start + block.length).clamp(max=canvas.tokens.shape[1])
-                    ops.splice_(
-                        canvas.tokens, torch.where(working, block.start, -1), insert=action.insert,
-                        remove=action.remove, end=block_end, state=canvas.state, commit_step=canvas.commit_step,
-                        commit_confidence=canvas.confidence, fill_token_id=special.mask,
-                    )  # fmt: skip
-                if action.embeds is not None and action.embedded is not None:
-                    forward.embed_next(window, action.embeds, action.embedded)
-                if model.self_conditions:
-                    forward.condition_next(window, logits, step.sampling_temperature)
-                if rule.slots == "open":
-                    open_now = info[:, 0].contiguous()
-                    counts.submit(info[:, :2].amax(0))
-                else:
-                    open_now = _open_in(canvas, columns)
-                    wanted = open_now > 0 if action.working is None else action.working
-                    working = working & (wanted | (open_now > 0) if constrained.may_leave_open else wanted)
-                    open_in_all = info[:, 1] if action.insert is None else canvas.is_open.sum(1)
-                    counts.submit(torch.stack((working.sum(), open_in_all.amax())))
-                if hasattr(streamer, "put_draft"):
-                    streamer.put_draft(canvas.tokens[0, start:end].cpu())
-            unfinished.end_block()
-            behind += block.num_steps
-            if config.eos_policy != "none" and not fills_at_once:
-                canvas.fill_after_eos(special.eos, special.pad)
-                counts.submit(_open_counts(canvas, columns))
-            if streamer is not None:
-                streamer.put(canvas.tokens[0, max(block.span[0], start) : min(block.span[1], end)].cpu())
-            if counts.latest()[1] == 0:
+                took_part &= window.positions[:, 0] < 0  # the others have been counted
+            canvas.step.add_(took_part)
+        columns = _columns(canvas, block)
+        open_at_start = open_now = _open_in(canvas, columns)
+        counts = OpenCount(in_block, sum(most_open[number:]))
+        counts.submit(_open_counts(canvas, columns))
+        working = open_now > 0
+        memory: dict[str, Tensor] = {}
+        # What a constraint has kept open when the rule has done its steps gets more, as long as they help.
+        for index in range(block.max_steps + constrained.may_leave_open * block.length):
+            is_extra = index >= block.max_steps
+            capacity, open_at_most = counts.latest()
+            if capacity == 0:
                 break
+            if rule.slots == "open":
+                window = canvas.window(columns, capacity)
+            else:
+                window = canvas.free_window(whole if rule.slots == "canvas" else columns, working)
+            if constrained.may_leave_open:
+                window = constrained.without_stuck(window, open_now > 0 if is_extra else None)
+                if (is_extra or constrained.checks) and not window.used.any():
+                    break
+            progress = min((behind + index) / planned, 1.0)
+            logits = model.logits(forward(block, index, window, open_at_most, progress))
+            step = options.step(
+                logits, window, block.start, block.length, index, block.num_steps, open_at_start, open_now,
+                min((behind + index + 1) / planned, 1.0), memory,
+            )  # fmt: skip
+            step, action = constrained.act(step, one_each if is_extra else rule.act)
+            unfinished.see(step)
+            info = canvas.write(
+                window.positions, _or(action.token, step.token),
+                commit=action.commit, edit=action.edit, remask=action.remask, renoise=action.renoise,
+                confidence=_or(action.confidence, step.confidence), step=canvas.step, seed=propose.seed,
+                origin=canvas.origin, mask_token_id=special.mask, vocab_size=model.vocab_size or 0, eos_token_ids=special.eos,
+                eos_policy="fill" if fills_at_once else "none", fill_token_id=special.pad,
+            )  # fmt: skip
+            if action.insert is not None:
+                block_end = (block.start + block.length).clamp(max=canvas.tokens.shape[1])
+                ops.splice_(
+                    canvas.tokens, torch.where(working, block.start, -1), insert=action.insert,
+                    remove=action.remove, end=block_end, state=canvas.state, commit_step=canvas.commit_step,
+                    commit_confidence=canvas.confidence, fill_token_id=special.mask,
+                )  # fmt: skip
+            if action.embeds is not None and action.embedded is not None:
+                forward.embed_next(window, action.embeds, action.embedded)
+            if model.self_conditions:
+                forward.condition_next(window, logits, step.sampling_temperature)
+            if rule.slots == "open":
+                open_now = info[:, 0].contiguous()
+                counts.submit(info[:, :2].amax(0))
+            else:
+                open_now = _open_in(canvas, columns)
+                wanted = open_now > 0 if action.working is None else action.working
+                working = working & (wanted | (open_now > 0) if constrained.may_leave_open else wanted)
+                open_in_all = info[:, 1] if action.insert is None else canvas.is_open.sum(1)
+                counts.submit(torch.stack((working.sum(), open_in_all.amax())))
+            if hasattr(streamer, "put_draft"):
+                streamer.put_draft(canvas.tokens[0, start:end].cpu())
+        unfinished.end_block()
+        behind += block.num_steps
+        if config.eos_policy != "none" and not fills_at_once:
+            canvas.fill_after_eos(special.eos, special.pad)
+            counts.submit(_open_counts(canvas, columns))
+        if streamer is not None:
+            streamer.put(canvas.tokens[0, max(block.span[0], start) : min(block.span[1], end)].cpu())
+        if counts.latest()[1] == 0:
+            break
     if streamer is not None:
         streamer.end()
     return output_of(canvas, start, end, unfinished)

@@ -54,45 +54,44 @@ def decode_pipelined(
     stream, unfinished = Stream(streamer, canvas, start), Unfinished(canvas, rule)
     counts = OpenCount(most_rows, width)
     counts.submit(torch.stack(((reach - first).amax(), blocks.num_open.amax())))
-    with model.attached():
-        for _ in range(width):
-            rows, capacity = counts.latest()
-            if capacity == 0:
-                break
-            # A count that is late may lack a block for each step it is behind; and not know of a prefix to be renewed.
-            rows = (
-                min(rows + counts.behind * grid.length, most_rows) if prefix is None or not counts.behind else most_rows
-            )
-            capacity = min(capacity + counts.behind * grid.length, width)
-            context = blocks.context
-            columns = first[:, None] + torch.arange(rows, dtype=torch.int32, device=first.device)
-            used = (columns < reach[:, None]) & canvas.is_open.any(1, keepdim=True)
-            seen = reach.clamp(max=rows) if config.cache == "none" else reach
-            hidden = forward.at(columns, seen, used, **visibility)
-            # The row before the first forwarded one comes from the cached part; without one the first stands for it.
-            hidden = torch.cat((hidden[:, :1] if carried is None else carried, hidden), 1)
-            window = blocks.window(capacity)
-            row = window.positions - first[:, None] + (0 if forward.shift else 1)
-            logits = model.logits(_rows(hidden, row).flatten(0, 1))
-            open_now = blocks.num_open
-            step = options.step(logits, window, grid.first, width, 0, 1, open_now, open_now, 0.0, {})
-            unfinished.see(step)
-            chosen = rule.select_by_block(step, blocks.is_active)
-            info = commit_tokens(canvas, config, special, window.positions, step.token, chosen, step.confidence)
-            if config.cache == "block":
-                carried = _rows(hidden, (context - first)[:, None])
-                first = context
-            eos = info[:, 6] if config.eos_policy != "none" else torch.full_like(info[:, 6], -1)
-            if rule.closes_at_eos:
-                canvas.close_behind(torch.where(info[:, 1] > 0, eos, -1))
-            blocks.advance(eos < 0)
-            if config.attention == "block":
-                reach = blocks.end
-            if prefix is not None:
-                first = prefix.advance(blocks.context)
-            has_open = blocks.num_open > 0
-            counts.submit(torch.stack((((reach - first) * has_open).amax(), blocks.num_open.amax())))
-            stream.step(end)
+    for _ in range(width):
+        rows, capacity = counts.latest()
+        if capacity == 0:
+            break
+        # A count that is late may lack a block for each step it is behind; and not know of a prefix to be renewed.
+        rows = (
+            min(rows + counts.behind * grid.length, most_rows) if prefix is None or not counts.behind else most_rows
+        )
+        capacity = min(capacity + counts.behind * grid.length, width)
+        context = blocks.context
+        columns = first[:, None] + torch.arange(rows, dtype=torch.int32, device=first.device)
+        used = (columns < reach[:, None]) & canvas.is_open.any(1, keepdim=True)
+        seen = reach.clamp(max=rows) if config.cache == "none" else reach
+        hidden = forward.at(columns, seen, used, **visibility)
+        # The row before the first forwarded one comes from the cached part; without one the first stands for it.
+        hidden = torch.cat((hidden[:, :1] if carried is None else carried, hidden), 1)
+        window = blocks.window(capacity)
+        row = window.positions - first[:, None] + (0 if forward.shift else 1)
+        logits = model.logits(_rows(hidden, row).flatten(0, 1))
+        open_now = blocks.num_open
+        step = options.step(logits, window, grid.first, width, 0, 1, open_now, open_now, 0.0, {})
+        unfinished.see(step)
+        chosen = rule.select_by_block(step, blocks.is_active)
+        info = commit_tokens(canvas, config, special, window.positions, step.token, chosen, step.confidence)
+        if config.cache == "block":
+            carried = _rows(hidden, (context - first)[:, None])
+            first = context
+        eos = info[:, 6] if config.eos_policy != "none" else torch.full_like(info[:, 6], -1)
+        if rule.closes_at_eos:
+            canvas.close_behind(torch.where(info[:, 1] > 0, eos, -1))
+        blocks.advance(eos < 0)
+        if config.attention == "block":
+            reach = blocks.end
+        if prefix is not None:
+            first = prefix.advance(blocks.context)
+        has_open = blocks.num_open > 0
+        counts.submit(torch.stack((((reach - first) * has_open).amax(), blocks.num_open.amax())))
+        stream.step(end)
     stream.finish(end)
     return output_of(canvas, start, end, unfinished)
 

@@ -50,29 +50,28 @@ def decode_reordered(
     stream, unfinished = Stream(streamer, canvas, start), Unfinished(canvas, rule)
     counts = OpenCount(end - start, end - start)
     counts.submit(torch.stack((canvas.is_open.sum(1).amax(),) * 2))
-    with model.attached():
-        for _ in range(end - start):
-            if counts.latest()[1] == 0:
-                break
-            is_open = canvas.is_open
-            any_open = is_open.any(1)
-            first = torch.where(any_open, is_open.int().argmax(1), end).int()
-            columns = final[:, None] + torch.arange(length, dtype=torch.int32, device=final.device)
-            used = (columns < first[:, None] + rule.window) & any_open[:, None]
-            order = forward.reading_order()
-            limit = order.gather(1, columns.clamp(max=width - 1).long())
-            hidden = forward.at(columns, forward.ends, used, q_limit=limit, k_order=order)
-            window = canvas.window(canvas.columns(first, rule.window), rule.window)
-            row = (window.positions - final[:, None]).clamp(min=0).long()
-            picked = hidden.gather(1, row[:, :, None].expand(-1, -1, hidden.shape[2])).flatten(0, 1)
-            count = window.used.sum(1, dtype=torch.int32)
-            step = options.step(model.logits(picked), window, first, rule.window, 0, 1, count, count, 0.0, {})
-            unfinished.see(step)
-            info = commit_tokens(
-                canvas, config, special, window.positions, step.token, rule.select(step), step.confidence
-            )
-            counts.submit(info[:, 1].amax().expand(2))
-            final, length = first, 2 * rule.window
-            stream.step(end)
+    for _ in range(end - start):
+        if counts.latest()[1] == 0:
+            break
+        is_open = canvas.is_open
+        any_open = is_open.any(1)
+        first = torch.where(any_open, is_open.int().argmax(1), end).int()
+        columns = final[:, None] + torch.arange(length, dtype=torch.int32, device=final.device)
+        used = (columns < first[:, None] + rule.window) & any_open[:, None]
+        order = forward.reading_order()
+        limit = order.gather(1, columns.clamp(max=width - 1).long())
+        hidden = forward.at(columns, forward.ends, used, q_limit=limit, k_order=order)
+        window = canvas.window(canvas.columns(first, rule.window), rule.window)
+        row = (window.positions - final[:, None]).clamp(min=0).long()
+        picked = hidden.gather(1, row[:, :, None].expand(-1, -1, hidden.shape[2])).flatten(0, 1)
+        count = window.used.sum(1, dtype=torch.int32)
+        step = options.step(model.logits(picked), window, first, rule.window, 0, 1, count, count, 0.0, {})
+        unfinished.see(step)
+        info = commit_tokens(
+            canvas, config, special, window.positions, step.token, rule.select(step), step.confidence
+        )
+        counts.submit(info[:, 1].amax().expand(2))
+        final, length = first, 2 * rule.window
+        stream.step(end)
     stream.finish(end)
     return output_of(canvas, start, end, unfinished)

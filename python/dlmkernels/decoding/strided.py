@@ -57,36 +57,35 @@ def decode_strided(
     offset = torch.arange(2 * rule.stride - 1, dtype=torch.int32, device=device)
     counts = OpenCount(end - start, end - start)
     counts.submit(torch.stack((canvas.is_open.sum(1).amax(),) * 2))
-    with model.attached():
-        for _ in range(end - start):
-            if counts.latest()[1] == 0:
-                break
-            # Last token, drafts, masks: as many rows as this request has a use for.
-            inside = (last[:, None] + offset).clamp(max=canvas.tokens.shape[1] - 1).long()
-            tokens = torch.full_like(inside, special.mask)
-            tokens[:, 0] = canvas.tokens.gather(1, inside[:, :1])[:, 0]
-            drafted = (drafts >= 0).int().cumprod(1).sum(1, dtype=torch.int32)
-            tokens[:, 1 : rule.stride] = torch.where(offset[:drafts_at_most] < drafted[:, None], drafts, special.mask)
-            used = (offset < rule.stride + drafted[:, None]) & canvas.is_open.any(1, keepdim=True)
-            columns = last[:, None] + offset
-            if before:
-                of_prompt = torch.arange(before, dtype=torch.int32, device=device).expand(batch, -1)
-                columns = torch.cat((of_prompt, columns), 1)
-                tokens = torch.cat((canvas.tokens[:, :before], tokens), 1)
-                used = torch.cat((used[:, :1].expand(-1, before), used), 1)
-            hidden = forward.at(columns, forward.ends, used, tokens, causal_block=1)[:, before:]
-            before = 0
-            accepted, token, p, next_drafts = verifier(model.logits(hidden), drafts, drafted, last)
-            count = accepted + 1
-            window = last[:, None] + 1 + offset[: rule.stride]
-            is_open = canvas.is_open.gather(1, window.clamp(max=canvas.tokens.shape[1] - 1).long())
-            is_new = (offset[: rule.stride] < count[:, None]) & is_open & (window < end)
-            info = commit_tokens(canvas, config, special, torch.where(is_new, window, -1), token, is_new, p)
-            counts.submit(info[:, 1].amax().expand(2))
-            # The masks stood behind all drafts: what they draft follows if none was rejected.
-            drafts = torch.where((accepted == drafted)[:, None], next_drafts, -1)
-            last = (last + count).clamp(max=end - 1)
-            stream.step(end)
+    for _ in range(end - start):
+        if counts.latest()[1] == 0:
+            break
+        # Last token, drafts, masks: as many rows as this request has a use for.
+        inside = (last[:, None] + offset).clamp(max=canvas.tokens.shape[1] - 1).long()
+        tokens = torch.full_like(inside, special.mask)
+        tokens[:, 0] = canvas.tokens.gather(1, inside[:, :1])[:, 0]
+        drafted = (drafts >= 0).int().cumprod(1).sum(1, dtype=torch.int32)
+        tokens[:, 1 : rule.stride] = torch.where(offset[:drafts_at_most] < drafted[:, None], drafts, special.mask)
+        used = (offset < rule.stride + drafted[:, None]) & canvas.is_open.any(1, keepdim=True)
+        columns = last[:, None] + offset
+        if before:
+            of_prompt = torch.arange(before, dtype=torch.int32, device=device).expand(batch, -1)
+            columns = torch.cat((of_prompt, columns), 1)
+            tokens = torch.cat((canvas.tokens[:, :before], tokens), 1)
+            used = torch.cat((used[:, :1].expand(-1, before), used), 1)
+        hidden = forward.at(columns, forward.ends, used, tokens, causal_block=1)[:, before:]
+        before = 0
+        accepted, token, p, next_drafts = verifier(model.logits(hidden), drafts, drafted, last)
+        count = accepted + 1
+        window = last[:, None] + 1 + offset[: rule.stride]
+        is_open = canvas.is_open.gather(1, window.clamp(max=canvas.tokens.shape[1] - 1).long())
+        is_new = (offset[: rule.stride] < count[:, None]) & is_open & (window < end)
+        info = commit_tokens(canvas, config, special, torch.where(is_new, window, -1), token, is_new, p)
+        counts.submit(info[:, 1].amax().expand(2))
+        # The masks stood behind all drafts: what they draft follows if none was rejected.
+        drafts = torch.where((accepted == drafted)[:, None], next_drafts, -1)
+        last = (last + count).clamp(max=end - 1)
+        stream.step(end)
     stream.finish(end)
     return output_of(canvas, start, end, Unfinished(canvas, rule))
 

@@ -67,49 +67,48 @@ def decode_variable(
     memory: dict[str, Tensor] = {}
     stream, unfinished = Stream(streamer, canvas, start), Unfinished(canvas, rule)
     counts = OpenCount(masks, longest)
-    with model.attached():
-        for index in range(rule.max_forwards(masks, most)):
-            capacity, rows = counts.latest()
-            if capacity == 0:
-                break
-            # A count that is late may lack what each of the steps since then can have inserted.
-            capacity = min(capacity + counts.behind * rule.most_growth, block_length)
-            rows = min(rows + counts.behind * rule.most_growth, canvas.tokens.shape[1])
-            is_open = canvas.is_open
-            working = is_open.any(1)
-            used = (columns[:rows] < length[:, None]) & working[:, None]
-            hidden = forward.at(columns[:rows].expand(len(first), -1), length.clamp(max=rows), used)
-            offset = (is_open.int().argmax(1).int() - first).clamp(min=0)
-            block = first + offset // block_length * block_length
-            in_block = canvas.columns(block, block_length)
-            if rule.slots == "open":
-                base, width = block, block_length
-                window = canvas.window(in_block, capacity)
-            else:
-                base, width = first, rows - start
-                window = canvas.free_window(canvas.columns(first, width), working)
-            row = forward.speaker_of(window.positions).clamp(max=rows - 1).long()
-            picked = hidden.gather(1, row[:, :, None].expand(-1, -1, hidden.shape[2]))
-            logits = model.logits(picked.flatten(0, 1))
-            room = torch.minimum(limit - length, rule.max_insertions(most) - inserted)
-            rule.restrict(logits.unflatten(0, row.shape), room)
-            open_now = canvas.open_in(in_block).sum(1, dtype=torch.int32)
-            step = options.step(logits, window, block, block_length, index, 1, open_now, open_now, 0.0, memory, room)
-            unfinished.see(step)
-            action = rule.act(step)
-            assert action.commit is not None and action.insert is not None and action.remove is not None
-            commit_tokens(canvas, config, special, window.positions, step.token, action.commit, step.confidence)
-            place = torch.where(window.used, window.positions - base[:, None], width).long()
-            inserted += _splice(
-                canvas, length, base, special, _by_place(action.insert, place, width),
-                _by_place(action.remove, place, width),
-            )  # fmt: skip
-            if action.append is not None:
-                append = action.append.masked_fill(~working, 0)[:, None]
-                inserted += _splice(canvas, length, length.clone(), special, append.contiguous(), None)
-            still_open = canvas.is_open.sum(1, dtype=torch.int32)
-            counts.submit(torch.stack((still_open.amax(), (length * (still_open > 0)).amax())))
-            stream.step(length)
+    for index in range(rule.max_forwards(masks, most)):
+        capacity, rows = counts.latest()
+        if capacity == 0:
+            break
+        # A count that is late may lack what each of the steps since then can have inserted.
+        capacity = min(capacity + counts.behind * rule.most_growth, block_length)
+        rows = min(rows + counts.behind * rule.most_growth, canvas.tokens.shape[1])
+        is_open = canvas.is_open
+        working = is_open.any(1)
+        used = (columns[:rows] < length[:, None]) & working[:, None]
+        hidden = forward.at(columns[:rows].expand(len(first), -1), length.clamp(max=rows), used)
+        offset = (is_open.int().argmax(1).int() - first).clamp(min=0)
+        block = first + offset // block_length * block_length
+        in_block = canvas.columns(block, block_length)
+        if rule.slots == "open":
+            base, width = block, block_length
+            window = canvas.window(in_block, capacity)
+        else:
+            base, width = first, rows - start
+            window = canvas.free_window(canvas.columns(first, width), working)
+        row = forward.speaker_of(window.positions).clamp(max=rows - 1).long()
+        picked = hidden.gather(1, row[:, :, None].expand(-1, -1, hidden.shape[2]))
+        logits = model.logits(picked.flatten(0, 1))
+        room = torch.minimum(limit - length, rule.max_insertions(most) - inserted)
+        rule.restrict(logits.unflatten(0, row.shape), room)
+        open_now = canvas.open_in(in_block).sum(1, dtype=torch.int32)
+        step = options.step(logits, window, block, block_length, index, 1, open_now, open_now, 0.0, memory, room)
+        unfinished.see(step)
+        action = rule.act(step)
+        assert action.commit is not None and action.insert is not None and action.remove is not None
+        commit_tokens(canvas, config, special, window.positions, step.token, action.commit, step.confidence)
+        place = torch.where(window.used, window.positions - base[:, None], width).long()
+        inserted += _splice(
+            canvas, length, base, special, _by_place(action.insert, place, width),
+            _by_place(action.remove, place, width),
+        )  # fmt: skip
+        if action.append is not None:
+            append = action.append.masked_fill(~working, 0)[:, None]
+            inserted += _splice(canvas, length, length.clone(), special, append.contiguous(), None)
+        still_open = canvas.is_open.sum(1, dtype=torch.int32)
+        counts.submit(torch.stack((still_open.amax(), (length * (still_open > 0)).amax())))
+        stream.step(length)
     stream.finish(length)
     return output_of(canvas, start, max(int(length.amax()), start), unfinished, length)
 

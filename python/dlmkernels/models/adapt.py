@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import threading
@@ -23,7 +22,7 @@ from .families import ARCHITECTURES, FAMILIES, Architecture, Family
 from .fields import longest_canvas
 from .load import from_pretrained
 from .probe import is_causal
-from .published import Question, form_of, known_types, plan
+from .published import FORMS, Question, form_of, known_types, plan
 from .twin import twin_of
 from .wrappers import unwrap
 
@@ -61,6 +60,7 @@ class DiffusionModel:
 
     def _build(self) -> None:
         """The modules that decode."""
+        self._architecture.check_family(self.family.name)
         self._twin = twin_of(self.model, NAME)
         self._rotaries = rotary.fix_lengths(self._twin)
         self._head = self._architecture.head(self._twin)
@@ -69,7 +69,6 @@ class DiffusionModel:
         """The same of the model as it is now: attributes of its modules may have changed, an adapter been disabled."""
         new = copy.copy(self)
         if family is not None:
-            self._architecture.check_family(family.name)
             new.family = family
         new._build()
         return new
@@ -98,9 +97,6 @@ class DiffusionModel:
     def block_length(self) -> int | None:
         """Length of the blocks the model was trained with, None where it has none or does not say."""
         return getattr(self.config, "block_size", None) or self.family.block_length
-
-    def attached(self):
-        return contextlib.nullcontext()
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Input embeddings `[B, Q, hidden]` of tokens `[B, Q]`."""
@@ -167,7 +163,6 @@ class EncoderDecoderModel(DiffusionModel):
     def __init__(self, model: PreTrainedModel, architecture: Architecture, family: Family):
         super().__init__(model, architecture, family)
         self.text_config = model.config.text_config
-        architecture.check_family(family.name)
         if self.text_config.use_bidirectional_attention == "all":
             raise ValueError(
                 "model must have a causal encoder; its configuration has use_bidirectional_attention='all'"
@@ -237,18 +232,19 @@ class LogitsModel(DiffusionModel):
     model : Module
         Without its wrappers.
     family : Family
-    call : callable
-        What is called: the model with its wrappers.
+    outermost : callable, optional
+        What is called: the model with its wrappers. None: `model`.
     """
 
     reuses_kv = False
 
-    def __init__(self, model, family: Family, call):
-        self.model, self.family, self._call = model, family, call
+    def __init__(self, model, family: Family = FAMILIES["masked"], outermost=None):
+        self.model, self.family = model, family
+        self._outermost = model if outermost is None else outermost
         self._by_length = any(map(rotary.depends_on_length, model.modules()))
 
-    def renewed(self, family: Family | None = None) -> DiffusionModel:
-        return LogitsModel(self.model, family or self.family, self._call)
+    def _build(self) -> None:
+        """Nothing: the model decodes itself."""
 
     @property
     def config(self):
@@ -284,7 +280,7 @@ class LogitsModel(DiffusionModel):
                     "one by one"
                 )
             named["attention_mask"] = _valid(tokens, window.kv_range)
-        return self._call(*inputs, **named).logits.to(tokens.device)
+        return self._outermost(*inputs, **named).logits.to(tokens.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return hidden
@@ -348,6 +344,8 @@ def adapt(model, *, family: str | None = None, causal: bool | None = None) -> Di
         _refuse_causal(adapted)
     model_type = getattr(adapted.config, "model_type", None) or type(within).__name__
     what = f"does not know model type '{model_type}'"
+    if model_type in FORMS:
+        what = f"knows model type '{model_type}' in its published form, which this {type(within).__name__} has not"
     if model_type in ARCHITECTURES:
         what = (
             f"knows model type '{model_type}' as {ARCHITECTURES[model_type].model_class}, not {type(within).__name__}"

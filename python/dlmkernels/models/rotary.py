@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from .twin import twin_of
+
 #: Rows of a batch that have the same frequencies, and the stock module with those; None stands for all rows.
 Groups = list[tuple[Tensor | None, nn.Module]]
 #: By the id of each `RequestRotary` of a model.
@@ -71,13 +73,14 @@ class RequestRotary(nn.Module):
 
     def forward(self, x: Tensor, position_ids: Tensor, *args, **kwargs):
         """Cosines and sines of the positions `[B, Q]`, as the stock module returns them."""
+        position_ids = position_ids.to(x.device)
         groups = (_in_use.get() or {}).get(id(self))
         if groups is None:
             groups = self.groups((position_ids.amax(1) + 1).tolist())
         if groups[0][0] is None:
             return groups[0][1](x, position_ids, *args, **kwargs)
         parts = [
-            (rows.to(x.device), module(x, position_ids[rows.to(position_ids.device)], *args, **kwargs))
+            (rows.to(x.device), module(x, position_ids[rows.to(x.device)], *args, **kwargs))
             for rows, module in groups
             if rows is not None
         ]
@@ -106,8 +109,8 @@ class RequestRotary(nn.Module):
     def _with_frequencies(self, reached: tuple[int, ...]) -> nn.Module:
         """The stock module with frequencies that stay what they are."""
         stock, scaled = self.stock, _scaled(self.stock)
-        module = object.__new__(type(stock))
-        vars(module).update(vars(stock), _buffers=dict(stock._buffers))
+        module = twin_of(stock)
+        vars(module)["_buffers"] = dict(stock._buffers)
         for (kind, scaling), length in zip(scaled.items(), reached):
             prefix = "" if kind is None else f"{kind}_"
             if length == 0:
