@@ -27,7 +27,7 @@ from transformers.utils.hub import cached_files, extract_commit_hash
 
 #: Arguments of `from_pretrained` that say where a file is found.
 WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False,
+QUIET: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False,
          "_raise_exceptions_for_gated_repo": False}  # fmt: skip
 ADAPTER_CONFIG = "adapter_config.json"
 #: The name of the model that comes with the package.
