@@ -39,12 +39,17 @@ def version_of(module: str) -> tuple[int, ...]:
 def missing() -> list[str]:
     """What `[build-system] requires` asks for and this interpreter lacks."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    wanted = re.findall(r'"([\w-]+)>=([\d.]+)"', re.search(r"^requires = .*$", text, re.M)[0])
+    (requires,) = re.findall(r"^requires = .*$", text, re.M)
     lacking = []
-    for name, least in wanted:
-        found = tool(name) if name == "cmake" else version_of(name) >= tuple(map(int, least.split(".")))
-        if not found or (name == "setuptools" and importlib.util.find_spec("setuptools") is None):
-            lacking.append(f"{name}>={least}")
+    for name, least in re.findall(r'"([\w-]+)(?:>=([\d.]+))?"', requires):
+        if name == "ninja":
+            continue  # make does as well
+        if name == "cmake":
+            found = tool(name) is not None  # from anywhere
+        else:
+            found = importlib.util.find_spec(name) is not None and version_of(name) >= tuple(map(int, least.split(".")))
+        if not found:
+            lacking.append(f"{name}>={least}" if least else name)
     return lacking
 
 

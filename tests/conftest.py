@@ -1,10 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 import on_device
+
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # the tests that need it are skipped
+    pass
+else:
+    # fixtures that are the same for every example
+    quiet = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
+    settings.register_profile("ci", derandomize=True, database=None, max_examples=12, **quiet)
+    settings.register_profile("long", max_examples=2000, print_blob=True, **quiet)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_addoption(parser):

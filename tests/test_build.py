@@ -54,6 +54,52 @@ def test_schema_mismatch_would_be_caught(tmp_path):
     assert "reads as (Tensor, int?, int, int[], str, bool)" in run(str(tmp_path / "schema"))
 
 
+SETUP = """
+import runpy, sys
+sys.path.insert(0, "cmake")
+import find_torch
+{change}
+sys.argv = ["setup.py", *{arguments}]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+NO_TORCH = "find_torch.candidates = lambda: iter(())"
+NO_TOOLS = "import backend; backend.version_of, backend.tool = lambda name: (1,), lambda name: None"
+
+
+def stopped(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and not done.stdout
+    return done.stderr.strip()
+
+
+@pytest.mark.parametrize("command", ["dist_info", "bdist_wheel", "editable_wheel", "build_ext"])
+def test_what_is_missing_is_said_first(command):
+    """`dist_info` is what pip calls first: after it, it downloads what torch>=2.11 means to it."""
+    without_torch = stopped(SETUP.format(change=NO_TORCH, arguments=[command]))
+    assert "install torch >= 2.11" in without_torch and "pip install --no-build-isolation ." in without_torch
+    said = stopped(SETUP.format(change=NO_TOOLS, arguments=[command]))
+    assert said == (
+        'dlmkernels cannot be built yet: run first pip install "setuptools>=77" "pybind11>=2.13" "cmake>=3.22"'
+    )
+
+
+@pytest.mark.parametrize("hook", [
+    "get_requires_for_build_wheel", "get_requires_for_build_editable", "build_wheel", "build_editable",
+    "prepare_metadata_for_build_wheel",
+])  # fmt: skip
+def test_hooks_of_the_backend(hook):
+    """The first ones where a build is isolated; the others where not even setuptools is there."""
+    hide = "import importlib.util as u; find = u.find_spec; u.find_spec = lambda name: None if name == 'setuptools' else find(name)"
+    code = f"import sys; sys.path.insert(0, 'cmake')\nimport find_torch\n{NO_TORCH}\n"
+    if not hook.startswith("get"):
+        code, expected = f"{code.replace(NO_TORCH, '')}{hide}\n", 'run first pip install "setuptools>=77"'
+    else:
+        expected = "install torch >= 2.11"
+    assert expected in stopped(
+        f"{code}import backend; backend.{hook}({'None' if hook.startswith('get') else repr('x')})"
+    )
+
+
 @pytest.mark.slow
 def test_sdist_builds_and_runs(tmp_path):
     """The source archive holds all that a build needs; the wheel built from it works from another folder."""
