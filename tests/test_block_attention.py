@@ -96,7 +96,9 @@ def naive(c, dtype):
     (_, _, H, D), G = c["q"].shape, c["k_cache"].shape[2]
     visible = mask_of(c)
     k, v = (torch.nan_to_num(cache).repeat_interleave(H // G, 2) for cache in scattered(c))
-    s = torch.einsum("bqhd,bshd->bhqs", torch.nan_to_num(c["q"]), k * (D**-0.5 if c.get("scale") is None else c["scale"]))
+    s = torch.einsum(
+        "bqhd,bshd->bhqs", torch.nan_to_num(c["q"]), k * (D**-0.5 if c.get("scale") is None else c["scale"])
+    )
     if softcap := c.get("softcap"):
         s = softcap * torch.tanh(s / softcap)
     s = s.masked_fill(~visible.unsqueeze(1), -inf)
