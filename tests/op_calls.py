@@ -70,7 +70,7 @@ def verify_drafts():
 
 
 def splice_():
-    B, T, W = 2, 9, 3
+    B, T = 2, 9
     return dict(
         tokens=torch.randint(0, 90, (B, T)), start=i32([1, 4]), insert=i32([[0, 2, 0], [1, 0, 0]]),
         remove=torch.tensor([[True, False, False], [False, False, True]]), length=i32([6, 8]),

@@ -159,7 +159,7 @@ def test_temperatures_of_tensors(op):
 
 def test_refusals_are_value_errors_and_runtime_errors():
     for kind in (ValueError, RuntimeError):
-        with pytest.raises(kind, match="^token_confidence: logits must have dtype .*; got Double"):
+        with pytest.raises(kind, match=r"^token_confidence: logits must have dtype .*; got Double"):
             ops.token_confidence(torch.zeros(1, 3, dtype=torch.float64))
 
 
@@ -171,10 +171,13 @@ def test_none_for_a_tensor(op):
         with pytest.raises(TypeError, match=f"^{op}: {name} must be a tensor; got None$"):
             getattr(ops, op)(**(op_calls.CALLS[op]() | {name: None}))
         others = {other: v for other, v in op_calls.CALLS[op]().items() if other != name and v is not None}
-        with pytest.raises(RuntimeError, match=f"^{op}: {name} must be a tensor; got None$"):
-            op_calls.registered(op)(**(others | {name: None}))
+        for device in ("cpu", "meta"):
+            there = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in others.items()}
+            with pytest.raises(RuntimeError, match=f"^{op}: {name} must be a tensor; got None$"):
+                op_calls.registered(op)(**(there | {name: None}))
+    nothing = {a.name: None for a in op_calls.registered(op)._schema.arguments if not a.has_default_value()}
     with pytest.raises(TypeError, match=f"^{op}: {required[0]} must be a tensor; got None$"):
-        getattr(ops, op)(**dict.fromkeys(required))
+        getattr(ops, op)(**nothing)
 
 
 @pytest.mark.on_cpu

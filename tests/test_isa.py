@@ -6,12 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from dlmkernels import _C, ops
 
+CPU = Path(__file__).resolve().parents[1] / "csrc/cpu"
 BEST = [isa for isa in _C.cpu_isas() if isa != "amx"][-1]  # no processor has timed AMX: it must be asked for
 
 
@@ -124,3 +126,39 @@ def test_tile_instructions_stay_in_their_namespace():
     assert not {name: what for name, what in found.items() if "dlm::cpu::amx::" not in name}
     built = "amx" in _C.cpu_isas() or "not in this build" not in refusal("amx")
     assert any("Item<dlm::cpu::amx::" in name for name in found) == built
+
+
+# For each op, the instruction sets that it has kernels of its own for; every other uses those of the next lower one.
+KERNELS = {
+    "block_attention": ["generic", "avx2", "avx512", "avx512bf16", "amx"],
+    "token_confidence": ["generic", "avx2", "avx512"],
+    "select_tokens": ["generic"],
+    "remask_": ["generic"],
+    "verify_drafts": ["generic"],
+    "splice_": ["generic"],
+    "soft_embedding": ["generic", "avx512"],
+}
+ALL = KERNELS["block_attention"]
+
+
+def built(isa):
+    """Whether the kernels of an instruction set are in this build, on whatever processor."""
+    return isa in _C.cpu_isas() or "not in this build" not in refusal(isa)
+
+
+@pytest.mark.parametrize("op", KERNELS)
+def test_the_kernels_of_every_instruction_set(op):
+    """What is used where an instruction set is in use, as the kernels are chosen."""
+    for isa, used in _C.cpu_kernels()[op].items():
+        lower = [name for name in ALL[: ALL.index(isa) + 1] if name in KERNELS[op] and built(name)]
+        assert used == lower[-1], isa
+
+
+def test_the_kernels_are_those_of_the_sources():
+    """The table above names every file with kernels of an op, and the table of the library every op."""
+    assert list(_C.cpu_kernels()) == sorted(KERNELS)
+    assert all(list(kernels) == sorted(ALL) for kernels in _C.cpu_kernels().values())
+    for op, isas in KERNELS.items():
+        name = op.rstrip("_")
+        files = {path.stem.removeprefix(f"{name}_") for path in CPU.glob(f"{name}_*.cpp")}
+        assert files == set(isas), op

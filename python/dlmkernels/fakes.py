@@ -4,9 +4,16 @@
 import torch
 
 
-def _check_devices(op, anchor_name, anchor, arguments):
-    """Refuse tensors on several devices: with one of them on "meta" no kernel, and so none of its checks, would run."""
-    for name, value in arguments.items():
+def _check_devices(op, needed, optional):
+    """Refuse tensors on several devices: with one of them on "meta" no kernel, and so none of its checks, would run.
+
+    The first of those that are needed is the one on whose device all others must be.
+    """
+    for name, value in needed.items():
+        if value is None:
+            raise RuntimeError(f"{op}: {name} must be a tensor; got None")
+    anchor_name, anchor = next(iter(needed.items()))
+    for name, value in (needed | optional).items():
         if isinstance(value, torch.Tensor) and value.device != anchor.device:
             raise RuntimeError(f"{op}: {name} must be on the device of {anchor_name}; got {value.device}")
 
@@ -28,8 +35,8 @@ def _check_gradients(op, **arguments):
 
 @torch.library.register_fake("dlmkernels::block_attention")
 def _block_attention(q, k_new, v_new, k_cache, v_cache, slots=None, kv_range=None, **optional):
-    given = {"k_new": k_new, "v_new": v_new, "k_cache": k_cache, "v_cache": v_cache, "slots": slots}
-    _check_devices("block_attention", "q", q, given | {"kv_range": kv_range} | optional)
+    given = {"k_new": k_new, "v_new": v_new, "slots": slots, "kv_range": kv_range}
+    _check_devices("block_attention", {"q": q, "k_cache": k_cache, "v_cache": v_cache}, given | optional)
     _check_gradients("block_attention", q=q, k_new=k_new, v_new=v_new, k_cache=k_cache, v_cache=v_cache)
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
@@ -39,7 +46,7 @@ def _block_attention(q, k_new, v_new, k_cache, v_cache, slots=None, kv_range=Non
 
 @torch.library.register_fake("dlmkernels::token_confidence")
 def _token_confidence(logits, *, row_map=None, with_margin=True, with_entropy=True, **optional):
-    _check_devices("token_confidence", "logits", logits, {"row_map": row_map, **optional})
+    _check_devices("token_confidence", {"logits": logits}, {"row_map": row_map, **optional})
     _check_gradients("token_confidence", logits=logits, **optional)
     rows = logits.shape[0] if row_map is None else row_map.shape[0]
 
@@ -63,7 +70,7 @@ def _token_confidence(logits, *, row_map=None, with_margin=True, with_entropy=Tr
 
 @torch.library.register_fake("dlmkernels::select_tokens")
 def _select_tokens(score, eligible, rule="none", **optional):
-    _check_devices("select_tokens", "score", score, {"eligible": eligible, **optional})
+    _check_devices("select_tokens", {"score": score, "eligible": eligible}, optional)
     return score.new_empty(score.shape, dtype=torch.bool), score.new_empty(score.shape[:1], dtype=torch.int32)
 
 
@@ -74,8 +81,8 @@ INFO_COLUMNS = 9  # kInfoColumns of csrc/common/params.h
 
 @torch.library.register_fake("dlmkernels::remask_")
 def _remask_(tokens, state, position, proposal, **optional):
-    needed = {"state": state, "position": position, "proposal": proposal}
-    _check_devices("remask_", "tokens", tokens, needed | optional)
+    needed = {"tokens": tokens, "state": state, "position": position, "proposal": proposal}
+    _check_devices("remask_", needed, optional)
     _check_gradients("remask_", **optional)
     return tokens.new_empty((tokens.shape[0], INFO_COLUMNS), dtype=torch.int32)
 
@@ -85,7 +92,7 @@ def _remask_(tokens, state, position, proposal, **optional):
 
 @torch.library.register_fake("dlmkernels::verify_drafts")
 def _verify_drafts(drafts, token, **optional):
-    _check_devices("verify_drafts", "drafts", drafts, {"token": token, **optional})
+    _check_devices("verify_drafts", {"drafts": drafts, "token": token}, optional)
     return drafts.new_empty(drafts.shape[:1], dtype=torch.int32), token.new_empty(token.shape)
 
 
@@ -96,7 +103,7 @@ SPLICE_COLUMNS = 3  # kSpliceColumns of csrc/common/params.h
 
 @torch.library.register_fake("dlmkernels::splice_")
 def _splice_(tokens, start, **optional):
-    _check_devices("splice_", "tokens", tokens, {"start": start, **optional})
+    _check_devices("splice_", {"tokens": tokens, "start": start}, optional)
     _check_gradients("splice_", **optional)
     info = tokens.new_empty((tokens.shape[0], SPLICE_COLUMNS), dtype=torch.int32)
     return tokens.new_empty(tokens.shape, dtype=torch.int32), info
@@ -107,6 +114,6 @@ def _splice_(tokens, start, **optional):
 
 @torch.library.register_fake("dlmkernels::soft_embedding")
 def _soft_embedding(logits, weight, *, row_map=None, **optional):
-    _check_devices("soft_embedding", "logits", logits, {"weight": weight, "row_map": row_map, **optional})
+    _check_devices("soft_embedding", {"logits": logits, "weight": weight}, {"row_map": row_map, **optional})
     _check_gradients("soft_embedding", logits=logits, weight=weight, **optional)
     return weight.new_empty((logits.shape[0] if row_map is None else row_map.shape[0], weight.shape[1]))
