@@ -108,8 +108,8 @@ def decode(
                     window.positions, _or(action.token, step.token),
                     commit=action.commit, edit=action.edit, remask=action.remask, renoise=action.renoise,
                     confidence=_or(action.confidence, step.confidence), step=canvas.step, seed=propose.seed,
-                    origin=canvas.origin, mask_token_id=special.mask, vocab_size=model.vocab_size or 0, eos_token_ids=special.eos,
-                    eos_policy="fill" if fills_at_once else "none", fill_token_id=special.pad,
+                    origin=canvas.origin, mask_token_id=special.mask, vocab_size=model.vocab_size or 0,
+                    eos_token_ids=special.eos, eos_policy="fill" if fills_at_once else "none", fill_token_id=special.pad,
                 )  # fmt: skip
                 if action.insert is not None:
                     block_end = (block.start + block.length).clamp(max=canvas.tokens.shape[1])
