@@ -101,6 +101,8 @@ def generate(
     is_open = (columns >= prompt_length) & (columns < grid.ends[:, None])
     if given is not None:
         given = _check_given(model, given, batch, config)
+        if special.mask >= 0 and bool((given == special.mask).any()):
+            raise ValueError(f"given holds the mask token ({special.mask}): -1 stands where a token is to be decoded")
         masks[:, : config.max_new_tokens] = torch.where(given >= 0, given, masks[:, : config.max_new_tokens])
         is_open[:, prompt_length:end] &= given < 0
     canvas = Canvas.of(torch.cat((tokens, masks), 1), is_open, origin, grid.ends)
