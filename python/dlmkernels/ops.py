@@ -419,11 +419,11 @@ def remask_(
 ) -> Tensor:
     """Commit, edit, remask and renoise canvas positions of a batch: one denoising step, in place.
 
-    The state of a position is a sum of bits: ``STATE_OPEN`` (1, still to be decided), ``STATE_FROZEN`` (2, given: prompt
-    or infill context; never written, neither open nor decided whatever its other bits), ``STATE_EDITED`` (4, an edit
-    has replaced its token), ``STATE_DIRTY`` (8, its token has changed since its keys and values were written; whoever
-    writes those clears it). Other bits are kept. Positions from `end` on do not belong to the request: they are never
-    written, and are neither open nor decided nor given.
+    The state of a position is a sum of bits: ``STATE_OPEN`` (1, still to be decided), ``STATE_FROZEN`` (2, given:
+    prompt or infill context; never written, neither open nor decided whatever its other bits), ``STATE_EDITED`` (4, an
+    edit has replaced its token), ``STATE_DIRTY`` (8, its token has changed since its keys and values were written;
+    whoever writes those clears it). Other bits are kept. Positions from `end` on do not belong to the request: they
+    are never written, and are neither open nor decided nor given.
 
     Of the masks that apply to a slot, only the last of this list acts, and the others leave no trace:
 

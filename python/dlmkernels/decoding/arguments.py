@@ -104,7 +104,9 @@ def check_prompt(tokens: Tensor, attention_mask: Tensor | None, special: Special
         )
 
 
-def check_given(model: DiffusionModel, given: Tensor, batch: int, config: DecodingConfig) -> Tensor:
+def check_given(
+    model: DiffusionModel, given: Tensor, batch: int, config: DecodingConfig, special: SpecialTokens
+) -> Tensor:  # fmt: skip
     """Tokens of the answers that are given, int64 `[B, max_new_tokens]`."""
     shapes = ((config.max_new_tokens,), (batch, config.max_new_tokens))
     if not isinstance(given, Tensor) or given.dtype != torch.int64 or given.shape not in shapes:
@@ -115,6 +117,8 @@ def check_given(model: DiffusionModel, given: Tensor, batch: int, config: Decodi
     low, high = given.min().item(), given.max().item()
     if low < -1 or (model.vocab_size is not None and high >= model.vocab_size):
         raise ValueError(f"given must hold ids from 0 to {model.vocab_size} - 1, or -1; got ids from {low} to {high}")
+    if special.mask >= 0 and bool((given == special.mask).any()):
+        raise ValueError(f"given holds the mask token ({special.mask}): -1 stands where a token is to be decoded")
     check_block_by_block("given", config.rule)
     return given.expand(batch, -1)
 

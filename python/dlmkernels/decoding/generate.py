@@ -127,7 +127,7 @@ def generate(
     columns = torch.arange(length, device=tokens.device)
     is_open = (columns >= prompt_length) & (columns < grid.ends[:, None])
     if given is not None:
-        given = check_given(model, given, batch, config)
+        given = check_given(model, given, batch, config, special)
         masks[:, : config.max_new_tokens] = torch.where(given >= 0, given, masks[:, : config.max_new_tokens])
         is_open[:, prompt_length:end] &= given < 0
     canvas = Canvas.of(torch.cat((tokens, masks), 1), is_open, origin, grid.ends, pair.negative)

@@ -57,6 +57,7 @@ def decode(
     # A rule that takes tokens back may also take back an end token: that counts once its block is finished.
     fills_at_once = config.eos_policy == "fill" and rule.slots == "open"
     whole = canvas.columns(torch.full_like(canvas.origin, start), canvas.tokens.shape[1] - start)
+    shown = start
     for number, (block, in_block) in enumerate(zip(blocks, most_open)):
         forward.begin_block()
         constrained.begin_block()
@@ -109,8 +110,9 @@ def decode(
                 window.positions, _or(action.token, step.token),
                 commit=action.commit, edit=action.edit, remask=action.remask, renoise=action.renoise,
                 confidence=_or(action.confidence, step.confidence), step=canvas.step, seed=propose.seed,
-                origin=canvas.origin, mask_token_id=special.mask, vocab_size=model.vocab_size or 0, eos_token_ids=special.eos,
-                eos_policy="fill" if fills_at_once else "none", fill_token_id=special.pad,
+                origin=canvas.origin, mask_token_id=special.mask, vocab_size=model.vocab_size or 0,
+                eos_token_ids=special.eos, eos_policy="fill" if fills_at_once else "none",
+                fill_token_id=special.pad,
             )  # fmt: skip
             if action.insert is not None:
                 block_end = (block.start + block.length).clamp(max=canvas.tokens.shape[1])
@@ -140,10 +142,13 @@ def decode(
             canvas.fill_after_eos(special.eos, special.pad)
             counts.submit(_open_counts(canvas, columns))
         if streamer is not None:
-            streamer.put(canvas.tokens[0, max(block.span[0], start) : min(block.span[1], end)].cpu())
+            shown = min(block.span[1], end)
+            streamer.put(canvas.tokens[0, max(block.span[0], start) : shown].cpu())
         if counts.latest()[1] == 0:
             break
     if streamer is not None:
+        if shown < end:  # padding of blocks that have not been entered
+            streamer.put(canvas.tokens[0, shown:end].cpu())
         streamer.end()
     return output_of(canvas, start, end, unfinished)
 

@@ -63,11 +63,14 @@ class TimeGrid(Rule):
         return num_steps
 
     def times(self, step: Step) -> tuple[float, float]:
-        """Ends t > s of the step's interval."""
+        """Ends t > s of the step's interval.
+
+        Rounded, so that a time which is a boundary of a rule on paper is that very number.
+        """
         intervals = max(step.num_steps - self.denoise, 1)
-        width = (1 - self.eps) / intervals
-        t = 1 - width * min(step.index, intervals)
-        return t, max(t - width, self.eps)
+        index = min(step.index, intervals)
+        t, s = (1 - (1 - self.eps) * i / intervals for i in (index, index + 1))
+        return round(t, 12), round(max(s, self.eps), 12)
 
 
 @dataclass(frozen=True)

@@ -107,8 +107,9 @@ class TimeQuota(Rule):
         if step.index >= step.num_steps - 1:
             return step.select("none", fill=step.open_now)
         width = (1 - self.eps) / step.num_steps
-        t = 1 - width * step.index
-        return step.select("none", fill=(step.open_now * (1 - (t - width) / t)).int())
+        share = width / (1 - width * step.index)
+        # a product that is a whole number on paper must not fall short of it
+        return step.select("none", fill=(step.open_now.double() * share + 1e-9).int())
 
     @property
     def uses_steps(self) -> bool:

@@ -130,7 +130,7 @@ class EarlyAnswer(Rule):
 
     Prophet (Li et al., arXiv:2508.19982): the answer is clear when the gap between the two largest logits, averaged
     over its positions, reaches `gaps[0]` in the first third of the planned forwards, `gaps[1]` in the second and
-    `gaps[2]` in the last.
+    `gaps[2]` in the last. The n-th of N forwards is in the second third from n / N = 0.33 on, in the last from 0.67.
 
     Attributes
     ----------
