@@ -22,7 +22,7 @@ import gpu  # noqa: E402
 from steps import Run, Step  # noqa: E402
 
 pytestmark = pytest.mark.on_cpu
-SUPPORT = ("conftest.py", "harness.py", "device.py", "machine.py", "limits.cpp", "pytest.ini")
+SUPPORT = ("conftest.py", "harness.py", "device.py", "limits.cpp", "pytest.ini")
 
 
 def python(code):
