@@ -28,9 +28,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT / "scripts"))
 
-from machine import processor  # noqa: E402
 from steps import Run, Step, missing  # noqa: E402
 
 BUDGET = 570.0  # seconds
@@ -168,6 +167,9 @@ def environment(on_cpu: bool) -> dict:
 
     card: dict
     if on_cpu:
+        sys.path.insert(0, str(ROOT / "python"))
+        from dlmkernels.info import processor  # which has been built
+
         card = {"gpu": processor(), "capability": ""}
     elif torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)

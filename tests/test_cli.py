@@ -39,7 +39,14 @@ def generate(capsys, *argv, prompt=SUM):
 def test_info_names_what_is_in_use(capsys):
     code, out, err = run(capsys, "info")
     assert code == 0 and err == ""
-    for expected in (dk.__version__, torch.__version__, dk._C.cpu_isa(), "CUDA kernels", "processors"):
+    for expected in (
+        dk.__version__,
+        torch.__version__,
+        dk._C.cpu_isa(),
+        "CUDA kernels",
+        "processors",
+        info.processor(),
+    ):
         assert expected in out
 
 

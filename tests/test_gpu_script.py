@@ -22,7 +22,7 @@ import gpu  # noqa: E402
 from steps import Run, Step  # noqa: E402
 
 pytestmark = pytest.mark.on_cpu
-SUPPORT = ("conftest.py", "harness.py", "device.py", "machine.py", "limits.cpp", "pytest.ini")
+SUPPORT = ("conftest.py", "harness.py", "device.py", "limits.cpp", "pytest.ini")
 
 
 def python(code):
@@ -116,6 +116,25 @@ class TestSteps:
         with pytest.raises(KeyboardInterrupt):
             run([[Step("one", python("0"), 1)], [Step("two", python("0"), 1)]], ended=interrupt)
         assert seen == [1]
+
+    def test_an_end_from_outside(self, tmp_path):
+        """A runner that cancels the script ends its steps with it."""
+        note, code = tmp_path / "child", """
+            import os, pathlib, signal, sys
+            sys.path.insert(0, "scripts")
+            from steps import Run, Step
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+            folder = pathlib.Path(sys.argv[1])
+            hang = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(600)"
+            steps = [[Step("hangs", [sys.executable, "-c", hang, sys.argv[2]], 50)], [Step("next", ["true"], 1)]]
+            Run(folder, folder, folder, dict(os.environ), 60).all(steps)
+        """  # fmt: skip
+        script = subprocess.Popen([*python(code), str(tmp_path), str(note)], cwd=ROOT)
+        while not (note.exists() and note.read_text()):
+            time.sleep(0.05)
+        script.terminate()
+        assert script.wait(timeout=30) == 143 and is_gone(int(note.read_text()))
+        assert json.loads((tmp_path / "steps.json").read_text()) == []
 
     def test_only(self, run):
         steps = [[Step(name, python("0"), 1) for name in ("build", "build-native", "ops")]]

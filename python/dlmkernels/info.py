@@ -9,7 +9,9 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 # package -> what it is needed for; none of them is imported here
@@ -28,8 +30,9 @@ def collect() -> dict[str, Any]:
     -------
     dict
         Can be written as JSON. `versions`: package -> version or None; `build`: compiler, the torch it was built with,
-        CUDA architectures and why there are no others; `cuda_devices`: names that torch sees; `cpu`: instruction set in
-        use and why not a better one, threads, processors; `missing`: a list of {what, needed_for, how}.
+        CUDA architectures and why there are no others; `cuda_devices`: names that torch sees; `cpu`: its name, the
+        instruction set in use and why not a better one, threads, processors; `missing`: a list of {what, needed_for,
+        how}.
     """
     import numpy
     import torch
@@ -77,6 +80,7 @@ def collect() -> dict[str, Any]:
         "torch_cuda": torch.version.cuda,
         "cuda_devices": devices,
         "cpu": {
+            "name": processor(),
             "instruction_set": _C.cpu_isa(),
             "why_not_better": _C.cpu_isa_reason(),
             "threads": torch.get_num_threads(),
@@ -84,6 +88,15 @@ def collect() -> dict[str, Any]:
         },
         "missing": missing,
     }
+
+
+def processor(cpuinfo: str | None = None) -> str:
+    """Name of this machine's processor, from the text of /proc/cpuinfo or what else the system says."""
+    if cpuinfo is None:
+        file = Path("/proc/cpuinfo")
+        cpuinfo = file.read_text(errors="replace") if file.exists() else ""
+    name = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", cpuinfo, re.M)
+    return " ".join(name[1].split()) if name else platform.processor() or platform.machine()
 
 
 def usable_processors() -> int:
@@ -99,6 +112,7 @@ def text(info: dict[str, Any]) -> str:
     ]  # fmt: skip
     rows += [
         ("platform", info["platform"]),
+        ("processor", cpu["name"]),
         ("", ""),
         ("compiler", build["compiler"]),
         ("built with torch", build["torch"]),

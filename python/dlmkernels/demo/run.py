@@ -17,6 +17,7 @@ from torch import Tensor
 
 import dlmkernels as dk
 
+from ..info import processor
 from . import MODEL_DIR, board
 from .tasks import TASKS, Problem
 
@@ -151,6 +152,7 @@ def run(
     results = compare(model, tokenizer, count, cases, seed)
     (plot_grid if rules == "all" else plot)(results, folder / "dlmkernels-demo.png")
     notes = [f"`{name}`: {reason}" for name, reason in NOT_RUN.items()] if rules == "all" else []
+    notes.append(f"Times: {processor()}, CPU kernels {dk._C.cpu_isa()}, threads {torch.get_num_threads()}")
     (folder / "dlmkernels-demo.md").write_text(markdown(results, notes), encoding="utf-8")
     say(f"\npictures: {folder / 'dlmkernels-demo.png'}, {folder / 'dlmkernels-sudoku.png'}")
     say(f"table: {folder / 'dlmkernels-demo.md'}")
