@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo    set up, build, and run the main job: decode the shipped model and compare unmasking rules
 # make test    set up, build, and run every test
-# make check   lint, types and the quick tests
+# make check   lint, types and the quick tests, the native ones of CUDA kernels among them
 # make bench   the benchmarks, each beside its baseline
 # make gpu     on a machine with a GPU, with the torch that PYTHON has: build, prove, measure (under ten minutes);
 #              with ARGS=--dry-run on any machine: whether that would work
@@ -52,7 +52,7 @@ $(STAMPS)/package: $(SOURCES) $(STAMPS)/tools
 demo: setup
 	$(PY) -m dlmkernels demo $(ARGS)
 
-# A worker a core, a thread a worker, a file at a time.
+# A worker a core, a thread a worker, a file at a time (native tests one by one: tests/conftest.py).
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest tests -n auto --dist loadfile --no-loadscope-reorder
 
 test: setup

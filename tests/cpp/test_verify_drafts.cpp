@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <map>
+#include <vector>
 
 #include "cpu/verify_drafts_generic.cpp"
 #include "kernels/verify_case.h"
@@ -77,38 +77,41 @@ TEST(rows_are_independent) {
   }
 }
 
-// Two ids whose shares of the rest and whose noise give the same value: the lower one is drawn,
-// whether one thread finds both, two lanes of a warp, or two warps.
+// Two ids whose noise gives the same value: the lower one is drawn, whether one thread finds both,
+// two lanes of a warp, or two warps.
 TEST(ties_fall_to_the_lowest_id) {
-  constexpr int64_t V = 8192, kPerThread = 8, kPerWarp = 32 * kPerThread;
+  constexpr int64_t V = 8192, kPerThread = 8, kThreads = 512;
+  const auto thread_of = [](int64_t id) { return id / kPerThread % kThreads; };
   for (const int apart : {0, 1, 2}) {
     C c(dlm::DType::kBFloat16, 1, 1, V, C::kRatio, 1);
-    const auto wanted = [&](int64_t a, int64_t b) {
-      const bool thread = a / kPerThread % 512 == b / kPerThread % 512;
-      const bool warp = a / kPerWarp % 16 == b / kPerWarp % 16;
-      return apart == (thread ? 0 : warp ? 1 : 2);
-    };
     int64_t low = -1, high = -1;
-    for (c.seed[0] = 0; high < 0 && c.seed[0] < 10000; ++c.seed[0]) {
-      std::map<float, int64_t> seen;
-      for (int64_t v = 0; v < V && high < 0; ++v) {
+    for (c.seed[0] = 0; c.seed[0] < 10000; ++c.seed[0]) {
+      std::vector<std::pair<float, int64_t>> values;
+      for (int64_t v = 0; v < V; v += 4) {
         const dlm::Philox4 bits =
             dlm::philox(uint64_t(c.seed[0]), uint32_t(c.position[0]), uint32_t(c.step[0]),
                         dlm::Stream::kResidual, uint32_t(v / 4));
-        const float value = dlm::div_rn(0.5f, dlm::exponential(bits.word[v % 4]));
-        const auto [at, fresh] = seen.emplace(value, v);
-        if (!fresh && wanted(at->second, v)) low = at->second, high = v;
+        for (int j = 0; j < 4; ++j)
+          values.emplace_back(dlm::div_rn(0.5f, dlm::exponential(bits.word[j])), v + j);
+      }
+      std::sort(values.begin(), values.end());
+      for (size_t i = 1; i < values.size() && high < 0; ++i) {
+        const int64_t a = values[i - 1].second, b = values[i].second;
+        if (values[i - 1].first != values[i].first) continue;
+        const bool same_thread = thread_of(a) == thread_of(b);
+        const bool same_warp = thread_of(a) / 32 == thread_of(b) / 32;
+        if (apart == (same_thread ? 0 : same_warp ? 1 : 2)) low = a, high = b;
       }
       if (high >= 0) break;
     }
     CHECK(high >= 0, "no tie found");
-    // The target is one of the two, the draft an id between them or behind.
+    // The target is one of the two, the draft an id of which it gives nothing.
     const int64_t draft = high - low > 1 ? low + 1 : high + 1;
     for (int64_t v = 0; v < V; ++v) {
       C::write(c.logits, c.p.dtype, v, v == low || v == high ? 0 : -INFINITY);
       C::write(c.draft_logits, c.p.dtype, v, v == draft ? 0 : -INFINITY);
     }
-    c.temperature[0] = 1, c.drafts[0] = draft;
+    c.temperature[0] = 1, c.drafts[0] = c.sound_drafts[0] = draft;
     c.logsumexp[0] = std::log(2.0f), c.draft_logsumexp[0] = 0;
     c.expect();
     run(dlm::cuda::start_verify_drafts(c.p, nullptr));

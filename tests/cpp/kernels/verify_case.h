@@ -98,7 +98,9 @@ struct VerifyCase {
         if (hostile && w < ends && below(4) == 0)
           drafts[i] = V + below(1ll << 40), sound_drafts[i] = 0;
         draft_row_map[i] = sound_draft_map[i] = int32_t(below(8) ? below(Q) : -1);
-        if (hostile && below(4) == 0) draft_row_map[i] = INT32_MAX, sound_draft_map[i] = -1;
+        if (hostile && below(4) == 0) {
+          draft_row_map[i] = int32_t(below(2) ? Q + below(B) : INT32_MAX), sound_draft_map[i] = -1;
+        }
       }
     }
     banned[0] = 0, banned[1] = -1, banned[2] = V / 2;
