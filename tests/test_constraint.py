@@ -42,7 +42,8 @@ UNIFORM_RULES = [
 
 def options_for(rule):
     """What each rule needs to run on a model with full attention and to draw."""
-    drawn = {"temperature": 1.0} if rule.draws or isinstance(rule, dk.AncestralRemask) else {}
+    draws = (rule.draws or isinstance(rule, dk.AncestralRemask)) and "temperature" not in rule.ignores
+    drawn = {"temperature": 1.0} if draws else {}
     return SHORT | {"rule": rule, "seed": 3} | drawn
 
 

@@ -411,5 +411,5 @@ def test_errors(model):
         dk.log_likelihood(model, ids, ids)
     with pytest.raises(ValueError, match="longer than the model's max_position_embeddings of 128"):
         dk.generate(model, ids, max_new_tokens=124)
-    with pytest.raises(ValueError, match="steps must be a number from 1"):
+    with pytest.raises(ValueError, match="steps must be an integer of at least 1"):
         dk.RenoisedEntropyBound(steps=0)

@@ -237,7 +237,7 @@ def test_what_has_no_probability(model):
     ({"answer": torch.full((2, 3), 97)}, "answer must hold ids"),
     ({"answer_mask": torch.tensor([[0, 1, 1]] * 2)}, "answer_mask must be 0 for padding on the right and 1 before it"),
     ({"answer_mask": torch.tensor([[0, 0, 0]] * 2)}, "answer_mask leaves row 0 of answer empty"),
-    ({"prompt": torch.zeros(2, 254, dtype=torch.int64)}, "longer than the model's max_position_embeddings of 256"),
+    ({"prompt": torch.full((2, 254), 5)}, "longer than the model's max_position_embeddings of 256"),
 ], ids=lambda v: None if isinstance(v, str) else ",".join(v))  # fmt: skip
 def test_errors(model, change, match):
     arguments = {"prompt": prompts(2, 5), "answer": prompts(2, 3, seed=2)} | change

@@ -252,7 +252,9 @@ def test_other_grids(grid, loaded):
 def test_a_request_does_not_depend_on_its_batch(family, cache, options, loaded):
     _, model = loaded(family)
     rule = dk.Pipeline(0.4, 0.1, 0.9) if family in D2F else dk.EntropyPipeline(1.5, 0.1, 0.9)
-    options = options | {"config": dk.DecodingConfig(cache=cache, refresh_interval=3), "rule": rule}
+    options = {name: value for name, value in options.items() if name not in rule.ignores}
+    interval = 3 if cache == "prefix" else None
+    options = options | {"config": dk.DecodingConfig(cache=cache, refresh_interval=interval), "rule": rule}
     options |= {"max_new_tokens": 27, "block_length": 8, "eos_token_id": 50, "pad_token_id": PAD}
     rows, ids, valid = ragged(seed=3)
     seeds = torch.tensor([4, 5, 6])

@@ -52,8 +52,11 @@ SEEDS = torch.tensor([11, 2**40 + 5, 7])
 def compare(model, plain, make, rule, restated_options=None, seeds=SEEDS, seed=0, **options):
     """Every row of a padded ragged batch against its request restated alone; how many tokens were taken back."""
     rows, ids, valid = ragged(seed=seed)
-    out = dk.generate(model, ids, valid, rule=rule, max_new_tokens=NEW, eos_policy="none", seed=seeds, **options)
-    alone = dk.generate(model, rows[0], rule=rule, max_new_tokens=NEW, eos_policy="none", seed=seeds[:1], **options)
+    ours = {"rule": rule, "max_new_tokens": NEW, "eos_policy": "none"} | options
+    if not rule.uses_steps:  # it has its own number of steps
+        ours.pop("steps", None)
+    out = dk.generate(model, ids, valid, seed=seeds, **ours)
+    alone = dk.generate(model, rows[0], seed=seeds[:1], **ours)
     assert torch.equal(alone.sequences[0, -NEW:], out.sequences[0, -NEW:])
     assert torch.equal(alone.commit_step[0, -NEW:], out.commit_step[0, -NEW:])
     requests = []
@@ -425,8 +428,8 @@ def test_row_mean():
 @pytest.mark.parametrize("make,match", [
     (lambda: dk.AncestralRemask(strategy="often"), "strategy must be one of cap, rescale, conf, loop; got 'often'"),
     (lambda: dk.AncestralRemask(eta=-1), "eta must be a number from 0 to 1"),
-    (lambda: dk.TokenEditing(max_post_steps=-1), "max_post_steps must be a number from 0"),
-    (lambda: dk.Backtracking(0), "count must be a number from 1"),
+    (lambda: dk.TokenEditing(max_post_steps=-1), "max_post_steps must be an integer of at least 0"),
+    (lambda: dk.Backtracking(0), "count must be an integer of at least 1"),
     (lambda: dk.RenoisedEntropyBound(bound=-1), "bound must be a number from 0"),
 ])  # fmt: skip
 def test_parameters(make, match):

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -38,7 +38,7 @@ def number(low: float = -math.inf, high: float = math.inf, *, above: bool = Fals
         if value is None and optional:
             return None
         x = plain(value)
-        is_number = isinstance(x, numbers.Real) and not isinstance(x, bool)
+        is_number = isinstance(x, int | float) and not isinstance(x, bool)
         fits = is_number and (math.isinf(x) or abs(x) <= FLOAT32.max)
         if not fits or not (low < x if above else low <= x) or not x <= high:
             beyond = " that float32 can hold" if is_number and abs(x) > FLOAT32.max else ""
@@ -63,11 +63,11 @@ def integer(low: int, high: int = LONGEST, *, optional: bool = False) -> Check:
         if value is None and optional:
             return None
         x = plain(value)
-        if not isinstance(x, numbers.Integral) or isinstance(x, bool) or not low <= x <= high:
-            is_too_large = isinstance(x, numbers.Integral) and x > high
+        if not isinstance(x, int) or isinstance(x, bool) or not low <= x <= high:
+            is_too_large = isinstance(x, int) and x > high
             limits = f"of at least {low}" + (f" and at most {high}" if is_too_large else "")
             raise ValueError(f"{name} must be {_or_none(optional)}an integer {limits}; got {value!r}")
-        return int(x)
+        return x
 
     return check
 
@@ -107,7 +107,7 @@ def one_of(*choices: str | None) -> Check:
 
     def check(name: str, value: Any) -> str | None:
         if not isinstance(value, str | None) or value not in choices:
-            raise ValueError(f"{name} must be one of {choices}; got {value!r}")
+            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
         return value
 
     return check
@@ -146,7 +146,7 @@ class ComparedByValue:
     """
 
     def _values(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, name) for name in self.__dataclass_fields__)  # type: ignore[attr-defined]
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))  # type: ignore[arg-type]
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):

@@ -47,14 +47,14 @@ def _token_ids(name: str, value: Any) -> int | tuple[int, ...] | None:
     value = plain(value)
     if value is None:
         return None
-    return _token_id(name, value) if isinstance(value, numbers.Number) else several(_token_id)(name, value)
+    return _token_id(name, value) if isinstance(value, int | float) else several(_token_id)(name, value)
 
 
 def _token_id(name: str, value: Any) -> Any:
     value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name} must be a token id, an integer; got {value!r}")
-    return int(value)
+    return value
 
 
 def _optional_token_id(name: str, value: Any) -> Any:

@@ -12,17 +12,18 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from .config import DEFAULTS
+from ..models.adapt import DiffusionModel, adapt
+from .config import DecodingConfig
 from .constraint import without
 from .generate import generate
 from .output import DecodingOutput
-from .resolve import ConfigLike
+from .resolve import ConfigLike, check_block_by_block, configuration
 
 #: Fields of a generation config that are honoured: by what is below, or (lengths, number of sequences, filters, end
 #: tokens, processors) by what transformers has made of them before it calls us.
@@ -42,15 +43,36 @@ INDIFFERENT = frozenset({
     "renormalize_logits", "remove_invalid_values", "bos_token_id", "decoder_start_token_id",
     "transformers_version", "_from_model_config", "_commit_hash",
 })  # fmt: skip
-#: Those that have no counterpart in parallel decoding, with the values that switch them off (None always does).
-REFUSED: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1,), "num_beam_groups": (1,), "constraints": (), "force_words_ids": (), "penalty_alpha": (0,),
-    "dola_layers": (), "prompt_lookup_num_tokens": (), "use_mtp": (False,), "max_time": (), "stop_strings": (),
-    "min_p": (), "top_h": (), "typical_p": (1,), "epsilon_cutoff": (0,), "eta_cutoff": (0,),
-    "repetition_penalty": (1,), "encoder_repetition_penalty": (1,), "no_repeat_ngram_size": (0,),
-    "encoder_no_repeat_ngram_size": (0,), "forced_bos_token_id": (), "exponential_decay_length_penalty": (),
-    "sequence_bias": (), "guidance_scale": (1,), "watermarking_config": (), "output_attentions": (False,),
-    "output_hidden_states": (False,), "output_scores": (False,), "output_logits": (False,),
+
+
+class Refused(NamedTuple):
+    """A field that has no counterpart in parallel decoding.
+
+    `off`: the values that switch it off, beside None; `made`: the class of what transformers makes of it.
+    """
+
+    off: tuple[Any, ...] = ()
+    made: str = ""
+
+
+REFUSED: dict[str, Refused] = {
+    "num_beams": Refused((1,)), "num_beam_groups": Refused((1,)), "constraints": Refused(),
+    "force_words_ids": Refused(), "penalty_alpha": Refused((0,)), "dola_layers": Refused(),
+    "prompt_lookup_num_tokens": Refused(), "use_mtp": Refused((False,)),
+    "max_time": Refused((), "MaxTimeCriteria"), "stop_strings": Refused((), "StopStringCriteria"),
+    "min_p": Refused((), "MinPLogitsWarper"), "top_h": Refused((), "TopHLogitsWarper"),
+    "typical_p": Refused((1,), "TypicalLogitsWarper"), "epsilon_cutoff": Refused((0,), "EpsilonLogitsWarper"),
+    "eta_cutoff": Refused((0,), "EtaLogitsWarper"),
+    "repetition_penalty": Refused((1,), "RepetitionPenaltyLogitsProcessor"),
+    "encoder_repetition_penalty": Refused((1,), "EncoderRepetitionPenaltyLogitsProcessor"),
+    "no_repeat_ngram_size": Refused((0,), "NoRepeatNGramLogitsProcessor"),
+    "encoder_no_repeat_ngram_size": Refused((0,), "EncoderNoRepeatNGramLogitsProcessor"),
+    "forced_bos_token_id": Refused((), "ForcedBOSTokenLogitsProcessor"),
+    "exponential_decay_length_penalty": Refused((), "ExponentialDecayLengthPenalty"),
+    "sequence_bias": Refused((), "SequenceBiasLogitsProcessor"),
+    "guidance_scale": Refused((1,), "UnbatchedClassifierFreeGuidanceLogitsProcessor"),
+    "watermarking_config": Refused((), "WatermarkLogitsProcessor"), "output_attentions": Refused((False,)),
+    "output_hidden_states": Refused((False,)), "output_scores": Refused((False,)), "output_logits": Refused((False,)),
 }  # fmt: skip
 #: What to use instead of some of them.
 INSTEAD = {
@@ -108,19 +130,25 @@ def custom_generate(
     caller = _caller()
     if caller.get("assistant_model") is not None:
         raise ValueError("assistant_model cannot be used with dlmkernels: many tokens are decoded at once without one")
-    if streamer is None and caller.get("streamer") is not None:
+    if caller.get("streamer") is not None:
         streamer = _WithoutPrompt(caller["streamer"])
+    adapted = adapt(model)
+    ours = configuration(adapted, decoding_config)
     attention_mask, inputs_embeds = _inputs(input_ids, model_kwargs)
-    _check_generation_config(model, generation_config)
-    options = _ids_of(model, generation_config, stopping_criteria)
-    options["max_new_tokens"] = _length(generation_config, stopping_criteria, input_ids.shape[1], decoding_config)
-    bans = Bans(model, input_ids.shape[1], options["max_new_tokens"])
+    left_out = _check_generation_config(model, generation_config)
+    criteria = [one for one in stopping_criteria or () if type(one).__name__ not in left_out]
+    options = _ids_of(model, generation_config, criteria)
+    options["max_new_tokens"] = _length(generation_config, criteria, input_ids.shape[1], ours)
+    samples = bool(generation_config is not None and generation_config.do_sample)
+    if samples:
+        options["temperature"] = 1.0
+    bans = Bans(input_ids.shape[1], options["max_new_tokens"])
     for processor in logits_processor or ():
-        _honour(processor, options, bans)
-    options |= bans.options(decoding_config)
+        if type(processor).__name__ not in left_out:
+            _honour(processor, options, bans, samples)
     out = generate(
-        model, None if inputs_embeds is not None else input_ids, attention_mask, decoding_config, streamer,
-        inputs_embeds=inputs_embeds, **options,
+        adapted, None if inputs_embeds is not None else input_ids, attention_mask, ours, streamer,
+        inputs_embeds=inputs_embeds, **options, **bans.options(adapted, ours),
     )  # fmt: skip
     sequences = out.sequences if inputs_embeds is None else torch.cat((input_ids, out.generated), 1)
     if generation_config is not None and generation_config.return_dict_in_generate:
@@ -135,7 +163,7 @@ def _as_model_output(out: DecodingOutput, sequences: Tensor) -> GenerateDiffusio
     )
 
 
-# --- what transformers does not pass on --------------------------------------------------------------------------------
+# --- what transformers does not pass on -------------------------------------------------------------------------------
 
 
 def _caller() -> dict[str, Any]:
@@ -145,10 +173,8 @@ def _caller() -> dict[str, Any]:
     signature, and these it has taken out before), so that they would be lost without a word.
     """
     frame = sys._getframe(2)
-    is_theirs = (
-        frame.f_code.co_name == "generate" and frame.f_globals.get("__name__") == "transformers.generation.utils"
-    )
-    return dict(frame.f_locals) if is_theirs else {}
+    name, module = frame.f_code.co_name, frame.f_globals.get("__name__")
+    return dict(frame.f_locals) if (name, module) == ("generate", "transformers.generation.utils") else {}
 
 
 class _WithoutPrompt:
@@ -168,7 +194,7 @@ class _WithoutPrompt:
         self._streamer.end()
 
 
-# --- inputs ------------------------------------------------------------------------------------------------------------
+# --- inputs -----------------------------------------------------------------------------------------------------------
 
 
 def _inputs(input_ids: Tensor, given: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
@@ -199,27 +225,30 @@ def _check_positions(positions: Tensor, tokens: Tensor, mask: Tensor | None) -> 
 # --- the generation config -----------------------------------------------------------------------------------------
 
 
-def _check_generation_config(model, config) -> None:
-    """Refuse what cannot be honoured; warn where it is the checkpoint that asks for it."""
-    if config is None:
-        return
+def _check_generation_config(model, config) -> set[str]:
+    """Refuse what cannot be honoured, and warn where it is the checkpoint that asks for it.
+
+    Returns the classes of what transformers has made of the latter.
+    """
+    left_out: set[str] = set()
     inherited = getattr(model, "generation_config", None)
-    for name, value in vars(config).items():
+    for name, value in vars(config).items() if config is not None else ():
         if name in HONOURED or name in INDIFFERENT or name.startswith("_") or not _is_on(name, value, config):
             continue
         instead = f"; use {INSTEAD[name]}" if name in INSTEAD else ""
-        if inherited is not None and value == getattr(inherited, name, None):
-            if name in REFUSED:
-                warnings.warn(
-                    f"{name}={value!r} of the model's generation config is left out: parallel decoding has no "
-                    f"counterpart of it{instead}", UserWarning, stacklevel=5,
-                )  # fmt: skip
-            continue  # what is not transformers' own is the checkpoint's business
-        raise ValueError(f"{name}={value!r} cannot be used with dlmkernels{instead}")
+        if inherited is None or value != getattr(inherited, name, None):
+            raise ValueError(f"{name}={value!r} cannot be used with dlmkernels{instead}")
+        if name in REFUSED:  # what is not transformers' own is the checkpoint's business
+            left_out.add(REFUSED[name].made)
+            warnings.warn(
+                f"{name}={value!r} of the model's generation config is left out: parallel decoding has no counterpart "
+                f"of it{instead}", UserWarning, stacklevel=5,
+            )  # fmt: skip
+    return left_out
 
 
 def _is_on(name: str, value: Any, config) -> bool:
-    if value is None or value in REFUSED.get(name, ()):
+    if value is None or (name in REFUSED and value in REFUSED[name].off):
         return False
     return name not in SAMPLING or bool(config.do_sample)
 
@@ -227,7 +256,7 @@ def _is_on(name: str, value: Any, config) -> bool:
 def _ids_of(model, config, criteria) -> dict[str, Any]:
     """End and padding tokens, where the call says something else than the model's generation config."""
     ends: list[int] = []
-    for one in criteria or ():
+    for one in criteria:
         if type(one).__name__ == "EosTokenCriteria":
             ends += one.eos_token_id.flatten().tolist()
         elif type(one).__name__ != "MaxLengthCriteria":
@@ -252,34 +281,31 @@ def _as_list(ids) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
-def _length(config, criteria, prompt_length: int, decoding_config: ConfigLike) -> int:
+def _length(config, criteria, prompt_length: int, ours: DecodingConfig) -> int:
     """How many tokens are to be generated."""
-    lengths = [one.max_length for one in criteria or () if type(one).__name__ == "MaxLengthCriteria"]
-    if config is not None:
+    lengths = [one.max_length for one in criteria if type(one).__name__ == "MaxLengthCriteria"]
+    if config is not None and config.max_length is not None:
         lengths.append(config.max_length)
-    ours = getattr(decoding_config, "max_new_tokens", DEFAULTS["max_new_tokens"])
-    if isinstance(decoding_config, dict):
-        ours = decoding_config.get("max_new_tokens", ours)
     if not lengths:
-        return ours
+        return ours.max_new_tokens
     length = min(lengths) - prompt_length
-    if config is not None and config.max_new_tokens is None and ours not in (length, DEFAULTS["max_new_tokens"]):
-        if length == DEFAULT_LENGTH:
-            raise ValueError(
-                f"max_new_tokens={ours} of decoding_config has no effect, since generate of transformers has a length "
-                f"of its own: pass max_new_tokens={ours} to it"
-            )
+    is_default = config is not None and config.max_new_tokens is None and length == DEFAULT_LENGTH
+    if is_default and "max_new_tokens" in ours.asked and ours.max_new_tokens != length:
+        raise ValueError(
+            f"max_new_tokens={ours.max_new_tokens} of decoding_config has no effect, since generate of transformers "
+            f"has a length of its own: pass max_new_tokens={ours.max_new_tokens} to it"
+        )
     return length
 
 
-# --- logits processors -------------------------------------------------------------------------------------------------
+# --- logits processors ------------------------------------------------------------------------------------------------
 
 
 class Bans:
     """Tokens that must not be generated, anywhere or at some positions of the answer."""
 
-    def __init__(self, model, prompt_length: int, length: int):
-        self.model, self.prompt_length, self.length = model, prompt_length, length
+    def __init__(self, prompt_length: int, length: int):
+        self.prompt_length, self.length = prompt_length, length
         self.everywhere: list[int] = []
         #: which tokens are banned, or are the only ones, in which positions; and what asks for it
         self.somewhere: list[tuple[list[int], slice]] = []
@@ -299,21 +325,22 @@ class Bans:
         self.only.append((_as_list(ids), slice(position, position + 1)))
         self.reasons.append(reason)
 
-    def options(self, decoding_config: ConfigLike) -> dict[str, Any]:
-        """The same as options of `generate`."""
+    def options(self, model: DiffusionModel, ours: DecodingConfig) -> dict[str, Any]:
+        """The same as options of `generate`, beside those of the configuration `ours`."""
         options: dict[str, Any] = {}
         if self.everywhere:
-            ours = getattr(decoding_config, "suppress_token_ids", ())
-            options["suppress_token_ids"] = list(dict.fromkeys([*ours, *self.everywhere]))
+            options["suppress_token_ids"] = list(dict.fromkeys([*ours.suppress_token_ids, *self.everywhere]))
         if self.reasons:
-            if getattr(decoding_config, "constraint", None) is not None:
+            if ours.constraint is not None:
                 raise ValueError(f"{self.reasons[0]} cannot be used with a constraint of decoding_config: put it there")
-            options["constraint"] = self._bitmask()
+            if model.vocab_size is None:
+                raise ValueError(f"{self.reasons[0]} needs a model whose configuration says its vocab_size")
+            check_block_by_block(self.reasons[0], ours.rule)
+            options["constraint"] = self._bitmask(model.vocab_size, model.device)
         return options
 
-    def _bitmask(self) -> Tensor:
-        vocab = self.model.get_output_embeddings().weight.shape[0]
-        mask = torch.full((1, self.length, -(-vocab // 32)), -1, dtype=torch.int32, device=self.model.device)
+    def _bitmask(self, vocab: int, device: torch.device) -> Tensor:
+        mask = torch.full((1, self.length, -(-vocab // 32)), -1, dtype=torch.int32, device=device)
         for ids, where in self.only:
             mask[:, where] = 0
             for i in ids:
@@ -341,7 +368,7 @@ def _top_p(p, options: dict[str, Any], bans: Bans) -> None:
     options["top_p"] = p.top_p
 
 
-#: What each class of processors comes to; the last entries come to nothing.
+#: What each class of processors comes to; the last two come to nothing.
 PROCESSORS: dict[str, Callable[[Any, dict[str, Any], Bans], Any]] = {
     "TemperatureLogitsWarper": lambda p, options, bans: options.update(temperature=p.temperature),
     "TopKLogitsWarper": lambda p, options, bans: options.update(top_k=p.top_k),
@@ -362,7 +389,7 @@ PROCESSORS: dict[str, Callable[[Any, dict[str, Any], Bans], Any]] = {
 }  # fmt: skip
 
 
-def _honour(processor, options: dict[str, Any], bans: Bans) -> None:
+def _honour(processor, options: dict[str, Any], bans: Bans, samples: bool) -> None:
     """Turn a logits processor into options of `generate` or bans; refuse one that cannot be."""
     name = type(processor).__name__
     is_theirs = type(processor).__module__.startswith("transformers.")
@@ -371,4 +398,6 @@ def _honour(processor, options: dict[str, Any], bans: Bans) -> None:
             f"logits_processor: {name} cannot be used with dlmkernels, which decodes many positions at once, in any "
             "order; a constraint of decoding_config can say which tokens are allowed where"
         )
+    if name.endswith("Warper") and not samples:
+        raise ValueError(f"logits_processor: {name} has no effect without do_sample=True")
     PROCESSORS[name](processor, options, bans)

@@ -36,7 +36,6 @@ APPROXIMATED = "cache='prefix', 'dual' or 'delayed', or sub_block_cache"
 
 #: Fields that need others; those of `Rule.ignores` need another rule, and the rest always has an effect.
 NEEDS: dict[str, Need] = {
-    "sub_block_length": Need(lambda c: c.rule.by_block, BY_BLOCK),
     "steps": Need(lambda c: c.rule.uses_steps, "a rule with a fixed schedule, such as Quota (others take as many "
                   "forwards as they need)"),
     "top_k": Need(_filters, FILTERED),
@@ -62,8 +61,8 @@ NEEDS: dict[str, Need] = {
         "cache='block' with " + BY_BLOCK + ", not seeded and without attention='causal-context'",
     ),
     "eos_token_id": Need(
-        lambda c: c.eos_policy != "none" or c.rule.reads_ends, "eos_policy='fill' or 'block', or a rule that looks for "
-        "the end",
+        lambda c: c.eos_policy != "none" or "eos_policy" in c.asked or c.rule.reads_ends,
+        "eos_policy='fill' or 'block', or a rule that looks for the end",
     ),
     "eos_policy": Need(lambda c: c.eos_policy != "block" or c.rule.by_block, "where it is 'block', " + BY_BLOCK),
     "block_grid": Need(lambda c: c.attention == "block", "attention='block'"),

@@ -29,7 +29,7 @@ def prepare(
     """
     model = adapt(model)
     _check_model(model)
-    wanted = _configuration(model, config).replace(**overrides)
+    wanted = configuration(model, config).replace(**overrides)
     resolved = wanted
     if task:
         if wanted.rule.decodes not in ("anything", task):
@@ -48,7 +48,7 @@ def prepare(
 def _check_model(model: DiffusionModel) -> None:
     if getattr(model.model, "training", False):
         raise ValueError("model is in training mode (dropout would be active): call model.eval() first")
-    parameter = next(iter(model.model.parameters()), None)
+    parameter = None if isinstance(model, LogitsModel) else next(iter(model.model.parameters()), None)
     if parameter is not None and parameter.dtype == torch.float64:
         raise ValueError(
             "model must have parameters of float32, bfloat16 or float16, the dtypes of the kernels; got float64: call "
@@ -56,7 +56,7 @@ def _check_model(model: DiffusionModel) -> None:
         )
 
 
-def _configuration(model: DiffusionModel, config: ConfigLike) -> DecodingConfig:
+def configuration(model: DiffusionModel, config: ConfigLike) -> DecodingConfig:
     """What `config` stands for: itself, a preset's name, fields; or the decoder of the model's family."""
     if isinstance(config, DecodingConfig):
         return config

@@ -52,7 +52,7 @@ class Strided(Rule):
 
     @property
     def ignores(self) -> frozenset[str]:
-        names = {"block_length", "score", "defer_token_ids", "order_temperature", "seeded"}
+        names = {"block_length", "sub_block_length", "score", "defer_token_ids", "order_temperature", "seeded"}
         # drafts are then compared under the tempered distribution
         return frozenset(names if self.leniency is None else names | {"distribution"})
 
@@ -76,7 +76,7 @@ class SelfSpeculative(Rule):
 
     @property
     def ignores(self) -> frozenset[str]:
-        return frozenset({"score", "defer_token_ids", "order_temperature"})
+        return frozenset({"sub_block_length", "score", "defer_token_ids", "order_temperature"})
 
     def select(self, step):
         raise TypeError("SelfSpeculative has a loop of its own and selects nothing of a step")
@@ -105,7 +105,7 @@ class Reordered(Rule):
 
     @property
     def ignores(self) -> frozenset[str]:
-        return frozenset({"block_length", "score", "defer_token_ids", "seeded"})
+        return frozenset({"block_length", "sub_block_length", "score", "defer_token_ids", "seeded"})
 
     def select(self, step: Step) -> Tensor:
         distance = step.window.positions - step.window.positions[:, :1]  # slots ascend
@@ -170,6 +170,7 @@ class EntropyPipeline(Pipeline):
 
     needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
     closes_at_eos: ClassVar[bool] = True
+    limits: ClassVar[Mapping[str, Check]] = {**Pipeline.limits, "delay": integer(1), "best_of_all": flag}
 
     threshold: float = 0.5
     delay: int = 2
@@ -195,7 +196,6 @@ class VariableLength(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    limits: ClassVar[Mapping[str, Check]] = {**Pipeline.limits, "delay": integer(1), "best_of_all": flag}
     by_block: ClassVar[bool] = False
 
     @property

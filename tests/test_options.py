@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""No option without effect; numbers of any kind; configurations as values."""
+
+import copy
+import dataclasses
+import inspect
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+import dlmkernels as dk
+from dlmkernels import scores
+from small_models import MASK, build, prompts
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(seed=3, sharpness=3.0)
+
+
+SHORT = {"max_new_tokens": 16, "block_length": 8, "eos_policy": "none"}
+SAMPLED = SHORT | {"temperature": 1.0, "seed": 3}
+BLOCKS = SHORT | {"attention": "block"}
+KEPT = BLOCKS | {"cache": "block"}
+UNUSUAL = tuple(range(4, 40))
+#: a field, a value that is not its default, and a decoding in which it makes a difference; one line for each field
+ACTS = [
+    ("max_new_tokens", 8, SHORT), ("block_length", 4, SHORT), ("sub_block_length", 2, KEPT), ("steps", 4, SHORT),
+    ("rule", dk.Threshold(0.3), SHORT), ("score", "margin", SHORT), ("temperature", 1.0, SHORT | {"seed": 3}),
+    ("top_k", 2, SAMPLED), ("top_p", 0.3, SAMPLED), ("top_p_first", True, SAMPLED | {"top_k": 3, "top_p": 0.5}),
+    ("keep_crossing", False, SAMPLED | {"top_p": 0.5}), ("distribution", "tempered", SAMPLED | {"temperature": 0.5}),
+    ("order_temperature", 0.5, SHORT | {"seed": 3}), ("cache", "dual", SHORT),
+    ("sub_block_cache", True, KEPT | {"sub_block_length": 2}), ("warmup", 3, SHORT | {"cache": "dual"}),
+    ("refresh_interval", 2, SHORT | {"cache": "dual"}), ("vicinity", (3, 3), SHORT | {"cache": "dual"}),
+    ("fuse_commit", False, KEPT), ("seed", 4, SAMPLED), ("cfg_scale", 1.0, SHORT), ("mask_token_id", 90, SHORT),
+    ("eos_token_id", UNUSUAL, SHORT | {"eos_policy": "fill"}), ("pad_token_id", 9, SHORT | {
+        "eos_token_id": UNUSUAL, "eos_policy": "fill"}),
+    ("suppress_token_ids", UNUSUAL, SHORT), ("constraint", torch.arange(MASK) > 60, SHORT),
+    ("defer_token_ids", UNUSUAL, SHORT), ("eos_policy", "none", {"max_new_tokens": 16, "eos_token_id": UNUSUAL}),
+    ("logit_alignment", "shift", SHORT), ("attention", "causal", SHORT), ("block_grid", "absolute", BLOCKS),
+    ("seeded", True, BLOCKS | {"attention": "causal"}),
+]  # fmt: skip
+#: a field, a value, and a decoding in which it can make none
+IDLE = [
+    ("steps", 4, {"rule": dk.Threshold(0.5)}), ("score", "margin", {"rule": dk.EntropyBound(0.5)}),
+    ("score", "margin", {"rule": dk.Ancestral(), "temperature": 1.0}), ("temperature", 1.0, {
+        "rule": dk.RenoisedEntropyBound()}),
+    ("top_k", 5, {}), ("top_p", 0.9, {}),
+    ("top_p_first", True, {"temperature": 1.0, "top_p": 0.5}), ("keep_crossing", False, {"temperature": 1.0}),
+    ("distribution", "tempered", {}), ("distribution", "filtered", {}),
+    ("order_temperature", 0.5, {"score": "random"}), ("order_temperature", 0.5, {"rule": dk.RunEditing()}),
+    ("order_temperature", 0.5, {"rule": dk.Ancestral()}), ("sub_block_cache", True, {}),
+    ("sub_block_cache", True, {"attention": "block", "cache": "block"}), ("warmup", 2, {}), ("refresh_interval", 2, {}),
+    ("vicinity", (1, 1), {}), ("vicinity", (0, 4), {"cache": "prefix"}), ("fuse_commit", False, {}),
+    ("fuse_commit", False, {"attention": "causal-context", "cache": "block"}),
+    ("fuse_commit", False, {"attention": "block", "cache": "block", "seeded": True}),
+    ("defer_token_ids", (5,), {"rule": dk.PathPlanning(), "temperature": 1.0}), ("block_grid", "absolute", {}),
+    ("block_grid", "absolute", {"attention": "causal"}), ("eos_policy", "block", {
+        "attention": "causal", "cache": "block", "logit_alignment": "shift", "rule": dk.Strided()}),
+    *((name, value, {"attention": "causal", "cache": "block", "logit_alignment": "shift", "rule": dk.Strided()})
+      for name, value in (("block_length", 8), ("sub_block_length", 2), ("score", "margin"), ("steps", 8),
+                          ("defer_token_ids", (5,)), ("order_temperature", 1.0), ("seeded", True),
+                          ("fuse_commit", False))),
+    ("sub_block_length", 2, {"attention": "reordered", "cache": "block", "rule": dk.Reordered()}),
+    ("warmup", 2, {"cache": "prefix", "rule": dk.EntropyPipeline()}),
+]  # fmt: skip
+
+
+def outcome(out):
+    return [x.tolist() for x in (out.sequences, out.commit_step, out.confidence, out.num_forwards)]
+
+
+def test_every_field_is_swept():
+    assert {name for name, *_ in ACTS} == {field.name for field in dataclasses.fields(dk.DecodingConfig)}
+
+
+@pytest.mark.parametrize("name,value,options", ACTS, ids=lambda v: v if isinstance(v, str) else "")
+def test_an_option_acts(model, name, value, options):
+    ids = prompts(3, 7)
+    options = options | ({"block_length": 8} if "block_length" not in options and name != "block_length" else {})
+    options = {key: kept for key, kept in options.items() if key != name}
+    assert outcome(dk.generate(model, ids, **options)) != outcome(dk.generate(model, ids, **options, **{name: value}))
+
+
+@pytest.mark.parametrize("name,value,options", IDLE, ids=lambda v: v if isinstance(v, str) else "")
+def test_an_idle_option_is_refused_by_name(model, name, value, options):
+    ids, options = prompts(2, 6), {"max_new_tokens": 8} | options
+    if options.get("attention") in ("block", "causal-context"):
+        options["block_length"] = 4
+    for call in (
+        lambda: dk.generate(model, ids, **options, **{name: value}),
+        lambda: dk.generate(model, ids, dk.DecodingConfig().replace(**options, **{name: value})),
+        lambda: dk.generate(model, ids, config=dk.DecodingConfig(**options, **{name: value})),
+        lambda: dk.generate(model, ids, config=options | {name: value}),
+    ):
+        with pytest.raises(ValueError, match=f"{name}=.* has no effect"):
+            call()
+
+
+def test_an_option_of_infill(model):
+    canvas = torch.full((1, 6), MASK)
+    with pytest.raises(ValueError, match="max_new_tokens=9 has no effect"):
+        dk.infill(model, canvas, max_new_tokens=9)
+
+
+def test_a_preset_may_hold_what_lies_idle(model):
+    """Filters of a sampler at temperature 0, the intervals of a cache that is switched off: they came along."""
+    ids = prompts(1, 5)
+    for config in (dk.preset("dkv-cache", cache="none"), dk.preset("dream", temperature=0.0, distribution="raw")):
+        assert dk.generate(model, ids, config=config, max_new_tokens=8).complete.all()
+    with pytest.raises(ValueError, match="warmup=3 has no effect"):
+        dk.generate(model, ids, config=dk.preset("dkv-cache", cache="none"), warmup=3, max_new_tokens=8)
+
+
+def test_numbers_of_any_kind(model):
+    ids = prompts(2, 5)
+    plain = dk.generate(
+        model, ids, max_new_tokens=8, block_length=4, temperature=0.5, top_k=5, seed=7, cache="dual", vicinity=(1, 2),
+        rule=dk.Threshold(0.5),
+    )  # fmt: skip
+    other = dk.generate(
+        model, ids, max_new_tokens=np.int64(8), block_length=torch.tensor(4), temperature=np.float32(0.5),
+        top_k=np.int32(5), seed=np.int64(7), cache="dual", vicinity=[1, np.int64(2)], rule=dk.Threshold(np.float32(0.5)),
+    )  # fmt: skip
+    assert outcome(plain) == outcome(other)
+    for seeds in ([7, 8], np.array([7, 8]), (7, 8)):
+        assert outcome(dk.generate(model, ids, max_new_tokens=8, temperature=1.0, seed=seeds)) == outcome(
+            dk.generate(model, ids, max_new_tokens=8, temperature=1.0, seed=torch.tensor([7, 8]))
+        )
+    banned = dk.generate(model, ids, max_new_tokens=8, suppress_token_ids=torch.tensor([5, 6]))
+    assert outcome(banned) == outcome(dk.generate(model, ids, max_new_tokens=8, suppress_token_ids=(5, 6)))
+
+
+BAD = [True, "x", None, float("nan"), [1, 2], 1j, torch.zeros(2), object()]
+
+
+@pytest.mark.parametrize("name,values", [
+    *((name, [*BAD, 0, -1, 2**40, 1.5]) for name in ("max_new_tokens", "warmup")),
+    *((name, [*BAD, 0, 2**40]) for name in ("block_length", "sub_block_length", "steps", "refresh_interval")),
+    *((name, [*BAD, -1, float("inf"), 1e-40, 1e39]) for name in ("temperature", "order_temperature")),
+    ("top_k", [*BAD, -1, 2**31]), ("top_p", [*BAD, -0.1, 1.1]), ("cfg_scale", [*BAD, -1, float("inf"), 1e39]),
+    ("vicinity", [True, "xy", 3, (1,), (1, -1), (1, 2.5)]), ("seed", [True, "a", 1.5, 2**63, -(2**63) - 1, ["a"]]),
+    *((name, [1, "yes"]) for name in ("top_p_first", "keep_crossing", "sub_block_cache", "fuse_commit", "seeded")),
+    *((name, [5, "such", ["none"]]) for name in (
+        "cache", "distribution", "eos_policy", "logit_alignment", "attention", "block_grid", "score")),
+    *((name, ["x", 1.5, True]) for name in ("mask_token_id", "pad_token_id", "eos_token_id")),
+    *((name, ["x", 5, [1.5], [True]]) for name in ("suppress_token_ids", "defer_token_ids")),
+    ("rule", ["quota", 5]), ("constraint", ["x", 5]),
+])  # fmt: skip
+def test_bad_values_are_named(name, values):
+    default = getattr(dk.DecodingConfig(), name)
+    for value in values:
+        if value is None and default is None:
+            continue
+        with pytest.raises((ValueError, TypeError), match=name):
+            dk.DecodingConfig(**{name: value})
+
+
+def classes(module, base):
+    return [c for _, c in inspect.getmembers(module, inspect.isclass) if issubclass(c, base) and c is not base]
+
+
+PARAMETRIC = [*classes(dk, dk.Rule), *classes(scores, dk.Score)]
+
+
+@pytest.mark.parametrize("kind", PARAMETRIC, ids=lambda c: c.__name__)
+def test_bad_parameters_are_named(kind):
+    """Of every rule and score: what is no number, NaN, or of the wrong kind."""
+    if kind is dk.VariableLength:
+        return
+    for field in dataclasses.fields(kind):
+        assert field.name in kind.limits, f"{kind.__name__}.{field.name} is not checked"
+        for value in ("x", float("nan"), [None], object()):
+            with pytest.raises((ValueError, TypeError), match=field.name):
+                kind(**{field.name: value})
+        if field.default not in (True, False, None) and isinstance(field.default, int | float):
+            assert kind(**{field.name: np.asarray(field.default)}) == kind()
+            with pytest.raises(ValueError, match=field.name):
+                kind(**{field.name: True})
+
+
+@pytest.mark.parametrize("make", [
+    lambda: dk.Threshold("x"), lambda: dk.Threshold(float("nan")), lambda: dk.Factor(-1), lambda: dk.Strided(0),
+    lambda: dk.Threshold(strict="no"), lambda: dk.EarlyAnswer(answer=(5, 2)), lambda: dk.EarlyAnswer((1, 2)),
+    lambda: dk.Backtracking(2.5), lambda: dk.Threshold(1e39), lambda: dk.CreditThreshold(weight=float("inf")),
+])  # fmt: skip
+def test_bad_rules(make):
+    with pytest.raises((ValueError, TypeError), match=r"must (be|have)"):
+        make()
+
+
+def test_forms_of_a_configuration(model):
+    ids = prompts(1, 5)
+    named = dk.generate(model, ids, config="klass", max_new_tokens=8)
+    assert outcome(named) == outcome(dk.generate(model, ids, config=dk.preset("klass"), max_new_tokens=8))
+    fields = dk.generate(model, ids, config={"rule": dk.Threshold(0.3), "max_new_tokens": 8})
+    assert outcome(fields) == outcome(dk.generate(model, ids, rule=dk.Threshold(0.3), max_new_tokens=8))
+    with pytest.raises(TypeError, match="config must be a DecodingConfig, the name of a preset, or a dict"):
+        dk.generate(model, ids, config=5)
+    with pytest.raises(TypeError, match=r"unknown decoding option ruler; known: .*rule"):
+        dk.generate(model, ids, config={"ruler": 1})
+    with pytest.raises(ValueError, match="unknown preset 'klasse'"):
+        dk.generate(model, ids, config="klasse")
+
+
+def test_configurations_are_values():
+    """Equality, hash, copies and pickles, also with tensors in them."""
+
+    def make(last=1):
+        return dk.DecodingConfig(
+            seed=torch.tensor([1, last]), constraint=torch.tensor([True, False]),
+            score=scores.PositionWeighted(torch.tensor([0.5, 0.5])), suppress_token_ids=[3, 4],
+        )  # fmt: skip
+
+    config = make()
+    assert config == make() and hash(config) == hash(make()) and config != make(2)
+    assert config != dk.DecodingConfig() and config != config.replace(temperature=1.0) and config != 5
+    for same in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert same == config and same.asked == config.asked and "seed" in repr(same)
+    for name, preset in dk.PRESETS.items():
+        assert pickle.loads(pickle.dumps(preset)) == preset and not preset.asked, name
+
+
+def test_a_double_precision_model():
+    with pytest.raises(ValueError, match=r"float32, bfloat16 or float16.*got float64: call model.float\(\)"):
+        dk.generate(build().double(), prompts(1, 4), max_new_tokens=4)
