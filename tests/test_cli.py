@@ -14,7 +14,9 @@ import pytest
 import torch
 
 import dlmkernels as dk
-from dlmkernels import cli, info
+from dlmkernels import cli, demo, info, terminal
+from dlmkernels.demo import tasks
+from small_models import build, prompts
 
 ROOT = Path(__file__).parent.parent
 SUM, ANSWER = "A1234567890123456+8765432109876544=", "10000000000000000"
@@ -140,7 +142,7 @@ def test_draft_needs_a_terminal(capsys, monkeypatch):
         (("--preset", "gpt"), "unknown preset 'gpt'"),
         (("--max-new-tokens", "0"), "max_new_tokens"),
         (("--max-new-tokens", "300"), "max_position_embeddings"),
-        (("--block-length", "10", "--steps", "5", "--max-new-tokens", "30"), "multiple of the number of blocks"),
+        (("--block-length", "10", "--steps", "2", "--max-new-tokens", "30"), "at least the number of blocks"),
         (("--top-p", "2"), "top_p"),
         (("--mask-token-id", "99"), "mask_token_id"),
         (("--device", "tpu"), "--device"),
@@ -176,13 +178,105 @@ def test_every_option_of_generate_reaches_the_configuration():
         "--temperature 0.5 --top-k 3 --top-p 0.9 --cfg-scale 1 --seed 7 --mask-token-id 5 --rule factor:2"
     )
     args = cli._parser().parse_args(["generate", *options.split()])
-    assert cli.decoding_config(args) == dk.DecodingConfig(
+    assert dk.DecodingConfig(**cli.decoding_options(args)) == dk.DecodingConfig(
         max_new_tokens=8, block_length=4, steps=2, score="margin", cache="dual", temperature=0.5, top_k=3, top_p=0.9,
         cfg_scale=1.0, seed=7, mask_token_id=5, rule=dk.Factor(2.0),
     )  # fmt: skip
-    bare = argparse.Namespace(**{name: None for name in vars(args)})
-    bare.preset = "fast-dllm"
-    assert cli.decoding_config(bare) == dk.preset("fast-dllm")
+    bare = cli._parser().parse_args(["generate", "--model", "m", "--preset", "fast-dllm"])
+    assert cli.decoding_options(bare) == {}
+
+
+def test_the_family_decides_what_options_leave_open(capsys, monkeypatch):
+    """As `generate` does: without --preset nothing of another family's decoder is used."""
+    seen = {}
+
+    def decode(model, ids, config=None, **options):
+        seen.update(config=config, options=options)
+        return real(model, ids, config=config, **options)
+
+    import dlmkernels.decoding.generate as module
+
+    real = module.generate
+    monkeypatch.setattr(module, "generate", decode)
+    code, out, err = generate(capsys, "--max-new-tokens", "17")
+    assert (
+        code == 0 and seen["config"] is None and seen["options"].keys() == {"streamer", "tokenizer", "max_new_tokens"}
+    )
+    assert out.strip() == ANSWER and err.startswith("17 tokens, 1 forward, 17.00 tokens per forward")
+    generate(capsys, "--max-new-tokens", "17", "--preset", "fast-dllm", "--cache", "none")
+    assert seen["config"] == dk.preset("fast-dllm") and seen["options"]["cache"] == "none"
+
+
+def test_random_is_what_depends_on_the_seed():
+    """Every preset at temperature 0, and above, on a small model; a preset that draws has to get a seed."""
+    model, ids, drawn = build(), prompts(1, 6), set()
+    for name in dk.PRESETS:
+        config = dk.preset(name, temperature=0.0)
+        if (
+            config.cache == "block" or config.rule.token_ids or config.rule.decodes != "anything"
+            or config.logit_alignment == "shift"
+        ):  # fmt: skip
+            continue
+        short = config.replace(max_new_tokens=16, block_length=16, cache="none")
+        results = [dk.generate(model, ids, config=short, seed=seed).sequences for seed in range(6)]
+        differ = any(not torch.equal(results[0], other) for other in results[1:])
+        assert not differ or cli.is_random(config), name
+        assert cli.is_random(config.replace(temperature=0.5)), name
+        drawn |= {name} if differ else set()
+    assert {"remdm", "mdlm", "llada-random", "duo"} <= drawn and not cli.is_random(dk.preset("llada"))
+
+
+def test_a_preset_that_draws_gets_a_seed_at_temperature_0(capsys):
+    options = ("--preset", "remdm", "--temperature", "0", "--max-new-tokens", "17", "--steps", "5")
+    code, out, err = generate(capsys, *options)
+    assert code == 0 and ", seed " in err
+    code, _, err = generate(capsys, "--max-new-tokens", "17", "--seed", "3")
+    assert code == 0 and "--seed made no difference" in err and "seed 3" not in err
+
+
+def test_the_demo_model_has_a_prompt(capsys):
+    code, out, err = run(capsys, "generate", "--model", "demo")
+    assert code == 0 and out.strip() == ANSWER and err.startswith("17 tokens, 1 forward")
+    help_text = " ".join(run(capsys, "generate", "--help")[1].split())
+    assert demo.PROMPT in help_text and demo.PROMPT == SUM
+    code, out, err = run(capsys, "generate", "--model", "demo", "--prompt", "R" + "1" * 32 + "=")
+    assert code == 0 and out.strip() == "".join(str(i % 10) for i in range(1, 33))
+    assert [tasks.answer_length(text) for text in (SUM, "R", "S12", "7")] == [17, 65, 79, 1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("Hello", "'Helo': the demonstration's model knows the characters _0123456789SAR+= alone"),
+        ("A1 + 1=", "' '"),
+        ("", "--prompt is empty"),
+        ("A1\udce2=", "udce2"),
+    ],
+)
+def test_prompts_that_the_demo_model_cannot_read(capsys, prompt, message):
+    code, out, err = generate(capsys, prompt=prompt)
+    assert code == 2 and out == "" and message in err and err.count("\n") == 1
+
+
+def test_a_prompt_is_needed(capsys, tmp_path):
+    assert "--prompt is needed" in run(capsys, "generate", "--model", str(tmp_path))[2]
+    assert "with mask tokens" in run(capsys, "generate", "--model", "demo", "--infill")[2]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OverflowError, KeyError, MemoryError, OSError, ZeroDivisionError])
+def test_what_a_decoding_raises_is_one_line(capsys, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error("the reason\nin two lines")
+
+    monkeypatch.setattr("dlmkernels.decoding.generate.generate", fail)
+    code, out, err = generate(capsys)
+    assert code == 2 and out == "" and err.count("\n") == 1 and "the reason" in err
+
+
+@pytest.mark.parametrize("seed", ["9223372036854775808", "-9223372036854775809", "x", "1.5"])
+def test_seeds_that_are_none(capsys, seed):
+    code, out, err = generate(capsys, f"--seed={seed}")
+    assert code == 2 and "--seed" in err and "Traceback" not in err
 
 
 # --- the program -----------------------------------------------------------------------------------------------------
@@ -228,3 +322,39 @@ def test_demo_quick(tmp_path):
     for name in ("dlmkernels-demo.png", "dlmkernels-sudoku.png"):
         assert (tmp_path / "a" / "b" / name).stat().st_size > 5000
         assert name in out.stdout
+
+
+# --- terminals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_any_terminal_can_show_the_help(encoding):
+    for command in ([], ["generate"], ["demo"], ["bench"], ["info"]):
+        out = program(*command, "--help", PYTHONIOENCODING=encoding)
+        assert out.returncode == 0 and "usage: dlmkernels" in out.stdout and out.stderr == ""
+
+
+def test_what_an_encoding_lacks_is_written_plainly():
+    for encoding, expected in (("ascii", "a...b | - \\u4e16\\xe9\n"), ("latin-1", "a...b | - \\u4e16é\n")):
+        raw = io.BytesIO()
+        stream = io.TextIOWrapper(raw, encoding=encoding)
+        terminal.make_printable(stream)
+        print("a…b │ – 世é", file=stream, flush=True)
+        assert raw.getvalue().decode(encoding) == expected
+    kept = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="replace")
+    terminal.make_printable(kept)  # who has chosen keeps their choice
+    assert kept.errors == "replace"
+    terminal.make_printable(io.StringIO())
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    code = (
+        "import sys; from dlmkernels import cli; cli.parse_rule\n"
+        "def flood(args):\n    while True: print('x' * 4096)\n"
+        "cli._generate = flood; sys.exit(cli.main(['generate', '--model', 'demo']))"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert run.stdout is not None and run.stderr is not None
+    run.stdout.read(10)
+    run.stdout.close()
+    assert run.wait(timeout=120) == 141 and run.stderr.read() == b""

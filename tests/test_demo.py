@@ -95,7 +95,7 @@ def test_checker_wants_the_clues_kept():
 def test_confidence_order_solves_and_random_order_does_not(shipped):
     """Few clues, where order matters most; most confident first in as many tokens a forward as are nearly certain."""
     by_confidence = solve(shipped, "sudoku", 12, 32, rule=dk.EntropyBound(0.001))
-    in_random_order = solve(shipped, "sudoku", 12, 32, score="random")
+    in_random_order = solve(shipped, "sudoku", 12, 32, rule=dk.Quota(), score="random")
     assert by_confidence.solved >= 0.9 and in_random_order.solved <= 0.6
 
 
@@ -105,8 +105,8 @@ def test_forty_clues(shipped):
 
 @pytest.mark.slow
 def test_one_token_a_forward(shipped):
-    by_confidence = solve(shipped, "sudoku", 24, 40)
-    in_random_order = solve(shipped, "sudoku", 24, 40, score="random")
+    by_confidence = solve(shipped, "sudoku", 24, 40, rule=dk.Quota())
+    in_random_order = solve(shipped, "sudoku", 24, 40, rule=dk.Quota(), score="random")
     assert by_confidence.solved >= 0.99 and by_confidence.forwards == 41
     assert in_random_order.solved <= by_confidence.solved - 0.1
 
@@ -153,7 +153,7 @@ def test_play_redraws_in_place(trace, colour):
 
 def test_left_to_right(shipped):
     problem = TASKS["addition"].make(1)[0]
-    out = run.decode(*shipped, [problem], torch.tensor([0]), {"score": "position"})
+    out = run.decode(*shipped, [problem], torch.tensor([0]), {"rule": dk.Quota(), "score": "position"})
     assert out.trace.order() == [[i] for i in range(problem.prompt_length, TASKS["addition"].length)]
 
 
@@ -209,3 +209,30 @@ def test_a_missing_model_is_named(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="reinstall"):
         run.load()
     assert (MODEL_DIR / "model.safetensors").is_file()
+
+
+def test_every_problem_of_a_batch_has_a_seed_of_its_own(shipped):
+    """The same problem three times: draws differ, and are those of the problem alone with its seed."""
+    problem, options = TASKS["running-sum"].make(1)[0], {"rule": dk.Quota(), "temperature": 50.0, "steps": 4}
+    seeds = torch.tensor([5, 9, 6])
+    out = run.decode(*shipped, [problem] * 3, seeds, options)
+    for row, seed in enumerate(seeds):
+        alone = run.decode(*shipped, [problem], seed[None], options)
+        assert torch.equal(alone.sequences[0], out.sequences[row])
+    assert len({tuple(row) for row in out.sequences.tolist()}) == 3
+
+
+def test_measure_numbers_problems_across_batches(shipped, monkeypatch):
+    seen = []
+    monkeypatch.setattr(run, "BATCH", 2)
+    real = run.decode
+    monkeypatch.setattr(run, "decode", lambda m, t, p, seeds, o: seen.append(seeds.tolist()) or real(m, t, p, seeds, o))
+    solve(shipped, "addition", 5)
+    assert seen == [[0, 1], [2, 3], [4]]
+
+
+def test_the_default_decodes_in_parallel_and_well(shipped):
+    result = solve(shipped, "addition", 8)
+    assert result.solved == 1 and result.tokens_per_forward == 17
+    result = solve(shipped, "running-sum", 8)
+    assert result.solved == 1 and result.tokens_per_forward > 2.5

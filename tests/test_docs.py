@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import dlmkernels as dk
 from dlmkernels.demo import MODEL_DIR
@@ -17,6 +18,12 @@ ROOT = Path(__file__).parent.parent
 
 def blocks(name):
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S)
+
+
+def block_with(name, text):
+    """The one example that holds a text."""
+    (code,) = [code for code in blocks(name) if text in code]
+    return compile(code, name, "exec")
 
 
 def test_readme_example(capsys):
@@ -34,19 +41,56 @@ def test_readme_example(capsys):
 
 
 def test_rule_of_your_own():
-    code, _ = blocks("docs/decoding.md")
     names = {"model": build(), "ids": prompts(2, 5)}
-    exec(compile(code, "docs/decoding.md", "exec"), names)
+    exec(block_with("docs/decoding.md", "HalfOfTheRest"), names)
     assert names["out"].complete.all() and names["out"].commit_step[0, 5:].bincount().tolist()[:2] == [64, 32]
 
 
+def test_text_in_text_out(capsys):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL_DIR)
+    names = {"dk": dk, "model": dk.load(MODEL_DIR, dtype=torch.float32), "tokenizer": tokenizer}
+    exec(block_with("docs/decoding.md", "filled = dk.infill"), names)
+    answer = "A1234567890123456+8765432109876544=10000000000000000"
+    assert names["filled"].text() == names["out"].text(full=True) == [answer]
+    assert "DecodingOutput(batch=1, tokens=17, forwards=1," in capsys.readouterr().out
+
+
+def test_schedules():
+    names = {"dk": dk, "model": build(), "ids": prompts(2, 5)}
+    exec(block_with("docs/decoding.md", "few_first"), names)
+    numbers = [tuple(out.commit_step[0, 5:].bincount(minlength=8).tolist()) for out in names["outs"]]
+    assert all(sum(n) == 128 for n in numbers) and len(set(numbers)) == 4
+    assert numbers[0][0] < numbers[3][0] == 16 < numbers[2][0] == 32
+
+
+def test_negative_prompt():
+    names = {"dk": dk, "model": build(), "ids": prompts(2, 5)}
+    exec(block_with("docs/decoding.md", "negative_prompt=[7"), names)
+    assert names["guided"].complete.all()
+
+
+def test_backbone():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias, self.times = torch.nn.Parameter(torch.randn(97)), []
+
+        def forward(self, tokens, sigma):
+            self.times.append(sigma[0].item())
+            return self.bias.expand(*tokens.shape, 97)
+
+    net = Net().eval()
+    exec(block_with("docs/decoding.md", "dk.Backbone(net"), names := {"dk": dk, "net": net, "ids": prompts(2, 5)})
+    assert names["timed"].complete.all() and len(net.times) == 16 and net.times == sorted(net.times, reverse=True)
+
+
 def test_constraint_of_your_own():
-    _, code = blocks("docs/decoding.md")
+    code = block_with("docs/decoding.md", "Balanced")
     model, ids = build(), prompts(2, 5)
     free = dk.generate(model, ids, rule=dk.Threshold(0.9))
     opening, closing = free.generated[0].bincount().topk(2).indices.tolist()  # brackets that the model likes to write
     names = {"dk": dk, "torch": torch, "model": model, "ids": ids, "OPEN": opening, "CLOSE": closing, "MASK": MASK}
-    exec(compile(code, "docs/decoding.md", "exec"), names)
+    exec(code, names)
     assert names["out"].complete.all() and (names["out"].generated == opening).any()
     for text in names["out"].generated.tolist():
         depth = 0

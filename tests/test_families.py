@@ -78,11 +78,11 @@ class TestFull:
 
 @pytest.mark.parametrize("steps", [16, 8, 5, 3, 1])
 def test_rnd1s_own_decoder(steps, loaded):
-    """The default of its family; steps that do not divide the tokens, too."""
+    """Its preset; steps that do not divide the tokens, too."""
     checkpoint, model = loaded("rnd1", checkpoints.rnd1)
     restated = lambda c, s: published.rnd1(checkpoint.plain, c, s, MASK, steps=steps)  # noqa: E731
-    assert_rows_same(model, restated, 16, temperature=0.0, steps=steps, seed=2)
-    out = dk.generate(model, prompts(2, 5), max_new_tokens=16, steps=steps, seed=1)
+    assert_rows_same(model, restated, 16, config=dk.preset("rnd1", temperature=0.0), steps=steps, seed=2)
+    out = dk.generate(model, prompts(2, 5), config=dk.preset("rnd1"), max_new_tokens=16, steps=steps, seed=1)
     assert out.complete.all() and (out.num_forwards == steps).all()
 
 
@@ -96,8 +96,9 @@ class TestDiffuLLaMA:
         checkpoint, model = loaded("diffullama", checkpoints.diffullama)
         ids = prompts(1, 6)
         out = dk.generate(
-            model, ids.expand(self.ROWS, -1), max_new_tokens=self.LENGTH, steps=self.STEPS, seed=torch.arange(self.ROWS)
-        )
+            model, ids.expand(self.ROWS, -1), config=dk.preset("diffullama"), max_new_tokens=self.LENGTH,
+            steps=self.STEPS, seed=torch.arange(self.ROWS),
+        )  # fmt: skip
         return checkpoint, ids, out
 
     def test_when(self, drawn):
@@ -783,13 +784,15 @@ class TestIds:
 
 
 def test_defaults_are_the_familys(tmp_path):
-    """`generate` without a configuration runs the decoder the family was published with."""
-    model = dk.load(write(tmp_path, checkpoints.dream))
-    ids, options = prompts(2, 6), {"max_new_tokens": 12, "steps": 6, "seed": 3}
+    """`generate` without a configuration runs the decoder the family was published with, where that adapts."""
+    model = dk.load(write(tmp_path, checkpoints.sdar))
+    ids, options = prompts(2, 6), {"max_new_tokens": 12, "seed": 3}
     ours = dk.generate(model, ids, **options)
-    assert torch.equal(ours.commit_step, dk.generate(model, ids, config=dk.preset("dream"), **options).commit_step)
+    published_one = dk.generate(model, ids, config=dk.preset("sdar"), **options)
+    assert torch.equal(ours.sequences, published_one.sequences)
+    assert torch.equal(ours.commit_step, published_one.commit_step)
     plain = dk.generate(model, ids, config=dk.DecodingConfig(), **options)
-    assert not torch.equal(ours.commit_step, plain.commit_step)
+    assert not torch.equal(ours.sequences, plain.sequences)
 
 
 # --- models that their own code has loaded ---------------------------------------------------------------------------

@@ -164,7 +164,9 @@ class TestLlada:
         holes[1, :12] = False
         canvas = canvas.masked_fill(holes, MASK)
         for block_length, steps in ((None, None), (None, 6), (12, None), (12, 10)):
-            out = dk.infill(model, canvas, block_length=block_length, steps=steps, eos_policy="none")
+            out = dk.infill(
+                model, canvas, rule=dk.Quota(), block_length=block_length, steps=steps, eos_policy="none"
+            )  # fmt: skip
             for row in range(3):
                 request = published.llada(plain, canvas[row], 0, MASK, block_length=block_length, steps=steps)
                 assert_same(out, row, request)
@@ -477,7 +479,7 @@ def sure(token: int, p: float, mask_p: float = 1e-12) -> list[float]:
 
 
 def decode(table: Table, canvas: list[int] | list[list[int]], **options):
-    options = {"mask_token_id": FEW_MASK, "eos_policy": "none"} | options
+    options = {"mask_token_id": FEW_MASK, "eos_policy": "none", "rule": dk.Quota()} | options
     with pytest.warns(UserWarning, match="does not know model type"):
         return dk.infill(table.eval(), torch.tensor(canvas), **options)
 

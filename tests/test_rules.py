@@ -82,7 +82,8 @@ def rows_of(step, order):
     def pick(x):
         return x.view(n, -1)[order].flatten() if x.numel() else x
 
-    canvas = Canvas(**{f.name: getattr(step.canvas, f.name)[order] for f in dataclasses.fields(Canvas)})
+    fields = {f.name: getattr(step.canvas, f.name) for f in dataclasses.fields(Canvas)}
+    canvas = Canvas(**{name: x if x is None else x[order] for name, x in fields.items()})
     return dataclasses.replace(
         step, stats=ops.TokenConfidence(*map(pick, step.stats)), eligible=step.eligible[order], canvas=canvas,
         window=TokenWindow(step.window.positions[order], step.window.origin[order]),
@@ -332,7 +333,7 @@ class TestDecodings:
         weighted = scores.PositionWeighted(frequency) if with_frequency else scores.PositionWeighted()
         assert_rows_same(
             model, lambda c, s: restated.decode(plain, c, s, MASK, restated.quota, block_length=8, score=score), 16,
-            score=weighted, block_length=8,
+            score=weighted, block_length=8, rule=dk.Quota(),
         )  # fmt: skip
 
     @pytest.mark.parametrize("sigma", [1.0, 10.0])
@@ -343,7 +344,7 @@ class TestDecodings:
 
         assert_rows_same(
             model, lambda c, s: restated.decode(plain, c, s, MASK, restated.quota, block_length=8, score=score), 16,
-            score=scores.DensityWeighted(sigma), block_length=8,
+            score=scores.DensityWeighted(sigma), block_length=8, rule=dk.Quota(),
         )  # fmt: skip
 
     def test_deferred_tokens_come_last(self, model, plain):

@@ -136,7 +136,7 @@ def test_steps_that_blocks_do_not_divide():
         build(), prompts(2, 4), max_new_tokens=30, block_length=10, steps=14, rule=dk.Quota(), eos_policy="none"
     )
     assert committed(out)[0] == committed(out)[1] == [2] * 5 + [2] * 5 + [3, 3, 2, 2]
-    with pytest.raises(ValueError, match="at least the number of blocks, 3 .of 10 tokens.*got 2"):
+    with pytest.raises(ValueError, match=r"at least the number of blocks, 3 .of 10 tokens.*got 2"):
         dk.generate(build(), prompts(2, 4), max_new_tokens=30, block_length=10, steps=2, rule=dk.Quota())
 
 

@@ -11,7 +11,7 @@ from .arguments import check_embeds, check_given, check_prompt, check_streamer, 
 from .canvas import Canvas
 from .config import DecodingConfig
 from .guidance import pair_prompts
-from .inputs import read_canvases, read_options, read_prompts
+from .inputs import filler, read_canvases, read_options, read_prompts
 from .loop import decode
 from .output import DecodingOutput
 from .pipelined import decode_pipelined
@@ -99,7 +99,7 @@ def generate(
     overrides = read_options(model, config, overrides, tokenizer)
     model, config, special = prepare(model, config, overrides, "continuations")
     input_ids, attention_mask = read_prompts(
-        "input_ids", input_ids, attention_mask, tokenizer, model.device, special.pad
+        "input_ids", input_ids, attention_mask, tokenizer, model.device, filler(special)
     )  # fmt: skip
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("input_ids or inputs_embeds must be given, and not both")

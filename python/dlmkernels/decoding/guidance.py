@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from .canvas import Canvas, NegativePrompt
 from .config import DecodingConfig, SpecialTokens
-from .inputs import read_prompts
+from .inputs import filler, read_prompts
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def pair_prompts(
         if negative_prompt.dtype != torch.int64 or negative_prompt.dim() not in (1, 2):
             raise ValueError(f"{name} must be int64 [P] or [B, P]; got {_shape(negative_prompt)}")
         negative_prompt = negative_prompt.tolist()
-    prompts = read_prompts(name, negative_prompt, None, tokenizer, tokens.device, special.pad)
+    prompts = read_prompts(name, negative_prompt, None, tokenizer, tokens.device, filler(special))
     other, mask = prompts.tokens, prompts.attention_mask
     if len(other) not in (1, batch):
         raise ValueError(f"{name} must be one prompt or one for each of the {batch} requests; got {len(other)}")
@@ -64,9 +64,9 @@ def pair_prompts(
         start = (mask == 0).sum(1, dtype=torch.int32)
     width = max(tokens.shape[1], other.shape[1])
     added, missing = width - tokens.shape[1], width - other.shape[1]
-    other = pad(other, (missing, 0), value=special.pad).expand(batch, -1)
+    other = pad(other, (missing, 0), value=filler(special)).expand(batch, -1)
     return PromptPair(
-        pad(tokens, (added, 0), value=special.pad), origin + added,
+        pad(tokens, (added, 0), value=filler(special)), origin + added,
         NegativePrompt(other, (start + missing).expand(batch).contiguous()), added,
     )  # fmt: skip
 

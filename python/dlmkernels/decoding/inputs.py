@@ -81,11 +81,16 @@ def read_canvases(
     name: str, inputs, attention_mask: Tensor | None, tokenizer, device: torch.device, special: SpecialTokens
 ) -> Prompts:  # fmt: skip
     """The same for canvases whose masks are to be filled: text must hold the mask token."""
-    found = read_prompts(name, inputs, attention_mask, tokenizer, device, special.pad)
+    found = read_prompts(name, inputs, attention_mask, tokenizer, device, filler(special))
     if _is_text(inputs) and not bool((found.tokens == special.mask).any()):
         mask = getattr(tokenizer, "mask_token", None) or tokenizer.decode([special.mask])
         raise ValueError(f"{name} holds no mask token: write {mask!r} wherever a token is wanted")
     return found
+
+
+def filler(special: SpecialTokens) -> int:
+    """What stands left of shorter prompts: the padding token, but never a mask."""
+    return special.pad if special.pad != special.mask else int(special.mask == 0)
 
 
 def padded(rows: Rows, device: torch.device, pad: int) -> Prompts:
@@ -171,7 +176,8 @@ def _rows_of_mapping(name: str, inputs: Mapping) -> list[list[int]]:
     rows = _rows_of_ids(f"{name}['input_ids']", _as_lists(inputs["input_ids"]))
     if (mask := inputs.get("attention_mask")) is None:
         return rows
-    masks = _rows_of_ids(f"{name}['attention_mask']", _as_lists(mask))
+    mask = _as_lists(mask)
+    masks = [_as_lists(row) for row in (mask if mask and isinstance(_as_lists(mask[0]), (list, tuple)) else [mask])]
     if [len(row) for row in masks] != [len(row) for row in rows]:
         raise ValueError(f"{name}: attention_mask and input_ids must have the same lengths")
     for number, row in enumerate(masks):

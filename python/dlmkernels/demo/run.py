@@ -39,13 +39,14 @@ class Case:
         return self.options.get("rule", config.rule).decodes == "continuations"
 
 
-MARKERS = "o^vsDphX*P"
+MARKERS = "o^vsDphX*P<"
 CONFIDENCE, RANDOM = "one a forward, by confidence", "one a forward, random order"
 CASES = (
     Case(CONFIDENCE, {"rule": dk.Quota()}, quick=True),
     Case(RANDOM, {"rule": dk.Quota(), "score": "random"}, quick=True),
     Case("one a forward, left to right", {"rule": dk.Quota(), "score": "position"}),
     Case("Threshold(0.99)", {"rule": dk.Threshold(0.99)}),
+    Case("Threshold(0.95)", {"rule": dk.Threshold(0.95)}),
     Case("Threshold(0.9)", {"rule": dk.Threshold(0.9)}, quick=True),
     Case("EntropyBound(0.01)", {"rule": dk.EntropyBound(0.01)}),
     Case("EntropyBound(0.1)", {"rule": dk.EntropyBound(0.1)}, quick=True),
