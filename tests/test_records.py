@@ -91,7 +91,7 @@ def test_records_of_every_preset(name):
     check_records(out, given[:, : out.sequences.shape[1]])
     ends = out.generated[:3, 5].tolist()
     filled = 0
-    for eos_policy in ("fill", "block"):
+    for eos_policy in ("fill", "block") if config.rule.by_block else ("fill",):
         out = dk.generate(model(), ids, valid, config, eos_policy=eos_policy, eos_token_id=ends)
         assert out.complete.all()
         filled += check_records(out, given[:, : out.sequences.shape[1]], ends)

@@ -77,7 +77,7 @@ def output_of(
 ) -> DecodingOutput:
     """The first `end` columns of a canvas as the result; a warning says where masks are left, and why.
 
-    `length` int32 `[B]` says at which column each row ends. None: at `end`.
+    `length` int32 `[B]` says at which column each row ends. None: behind its last token that is not padding.
     """
     is_open = canvas.is_open[:, :end]
     complete = ~is_open.any(1)
@@ -89,5 +89,5 @@ def output_of(
         )
     tokens, steps, confidence = (x[:, :end] for x in (canvas.tokens, canvas.commit_step, canvas.confidence))
     if length is None:
-        length = torch.full_like(canvas.origin, end)
-    return DecodingOutput(tokens, canvas.step, steps, confidence, complete, prompt_length, length)
+        length = canvas.length(end)
+    return DecodingOutput(tokens, canvas.step, steps, confidence, complete, prompt_length, length, canvas.origin)
