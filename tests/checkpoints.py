@@ -323,7 +323,12 @@ def llada_as_llama(seed: int = 0) -> Checkpoint:
 
 def with_vision(made: Checkpoint) -> Checkpoint:
     """A checkpoint as LLaVA-like models hold it: with weights that read images beside."""
-    made.config |= {"model_type": "llava_llada", "mm_vision_tower": "x", "mm_hidden_size": 16, "mm_projector_type": "mlp2x_gelu"}
+    made.config |= {
+        "model_type": "llava_llada",
+        "mm_vision_tower": "x",
+        "mm_hidden_size": 16,
+        "mm_projector_type": "mlp2x_gelu",
+    }
     made.weights |= {
         "model.vision_tower.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight": torch.zeros(16, 16),
         "model.mm_projector.0.weight": torch.zeros(HIDDEN, 16), "model.image_newline": torch.zeros(HIDDEN),

@@ -95,7 +95,9 @@ def test_hooks_of_the_backend(hook):
         code, expected = f"{code.replace(NO_TORCH, '')}{hide}\n", 'run first pip install "setuptools>=77"'
     else:
         expected = "install torch >= 2.11"
-    assert expected in stopped(f"{code}import backend; backend.{hook}({'None' if hook.startswith('get') else repr('x')})")
+    assert expected in stopped(
+        f"{code}import backend; backend.{hook}({'None' if hook.startswith('get') else repr('x')})"
+    )
 
 
 @pytest.mark.slow

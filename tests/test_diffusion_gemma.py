@@ -16,8 +16,8 @@ from dlmkernels.models import attention
 from dlmkernels.window import AttentionWindow
 
 pytest.importorskip("transformers.models.diffusion_gemma", reason="this transformers has no DiffusionGemma yet")
-from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion  # noqa: E402
-from transformers.models.diffusion_gemma.generation_diffusion_gemma import (  # noqa: E402
+from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
+from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     DiffusionGemmaGenerationConfig,
     EntropyBoundSamplerConfig,
 )

@@ -35,7 +35,9 @@ def asked(monkeypatch):
     return install
 
 
-@pytest.mark.parametrize("name", ["/nope", "./nope", "../nope", "~/nope", "a/b/c", "", "no pe", Path("nope"), Path("a/b")])
+@pytest.mark.parametrize(
+    "name", ["/nope", "./nope", "../nope", "~/nope", "a/b/c", "", "no pe", Path("nope"), Path("a/b")]
+)
 def test_what_can_be_no_hub_id_is_not_looked_for_there(name, asked):
     names = asked(AssertionError())
     with pytest.raises(ValueError, match=r"path_or_id: there is no folder '[^']*'$"):
@@ -53,14 +55,19 @@ def test_a_file_is_no_folder(tmp_path):
 
 def test_a_hub_that_does_not_answer_is_asked_once(asked):
     names, start = asked(ConnectionError("no route")), time.perf_counter()
-    with pytest.raises(ValueError, match=r"no folder 'nope', and no model of that name was downloaded before; the hub cannot be reached \(ConnectionError\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"no folder 'nope', and no model of that name was downloaded before; the hub cannot be reached \(ConnectionError\)",
+    ):
         dk.load("nope")
     assert names == ["nope"] and time.perf_counter() - start < 10
 
 
 def test_what_was_downloaded_before_is_used(asked, monkeypatch):
     asked(ConnectionError())
-    monkeypatch.setattr(files, "try_to_load_from_cache", lambda name, file, **where: "/x" if file == "config.json" else None)
+    monkeypatch.setattr(
+        files, "try_to_load_from_cache", lambda name, file, **where: "/x" if file == "config.json" else None
+    )
     assert files.locate("some/model", {"revision": "1"}) == ("some/model", {"revision": "1", "local_files_only": True})
 
 
@@ -149,7 +156,10 @@ def test_fields_inside_the_text_configuration():
         pytest.skip("this transformers has no DiffusionGemma yet")
     from dlmkernels.models.published import plan
 
-    raw = {"model_type": "diffusion_gemma", "text_config": {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}}
+    raw = {
+        "model_type": "diffusion_gemma",
+        "text_config": {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2},
+    }
     config = plan(raw, changes={"max_position_embeddings": 77, "canvas_length": 5}).config
     assert (config.text_config.max_position_embeddings, config.canvas_length) == (77, 5)
     assert config.text_config.num_hidden_layers == 2
@@ -167,7 +177,9 @@ def test_keywords_that_are_none(name, match, checkpoint):
         dk.load(checkpoint, **{name: 1})
 
 
-@pytest.mark.parametrize("name,value", [("mask_token_id", "x"), ("max_position_embeddings", 1.5), ("num_hidden_layers", 10**9)])
+@pytest.mark.parametrize(
+    "name,value", [("mask_token_id", "x"), ("max_position_embeddings", 1.5), ("num_hidden_layers", 10**9)]
+)
 def test_wrong_values_for_fields(name, value, checkpoint):
     with pytest.raises(ValueError, match=name):
         dk.load(checkpoint, **{name: value})
@@ -188,7 +200,10 @@ def test_rope_that_reaches_further(rope, positions, length):
 
     from dlmkernels.models.fields import longest_canvas
 
-    assert longest_canvas(LlamaConfig(max_position_embeddings=positions, rope_parameters=rope | {"rope_theta": 1e4})) == length
+    assert (
+        longest_canvas(LlamaConfig(max_position_embeddings=positions, rope_parameters=rope | {"rope_theta": 1e4}))
+        == length
+    )
 
 
 def test_yarn_decodes_beyond_the_unscaled_length(tmp_path):

@@ -24,11 +24,26 @@ from small_models import build, prompts
 SECONDS = 20  # on a machine that does other things, too
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 EDGES = [0, 1, -1, 2, 3, 7, 63, 64, 65, 255, 2**31 - 1, 2**31, 2**63, 10**9, 10**30]
-TEXTS = ["", "x", "llama", "float16", "../../x", "/etc/hostname", "kernels-community/x", "\0", "😀", "sdpa", "yarn", "none"]
+TEXTS = [
+    "",
+    "x",
+    "llama",
+    "float16",
+    "../../x",
+    "/etc/hostname",
+    "kernels-community/x",
+    "\0",
+    "😀",
+    "sdpa",
+    "yarn",
+    "none",
+]
 SCALARS = (
     st.none() | st.booleans() | st.sampled_from(EDGES) | st.integers(-300, 300) | st.floats() | st.sampled_from(TEXTS)
 )  # fmt: skip
-NAMES = st.sampled_from(["rope_type", "factor", "rope_theta", "type", "", "quant_method", "0", "model_type", "hidden_size"])
+NAMES = st.sampled_from(
+    ["rope_type", "factor", "rope_theta", "type", "", "quant_method", "0", "model_type", "hidden_size"]
+)
 VALUES = st.recursive(SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(NAMES, v, max_size=3), max_leaves=5)
 #: Fields that are not in the checkpoint and could matter.
 MORE = [
@@ -70,7 +85,9 @@ def survives(folder, damage, **options):
         start = time.perf_counter()
         try:
             model = dk.load(copy, **options)
-            dk.generate(model, prompts(1, 4).clamp(max=model.get_input_embeddings().num_embeddings - 1), max_new_tokens=3)
+            dk.generate(
+                model, prompts(1, 4).clamp(max=model.get_input_embeddings().num_embeddings - 1), max_new_tokens=3
+            )
         except (ValueError, TypeError, ImportError) as error:
             assert str(error).strip(), type(error)
             loaded = False
@@ -118,7 +135,9 @@ def test_header_of_the_weights(valid, data):
     header = json.loads(content[8 : 8 + size])
     tensor = data.draw(st.sampled_from(sorted(header)))
     key = data.draw(st.sampled_from(["dtype", "shape", "data_offsets", "name"]))
-    value = data.draw(VALUES | st.sampled_from(["F32", "F16", "I8", "BOOL"]) | st.lists(st.sampled_from(EDGES), max_size=4))
+    value = data.draw(
+        VALUES | st.sampled_from(["F32", "F16", "I8", "BOOL"]) | st.lists(st.sampled_from(EDGES), max_size=4)
+    )
     if key == "name":
         header[str(value)] = header.pop(tensor)
     else:

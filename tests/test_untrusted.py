@@ -126,7 +126,9 @@ def test_quantisers_that_fetch_code(method, checkpoint, no_kernels):
     with pytest.raises(ValueError, match=r"asks for the quantiser .*: pass quantization_config"):
         dk.load(edit(checkpoint, quantization_config={"quant_method": method}))
     with pytest.raises(ValueError, match=r"asks for the quantiser"):
-        dk.load(edit(checkpoint, quantization_config=None, text_config={"quantization_config": {"quant_method": method}}))
+        dk.load(
+            edit(checkpoint, quantization_config=None, text_config={"quantization_config": {"quant_method": method}})
+        )
 
 
 def test_quantisers_that_are_installed_libraries(checkpoint):

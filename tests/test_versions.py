@@ -34,7 +34,9 @@ def unmet(folder):
     """What the packages in a folder ask for and neither they nor this environment are."""
     from packaging.requirements import Requirement
 
-    inside = {d.metadata["Name"].lower().replace("_", "-"): d for d in importlib.metadata.distributions(path=[str(folder)])}
+    inside = {
+        d.metadata["Name"].lower().replace("_", "-"): d for d in importlib.metadata.distributions(path=[str(folder)])
+    }
     wanted = [Requirement(line) for d in inside.values() for line in d.requires or ()]
     found = set()
     for requirement in wanted:

@@ -274,17 +274,15 @@ def _load(path: str, dtype: str, device):
     """Model on its device, and tokenizer."""
     import transformers
 
+    from .models.checkpoint import locate
     from .models.load import load
 
-    if path == "demo":
-        from .demo import MODEL_DIR
-
-        path = str(MODEL_DIR)
+    path, _ = locate(path, {})
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     model = load(path, dtype=dtype).to(device)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"--model: no readable tokenizer at '{path}': {error}") from error
     return model, tokenizer

@@ -35,8 +35,8 @@ def base_of(config: Mapping[str, Any]) -> str | None:
         return None
     if not isinstance(base, str) or not (os.path.isabs(base) or HUB_ID.fullmatch(base)) or ".." in base.split("/"):
         raise ValueError(
-            f"the adapter's configuration has base_model_name_or_path={base!r}; expected a hub id or the full path of a "
-            "folder: pass base=… to say which model it is for"
+            f"the adapter's configuration has base_model_name_or_path={base!r}; expected a hub id or the full path of "
+            "a folder: pass base=… to say which model it is for"
         )
     return base
 

@@ -27,8 +27,9 @@ from transformers.utils.hub import cached_files, extract_commit_hash
 
 #: Arguments of `from_pretrained` that say where a file is found.
 WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False,
-         "_raise_exceptions_for_gated_repo": False}  # fmt: skip
+QUIET: dict[str, Any] = {
+    f"_raise_exceptions_for_{trouble}": False for trouble in ("missing_entries", "connection_errors", "gated_repo")
+}
 ADAPTER_CONFIG = "adapter_config.json"
 #: The name of the model that comes with the package.
 DEMO = "demo"

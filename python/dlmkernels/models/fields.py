@@ -117,7 +117,11 @@ def ids(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _fields(raw: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Name and value of every field, those inside others under the names of both."""
     for name, value in raw.items():
-        if isinstance(value, Mapping) and not name.endswith("_token_id") and name not in LAYERS | SIZES | COUNTS | REALS:
+        if (
+            isinstance(value, Mapping)
+            and not name.endswith("_token_id")
+            and name not in LAYERS | SIZES | COUNTS | REALS
+        ):
             yield from _fields(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
@@ -146,7 +150,11 @@ def check_quantizer(raw: Mapping[str, Any], chosen: Any) -> None:
     for name, value in raw.items():
         if name == "quantization_config" and value is not None:
             method = value.get("quant_method") if isinstance(value, Mapping) else value
-            if isinstance(value, Mapping) and method is None and (value.get("load_in_8bit") or value.get("load_in_4bit")):
+            if (
+                isinstance(value, Mapping)
+                and method is None
+                and (value.get("load_in_8bit") or value.get("load_in_4bit"))
+            ):
                 method = "bitsandbytes"
             if method not in LOCAL_QUANTIZERS and chosen is None:
                 raise ValueError(

@@ -147,6 +147,7 @@ def _passed_on() -> set[str]:
 
 def _load_adapted(path: str, adapter: dict, base, family: str | None, where: dict, allow_pickle: bool, kwargs: dict):
     """The base of an adapter, and the adapter merged into it."""
+    key_mapping: dict[str, str] = {}
 
     def ask(how: Plan) -> None:
         nonlocal key_mapping
@@ -156,7 +157,6 @@ def _load_adapted(path: str, adapter: dict, base, family: str | None, where: dic
                 f"nothing says how it was trained: pass family='{how.family.name}' or family='d2f-{how.family.name}'"
             )
 
-    key_mapping: dict[str, str] = {}
     # the base has its own revision and folder
     base_where = {name: value for name, value in where.items() if name not in OF_ONE_REPOSITORY}
     kwargs = {name: value for name, value in kwargs.items() if name not in OF_ONE_REPOSITORY}
@@ -175,8 +175,6 @@ def _load_adapted(path: str, adapter: dict, base, family: str | None, where: dic
     except Exception as error:
         raise ValueError(f"path_or_id: the adapter at '{path}' cannot be loaded: {_say(error)}") from error
     return model
-
-
 
 
 def from_pretrained(how: Plan, path_or_id: str | PathLike | None, **kwargs: Any):
