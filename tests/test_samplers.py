@@ -283,7 +283,7 @@ class TestUniform:
         table = torch.softmax(watch.table.double(), -1)
         rule = dk.PredictorCorrector(0.1, True, noise_eps, "constant", kappa=kappa, t_on=1.0, t_off=0.0)
         sample(watch, rule=rule, steps=4)
-        before, after = Watch.seen[1:3]
+        before, after = Watch.seen[-4:][1:3]  # those before the four found out how it attends
         a, b = (1 - (1 - noise_eps) * (1 - 0.3 * i) for i in (1, 2))
         fits = []
         for x, y in itertools.product(range(VOCAB), repeat=2):
