@@ -63,7 +63,7 @@ class AttentionWindow:
         """
         device = torch.device(device)
         if device not in self._copies:
-            moved = {
+            moved: dict[str, Any] = {
                 f.name: value.to(device, non_blocking=non_blocking)
                 for f in fields(self)
                 if isinstance(value := getattr(self, f.name), Tensor)

@@ -21,7 +21,7 @@ from .devices import check_loaded, input_device
 from .families import ARCHITECTURES, FAMILIES, Architecture, Family
 from .fields import longest_canvas
 from .load import from_pretrained
-from .probe import is_causal
+from .probe import is_causal, short_text
 from .published import FORMS, Question, form_of, known_types, plan
 from .twin import twin_of
 from .wrappers import unwrap
@@ -242,9 +242,37 @@ class LogitsModel(DiffusionModel):
         self.model, self.family = model, family
         self._outermost = model if outermost is None else outermost
         self._by_length = any(map(rotary.depends_on_length, model.modules()))
+        #: whether the first canvas has to tell how the model attends
+        self._is_undecided = False
 
     def _build(self) -> None:
         """Nothing: the model decodes itself."""
+
+    def refuse_causal(self, canvas: Tensor | None = None) -> None:
+        """Raise if the model attends causally, as short forwards show, or those of a `canvas` `[B, T]`.
+
+        A model that cannot make short forwards is tried with the first canvas that it is to decode.
+        """
+        special = (getattr(self.config, kind, None) for kind in ("pad_token_id", "mask_token_id", "eos_token_id"))
+        avoid = {i for value in special for i in (value if isinstance(value, list) else [value])}
+        every = range(self.vocab_size or 2)
+        ids = [i for i in every if i not in avoid] or list(every)
+        call = twin_of(self.model) if isinstance(self.model, torch.nn.Module) else self.model
+        try:
+            found = is_causal(call, short_text(ids, self.device) if canvas is None else canvas, ids)
+        except Exception:
+            if canvas is not None:
+                raise
+            self._is_undecided = True
+            return
+        self._is_undecided = False
+        if found:
+            raise ValueError(
+                f"model: {type(self.model).__name__} attends causally, so that a mask would not see what stands behind "
+                "it. A diffusion language model must be loaded so that its attention is known: with dlmkernels.load, "
+                "or by a stock class of transformers and dlmkernels.adapt(model, family=…); known types: "
+                f"{known_types()}. If causal attention is what you want, decode dlmkernels.adapt(model, causal=True)"
+            )
 
     @property
     def config(self):
@@ -270,6 +298,8 @@ class LogitsModel(DiffusionModel):
         opinion: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Logits stand in for hidden states: their rows are picked the same way."""
+        if self._is_undecided:
+            self.refuse_causal(tokens)
         inputs = (tokens,) if embeds is None else ()
         named = {} if embeds is None else {"inputs_embeds": embeds}
         if window.kv_range is not None:
@@ -341,7 +371,7 @@ def adapt(model, *, family: str | None = None, causal: bool | None = None) -> Di
         return known
     adapted = LogitsModel(within, FAMILIES[family or _family_named(within) or "masked"], model)
     if causal is None:
-        _refuse_causal(adapted)
+        adapted.refuse_causal()
     model_type = getattr(adapted.config, "model_type", None) or type(within).__name__
     what = f"does not know model type '{model_type}'"
     if model_type in FORMS:
@@ -389,28 +419,6 @@ def _check_unused(causal: bool | None, model: DiffusionModel) -> None:
         raise ValueError(
             "causal is for models that decode through their own attention; what "
             f"{type(model.model).__name__} sees is chosen by its family, or by attention=… of generate; got {causal}"
-        )
-
-
-def _refuse_causal(adapted: LogitsModel) -> None:
-    """Raise if the model attends causally, or it cannot be found out."""
-    model, name = adapted.model, type(adapted.model).__name__
-    ids = (getattr(adapted.config, kind, None) for kind in ("pad_token_id", "mask_token_id", "eos_token_id"))
-    avoid = {i for value in ids for i in (value if isinstance(value, list) else [value]) if i is not None}
-    call = twin_of(model) if isinstance(model, torch.nn.Module) else model
-    try:
-        found = is_causal(call, adapted.vocab_size, adapted.device, avoid)
-    except Exception as error:
-        raise ValueError(
-            f"model: could not find out whether {name} attends causally, since a short forward failed "
-            f"({type(error).__name__}: {error}); say so with dlmkernels.adapt(model, causal=False) or causal=True"
-        ) from error
-    if found:
-        raise ValueError(
-            f"model: {name} attends causally, so that a mask would not see what stands behind it. A diffusion language "
-            "model must be loaded so that its attention is known: with dlmkernels.load, or by a stock class of "
-            f"transformers and dlmkernels.adapt(model, family=…); known types: {known_types()}. If causal attention is "
-            "what you want, decode dlmkernels.adapt(model, causal=True)"
         )
 
 

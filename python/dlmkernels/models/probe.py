@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,25 +14,27 @@ LENGTH = 8
 ROUNDING = 0.05
 
 
+def short_text(ids: Sequence[int], device: torch.device) -> Tensor:
+    """Tokens `[1, LENGTH]` for a forward, spread evenly over `ids`, so that they differ as in a text."""
+    return torch.tensor([[ids[(2 * i + 1) * len(ids) // (2 * LENGTH)] for i in range(LENGTH)]], device=device)
+
+
 @torch.no_grad()
-def is_causal(model, vocab_size: int | None, device: torch.device, avoid: set[int] = frozenset()) -> bool:
+def is_causal(model, tokens: Tensor, ids: Sequence[int]) -> bool:
     """Whether later tokens leave the logits of earlier positions alone, while earlier tokens do move later logits.
 
     Parameters
     ----------
     model : callable
-        `model(tokens)` has `.logits` `[1, T, V]`.
-    vocab_size : int, optional
-        How many tokens there are. None: three are taken to exist.
-    avoid : set of int
-        Tokens that may be treated in ways of their own (padding, masks).
+        `model(tokens)` has `.logits` `[B, T, V]`.
+    tokens : Tensor
+        int64 `[B, T]`: of the first forward; in the second their last ones are others, in the third their first ones.
+    ids : sequence of int
+        Tokens that have no meaning of their own, as padding and masks have.
     """
-    ids = range(vocab_size or 3)
-    ids = [i for i in ids if i not in avoid] or list(ids)
-    # evenly spread, so that tokens differ as in a text
-    tokens = torch.tensor([[ids[(2 * i + 1) * len(ids) // (2 * LENGTH)] for i in range(LENGTH)]], device=device)
     first, last = tokens.clone(), tokens.clone()
-    first[:, 0], last[:, -1] = ids[-1], ids[0]
+    for changed in (first[:, 0], last[:, -1]):
+        changed.copy_(torch.where(changed == ids[0], ids[-1], ids[0]))
     plain = model(tokens).logits
     backward = _difference(plain[:, :-1], model(last).logits[:, :-1])
     forward = _difference(plain[:, 1:], model(first).logits[:, 1:])
@@ -39,4 +43,6 @@ def is_causal(model, vocab_size: int | None, device: torch.device, avoid: set[in
 
 def _difference(a: Tensor, b: Tensor) -> float:
     """Largest difference; logits that are the same infinity do not differ."""
+    if a.numel() == 0:
+        return 0.0
     return torch.where(a == b, 0.0, (a - b).abs()).nan_to_num(0.0).max().item()

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,8 @@ def fix_lengths(tree: nn.Module) -> list[RequestRotary]:
 class RequestRotary(nn.Module):
     """A stock rotary embedding with the frequencies of each request's length."""
 
+    stock: Any
+
     def __init__(self, stock: nn.Module):
         super().__init__()
         self.stock = stock
@@ -65,7 +68,7 @@ class RequestRotary(nn.Module):
         reached = [self._reached(length) for length in lengths]
         modules = {key: self._with_frequencies(key) for key in dict.fromkeys(reached)}
         if len(modules) == 1:
-            return [(None, *modules.values())]
+            return [(None, module) for module in modules.values()]
         return [
             (torch.tensor([row for row, key in enumerate(reached) if key == wanted]), module)
             for wanted, module in modules.items()

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -58,7 +60,7 @@ def _only_holds(model: nn.Module, held: nn.Module) -> bool:
     """Whether a wrapper of another class hands everything to the module that it holds: seen by a short forward."""
     if list(model._modules.values()) != [held] or model._parameters or model._buffers:
         return False
-    twin = twin_of(model)
+    twin: Any = twin_of(model)
     try:
         tokens = torch.ones((1, 4), dtype=torch.int64, device=input_device(held))
         with torch.no_grad():
