@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // One commit / edit / remask / renoise step on a canvas. A block takes a row, in three passes:
 //   1. a thread a slot writes the slot's position, by the last of the four masks that applies to it
-//   2. all threads search the row for the first open position, the last that was given (frozen) and
-//      the first end-of-sequence token, a few pairs of positions a thread in flight; and once more
-//      for such a token if that one has something given behind it
+//   2. all threads search the row for the first open position and the first end-of-sequence token,
+//      a few pairs of positions a thread in flight; where there is such a token, they search what
+//      stands behind it for positions that were given (frozen), and behind those for the next one
 //   3. the tail is filled if the row is complete up to that token; changes are marked dirty
 // A slot's own thread keeps what its position held. A row's positions are distinct where they
 // ascend, which is seen at a glance; else sorting finds those given twice, so that no two threads
@@ -67,16 +67,16 @@ class RemaskRow {
     kRuns,
     kFirstEos,
     kFirstOpen,
-    kGiven,
     kOpen,
     kUsed,
     kWritten,
     kRewritten,
+    kGiven,
     kEosBehind,
     kTail,
     kPartials
   };
-  static constexpr int kPairs = kKeys == 1 ? 4 : 2;  // of positions in flight; registers bound it
+  static constexpr int kPairs = kKeys == 1 ? 4 : 1;  // of positions in flight; registers bound it
 
  public:
   static constexpr SmemSize smem(uint32_t threads) {
@@ -113,14 +113,14 @@ class RemaskRow {
     if (fault != RemaskFault::kPartialsReadTooEarly) __syncthreads();
     uint32_t first_eos = gather_partials<Least>(partial(kFirstEos));
     const uint32_t first_open = gather_partials<Least>(partial(kFirstOpen));
-    const uint32_t given = gather_partials<Greatest>(partial(kGiven));
     const uint32_t open = gather_partials<Sum>(partial(kOpen));
     const uint32_t used = gather_partials<Sum>(partial(kUsed));
     const uint32_t written = gather_partials<Sum>(partial(kWritten));
     const uint32_t rewritten = gather_partials<Sum>(partial(kRewritten));
 
-    if (first_eos < given && fault != RemaskFault::kEndsBeforeGiven) {
-      first_eos = block_reduce<Least>(eos_from(given), partial(kEosBehind));
+    if (first_eos < Least::kNeutral && fault != RemaskFault::kEndsBeforeGiven) {
+      const uint32_t given = block_reduce<Greatest>(given_behind(first_eos), partial(kGiven));
+      if (given > 0) first_eos = block_reduce<Least>(eos_from(given), partial(kEosBehind));
     }
     const bool ends = first_eos < Least::kNeutral;
     const bool fill = p_.eos_policy == EosPolicy::kFill && ends && first_open > first_eos;
@@ -271,10 +271,10 @@ class RemaskRow {
   }
 
   // Leaves the partial results of the search: first end-of-sequence token at a decided position,
-  // first open position, position after the last that was given, number of open positions.
+  // first open position, number of open positions.
   DLM_DEVICE void search() {
     const uint32_t stride = 2 * blockDim.x;
-    uint32_t first_eos = Least::kNeutral, first_open = Least::kNeutral, given = 0, open = 0;
+    uint32_t first_eos = Least::kNeutral, first_open = Least::kNeutral, open = 0;
     for (uint32_t begin = 2 * threadIdx.x; begin < end_; begin += kPairs * stride) {
       int64_t token[kPairs][2];
       uint32_t state[kPairs][2];
@@ -287,22 +287,30 @@ class RemaskRow {
         if (is_open(s)) {
           ++open;
           first_open = min(first_open, t);
-        } else if (is_decided(s)) {
-          if (t < first_eos && is_eos(token[i / 2][i % 2])) first_eos = t;
-        } else if (t < end_) {
-          given = t + 1;
+        } else if (is_decided(s) && t < first_eos && is_eos(token[i / 2][i % 2])) {
+          first_eos = t;
         }
       }
     }
     leave_partial<Least>(first_eos, partial(kFirstEos));
     leave_partial<Least>(first_open, partial(kFirstOpen));
-    leave_partial<Greatest>(given, partial(kGiven));
     leave_partial<Sum>(open, partial(kOpen));
+  }
+
+  // Position after this thread's last from `begin` on that was given, or 0.
+  DLM_DEVICE uint32_t given_behind(uint32_t begin) const {
+    uint32_t given = 0;
+#pragma unroll 1  // registers are scarce
+    for (uint32_t t = begin + threadIdx.x; t < end_; t += blockDim.x) {
+      if (state_[t] & kStateFrozen) given = t + 1;
+    }
+    return given;
   }
 
   // This thread's first decided position from `begin` on, behind everything given, with an
   // end-of-sequence token.
   DLM_DEVICE uint32_t eos_from(uint32_t begin) const {
+#pragma unroll 1  // registers are scarce
     for (uint32_t t = begin + threadIdx.x; t < end_; t += blockDim.x) {
       if (!is_open(state_[t]) && is_eos(tokens_[t])) return t;
     }
@@ -335,6 +343,7 @@ class RemaskRow {
 
   DLM_DEVICE bool is_eos(int64_t token) const {
     bool hit = false;
+#pragma unroll 1
     for (int64_t i = 0; i < p_.eos_count; ++i) hit |= token == launch_.eos[i];
     return hit;
   }
@@ -364,6 +373,7 @@ class RemaskRow {
   // Returns how many tokens this thread changed.
   DLM_DEVICE uint32_t fill_tail(uint32_t begin) {
     uint32_t changed = 0;
+#pragma unroll 1  // registers are scarce
     for (uint32_t t = begin + threadIdx.x; t < end_; t += blockDim.x) {
       uint32_t state = state_[t] & ~uint32_t(kStateOpen);
       if (fault != RemaskFault::kKeepsRecords) forget(t);
