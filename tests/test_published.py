@@ -479,7 +479,7 @@ def sure(token: int, p: float, mask_p: float = 1e-12) -> list[float]:
 
 
 def decode(table: Table, canvas: list[int] | list[list[int]], **options):
-    options = {"mask_token_id": FEW_MASK, "eos_policy": "none", "rule": dk.Quota()} | options
+    options = {"mask_token_id": FEW_MASK, "eos_policy": "none", "config": dk.DecodingConfig(rule=dk.Quota())} | options
     with pytest.warns(UserWarning, match="does not know model type"):
         return dk.infill(table.eval(), torch.tensor(canvas), **options)
 
