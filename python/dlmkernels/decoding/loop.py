@@ -67,9 +67,7 @@ def decode(
                 first = torch.where(took_part, block.outer, canvas.tokens.shape[1])
                 window = canvas.window(canvas.columns(first, 1), 1)
                 one = torch.ones_like(first)
-                step = options.step(
-                    model.logits(forward.last_of_context()), window, first, 1, 0, 1, one, one, 0.0, {}
-                )
+                step = options.step(model.logits(forward.last_of_context()), window, first, 1, 0, 1, one, one, 0.0, {})
                 step, action = constrained.act(step, lambda step: Action(step.used))
                 assert action.commit is not None
                 commit_tokens(

@@ -59,9 +59,7 @@ def decode_pipelined(
         if capacity == 0:
             break
         # A count that is late may lack a block for each step it is behind; and not know of a prefix to be renewed.
-        rows = (
-            min(rows + counts.behind * grid.length, most_rows) if prefix is None or not counts.behind else most_rows
-        )
+        rows = min(rows + counts.behind * grid.length, most_rows) if prefix is None or not counts.behind else most_rows
         capacity = min(capacity + counts.behind * grid.length, width)
         context = blocks.context
         columns = first[:, None] + torch.arange(rows, dtype=torch.int32, device=first.device)

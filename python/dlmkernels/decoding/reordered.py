@@ -67,9 +67,7 @@ def decode_reordered(
         count = window.used.sum(1, dtype=torch.int32)
         step = options.step(model.logits(picked), window, first, rule.window, 0, 1, count, count, 0.0, {})
         unfinished.see(step)
-        info = commit_tokens(
-            canvas, config, special, window.positions, step.token, rule.select(step), step.confidence
-        )
+        info = commit_tokens(canvas, config, special, window.positions, step.token, rule.select(step), step.confidence)
         counts.submit(info[:, 1].amax().expand(2))
         final, length = first, 2 * rule.window
         stream.step(end)

@@ -435,7 +435,7 @@ def _restock(model: PreTrainedModel, family: str | None) -> DiffusionModel | Non
     state = model.state_dict()
     if any(".base_layer." in name for name in state):
         raise ValueError(
-            f"model: {type(model).__name__} has adapters, and its parameters are to be placed into a stock class: merge "
+            f"model: {type(model).__name__} has adapters, and its parameters go into a stock class: merge "
             "them first (merge_and_unload of PEFT)"
         )
     try:
