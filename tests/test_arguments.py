@@ -20,7 +20,7 @@ NUMBERS = {
     "temperature": (0.75, torch.float32), "order_temperature": (1.5, torch.float32), "top_p": (0.5, torch.float32),
     "cfg_scale": (1.25, torch.float32), "parameter": (0.5, torch.float32), "top_k": (3, torch.int32),
     "need": (2, torch.int32), "fill": (1, torch.int32), "cap": (2, torch.int32), "step": (4, torch.int32),
-    "origin": (1, torch.int32), "end": (8, torch.int32), "block_origin": (2, torch.int32),
+    "origin": (1, torch.int32), "end": (6, torch.int32), "block_origin": (2, torch.int32),
     "seed": (2**62 + 1, torch.int64),
 }  # fmt: skip
 ONE_VALUE = [

@@ -166,12 +166,10 @@ class TestAgainstReference:
 
     def test_a_filter_over_a_whole_number_of_bins(self):
         """The values between the lowest that can be kept and the maximum fill the bins of the search to the last."""
-        logits = torch.cat([torch.tensor([0.5]), torch.linspace(-3, 0, 999)])[None]
-        check(logits, top_p=torch.tensor([0.9]), distribution="filtered")
-        for maximum in torch.linspace(0.25, 2, 15).tolist():
-            logits[0, 0] = maximum
-            for p in (0.3, 0.9, 0.99):
-                check(logits, top_p=torch.tensor([p]), distribution="filtered")
+        maxima = torch.tensor([0.5, *torch.linspace(0.25, 2, 15).tolist()])
+        logits = torch.cat([maxima[:, None], torch.linspace(-3, 0, 999).expand(16, -1)], 1)
+        for p in (0.9, 0.3, 0.99):
+            check(logits, top_p=torch.tensor([p]), distribution="filtered", with_margin=False)
 
     @pytest.mark.parametrize(("distribution", "dtype"), zip(["raw", "tempered", "filtered"], DTYPES))
     def test_filters_of_a_large_vocabulary(self, distribution, dtype):
@@ -660,7 +658,8 @@ class TestInvariance:
 
     def test_one_value_a_row_or_a_group_or_all(self):
         logits = logits_of(6, 500)
-        shared = dict(temperature=torch.tensor([0.7]), top_k=i32(9), top_p=torch.tensor([0.9]), **randomness(6))
+        shared = dict(temperature=torch.tensor([0.7]), top_k=i32(9), top_p=torch.tensor([0.9]), seed=torch.tensor([4]))
+        shared |= dict(step=i32(2), position=i32(7, 1, 9, 0, 5, 3))
         each = {k: v.expand(6).contiguous() if k != "position" else v for k, v in shared.items()}
         groups = {k: v.expand(3).contiguous() if k != "position" else v for k, v in shared.items()}
         scalar = {k: v[0] if k != "position" else v for k, v in shared.items()}
@@ -682,7 +681,6 @@ ARGUMENT_SETS = {
         banned=torch.tensor([1, -1]),
         bitmask=torch.full((10,), -1, dtype=torch.int32),
         given=torch.tensor([4, -1, 299]),
-        step=i32(3),
         **randomness(3),
     ),
     "guided": lambda: dict(uncond_logits=logits_of(3, 300, seed=1), cfg_scale=torch.tensor([1.5])),
