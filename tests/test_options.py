@@ -38,6 +38,7 @@ ACTS = [
     ("eos_token_id", UNUSUAL, SHORT | {"eos_policy": "fill"}), ("pad_token_id", 9, SHORT | {
         "eos_token_id": UNUSUAL, "eos_policy": "fill"}),
     ("suppress_token_ids", UNUSUAL, SHORT), ("constraint", torch.arange(MASK) > 60, SHORT),
+    ("logit_bias", {5: 100.0}, SHORT),
     ("defer_token_ids", UNUSUAL, SHORT), ("eos_policy", "none", {"max_new_tokens": 16, "eos_token_id": UNUSUAL}),
     ("logit_alignment", "shift", SHORT), ("attention", "causal", SHORT), ("block_grid", "absolute", BLOCKS),
     ("seeded", True, BLOCKS | {"attention": "causal"}),
@@ -91,7 +92,7 @@ def test_an_idle_option_is_refused_by_name(model, name, value, options):
         options["block_length"] = 4
     for call in (
         lambda: dk.generate(model, ids, **options, **{name: value}),
-        lambda: dk.generate(model, ids, dk.DecodingConfig().replace(**options, **{name: value})),
+        lambda: dk.generate(model, ids, config=dk.DecodingConfig().replace(**options, **{name: value})),
         lambda: dk.generate(model, ids, config=dk.DecodingConfig(**options, **{name: value})),
         lambda: dk.generate(model, ids, config=options | {name: value}),
     ):
@@ -148,6 +149,7 @@ BAD = [True, "x", None, float("nan"), [1, 2], 1j, torch.zeros(2), object()]
     *((name, ["x", 1.5, True]) for name in ("mask_token_id", "pad_token_id", "eos_token_id")),
     *((name, ["x", 5, [1.5], [True]]) for name in ("suppress_token_ids", "defer_token_ids")),
     ("rule", ["quota", 5]), ("constraint", ["x", 5]),
+    ("logit_bias", ["x", 5, {"a": 1.0}, {5: float("nan")}, {5: float("inf")}, torch.zeros(2, 2), torch.zeros(3).int()]),
 ])  # fmt: skip
 def test_bad_values_are_named(name, values):
     default = getattr(dk.DecodingConfig(), name)

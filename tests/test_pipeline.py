@@ -151,6 +151,10 @@ def test_end_tokens(family, cache, loaded):
         )  # fmt: skip
         for row, prompt in enumerate(rows):
             request = restate(prompt, len(prompt))
+            ends = (request.tokens[len(prompt) :] == eos).nonzero().flatten() + len(prompt)
+            if len(ends):
+                request.commit_step[ends[0] + 1 :] = -1  # overwritten, whatever was committed there
+                request.confidence[ends[0] + 1 :] = 0
             assert_same(out, row, request)
             text = out.sequences[row].tolist()
             if eos in text[begin:]:

@@ -408,8 +408,8 @@ class TestEndOfBlock:
                 block_end = min(-(-stop // block_length) * block_length, 24)
                 assert torch.equal(out.generated[row, :stop], text[:stop])
                 assert (out.generated[row, stop:] == 0).all()
-                assert torch.equal(out.commit_step[row, -24:][:block_end], steps[:block_end])
-                assert (out.commit_step[row, -24:][block_end:] == -1).all()
+                assert torch.equal(out.commit_step[row, -24:][:stop], steps[:stop])
+                assert (out.commit_step[row, -24:][stop:] == -1).all()
                 assert out.num_forwards[row] == steps[:block_end].max() + 1
                 ended += stop < 24
         assert ended > 0

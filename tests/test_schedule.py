@@ -87,7 +87,7 @@ def test_shares_of_ones_own():
         ({"schedule": (0.5, 0.2, 1)}, ValueError, "not fall"),
         ({"schedule": (float("nan"), 1)}, ValueError, "not fall"),
         ({"schedule": ()}, ValueError, "end at 1"),
-        ({"rounding": "up"}, ValueError, "'down', 'nearest'"),
+        ({"rounding": "up"}, ValueError, "rounding must be one of down, nearest; got 'up'"),
         ({"spread": True, "schedule": "cosine"}, ValueError, "spread"),
         ({"spread": True, "rounding": "nearest"}, ValueError, "spread"),
     ],

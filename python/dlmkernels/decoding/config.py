@@ -68,7 +68,7 @@ def _seed(name: str, value: Any) -> int | Tensor | None:
     if value is None or isinstance(value, Tensor):
         return value
     if isinstance(value, (list, tuple)) or hasattr(value, "tolist"):
-        return torch.tensor(several(one)(name, value), dtype=torch.int64)
+        return torch.tensor(several(one)(name, value), dtype=torch.int64, device="cpu")
     return one(name, value)
 
 

@@ -96,8 +96,8 @@ def filler(special: SpecialTokens) -> int:
 def padded(rows: Rows, device: torch.device, pad: int) -> Prompts:
     """Rows of any lengths as one tensor, padded on the left."""
     width = max(map(len, rows))
-    tokens = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], dtype=torch.int64)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.int64)
+    tokens = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], dtype=torch.int64, device="cpu")
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.int64, device="cpu")
     return Prompts(tokens.to(device), None if bool(mask.all()) else mask.to(device))
 
 
@@ -207,7 +207,7 @@ def _as_lists(values):
 
 
 def _check_segment(key: str, values) -> None:
-    if bool(torch.as_tensor(_flat(values)).ne(0).any()):
+    if bool(torch.as_tensor(_flat(values), device="cpu").ne(0).any()):
         raise ValueError(
             f"{key} other than 0 cannot be used: the prompt and what is decoded after it are one segment; pass the "
             "tokenizer one text, or leave the key away"

@@ -114,7 +114,7 @@ def bias_tensor(bias: Mapping[int, float] | Tensor, vocab: int, device: torch.de
         return bias.to(device, torch.float32)
     if bias and max(bias) >= vocab:
         raise ValueError(f"logit_bias must name ids from 0 to {vocab} - 1; got {max(bias)}")
-    full = torch.zeros(vocab, dtype=torch.float32)
+    full = torch.zeros(vocab, dtype=torch.float32, device="cpu")
     for i, value in bias.items():
         full[i] = value
     return full.to(device)
@@ -162,7 +162,7 @@ class StepOptions:
 
 def seeds_of(seed: int | Tensor | None, batch: int, device: torch.device) -> Tensor:
     if seed is None:
-        return torch.randint(2**63 - 1, (batch,)).to(device)
+        return torch.randint(2**63 - 1, (batch,), device="cpu").to(device)
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.shape != (batch,):
             raise ValueError(f"seed must be int64 of shape [{batch}]; got {seed.dtype} of shape {list(seed.shape)}")

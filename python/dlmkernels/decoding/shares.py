@@ -6,9 +6,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .checks import plain
 
 Schedule = str | Callable[[float], float] | tuple[float, ...]
 
@@ -21,19 +24,19 @@ NAMED: dict[str, Callable[[float], float]] = {
 ROUNDINGS = ("down", "nearest")
 
 
-def check_schedule(schedule) -> Schedule:
-    """The schedule in a form that can be compared; a ValueError or TypeError if it is none."""
+def check_schedule(name: str, schedule: Any) -> Schedule:
+    """A check (see `checks`) for a schedule; returns it in a form that can be compared."""
     if isinstance(schedule, str):
         if schedule not in NAMED:
-            raise ValueError(f"schedule must be one of {tuple(NAMED)}, a callable or shares; got {schedule!r}")
+            raise ValueError(f"{name} must be one of {tuple(NAMED)}, a callable or shares; got {schedule!r}")
         return schedule
     if callable(schedule):
         return schedule
     if isinstance(schedule, Tensor):
         schedule = schedule.detach().double().flatten().tolist() if schedule.dim() == 1 else schedule
-    if not isinstance(schedule, Sequence) or not all(isinstance(x, (int, float)) for x in schedule):
+    if not isinstance(schedule, Sequence) or not all(isinstance(plain(x), (int, float)) for x in schedule):
         raise TypeError(
-            f"schedule must be one of {tuple(NAMED)}, a callable from a share of the steps to the share that is "
+            f"{name} must be one of {tuple(NAMED)}, a callable from a share of the steps to the share that is "
             f"decided by then, or a sequence (or tensor [S]) of such shares; got {schedule!r}"
         )
     shares = tuple(float(x) for x in schedule)

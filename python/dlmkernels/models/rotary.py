@@ -70,7 +70,7 @@ class RequestRotary(nn.Module):
         if len(modules) == 1:
             return [(None, module) for module in modules.values()]
         return [
-            (torch.tensor([row for row, key in enumerate(reached) if key == wanted]), module)
+            (torch.tensor([row for row, key in enumerate(reached) if key == wanted], device="cpu"), module)
             for wanted, module in modules.items()
         ]
 

@@ -46,7 +46,12 @@ class Quota(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    limits: ClassVar[Mapping[str, Check]] = {"of_block": flag, "spread": flag, "rounding": one_of(*ROUNDINGS)}
+    limits: ClassVar[Mapping[str, Check]] = {
+        "of_block": flag,
+        "spread": flag,
+        "schedule": check_schedule,
+        "rounding": one_of(*ROUNDINGS),
+    }
 
     of_block: bool = False
     spread: bool = False
@@ -55,7 +60,6 @@ class Quota(Rule):
 
     def __post_init__(self):
         super().__post_init__()
-        object.__setattr__(self, "schedule", check_schedule(self.schedule))
         if self.spread and not self.is_linear:
             raise ValueError("spread is for schedule='linear' with rounding='down'; the others spread by themselves")
 
