@@ -123,10 +123,18 @@ constexpr SplitLength kSplitLengths[] = {
     {INT64_MAX, INT32_MAX},  // one request alone fills most GPUs
 };
 
-inline int32_t tile_rows(const BlockAttentionParams& p) {
-  if (p.dtype == DType::kFloat32) return kFp32Rows;
-  const bool wide = p.Q * (p.H / p.G) > kNarrowRows;
-  return !wide ? kNarrowRows : p.D == 256 ? 64 : 128;
+inline int32_t tile_rows(const AttendParams& p) {
+  if (p.op.dtype == DType::kFloat32) return kFp32Rows;
+  return p.form != AttendForm::kWide ? kNarrowRows : p.op.D == 256 ? 64 : 128;
+}
+
+inline AttendForm form_of(const AttendParams& p) {
+  const float softcap = p.op.softcap;
+  if (!std::isnormal(p.scale) || softcap > kHighCap || (softcap > 0 && !std::isnormal(p.cap))) {
+    return AttendForm::kLiteral;
+  }
+  const bool narrow = p.op.dtype == DType::kFloat32 || p.rows <= kNarrowRows;
+  return narrow ? AttendForm::kNarrow : AttendForm::kWide;
 }
 
 inline AttendParams attend_params(const BlockAttentionParams& op, float* workspace) {
@@ -134,16 +142,15 @@ inline AttendParams attend_params(const BlockAttentionParams& op, float* workspa
   p.op = op;
   p.group = int32_t(op.H / op.G);
   p.rows = int32_t(op.Q * p.group);
-  p.row_tiles = (p.rows + tile_rows(op) - 1) / tile_rows(op);
+  p.scale = op.softcap > 0 ? op.scale / op.softcap : op.scale * kLog2E;
+  p.cap = op.softcap > 0 ? op.softcap * kLog2E : 0.0f;
+  p.form = form_of(p);
+  p.row_tiles = (p.rows + tile_rows(p) - 1) / tile_rows(p);
   const SplitLength* length = kSplitLengths;
   while (op.G * p.row_tiles >= length->blocks) ++length;
   p.split_length = length->slots;
   p.splits = int32_t(op.S > p.split_length ? (op.S + p.split_length - 1) / p.split_length : 1);
   if (p.splits == 1) p.split_length = INT32_MAX;
-  p.scale = op.softcap > 0 ? op.scale / op.softcap : op.scale * kLog2E;
-  p.cap = op.softcap > 0 ? op.softcap * kLog2E : 0.0f;
-  p.literal =
-      !std::isnormal(p.scale) || op.softcap > kHighCap || (op.softcap > 0 && !std::isnormal(p.cap));
   p.partial = workspace;
   if (workspace) {
     p.partial_norm = reinterpret_cast<float2*>(workspace + op.B * op.Q * op.H * p.splits * op.D);
@@ -207,14 +214,25 @@ cudaError_t start_scatter(const BlockAttentionParams& op, cudaStream_t stream) {
 template <class T, int kD, AttentionFault fault = AttentionFault::kNone>
 cudaError_t start_attend(const AttendParams& p, cudaStream_t stream) {
   const dim3 grid(unsigned(p.op.B * p.op.G * p.row_tiles * p.splits)), block(kAttendThreads);
+  const auto start = [&](auto kernel, uint32_t smem) {
+    return launch(kernel, grid, block, smem, stream, p);
+  };
+  using Form = AttendForm;
   if constexpr (std::is_same_v<T, float>) {
-    return launch(attend_fp32_kernel<kD>, grid, block, Fp32Tiling<kD>::kSmem.bytes, stream, p);
-  } else if (p.rows <= kNarrowRows) {
-    return launch(attend_kernel<T, kD, false, fault>, grid, block,
-                  AttendTiling<kD, false>::kSmem.bytes, stream, p);
+    const uint32_t smem = Fp32Tiling<kD>::kSmem.bytes;
+    return p.form == Form::kLiteral ? start(attend_fp32_kernel<kD, Form::kLiteral>, smem)
+                                    : start(attend_fp32_kernel<kD, Form::kNarrow>, smem);
   } else {
-    return launch(attend_kernel<T, kD, true, fault>, grid, block,
-                  AttendTiling<kD, true>::kSmem.bytes, stream, p);
+    const uint32_t narrow = AttendTiling<kD, Form::kNarrow>::kSmem.bytes;
+    const uint32_t wide = AttendTiling<kD, Form::kWide>::kSmem.bytes;
+    switch (p.form) {
+      case Form::kNarrow:
+        return start(attend_kernel<T, kD, Form::kNarrow, fault>, narrow);
+      case Form::kWide:
+        return start(attend_kernel<T, kD, Form::kWide, fault>, wide);
+      default:
+        return start(attend_kernel<T, kD, Form::kLiteral, fault>, narrow);
+    }
   }
 }
 

@@ -26,7 +26,7 @@ struct Fp32Tiling {
   static_assert(kSmem.bytes <= 99 * 1024);
 };
 
-template <int kD>
+template <int kD, AttendForm form>
 struct AttendFp32 {
   using Tiling = Fp32Tiling<kD>;
   using Tile = KeyTile<Tiling::kKeys>;
@@ -67,6 +67,11 @@ struct AttendFp32 {
            (!p.op.k_order || p.op.k_order[place.b * p.op.S + slot] <= limits.order[row]);
   }
 
+  DLM_DEVICE float logit(float dot) const {
+    if constexpr (form == AttendForm::kLiteral) return literal_logit(p, dot);
+    return p.cap > 0.0f ? p.cap * tanhf(dot * p.scale) : dot * p.scale;
+  }
+
   DLM_DEVICE void attend(const Tile& tile, uint32_t k_tile, uint32_t v_tile) {
     float s[2][kOwnKeys] = {};
 #pragma unroll 4
@@ -97,10 +102,7 @@ struct AttendFp32 {
 #pragma unroll
       for (int j = 0; j < kOwnKeys; ++j) {
         const bool visible = sees(row0 + r, tile, share + j * 8);
-        const float logit = p.literal      ? literal_logit(p, s[r][j])
-                            : p.cap > 0.0f ? p.cap * tanhf(s[r][j] * p.scale)
-                                           : s[r][j] * p.scale;
-        s[r][j] = visible ? logit : -INFINITY;
+        s[r][j] = visible ? logit(s[r][j]) : -INFINITY;
         seen[r] |= uint32_t(visible) << j;
         maximum = fmaxf(maximum, s[r][j]);
       }
@@ -189,10 +191,10 @@ struct AttendFp32 {
 };
 
 // As many blocks as shared memory lets a multiprocessor hold; told nothing, ptxas spills for more.
-template <int kD>
+template <int kD, AttendForm form>
 __global__ void __launch_bounds__(kAttendThreads, kD == 256 ? 1 : 2)
     attend_fp32_kernel(const __grid_constant__ AttendParams p) {
-  AttendFp32<kD>(p).run();
+  AttendFp32<kD, form>(p).run();
 }
 
 }  // namespace dlm::cuda

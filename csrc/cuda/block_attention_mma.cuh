@@ -15,13 +15,14 @@
 
 namespace dlm::cuda {
 
-constexpr int kNarrowRows = 32;  // up to so many rows, a block is narrow
+constexpr int kNarrowRows = 32;  // up to so many rows, a block is narrow; literal ones all are
 
 // Every choice keeps a block within 99 KiB of shared memory (sm_86, sm_89, sm_120) and the sums of
 // a warp, rows x D floats, within half of its registers. The ring of key tiles is later reused for
 // the sums of all warps.
-template <int kD, bool kWide>
+template <int kD, AttendForm form>
 struct AttendTiling {
+  static constexpr bool kWide = form == AttendForm::kWide;
   static constexpr int kBlocks16 = kD == 256 ? 1 : 2;  // blocks of 16 rows of a warp
   static constexpr int kRowWarps = kWide ? 4 : kD == 256 ? 2 : 1;
   static constexpr int kKeyWarps = kAttendThreads / 32 / kRowWarps;
@@ -67,9 +68,9 @@ DLM_DEVICE uint32_t not_finite(uint32_t pair) {
   return ((pair & kExponents<T>)+kExponentUnits<T>)&0x80008000u;
 }
 
-template <class T, int kD, bool kWide, AttentionFault fault = AttentionFault::kNone>
+template <class T, int kD, AttendForm form, AttentionFault fault = AttentionFault::kNone>
 struct Attend {
-  using Tiling = AttendTiling<kD, kWide>;
+  using Tiling = AttendTiling<kD, form>;
   using Tile = KeyTile<Tiling::kKeys>;
   using Mask = typename Tile::Mask;
   static constexpr int kBlocks16 = Tiling::kBlocks16, kWarpRows = Tiling::kWarpRows;
@@ -165,24 +166,21 @@ struct Attend {
     }
   }
 
-  template <class Logit>
-  static DLM_DEVICE void each(float (&s)[kBlocks16][kWarpKeys / 8][4], Logit logit) {
+  DLM_DEVICE void scale_logits(float (&s)[kBlocks16][kWarpKeys / 8][4]) const {
+    const bool cap = p.cap > 0.0f;
 #pragma unroll
     for (int i = 0; i < kBlocks16; ++i) {
 #pragma unroll
       for (int j = 0; j < kWarpKeys / 8; ++j) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) s[i][j][e] = logit(s[i][j][e]);
+        for (int e = 0; e < 4; ++e) {
+          if constexpr (form == AttendForm::kLiteral) {
+            s[i][j][e] = literal_logit(p, s[i][j][e]);
+          } else {
+            s[i][j][e] = cap ? capped(p, s[i][j][e]) : s[i][j][e] * p.scale;
+          }
+        }
       }
-    }
-  }
-  DLM_DEVICE void scale_logits(float (&s)[kBlocks16][kWarpKeys / 8][4]) const {
-    if (p.literal) {
-      each(s, [&](float dot) { return literal_logit(p, dot); });
-    } else if (p.cap > 0.0f) {
-      each(s, [&](float dot) { return capped(p, dot); });
-    } else {
-      each(s, [&](float dot) { return dot * p.scale; });
     }
   }
 
@@ -413,10 +411,10 @@ struct Attend {
   }
 };
 
-template <class T, int kD, bool kWide, AttentionFault fault = AttentionFault::kNone>
+template <class T, int kD, AttendForm form, AttentionFault fault = AttentionFault::kNone>
 __global__ void __launch_bounds__(kAttendThreads)
     attend_kernel(const __grid_constant__ AttendParams p) {
-  Attend<T, kD, kWide, fault>(p).run();
+  Attend<T, kD, form, fault>(p).run();
 }
 
 }  // namespace dlm::cuda

@@ -26,6 +26,10 @@ enum class AttentionFault {
   kFirstRowWins,
 };
 
+// Which kernel attends. kLiteral, of few rows, takes any scale and soft-cap: kernels of their own
+// keep that out of the others' loops.
+enum class AttendForm { kNarrow, kWide, kLiteral };
+
 constexpr int kAttendThreads = 128;
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
@@ -35,10 +39,10 @@ struct AttendParams {
   BlockAttentionParams op;
   int32_t group, rows;  // H/G, Q * H/G
   int32_t row_tiles, splits, split_length;
-  // Logits are kept in units of log 2: scale * q.k, or where cap > 0 cap * tanh(scale * q.k); where
-  // `literal`, scale and soft-cap are those of the op.
+  // Logits are kept in units of log 2: scale * q.k, or where cap > 0 cap * tanh(scale * q.k);
+  // kLiteral goes by scale and soft-cap of the op.
   float scale, cap;
-  bool literal;
+  AttendForm form;
   // Of several splits: [B*Q*H, splits, D] unnormalised sums; [B*Q*H, splits] maximum and sum of
   // weights.
   float* partial;

@@ -5,10 +5,10 @@
 //      a few pairs of positions a thread in flight; where there is such a token, they search what
 //      stands behind it for positions that were given (frozen), and behind those for the next one
 //   3. the tail is filled if the row is complete up to that token; changes are marked dirty
-// A slot's own thread keeps what its position held. A row's positions are distinct where they
-// ascend, which is seen at a glance; else sorting finds those given twice, so that no two threads
-// write one position. Pass 2 reads 9 bytes a position (1 without end-of-sequence ids): with few
-// rows its latency is the limit, with many the memory.
+// A slot's own thread keeps what its position held, in shared memory: registers are scarce. A row's
+// positions are distinct where they ascend, which is seen at a glance; else sorting finds those
+// given twice, so that no two threads write one position. Pass 2 reads 9 bytes a position (1
+// without end-of-sequence ids): with few rows its latency is the limit, with many the memory.
 // Needs sm_80.
 #pragma once
 #include "common/philox.h"
@@ -76,7 +76,8 @@ class RemaskRow {
     kTail,
     kPartials
   };
-  static constexpr int kPairs = kKeys == 1 ? 4 : 1;  // of positions in flight; registers bound it
+  static constexpr uint32_t kLow = 1, kHigh = 1 << 16;  // one, in either half of a word
+  static constexpr int kPairs = kKeys == 1 ? 4 : 2;  // of positions in flight; registers bound it
 
  public:
   static constexpr SmemSize smem(uint32_t threads) {
@@ -106,10 +107,9 @@ class RemaskRow {
     if (fault != RemaskFault::kSearchesTooEarly) __syncthreads();
     search();
 
-    // Sums of counts that are at most kMaxSlots, two in a word.
-    leave_partial<Sum>(uint32_t(used_) | uint32_t(window_open_) << 16, partial(kUsed));
-    leave_partial<Sum>(uint32_t(committed_) | uint32_t(edited_) << 16, partial(kWritten));
-    leave_partial<Sum>(uint32_t(remasked_) | changed_slots(p_.T) << 16, partial(kRewritten));
+    leave_partial<Sum>(used_, partial(kUsed));
+    leave_partial<Sum>(written_, partial(kWritten));
+    leave_partial<Sum>(rewritten_ | changed_slots(p_.T) << 16, partial(kRewritten));
     if (fault != RemaskFault::kPartialsReadTooEarly) __syncthreads();
     uint32_t first_eos = gather_partials<Least>(partial(kFirstEos));
     const uint32_t first_open = gather_partials<Least>(partial(kFirstOpen));
@@ -149,6 +149,10 @@ class RemaskRow {
  private:
   DLM_DEVICE uint32_t* partial(Partial which) const { return partial_ + which * kMaxWarps; }
   DLM_DEVICE uint32_t slot(int k) const { return threadIdx.x + uint32_t(k) * blockDim.x; }
+  // The token that a slot's position held, and the state it has now, in the arrays of the sort,
+  // which is over.
+  DLM_DEVICE int64_t& before(int k) const { return reinterpret_cast<int64_t*>(exchange_)[slot(k)]; }
+  DLM_DEVICE uint8_t& after(int k) const { return lost_[slot(k)]; }
   DLM_DEVICE bool on_canvas(int32_t at) const {
     return at >= 0 && (fault == RemaskFault::kTrustsPositions || at < p_.T);
   }
@@ -202,12 +206,12 @@ class RemaskRow {
 #pragma unroll
     for (int k = 0; k < kKeys; ++k) {
       if (at_[k] < 0) continue;
-      before_[k] = tokens_[at_[k]];
-      state_after_[k] = state_[at_[k]];
-      ++used_;
+      before(k) = tokens_[at_[k]];
+      after(k) = state_[at_[k]];
+      used_ += kLow;
       if (uint32_t(at_[k]) >= end_) continue;
-      if (!(state_after_[k] & kStateFrozen)) write(k, slots_ + slot(k));
-      window_open_ += is_open(state_after_[k]);
+      if (!(after(k) & kStateFrozen)) write(k, slots_ + slot(k));
+      if (is_open(after(k))) used_ += kHigh;
     }
   }
 
@@ -215,35 +219,35 @@ class RemaskRow {
   DLM_DEVICE void write(int k, int64_t i) {
     const int32_t at = at_[k];
     const int64_t proposal = p_.proposal[i];
-    const bool open = state_after_[k] & kStateOpen, proposes = proposal >= 0;
+    const bool open = after(k) & kStateOpen, proposes = proposal >= 0;
     const bool commits = open && proposes && asks(p_.commit, i);
     if (asks(p_.renoise, i)) {
       reopen(k, noise(at));
     } else if (asks(p_.remask, i) && (commits || !open)) {
       reopen(k, p_.mask_token_id);
-    } else if (asks(p_.edit, i) && !open && proposes && before_[k] != proposal) {
-      store(k, proposal, state_after_[k] | kStateEdited);
+    } else if (asks(p_.edit, i) && !open && proposes && before(k) != proposal) {
+      store(k, proposal, after(k) | kStateEdited);
       record_confidence(at, p_.confidence ? p_.confidence[i] : 0.0f);
-      ++edited_;
+      written_ += kHigh;
     } else if (commits) {
-      store(k, proposal, state_after_[k] & ~uint32_t(kStateOpen));
+      store(k, proposal, after(k) & ~uint32_t(kStateOpen));
       if (p_.commit_step) p_.commit_step[canvas_ + at] = step_;
       record_confidence(at, p_.confidence ? p_.confidence[i] : 0.0f);
-      ++committed_;
+      written_ += kLow;
     }
   }
 
   DLM_DEVICE void store(int k, int64_t token, uint32_t state) {
-    changed_ |= uint32_t(token != before_[k]) << k;
-    state_after_[k] = state;
+    changed_ |= uint32_t(token != before(k)) << k;
+    after(k) = uint8_t(state);
     tokens_[at_[k]] = token;
     state_[at_[k]] = uint8_t(state);
   }
 
   DLM_DEVICE void reopen(int k, int64_t token) {
-    store(k, token, state_after_[k] | kStateOpen);
+    store(k, token, after(k) | kStateOpen);
     forget(at_[k]);
-    ++remasked_;
+    rewritten_ += kLow;
   }
 
   // The records of a position that no step has committed.
@@ -363,9 +367,9 @@ class RemaskRow {
     for (int k = 0; k < kKeys; ++k) {
       if (!(changed_ >> k & 1)) continue;
       if (at_[k] <= last) {
-        state_[at_[k]] = uint8_t(state_after_[k] | kStateDirty);
+        state_[at_[k]] = uint8_t(after(k) | kStateDirty);
       } else if (fault != RemaskFault::kKeepsOverfilled) {
-        tokens_[at_[k]] = before_[k];
+        tokens_[at_[k]] = before(k);
       }
     }
   }
@@ -399,9 +403,10 @@ class RemaskRow {
   uint32_t* const partial_;
   const int32_t step_;
   int32_t at_[kKeys];
-  int64_t before_[kKeys];
-  uint32_t state_after_[kKeys], changed_ = 0;  // bit k: of this thread's k-th slot
-  uint32_t used_ = 0, window_open_ = 0, committed_ = 0, edited_ = 0, remasked_ = 0;
+  uint32_t changed_ = 0;  // bit k: of this thread's k-th slot
+  // Counts of at most kMaxSlots, two in a word: used and open slots; committed and edited ones;
+  // remasked ones and, later, changed ones.
+  uint32_t used_ = 0, written_ = 0, rewritten_ = 0;
 };
 
 template <int kKeys, RemaskFault fault>

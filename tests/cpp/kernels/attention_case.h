@@ -15,7 +15,18 @@ namespace check {
 
 struct AttentionShape {
   int64_t B = 2, Q = 5, S = 90, H = 4, G = 2, D = 64;
-  enum Mode { kFull, kRanges, kCausal, kBlockCausal, kOrder, kWindow, kCap, kModes };
+  enum Mode {
+    kFull,
+    kRanges,
+    kCausal,
+    kBlockCausal,
+    kOrder,
+    kWindow,
+    kCap,
+    kHighCap,
+    kHugeCap,
+    kModes
+  };
   int mode = kFull;
   bool fresh = true;       // new rows are written
   bool scattered = false;  // to slots in no order, some rows without one
@@ -155,6 +166,8 @@ struct AttentionCase {
     if (s.mode == Shape::kWindow)
       p.window_left = 12 + random.below(9), p.window_right = random.below(5);
     if (s.mode == Shape::kCap) p.softcap = float(random.uniform(1.5, 3.5));
+    if (s.mode == Shape::kHighCap) p.softcap = float(random.uniform(3000.0, 9000.0));
+    if (s.mode == Shape::kHugeCap) p.softcap = 3e38f;  // times log2(e) it is no float
   }
 
   // The block of new rows, ranges and orders of one request; the first request's row is the last.
