@@ -122,7 +122,7 @@ def test_given_tokens_of_the_answer_are_seen_by_both():
     assert out.generated[0, 4] == 40
     canvas = dk.decoding.canvas.Canvas.of(
         torch.tensor([[1, 2, MASK, 40]]), torch.tensor([[False, False, True, False]]), torch.tensor([0]),
-        NegativePrompt(torch.tensor([[8, 9]]), torch.tensor([0])),
+        negative=NegativePrompt(torch.tensor([[8, 9]]), torch.tensor([0])),
     )  # fmt: skip
     assert Unconditional(canvas, MASK).see(canvas.tokens).tolist() == [[8, 9, MASK, 40]]
 

@@ -152,7 +152,7 @@ def test_confidence_of_the_likeliest_token(model, distribution):
     )  # fmt: skip
     canvas = torch.cat((ids, torch.full((1, 6), MASK)), 1)
     adapted = dk.adapt(model)
-    with torch.no_grad(), adapted.attached():
+    with torch.no_grad():
         hidden = adapted.hidden(
             canvas, torch.arange(11)[None], dk.AttentionWindow(torch.arange(11, dtype=torch.int32)[None])
         )

@@ -18,7 +18,7 @@ from .checkpoint import Shapes
 #: Fields that choose code, files or devices, or that make lists of any length; only the user may say such things.
 UNHEEDED = {
     "auto_map", "custom_generate", "custom_pipelines", "name_or_path", "transformers_weights", "configuration_files",
-    "device_map", "device_mesh", "tp_plan", "tp_size", "torchscript", "compression_config", "per_layer_config",
+    "device_map", "device_mesh", "tp_plan", "tp_size", "torchscript", "compression_config",
     "num_labels", "id2label", "label2id", "problem_type",
 }  # fmt: skip
 #: Those that transformers has, and those that it may have one day.
@@ -65,9 +65,24 @@ def heeded(raw: Mapping[str, Any], config_class: type | None = None) -> dict[str
     for name, value in raw.items():
         if name in UNHEEDED or CHOOSES_CODE.match(name) or _is_no_field(name, config_class):
             continue
+        if name == "per_layer_config" and value is not None:
+            fields[name] = _by_layer(value)
+            continue
         inner = name.endswith("_config") and name != "quantization_config" and isinstance(value, Mapping)
         fields[name] = heeded(value) if inner else value
     return fields
+
+
+def _by_layer(value: Any) -> dict[str, Any]:
+    """The fields that some layers have for themselves, by the numbers of these layers."""
+    is_number = re.compile(r"\d{1,4}").fullmatch  # below MOST_LAYERS
+    if not isinstance(value, Mapping) or not all(
+        is_number(str(layer)) and isinstance(own, Mapping) for layer, own in value.items()
+    ):
+        raise ValueError(
+            f"its configuration has per_layer_config={value!r}; expected the fields of layers by their number"
+        )
+    return {layer: heeded(own) for layer, own in value.items()}
 
 
 def _is_no_field(name: str, config_class: type | None) -> bool:
