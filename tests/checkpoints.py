@@ -304,6 +304,7 @@ def write(tmp_path, make, change=None, **config):
     return checkpoint.write(tmp_path)
 
 
+@torch.no_grad()
 def our_logits(model, tokens, **window):
     adapted = adapt(model)
     positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
