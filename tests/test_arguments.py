@@ -180,6 +180,25 @@ def test_none_for_a_tensor(op):
         getattr(ops, op)(**nothing)
 
 
+MASKS = [(op, name) for op in op_calls.CALLS for name, value in op_calls.tensors(op_calls.CALLS[op]()).items()
+         if value.dtype == torch.bool]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "name"), MASKS)
+def test_every_byte_of_a_mask_but_0_is_true(op, name):
+    """As it is to torch: a uint8 tensor seen as bool has others than 0 and 1. (Copies of it have not.)"""
+
+    def run(make):
+        torch.manual_seed(0)
+        call = op_calls.CALLS[op]()
+        results, written = op_calls.run(op, call | {name: make(call[name])})
+        return [*results, *(value for value in written.values() if value is not None)]
+
+    for byte in (2, 4, 128, 255):
+        got = run(lambda mask, byte=byte: (mask.to(torch.uint8) * byte).view(torch.bool))
+        assert all(map(torch.equal, got, run(lambda mask: mask))), byte
+
+
 @pytest.mark.on_cpu
 class TestMemory:
     """Results larger than any address space: torch's message is kept, with the size that was asked for."""

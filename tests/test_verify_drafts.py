@@ -401,12 +401,17 @@ class TestErrors:
         self.refuses("draft_logits is required by logits; got None", draft_logits=None)
 
     def test_values(self):
-        self.refuses("leniency must be finite and not negative; got -0.5", leniency=-0.5)
-        self.refuses("leniency must be finite and not negative; got nan", leniency=math.nan)
+        self.refuses(
+            r"leniency must be 0 \(accept all that can be drawn\) or positive and finite in float32; got -0.5",
+            leniency=-0.5,
+        )
+        self.refuses("leniency must be 0 .* or positive and finite in float32; got nan", leniency=math.nan)
         self.refuses("temperature must be 0, or finite.*; got -1", temperature=torch.tensor([-1.0]))
         drafts = self.good()["drafts"]
         drafts[2, 1] = 31
         self.refuses(r"drafts must be below the vocabulary's size 31; got 31 at \[2, 1\]", drafts=drafts)
+        for bad in (-2, 31, 2**62):
+            self.refuses(rf"banned must be -1 or in \[0, 31\); got {bad} at 1", banned=torch.tensor([3, bad, -1]))
         for name, shape, rows in (("row_map", (4, 4), 16), ("draft_row_map", (4, 3), 12)):
             for bad in (-2, rows):
                 row_map = torch.zeros(shape, dtype=torch.int32)

@@ -2,6 +2,9 @@
 // One plain struct an op: everything a kernel needs, filled and checked by csrc/torch/<op>.cpp,
 // read by every back end. Pointers to optional inputs are null when absent. Strides count elements.
 // Letters: csrc/README.md.
+//
+// Masks are bytes: to torch every byte of a bool tensor but 0 is true (a uint8 tensor seen as bool
+// has others than 1), while a C++ bool that is neither 0 nor 1 is undefined.
 #pragma once
 #include <cstdint>
 
@@ -92,9 +95,9 @@ enum class Rule : int32_t {
 
 struct SelectTokensParams {
   int64_t B, W;
-  const float* score;           // [B,W] contiguous
-  const bool *eligible, *gate;  // [B,W]
-  const float* cost;            // [B,W]: entropies, or probabilities for kBernoulli
+  const float* score;              // [B,W] contiguous
+  const uint8_t *eligible, *gate;  // [B,W]
+  const float* cost;               // [B,W]: entropies, or probabilities for kBernoulli
   Rule rule;
   PerRow<float> parameter;
   bool strict;
@@ -124,15 +127,15 @@ enum class EosPolicy : int32_t { kNone, kFill };
 
 struct RemaskParams {
   int64_t B, T, W;
-  int64_t* tokens;                               // [B,T]
-  uint8_t* state;                                // [B,T]
-  const int32_t* position;                       // [B,W] canvas position of each slot, -1: unused
-  const int64_t* proposal;                       // [B,W]
-  const bool *commit, *edit, *remask, *renoise;  // [B,W]
-  const float* confidence;                       // [B,W]
-  int32_t* commit_step;                          // [B,T]
-  float* commit_confidence;                      // [B,T]
-  int32_t* step;                                 // [B]
+  int64_t* tokens;          // [B,T]
+  uint8_t* state;           // [B,T]
+  const int32_t* position;  // [B,W] canvas position of each slot, -1: unused
+  const int64_t* proposal;  // [B,W]
+  const uint8_t *commit, *edit, *remask, *renoise;  // [B,W]
+  const float* confidence;                          // [B,W]
+  int32_t* commit_step;                             // [B,T]
+  float* commit_confidence;                         // [B,T]
+  int32_t* step;                                    // [B]
   PerRow<int64_t> seed;
   PerRow<int32_t> origin;  // canvas position at which the request starts (left padding)
   PerRow<int32_t> end;     // canvas position after its last, up to T
@@ -171,7 +174,7 @@ struct SpliceParams {
   float* commit_confidence;  // [B,T]
   const int32_t* start;      // [B] canvas position of slot 0, -1: idle row
   const int32_t* insert;     // [B,W] positions to insert before each slot
-  const bool* remove;        // [B,W]
+  const uint8_t* remove;     // [B,W]
   int32_t* length;           // [B] live positions; null: the span [start, end) keeps its size
   PerRow<int32_t> end;
   int64_t fill_token_id, pad_token_id;

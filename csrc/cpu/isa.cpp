@@ -38,6 +38,9 @@ bool may_use_tiles() { return syscall(SYS_arch_prctl, kRequestPermission, kTileD
 std::string obstacle(Isa isa) {
   if (isa == Isa::kGeneric) return "";
 #ifdef DLM_X86
+#ifndef DLM_AMX
+  if (isa == Isa::kAmx) return "not in this build, whose compiler or system lacks it";
+#endif
   // These ask CPUID for the instructions and XCR0 for the operating system's support of their
   // registers. The four extensions are what CMakeLists.txt compiles *_avx512.cpp for: every
   // processor with AVX-512 since 2017.
@@ -61,9 +64,6 @@ std::string obstacle(Isa isa) {
     missing = "AMX-BF16";
   else if (isa == Isa::kAmx && !system_has_tiles())
     return "the operating system does not offer tile registers";
-#else
-  else if (isa == Isa::kAmx)
-    return "not in this build, whose compiler or system lacks it";
 #endif
   // Measured: AMD's multiply pairs of bf16 at twice the rate of floats, Intel's at half of it.
   else if (isa == Isa::kAvx512Bf16 && __builtin_cpu_is("intel"))

@@ -18,7 +18,7 @@ namespace {
 
 bool is_open(uint8_t state) { return (state & (kStateOpen | kStateFrozen)) == kStateOpen; }
 bool is_decided(uint8_t state) { return (state & (kStateOpen | kStateFrozen)) == 0; }
-bool asks(const bool* mask, int64_t i) { return mask && mask[i]; }
+bool asks(const uint8_t* mask, int64_t i) { return mask && mask[i]; }
 
 class Row {
  public:

@@ -29,13 +29,13 @@ class Row {
   static uint32_t slot(uint64_t key) { return uint32_t(key); }
 
   // Writes the keys of E, or of E within the gate, in slot order; returns how many.
-  int64_t gather(uint64_t* keys, const bool* gate) const {
-    const bool* eligible = p_.eligible + offset_;
-    const bool* within = gate ? gate + offset_ : eligible;
+  int64_t gather(uint64_t* keys, const uint8_t* gate) const {
+    const uint8_t* eligible = p_.eligible + offset_;
+    const uint8_t* within = gate ? gate + offset_ : eligible;
     int64_t n = 0;
     for (int64_t w = 0; w < p_.W; ++w) {
       keys[n] = descending_key(score_[w], uint32_t(w));
-      n += eligible[w] & within[w] & (score_[w] > -kInfinity);  // false for NaN
+      n += (eligible[w] != 0) & (within[w] != 0) & (score_[w] > -kInfinity);  // false for NaN
     }
     const float temperature = p_.order_temperature.at(row_, 0.0f);
     if (temperature > 0.0f) {

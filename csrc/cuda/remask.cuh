@@ -59,7 +59,7 @@ DLM_DEVICE bool is_open(uint32_t state) {
   return (state & (kStateOpen | kStateFrozen)) == kStateOpen;
 }
 DLM_DEVICE bool is_decided(uint32_t state) { return (state & (kStateOpen | kStateFrozen)) == 0; }
-DLM_DEVICE bool asks(const bool* mask, int64_t i) { return mask && mask[i]; }
+DLM_DEVICE bool asks(const uint8_t* mask, int64_t i) { return mask && mask[i]; }
 
 template <int kKeys, RemaskFault fault>
 class RemaskRow {

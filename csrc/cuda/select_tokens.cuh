@@ -146,8 +146,8 @@ class SelectRow {
       const uint32_t w = slot(k);
       if (fault != SelectFault::kUnmaskedTail && w >= p_.W) continue;
       const float score = p_.score[offset_ + w];
-      const bool gate = p_.gate ? p_.gate[offset_ + w] : true;
-      const bool member = p_.eligible[offset_ + w] & (score > -INFINITY);  // not NaN
+      const bool gate = p_.gate ? p_.gate[offset_ + w] != 0 : true;
+      const bool member = (p_.eligible[offset_ + w] != 0) & (score > -INFINITY);  // not NaN
       const bool passes =
           p_.rule == Rule::kThreshold ? reaches(score, parameter_) : p_.rule != Rule::kNone;
       order_[k] = uint32_t(descending_key(score, 0) >> 32);

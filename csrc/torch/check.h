@@ -129,6 +129,10 @@ class Check {
                  std::initializer_list<int64_t> want) const {
     return t ? dense<T>(name, *t, want) : nullptr;
   }
+  const uint8_t* mask(const char* name, const MaybeTensor& t,
+                      std::initializer_list<int64_t> want) const {
+    return reinterpret_cast<const uint8_t*>(dense<bool>(name, t, want));
+  }
   template <class T>
   T* dense_mutable(const char* name, const Tensor& t, std::initializer_list<int64_t> want) const {
     dense<T>(name, t, want);
@@ -169,6 +173,15 @@ class Check {
       that(false, name, " must be 0 (", zero, ") or positive and finite in float32; got ", value);
     }
     return x;
+  }
+
+  // Indices in CPU memory, -1 for none.
+  template <class T>
+  void indices(const char* name, const T* values, int64_t count, int64_t end) const {
+    for (int64_t i = 0; values && i < count; ++i) {
+      if (values[i] >= -1 && values[i] < end) continue;
+      that(false, name, " must be -1 or in [0, ", end, "); got ", values[i], " at ", i);
+    }
   }
 
   // Each value of a temperature in CPU memory: its inverse must be finite.

@@ -60,7 +60,7 @@ void check_proposals(const Check& check, const RemaskParams& p) {
     const int64_t row = i / p.W;
     const uint8_t state = p.state[row * p.T + p.position[i]];
     if (state & kStateFrozen || p.position[i] >= p.end.at(row, int32_t(p.T))) continue;
-    const bool* mask = state & kStateOpen ? p.commit : p.edit;
+    const uint8_t* mask = state & kStateOpen ? p.commit : p.edit;
     check.that(!mask || !mask[i], "proposal must be below vocab_size = ", p.vocab_size, "; got ",
                p.proposal[i], " at [", row, ", ", i % p.W, "]");
   }
@@ -84,10 +84,10 @@ Tensor remask_(const Tensor& tokens, const Tensor& state, const Tensor& position
   p.position = check.dense<int32_t>("position", position, {B, -1});
   const int64_t W = p.W = position.size(1);
   p.proposal = check.dense<int64_t>("proposal", proposal, {B, W});
-  p.commit = check.dense<bool>("commit", commit, {B, W});
-  p.edit = check.dense<bool>("edit", edit, {B, W});
-  p.remask = check.dense<bool>("remask", remask, {B, W});
-  p.renoise = check.dense<bool>("renoise", renoise, {B, W});
+  p.commit = check.mask("commit", commit, {B, W});
+  p.edit = check.mask("edit", edit, {B, W});
+  p.remask = check.mask("remask", remask, {B, W});
+  p.renoise = check.mask("renoise", renoise, {B, W});
   p.confidence = check.dense<float>("confidence", confidence, {B, W});
   p.commit_step = check.dense_mutable<int32_t>("commit_step", commit_step, {B, T});
   p.commit_confidence = check.dense_mutable<float>("commit_confidence", commit_confidence, {B, T});

@@ -52,10 +52,10 @@ std::tuple<Tensor, Tensor> select_tokens(const Tensor& score, const Tensor& elig
   SelectTokensParams p{};
   p.score = check.dense<float>("score", score, {-1, -1});
   const int64_t B = p.B = score.size(0), W = p.W = score.size(1);
-  p.eligible = check.dense<bool>("eligible", eligible, {B, W});
+  p.eligible = check.mask("eligible", eligible, {B, W});
   p.parameter = check.per_row<float>("parameter", parameter, B);
   p.strict = strict;
-  p.gate = check.dense<bool>("gate", gate, {B, W});
+  p.gate = check.mask("gate", gate, {B, W});
   p.cost = check.dense<float>("cost", cost, {B, W});
   p.need = check.per_row<int32_t>("need", need, B);
   p.fill = check.per_row<int32_t>("fill", fill, B);

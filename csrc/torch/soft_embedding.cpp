@@ -43,10 +43,7 @@ struct RowStatistics {
 // The values, on the CPU: there, looking at them costs no wait.
 void check_values(const Check& check, const SoftEmbeddingParams& p, const MaybeTensor& temperature,
                   const MaybeTensor& top_k, PerRow<int32_t> k) {
-  for (int64_t n = 0; p.row_map && n < p.N; ++n) {
-    if (p.row_map[n] >= -1 && p.row_map[n] < p.R) continue;
-    check.that(false, "row_map must be -1 or in [0, ", p.R, "); got ", p.row_map[n], " at ", n);
-  }
+  check.indices("row_map", p.row_map, p.N, p.R);
   check.temperatures("temperature", temperature);
   for (int64_t i = 0; top_k && i < top_k->numel(); ++i) {
     if (k.data[i] >= 0) continue;

@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor> splice_(const Tensor& tokens, const Tensor& start,
   p.start = check.dense<int32_t>("start", start, {B});
   p.insert = check.dense<int32_t>("insert", insert, {B, -1});
   if (insert) p.W = insert->size(1);
-  p.remove = check.dense<bool>("remove", remove, {B, insert ? p.W : -1});
+  p.remove = check.mask("remove", remove, {B, insert ? p.W : -1});
   if (remove) p.W = remove->size(1);
   p.length = check.dense_mutable<int32_t>("length", length, {B});
   p.end = check.per_row<int32_t>("end", end, B);

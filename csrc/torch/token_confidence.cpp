@@ -29,16 +29,6 @@ const T* shared_rows(const Check& check, const char* name, const MaybeTensor& t,
   return static_cast<const T*>(t->const_data_ptr());
 }
 
-template <class T>
-void check_range(const Check& check, const char* name, const T* values, int64_t count,
-                 int64_t end) {
-  if (!values) return;
-  for (int64_t i = 0; i < count; ++i) {
-    if (values[i] >= -1 && values[i] < end) continue;
-    check.that(false, name, " must be -1 or in [0, ", end, "); got ", values[i], " at ", i);
-  }
-}
-
 // Checks each value of a per-row parameter of `count` values.
 template <class T, class Fact>
 void check_values(const Check& check, const char* name, const MaybeTensor& t, const char* expected,
@@ -116,9 +106,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
   check.that(position || !seed, "position is required by seed; got None");
 
   if (!logits.is_cuda()) {  // there, a look at the values would have the host wait for them
-    check_range(check, "row_map", p.row_map, N, R);
-    check_range(check, "given", p.given, N, V);
-    check_range(check, "banned", p.banned, banned ? banned->numel() : 0, V);
+    check.indices("row_map", p.row_map, N, R);
+    check.indices("given", p.given, N, V);
+    check.indices("banned", p.banned, banned ? banned->numel() : 0, V);
     check.temperatures("temperature", temperature);
     check_values<int32_t>(check, "top_k", top_k, "0 (off) or positive",
                           [](int32_t k) { return k >= 0; });

@@ -29,23 +29,16 @@ const void* logits_rows(const Check& check, const char* name, const Tensor& t, c
   return t.const_data_ptr();
 }
 
-void check_rows(const Check& check, const char* name, const int32_t* map, int64_t count,
-                int64_t rows) {
-  for (int64_t i = 0; map && i < count; ++i) {
-    if (map[i] >= -1 && map[i] < rows) continue;
-    check.that(false, name, " must be -1 or in [0, ", rows, "); got ", map[i], " at ", i);
-  }
-}
-
 // The values, on the CPU: there, looking at them costs no wait.
 void check_values(const Check& check, const VerifyDraftsParams& p, const MaybeTensor& temperature) {
-  check_rows(check, "row_map", p.row_map, p.B * (p.W + 1), p.R);
-  check_rows(check, "draft_row_map", p.draft_row_map, p.B * p.W, p.Q);
+  check.indices("row_map", p.row_map, p.B * (p.W + 1), p.R);
+  check.indices("draft_row_map", p.draft_row_map, p.B * p.W, p.Q);
   for (int64_t i = 0; i < p.B * p.W; ++i) {
     if (p.drafts[i] < p.V) continue;
     check.that(false, "drafts must be below the vocabulary's size ", p.V, "; got ", p.drafts[i],
                " at [", i / p.W, ", ", i % p.W, "]");
   }
+  check.indices("banned", p.banned, p.banned_count, p.V);
   check.temperatures("temperature", temperature);
 }
 

@@ -610,8 +610,9 @@ def verify_drafts(
     ------
     ArgumentError
         For a wrong device, dtype, shape or stride, a negative leniency, a missing companion of `draft_logits`; and, on
-        the CPU, for a row, draft or temperature out of range. The message names the argument. On CUDA, where values
-        are not checked, a row out of range is none and a draft beyond the vocabulary fails.
+        the CPU, for a row, draft, banned id or temperature out of range. The message names the argument. On CUDA,
+        where values are not checked, a row out of range is none, a draft beyond the vocabulary fails and a banned id
+        out of range bans nothing.
 
     Notes
     -----

@@ -132,9 +132,7 @@ struct RemaskCase {
     }
     expected.copy(got);
 
-    auto asked = [&](int k) {
-      return with >> k & 1 ? reinterpret_cast<const bool*>(mask.data() + k * B * W) : nullptr;
-    };
+    auto asked = [&](int k) { return with >> k & 1 ? mask.data() + k * B * W : nullptr; };
     p.B = B, p.T = T, p.W = W;
     p.position = distinct.data(), p.proposal = proposal.data(), p.confidence = confidence.data();
     p.commit = asked(0), p.edit = asked(1), p.remask = asked(2), p.renoise = asked(3);

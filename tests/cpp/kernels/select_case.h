@@ -84,8 +84,8 @@ struct SelectCase {
 
     p.B = B, p.W = W, p.rule = rule, p.strict = with & kStrict;
     p.score = score.data(), p.cost = cost.data();
-    p.eligible = reinterpret_cast<const bool*>(eligible.data());
-    if (with & kGate) p.gate = reinterpret_cast<const bool*>(gate.data());
+    p.eligible = eligible.data();
+    if (with & kGate) p.gate = gate.data();
     p.parameter = per_row(parameter, random);
     if (with & kNeed) p.need = per_row(need, random);
     if (with & kFill) p.fill = per_row(fill, random);

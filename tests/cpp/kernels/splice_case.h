@@ -96,7 +96,7 @@ struct SpliceCase {
     ends_per_value = per_row(end, random).rows_per_value;
     p.B = B, p.T = T, p.W = W;
     p.start = start.data();
-    if (with & kRemove) p.remove = reinterpret_cast<const bool*>(remove.data());
+    if (with & kRemove) p.remove = remove.data();
     p.fill_token_id = 1000, p.pad_token_id = 2000;
     write_to(expected, with, sound_end, sound_insert);
     dlm::cpu::generic::splice(p, 0, B);
