@@ -102,7 +102,8 @@ struct AttendFp32 {
 #pragma unroll
       for (int j = 0; j < kOwnKeys; ++j) {
         const bool visible = sees(row0 + r, tile, share + j * 8);
-        s[r][j] = visible ? logit(s[r][j]) : -INFINITY;
+        const float scaled = logit(s[r][j]);
+        s[r][j] = visible ? scaled : -INFINITY;
         seen[r] |= uint32_t(visible) << j;
         maximum = fmaxf(maximum, s[r][j]);
       }
