@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damaged calls of the ops: the result is the reference's, or a refusal that names the op and leaves all as it was.
+"""Damaged calls of every op: the result is the reference's, or a refusal that names the op and leaves all as it was.
 
 `HYPOTHESIS_PROFILE=long pytest tests/test_fuzz_ops.py` tries some thousand calls of each.
 """
@@ -52,7 +52,7 @@ NUMBERS = [
     "a",
 ]
 # Where float32 and float64 part: the reference in float64 says nothing of the kernels there.
-ROUNDED_AWAY = {("block_attention", "scale"): 1e3, ("verify_drafts", "leniency"): 1e3}
+ROUNDED_AWAY = {("block_attention", "scale"): 1e3}
 
 
 def other_dtype(draw, t):
@@ -76,8 +76,10 @@ def other_values(draw, t):
 
 def other_shape(draw, t):
     dim = draw(st.integers(0, t.dim() - 1))
-    return draw(st.sampled_from([t.unsqueeze(dim), t.narrow(dim, 0, t.shape[dim] // 2), t.narrow(dim, 0, 0), t.flatten(),
-                                 torch.cat([t, t], dim), t.select(dim, 0)]))  # fmt: skip
+    shapes = [t.unsqueeze(dim), t.narrow(dim, 0, t.shape[dim] // 2), t.narrow(dim, 0, 0), t.flatten(),
+              torch.cat([t, t], dim)]  # fmt: skip
+    shapes += [t.select(dim, 0)] if t.shape[dim] else []
+    return draw(st.sampled_from(shapes))
 
 
 def other_strides(draw, t):
@@ -87,7 +89,8 @@ def other_strides(draw, t):
     room[dim] += gap
     wide = torch.zeros(room, dtype=t.dtype).narrow(dim, gap // 2, t.shape[dim]).copy_(t)
     turned = t.transpose(dim, -1).contiguous().transpose(dim, -1)
-    return draw(st.sampled_from([wide, turned, t.narrow(dim, 0, 1).expand(t.shape)]))
+    first = t.narrow(dim, 0, min(1, t.shape[dim]))
+    return draw(st.sampled_from([wide, turned, first.expand(t.shape)]))
 
 
 def same_memory(draw, t, others):
@@ -97,7 +100,7 @@ def same_memory(draw, t, others):
         return t
     offset = draw(st.integers(0, (at.untyped_storage().nbytes() - size) // t.element_size()))
     view = torch.empty(0, dtype=t.dtype).set_(at.untyped_storage(), offset, t.shape, t.contiguous().stride())
-    return view.copy_(t) if draw(st.booleans()) else view
+    return view.copy_(t.clone()) if draw(st.booleans()) else view
 
 
 @st.composite
@@ -133,20 +136,22 @@ def in_float64(call):
 
 
 def by_reference(op, call):
-    result = getattr(reference, op)(**call)
+    numbers = {name: int(value) for name, value in call.items() if isinstance(value, bool)}  # as the ops take them
+    result = getattr(reference, op)(**(call | numbers))
     result = result if isinstance(result, tuple) else (result,)
     return [*result, *(call[name] for name in op_calls.written(op) if isinstance(call.get(name), torch.Tensor))]
 
 
 def bits(t):
-    return t.contiguous().view(torch.uint8)
+    return t.contiguous().as_strided((t.numel(),), (1,)).view(torch.uint8)  # strides of dimensions of 1 are any
 
 
-@pytest.mark.parametrize("op", [op for op in op_calls.CALLS if op not in ("select_tokens", "verify_drafts")])
+@pytest.mark.parametrize("op", op_calls.CALLS)
 @given(data=st.data())
 def test_damaged_calls(op, data):
     call = data.draw(damaged(op))
     before = op_calls.cloned(call)
+    memory = {name: bits(value).clone() for name, value in op_calls.tensors(call).items() if not value.is_meta}
     note(
         {name: (tuple(v.shape), v.stride(), v.dtype) if isinstance(v, torch.Tensor) else v for name, v in call.items()}
     )
@@ -155,14 +160,16 @@ def test_damaged_calls(op, data):
     except (ValueError, TypeError, RuntimeError) as error:
         name = str(error).split(" ")[0 if isinstance(error, (TypeError, ValueError)) and ": " not in str(error) else 1]
         assert str(error).startswith(f"{op}: ") or name in call, error
-        for key, value in op_calls.tensors(call).items():
-            assert value.is_meta or torch.equal(bits(value), bits(before[key])), f"{key} was written"
+        for key, held in memory.items():
+            assert torch.equal(bits(call[key]), held), f"{key} was written"
         return
     got = [*(result if isinstance(result, tuple) else (result,)),
            *(call[name] for name in op_calls.written(op) if isinstance(call.get(name), torch.Tensor))]  # fmt: skip
     for (of, name), most in ROUNDED_AWAY.items():
         if of == op and isinstance(call[name], (int, float)) and abs(call[name]) > most:
             return
+    if op == "soft_embedding" and not before["weight"].isfinite().all():
+        return  # not promised
     if any(t.is_meta for t in got) or any(
         isinstance(v, torch.Tensor) and v.dtype == torch.float16 for v in before.values()
     ):
