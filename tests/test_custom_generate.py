@@ -166,6 +166,8 @@ def test_shortest_answer():
     ({"min_p": 0.1, "do_sample": True}, "min_p=0.1"), ({"typical_p": 0.5, "do_sample": True}, "typical_p=0.5"),
     ({"sequence_bias": [[[5], 2.0]]}, "sequence_bias"), ({"forced_bos_token_id": 5}, "forced_bos_token_id=5"),
     ({"exponential_decay_length_penalty": (2, 1.5)}, "exponential_decay_length_penalty"),
+    ({"cache_implementation": "static"}, "cache_implementation"), ({"length_penalty": 2.0}, "length_penalty"),
+    ({"low_memory": True}, "low_memory"), ({"negative_prompt_ids": torch.tensor([[4, 5]])}, "negative_prompt_ids"),
     ({"prefix_allowed_tokens_fn": lambda row, ids: [5]}, "PrefixConstrainedLogitsProcessor"),
     ({"logits_processor": LogitsProcessorList([type("Mine", (LogitsProcessor,), {})()])}, "Mine cannot be used"),
     ({"stopping_criteria": StoppingCriteriaList([hf_criteria.MaxTimeCriteria(3.0)])}, "MaxTimeCriteria cannot be used"),

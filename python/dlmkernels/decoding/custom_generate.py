@@ -33,14 +33,12 @@ HONOURED = frozenset({
     "return_dict_in_generate", "pad_token_id", "eos_token_id", "token_healing",
 })  # fmt: skip
 #: Those that make no difference to the tokens: speed and memory; what belongs to methods of decoding that are refused
-#: (beams, assistants); what our distributions do by themselves (they are normalised, and never choose a NaN); records.
+#: (assistants); what our distributions do by themselves (they are normalised, and never choose a NaN); records.
 INDIFFERENT = frozenset({
-    "use_cache", "cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile",
-    "prefill_chunk_size", "low_memory", "continuous_batching_config",
-    "early_stopping", "length_penalty", "diversity_penalty", "is_assistant", "num_assistant_tokens",
-    "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_early_exit", "assistant_lookbehind",
-    "target_lookbehind", "assistant_ensemble_weight", "speculation_type", "max_matching_ngram_size",
-    "renormalize_logits", "remove_invalid_values", "bos_token_id", "decoder_start_token_id",
+    "use_cache", "compile_config", "disable_compile", "continuous_batching_config", "is_assistant",
+    "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_early_exit",
+    "assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight", "speculation_type",
+    "max_matching_ngram_size", "renormalize_logits", "remove_invalid_values", "bos_token_id", "decoder_start_token_id",
     "transformers_version", "_from_model_config", "_commit_hash",
 })  # fmt: skip
 
@@ -58,7 +56,10 @@ class Refused(NamedTuple):
 REFUSED: dict[str, Refused] = {
     "num_beams": Refused((1,)), "num_beam_groups": Refused((1,)), "constraints": Refused(),
     "force_words_ids": Refused(), "penalty_alpha": Refused((0,)), "dola_layers": Refused(),
-    "prompt_lookup_num_tokens": Refused(), "use_mtp": Refused((False,)),
+    "prompt_lookup_num_tokens": Refused(), "use_mtp": Refused((False,)), "length_penalty": Refused((1,)),
+    "early_stopping": Refused((False,)), "diversity_penalty": Refused((0,)), "low_memory": Refused((False,)),
+    "cache_implementation": Refused(), "cache_config": Refused(), "max_cache_len": Refused(),
+    "prefill_chunk_size": Refused(),
     "max_time": Refused((), "MaxTimeCriteria"), "stop_strings": Refused((), "StopStringCriteria"),
     "min_p": Refused((), "MinPLogitsWarper"), "top_h": Refused((), "TopHLogitsWarper"),
     "typical_p": Refused((1,), "TypicalLogitsWarper"), "epsilon_cutoff": Refused((0,), "EpsilonLogitsWarper"),
@@ -76,7 +77,8 @@ REFUSED: dict[str, Refused] = {
 }  # fmt: skip
 #: What to use instead of some of them.
 INSTEAD = {
-    "guidance_scale": "cfg_scale of decoding_config", "stop_strings": "eos_token_id",
+    "guidance_scale": "cfg_scale of decoding_config", "cache_implementation": "cache of decoding_config",
+    "stop_strings": "eos_token_id",
     "output_scores": "return_dict_in_generate, whose result has the tokens' confidence",
 }  # fmt: skip
 #: Those that matter to sampling alone.
@@ -130,6 +132,9 @@ def custom_generate(
     caller = _caller()
     if caller.get("assistant_model") is not None:
         raise ValueError("assistant_model cannot be used with dlmkernels: many tokens are decoded at once without one")
+    for name in ("negative_prompt_ids", "negative_prompt_attention_mask"):
+        if caller.get(name) is not None:
+            raise ValueError(f"{name} cannot be used with dlmkernels here: negative_prompt of dlmkernels.generate can")
     if caller.get("streamer") is not None:
         streamer = _WithoutPrompt(caller["streamer"])
     adapted = adapt(model)
