@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/block_attention.h"
 
+#include <algorithm>
+#include <cmath>
+
 #include "cpu/isa.h"
 
 namespace dlm::cpu {
@@ -24,10 +27,16 @@ constexpr ForIsa<Kernels> kTable[] = {
 #endif
 };
 
+// The instructions that multiply pairs of bf16 take subnormal numbers as zeros, in products and
+// sums too. A scale above this would make something of them: then AVX-512's floats.
+constexpr float kLargestScaleOfPairs = 0x1p64f;
+
 }  // namespace
 
-BlockAttentionKernels block_attention(DType dtype) {
-  return best_for(isa(), kTable).kernels(dtype);
+BlockAttentionKernels block_attention(const BlockAttentionParams& p) {
+  const bool pairs = p.dtype == DType::kBFloat16 && std::abs(p.scale) <= kLargestScaleOfPairs;
+  const Isa best = pairs ? isa() : std::min(isa(), Isa::kAvx512);
+  return best_for(best, kTable).kernels(p.dtype);
 }
 Isa block_attention_isa(Isa isa) { return best_for(isa, kTable).isa; }
 

@@ -27,8 +27,8 @@ struct BlockAttentionKernels {
   void (*attend)(const BlockAttentionParams&, int64_t begin, int64_t end);
   void (*merge)(const BlockAttentionParams&, int64_t begin, int64_t end);
 };
-// Of the instruction set in use.
-BlockAttentionKernels block_attention(DType dtype);
+// Of the instruction set in use, or of a lower one whose arithmetic the scale needs.
+BlockAttentionKernels block_attention(const BlockAttentionParams& params);
 // Whose kernels are used where `isa` is in use.
 Isa block_attention_isa(Isa isa);
 

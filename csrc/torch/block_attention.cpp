@@ -164,7 +164,7 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const MaybeTensor& k
       cpu::scatter_new_rows(p, begin, end);
     });
   }
-  const cpu::BlockAttentionKernels kernels = cpu::block_attention(p.dtype);
+  const cpu::BlockAttentionKernels kernels = cpu::block_attention(p);
   const cpu::BlockAttentionWork work = kernels.work(p);
   Tensor workspace = check.empty("workspace", {work.workspace}, ScalarType::Float);
   p.workspace = static_cast<float*>(workspace.mutable_data_ptr());
