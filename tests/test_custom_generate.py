@@ -168,6 +168,7 @@ def test_shortest_answer():
     ({"exponential_decay_length_penalty": (2, 1.5)}, "exponential_decay_length_penalty"),
     ({"cache_implementation": "static"}, "cache_implementation"), ({"length_penalty": 2.0}, "length_penalty"),
     ({"low_memory": True}, "low_memory"), ({"negative_prompt_ids": torch.tensor([[4, 5]])}, "negative_prompt_ids"),
+    ({"synced_gpus": True}, "synced_gpus"),
     ({"prefix_allowed_tokens_fn": lambda row, ids: [5]}, "PrefixConstrainedLogitsProcessor"),
     ({"logits_processor": LogitsProcessorList([type("Mine", (LogitsProcessor,), {})()])}, "Mine cannot be used"),
     ({"stopping_criteria": StoppingCriteriaList([hf_criteria.MaxTimeCriteria(3.0)])}, "MaxTimeCriteria cannot be used"),

@@ -135,6 +135,8 @@ def custom_generate(
     for name in ("negative_prompt_ids", "negative_prompt_attention_mask"):
         if caller.get(name) is not None:
             raise ValueError(f"{name} cannot be used with dlmkernels here: negative_prompt of dlmkernels.generate can")
+    if caller.get("synced_gpus"):
+        raise ValueError("synced_gpus cannot be used with dlmkernels: each process takes as many forwards as it needs")
     if caller.get("streamer") is not None:
         streamer = _WithoutPrompt(caller["streamer"])
     adapted = adapt(model)
