@@ -132,19 +132,20 @@ def test_an_op_is_present_in_every_layer(op):
     name = op.rstrip("_")
     for file in (f"torch/{name}.cpp", f"cpu/{name}.h", f"cpu/{name}.cpp", f"cpu/{name}_generic.cpp"):
         assert (CSRC / file).is_file(), f"csrc/{file} is missing"
-    for file in ("ops.py", "reference.py"):
-        assert op in functions(PYTHON / file), f"{file} has no function {op}"
-    assert f'register_fake("dlmkernels::{op}")' in (PYTHON / "fakes.py").read_text(encoding="utf-8")
+    for folder in ("ops", "reference"):
+        assert op in functions(PYTHON / folder / f"{name}.py"), f"{folder}/{name}.py has no function {op}"
+    assert f'register_fake("dlmkernels::{op}")' in (PYTHON / "ops" / f"{name}.py").read_text(encoding="utf-8")
     tests = TESTS / f"test_{name}.py"
     assert tests.is_file(), f"tests/{tests.name} is missing"
     for proof in (f"reference.{op}", "opcheck(", "fullgraph=True"):
         assert proof in tests.read_text(encoding="utf-8"), f"{tests.name} does without {proof}"
 
 
-@pytest.mark.parametrize("name", ["reference.py", "fakes.py", "ops.py", "arguments.py"])
-def test_op_modules_import_torch_only(name):
-    modules = {module.split(".")[0] for module in imports(PYTHON / name) if not module.startswith(".arguments")}
-    assert modules - set(sys.stdlib_module_names) == {"torch"}
+@pytest.mark.parametrize("folder", ["reference", "ops"])
+def test_op_modules_import_torch_only(folder):
+    for path in [*(PYTHON / folder).glob("*.py"), PYTHON / "arguments.py"]:
+        modules = {module for module in imports(path) if not re.match(r"\.\w|\.\.arguments", module)}
+        assert {module.split(".")[0] for module in modules} - set(sys.stdlib_module_names) <= {"torch"}, path
 
 
 @pytest.mark.parametrize("path", sorted((PYTHON / "decoding").glob("**/*.py")) or [None], ids=lambda p: p and p.name)

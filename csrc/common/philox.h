@@ -5,7 +5,7 @@
 //   counter = (position in the request, denoising step, stream, index / 4), word index % 4
 // A draw depends on the request alone: not on its batch, its slot, the tiling or the device. The
 // transforms below use only single IEEE-754 additions, multiplications and divisions (exact.h), so
-// they too give the same bits everywhere; reference.py restates them in torch.
+// they too give the same bits everywhere; reference/randomness.py restates them in torch.
 #pragma once
 #include "common/exact.h"
 

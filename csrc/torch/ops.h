@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The ops as C++ functions: each checks its arguments, allocates its outputs, fills its params
 // struct and calls a back end. Shapes, dtypes and meaning of every argument:
-// python/dlmkernels/ops.py.
+// python/dlmkernels/ops.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 

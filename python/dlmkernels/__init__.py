@@ -18,7 +18,6 @@ _wait_policy.choose()
 import torch  # noqa: F401  (its library must be loaded before ours)
 
 from . import _C  # registers torch.ops.dlmkernels
-from . import fakes as _fakes  # noqa: F401
 from . import ops as ops
 from .cache import KVCache as KVCache
 from .decoding import rules as rules

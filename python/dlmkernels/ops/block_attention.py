@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`block_attention`: contract, call of torch.ops.dlmkernels, and what its results look like to torch.compile."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..arguments import call, one_value
+from .fakes import check_devices, check_gradients
+
+
+class BlockAttention(NamedTuple):
+    """What `block_attention` returns."""
+
+    out: Tensor
+    lse: Tensor
+
+
+def block_attention(
+    q: Tensor,
+    k_new: Tensor | None,
+    v_new: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor | None = None,
+    kv_range: Tensor | None = None,
+    *,
+    causal_block: int = 0,
+    block_origin: Tensor | int | None = None,
+    q_limit: Tensor | None = None,
+    k_order: Tensor | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    scale: float | None = None,
+) -> BlockAttention:
+    """Scatter, then attend: write new K/V rows at given cache slots, then attend over given ranges of the cache.
+
+    Every way to reuse keys and values is a choice of slots and ranges: a full forward without a cache (`k_new` None,
+    the fresh keys as the cache), appending a finished block, refreshing a window in the middle of a canvas, attending
+    to a prompt and a suffix but not to what lies between them.
+
+    Letters: B batch, Q query rows, H query heads, G key/value heads (H is a multiple of G; query head h reads key
+    head h // (H / G)), D head dimension, S cache slots, N ranges. Tensors of floats may have any strides in their
+    first three dimensions; index tensors are contiguous. All writing is complete before any row attends.
+
+    Parameters
+    ----------
+    q : Tensor
+        [B, Q, H, D], float32, bfloat16 or float16; D a multiple of 8, at most
+        512; on CUDA 64, 128 or 256, or 32 in float32.
+    k_new, v_new : Tensor or None
+        [B, Q, G, D], dtype of `q`: keys and values of the query rows, to be written into the cache. Both or neither;
+        without them nothing is written.
+    k_cache, v_cache : Tensor
+        [B, S, G, D], dtype of `q`; written at `slots` when `k_new` is given, and then not an expanded tensor. Slots
+        that no row sees may hold anything, NaN included.
+    slots : Tensor or None
+        int32 [B, Q]: the cache slot of each query row. It says where the row's `k_new` and `v_new` go, and is the
+        row's own place for `causal_block` and the sliding window. -1: unused row, nothing is written for it, its
+        output is zero and its lse -inf. The other slots of a batch row should be distinct; if two rows name one slot,
+        the later row is written. None: row i has slot i (then Q <= S).
+    kv_range : Tensor or None
+        int32 [B, N, 2], or [B, 2] for one range: half-open ranges of attended slots, ascending. A range starts no
+        earlier than the ranges before it end, so an overlap counts once; start >= end is an empty range; N >= 1. None:
+        [0, S). Left padding of p slots is a range that starts at p.
+    causal_block : int
+        0: no order between slots. n > 0: block-causal with blocks of n slots, a row sees the slots of its own block and
+        of earlier ones; 1 is plain causal.
+    block_origin : Tensor or None
+        int32, one value or [B]: the slot at which block 0 starts, so that blocks can be counted from the prompt's end.
+        Slots before it form one block that sees itself and is seen by all. None: 0.
+    q_limit, k_order : Tensor or None
+        int32 [B, Q] and [B, S], both or neither: slot j is seen only if ``k_order[b, j] <= q_limit[b, row]``. Any
+        nesting of visible sets, in addition to the other conditions.
+    window_left, window_right : int
+        Sliding window: the row with slot i sees slots i - window_left ... i + window_right. -1: open on that side.
+    softcap : float
+        Positive: logits become ``softcap * tanh(s / softcap)``. 0: none.
+    scale : float or None
+        Factor of the logits ``q . k``. None: 1 / sqrt(D).
+
+    Returns
+    -------
+    BlockAttention
+        `out` [B, Q, H, D], contiguous, dtype of `q`: softmax-weighted values. `lse` [B, Q, H], float32: natural
+        logarithm of the sum of the exponentials of the visible logits. A row that sees nothing: zeros and -inf.
+
+    Raises
+    ------
+    ArgumentError
+        Wrong device, dtype, shape, stride, or a slot or range outside the cache (checked on CPU only). The message
+        names the argument; nothing has been written.
+
+    Notes
+    -----
+    Arithmetic is float32. A row's result has the same bits whatever the batch, the other query rows and the number of
+    threads; on the CPU also whatever the left padding (as `kv_range`), and a block attending to a cache gives the bits
+    of the same rows in a full forward. NaN in a row of `q` stays in that row. A visible logit of -inf weighs nothing,
+    one of +inf makes its row NaN.
+
+    Online softmax: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018. Query heads that share
+    a key head: Ainslie et al., "GQA", 2023. Block-causal order: Arriola et al., "Block Diffusion", 2025.
+    """
+    return BlockAttention(
+        *call(
+            torch.ops.dlmkernels.block_attention.default, q, k_new, v_new, k_cache, v_cache, slots, kv_range,
+            causal_block=causal_block, block_origin=one_value("block_origin", block_origin, q), q_limit=q_limit,
+            k_order=k_order, window_left=window_left, window_right=window_right, softcap=softcap, scale=scale,
+        )
+    )  # fmt: skip
+
+
+@torch.library.register_fake("dlmkernels::block_attention")
+def _fake(q, k_new, v_new, k_cache, v_cache, slots=None, kv_range=None, **optional):
+    given = {"k_new": k_new, "v_new": v_new, "slots": slots, "kv_range": kv_range}
+    check_devices("block_attention", {"q": q, "k_cache": k_cache, "v_cache": v_cache}, given | optional)
+    check_gradients("block_attention", q=q, k_new=k_new, v_new=v_new, k_cache=k_cache, v_cache=v_cache)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
