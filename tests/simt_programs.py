@@ -18,7 +18,8 @@ FLAG = {"asan": "-fsanitize=address,undefined", "tsan": "-fsanitize=thread"}
 # The files of a program, by the names it knows them by: an op's tests, the faults planted in its kernels.
 FILES = sorted(path.stem for path in (*SOURCE.glob("test_*.cpp"), *SOURCE.glob("must_fail/*.cpp")))
 FILES.remove("test_amx")  # a program of its own
-OF_THE_MACHINE = "test_simt"  # its kernels have no translation
+OF_THE_MACHINE = "test_simt"  # its kernels have no translation, no more than copies with planted faults have
+TRANSLATED = [file for file in FILES if file != OF_THE_MACHINE and not (SOURCE / f"must_fail/{file}.mutants").exists()]
 
 
 def call(command, **options):

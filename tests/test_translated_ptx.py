@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from simt_programs import FILES, OF_THE_MACHINE, SOURCE, build, call, needs_nvcc, needs_sanitizer, run_file
+from simt_programs import SOURCE, TRANSLATED, build, call, needs_nvcc, needs_sanitizer, run_file
 
 
 # The two architectures' PTX differs in a few instructions, and in whether nvcc joins products and sums: the sanitizers
 # look at one of them.
 @pytest.mark.slow
-@pytest.mark.parametrize("file", [file for file in FILES if file != OF_THE_MACHINE])
+@pytest.mark.parametrize("file", TRANSLATED)
 @pytest.mark.parametrize(("arch", "flavour"), [("80", "plain"), ("90", "plain"), ("80", "asan"), ("80", "tsan")])
 def test_translated_ptx(arch, flavour, file):
     """The PTX that nvcc makes of the kernels, inline assembly included, translated to C++."""

@@ -18,22 +18,6 @@
 
 namespace dlm::cuda {
 
-enum class RemaskFault {
-  kNone,
-  kSearchesTooEarly,
-  kPartialsReadTooEarly,
-  kFillsTooEarly,
-  kLastSlotWins,
-  kTrustsPositions,
-  kSkipsSort,
-  kOddTail,
-  kKeepsOverfilled,
-  kNoOrigin,
-  kEndsBeforeGiven,
-  kNoEnd,
-  kKeepsRecords,
-};
-
 // End-of-sequence ids a launch can carry.
 constexpr int64_t kMaxEosTokens = 64;
 
@@ -61,7 +45,7 @@ DLM_DEVICE bool is_open(uint32_t state) {
 DLM_DEVICE bool is_decided(uint32_t state) { return (state & (kStateOpen | kStateFrozen)) == 0; }
 DLM_DEVICE bool asks(const uint8_t* mask, int64_t i) { return mask && mask[i]; }
 
-template <int kKeys, RemaskFault fault>
+template <int kKeys>
 class RemaskRow {
   enum Partial {
     kRuns,
@@ -104,13 +88,13 @@ class RemaskRow {
   DLM_DEVICE void run() {
     read_positions();
     write_slots();
-    if (fault != RemaskFault::kSearchesTooEarly) __syncthreads();
+    __syncthreads();
     search();
 
     leave_partial<Sum>(used_, partial(kUsed));
     leave_partial<Sum>(written_, partial(kWritten));
     leave_partial<Sum>(rewritten_ | changed_slots(p_.T) << 16, partial(kRewritten));
-    if (fault != RemaskFault::kPartialsReadTooEarly) __syncthreads();
+    __syncthreads();
     uint32_t first_eos = gather_partials<Least>(partial(kFirstEos));
     const uint32_t first_open = gather_partials<Least>(partial(kFirstOpen));
     const uint32_t open = gather_partials<Sum>(partial(kOpen));
@@ -118,7 +102,7 @@ class RemaskRow {
     const uint32_t written = gather_partials<Sum>(partial(kWritten));
     const uint32_t rewritten = gather_partials<Sum>(partial(kRewritten));
 
-    if (first_eos < Least::kNeutral && fault != RemaskFault::kEndsBeforeGiven) {
+    if (first_eos < Least::kNeutral) {
       const uint32_t given = block_reduce<Greatest>(given_behind(first_eos), partial(kGiven));
       if (given > 0) first_eos = block_reduce<Least>(eos_from(given), partial(kEosBehind));
     }
@@ -127,7 +111,7 @@ class RemaskRow {
     mark_changes(fill ? first_eos : end_);
     uint32_t changed = rewritten >> 16;
     if (fill) {
-      if (fault != RemaskFault::kFillsTooEarly) __syncthreads();
+      __syncthreads();
       const uint32_t mine = changed_slots(int64_t(first_eos) + 1) + fill_tail(first_eos + 1);
       changed = block_reduce<Sum>(mine, partial(kTail));
     }
@@ -153,9 +137,7 @@ class RemaskRow {
   // which is over.
   DLM_DEVICE int64_t& before(int k) const { return reinterpret_cast<int64_t*>(exchange_)[slot(k)]; }
   DLM_DEVICE uint8_t& after(int k) const { return lost_[slot(k)]; }
-  DLM_DEVICE bool on_canvas(int32_t at) const {
-    return at >= 0 && (fault == RemaskFault::kTrustsPositions || at < p_.T);
-  }
+  DLM_DEVICE bool on_canvas(int32_t at) const { return at >= 0 && at < p_.T; }
 
   // at_: canvas positions of this thread's slots, all distinct in the row, or -1.
   DLM_DEVICE void read_positions() {
@@ -171,14 +153,14 @@ class RemaskRow {
     }
     runs = block_reduce<Sum>(runs | disorder << 16, partial(kRuns));
     // One run of used slots, ascending: the usual window.
-    if (runs > 1 && fault != RemaskFault::kSkipsSort) drop_duplicates();
+    if (runs > 1) drop_duplicates();
   }
 
   DLM_DEVICE void drop_duplicates() {
     uint64_t key[kKeys];
 #pragma unroll
     for (int k = 0; k < kKeys; ++k) {
-      const uint32_t order = fault == RemaskFault::kLastSlotWins ? ~slot(k) : slot(k);
+      const uint32_t order = slot(k);
       key[k] = at_[k] >= 0 ? uint64_t(uint32_t(at_[k])) << 32 | order : ~uint64_t(0);
       lost_[slot(k)] = 0;
     }
@@ -193,7 +175,7 @@ class RemaskRow {
       const bool used = key[k] != ~uint64_t(0),
                  twice = uint32_t(left >> 32) == uint32_t(key[k] >> 32);
       const uint32_t order = uint32_t(key[k]);
-      if (used && twice) lost_[fault == RemaskFault::kLastSlotWins ? ~order : order] = 1;
+      if (used && twice) lost_[order] = 1;
     }
     __syncthreads();
 #pragma unroll
@@ -261,8 +243,7 @@ class RemaskRow {
   }
 
   DLM_DEVICE int64_t noise(int32_t at) const {
-    const uint32_t origin =
-        fault == RemaskFault::kNoOrigin ? 0 : uint32_t(row_value(p_.origin, row_, 0));
+    const uint32_t origin = uint32_t(row_value(p_.origin, row_, 0));
     const Philox4 bits = philox(uint64_t(row_value(p_.seed, row_, int64_t(0))),
                                 uint32_t(at) - origin, uint32_t(step_), Stream::kRenoise, 0);
     return uniform_below(bits.word[0], uint32_t(p_.vocab_size));
@@ -270,7 +251,6 @@ class RemaskRow {
 
   // Canvas position after the row's last; what stands from there on is not the request's.
   static DLM_DEVICE uint32_t end_of(const RemaskParams& p, uint32_t row) {
-    if (fault == RemaskFault::kNoEnd) return uint32_t(p.T);
     return uint32_t(min(max(int64_t(row_value(p.end, row, int32_t(p.T))), int64_t(0)), p.T));
   }
 
@@ -337,7 +317,7 @@ class RemaskRow {
       token[1] = int64_t(uint64_t(v.w) << 32 | v.z);
       return;
     }
-    const bool whole = t + 1 < end_ || fault == RemaskFault::kOddTail;
+    const bool whole = t + 1 < end_;
     state[0] = state_[t];
     if (whole) state[1] = state_[t + 1];
     if (!wants_tokens) return;
@@ -368,7 +348,7 @@ class RemaskRow {
       if (!(changed_ >> k & 1)) continue;
       if (at_[k] <= last) {
         state_[at_[k]] = uint8_t(after(k) | kStateDirty);
-      } else if (fault != RemaskFault::kKeepsOverfilled) {
+      } else {
         tokens_[at_[k]] = before(k);
       }
     }
@@ -380,7 +360,7 @@ class RemaskRow {
 #pragma unroll 1  // registers are scarce
     for (uint32_t t = begin + threadIdx.x; t < end_; t += blockDim.x) {
       uint32_t state = state_[t] & ~uint32_t(kStateOpen);
-      if (fault != RemaskFault::kKeepsRecords) forget(t);
+      forget(t);
       if (tokens_[t] != p_.fill_token_id) {
         tokens_[t] = p_.fill_token_id;
         state |= kStateDirty;
@@ -409,10 +389,10 @@ class RemaskRow {
   uint32_t used_ = 0, written_ = 0, rewritten_ = 0;
 };
 
-template <int kKeys, RemaskFault fault>
+template <int kKeys>
 __global__ void __launch_bounds__(1024) remask_kernel(const __grid_constant__ RemaskLaunch launch) {
   SmemCarver smem;
-  RemaskRow<kKeys, fault>(launch, smem).run();
+  RemaskRow<kKeys>(launch, smem).run();
 }
 
 inline const char* why_not_remask(const RemaskParams& p) {
@@ -421,8 +401,7 @@ inline const char* why_not_remask(const RemaskParams& p) {
   return nullptr;
 }
 
-template <RemaskFault fault = RemaskFault::kNone>
-cudaError_t start_remask(const RemaskParams& p, cudaStream_t stream) {
+inline cudaError_t start_remask(const RemaskParams& p, cudaStream_t stream) {
   if (p.B == 0) return cudaSuccess;
   RemaskLaunch a{};
   a.op = p;
@@ -435,11 +414,11 @@ cudaError_t start_remask(const RemaskParams& p, cudaStream_t stream) {
   while (block->slots < p.W || block->positions < p.T) ++block;
   const dim3 grid(uint32_t(p.B)), threads(block -> threads);
   if (p.W <= block->threads) {
-    return launch(remask_kernel<1, fault>, grid, threads,
-                  RemaskRow<1, fault>::smem(block->threads).bytes, stream, a);
+    return launch(remask_kernel<1>, grid, threads, RemaskRow<1>::smem(block->threads).bytes, stream,
+                  a);
   }
-  return launch(remask_kernel<4, fault>, grid, threads,
-                RemaskRow<4, fault>::smem(block->threads).bytes, stream, a);
+  return launch(remask_kernel<4>, grid, threads, RemaskRow<4>::smem(block->threads).bytes, stream,
+                a);
 }
 
 }  // namespace dlm::cuda

@@ -21,22 +21,8 @@
 
 namespace dlm::cuda {
 
-enum class SelectFault {
-  kNone,
-  kSortReadsTooEarly,
-  kSortWritesTooEarly,
-  kSortStopsEarly,
-  kLimitReadTooEarly,
-  kTotalsReadTooEarly,
-  kUnmaskedTail,
-  kHighSlotWinsTies,
-  kRankOffByOne,
-  kFillWithinGate,
-  kSumsWithinWarp,
-};
-
-// One key a thread is quickest while each of an SM's four schedulers has two warps at most; then
-// four, since steps within a thread are the cheapest. Eight would spill registers.
+// One key a thread while each of an SM's four schedulers has two warps at most; then four, which
+// makes more of the sort's steps ones within a thread. Eight would spill registers.
 struct SlotBlock {
   int64_t slots;
   uint32_t threads;
@@ -54,14 +40,9 @@ DLM_DEVICE Costs joined(Costs a, Costs b) {
   return {a.sum + b.sum, a.largest > b.largest ? a.largest : b.largest};
 }
 
-template <int kKeys, SelectFault fault>
+template <int kKeys>
 class SelectRow {
   static constexpr uint64_t kNoKey = ~uint64_t(0);  // no number has it: its upper half is a NaN's
-  static constexpr SortFault kSortFault =
-      fault == SelectFault::kSortReadsTooEarly    ? SortFault::kReadsTooEarly
-      : fault == SelectFault::kSortWritesTooEarly ? SortFault::kWritesTooEarly
-      : fault == SelectFault::kSortStopsEarly     ? SortFault::kStopsEarly
-                                                  : SortFault::kNone;
 
  public:
   static constexpr SmemSize smem(uint32_t threads) {
@@ -108,7 +89,7 @@ class SelectRow {
       if (!sorted) sort(falls_back ? in_e_ : inside_);
       limit = key_of_rank(best - 1);
     }
-    const uint32_t members = falls_back && fault != SelectFault::kFillWithinGate ? in_e_ : inside_;
+    const uint32_t members = falls_back ? in_e_ : inside_;
 #pragma unroll
     for (int k = 0; k < kKeys; ++k) {
       const uint32_t w = slot(k);
@@ -121,13 +102,8 @@ class SelectRow {
 
  private:
   DLM_DEVICE uint32_t slot(int k) const { return threadIdx.x + uint32_t(k) * blockDim.x; }
-  DLM_DEVICE static uint32_t slot_of(uint64_t key) {
-    return fault == SelectFault::kHighSlotWinsTies ? ~uint32_t(key) : uint32_t(key);
-  }
-  DLM_DEVICE uint64_t key(int k) const {
-    const uint32_t w = slot(k);
-    return uint64_t(order_[k]) << 32 | (fault == SelectFault::kHighSlotWinsTies ? ~w : w);
-  }
+  DLM_DEVICE static uint32_t slot_of(uint64_t key) { return uint32_t(key); }
+  DLM_DEVICE uint64_t key(int k) const { return uint64_t(order_[k]) << 32 | slot(k); }
 
   DLM_DEVICE uint32_t bits(Stream stream, uint32_t w) const {
     return philox(seed_, uint32_t(p_.random.position[offset_ + w]), step_, stream, 0).word[0];
@@ -144,7 +120,7 @@ class SelectRow {
     for (int k = 0; k < kKeys; ++k) {
       order_[k] = 0;
       const uint32_t w = slot(k);
-      if (fault != SelectFault::kUnmaskedTail && w >= p_.W) continue;
+      if (w >= p_.W) continue;
       const float score = p_.score[offset_ + w];
       const bool gate = p_.gate ? p_.gate[offset_ + w] != 0 : true;
       const bool member = (p_.eligible[offset_ + w] != 0) & (score > -INFINITY);  // not NaN
@@ -189,7 +165,7 @@ class SelectRow {
   DLM_DEVICE void sort(uint32_t members) {
 #pragma unroll
     for (int k = 0; k < kKeys; ++k) sorted_[k] = members >> k & 1 ? key(k) : kNoKey;
-    block_sort<kKeys, kSortFault>(sorted_, exchange_);
+    block_sort<kKeys>(sorted_, exchange_);
   }
 
   // How many of the first n sorted slots the rule lets pass: up to the first that fails.
@@ -201,8 +177,7 @@ class SelectRow {
       for (uint32_t k = kKeys; k-- > 0;) {
         const uint32_t i = rank + k;
         if (i == 0 || i >= count) continue;
-        const uint32_t divisor = i + (fault == SelectFault::kRankOffByOne ? 1 : 2);
-        const float level = add_rn(1.0f, -div_rn(parameter_, float(divisor)));
+        const float level = add_rn(1.0f, -div_rn(parameter_, float(i + 2)));
         if (!reaches(p_.score[offset_ + slot_of(sorted_[k])], level)) first = i;
       }
     } else {
@@ -242,8 +217,7 @@ class SelectRow {
     Costs before{__shfl_up_sync(kAllLanes, mine.sum, 1),
                  __shfl_up_sync(kAllLanes, mine.largest, 1)};
     if (lane == 0) before = {0, 0};
-    if (fault != SelectFault::kTotalsReadTooEarly) __syncthreads();
-    if (fault == SelectFault::kSumsWithinWarp) return before;
+    __syncthreads();
     for (uint32_t i = 0; i < warp; ++i) before = joined(totals_[i], before);
     return before;
   }
@@ -253,7 +227,7 @@ class SelectRow {
     for (int k = 0; k < kKeys; ++k) {
       if (int32_t(threadIdx.x) * kKeys + k == rank) *limit_ = sorted_[k];
     }
-    if (fault != SelectFault::kLimitReadTooEarly) __syncthreads();
+    __syncthreads();
     return *limit_;
   }
 
@@ -271,29 +245,28 @@ class SelectRow {
   uint64_t sorted_[kKeys];
 };
 
-template <int kKeys, SelectFault fault>
+template <int kKeys>
 __global__ void __launch_bounds__(kKeys == 1 ? 256 : 1024)
     select_tokens_kernel(const __grid_constant__ SelectTokensParams p) {
   SmemCarver smem;
-  SelectRow<kKeys, fault>(p, smem).run();
+  SelectRow<kKeys>(p, smem).run();
 }
 
 inline const char* why_not_select_tokens(const SelectTokensParams& p) {
   return p.B > 0x7fffffff ? "score must have fewer than 2^31 rows" : nullptr;
 }
 
-template <SelectFault fault = SelectFault::kNone>
-cudaError_t start_select_tokens(const SelectTokensParams& p, cudaStream_t stream) {
+inline cudaError_t start_select_tokens(const SelectTokensParams& p, cudaStream_t stream) {
   if (p.B == 0) return cudaSuccess;
   const SlotBlock* block = kSlotBlocks;
   while (block->slots < p.W) ++block;  // W <= kMaxSlots
   const dim3 grid(uint32_t(p.B)), threads(block -> threads);
   if (block->keys == 1) {
-    return launch(select_tokens_kernel<1, fault>, grid, threads,
-                  SelectRow<1, fault>::smem(block->threads).bytes, stream, p);
+    return launch(select_tokens_kernel<1>, grid, threads, SelectRow<1>::smem(block->threads).bytes,
+                  stream, p);
   }
-  return launch(select_tokens_kernel<4, fault>, grid, threads,
-                SelectRow<4, fault>::smem(block->threads).bytes, stream, p);
+  return launch(select_tokens_kernel<4>, grid, threads, SelectRow<4>::smem(block->threads).bytes,
+                stream, p);
 }
 
 }  // namespace dlm::cuda

@@ -8,8 +8,6 @@
 
 namespace dlm::cuda {
 
-enum class SortFault { kNone, kReadsTooEarly, kWritesTooEarly, kStopsEarly };
-
 // Of places `at` and `at ^ stride`, `at` the lower.
 DLM_DEVICE void order_pair(uint64_t& low, uint64_t& high, bool descending) {
   const uint64_t a = low, b = high;
@@ -20,7 +18,7 @@ DLM_DEVICE void order_pair(uint64_t& low, uint64_t& high, bool descending) {
 
 // blockDim.x is a power of two, at least 32; `exchange` holds one key for each place. Afterwards
 // thread t has the keys of ranks kKeys * t and following, smallest first.
-template <int kKeys, SortFault fault = SortFault::kNone>
+template <int kKeys>
 DLM_DEVICE void block_sort(uint64_t (&key)[kKeys], uint64_t* exchange) {
   const uint32_t places = blockDim.x * kKeys, first = threadIdx.x * kKeys;
 #pragma unroll
@@ -33,17 +31,16 @@ DLM_DEVICE void block_sort(uint64_t (&key)[kKeys], uint64_t* exchange) {
       }
     }
   }
-  const uint32_t last = fault == SortFault::kStopsEarly ? places / 2 : places;
-  for (uint32_t size = 2 * kKeys; size <= last; size *= 2) {
+  for (uint32_t size = 2 * kKeys; size <= places; size *= 2) {
     const bool descending = first & size;
     for (uint32_t distance = size / kKeys / 2; distance > 0; distance /= 2) {
       const bool keep_smaller = !(threadIdx.x & distance) != descending;
       if (distance >= 32) {
         // the last step's readers are done
-        if (fault != SortFault::kWritesTooEarly) __syncthreads();
+        __syncthreads();
 #pragma unroll
         for (int k = 0; k < kKeys; ++k) exchange[k * blockDim.x + threadIdx.x] = key[k];
-        if (fault != SortFault::kReadsTooEarly) __syncthreads();
+        __syncthreads();
       }
 #pragma unroll
       for (int k = 0; k < kKeys; ++k) {

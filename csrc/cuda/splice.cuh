@@ -14,18 +14,7 @@
 
 namespace dlm::cuda {
 
-enum class SpliceFault {
-  kNone,
-  kTotalsReadTooEarly,
-  kMovesTooEarly,
-  kAlwaysFromTheLeft,
-  kKeepsOverfilled,
-  kRemovesFrozen,
-  kDirtyTravels,
-  kTrustsLengths,
-};
-
-template <int kKeys, SpliceFault fault>
+template <int kKeys>
 class SpliceRow {
   // What a position holds and takes along when it moves.
   struct Content {
@@ -78,9 +67,7 @@ class SpliceRow {
   }
 
  private:
-  DLM_DEVICE int32_t clamped(int32_t length) const {
-    return fault == SpliceFault::kTrustsLengths ? length : max(0, min(length, T_));
-  }
+  DLM_DEVICE int32_t clamped(int32_t length) const { return max(0, min(length, T_)); }
 
   // The row stays as it is.
   DLM_DEVICE void leave(int64_t missing) const {
@@ -111,7 +98,7 @@ class SpliceRow {
       const int32_t w = slot(k);
       if (w >= held_) continue;
       content_[k] = content(start_ + w);
-      const bool frozen = content_[k].state & kStateFrozen && fault != SpliceFault::kRemovesFrozen;
+      const bool frozen = content_[k].state & kStateFrozen;
       leaves_ |= uint32_t(p_.remove && p_.remove[slots_ + w] && !frozen) << k;
     }
   }
@@ -130,7 +117,7 @@ class SpliceRow {
     }
     if (lane == 31) totals_[warp_index()] = upto;
     // also: all slots are read before any position is written
-    if (fault != SpliceFault::kTotalsReadTooEarly) __syncthreads();
+    __syncthreads();
     uint64_t before = upto - mine;
     total = 0;
     for (uint32_t w = 0; w < blockDim.x / 32; ++w) {
@@ -149,7 +136,6 @@ class SpliceRow {
   // State with which content stands at position t, which holds what it held before the call.
   DLM_DEVICE uint32_t state_at(int32_t t, const Content& c) const {
     if (!p_.state) return 0;
-    if (fault == SpliceFault::kDirtyTravels) return c.state;
     const uint32_t dirty =
         p_.tokens[canvas_ + t] != c.token ? kStateDirty : p_.state[canvas_ + t] & kStateDirty;
     return (c.state & ~uint32_t(kStateDirty)) | dirty;
@@ -171,7 +157,7 @@ class SpliceRow {
     const int32_t first = start_ + held_;
     const int64_t fits = limit_ - shift_;  // content from here on is dropped
     const int32_t count = int32_t(max(int64_t(0), min(int64_t(live_), fits) - first));
-    const bool from_left = shift_ < 0 || fault == SpliceFault::kAlwaysFromTheLeft;
+    const bool from_left = shift_ < 0;
     for (int32_t begin = 0; begin < count; begin += int32_t(blockDim.x)) {
       const int32_t i = begin + int32_t(threadIdx.x);
       const int32_t t = from_left ? first + i : first + count - 1 - i;
@@ -181,7 +167,7 @@ class SpliceRow {
         c = content(t);
         state = state_at(int32_t(t + shift_), c);
       }
-      if (fault != SpliceFault::kMovesTooEarly) __syncthreads();
+      __syncthreads();
       if (i < count) store(int32_t(t + shift_), t, c, state);
     }
   }
@@ -191,15 +177,14 @@ class SpliceRow {
     // May pass 2^31 behind the limit.
     int64_t at = start_ + slot(0) + int64_t(before >> kRemovedBits) -
                  int64_t(before & ((1u << kRemovedBits) - 1));
-    const int64_t limit = fault == SpliceFault::kKeepsOverfilled ? limit_ + 1 : limit_;
 #pragma unroll
     for (int k = 0; k < kKeys; ++k) {
       for (int64_t end = at + inserts(k); at < end; ++at) {
-        if (at >= limit) return;
+        if (at >= limit_) return;
         put(int32_t(at), -1, fill);
       }
       if (slot(k) >= held_ || (leaves_ >> k & 1)) continue;
-      if (at >= limit) return;
+      if (at >= limit_) return;
       put(int32_t(at), start_ + slot(k), content_[k]);
       ++at;
     }
@@ -225,27 +210,24 @@ class SpliceRow {
   uint32_t leaves_ = 0;  // bit k: this thread's k-th slot is removed
 };
 
-template <int kKeys, SpliceFault fault>
+template <int kKeys>
 __global__ void __launch_bounds__(kKeys == 1 ? 256 : 1024)
     splice_kernel(const __grid_constant__ SpliceParams p) {
   SmemCarver smem;
-  SpliceRow<kKeys, fault>(p, smem).run();
+  SpliceRow<kKeys>(p, smem).run();
 }
 
 inline const char* why_not_splice(const SpliceParams& p) {
   return p.B > 0x7fffffff ? "tokens must have fewer than 2^31 rows" : nullptr;
 }
 
-template <SpliceFault fault = SpliceFault::kNone>
-cudaError_t start_splice(const SpliceParams& p, cudaStream_t stream) {
+inline cudaError_t start_splice(const SpliceParams& p, cudaStream_t stream) {
   if (p.B == 0) return cudaSuccess;
   const dim3 grid(uint32_t(p.B));
   if (p.W <= 256) {
-    return launch(splice_kernel<1, fault>, grid, dim3(256), SpliceRow<1, fault>::smem().bytes,
-                  stream, p);
+    return launch(splice_kernel<1>, grid, dim3(256), SpliceRow<1>::smem().bytes, stream, p);
   }
-  return launch(splice_kernel<4, fault>, grid, dim3(1024), SpliceRow<4, fault>::smem().bytes,
-                stream, p);
+  return launch(splice_kernel<4>, grid, dim3(1024), SpliceRow<4>::smem().bytes, stream, p);
 }
 
 }  // namespace dlm::cuda

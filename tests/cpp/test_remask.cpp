@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/remask_generic.cpp"
+#include "cuda/remask.cuh"
 #include "kernels/remask_case.h"
 
 using namespace check;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/select_tokens_generic.cpp"
+#include "cuda/select_tokens.cuh"
 #include "kernels/select_case.h"
 
 using namespace check;

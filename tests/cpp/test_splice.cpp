@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/splice_generic.cpp"
+#include "cuda/splice.cuh"
 #include "kernels/splice_case.h"
 
 using namespace check;

@@ -7,7 +7,7 @@
 
 #include "check.h"
 #include "cpu/remask.h"
-#include "cuda/remask.cuh"
+#include "cuda/remask.h"
 #include "reference.h"
 
 namespace check {

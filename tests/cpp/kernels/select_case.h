@@ -6,7 +6,7 @@
 
 #include "check.h"
 #include "cpu/select_tokens.h"
-#include "cuda/select_tokens.cuh"
+#include "cuda/select_tokens.h"
 #include "reference.h"
 
 namespace check {

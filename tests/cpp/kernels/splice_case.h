@@ -7,7 +7,7 @@
 
 #include "check.h"
 #include "cpu/splice.h"
-#include "cuda/splice.cuh"
+#include "cuda/splice.h"
 #include "reference.h"
 
 namespace check {
