@@ -66,7 +66,9 @@ function(dlm_cuda_library)
   # Spilled registers are a fault of the kernel, to be seen; contraction stays on, see common/exact.h.
   target_compile_options(dlm_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo
     -Xcompiler=-Wall,-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=
-    -Xptxas=--warn-on-spills,--warn-on-local-memory-usage
+    -Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage
     $<$<BOOL:${DLMKERNELS_WERROR}>:-Werror=all-warnings>>)
   set_source_files_properties(${sources} PROPERTIES COMPILE_OPTIONS "${gencode}")
+  set_target_properties(dlm_cuda PROPERTIES
+    CUDA_COMPILER_LAUNCHER "${Python_EXECUTABLE};${CMAKE_SOURCE_DIR}/cmake/ptxas_report.py")
 endfunction()
