@@ -22,7 +22,8 @@ MAY_USE_LOCAL_MEMORY: dict[str, str] = {}
 
 def reports():
     """What ptxas said when the library was built from these sources, by source: `cmake/ptxas_report.py`."""
-    newest = max(path.stat().st_mtime for folder in ("csrc", "cmake") for path in (ROOT / folder).rglob("*.*"))
+    sources = [path for folder in ("csrc", "cmake") for path in (ROOT / folder).rglob("*.*") if path.suffix != ".pyc"]
+    newest = max(path.stat().st_mtime for path in sources)
     found = (ROOT / "build").glob("*/CMakeFiles/dlm_cuda.dir/csrc/cuda/instantiations/*.cu.o.ptxas")
     return {path.name.split(".")[0]: path.read_text() for path in found if path.stat().st_mtime >= newest}
 

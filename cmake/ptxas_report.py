@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs nvcc, and keeps what ptxas says of registers and spills (-Xptxas=-v) in a file beside the object: OBJECT.ptxas.
+
+`tests/test_nvcc.py` reads it. What is said of no kernel's resources, such as a warning, is still printed.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+OF_RESOURCES = re.compile(r"ptxas info +:|^ +\d+ bytes (stack frame|smem|cmem)")
+
+
+def main(command: list[str]) -> int:
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    lines = done.stderr.splitlines(keepends=True)
+    sys.stderr.writelines(line for line in lines if not OF_RESOURCES.search(line))
+    if "-o" in command:
+        Path(command[command.index("-o") + 1] + ".ptxas").write_text("".join(lines), encoding="utf-8")
+    return done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
