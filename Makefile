@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo    set up, build, and run the main job: decode the shipped model and compare unmasking rules
 # make test    set up, build, and run every test
-# make check   lint, types and the quick tests, the native ones of CUDA kernels among them
+# make check   lint, types and the quick tests: two cases of each, the CUDA kernels on the host among them
 # make bench   the benchmarks, each beside its baseline
 # make gpu     on a machine with a GPU, with the torch that PYTHON has: build, prove, measure (under ten minutes);
 #              with ARGS=--dry-run on any machine: whether that would work
@@ -62,7 +62,7 @@ check: setup
 	$(RUN) $(PY) -m ruff check .
 	$(RUN) $(PY) -m ruff format --check .
 	$(RUN) $(PY) -m mypy
-	$(RUN) $(PYTEST) -m "not slow" $(ARGS)
+	$(RUN) $(PYTEST) -m "not slow" --sample 2 $(ARGS)
 
 bench: setup
 	$(RUN) $(PY) -m pytest benchmarks --benchmark-only $(ARGS)

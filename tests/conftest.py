@@ -21,15 +21,33 @@ else:
 
 def pytest_addoption(parser):
     parser.addoption("--device", help="run the ops there: cuda, or cpu to test the way there and back")
+    parser.addoption("--sample", type=int, metavar="N", help="of each test's cases run N at most, spread over all")
 
 
 # Each of their tests runs a program or a compiler: they share nothing within Python.
 NATIVE = ("test_simt.py", "test_translated_ptx.py", "test_gpu_programs.py", "test_nvcc.py")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """The native tests, which take longest, first."""
     items.sort(key=lambda item: item.path.name not in NATIVE)
+    if sample := config.getoption("--sample"):
+        kept = sampled(items, sample)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
+
+
+def sampled(items, most):
+    """The items, but of those that differ in their parameters alone no more than `most`; native tests all the same."""
+    cases = {}
+    for item in items:
+        test = item.nodeid if item.path.name in NATIVE else item.nodeid.partition("[")[0]
+        cases.setdefault(test, []).append(item)
+    kept = set()
+    for tests in cases.values():
+        step = max(1, len(tests) / most)
+        kept.update(tests[int(step * i)] for i in range(min(most, len(tests))))
+    return kept
 
 
 @pytest.hookimpl(optionalhook=True)
