@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the fake of every op, for torch.compile and fake tensors, refuses as its kernels do."""
+"""Checks of the ops' fakes, which stand in for the kernels while torch.compile traces: what kernels refuse, they do."""
 
 import torch
 
