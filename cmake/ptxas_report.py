@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs nvcc, and keeps what ptxas says of registers and spills (-Xptxas=-v) in a file beside the object: OBJECT.ptxas.
 
-`tests/test_nvcc.py` reads it. What is said of no kernel's resources, such as a warning, is still printed.
+`tests/native/test_nvcc.py` reads it. What is said of no kernel's resources, such as a warning, is still printed.
 """
 
 import re

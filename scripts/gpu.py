@@ -46,7 +46,7 @@ OF_MODELS, OF_BENCHMARKS = ("pytest", "transformers"), ("pytest", "transformers"
 def op_tests() -> list[str]:
     """The file of tests of every op, as the schemas name them."""
     schemas = (ROOT / "csrc" / "torch" / "ops.cpp").read_text(encoding="utf-8")
-    return [f"tests/test_{op.rstrip('_')}.py" for op in re.findall(r'DLM_DEF\(\s*m,\s*"(\w+)\(', schemas)]
+    return [f"tests/ops/test_{op.rstrip('_')}.py" for op in re.findall(r'DLM_DEF\(\s*m,\s*"(\w+)\(', schemas)]
 
 
 def plan(about: dict, logs: Path, quick: bool) -> list[list[Step]]:
@@ -79,7 +79,9 @@ def plan(about: dict, logs: Path, quick: bool) -> list[list[Step]]:
 def plan_on_cpu(logs: Path) -> list[list[Step]]:
     """The same groups with what is nearest to each step on a CPU: the build that is there, and the smallest shapes."""
     program = ROOT / "build" / "cpp" / "simt_plain"  # the kernels' source, compiled for the host
-    make = f"import sys; sys.path.insert(0, 'tests'); import simt_programs; simt_programs.build('{program.name}')"
+    make = (
+        f"import sys; sys.path.insert(0, 'tests/support'); import simt_programs; simt_programs.build('{program.name}')"
+    )
     ops = [*PYTEST, *op_tests(), "--device", "cpu", "-k", "test_opcheck and not generic"]
     decoding = [*PYTEST, "tests/test_cuda.py", "-k", "graph or stream or wait"]
     return [

@@ -203,7 +203,7 @@ class TestPlan:
     def test_covers_every_op(self, tmp_path):
         registered = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names()
                       if name.startswith("dlmkernels::")}  # fmt: skip
-        assert set(gpu.op_tests()) == {f"tests/test_{name.rstrip('_')}.py" for name in registered} and registered
+        assert set(gpu.op_tests()) == {f"tests/ops/test_{name.rstrip('_')}.py" for name in registered} and registered
         assert all((ROOT / file).is_file() for file in gpu.op_tests())
         (ops,) = (step for step in self.steps(tmp_path) if step.name == "ops")
         assert set(gpu.op_tests()) < set(ops.command) and ops.command[ops.command.index("--device") + 1] == "cuda"
@@ -293,7 +293,7 @@ class TestWorkflow:
             on_card = "shipped" in step["name"] or step["name"].startswith("sanitizer")
             assert step["status"] == ("skipped: needs a card" if on_card else "passed")
         comparisons = json.loads((results / "benchmarks.json").read_text())["comparisons"]
-        for op in (file[len("tests/test_") : -len(".py")] for file in gpu.op_tests()):
+        for op in (file[len("tests/ops/test_") : -len(".py")] for file in gpu.op_tests()):
             words = {"token_confidence": "token, margin and entropy"}.get(op, op)
             assert any(group.startswith(words) for group in comparisons), op
         assert any(group.startswith("generate") for group in comparisons)

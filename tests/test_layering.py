@@ -135,8 +135,8 @@ def test_an_op_is_present_in_every_layer(op):
     for folder in ("ops", "reference"):
         assert op in functions(PYTHON / folder / f"{name}.py"), f"{folder}/{name}.py has no function {op}"
     assert f'register_fake("dlmkernels::{op}")' in (PYTHON / "ops" / f"{name}.py").read_text(encoding="utf-8")
-    tests = TESTS / f"test_{name}.py"
-    assert tests.is_file(), f"tests/{tests.name} is missing"
+    tests = TESTS / "ops" / f"test_{name}.py"
+    assert tests.is_file(), f"tests/ops/{tests.name} is missing"
     for proof in (f"reference.{op}", "opcheck(", "fullgraph=True"):
         assert proof in tests.read_text(encoding="utf-8"), f"{tests.name} does without {proof}"
 

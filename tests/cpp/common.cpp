@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The functions of csrc/common by C names, over arrays: tests/native.py builds it and tests call it
+// The functions of csrc/common by C names, over arrays: tests/support/native.py builds it and tests call it
 // through ctypes.
 #include "common/dtype.h"
 #include "common/math.h"

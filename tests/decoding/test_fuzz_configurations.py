@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random configurations: what holds of every decoding, or an error that names an option.
 
-`HYPOTHESIS_PROFILE=long pytest tests/test_fuzz_configurations.py` runs many.
+`HYPOTHESIS_PROFILE=long pytest tests/decoding/test_fuzz_configurations.py` runs many.
 """
 
 import dataclasses

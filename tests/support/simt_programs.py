@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SOURCE, BUILD = ROOT / "tests" / "cpp", ROOT / "build" / "cpp"
 FLAG = {"asan": "-fsanitize=address,undefined", "tsan": "-fsanitize=thread"}
 # The files of a program, by the names it knows them by: an op's tests, the faults planted in its kernels.

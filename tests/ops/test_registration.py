@@ -10,7 +10,7 @@ import torch
 
 from dlmkernels import ops, reference
 
-SOURCE = (Path(__file__).resolve().parents[1] / "csrc/torch/ops.cpp").read_text(encoding="utf-8")
+SOURCE = (Path(__file__).resolve().parents[2] / "csrc/torch/ops.cpp").read_text(encoding="utf-8")
 
 
 def declared():

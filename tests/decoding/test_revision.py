@@ -10,11 +10,11 @@ import checkpoints
 import dlmkernels as dk
 import numerics
 import restated_revision as restated
+from decodings import FEW_MASK, Table, assert_rows_same, assert_same, canvas_of, decode, lively, ragged, sure
 from dlmkernels.decoding.rules.base import row_mean
 from plain_llama import PlainLlama
 from published import block_causal, blocks_of
 from small_models import EOS, MASK, PAD, build, prompts
-from test_published import FEW_MASK, Table, assert_rows_same, assert_same, canvas_of, decode, lively, ragged, sure
 
 NEW = 16
 

@@ -7,10 +7,9 @@ import torch
 import dlmkernels as dk
 import numerics
 import small_models
-from dlmkernels.decoding.poll import OpenCount
+from decodings import LateCount, NoRepeats
 from host_reads import HostReads
 from small_models import EOS, MASK, PAD, build, prompts
-from test_constraint import NoRepeats
 
 
 @pytest.fixture(scope="module")
@@ -374,12 +373,6 @@ def test_step_loop_reads_nothing_on_the_host(model, options, monkeypatch):
     with reads:
         poll.OpenCount(4, 4).submit(torch.tensor([1, 2])), torch.tensor(3).item()
     assert reads.seen  # the recorder does see reads
-
-
-class LateCount(OpenCount):
-    """A host that learns late what is open: two counts after the one it learns."""
-
-    lag_on = {"cpu": 2, "cuda": 2}
 
 
 @pytest.mark.parametrize("options", [

@@ -11,10 +11,10 @@ import dlmkernels as dk
 import numerics
 import published
 from checkpoints import EOS, HIDDEN, MASK, PAD, UNNAMED, VOCAB, our_logits, write
+from decodings import assert_rows_same, assert_same
 from dlmkernels import AttentionWindow
 from dlmkernels.models.adapt import adapt
 from small_models import prompts
-from test_published import assert_rows_same, assert_same
 
 FULL = {
     "llada": checkpoints.llada, "llada-moe": checkpoints.llada_moe, "dream": checkpoints.dream,
@@ -569,7 +569,7 @@ class TestTraps:
             for name, config in dk.PRESETS.items()
             if isinstance(config.rule, (dk.Threshold, dk.DynamicThreshold))
         }
-        for name in ("sdar", "llada2", "fast-dllm-v2"):  # d2f: tests/test_pipeline.py
+        for name in ("sdar", "llada2", "fast-dllm-v2"):  # d2f: tests/decoding/test_pipeline.py
             assert strict[name]
         for name in ("fast-dllm", "nemotron"):
             assert not strict[name]

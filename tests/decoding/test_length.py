@@ -10,13 +10,12 @@ import checkpoints
 import dlmkernels as dk
 import numerics
 import restated_length as restated
+from decodings import FEW_MASK, LateCount, Table, canvas_of, decode, lively, ragged, sure
 from dlmkernels.decoding import variable
 from host_reads import reads_between_polls
 from plain_llama import PlainLlama
 from published import block_causal, blocks_of
 from small_models import EOS, KINDS, MASK, PAD, prompts
-from test_generate import LateCount
-from test_published import FEW_MASK, Table, canvas_of, decode, lively, ragged, sure
 
 EXPAND, DELETE = 90, 91
 

@@ -13,7 +13,7 @@ import torch
 
 from dlmkernels import _C, ops
 
-CPU = Path(__file__).resolve().parents[1] / "csrc/cpu"
+CPU = Path(__file__).resolve().parents[2] / "csrc/cpu"
 BEST = [isa for isa in _C.cpu_isas() if isa != "amx"][-1]  # no processor has timed AMX: it must be asked for
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Damaged calls of every op: the result is the reference's, or a refusal that names the op and leaves all as it was.
 
-`HYPOTHESIS_PROFILE=long pytest tests/test_fuzz_ops.py` tries some thousand calls of each.
+`HYPOTHESIS_PROFILE=long pytest tests/ops/test_fuzz_ops.py` tries some thousand calls of each.
 """
 
 import math

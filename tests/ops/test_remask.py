@@ -604,7 +604,7 @@ class TestErrors:
 
 class TestRegistration:
     def test_names_agree_with_params_h(self):
-        header = (Path(__file__).parents[1] / "csrc/common/params.h").read_text()
+        header = (Path(__file__).parents[2] / "csrc/common/params.h").read_text()
         enum = re.search(r"enum Info : int32_t \{(.*?)\}", header, re.S).group(1)
         columns = [name.strip().removeprefix("kInfo") for name in enum.split(",")]
         assert columns.pop() == "Columns"

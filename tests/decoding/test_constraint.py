@@ -12,13 +12,13 @@ import dlmkernels as dk
 import numerics
 import published
 import restated_rules as restated
+from decodings import LENGTHS, NoRepeats, assert_rows_same, assert_same, canvas_of, lively, ragged
 from dlmkernels.decoding.constraint import pack, unpack
 from dlmkernels.demo import run as demo
 from dlmkernels.demo.tasks import MASK_ID, TASKS
 from joint_model import Joint
 from plain_llama import PlainLlama
 from small_models import EOS, MASK, VOCAB, build, prompts
-from test_published import LENGTHS, assert_rows_same, assert_same, canvas_of, lively, ragged
 
 pytestmark = pytest.mark.filterwarnings("ignore:dlmkernels does not know:UserWarning")
 NEW = 12
@@ -103,15 +103,6 @@ class Balanced(dk.Constraint):
                     accepted[row, i] = self.can_close(now[self.start :])
                     now[i] = token if accepted[row, i] else before
         return accepted
-
-
-class NoRepeats(dk.Constraint):
-    """No token beside an equal one."""
-
-    def accepts(self, tokens, proposed):
-        after = torch.where(proposed >= 0, proposed, tokens)
-        same = after[:, 1:] == after[:, :-1]
-        return ~(torch.nn.functional.pad(same, (1, 0)) | torch.nn.functional.pad(same, (0, 1)))
 
 
 class Automaton:

@@ -13,9 +13,10 @@ import pytest
 
 import dlmkernels
 
-ROOT = Path(__file__).parent.parent
-FILES = [f"tests/test_{name}.py" for name in
-         ("load", "models", "families", "causal_families", "other_forms", "untrusted", "front_door", "diffusion_gemma")]  # fmt: skip
+ROOT = Path(__file__).parents[2]
+FILES = [f"tests/{name}.py" for name in
+         ("models/test_load", "models/test_models", "models/test_families", "models/test_other_forms", "models/test_untrusted",
+          "models/test_diffusion_gemma", "decoding/test_causal_families", "decoding/test_front_door")]  # fmt: skip
 
 
 def oldest():

@@ -10,11 +10,11 @@ import torch
 
 import dlmkernels as dk
 import numerics
+from decodings import lively
 from dlmkernels.decoding import likelihood
 from joint_model import Joint
 from plain_llama import PlainLlama
 from small_models import MASK, PAD, build, prompts
-from test_published import lively
 
 pytestmark = pytest.mark.filterwarnings("ignore:dlmkernels does not know:UserWarning")
 

@@ -12,10 +12,9 @@ import dlmkernels as dk
 import numerics
 import published
 from checkpoints import MASK, PAD
+from decodings import LateCount, assert_rows_same, assert_same, ragged
 from host_reads import reads_between_polls
 from small_models import build, prompts
-from test_generate import LateCount
-from test_published import assert_rows_same, assert_same, ragged
 
 D2F = {"d2f-llada": checkpoints.llada, "d2f-dream": checkpoints.dream}
 FULL = {"llada": checkpoints.llada, "dream": checkpoints.dream}

@@ -9,10 +9,10 @@ import dlmkernels as dk
 import numerics
 import published
 from checkpoints import MASK, PAD, our_logits, write
+from decodings import assert_rows_same, assert_same
 from dlmkernels.models.adapt import adapt
 from host_reads import reads_between_polls
 from small_models import prompts
-from test_published import assert_rows_same, assert_same
 
 
 @pytest.fixture(autouse=True)

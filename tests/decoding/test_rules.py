@@ -12,6 +12,7 @@ import dlmkernels as dk
 import numerics
 import published
 import restated_rules as restated
+from decodings import FEW_MASK, Table, assert_rows_same, assert_same, decode, lively, ragged, sure
 from dlmkernels import ops, scores
 from dlmkernels.decoding.canvas import Canvas
 from dlmkernels.decoding.step import RandomState, Step
@@ -20,7 +21,6 @@ from dlmkernels.demo.tasks import TASKS
 from dlmkernels.window import TokenWindow
 from plain_llama import PlainLlama
 from small_models import MASK, prompts
-from test_published import FEW_MASK, Table, assert_rows_same, assert_same, decode, lively, ragged, sure
 
 ROWS, SLOTS, LENGTH, START = 300, 12, 16, 5
 
