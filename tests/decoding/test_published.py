@@ -9,6 +9,7 @@ import copy
 
 import pytest
 import torch
+from torch import Tensor
 
 import dlmkernels as dk
 import numerics
