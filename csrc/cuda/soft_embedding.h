@@ -14,7 +14,7 @@ const char* unsupported_soft_embedding(const SoftEmbeddingParams& p);
 // and of which arguments there are.
 int64_t soft_embedding_workspace(const SoftEmbeddingParams& p);
 
-// All rows: two launches, or one where logits are filtered; returns a cudaError_t.
+// All rows: three launches, or two where logits are filtered; returns a cudaError_t.
 int run_soft_embedding(const SoftEmbeddingParams& p, void* workspace, void* stream);
 
 }  // namespace dlm::cuda

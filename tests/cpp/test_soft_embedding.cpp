@@ -46,8 +46,9 @@ TEST(every_edge) {
     }
     for (const int64_t V : {1, 2, 7, 8, 31, 32, 33, 63, 64, 65, 2047, 2048, 2049, 4097})
       check_case(2, dtype, 2, V, 16, C::kTemperature, ++seed);
-    for (const int64_t V : {1, 9, 2047, 2048, 2049, 4097})
+    for (const int64_t V : {1, 9, 2047, 2048, 2049, 8193})
       check_case(2, dtype, 2, V, 16, C::kFloor, ++seed);
+    check_case(1, dtype, 1, 20, 1030, C::kFloor | C::kMask, ++seed);
   }
 }
 
@@ -85,7 +86,9 @@ TEST(limits) {
   C c(kTypes[0], kTypes[0], 1, 3, 4, 0, 1);
   CHECK(dlm::cuda::why_not_soft_embedding(c.p) == nullptr, "a small case");
   c.p.D = 16385;
-  CHECK(dlm::cuda::why_not_soft_embedding(c.p) != nullptr, "more sums than shared memory holds");
+  CHECK(dlm::cuda::why_not_soft_embedding(c.p) == nullptr, "a wide table");
+  c.p.N = int64_t(1) << 27;
+  CHECK(dlm::cuda::why_not_soft_embedding(c.p) != nullptr, "more blocks than a grid has");
 }
 
 #ifdef DLM_SIMT

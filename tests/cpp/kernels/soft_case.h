@@ -115,10 +115,7 @@ struct SoftCase {
     return row < p.R ? row : -1;
   }
 
-  template <dlm::cuda::SoftFault fault = dlm::cuda::SoftFault::kNone>
-  cudaError_t start() {
-    return dlm::cuda::start_soft_embedding<fault>(p, workspace.data(), nullptr);
-  }
+  cudaError_t start() { return dlm::cuda::start_soft_embedding(p, workspace.data(), nullptr); }
 
   std::string wrong() const {  // empty: all is right
     // Weights of 16 bits, and a result of as many.
