@@ -10,8 +10,8 @@ from torch import Tensor
 class KVCache:
     """Dense key and value buffers of every layer, `[B, S, G, D]` each, allocated when a layer first writes.
 
-    In memory a head's slots lie side by side (`[B, G, S, D]`): attention reads one head at a time, and rows that a whole
-    slot of all heads keeps apart share few sets of a processor's cache.
+    In memory a head's slots lie side by side (`[B, G, S, D]`): attention reads one head at a time, and rows that
+    a whole slot of all heads keeps apart share few sets of a processor's cache.
 
     Keys are stored rotated (position-encoded), so a slot keeps the position it was written for. Which slots hold
     something is the business of the windows that read them: a cache has no length and nothing is ever copied out of it.
