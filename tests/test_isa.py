@@ -131,7 +131,7 @@ KERNELS = {
     "remask_": ["generic"],
     "verify_drafts": ["generic"],
     "splice_": ["generic"],
-    "soft_embedding": ["generic", "avx512"],
+    "soft_embedding": ["generic", "avx2", "avx512"],
 }
 ALL = KERNELS["block_attention"]
 

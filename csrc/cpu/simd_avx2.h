@@ -271,22 +271,20 @@ DLM_SIMD void transpose(Words (&row)[16]) {
 
 // --- elementary functions that may round products and sums once ----------------------------------
 
-// As in simd_avx512.h: within 2 units in the last place, exact at 0; the same polynomial. 2^n is
-// two factors, the first of which rounds nothing: so a subnormal result rounds once.
-DLM_SIMD __m256 power_of_two(__m256i n) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
-}
+// As in simd_avx512.h: within 2 units in the last place, exact at 0; the same polynomial. Results
+// below 2^-125 are 0: so its exponent takes the integer part by an addition.
 DLM_SIMD __m256 exp2_nonpositive(__m256 x) {
-  const __m256 clamped = _mm256_max_ps(_mm256_set1_ps(-160.0f), x);  // a NaN stays
-  const __m256i n = _mm256_cvtps_epi32(clamped), half = _mm256_srai_epi32(n, 1);
-  const __m256 f = clamped - _mm256_cvtepi32_ps(n);
+  const __m256i n = _mm256_cvtps_epi32(x);
+  const __m256 f = x - _mm256_cvtepi32_ps(n);
   __m256 p = _mm256_set1_ps(1.326472615e-03f);
   p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(9.671512991e-03f));
   p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(5.550733581e-02f));
   p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(2.402224243e-01f));
   p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(6.931470037e-01f));
   p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(1.0f));
-  return p * power_of_two(half) * power_of_two(_mm256_sub_epi32(n, half));
+  const __m256i power = _mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(n, 23));
+  const __m256 tiny = _mm256_cmp_ps(x, _mm256_set1_ps(-125.0f), _CMP_LT_OQ);  // not a NaN
+  return _mm256_andnot_ps(tiny, _mm256_castsi256_ps(power));
 }
 DLM_SIMD Floats exp2_nonpositive(Floats x) {
   return {exp2_nonpositive(x.low), exp2_nonpositive(x.high)};

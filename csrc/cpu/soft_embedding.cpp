@@ -25,6 +25,7 @@ struct Kernel {
 constexpr ForIsa<Kernel> kTable[] = {
     {Isa::kGeneric, {generic::soft_weights, generic::soft_add}},
 #ifdef DLM_X86
+    {Isa::kAvx2, {avx2::soft_weights, avx2::soft_add}},
     {Isa::kAvx512, {avx512::soft_weights, avx512::soft_add}},
 #endif
 };
