@@ -31,8 +31,18 @@ DLM_SIMD uint64_t weights_as(const SoftRow& row, int64_t begin, int n, float* we
   return kept;
 }
 
+// Asks for what the same columns have in the next 64 ids: rows of E lie far apart, and no hardware
+// fetches them unasked. (Behind the end of E nothing happens.)
+template <class T, int kStep>
+DLM_SIMD void fetch_next(const T* e, int64_t stride) {
+  const uintptr_t next = reinterpret_cast<uintptr_t>(e) + kSoftIds * stride * sizeof(T);
+  for (uintptr_t line = 0; line < kStep * sizeof(T); line += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(next + line), 0, 2);
+  }
+}
+
 // Some rows and kVectors of columns, of which `columns` are there.
-template <class T, int kRowsAtOnce, int kVectors, bool kWhole>
+template <class T, int kRowsAtOnce, int kVectors, bool kWhole, bool kFetch = true>
 DLM_SIMD void add_rows(const T* e, int64_t stride, int n, int columns,
                        const float (*weight)[kSoftIds], double (*sums)[kSoftColumns], int column) {
   Floats sum[kRowsAtOnce][kVectors];
@@ -42,6 +52,7 @@ DLM_SIMD void add_rows(const T* e, int64_t stride, int n, int columns,
     for (int r = 0; r < kRowsAtOnce; ++r) sum[r][j] = splat(0.0f);
   }
   for (int i = 0; i < n; ++i, e += stride) {
+    if (kFetch) fetch_next<T, kVectors * kWidth>(e, stride);
     Floats w[kRowsAtOnce];
 #pragma GCC unroll 8
     for (int r = 0; r < kRowsAtOnce; ++r) w[r] = splat(weight[r][i]);
@@ -88,12 +99,14 @@ DLM_SIMD void add_many(const T* e, int64_t stride, int n, int columns,
     const int there = columns - d;
     const T* from = e + d;
     for (int i = 0; i < n; ++i, from += stride) {
+      fetch_next<T, kStep>(from, stride);
       for (int x = 0; x < kStep; x += kWidth) {
         store(packed + i * kStep + x, load_first(std::max(there - x, 0), from + x));
       }
     }
     for (int r = 0; r < rows; r += kRows) {
-      add_rows<float, kRows, kVectors, true>(packed, kStep, n, there, weight + r, sums + r, d);
+      add_rows<float, kRows, kVectors, true, false>(packed, kStep, n, there, weight + r, sums + r,
+                                                    d);
     }
   }
 }
