@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// Block attention with AVX-512. Both products run as c[n][rows] += a[i][rows] * b[n][i]: the lanes
-// of a vector are query rows (16, or 4 with 4 lanes each), b is broadcast from memory: K as the
-// cache has it, V converted (bf16: two slots interleaved) once for all rows of an item, tile by
-// tile.
+// Block attention in vectors of sixteen elements: a file of one instruction set includes this
+// behind its simd_*.h. Both products run as c[n][rows] += a[i][rows] * b[n][i]: the lanes of a
+// vector are query rows (16, or 4 with 4 lanes each), b is broadcast from memory: K as the cache
+// has it, V converted (bf16: two slots interleaved) once for all rows of an item, tile by tile.
 //
 // Work item: a batch row, a KV head, up to 512 rows (of all heads that share it); where that makes
 // few items, also a span of up to 512 slots. Spans are summed apart and merged in their order
 // whether they are divided or not: a row's bits depend on nothing but what it sees.
 //
-// The cache is [B,S,G,D] in its own dtype, where a block's rows are written as a layer computes
-// them; a layout by tiles would save the conversion: 5 % (28/4 heads) to 8 % (32/32) of a call.
-// Flops: 4 D a row and slot; bytes: 2 D elements a slot. With 32 rows of bf16 (32 flops a byte) the
-// limit is arithmetic, with 4 rows memory. The products' words are floats or, where faster, pairs
-// of bf16: vdpbf16ps does twice the flops of fp32 FMA on AMD's Zen 5 (474 against 239 GFLOP/s a
-// core), half of them on Intel's Sapphire Rapids; isa.cpp chooses. Needs AVX-512 F, BW, DQ, VL;
-// PairWords also AVX512_BF16.
+// The cache is [B,S,G,D], of whatever strides, in its own dtype, where a block's rows are written
+// as a layer computes them; a layout by tiles would save the conversion: 5 % (28/4 heads) to 8 %
+// (32/32) of a call. Flops: 4 D a row and slot; bytes: 2 D elements a slot. With 32 rows of bf16
+// (32 flops a byte) the limit is arithmetic, with 4 rows memory. The products' words are floats or,
+// where faster, pairs of bf16: vdpbf16ps does twice the flops of fp32 FMA on AMD's Zen 5 (474
+// against 239 GFLOP/s a core), half of them on Intel's Sapphire Rapids; isa.cpp chooses. PairWords
+// needs AVX512_BF16.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -36,6 +36,8 @@ constexpr int64_t kMaxTiles = kMaxSpan / kKeys;  // key tiles of a span
 constexpr int64_t kManyItems = 32;               // that keep all cores busy,
 constexpr int64_t kMaxSplits = 64;               // ... if keys are split no further than this
 constexpr int64_t kCopies = 4;                   // lanes of a row when there are few
+// Measured with AVX2: two threads take as long as one. (AVX-512 does twice as much.)
+constexpr int64_t kGrain = int64_t(1) << (kManyRegisters ? 19 : 18);
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504f;
 alignas(64) constexpr float kOnes[kTileRows] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
@@ -54,9 +56,8 @@ template <class T>
 struct FloatWords {
   using Element = T;
   static constexpr bool kTiles = false;
-  static constexpr int64_t kElements = 1;  // of a word
-  // Sums of every other word, where there are registers for both; words in them.
-  static constexpr int64_t kChains = kManyRegisters ? 2 : 1, kDepth = 32;
+  static constexpr int64_t kElements = 1;             // of a word
+  static constexpr int64_t kChains = 2, kDepth = 32;  // sums of every other word; words in them
   static constexpr uint32_t kSign = 0x80000000u;
 
   // Whether rows `stride` elements apart can be read as words.
@@ -248,11 +249,11 @@ struct Ahead {
 
 // c[n][:] = c[n][:] * before + sum over i of a[i][:] * b[n * b_out + i * b_in], n < kOut, in an
 // order of i that depends on no template argument; without `before`, c is not read. With kRepeat,
-// not one word of b but four go to every four lanes.
-template <class F, int kVectors, int kRepeat, int kOut>
+// not one word of b but four go to every four lanes. Of the kAll vectors of rows it does kVectors.
+template <class F, int kAll, int kVectors, int kRepeat, int kOut>
 DLM_SIMD void multiply(const uint32_t* a, const uint32_t* b, int64_t b_out, int64_t b_in,
                        int64_t depth, const float* before, float* c, Ahead* ahead) {
-  constexpr int64_t kStride = kVectors * kLanes;
+  constexpr int64_t kStride = kAll * kLanes;
   Ahead next = *ahead;
   Floats sum[F::kChains][kOut][kVectors];
 #pragma GCC unroll 2
@@ -298,37 +299,35 @@ DLM_SIMD void multiply(const uint32_t* a, const uint32_t* b, int64_t b_out, int6
   *ahead = next;
 }
 
-// Sums of a vector each: all but a few of the registers (a vector of simd_avx2.h fills two), in a
-// number that divides well into multiples of 8, or of 2.
-template <int kRepeat>
-constexpr int64_t sums_at_once = kManyRegisters ? 16
-                                 : kRepeat == 1 ? 6
-                                                : 4;
-
-// The same for all outputs and any depth: sums_at_once hide the latency of a product, and short
-// chains keep the rounding errors of a sum small.
+// The same for all outputs and any depth: kSums sums hide the latency of a product, and short
+// chains keep the rounding errors of a sum small. Where vectors fill two registers each there is
+// room for six, of one vector of rows; or for four, which divide the few outputs of kRepeat.
 template <class F, int kVectors, int kRepeat>
 void multiply_all(const uint32_t* a, const uint32_t* b, int64_t b_out, int64_t b_in, int64_t depth,
                   const float* before, float* c, int64_t count, Ahead* ahead) {
   if constexpr (F::kTiles) {
     F::template multiply<kVectors>(a, b, b_out, b_in, depth, before, c, count, ahead);
   } else {
-    constexpr int64_t kStride = kVectors * kLanes,
-                      kOut = sums_at_once<kRepeat> / (kVectors * F::kChains);
+    constexpr int kAtOnce = kManyRegisters ? kVectors : 1;
+    constexpr int64_t kSums = kManyRegisters ? 16 : kRepeat == 1 ? 6 : 4;
+    constexpr int64_t kStride = kVectors * kLanes, kOut = kSums / (kAtOnce * F::kChains);
     // D and the slots are multiples of 8. Where kOut divides no such number, two smaller steps end
     // it.
-    constexpr int64_t kLeft = kManyRegisters ? 8 / kRepeat : kRepeat == 1 ? 4 / kVectors : 2;
+    constexpr int64_t kLeft = kManyRegisters ? 8 / kRepeat : 2;
     constexpr int64_t kEnd = kOut % kLeft ? 2 * kLeft : 0;
     for (int64_t i = 0; i < depth; i += F::kDepth) {
       const int64_t part = std::min(F::kDepth, depth - i);
-      int64_t n = 0;
-      for (; n + kOut <= count && n + kEnd != count; n += kOut) {
-        multiply<F, kVectors, kRepeat, kOut>(a, b + n * b_out, b_out, b_in, part, before,
-                                             c + n * kStride, ahead);
-      }
-      for (; n < count; n += kLeft) {
-        multiply<F, kVectors, kRepeat, kLeft>(a, b + n * b_out, b_out, b_in, part, before,
-                                              c + n * kStride, ahead);
+      for (int64_t x = 0; x < kStride; x += kAtOnce * kLanes) {
+        const float* factor = before ? before + x : nullptr;
+        int64_t n = 0;
+        for (; n + kOut <= count && n + kEnd != count; n += kOut) {
+          multiply<F, kVectors, kAtOnce, kRepeat, kOut>(a + x, b + n * b_out, b_out, b_in, part,
+                                                        factor, c + n * kStride + x, ahead);
+        }
+        for (; n < count; n += kLeft) {
+          multiply<F, kVectors, kAtOnce, kRepeat, kLeft>(a + x, b + n * b_out, b_out, b_in, part,
+                                                         factor, c + n * kStride + x, ahead);
+        }
       }
       a += part * kStride;
       b += part * b_in;
@@ -859,7 +858,7 @@ BlockAttentionWork work(const BlockAttentionParams& p) {
 
 template <class F>
 constexpr BlockAttentionKernels kernels_of() {
-  return {work<F>, attend<F>, merge_spans<F>};
+  return {work<F>, attend<F>, merge_spans<F>, kGrain};
 }
 
 inline BlockAttentionKernels kernels_for(DType dtype) {
