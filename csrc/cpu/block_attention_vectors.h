@@ -250,28 +250,28 @@ struct Ahead {
 // c[n][:] = c[n][:] * before + sum over i of a[i][:] * b[n * b_out + i * b_in], n < kOut, in an
 // order of i that depends on no template argument; without `before`, c is not read. With kRepeat,
 // not one word of b but four go to every four lanes. Of the kAll vectors of rows it does kVectors.
-template <class F, int kAll, int kVectors, int kRepeat, int kOut>
+template <class F, int kChains, int kAll, int kVectors, int kRepeat, int kOut>
 DLM_SIMD void multiply(const uint32_t* a, const uint32_t* b, int64_t b_out, int64_t b_in,
                        int64_t depth, const float* before, float* c, Ahead* ahead) {
   constexpr int64_t kStride = kAll * kLanes;
   Ahead next = *ahead;
-  Floats sum[F::kChains][kOut][kVectors];
+  Floats sum[kChains][kOut][kVectors];
 #pragma GCC unroll 2
-  for (int chain = 0; chain < F::kChains; ++chain) {
+  for (int chain = 0; chain < kChains; ++chain) {
 #pragma GCC unroll 16
     for (int n = 0; n < kOut; ++n) {
 #pragma GCC unroll 2
       for (int x = 0; x < kVectors; ++x) sum[chain][n][x] = splat(0.0f);
     }
   }
-  for (int64_t i = 0; i < depth; i += F::kChains) {
+  for (int64_t i = 0; i < depth; i += kChains) {
     // As many as come in time for the next product.
 #pragma GCC unroll 4
     for (int r = 0; r < (kManyRegisters ? kRepeat : 1); ++r) {
-      if (F::kChains * kVectors == 1 || i % 2 == 0) next.step();
+      if (kChains * kVectors == 1 || i % 2 == 0) next.step();
     }
 #pragma GCC unroll 2
-    for (int chain = 0; chain < F::kChains; ++chain) {
+    for (int chain = 0; chain < kChains; ++chain) {
       Words left[kVectors];
 #pragma GCC unroll 2
       for (int x = 0; x < kVectors; ++x) left[x] = load(a + (i + chain) * kStride + x * kLanes);
@@ -292,7 +292,7 @@ DLM_SIMD void multiply(const uint32_t* a, const uint32_t* b, int64_t b_out, int6
     for (int x = 0; x < kVectors; ++x) {
       float* to = c + n * kStride + x * kLanes;
       Floats all = sum[0][n][x];
-      if (F::kChains == 2) all = all + sum[F::kChains - 1][n][x];
+      if (kChains == 2) all = all + sum[kChains - 1][n][x];
       store(to, before ? fma(load(to), load(before + x * kLanes), all) : all);
     }
   }
@@ -301,19 +301,21 @@ DLM_SIMD void multiply(const uint32_t* a, const uint32_t* b, int64_t b_out, int6
 
 // The same for all outputs and any depth: kSums sums hide the latency of a product, and short
 // chains keep the rounding errors of a sum small. Where vectors fill two registers each there is
-// room for six, of one vector of rows; or for four, which divide the few outputs of kRepeat.
-template <class F, int kVectors, int kRepeat>
+// room for six, or for four, which divide the few outputs of kRepeat: there only q.k has two
+// chains, as its errors are those of large logits, and weights are at most 1.
+template <class F, bool kLogits, int kVectors, int kRepeat>
 void multiply_all(const uint32_t* a, const uint32_t* b, int64_t b_out, int64_t b_in, int64_t depth,
                   const float* before, float* c, int64_t count, Ahead* ahead) {
   if constexpr (F::kTiles) {
     F::template multiply<kVectors>(a, b, b_out, b_in, depth, before, c, count, ahead);
   } else {
-    constexpr int kAtOnce = kManyRegisters ? kVectors : 1;
+    constexpr int kChains = kManyRegisters || kLogits ? F::kChains : 1;
+    constexpr int kAtOnce = kManyRegisters || !kLogits ? kVectors : 1;
     constexpr int64_t kSums = kManyRegisters ? 16 : kRepeat == 1 ? 6 : 4;
-    constexpr int64_t kStride = kVectors * kLanes, kOut = kSums / (kAtOnce * F::kChains);
+    constexpr int64_t kStride = kVectors * kLanes, kOut = kSums / (kAtOnce * kChains);
     // D and the slots are multiples of 8. Where kOut divides no such number, two smaller steps end
     // it.
-    constexpr int64_t kLeft = kManyRegisters ? 8 / kRepeat : 2;
+    constexpr int64_t kLeft = kManyRegisters ? 8 / kRepeat : kOut == 6 ? 4 : 2;
     constexpr int64_t kEnd = kOut % kLeft ? 2 * kLeft : 0;
     for (int64_t i = 0; i < depth; i += F::kDepth) {
       const int64_t part = std::min(F::kDepth, depth - i);
@@ -321,12 +323,12 @@ void multiply_all(const uint32_t* a, const uint32_t* b, int64_t b_out, int64_t b
         const float* factor = before ? before + x : nullptr;
         int64_t n = 0;
         for (; n + kOut <= count && n + kEnd != count; n += kOut) {
-          multiply<F, kVectors, kAtOnce, kRepeat, kOut>(a + x, b + n * b_out, b_out, b_in, part,
-                                                        factor, c + n * kStride + x, ahead);
+          multiply<F, kChains, kVectors, kAtOnce, kRepeat, kOut>(
+              a + x, b + n * b_out, b_out, b_in, part, factor, c + n * kStride + x, ahead);
         }
         for (; n < count; n += kLeft) {
-          multiply<F, kVectors, kAtOnce, kRepeat, kLeft>(a + x, b + n * b_out, b_out, b_in, part,
-                                                         factor, c + n * kStride + x, ahead);
+          multiply<F, kChains, kVectors, kAtOnce, kRepeat, kLeft>(
+              a + x, b + n * b_out, b_out, b_in, part, factor, c + n * kStride + x, ahead);
         }
       }
       a += part * kStride;
@@ -684,8 +686,8 @@ class Item {
         next = ahead(v_, p_.v_cache_stride[1], slot);
       }
 
-      multiply_all<F, kVectors, kRepeat>(queries(row_tile), k, k_stride * kRepeat, kRepeat, words,
-                                         nullptr, t_.s, width / kRepeat, &next);
+      multiply_all<F, true, kVectors, kRepeat>(queries(row_tile), k, k_stride * kRepeat, kRepeat,
+                                               words, nullptr, t_.s, width / kRepeat, &next);
       for (int x = 0; x < kVectors; ++x) {
         online_softmax<F, kRepeat>(logits_, t_.s + x * kLanes, weights + x * kLanes, kStride, width,
                                    all_see_all ? nullptr : t_.lanes[x], state.m + x * kLanes,
@@ -695,9 +697,9 @@ class Item {
         pack_values(tile, slot);
         next = ahead(k_, p_.k_cache_stride[1], slot + kKeys);
       }
-      multiply_all<F, kVectors, kRepeat>(weights, values(tile), kRepeat * kSlotWords<F>, D,
-                                         width / F::kElements, t_.shrink, state.acc, D / kRepeat,
-                                         &next);
+      multiply_all<F, false, kVectors, kRepeat>(weights, values(tile), kRepeat * kSlotWords<F>, D,
+                                                width / F::kElements, t_.shrink, state.acc,
+                                                D / kRepeat, &next);
       if (!finite_[tile]) {
         add_not_finite<kVectors, kRepeat>(slot, needed, all_see_all, weights, state);
       }
