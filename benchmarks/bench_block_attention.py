@@ -53,7 +53,8 @@ class Setting:
         self.first = (case.keys - n) // 2  # the block stands in the middle of the canvas, as with a dual cache
         self.slots = torch.arange(self.first, self.first + n, dtype=torch.int32).expand(b, n).contiguous()
         ours = (self.q, self.k_new, self.v_new, self.k_cache, self.v_cache)
-        self.q_t, self.k_new_t, self.v_new_t, self.k_t, self.v_t = (x.transpose(1, 2).clone().contiguous() for x in ours)
+        heads_first = [x.transpose(1, 2).clone(memory_format=torch.contiguous_format) for x in ours]
+        self.q_t, self.k_new_t, self.v_new_t, self.k_t, self.v_t = heads_first
         self.grouped = s.heads != s.kv_heads
         self.tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype != torch.float32 else {}
         self.touch = touch(*caches, self.k_t, self.v_t)
