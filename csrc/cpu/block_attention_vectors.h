@@ -36,7 +36,7 @@ constexpr int64_t kMaxTiles = kMaxSpan / kKeys;  // key tiles of a span
 constexpr int64_t kManyItems = 32;               // that keep all cores busy,
 constexpr int64_t kMaxSplits = 64;               // ... if keys are split no further than this
 constexpr int64_t kCopies = 4;                   // lanes of a row when there are few
-// Measured with AVX2: two threads take as long as one. (AVX-512 does twice as much.)
+// Measured with AVX2: two threads take as long as one. (For AVX-512 an estimate: twice that.)
 constexpr int64_t kGrain = int64_t(1) << (kManyRegisters ? 19 : 18);
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504f;
