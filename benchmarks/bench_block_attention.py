@@ -48,14 +48,16 @@ class Setting:
         s, b, n, dtype = case.shape, case.batch, case.block, case.dtype
         self.q = torch.randn(b, n, s.heads, s.head_dim).to(dtype)
         self.k_new, self.v_new = (torch.randn(b, n, s.kv_heads, s.head_dim).to(dtype) for _ in range(2))
-        self.k_cache, self.v_cache = (torch.randn(b, case.keys, s.kv_heads, s.head_dim).to(dtype) for _ in range(2))
+        caches = [torch.randn(b, s.kv_heads, case.keys, s.head_dim).to(dtype) for _ in range(2)]
+        self.k_cache, self.v_cache = (x.transpose(1, 2) for x in caches)  # in memory as KVCache lays them out
         self.first = (case.keys - n) // 2  # the block stands in the middle of the canvas, as with a dual cache
         self.slots = torch.arange(self.first, self.first + n, dtype=torch.int32).expand(b, n).contiguous()
         ours = (self.q, self.k_new, self.v_new, self.k_cache, self.v_cache)
-        self.q_t, self.k_new_t, self.v_new_t, self.k_t, self.v_t = (x.transpose(1, 2).contiguous() for x in ours)
+        heads_first = [x.transpose(1, 2).clone(memory_format=torch.contiguous_format) for x in ours]
+        self.q_t, self.k_new_t, self.v_new_t, self.k_t, self.v_t = heads_first
         self.grouped = s.heads != s.kv_heads
         self.tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype != torch.float32 else {}
-        self.touch = touch(self.k_cache, self.v_cache, self.k_t, self.v_t)
+        self.touch = touch(*caches, self.k_t, self.v_t)
         flops = 4.0 * b * s.heads * n * case.keys * s.head_dim
         moved = self.k_cache.nbytes + self.v_cache.nbytes + 2 * self.q.nbytes
         self.timing = {"before": self.touch, **product_timing(dtype, flops, moved, self.k_cache, self.v_cache)}

@@ -96,14 +96,15 @@ def _limits() -> ctypes.CDLL | None:
         flags = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread"]
         subprocess.run([compiler, *flags, Path(__file__).with_name("limits.cpp"), "-o", library], check=True)
         loaded = ctypes.CDLL(str(library))
-    for function in (loaded.multiply_add_float, loaded.multiply_add_bfloat16, loaded.exponentials):
+    for name in ("multiply_add_float", "multiply_add_bfloat16", "multiply_add_tiles", "exponentials"):
+        function = getattr(loaded, name)
         function.argtypes, function.restype = [ctypes.c_long], ctypes.c_double
     return loaded
 
 
 def arithmetic_limits(dtype: torch.dtype) -> list[Limit]:
-    """Multiplications and additions in registers: of bf16 pairs where `dtype` is bf16 and there is such an instruction,
-    else of floats; none without a compiler.
+    """Multiplications and additions in registers, by the quickest instructions that the processor has for `dtype`: of
+    floats, for bf16 also of pairs or in tile registers; none without a compiler.
 
     One thread does its share, as in `exp_limits`: a second one that has just been started shares its processor at
     first.
@@ -111,10 +112,18 @@ def arithmetic_limits(dtype: torch.dtype) -> list[Limit]:
     library = _limits()
     if library is None:
         return []
-    name, function = "fp32 multiply-add in registers", library.multiply_add_float
-    if dtype == torch.bfloat16 and library.multiply_add_bfloat16(1) > 0:
-        name, function = "bf16 multiply-add in registers", library.multiply_add_bfloat16
     repeats = 100_000
+    functions = {"fp32 multiply-add in registers": library.multiply_add_float}
+    if dtype == torch.bfloat16:
+        functions["bf16 multiply-add in registers"] = library.multiply_add_bfloat16
+        functions["bf16 multiply-add in tile registers"] = library.multiply_add_tiles
+
+    def rate(name):
+        run = functions[name]
+        return run(1) * repeats / min(_timed(lambda: run(repeats), lambda: None, time.perf_counter) for _ in range(3))
+
+    name = max(functions, key=rate)
+    function = functions[name]
     return [Limit(name, lambda: function(repeats), function(1) * repeats * torch.get_num_threads(), "GFLOP/s")]
 
 

@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // What this processor can do in a second, for harness.py: multiplications and additions, and
 // exponentials, in registers, in one thread. Compiled with -march=native where it runs.
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(__AMX_BF16__)
 #include <immintrin.h>
+#endif
+#if defined(__AMX_BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace {
@@ -53,6 +57,38 @@ double multiply_add_bfloat16(long repeats) {
 #pragma GCC unroll 20
   for (int i = 0; i < kSums; ++i) asm volatile("" ::"x"(sum[i]));
   return 4.0 * repeats * kSums * 16;
+#else
+  (void)repeats;
+  return 0;
+#endif
+}
+
+// The same in tile registers; 0 where there are none, or the system refuses them.
+double multiply_add_tiles(long repeats) {
+#if defined(__AMX_BF16__) && defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // see csrc/cpu/isa.cpp
+  if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0) return 0;
+  struct alignas(64) {
+    unsigned char palette = 1, start_row = 0, reserved[14] = {};
+    unsigned short row_bytes[16] = {64, 64, 64, 64, 64, 64};
+    unsigned char rows[16] = {16, 16, 16, 16, 16, 16};
+  } shapes;
+  asm volatile("" : "+m"(shapes));
+  _tile_loadconfig(&shapes);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_zero(4);
+  _tile_zero(5);
+  for (long k = 0; k < repeats; ++k) {  // four sums hide the latency
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_dpbf16ps(1, 4, 5);
+    _tile_dpbf16ps(2, 4, 5);
+    _tile_dpbf16ps(3, 4, 5);
+  }
+  _tile_release();
+  return 4.0 * 2 * 16 * 16 * 32 * repeats;
 #else
   (void)repeats;
   return 0;

@@ -26,6 +26,9 @@ struct BlockAttentionKernels {
   BlockAttentionWork (*work)(const BlockAttentionParams&);
   void (*attend)(const BlockAttentionParams&, int64_t begin, int64_t end);
   void (*merge)(const BlockAttentionParams&, int64_t begin, int64_t end);
+  // Elements of queries times slots (B Q H D S) that a thread does in some 50 microseconds: fewer
+  // are not worth a second one.
+  int64_t grain = int64_t(1) << 17;
 };
 // Of the instruction set in use, or of a lower one whose arithmetic the scale needs.
 BlockAttentionKernels block_attention(const BlockAttentionParams& params);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Block attention in bf16 with AMX: both products of block_attention_avx512.h run in tile
+// Block attention in bf16 with AMX: both products of block_attention_vectors.h run in tile
 // registers, whatever the number of rows. So a row's bits do not depend on how many come with it:
 // a tile instruction sums even and odd elements apart, as no vector instruction does. Everything
 // else is AVX-512.
@@ -70,7 +70,7 @@ void attend(const BlockAttentionParams& p, int64_t begin, int64_t end) {
 
 template <class F>
 constexpr BlockAttentionKernels kernels_of() {
-  return {avx512::work<F>, attend<F>, avx512::merge_spans<F>};
+  return {avx512::work<F>, attend<F>, avx512::merge_spans<F>, avx512::kGrain};
 }
 
 }  // namespace

@@ -1,5 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The plain C++ for a compiler that may use AVX2: the same operations, so the same bits, on vectors
-// of 8 floats.
+#include "cpu/simd_avx2.h"
 #define DLM_NAMESPACE avx2
-#include "cpu/block_attention_generic.cpp"
+#include "cpu/block_attention_vectors.h"
+
+namespace dlm::cpu::avx2 {
+
+BlockAttentionKernels block_attention(DType dtype) { return kernels_for(dtype); }
+
+}  // namespace dlm::cpu::avx2

@@ -3,15 +3,6 @@
 
 namespace dlm::cpu::avx512 {
 
-BlockAttentionKernels block_attention(DType dtype) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return kernels_of<FloatWords<BFloat16>>();
-    case DType::kFloat16:
-      return kernels_of<FloatWords<Float16>>();
-    default:
-      return kernels_of<FloatWords<float>>();
-  }
-}
+BlockAttentionKernels block_attention(DType dtype) { return kernels_for(dtype); }
 
 }  // namespace dlm::cpu::avx512

@@ -9,7 +9,6 @@
 // zeros: a row's bits depend neither on the rows beside it nor on left padding.
 // Flops: 4 D per row and visible slot; bytes: 2 D elements per slot and 32 rows. With 32 rows this
 // is 32 flops a byte of bf16, so the limit is arithmetic; with few rows it is the conversion.
-// block_attention_avx2.cpp compiles all of this a second time, in a namespace of its own.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -19,11 +18,7 @@
 #include "cpu/block_attention.h"
 #include "cpu/block_attention_mask.h"
 
-#ifndef DLM_NAMESPACE
-#define DLM_NAMESPACE generic
-#endif
-
-namespace dlm::cpu::DLM_NAMESPACE {
+namespace dlm::cpu::generic {
 namespace {
 
 constexpr int64_t kRows = 32;  // rows of a work item
@@ -296,4 +291,4 @@ BlockAttentionKernels block_attention(DType dtype) {
   }
 }
 
-}  // namespace dlm::cpu::DLM_NAMESPACE
+}  // namespace dlm::cpu::generic

@@ -42,12 +42,17 @@ std::string obstacle(Isa isa) {
   if (isa == Isa::kAmx) return "not in this build, whose compiler or system lacks it";
 #endif
   // These ask CPUID for the instructions and XCR0 for the operating system's support of their
-  // registers. The four extensions are what CMakeLists.txt compiles *_avx512.cpp for: every
-  // processor with AVX-512 since 2017.
+  // registers. They are what CMakeLists.txt compiles *_avx2.cpp and *_avx512.cpp for: every
+  // processor with AVX2 since 2013 has the three, with AVX-512 since 2017 the four.
   const char* missing = nullptr;
-  if (isa == Isa::kAvx2)
-    missing = __builtin_cpu_supports("avx2") ? nullptr : "AVX2";
-  else if (!__builtin_cpu_supports("avx512f"))
+  if (isa == Isa::kAvx2) {
+    if (!__builtin_cpu_supports("avx2"))
+      missing = "AVX2";
+    else if (!__builtin_cpu_supports("fma"))
+      missing = "FMA";
+    else if (!__builtin_cpu_supports("f16c"))
+      missing = "F16C";
+  } else if (!__builtin_cpu_supports("avx512f"))
     missing = "AVX-512F";
   else if (!__builtin_cpu_supports("avx512bw"))
     missing = "AVX-512BW";
@@ -87,26 +92,31 @@ std::string available() {
   return "available: " + can + cannot;
 }
 
-// AMX has been proved on a model of its instructions alone, and never timed.
+// Asks for what must be asked for. Only the instruction set that is to be used: the permission
+// lasts.
+bool permitted([[maybe_unused]] Isa isa) {
+#ifdef DLM_AMX
+  if (isa == Isa::kAmx) return may_use_tiles();
+#endif
+  return true;
+}
+constexpr const char* kRefused = "the system refuses this process the registers";
+
 Isa preferred() {
-  Isa best = Isa::kGeneric;
-  for (const Isa isa : isas()) {
-    if (isa != Isa::kAmx) best = isa;
-  }
+  static const Isa best = [] {
+    const std::vector<Isa> all = isas();
+    size_t i = all.size() - 1;
+    while (!permitted(all[i])) --i;
+    return all[i];
+  }();
   return best;
 }
 
 Isa named(const std::string& name) {
   for (const Isa isa : isas()) {
     if (name != isa_name(isa)) continue;
-#ifdef DLM_AMX
-    if (isa == Isa::kAmx && !may_use_tiles()) {
-      throw std::invalid_argument(
-          "CPU instruction set 'amx' cannot be used: the system refuses this process the "
-          "registers");
-    }
-#endif
-    return isa;
+    if (permitted(isa)) return isa;
+    throw std::invalid_argument("CPU instruction set '" + name + "' cannot be used: " + kRefused);
   }
   throw std::invalid_argument("CPU instruction set '" + name + "' cannot be used; " + available());
 }
@@ -147,8 +157,7 @@ std::string isa_reason() {
   std::string reasons, last;
   for (int better = int(isa()) + 1; better < int(std::size(kNames)); ++better) {
     std::string why = obstacle(Isa(better));
-    if (why.empty())
-      why = std::string("only if ") + kVariable + " asks for it: no processor has timed it";
+    if (why.empty()) why = kRefused;
     if (why == last) continue;
     reasons += std::string(reasons.empty() ? "" : "; ") + kNames[better] + ": " + why;
     last = why;

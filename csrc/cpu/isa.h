@@ -9,7 +9,7 @@
 
 namespace dlm::cpu {
 
-// Ascending: a later one is preferred, but kAmx, which must be asked for.
+// Ascending: a later one is preferred.
 enum class Isa : int { kGeneric, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 const char* isa_name(Isa isa);

@@ -17,6 +17,7 @@ typedef uint64_t Longs __attribute__((vector_size(64)));
 using Mask = __mmask16;
 
 constexpr int kWidth = 16;
+constexpr bool kManyRegisters = true;  // 32, of a vector each
 
 #define DLM_SIMD inline __attribute__((always_inline))
 
@@ -166,6 +167,19 @@ DLM_SIMD void store(Mask mask, Float16* to, Floats x) {
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   _mm256_mask_storeu_epi16(to, mask, _mm512_cvtps_ph(x, kNearest));
 }
+
+// By the names that simd_avx2.h has too: the first n elements (0 elsewhere; no other memory is
+// touched), and masks as one bit an element.
+template <class T>
+DLM_SIMD auto load_first(int64_t n, const T* x) {
+  return load(first(n), x);
+}
+template <class T, class V>
+DLM_SIMD void store_first(int64_t n, T* to, V x) {
+  store(first(n), to, x);
+}
+DLM_SIMD uint32_t to_bits(Mask x) { return x; }
+DLM_SIMD Mask to_mask(uint32_t x) { return Mask(x); }
 
 // In which of sixteen 64-bit words bit `index` is set.
 DLM_SIMD Mask with_bit(const uint64_t* words, int64_t index) {

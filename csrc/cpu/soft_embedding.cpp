@@ -25,6 +25,7 @@ struct Kernel {
 constexpr ForIsa<Kernel> kTable[] = {
     {Isa::kGeneric, {generic::soft_weights, generic::soft_add}},
 #ifdef DLM_X86
+    {Isa::kAvx2, {avx2::soft_weights, avx2::soft_add}},
     {Isa::kAvx512, {avx512::soft_weights, avx512::soft_add}},
 #endif
 };
@@ -73,17 +74,26 @@ struct Totals {
 
   // Takes the weights of a block, and out of it what is not kept.
   void add(float* weight, uint64_t kept_bits) {
-    float sum = 0.0f, left = 0.0f;
-    for (int i = 0; i < kSoftIds; ++i) {
-      if (kept_bits >> i & 1) {
-        sum += weight[i];
-      } else {
-        left += weight[i];
-        weight[i] = 0.0f;
+    if (~kept_bits) {
+      float left[kSoftIds];
+      for (int i = 0; i < kSoftIds; ++i) {
+        const bool stays = kept_bits >> i & 1;
+        left[i] = stays ? 0.0f : weight[i];
+        weight[i] = stays ? weight[i] : 0.0f;
       }
+      rest += sum(left);
     }
-    kept += sum;
-    rest += left;
+    kept += sum(weight);
+  }
+
+ private:
+  static float sum(const float* x) {  // in lanes: one after the other, additions would wait
+    float lane[8] = {};
+    for (int i = 0; i < kSoftIds; i += 8) {
+      for (int l = 0; l < 8; ++l) lane[l] += x[i + l];
+    }
+    return ((lane[0] + lane[4]) + (lane[2] + lane[6])) +
+           ((lane[1] + lane[5]) + (lane[3] + lane[7]));
   }
 };
 

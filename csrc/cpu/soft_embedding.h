@@ -42,6 +42,12 @@ void soft_add(const void* e, DType dtype, int64_t stride, int n, int columns,
               const float (*weight)[kSoftIds], int rows, double (*sums)[kSoftColumns]);
 }  // namespace generic
 
+namespace avx2 {
+uint64_t soft_weights(const SoftRow& row, DType dtype, int64_t begin, int n, float* weight);
+void soft_add(const void* e, DType dtype, int64_t stride, int n, int columns,
+              const float (*weight)[kSoftIds], int rows, double (*sums)[kSoftColumns]);
+}  // namespace avx2
+
 namespace avx512 {
 uint64_t soft_weights(const SoftRow& row, DType dtype, int64_t begin, int n, float* weight);
 void soft_add(const void* e, DType dtype, int64_t stride, int n, int columns,

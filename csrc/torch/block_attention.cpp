@@ -170,7 +170,7 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const MaybeTensor& k
   p.workspace = static_cast<float*>(workspace.mutable_data_ptr());
   auto grain = [&](int64_t items) {
     const int64_t products = p.B * p.Q * p.H * std::max<int64_t>(p.S, 1) * p.D / items;
-    return std::max<int64_t>(1, (int64_t(1) << 17) / std::max<int64_t>(products, 1));
+    return std::max<int64_t>(1, kernels.grain / std::max<int64_t>(products, 1));
   };
   torch::stable::parallel_for(0, work.items, grain(work.items),
                               [&](int64_t begin, int64_t end) { kernels.attend(p, begin, end); });

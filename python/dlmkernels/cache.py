@@ -10,6 +10,9 @@ from torch import Tensor
 class KVCache:
     """Dense key and value buffers of every layer, `[B, S, G, D]` each, allocated when a layer first writes.
 
+    In memory a head's slots lie side by side (`[B, G, S, D]`): attention reads one head at a time, and rows that
+    a whole slot of all heads keeps apart share few sets of a processor's cache.
+
     Keys are stored rotated (position-encoded), so a slot keeps the position it was written for. Which slots hold
     something is the business of the windows that read them: a cache has no length and nothing is ever copied out of it.
 
@@ -27,7 +30,10 @@ class KVCache:
         """Buffers of one layer; shape, dtype and device follow the first `k`, `v` `[B, Q, G, D]` seen."""
         if index not in self._layers:
             self._layers[index] = tuple(  # type: ignore[assignment]
-                torch.empty((x.shape[0], self.num_slots, *x.shape[2:]), dtype=x.dtype, device=x.device) for x in (k, v)
+                torch.empty(
+                    (x.shape[0], x.shape[2], self.num_slots, x.shape[3]), dtype=x.dtype, device=x.device
+                ).transpose(1, 2)
+                for x in (k, v)
             )
         return self._layers[index]
 

@@ -14,7 +14,7 @@ import torch
 from dlmkernels import _C, ops
 
 CPU = Path(__file__).resolve().parents[2] / "csrc/cpu"
-BEST = [isa for isa in _C.cpu_isas() if isa != "amx"][-1]  # no processor has timed AMX: it must be asked for
+BEST = _C.cpu_isas()[-1]
 
 
 def run(isa):
@@ -28,8 +28,8 @@ def run(isa):
 def test_the_best_is_the_default():
     assert _C.cpu_isas()[0] == "generic"
     name, reason = run("").stdout.split(" | ")
-    assert name == BEST and reason.strip()
-    assert ("amx: only if DLMKERNELS_CPU_ISA asks for it" in reason) == ("amx" in _C.cpu_isas())
+    assert name == BEST
+    assert bool(reason.strip()) == (BEST != "amx")  # why no better one
 
 
 @pytest.mark.parametrize("isa", _C.cpu_isas())
@@ -65,19 +65,15 @@ def test_avx2_gives_the_bits_of_the_generic_code(dtype):
     logits = (3 * torch.randn(5, 20011)).to(dtype)
     draws = {name: torch.arange(5, dtype=kind) for name, kind in
              [("seed", torch.int64), ("position", torch.int32), ("step", torch.int32)]}  # fmt: skip
-    q, cache = torch.randn(2, 9, 6, 64).to(dtype), torch.randn(2, 2, 150, 3, 64).to(dtype)
-    slots = torch.arange(9, dtype=torch.int32).repeat(2, 1)
 
     def run(isa):
         before = _C.cpu_isa()
         _C.set_cpu_isa(isa)
         try:
-            stats = ops.token_confidence(
+            return ops.token_confidence(
                 logits, temperature=torch.tensor([0.8]), top_p=torch.tensor([0.9]), with_margin=True,
                 with_entropy=True, **draws,
             )  # fmt: skip
-            k, v = cache.clone()
-            return [*stats, *ops.block_attention(q, q[:, :, :3], q[:, :, 3:], k, v, slots)]
         finally:
             _C.set_cpu_isa(before)
 
@@ -135,7 +131,7 @@ KERNELS = {
     "remask_": ["generic"],
     "verify_drafts": ["generic"],
     "splice_": ["generic"],
-    "soft_embedding": ["generic", "avx512"],
+    "soft_embedding": ["generic", "avx2", "avx512"],
 }
 ALL = KERNELS["block_attention"]
 
