@@ -22,8 +22,11 @@ constexpr int kRaceChunk = 256;
 // log2(e) in two floats.
 constexpr float kLog2E = 1.44269502f, kLog2ERest = 1.92596303e-8f;
 
-// e^x for x <= 0, 0 below kExpUnderflow (and for -inf); 1 at 0. x log2(e) = n + f with |f| <= 1/2,
-// and 2^f by a polynomial of least largest relative error.
+// 2^f for |f| <= 1/2: the polynomial of degree 5, 1 at 0, of least largest relative error (1.1e-7).
+constexpr float kExp2C1 = 6.93147e-1f, kExp2C2 = 2.4022241e-1f, kExp2C3 = 5.550735e-2f,
+                kExp2C4 = 9.671619e-3f, kExp2C5 = 1.3264591e-3f;
+
+// e^x for x <= 0, 0 below kExpUnderflow (and for -inf); 1 at 0. x log2(e) = n + f with |f| <= 1/2.
 DLM_HD float chunk_exp(float x) {
   const bool normal = x >= kExpUnderflow;
   const float clamped = keep_if(normal, x);
@@ -31,11 +34,11 @@ DLM_HD float chunk_exp(float x) {
   const float n = add_rn(shifted, -12582912.0f);
   float f = fma_rn(clamped, kLog2E, -n);
   f = fma_rn(clamped, kLog2ERest, f);
-  float p = 1.3264591e-3f;
-  p = fma_rn(p, f, 9.671619e-3f);
-  p = fma_rn(p, f, 5.550735e-2f);
-  p = fma_rn(p, f, 2.4022241e-1f);
-  p = fma_rn(p, f, 6.93147e-1f);
+  float p = kExp2C5;
+  p = fma_rn(p, f, kExp2C4);
+  p = fma_rn(p, f, kExp2C3);
+  p = fma_rn(p, f, kExp2C2);
+  p = fma_rn(p, f, kExp2C1);
   p = fma_rn(p, f, 1.0f);
   return keep_if(normal, bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23)));
 }
@@ -50,15 +53,32 @@ DLM_HD float chunk_sum(float* weight) {
   return weight[0];
 }
 
-// The chunk with the largest key wins, the first of those that share it. `largest`: its largest
-// logit, over the temperature; `sum`: of chunk_exp of its logits, over the temperature, less
-// `largest`; r: word `chunk` of Stream::kChunk.
-DLM_HD float chunk_key(float largest, float sum, uint32_t r) {
-  return add_rn(add_rn(largest, plain_log(sum)), gumbel(r));
+// A finite logit over the temperature; what overflows becomes the largest float with its sign.
+DLM_HD float tempered(float z, float inverse_temperature) {
+  const float x = mul_rn(z, inverse_temperature);
+  return x > 3.402823466e+38f ? 3.402823466e+38f : x < -3.402823466e+38f ? -3.402823466e+38f : x;
 }
 
-// The token with the largest key wins its chunk, the first of those that share it. `x`: its logit
-// over the temperature; r: word `token` of Stream::kToken.
-DLM_HD float token_key(float x, uint32_t r) { return add_rn(x, gumbel(r)); }
+// What a logit weighs in its chunk, whose largest logit weighs 1. Differences first: a product of
+// its own would lose more of a large logit.
+DLM_HD float chunk_weight(float z, float largest, float inverse_temperature) {
+  return chunk_exp(mul_rn(add_rn(z, -largest), inverse_temperature));
+}
+
+// The chunk with the largest key wins, the first of those that share it. `sum`: of its
+// chunk_weight; r: word `chunk` of Stream::kChunk.
+DLM_HD float chunk_key(float largest, float inverse_temperature, float sum, uint32_t r) {
+  return add_rn(add_rn(tempered(largest, inverse_temperature), plain_log(sum)), gumbel(r));
+}
+
+// The token with the largest key wins its chunk, the first of those that share it. r: word `token`
+// of Stream::kToken.
+DLM_HD float token_key(float z, float inverse_temperature, uint32_t r) {
+  return add_rn(tempered(z, inverse_temperature), gumbel(r));
+}
+
+// The same for weights instead of logits, and the streams kResidualChunk and kResidual; `weight`:
+// of a token, or the chunk_sum of a chunk.
+DLM_HD float weight_key(float weight, uint32_t r) { return div_rn(weight, exponential(r)); }
 
 }  // namespace dlm

@@ -1,40 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0
 // Accepts a prefix of each row's drafts and finds the token after it: see
 // cpu/verify_drafts_generic.cpp for the formulas. A block takes a row of the batch. Its first warp
-// tests the drafts, one a lane, from single logits; if one fails by ratio, all threads read that
-// draft's two rows of logits and keep the best of max(p - q, 0) / E_v. All arithmetic is the CPU's,
-// bit for bit. Bytes: two rows of logits, where a draft is rejected; one SM's arithmetic is the
-// limit, some 60 operations a logit: a row of 150 000 takes some 50 microseconds, beside a
-// forward's milliseconds. Needs sm_80.
+// tests the drafts, one a lane, from single logits; if one fails by ratio, all warps read that
+// draft's two rows of logits, a chunk each in turn, and race max(p - q, 0) (common/race.h). All
+// arithmetic is the CPU's, bit for bit. Bytes: two rows of logits, where a draft is rejected; one
+// SM's arithmetic is the limit, some 40 operations a logit. Needs sm_80.
 #pragma once
-#include "common/math.h"
-#include "common/philox.h"
+#include "common/race.h"
+#include "cuda/chunk_sum.cuh"
 #include "cuda/token_confidence_row.cuh"
 #include "cuda/verify_drafts.h"
 
 namespace dlm::cuda {
 
-enum class VerifyFault {
-  kNone,
-  kAcceptedReadTooEarly,
-  kBestReadTooEarly,
-  kCountsBeyondFailure,
-  kNoLeniency,
-  kBoundTooLow,
-  kTrustsDrafts,
-};
+constexpr uint32_t kVerifyThreads = 512, kVerifyWarps = kVerifyThreads / 32;
 
-constexpr uint32_t kVerifyThreads = 512;
-
-template <class T, VerifyFault fault>
+template <class T>
 class VerifyRow {
+  static constexpr bool kTwoRuns = kPerChunk<T> == 4;
+  // Of keys of chunks, or of tokens.
   struct Best {
     uint32_t value, id;  // bits of a float that is not negative
   };
 
  public:
   static constexpr SmemSize smem() {
-    return SmemSize{}.take<uint32_t>(2).template take<Best>(kVerifyThreads / 32);
+    return SmemSize{}.take<uint32_t>(2).template take<Best>(2 * kVerifyWarps);
   }
 
   DLM_DEVICE VerifyRow(const VerifyDraftsParams& p, SmemCarver& smem)
@@ -45,7 +36,7 @@ class VerifyRow {
         first_draft_(int64_t(row_) * p.W),
         first_token_(int64_t(row_) * (p.W + 1)),
         accepted_(smem.take<uint32_t>(2)),
-        of_warp_(smem.take<Best>(kVerifyThreads / 32)) {
+        of_warp_(smem.take<Best>(2 * kVerifyWarps)) {
     const float temperature = row_value(p.temperature, row_, 0.0f);
     by_ratio_ = p.draft_logits && temperature > 0.0f;
     if (!by_ratio_) return;
@@ -57,7 +48,7 @@ class VerifyRow {
 
   DLM_DEVICE void run() {
     if (warp_index() == 0) accept();
-    if (fault != VerifyFault::kAcceptedReadTooEarly) __syncthreads();
+    __syncthreads();
     const uint32_t accepted = accepted_[0];
     int64_t next = p_.token[first_token_ + accepted];
     if (accepted_[1]) {  // the whole block
@@ -107,9 +98,7 @@ class VerifyRow {
       const bool ratio = id >= 0 && has_ratio(i);
       const uint32_t passed = __ballot_sync(kAllLanes, id >= 0 && passes(i, id, ratio));
       const uint32_t by_ratio = __ballot_sync(kAllLanes, ratio);
-      const uint32_t count = fault == VerifyFault::kCountsBeyondFailure ? uint32_t(__popc(passed))
-                             : passed == kAllLanes ? 32
-                                                   : uint32_t(__ffs(int(~passed)) - 1);
+      const uint32_t count = passed == kAllLanes ? 32 : uint32_t(__ffs(int(~passed)) - 1);
       accepted = begin + count;
       fails_by_ratio = count < 32 && (by_ratio >> count & 1);
     }
@@ -121,74 +110,80 @@ class VerifyRow {
 
   DLM_DEVICE bool passes(uint32_t i, int64_t id, bool ratio) const {
     if (!ratio) return id == p_.token[first_token_ + i];
-    if ((id >= p_.V && fault != VerifyFault::kTrustsDrafts) || banned(id)) return false;
+    if (id >= p_.V || banned(id)) return false;
     const float p =
         tempered_probability(to_float(target(i)[id]), inverse_, p_.logsumexp[first_token_ + i]);
     const float q = tempered_probability(to_float(draft(i)[id]), inverse_,
                                          p_.draft_logsumexp[first_draft_ + i]);
     const Philox4 bits = philox(seed_, position_ + i, step_, Stream::kVerify, 0);
-    const float leniency = fault == VerifyFault::kNoLeniency ? 1.0f : p_.leniency;
-    return bernoulli(bits.word[0], div_rn(p, mul_rn(leniency, q)));
+    return bernoulli(bits.word[0], div_rn(p, mul_rn(p_.leniency, q)));
   }
 
-  // The best of the block; a value of 0 where p exceeds q nowhere.
+  // A value of 0 where p exceeds q nowhere.
   DLM_DEVICE Best draw_rest(uint32_t i) const {
-    constexpr uint32_t n = kPerChunk<T>;
-    const T *z = target(i), *y = draft(i);
-    const float of_target = p_.logsumexp[first_token_ + i];
-    const float of_draft = p_.draft_logsumexp[first_draft_ + i];
-    float best = 0.0f;
-    uint32_t drawn = ~0u;
+    const uint32_t chunks = (V_ + kRaceChunk - 1) / kRaceChunk;
+    Best best{0, ~0u};
+    float sum = 0.0f;    // of the chunk that is this lane's
+    uint32_t turns = 0;  // that this warp has summed since it made keys
 #pragma unroll 1
-    for (uint32_t first = threadIdx.x * n; first < V_; first += kVerifyThreads * n) {
-      float rest[n];
-      subtract(load_chunk(z, first, V_), load_chunk(y, first, V_), of_target, of_draft, rest);
+    for (uint32_t chunk = warp_index(); chunk < chunks; chunk += kVerifyWarps) {
+      float rest[8];
+      subtract(i, chunk, rest);
+      const float total = chunk_sum_over_warp<kTwoRuns>(rest);
+      if (lane_index() == turns) sum = total;
+      if (++turns < 32 && chunk + kVerifyWarps < chunks) continue;
+      const uint32_t own = chunk - (turns - 1 - lane_index()) * kVerifyWarps;
+      if (lane_index() < turns) {
+        const uint32_t key = float_to_bits(weight_key(sum, word(Stream::kResidualChunk, i, own)));
+        if (key > best.value) best = {key, own};  // chunks ascend within a lane
+      }
+      turns = 0;
+    }
+    best = best_of_block(best, of_warp_);
+    if (best.value == 0) return best;  // the whole block
+    return best_of_block(draw_token(i, best.id), of_warp_ + kVerifyWarps);
+  }
+
+  // Of the winning chunk, by its first threads.
+  DLM_DEVICE Best draw_token(uint32_t i, uint32_t chunk) const {
+    const uint32_t id = chunk * kRaceChunk + threadIdx.x;
+    if (threadIdx.x >= kRaceChunk || id >= V_) return {0, ~0u};
+    const float rest = more(to_float(target(i)[id]), to_float(draft(i)[id]), i);
+    if (!(rest > 0.0f) || banned(id)) return {0, ~0u};
+    return {float_to_bits(weight_key(rest, word(Stream::kResidual, i, id))), id};
+  }
+
+  DLM_DEVICE uint32_t word(Stream stream, uint32_t i, uint32_t index) const {
+    return word_of(philox(seed_, position_ + i, step_, stream, index / 4), index);
+  }
+
+  // max(p - q, 0)
+  DLM_DEVICE float more(float z, float y, uint32_t i) const {
+    const float p = tempered_probability(z, inverse_, p_.logsumexp[first_token_ + i]);
+    const float q = tempered_probability(y, inverse_, p_.draft_logsumexp[first_draft_ + i]);
+    const float rest = add_rn(p, -q);
+    return rest > 0.0f ? rest : 0.0f;
+  }
+
+  // A lane's part of a chunk: see chunk_sum_over_warp.
+  DLM_DEVICE void subtract(uint32_t i, uint32_t chunk, float (&rest)[8]) const {
+    constexpr uint32_t n = kPerChunk<T>;
+#pragma unroll
+    for (uint32_t run = 0; run < 8 / n; ++run) {
+      const uint32_t first = chunk * kRaceChunk + run * 128 + lane_index() * n;
+      const uint4 z = load_chunk(target(i), first, V_), y = load_chunk(draft(i), first, V_);
+      const uint32_t z_words[4] = {z.x, z.y, z.z, z.w}, y_words[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+      for (uint32_t j = 0; j < n; ++j) {
+        const uint32_t at = j / Word<T>::kElements, index = j % Word<T>::kElements;
+        rest[run * n + j] =
+            more(Word<T>::value(z_words[at], index), Word<T>::value(y_words[at], index), i);
+      }
       for (int64_t k = 0; k < p_.banned_count; ++k) {
 #pragma unroll
         for (uint32_t j = 0; j < n; ++j) {
-          if (p_.banned[k] == int64_t(first) + j) rest[j] = 0.0f;
+          if (p_.banned[k] == int64_t(first) + j) rest[run * n + j] = 0.0f;
         }
-      }
-#pragma unroll
-      for (uint32_t c = 0; c < n; c += 4) {
-        const float four[4] = {rest[c], rest[c + 1], rest[c + 2], rest[c + 3]};
-        add_four(four, i, first + c, best, drawn);
-      }
-    }
-    return best_of_block({float_to_bits(best), drawn});
-  }
-
-  DLM_DEVICE void subtract(uint4 z, uint4 y, float of_target, float of_draft,
-                           float (&rest)[kPerChunk<T>]) const {
-    const uint32_t z_words[4] = {z.x, z.y, z.z, z.w}, y_words[4] = {y.x, y.y, y.z, y.w};
-#pragma unroll
-    for (uint32_t j = 0; j < kPerChunk<T>; ++j) {
-      const uint32_t word = j / Word<T>::kElements, index = j % Word<T>::kElements;
-      const float p =
-          tempered_probability(Word<T>::value(z_words[word], index), inverse_, of_target);
-      const float q =
-          tempered_probability(Word<T>::value(y_words[word], index), inverse_, of_draft);
-      rest[j] = add_rn(p, -q);
-    }
-  }
-
-  // Ids id .. id + 3; beyond the row nothing is left.
-  DLM_DEVICE void add_four(const float (&rest)[4], uint32_t i, uint32_t id, float& best,
-                           uint32_t& drawn) const {
-    const float largest = fmaxf(fmaxf(rest[0], rest[1]), fmaxf(rest[2], rest[3]));
-    // Noise is at least 2^-33.
-    if (!(largest > 0.0f) || largest * 1e10f < best) return;
-    const Philox4 bits = philox(seed_, position_ + i, step_, Stream::kResidual, id / 4);
-#pragma unroll
-    for (uint32_t j = 0; j < 4; ++j) {
-      if (!(rest[j] > 0.0f)) continue;
-      // E_v is at least word / 2^32; 1.001 covers the rounding of both sides.
-      const float bound = fault == VerifyFault::kBoundTooLow ? 65536.0f : 4299262263.0f;
-      if (float(bits.word[j]) * best > rest[j] * bound) continue;
-      const float value = div_rn(rest[j], exponential(bits.word[j]));
-      if (value > best) {  // ids ascend within a thread
-        best = value;
-        drawn = id + j;
       }
     }
   }
@@ -197,29 +192,29 @@ class VerifyRow {
     const uint32_t value = __reduce_max_sync(kAllLanes, b.value);
     return {value, __reduce_min_sync(kAllLanes, b.value == value ? b.id : ~0u)};
   }
-  DLM_DEVICE Best best_of_block(Best b) const {
+  static DLM_DEVICE Best best_of_block(Best b, Best* of_warp) {
     b = best_of_warp(b);
-    if (lane_index() == 0) of_warp_[warp_index()] = b;
-    if (fault != VerifyFault::kBestReadTooEarly) __syncthreads();
-    return best_of_warp(lane_index() < kVerifyThreads / 32 ? of_warp_[lane_index()] : Best{0, ~0u});
+    if (lane_index() == 0) of_warp[warp_index()] = b;
+    __syncthreads();
+    return best_of_warp(lane_index() < kVerifyWarps ? of_warp[lane_index()] : Best{0, ~0u});
   }
 
   const VerifyDraftsParams& p_;
   const uint32_t row_, V_, W_;
   const int64_t first_draft_, first_token_;  // where the row starts in [B,W] and [B,W+1]
   uint32_t* const accepted_;
-  Best* const of_warp_;
+  Best* const of_warp_;  // of the chunks, then of the tokens
   bool by_ratio_;
   float inverse_ = 1.0f;
   uint64_t seed_ = 0;
   uint32_t step_ = 0, position_ = 0;
 };
 
-template <class T, VerifyFault fault>
+template <class T>
 __global__ void __launch_bounds__(kVerifyThreads)
     verify_drafts_kernel(const __grid_constant__ VerifyDraftsParams p) {
   SmemCarver smem;
-  VerifyRow<T, fault>(p, smem).run();
+  VerifyRow<T>(p, smem).run();
 }
 
 inline const char* why_not_verify_drafts(const VerifyDraftsParams& p) {
@@ -229,18 +224,15 @@ inline const char* why_not_verify_drafts(const VerifyDraftsParams& p) {
   return nullptr;
 }
 
-template <VerifyFault fault = VerifyFault::kNone>
-cudaError_t start_verify_drafts(const VerifyDraftsParams& p, cudaStream_t stream) {
+inline cudaError_t start_verify_drafts(const VerifyDraftsParams& p, cudaStream_t stream) {
   if (p.B == 0) return cudaSuccess;
   const auto start = [&](auto type) {
     using T = decltype(type);
-    return launch(verify_drafts_kernel<T, fault>, dim3(uint32_t(p.B)), dim3(kVerifyThreads),
-                  VerifyRow<T, fault>::smem().bytes, stream, p);
+    return launch(verify_drafts_kernel<T>, dim3(uint32_t(p.B)), dim3(kVerifyThreads),
+                  VerifyRow<T>::smem().bytes, stream, p);
   };
-  if constexpr (fault == VerifyFault::kNone) {
-    if (p.dtype == DType::kFloat32) return start(float{});
-    if (p.dtype == DType::kFloat16) return start(Float16{});
-  }
+  if (p.dtype == DType::kFloat32) return start(float{});
+  if (p.dtype == DType::kFloat16) return start(Float16{});
   return start(BFloat16{});
 }
 

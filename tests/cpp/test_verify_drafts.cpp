@@ -78,31 +78,27 @@ TEST(rows_are_independent) {
 }
 
 // Two ids whose noise gives the same value: the lower one is drawn, whether one thread finds both,
-// two lanes of a warp, or two warps.
+// Two tokens of equal key in one chunk, and two chunks of equal key.
 TEST(ties_fall_to_the_lowest_id) {
-  constexpr int64_t V = 8192, kPerThread = 8, kThreads = 512;
-  const auto thread_of = [](int64_t id) { return id / kPerThread % kThreads; };
-  for (const int apart : {0, 1, 2}) {
+  constexpr int64_t V = 8192;
+  for (const bool of_chunks : {false, true}) {
     C c(dlm::DType::kBFloat16, 1, 1, V, C::kRatio, 1);
     int64_t low = -1, high = -1;
-    for (c.seed[0] = 0; c.seed[0] < 10000; ++c.seed[0]) {
-      std::vector<std::pair<float, int64_t>> values;
-      for (int64_t v = 0; v < V; v += 4) {
-        const dlm::Philox4 bits =
-            dlm::philox(uint64_t(c.seed[0]), uint32_t(c.position[0]), uint32_t(c.step[0]),
-                        dlm::Stream::kResidual, uint32_t(v / 4));
+    const int64_t apart = of_chunks ? dlm::kRaceChunk : 1;
+    const int64_t count = of_chunks ? V / apart : dlm::kRaceChunk;
+    for (c.seed[0] = 0; c.seed[0] < 1000000 && high < 0; c.seed[0] += high < 0) {
+      std::vector<std::pair<float, int64_t>> keys;
+      for (int64_t k = 0; k < count; k += 4) {
+        const dlm::Philox4 bits = dlm::philox(
+            uint64_t(c.seed[0]), uint32_t(c.position[0]), uint32_t(c.step[0]),
+            of_chunks ? dlm::Stream::kResidualChunk : dlm::Stream::kResidual, uint32_t(k / 4));
         for (int j = 0; j < 4; ++j)
-          values.emplace_back(dlm::div_rn(0.5f, dlm::exponential(bits.word[j])), v + j);
+          keys.emplace_back(dlm::weight_key(0.5f, bits.word[j]), (k + j) * apart);
       }
-      std::sort(values.begin(), values.end());
-      for (size_t i = 1; i < values.size() && high < 0; ++i) {
-        const int64_t a = values[i - 1].second, b = values[i].second;
-        if (values[i - 1].first != values[i].first) continue;
-        const bool same_thread = thread_of(a) == thread_of(b);
-        const bool same_warp = thread_of(a) / 32 == thread_of(b) / 32;
-        if (apart == (same_thread ? 0 : same_warp ? 1 : 2)) low = a, high = b;
+      std::sort(keys.begin(), keys.end());
+      for (size_t i = 1; i < keys.size() && high < 0; ++i) {
+        if (keys[i - 1].first == keys[i].first) low = keys[i - 1].second, high = keys[i].second;
       }
-      if (high >= 0) break;
     }
     CHECK(high >= 0, "no tie found");
     // The target is one of the two, the draft an id of which it gives nothing.

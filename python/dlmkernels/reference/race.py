@@ -61,13 +61,23 @@ def _winner(chunk_key: Tensor, token_keys, chunked: Tensor) -> Tensor:
     return token.gather(1, token_keys(weights, token).argmax(-1, keepdim=True)).squeeze(1)
 
 
-def race(x: Tensor, seed: Tensor, position: Tensor, step: Tensor, redraw: Tensor | int = 0) -> Tensor:
-    """A token of each row, drawn from softmax(x).
+def tempered(z: Tensor, inverse: Tensor) -> Tensor:
+    """Finite logits over the temperature; what overflows becomes the largest float with its sign."""
+    largest = torch.finfo(torch.float32).max
+    return (z * inverse).clamp(-largest, largest)
+
+
+def race(
+    z: Tensor, inverse: Tensor, seed: Tensor, position: Tensor, step: Tensor, redraw: Tensor | int = 0
+) -> Tensor:
+    """A token of each row, drawn from softmax(z * inverse).
 
     Parameters
     ----------
-    x : Tensor
-        float32 `[N, V]`: finite logits over the temperature, -inf for tokens that are not to be drawn.
+    z : Tensor
+        float32 `[N, V]`: finite logits, -inf for tokens that are not to be drawn.
+    inverse : Tensor
+        float32 `[N, 1]`: 1 / temperature.
     seed, position, step, redraw : Tensor
         int64 `[N, 1]`.
 
@@ -77,15 +87,17 @@ def race(x: Tensor, seed: Tensor, position: Tensor, step: Tensor, redraw: Tensor
         int64 `[N]`: of the chunk with the largest key of the stream "chunk", the token with the largest key of the
         stream "token". Undefined where all of a row is -inf.
     """
-    chunked = _chunks(x, -torch.inf)
+    chunked = _chunks(z, -torch.inf)
     largest = chunked.max(-1).values
     there = largest > -torch.inf
-    total = chunk_sum(chunk_exp(chunked - torch.where(there, largest, 0.0).unsqueeze(-1)))
-    words = philox(seed, position, step, "chunk", torch.arange(largest.shape[1], device=x.device), redraw)
-    key = (largest + plain_log(torch.where(there, total, 1.0))) + gumbel(words)
+    largest = torch.where(there, largest, 0.0)
+    total = chunk_sum(chunk_exp((chunked - largest.unsqueeze(-1)) * inverse.unsqueeze(-1)))
+    words = philox(seed, position, step, "chunk", torch.arange(largest.shape[1], device=z.device), redraw)
+    key = (tempered(largest, inverse) + plain_log(torch.where(there, total, 1.0))) + gumbel(words)
 
-    def token_keys(x: Tensor, token: Tensor) -> Tensor:
-        return x + gumbel(philox(seed, position, step, "token", token, redraw))
+    def token_keys(z: Tensor, token: Tensor) -> Tensor:
+        key = tempered(z, inverse) + gumbel(philox(seed, position, step, "token", token, redraw))
+        return key.masked_fill(z == -torch.inf, -torch.inf)
 
     return _winner(key.masked_fill(~there, -torch.inf), token_keys, chunked)
 

@@ -97,8 +97,8 @@ def token_confidence(
     - kept set: top-k keeps v iff z_v >= the k-th largest z. Top-p looks at q = softmax(z / T), renormalised over what
       top-k keeps unless top_p_first. With keep_crossing v is kept iff the mass of strictly larger z is <= p; without,
       iff the mass of all z >= z_v is <= p or z_v is the maximum. Both filters must keep v.
-    - token: argmax where temperature is 0; else drawn from the kept set by a race in two levels (race.py) of
-      x = z * (1/T), in float32, what overflows being the largest float with its sign.
+    - token: argmax where temperature is 0; else drawn from the kept set by a race in two levels (race.py) of z * (1/T),
+      in float32.
     - the distribution P: softmax(z), softmax(z / T), or softmax(z / T) over the kept set. confidence = P(token),
       margin = P_1 - P_2 of the two largest (P_2 = 0 if there is no second), entropy = -sum P log P, logsumexp = that
       of the (kept) logits z or z / T, p_given = P(given[n]), 0 where given is -1.
@@ -124,9 +124,10 @@ def token_confidence(
     if temperature is not None and position is not None:
         key, now = per_row(seed, rows, 0).unsqueeze(1), per_row(step, rows, 0).long().unsqueeze(1)
         again = per_row(redraw, rows, 0).long().unsqueeze(1)
-        largest = torch.finfo(torch.float32).max
-        x = (z * (1.0 / temper).unsqueeze(1)).clamp(-largest, largest).masked_fill(~kept, -torch.inf)
-        token = torch.where(samples & kept.any(1), race(x, key, position.long().unsqueeze(1), now, again), argmax)
+        drawn = race(
+            z.masked_fill(~kept, -torch.inf), (1.0 / temper).unsqueeze(1), key, position.long().unsqueeze(1), now, again
+        )
+        token = torch.where(samples & kept.any(1), drawn, argmax)
 
     y = z.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     if distribution != "raw":
