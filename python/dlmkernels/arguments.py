@@ -42,6 +42,7 @@ _ONE_VALUE = {
     "fill": _COUNT,
     "cap": _COUNT,
     "step": _INTEGER,
+    "redraw": _COUNT,
     "origin": _INTEGER,
     "end": _INTEGER,
     "block_origin": _INTEGER,
@@ -96,12 +97,9 @@ _MISMATCH = re.compile(r"Expected a value of type '([^']+)' for argument '(\w+)'
 
 
 def call(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """``op(*args, **kwargs)``, an op of torch.ops, with refusals that are a TypeError or an ArgumentError.
-
-    None is every optional argument's default, and is left out: the dispatcher takes its time for each argument named.
-    """
+    """``op(*args, **kwargs)``, an op of torch.ops, with refusals that are a TypeError or an ArgumentError."""
     try:
-        return op(*args, **{name: value for name, value in kwargs.items() if value is not None})
+        return op(*args, **kwargs)
     except RuntimeError as error:
         refusal = _explained(op, args, kwargs, str(error))
         if refusal is None:

@@ -61,9 +61,8 @@ def token_confidence(
 
     - ``argmax`` is the lowest id with the largest z: no noise, no filter.
     - ``token`` is the argmax where the temperature is 0 or absent. Elsewhere it is a sample of ``softmax(z / T)`` over
-      the set that top-k and top-p keep: drawn by a race in two levels.
-      First each chunk of 256 consecutive ids has the key ``log(sum of e^x) + g``, ``x = z * (1/T)``, then each id of the
-      chunk with the largest key has the key ``x + g``; the largest wins, and of equals the first. g is standard Gumbel
+      the set that top-k and top-p keep, drawn by a race in two levels: first each chunk of 256 consecutive ids has the
+      key ``log(sum of e^x) + g``, ``x = z * (1/T)``, then each id of the chunk with the largest key has the key ``x + g``; the largest wins, and of equals the first. g is standard Gumbel
       noise from Philox4x32-10 (Salmon et al., SC 2011) with the row's seed as key and (position, step, redraw, number
       of the chunk or id) as counter. (What of x overflows is the largest float with its sign.)
     - the statistics describe the distribution that `distribution` names.

@@ -67,9 +67,7 @@ def tempered(z: Tensor, inverse: Tensor) -> Tensor:
     return (z * inverse).clamp(-largest, largest)
 
 
-def race(
-    z: Tensor, inverse: Tensor, seed: Tensor, position: Tensor, step: Tensor, redraw: Tensor | int = 0
-) -> Tensor:
+def race(z: Tensor, inverse: Tensor, seed: Tensor, position: Tensor, step: Tensor, redraw: Tensor | int = 0) -> Tensor:
     """A token of each row, drawn from softmax(z * inverse).
 
     Parameters

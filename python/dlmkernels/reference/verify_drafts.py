@@ -75,7 +75,9 @@ def verify_drafts(
                 if not bernoulli(bits, p[draft] / (lenient * q[draft])):
                     rest = (p - q).clamp(min=0.0)
                     if rest.max() > 0:
-                        following = race_of_weights(rest[None], key[b, None, None], at[None, None], now[b, None, None])[0]
+                        following = race_of_weights(rest[None], key[b, None, None], at[None, None], now[b, None, None])[
+                            0
+                        ]
                     break
             tokens[b, i] = draft
         tokens[b, i] = following
