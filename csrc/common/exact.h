@@ -11,13 +11,16 @@ namespace dlm {
 DLM_HD float add_rn(float a, float b) { return __fadd_rn(a, b); }
 DLM_HD float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 DLM_HD float div_rn(float a, float b) { return __fdiv_rn(a, b); }
+DLM_HD float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 #else
 DLM_HD float add_rn(float a, float b) { return a + b; }
 DLM_HD float mul_rn(float a, float b) { return a * b; }
 DLM_HD float div_rn(float a, float b) { return a / b; }
+// One instruction in files that are compiled for a processor with it, else a call of the C library.
+DLM_HD float fma_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 #endif
 
-// a * b + c with two roundings.
+// a * b + c with two roundings (fma_rn: with one).
 DLM_HD float mul_add_rn(float a, float b, float c) { return add_rn(mul_rn(a, b), c); }
 
 }  // namespace dlm

@@ -27,6 +27,7 @@ struct RandomKey {
   PerRow<int64_t> seed;               // null: no randomness asked for
   PerRow<int32_t> step;               // null: 0
   const int32_t* position = nullptr;  // one per slot, position in the request
+  PerRow<int32_t> redraw;             // null: 0; how often the position was refused in this step
 };
 
 struct BlockAttentionParams {

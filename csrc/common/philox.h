@@ -2,7 +2,8 @@
 // Counter-based randomness: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1,
 // 2, 3", SC 2011).
 //   key     = the request's 64-bit seed
-//   counter = (position in the request, denoising step, stream, index / 4), word index % 4
+//   counter = (position in the request, denoising step, stream + 256 * redraw, index / 4), word
+//   index % 4
 // A draw depends on the request alone: not on its batch, its slot, the tiling or the device. The
 // transforms below use only single IEEE-754 additions, multiplications and divisions (exact.h), so
 // they too give the same bits everywhere; reference/randomness.py restates them in torch.
@@ -17,8 +18,16 @@ enum class Stream : uint32_t {
   kBernoulli = 2,
   kRenoise = 3,
   kVerify = 4,
-  kResidual = 5
+  kResidual = 5,
+  kChunk = 6,
+  kResidualChunk = 7
 };
+
+// The stream of a position that is asked again within a step, since what it drew was refused:
+// `redraw` counts the refusals.
+DLM_HD Stream redrawn(Stream stream, uint32_t redraw) {
+  return Stream(uint32_t(stream) + (redraw << 8));
+}
 
 struct Philox4 {
   uint32_t word[4];

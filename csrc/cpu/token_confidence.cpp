@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// token = argmax z or argmax (z/T + Gumbel noise); its probability, and the statistics of
+// token = argmax z, or drawn by a race (common/race.h); its probability, and the statistics of
 // softmax(z) or softmax(z/T), from one pass over a row of logits. For x_v = (z_v - max) / T and all
 // v but the argmax,
 //   S = sum of e^x_v,   X = sum of x_v e^x_v
@@ -24,14 +24,15 @@ constexpr float kLargest = std::numeric_limits<float>::max();
 struct Kernel {
   ScanKernel scan;
   MeasureKernel add_measures;
+  RaceKernel race_tokens;
   int64_t grain;
 };
 
 constexpr ForIsa<Kernel> kTable[] = {
-    {Isa::kGeneric, {generic::scan, generic::add_measures, 8192}},
+    {Isa::kGeneric, {generic::scan, generic::add_measures, generic::race_tokens, 8192}},
 #ifdef DLM_X86
-    {Isa::kAvx2, {avx2::scan, avx2::add_measures, 16384}},
-    {Isa::kAvx512, {avx512::scan, avx512::add_measures, 32768}},
+    {Isa::kAvx2, {avx2::scan, avx2::add_measures, avx2::race_tokens, 16384}},
+    {Isa::kAvx512, {avx512::scan, avx512::add_measures, avx2::race_tokens, 32768}},
 #endif
 };
 Kernel kernel() { return best_for(isa(), kTable).kernels; }
@@ -67,7 +68,7 @@ struct Task {
     Draw draw{};
     if (samples) {
       draw = {uint64_t(p.random.seed.at(n, 0)), uint32_t(p.random.position[n]),
-              uint32_t(p.random.step.at(n, 0)), inverse, -kInfinity};
+              uint32_t(p.random.step.at(n, 0)), uint32_t(p.random.redraw.at(n, 0)), inverse};
     }
     k = p.top_k.at(n, 0);
     p_kept = p.top_p.at(n, 1.0f);
@@ -92,10 +93,9 @@ struct Task {
 
 // `found`, and then the part that comes after it: their union.
 void merge(Scan& found, const Scan& part, double scale) {
-  if (part.perturbed > found.perturbed) {
-    found.perturbed = part.perturbed;
-    found.token = part.token;
-    found.token_logit = part.token_logit;
+  if (part.key > found.key) {
+    found.key = part.key;
+    found.chunk = part.chunk;
   }
   found.flags |= part.flags;
   if (part.argmax < 0) return;
@@ -126,10 +126,9 @@ void merge(Scan& found, const Scan& part, double scale) {
   }
 }
 
-Scan scan_row(const Kernel& kernel, const LogitsRow& row, Wanted want) {
+Scan scan_row(const Kernel& kernel, const LogitsRow& row, const Wanted& want) {
   Scan found;
   for (int64_t begin = 0; begin < row.V; begin += kPart) {
-    want.draw.to_beat = found.perturbed;
     merge(found, kernel.scan(row, begin, std::min(begin + kPart, row.V), want), want.scale);
   }
   return found;
@@ -251,17 +250,23 @@ void finish(const Kernel& kernel, const TokenConfidenceParams& p, int64_t n, Tas
             Scan found) {
   LogitsRow& row = task.row;
   if (p.floor) p.floor[n] = -kInfinity;
-  if (task.filters && found.argmax >= 0) {
+  Drawn drawn{-1, -kInfinity};
+  const auto race = [&] {
+    if (found.chunk >= 0) drawn = kernel.race_tokens(row, found.chunk, task.statistics.draw);
+  };
+  if (!task.filters) {
+    race();
+  } else if (found.argmax >= 0) {
     row.floor = filter_floor(kernel, p, task, found.max);
     if (p.floor) p.floor[n] = row.floor;
     if (p.distribution == Distribution::kFiltered) {
       const int32_t flags = found.flags;
       found = scan_row(kernel, row, task.statistics);
       found.flags |= flags;
+      race();
     } else {
-      const Scan kept = scan_row(kernel, row, task.maximum);
-      found.token = kept.token;
-      found.token_logit = kept.token_logit;
+      found.chunk = scan_row(kernel, row, task.maximum).chunk;
+      race();
       row.floor = -kInfinity;  // the statistics, p_given too, are about the whole row
     }
   }
@@ -272,13 +277,13 @@ void finish(const Kernel& kernel, const TokenConfidenceParams& p, int64_t n, Tas
   if (task.source >= 0 && found.argmax < 0) {
     found.flags |= kFlagNothingAllowed;
   } else if (found.argmax >= 0) {
-    const bool sampled = found.token >= 0;
-    token = sampled ? found.token : found.argmax;
+    const bool sampled = drawn.token >= 0;
+    token = sampled ? drawn.token : found.argmax;
     const double scale =
         p.distribution == Distribution::kRaw ? 1.0 : 1.0 / double(task.temperature);
     const double total = 1.0 + found.weight, log_total = std::log1p(found.weight);
     const auto exponent = [&](float logit) { return (double(logit) - found.max) * scale; };
-    confidence = sampled ? std::exp(exponent(found.token_logit)) / total : 1.0 / total;
+    confidence = sampled ? std::exp(exponent(drawn.logit)) / total : 1.0 / total;
     margin = -std::expm1(exponent(found.second)) / total;
     entropy = log_total - found.weighted_exponent / total;
     logsumexp = found.max * scale + log_total;

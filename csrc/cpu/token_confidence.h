@@ -14,10 +14,9 @@ struct Scan {
   float second = -std::numeric_limits<float>::infinity();
   int64_t argmax = -1;
   double weight = 0.0, weighted_exponent = 0.0;
-  // the largest z * (1/T) + noise, where it is above what Draw::to_beat says; else token is -1
-  float perturbed = -std::numeric_limits<float>::infinity();
-  float token_logit = -std::numeric_limits<float>::infinity();
-  int64_t token = -1;
+  // the chunk with the largest key (common/race.h), -1: none
+  float key = -std::numeric_limits<float>::infinity();
+  int64_t chunk = -1;
   int32_t flags = 0;
 };
 
@@ -57,12 +56,16 @@ struct LogitsRow {
   float floor;
 };
 
-// Gumbel noise for a row: the words of Philox counters (position, step, Stream::kToken, id / 4).
+// What a row is drawn with: words of the Philox streams kChunk and kToken, see common/race.h.
 struct Draw {
   uint64_t seed;
-  uint32_t position, step;
+  uint32_t position, step, redraw;
   float inverse_temperature;
-  float to_beat;  // a token that does not exceed it is of no interest
+};
+// A token, and its effective logit.
+struct Drawn {
+  int64_t token;
+  float logit;
 };
 
 struct Wanted {
@@ -94,14 +97,18 @@ struct Bins {
 using ScanKernel = Scan (*)(const LogitsRow& row, int64_t begin, int64_t end, const Wanted& want);
 using MeasureKernel = void (*)(const LogitsRow& row, int64_t begin, int64_t end,
                                const Measure& measure, const Bins& bins);
+// The token that wins a chunk, which has one to draw.
+using RaceKernel = Drawn (*)(const LogitsRow& row, int64_t chunk, const Draw& draw);
 
 namespace generic {
+Drawn race_tokens(const LogitsRow& row, int64_t chunk, const Draw& draw);
 Scan scan(const LogitsRow& row, int64_t begin, int64_t end, const Wanted& want);
 void add_measures(const LogitsRow& row, int64_t begin, int64_t end, const Measure& measure,
                   const Bins& bins);
 }  // namespace generic
 
 namespace avx2 {
+Drawn race_tokens(const LogitsRow& row, int64_t chunk, const Draw& draw);
 Scan scan(const LogitsRow& row, int64_t begin, int64_t end, const Wanted& want);
 void add_measures(const LogitsRow& row, int64_t begin, int64_t end, const Measure& measure,
                   const Bins& bins);

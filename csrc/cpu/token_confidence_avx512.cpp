@@ -4,15 +4,14 @@
 // the maximum, another adds e^(z - max).
 // Operations for 16 logits: 2 to convert, 1 (2 with the margin) for the maximum, 15 for the
 // exponential and its sum (17 with temperature and entropy), on two (Intel) to four (AMD) vector
-// units. These are the limit, not the bytes of the logits, while they come from a cache. Noise,
-// another 28, is drawn only for chunks of 64 logits where it could decide; of those only what could
-// beat the best token so far is looked at.
+// units. These are the limit, not the bytes of the logits, while they come from a cache. A draw
+// adds one key for each 256 logits, and the noise of 256 (common/race.h).
 #include <algorithm>
 #include <cmath>
 
 #include "common/math.h"
 #include "common/order.h"
-#include "common/philox.h"
+#include "common/race.h"
 #include "cpu/simd_avx512.h"
 #include "cpu/token_confidence.h"
 
@@ -271,190 +270,118 @@ Terms terms(const float* z, int n, float max, const Wanted& want) {
                       : terms<false, true>(z, n, max, want.scale);
 }
 
-// --- noise -------------------------------------------------------------------------------------
+// --- the race of chunks (common/race.h) ------------------------------------------------------
 
-// The words of 16 consecutive Philox counters: vector j has words j, in the low halves of the
-// elements; the first of a pair is for counters 0 to 7, in this order, the second for the others.
-alignas(64) constexpr uint64_t kCounters[8] = {0, 4, 1, 5, 2, 6, 3, 7};
-struct RandomWords {
-  Longs word[4][2];
+// dlm::chunk_exp on 16 elements, to the bit.
+DLM_SIMD Floats chunk_exp(Floats x) {
+  const Mask normal = at_least(x, splat(kExpUnderflow));
+  const Floats clamped = select(normal, x, splat(0.0f));
+  const Floats shifted = fma(clamped, splat(kLog2E), splat(12582912.0f));
+  const Floats n = shifted - splat(12582912.0f);
+  const Floats f = fma(clamped, splat(kLog2ERest), fms(clamped, splat(kLog2E), n));
+  Floats p = splat(kExp2C5);
+  for (const float c : {kExp2C4, kExp2C3, kExp2C2, kExp2C1, 1.0f}) p = fma(p, f, splat(c));
+  return select(normal, from_bits(bits(p) + (bits(shifted) << 23)), splat(0.0f));
+}
+
+// What a race and the statistics need of a chunk: its largest logit, and the sums of
+// w = chunk_weight(z) and of (z - largest) / T w.
+struct RaceChunkSums {
+  float largest = -kInfinity, weight = 0.0f, exponent = 0.0f;
 };
+constexpr int kChunks = kBlock / kRaceChunk;  // of a block
 
-// Philox of common/philox.h for one (position, step): all that does not depend on the last counter
-// word is worked out before, which is most of the first three rounds.
-class Random {
+// The sum of vectors n apart, in the order of dlm::chunk_sum.
+template <int n>
+DLM_SIMD Floats tree(const Floats* x) {
+  if constexpr (n == 1) {
+    return x[0];
+  } else {
+    Floats half[n / 2];
+    for (int i = 0; i < n / 2; ++i) half[i] = x[i] + x[i + n / 2];
+    return tree<n / 2>(half);
+  }
+}
+
+// `largest` is the largest logit of the chunk, or one left out.
+template <bool kExponents>
+RaceChunkSums add_up(const float* z, float largest, float inverse) {
+  constexpr int kVectors = kRaceChunk / kWidth;
+  Floats weight[kVectors], exponent[kVectors];
+  for (int i = 0; i < kVectors; ++i) {
+    const Floats x = (load(z + i * kWidth) - splat(largest)) * splat(inverse);
+    weight[i] = chunk_exp(x);
+    if (kExponents) exponent[i] = weight[i] * max(x, splat(kExpUnderflow));
+  }
+  return {largest, sum(tree<kVectors>(weight)), kExponents ? sum(tree<kVectors>(exponent)) : 0.0f};
+}
+
+// The running race of chunks. Where the statistics are about the same temperature, its sums are
+// theirs.
+class Race {
  public:
-  explicit Random(const Draw& draw) {
-    uint32_t key[kRounds][2] = {{uint32_t(draw.seed), uint32_t(draw.seed >> 32)}};
-    for (int r = 1; r < kRounds; ++r) {
-      key[r][0] = key[r - 1][0] + 0x9E3779B9u;
-      key[r][1] = key[r - 1][1] + 0xBB67AE85u;
+  explicit Race(const Wanted& want)
+      : want_(want),
+        draw_(want.draw),
+        is_shared_(want.sums && want.scale == want.draw.inverse_temperature) {}
+
+  // Blocks come in ascending order, clean, with room for kBlock logits. n: a multiple of kChunk.
+  void add(float* z, int n, int64_t begin) {
+    for (int i = n; i % kRaceChunk; i += kWidth) store(z + i, splat(-kInfinity));
+    const Philox4 random = philox(draw_.seed, draw_.position, draw_.step,
+                                  redrawn(Stream::kChunk, draw_.redraw), uint32_t(begin / kBlock));
+    const float inverse = draw_.inverse_temperature;
+    for (int c = 0; c < kChunks; ++c) {
+      chunk_[c] = {};
+      const float* chunk = z + c * kRaceChunk;
+      if (c * kRaceChunk >= n) continue;
+      const float largest = top_of<Largest>(chunk, kRaceChunk).first;
+      // No sum is above the number of tokens, no noise above 22.9: 0.1 covers all rounding.
+      const float most = tempered(largest, inverse) + (5.6f + 22.9f + 0.1f);
+      if (largest == -kInfinity || !(is_shared_ || most > key_)) continue;
+      chunk_[c] = is_shared_ && want_.entropy ? add_up<true>(chunk, largest, inverse)
+                                              : add_up<false>(chunk, largest, inverse);
+      const float key = chunk_key(largest, inverse, chunk_[c].weight, random.word[c]);
+      if (!(key > key_)) continue;
+      key_ = key;
+      winner_ = begin / kRaceChunk + c;
     }
-    for (int r = 3; r < kRounds; ++r) {
-      for (int i = 0; i < 2; ++i) key_[r][i] = splat(uint64_t(key[r][i]));
-    }
-    uint64_t p0 = kMultiplier0 * draw.position, p1 = kMultiplier1 * uint32_t(Stream::kToken);
-    first_ = splat((p0 >> 32) ^ key[0][1]);
-    second_ = splat(uint64_t(uint32_t(p1) ^ key[1][0]));
-    p0 = kMultiplier0 * uint32_t(uint32_t(p1 >> 32) ^ draw.step ^ key[0][0]);
-    const uint32_t c3 = uint32_t(kMultiplier0 * draw.position);
-    p1 = kMultiplier1 * uint32_t(uint32_t(p0 >> 32) ^ c3 ^ key[1][1]);
-    third_[0] = splat((p1 >> 32) ^ key[2][0]);
-    third_[1] = splat(uint64_t(uint32_t(p0) ^ key[2][1]));
-    c1_ = splat(p1);
   }
 
-  DLM_SIMD RandomWords words(uint32_t index4) const {
-    RandomWords out;
-    for (int half = 0; half < 2; ++half) {
-      // what is left in the high halves of the elements does not matter
-      const Longs c2_1 = (load(kCounters) + splat(uint64_t(index4 + 8 * uint32_t(half)))) ^ first_;
-      const Longs c1_2 = multiply_low(c2_1, splat(kMultiplier1)), c0_2 = (c1_2 >> 32) ^ second_;
-      const Longs c3_3 = multiply_low(c0_2, splat(kMultiplier0));
-      Longs c0 = c1_2 ^ third_[0], c1 = c1_, c2 = (c3_3 >> 32) ^ third_[1], c3 = c3_3;
-      for (int r = 3; r < kRounds; ++r) {
-        const Longs p0 = multiply_low(c0, splat(kMultiplier0));
-        const Longs p1 = multiply_low(c2, splat(kMultiplier1));
-        c0 = exclusive_or(p1 >> 32, c1, key_[r][0]);
-        c2 = exclusive_or(p0 >> 32, c3, key_[r][1]);
-        c1 = p1;
-        c3 = p0;
-      }
-      out.word[0][half] = c0;
-      out.word[1][half] = c1;
-      out.word[2][half] = c2;
-      out.word[3][half] = c3;
+  bool is_shared() const { return is_shared_; }
+
+  // The sums of the last block, relative to found.max; without its logit `at`, which has been made
+  // -inf, if that is not negative.
+  void add_to(Scan& found, const float* z, int at) {
+    const float inverse = draw_.inverse_temperature;
+    if (at >= 0) {
+      const int c = at / kRaceChunk;
+      const float* chunk = z + c * kRaceChunk;
+      chunk_[c] = want_.entropy ? add_up<true>(chunk, chunk_[c].largest, inverse)
+                                : add_up<false>(chunk, chunk_[c].largest, inverse);
     }
-    return out;
-  }
-
- private:
-  static constexpr int kRounds = 10;
-  static constexpr uint64_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
-  Longs key_[kRounds][2];
-  Longs first_, second_, third_[2], c1_;  // what the first rounds add, and a word after the third
-};
-
-constexpr Mask kLowHalves = 0x5555;
-
-bool any_at_most(const RandomWords& random, uint32_t threshold) {
-  Mask found = 0;
-  for (int half = 0; half < 2; ++half) {
-    const Words least = min(min((Words)random.word[0][half], (Words)random.word[1][half]),
-                            min((Words)random.word[2][half], (Words)random.word[3][half]));
-    found |= at_most(kLowHalves, least, splat(threshold));
-  }
-  return found;
-}
-
-// The 64 words in the order of the vocabulary.
-void in_order(const RandomWords& random, uint32_t* word) {
-  for (int half = 0; half < 2; ++half) {
-    const auto pairs = [&](int j) {
-      return (Longs)select(kLowHalves, (Words)random.word[j][half],
-                           (Words)(random.word[j + 1][half] << 32));
-    };
-    store(word + 32 * half, (Words)pair_even(pairs(0), pairs(2)));
-    store(word + 32 * half + kWidth, (Words)pair_odd(pairs(0), pairs(2)));
-  }
-}
-
-// At least gumbel(r): -log(-log1p(-u)) <= -log(u), u >= r / 2^32, and log2(m 2^e) >= e + (m - 1)
-// for m in [1, 2), which is how a float's bits read as an integer. 1e-3 covers the rounding errors
-// of both sides many times over.
-DLM_SIMD Floats gumbel_bound(Words r) {
-  const Floats half = to_floats(r >> 1);
-  const Floats log2_half = to_floats(bits(half)) * splat(1.1920929e-7f) - splat(127.0f);
-  return splat(0.6931472f) * (splat(31.0f) - log2_half) + splat(1e-3f);
-}
-constexpr float kLargestGumbel = 22.9f;
-
-// The running argmax of z * (1/T) + noise. With a bound in place of the noise, the same arithmetic
-// (rounding is monotone) tells what cannot win; most noise is never computed.
-class Sampler {
- public:
-  explicit Sampler(const Draw& draw) : draw_(draw), random_(draw), best_(draw.to_beat) {}
-
-  // Blocks come in ascending order; only a strictly better token replaces the best.
-  void add(const float* z, int n, int64_t begin) {
-    float top[kWidth];
-    store(top, splat(-kInfinity));
-    for (int c = 0; c < n / kChunk; ++c) {
-      const float* chunk = z + c * kChunk;
-      top[c] = largest(max(max(load(chunk), load(chunk + kWidth)),
-                           max(load(chunk + 2 * kWidth), load(chunk + 3 * kWidth))));
-    }
-    const Floats x = load(top) * splat(draw_.inverse_temperature);
-    uint32_t threshold[kWidth];
-    uint32_t left = find_thresholds(x, threshold);
-    while (left) {
-      const int c = __builtin_ctz(left);
-      left &= left - 1;
-      const int64_t first = begin + c * kChunk;
-      const RandomWords words = random_.words(uint32_t(first / 4));
-      if (any_at_most(words, threshold[c]) && try_chunk(z + c * kChunk, first, words))
-        left &= find_thresholds(x, threshold);
+    for (const RaceChunkSums& chunk : chunk_) {
+      if (chunk.largest == -kInfinity) continue;
+      const float x = (chunk.largest - found.max) * inverse, factor = dlm::chunk_exp(x);
+      if (factor == 0.0f) continue;
+      found.weight += double(factor) * double(chunk.weight);
+      found.weighted_exponent +=
+          double(factor) * (double(chunk.exponent) + double(x) * double(chunk.weight));
     }
   }
 
   void finish(Scan& found) const {
-    if (token_ < 0) return;
-    found.perturbed = best_;
-    found.token = token_;
-    found.token_logit = logit_;
+    found.key = key_;
+    found.chunk = winner_;
   }
 
  private:
-  // Which chunks could win with enough noise; in those, words above their threshold cannot. With
-  // x the largest z / T of the chunk, x + noise <= best in real numbers implies the same when
-  // rounded, and noise <= -log(word / 2^32) + 1e-3; the margins cover the rounding here.
-  uint32_t find_thresholds(Floats x, uint32_t* threshold) const {
-    const Floats best = splat(best_);
-    const Floats gap =
-        (best - x) - (magnitude(best) + magnitude(x)) * splat(2.4e-7f) - splat(2e-3f);
-    const Mask normal = not_less(gap, splat(0.0f));
-    const Floats p = exponential(max(splat(0.0f) - gap, splat(kExpUnderflow)), normal, ExpTables());
-    const Mask some = greater(gap, splat(0.0f));  // not where anything can win
-    const Words words = to_words(fma(p, splat(4.3e9f), splat(1.0f)));
-    store(threshold, select(some, words, splat(0xffffffffu)));
-    return greater(x + splat(kLargestGumbel), best);
-  }
-
-  // Looks at the most promising tokens first; true if the best has changed.
-  bool try_chunk(const float* z, int64_t first, const RandomWords& random) {
-    uint32_t word[kChunk];
-    float bound[kChunk];
-    in_order(random, word);
-    Mask any = 0;
-    for (int i = 0; i < kChunk; i += kWidth) {
-      const Floats x = load(z + i) * splat(draw_.inverse_temperature);
-      const Floats most = x + gumbel_bound(load(word + i));
-      store(bound + i, most);
-      any |= greater(most, splat(best_));
-    }
-    bool changed = false;
-    while (any) {
-      const float top = top_of<Largest>(bound, kChunk).first;
-      if (!(top >= best_) || top == -kInfinity) break;
-      const int i = index_of(top, bound);
-      bound[i] = -kInfinity;
-      const float perturbed = z[i] * draw_.inverse_temperature + gumbel(word[i]);
-      // out of order within the chunk: of equals the lowest id
-      if (perturbed > best_ || (perturbed == best_ && first + i < token_)) {
-        best_ = perturbed;
-        token_ = first + i;
-        logit_ = z[i];
-        changed = true;
-      }
-    }
-    return changed;
-  }
-
+  const Wanted& want_;
   const Draw& draw_;
-  const Random random_;
-  float best_;
-  int64_t token_ = -1;  // -1: none exceeded Draw::to_beat
-  float logit_ = -kInfinity;
+  const bool is_shared_;
+  RaceChunkSums chunk_[kChunks];
+  float key_ = -kInfinity;
+  int64_t winner_ = -1;
 };
 
 // --- the kernels -------------------------------------------------------------------------------
@@ -463,18 +390,19 @@ template <class T, class Top>
 Scan scan_as(const LogitsRow& logits, int64_t begin, int64_t end, const Wanted& want) {
   Row<T> row(logits);
   Scan found;
-  Sampler sampler(want.draw);
+  Race race(want);
   alignas(64) float z[kBlock];
   for (; begin < end; begin += kBlock) {
     Top all;
     const int n = row.load(begin, end, z, all);
     TopTwo top = all.result();
-    // NaN among the others shows in the sums, where there are any
-    if (!want.sums || top.first == -kInfinity || top.first > kLargest) {
+    // NaN among the others shows in the sums, where there are any; a race wants none
+    if (!want.sums || want.sample || top.first == -kInfinity || top.first > kLargest) {
       row.clean(z, n);
       top = top_of<Top>(z, n);
     }
     if (top.first == -kInfinity) continue;
+    if (want.sample) race.add(z, n, begin);
     int at = -1;
     if (top.first > found.max) {
       if (want.sums && found.argmax >= 0) {
@@ -493,7 +421,9 @@ Scan scan_as(const LogitsRow& logits, int64_t begin, int64_t end, const Wanted& 
     } else {
       found.second = std::max(found.second, top.first);
     }
-    if (want.sums) {
+    if (want.sample && race.is_shared()) {
+      race.add_to(found, z, at);
+    } else if (want.sums) {
       Terms added = terms(z, n, found.max, want);
       if (added.weight != added.weight) {
         row.clean(z, n);
@@ -502,11 +432,9 @@ Scan scan_as(const LogitsRow& logits, int64_t begin, int64_t end, const Wanted& 
       found.weight += added.weight;
       found.weighted_exponent += added.weighted_exponent;
     }
-    if (at >= 0) z[at] = top.first;
-    if (want.sample) sampler.add(z, n, begin);
   }
   found.flags = row.flags;
-  sampler.finish(found);
+  race.finish(found);
   return found;
 }
 

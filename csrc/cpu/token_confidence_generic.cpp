@@ -3,9 +3,9 @@
 // to float on the stack, and its terms are added. Sums are float over the lanes of a block and
 // double over blocks, in a fixed order.
 // Bytes: V elements a pass (from L2 or L3 after the first). Some 30 operations a logit: arithmetic
-// is the limit, not memory, until vectors are wide. Noise, some 40 operations a logit, is drawn
-// only where a chunk of the row could still beat the best token so far.
-// token_confidence_avx2.cpp compiles all of this a second time, in a namespace of its own.
+// is the limit, not memory, until vectors are wide. A draw adds one key for each 256 logits, and
+// the noise of 256 (common/race.h). token_confidence_avx2.cpp compiles all of this a second time,
+// in a namespace of its own.
 #include "cpu/token_confidence.h"
 
 #include <algorithm>
@@ -14,6 +14,7 @@
 
 #include "common/math.h"
 #include "common/order.h"
+#include "common/race.h"
 #include "cpu/random_words.h"
 
 #ifndef DLM_NAMESPACE
@@ -154,76 +155,124 @@ void exponentials(const float* z, int n, float max, float scale, float* weight) 
   for (int i = 0; i < n; ++i) weight[i] = exp_normal((z[i] - max) * scale);
 }
 
-constexpr int kChunk = 256;  // logits whose noise is drawn at a time
+// What a race and the statistics need of a chunk: its largest logit, and the sums of
+// w = chunk_weight(z) and of (z - largest) / T w.
+struct Chunk {
+  float largest = -kInfinity, weight = 0.0f, exponent = 0.0f;
+};
+constexpr int kChunks = kBlock / kRaceChunk;  // of a block
 
-// At least gumbel(r): -log(-log1p(-u)) <= -log(u), u >= r / 2^32, and log2(m 2^e) >= e + (m - 1)
-// for m in [1, 2), which is how a float's bits read as an integer. 1e-3 covers the rounding errors
-// of both sides many times over.
-float gumbel_bound(uint32_t r) {
-  const float half = float(int32_t(r >> 1));
-  const float log2_half = float(int32_t(float_to_bits(half))) * 1.1920929e-7f - 127.0f;
-  return 0.6931472f * (31.0f - log2_half) + 1e-3f;
+// Sums of n logits of a chunk, n a multiple of kLanes; `largest` is the largest, or one left out.
+Chunk add_up(const float* z, int n, float largest, float inverse, bool exponents) {
+  float weight[kRaceChunk];
+  for (int i = 0; i < n; ++i) weight[i] = chunk_weight(z[i], largest, inverse);
+  for (int i = n; i < kRaceChunk; ++i) weight[i] = 0.0f;
+  Chunk chunk{largest};
+  if (exponents) {
+    float exponent[kRaceChunk];
+    for (int i = 0; i < n; ++i)
+      exponent[i] = weight[i] * std::max((z[i] - largest) * inverse, kExpUnderflow);
+    for (int i = n; i < kRaceChunk; ++i) exponent[i] = 0.0f;
+    chunk.exponent = chunk_sum(exponent);
+  }
+  chunk.weight = chunk_sum(weight);
+  return chunk;
 }
-constexpr float kLargestGumbel = 22.9f;
 
-// The running argmax of z * (1/T) + noise. With a bound in place of the noise, the same arithmetic
-// (rounding is monotone) tells what cannot win; most noise is never computed.
-class Sampler {
+// The running race of chunks. Where the statistics are about the same temperature, its sums are
+// theirs.
+class Race {
  public:
-  explicit Sampler(const Draw& draw) : draw_(draw), best_(draw.to_beat) {}
+  explicit Race(const Wanted& want)
+      : want_(want),
+        draw_(want.draw),
+        is_shared_(want.sums && want.scale == want.draw.inverse_temperature) {}
 
-  // Blocks come in ascending order; only a strictly better token replaces the best.
-  void add(const float* z, int n, int64_t begin, float block_largest) {
-    if (!can_win(block_largest, kLargestGumbel)) return;
-    for (int first = 0; first < n; first += kChunk) {
-      const float* chunk = z + first;
-      const int m = std::min(kChunk, n - first);
-      if (!can_win(top_two(chunk, m).first, kLargestGumbel)) continue;
-      uint32_t word[kChunk];
-      random_words<kChunk / 4>(draw_.seed, draw_.position, draw_.step, Stream::kToken,
-                               uint32_t((begin + first) / 4), word);
-      uint32_t any = 0;
-      for (int i = 0; i < m; ++i) any |= uint32_t(can_win(chunk[i], gumbel_bound(word[i])));
-      if (!any) continue;
-      for (int i = 0; i < m; ++i) {
-        if (!can_win(chunk[i], gumbel_bound(word[i]))) continue;
-        const float perturbed = chunk[i] * draw_.inverse_temperature + gumbel(word[i]);
-        if (perturbed > best_) {
-          best_ = perturbed;
-          token_ = begin + first + i;
-          logit_ = chunk[i];
-        }
-      }
+  // Blocks come in ascending order.
+  void add(const float* z, int n, int64_t begin) {
+    uint32_t word[kChunks];
+    random_words<1>(draw_.seed, draw_.position, draw_.step, redrawn(Stream::kChunk, draw_.redraw),
+                    uint32_t(begin / kBlock), word);
+    for (int c = 0; c < kChunks; ++c) {
+      chunk_[c] = {};
+      const int first = c * kRaceChunk, m = std::min(kRaceChunk, n - first);
+      if (m <= 0) continue;
+      const float largest = top_two(z + first, m).first;
+      // No sum is above the number of tokens, no noise above 22.9: 0.1 covers all rounding.
+      const float most = tempered(largest, draw_.inverse_temperature) + (5.6f + 22.9f + 0.1f);
+      if (largest == -kInfinity || !(is_shared_ || most > key_)) continue;
+      chunk_[c] =
+          add_up(z + first, m, largest, draw_.inverse_temperature, is_shared_ && want_.entropy);
+      const float key = chunk_key(largest, draw_.inverse_temperature, chunk_[c].weight, word[c]);
+      if (!(key > key_)) continue;
+      key_ = key;
+      winner_ = begin / kRaceChunk + c;
+    }
+  }
+
+  bool is_shared() const { return is_shared_; }
+
+  // The sums of the last block, relative to `max`; without its logit `at`, which has been made
+  // -inf, if that is not negative.
+  void add_to(Scan& found, const float* z, int n, int at) {
+    const float inverse = draw_.inverse_temperature;
+    if (at >= 0) {
+      const int c = at / kRaceChunk, first = c * kRaceChunk;
+      chunk_[c] = add_up(z + first, std::min(kRaceChunk, n - first), chunk_[c].largest, inverse,
+                         want_.entropy);
+    }
+    for (const Chunk& chunk : chunk_) {
+      if (chunk.largest == -kInfinity) continue;
+      const float x = (chunk.largest - found.max) * inverse, factor = chunk_exp(x);
+      if (factor == 0.0f) continue;
+      found.weight += double(factor) * chunk.weight;
+      found.weighted_exponent +=
+          double(factor) * (double(chunk.exponent) + double(x) * double(chunk.weight));
     }
   }
 
   void finish(Scan& found) const {
-    if (token_ < 0) return;
-    found.perturbed = best_;
-    found.token = token_;
-    found.token_logit = logit_;
+    found.key = key_;
+    found.chunk = winner_;
   }
 
  private:
-  bool can_win(float z, float noise) const { return z * draw_.inverse_temperature + noise > best_; }
-
+  const Wanted& want_;
   const Draw& draw_;
-  float best_;
-  int64_t token_ = -1;  // -1: none exceeded Draw::to_beat
-  float logit_ = -kInfinity;
+  const bool is_shared_;
+  Chunk chunk_[kChunks];
+  float key_ = -kInfinity;
+  int64_t winner_ = -1;
 };
+
+template <class T>
+Drawn race_tokens_as(const LogitsRow& logits, int64_t chunk, const Draw& draw) {
+  const int64_t begin = chunk * kRaceChunk;
+  float z[kRaceChunk], key[kRaceChunk];
+  uint32_t word[kRaceChunk];
+  const int n = Row<T>(logits).load(begin, std::min(begin + kRaceChunk, logits.V), z);
+  random_words<kRaceChunk / 4>(draw.seed, draw.position, draw.step,
+                               redrawn(Stream::kToken, draw.redraw), uint32_t(begin / 4), word);
+  for (int i = 0; i < n; ++i) key[i] = token_key(z[i], draw.inverse_temperature, word[i]);
+  int best = -1;
+  for (int i = 0; i < n; ++i) {
+    if (z[i] > -kInfinity && (best < 0 || key[i] > key[best])) best = i;
+  }
+  return best < 0 ? Drawn{-1, -kInfinity} : Drawn{begin + best, z[best]};
+}
 
 template <class T>
 Scan scan_as(const LogitsRow& logits, int64_t begin, int64_t end, const Wanted& want) {
   Row<T> row(logits);
   Scan found;
-  Sampler sampler(want.draw);
+  Race race(want);
   float z[kBlock], weight[kBlock];
   for (; begin < end; begin += kBlock) {
     const int n = row.load(begin, end, z);
     const TopTwo top = top_two(z, n);
     if (top.first == -kInfinity) continue;
-    if (want.sample) sampler.add(z, n, begin, top.first);
+    if (want.sample) race.add(z, n, begin);
+    int64_t at = -1;
     if (top.first > found.max) {
       if (want.sums && found.argmax >= 0) {
         // from now on relative to the new maximum; the old one becomes an ordinary term
@@ -235,14 +284,16 @@ Scan scan_as(const LogitsRow& logits, int64_t begin, int64_t end, const Wanted& 
       }
       found.second = std::max(found.max, top.second);
       found.max = top.first;
-      int64_t at = 0;
+      at = 0;
       while (z[at] != top.first) ++at;
       found.argmax = begin + at;
       z[at] = -kInfinity;
     } else {
       found.second = std::max(found.second, top.first);
     }
-    if (want.sums) {
+    if (want.sample && race.is_shared()) {
+      race.add_to(found, z, n, int(at));
+    } else if (want.sums) {
       exponentials(z, n, found.max, want.scale, weight);
       found.weight += sum(weight, n);
       if (want.entropy) {
@@ -253,7 +304,7 @@ Scan scan_as(const LogitsRow& logits, int64_t begin, int64_t end, const Wanted& 
     }
   }
   found.flags = row.flags;
-  sampler.finish(found);
+  race.finish(found);
   return found;
 }
 
@@ -290,6 +341,17 @@ void add_measures_as(const LogitsRow& logits, int64_t begin, int64_t end, const 
 }
 
 }  // namespace
+
+Drawn race_tokens(const LogitsRow& row, int64_t chunk, const Draw& draw) {
+  switch (row.dtype) {
+    case DType::kFloat32:
+      return race_tokens_as<float>(row, chunk, draw);
+    case DType::kBFloat16:
+      return race_tokens_as<BFloat16>(row, chunk, draw);
+    default:
+      return race_tokens_as<Float16>(row, chunk, draw);
+  }
+}
 
 Scan scan(const LogitsRow& row, int64_t begin, int64_t end, const Wanted& want) {
   switch (row.dtype) {

@@ -3,19 +3,16 @@
 //   p(v) = e^(z_v / T - logsumexp) of the target, q(v) of the draft distribution
 // draft s passes with probability p(s) / (leniency q(s)): single logits are read. Only the first
 // draft that fails has its two rows of logits read, for
-//   argmax over v of max(p(v) - q(v), 0) / E_v,   E_v standard exponential noise
-// which is a draw from the positive part of p - q. Without q, a draft passes if it is what the
-// target itself drew. Some 60 operations a logit of a failed draft; no tensor is written.
+// a draw from max(p(v) - q(v), 0) by a race (common/race.h). Without q, a draft passes if it is
+// what the target itself drew. Some 40 operations a logit of a failed draft; no tensor is written.
 #include <algorithm>
 
-#include "common/math.h"
+#include "common/race.h"
 #include "cpu/random_words.h"
 #include "cpu/verify_drafts.h"
 
 namespace dlm::cpu::generic {
 namespace {
-
-constexpr int kBlock = 256;  // logits at a time
 
 template <class T>
 class Row {
@@ -84,38 +81,46 @@ class Row {
 
   // -1 where p exceeds q nowhere.
   int64_t draw_rest(int64_t i) const {
-    const T *z = target(i), *y = draft(i);
-    const float of_target = target_logsumexp(i), of_draft = draft_logsumexp(i);
-    float rest[kBlock], best = 0.0f;
-    int64_t drawn = -1;
-    for (int64_t begin = 0; begin < p_.V; begin += kBlock) {
-      const int n = int(std::min<int64_t>(kBlock, p_.V - begin));
-      for (int j = 0; j < n; ++j) {
-        rest[j] = tempered_probability(to_float(z[begin + j]), inverse_, of_target) -
-                  tempered_probability(to_float(y[begin + j]), inverse_, of_draft);
-      }
-      for (int64_t k = 0; k < p_.banned_count; ++k) {
-        const uint64_t at = uint64_t(p_.banned[k] - begin);
-        if (at < uint64_t(n)) rest[at] = 0.0f;
-      }
-      float largest = 0.0f;
-      for (int j = 0; j < n; ++j) largest = rest[j] > largest ? rest[j] : largest;
+    float rest[kRaceChunk], best = 0.0f;
+    uint32_t word[kRaceChunk];
+    int64_t winner = -1;
+    for (int64_t chunk = 0; chunk * kRaceChunk < p_.V; ++chunk) {
+      subtract(i, chunk, rest);
+      const float sum = chunk_sum(rest);
       // Noise is at least 2^-33.
-      if (!(largest > 0.0f) || largest * 1e10f < best) continue;
-      uint32_t word[kBlock];
-      random_words<kBlock / 4>(seed_, position_ + uint32_t(i), step_, Stream::kResidual,
-                               uint32_t(begin / 4), word);
-      for (int j = 0; j < n; ++j) {
-        // E_v is at least word / 2^32; 1.001 covers the rounding of both sides.
-        if (!(rest[j] > 0.0f) || float(word[j]) * best > rest[j] * 4299262263.0f) continue;
-        const float value = div_rn(rest[j], exponential(word[j]));
-        if (value > best) {
-          best = value;
-          drawn = begin + j;
-        }
-      }
+      if (!(sum > 0.0f) || sum * 1e10f < best) continue;
+      random_words<1>(seed_, position_ + uint32_t(i), step_, Stream::kResidualChunk,
+                      uint32_t(chunk / 4), word);
+      const float key = weight_key(sum, word[chunk % 4]);
+      if (!(key > best)) continue;
+      best = key;
+      winner = chunk;
     }
-    return drawn;
+    if (winner < 0) return -1;
+    subtract(i, winner, rest);
+    random_words<kRaceChunk / 4>(seed_, position_ + uint32_t(i), step_, Stream::kResidual,
+                                 uint32_t(winner * (kRaceChunk / 4)), word);
+    float key[kRaceChunk];
+    for (int j = 0; j < kRaceChunk; ++j) key[j] = weight_key(rest[j], word[j]);
+    return winner * kRaceChunk + (std::max_element(key, key + kRaceChunk) - key);
+  }
+
+  // max(p - q, 0) of a chunk, 0 beyond the vocabulary.
+  void subtract(int64_t i, int64_t chunk, float* rest) const {
+    const int64_t begin = chunk * kRaceChunk;
+    const int n = int(std::min<int64_t>(kRaceChunk, p_.V - begin));
+    const T *z = target(i) + begin, *y = draft(i) + begin;
+    const float of_target = target_logsumexp(i), of_draft = draft_logsumexp(i);
+    for (int j = 0; j < n; ++j) {
+      const float more = tempered_probability(to_float(z[j]), inverse_, of_target) -
+                         tempered_probability(to_float(y[j]), inverse_, of_draft);
+      rest[j] = keep_if(more > 0.0f, more);
+    }
+    for (int j = n; j < kRaceChunk; ++j) rest[j] = 0.0f;
+    for (int64_t k = 0; k < p_.banned_count; ++k) {
+      const uint64_t at = uint64_t(p_.banned[k] - begin);
+      if (at < uint64_t(n)) rest[at] = 0.0f;
+    }
   }
 
   const VerifyDraftsParams& p_;

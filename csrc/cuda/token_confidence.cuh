@@ -2,25 +2,28 @@
 // Token, probability and statistics of each row of logits. For all v but the argmax,
 //   x_v = (z_v - max) / T,   S = sum of e^x_v,   X = sum of x_v e^x_v
 // scan: a block takes a tile of a row (32 KiB, 8 chunks of 16 bytes a thread), copies it to shared
-// memory, finds the maximum, leaves the argmax out, adds up S and X, keeps the best perturbed
-// logit. finish: a warp takes a row and joins its tiles, in double, in a fixed order. Tiles depend
-// on V and the element type alone, so a row's bits do not depend on the batch. A second kernel, not
-// the last block to arrive, needs no counter that somebody must have cleared. Filtered rows:
-// token_confidence_filter.cuh finds their floors in between, and they are scanned again, from L2.
-// Other rows are read once: V elements; 9 PTX instructions a logit in the two loops over a tile are
-// meant to take less time than the loads, but for rows that draw. Needs sm_80.
+// memory, finds the maximum, leaves the argmax out, adds up S and X; where a token is to be drawn,
+// each warp adds up chunks of 256 logits and races them (common/race.h). finish: a warp takes a
+// row, joins its tiles, in double, in a fixed order, and races the tokens of the chunk that won.
+// Tiles depend on V and the element type alone, so a row's bits do not depend on the batch. A
+// second kernel, not the last block to arrive, needs no counter that somebody must have cleared.
+// Filtered rows: token_confidence_filter.cuh finds their floors in between, and they are scanned
+// again, from L2. Other rows are read once: V elements; 9 PTX instructions a logit in the two loops
+// over a tile are meant to take less time than the loads; rows that draw take some 25 more. Needs
+// sm_80.
 #pragma once
 #include <type_traits>
 
 #include "common/order.h"
-#include "common/philox.h"
+#include "common/race.h"
+#include "cuda/chunk_sum.cuh"
 #include "cuda/token_confidence.h"
 #include "cuda/token_confidence_filter.cuh"
 
 namespace dlm::cuda {
 
 // A block works for about as long as its loads take; six of them fit an SM of 228 KiB, so that most
-// have loads under way while others compute.
+// have loads under way while others compute. (Five where logits are adjusted, for their registers.)
 constexpr uint32_t kScanThreads = 256, kScanChunks = 8, kScanWarps = kScanThreads / 32;
 constexpr uint32_t kFinishRows = 4;  // warps of a block of the second kernel
 
@@ -30,20 +33,31 @@ using Stored = std::conditional_t<adjusted, float, T>;
 template <class T, bool adjusted>
 constexpr uint32_t kTile = kScanThreads * kScanChunks * kPerChunk<Stored<T, adjusted>>;
 
-// gumbel(r) is at least this for every r, and at most that.
-constexpr float kLeastGumbel = -2.83f, kGreatestGumbel = 22.9f;
+// A random word of a row.
+DLM_DEVICE uint32_t random_word(const RandomKey& random, uint32_t n, Stream stream,
+                                uint32_t index) {
+  const Stream own = redrawn(stream, uint32_t(row_value(random.redraw, n, 0)));
+  return word_of(
+      philox(uint64_t(row_value(random.seed, n, int64_t(0))), uint32_t(random.position[n]),
+             uint32_t(row_value(random.step, n, 0)), own, index / 4),
+      index);
+}
 
-template <class T, bool adjusted, ConfidenceFault fault>
+template <class T, bool adjusted>
 class TileScan {
   using S = Stored<T, adjusted>;
   static constexpr uint32_t kChunk = kPerChunk<S>, kLoad = kPerChunk<T>, kSpread = kLoad / kChunk;
   static constexpr uint32_t kLogits = kTile<T, adjusted>;
+  // Slots of a thread that a warp's chunk takes; where they are loaded one by one, the chunk's two
+  // halves lie in them.
+  static constexpr uint32_t kSlots = 8 / kChunk;
+  static constexpr bool kTwoRuns = kSlots > kSpread;
 
   // Of a thread, then of a warp, then of the tile. Ordered bits (common/order.h) for floats.
   struct Found {
     float weight, exponent;        // S and X / ln 2
     uint32_t rest, count, argmax;  // largest but for the maximum; how many are it; the first one
-    uint32_t drawn, drawn_id, flags;
+    uint32_t key, chunk, flags;
   };
 
  public:
@@ -76,13 +90,13 @@ class TileScan {
     if (leave_out(row)) mine = largest();
 
     leave_partial<Greatest>(ordered_bits(mine), partial_);
-    if (fault != ConfidenceFault::kMaximumReadTooEarly) __syncthreads();
+    __syncthreads();
     const float tile_max = ordered_value(gather_partials<Greatest>(partial_));
 
     Found found{0.0f, 0.0f, 0, 0, kNone, 0, kNone, flags_};
     const bool after_filter = job_.refining || !plan_.filters;
     if (tile_max > -INFINITY) {
-      if (plan_.samples && after_filter) draw(tile_max, found);
+      if (plan_.samples && after_filter) race(found);
       if (mine == tile_max) mine = take_maximum(tile_max, found);
       if (describes()) add_up(fminf(tile_max, kLargestFloat), found);
     }
@@ -97,11 +111,19 @@ class TileScan {
   // Whether this scan sees the distribution that the statistics are about.
   DLM_DEVICE bool describes() const { return job_.refining == (plan_.filters && plan_.about_kept); }
 
-  // Thread-private: slot i * kScanThreads + threadIdx.x. A chunk of T fills kSpread slots in turn.
-  DLM_DEVICE uint32_t first_id(uint32_t i) const {
-    return begin_ + (i / kSpread * kScanThreads + threadIdx.x) * kLoad + i % kSpread * kChunk;
+  // Slots are thread-private, a chunk of T fills kSpread of them in turn. A warp's threads have
+  // chunk i / kSlots * kScanWarps + warp_index() of the tile's chunks of 256 logits in slot i (and
+  // its neighbours).
+  DLM_DEVICE uint32_t load_index(uint32_t i) const {
+    if (kTwoRuns) return ((i / 2 * kScanWarps + warp_index()) * 2 + i % 2) * 32 + lane_index();
+    return i / kSpread * kScanThreads + threadIdx.x;
   }
-  DLM_DEVICE uint32_t slot(uint32_t i) const { return i * kScanThreads + threadIdx.x; }
+  DLM_DEVICE uint32_t first_id(uint32_t i) const {
+    return begin_ + load_index(i) * kLoad + i % kSpread * kChunk;
+  }
+  DLM_DEVICE uint32_t slot(uint32_t i) const {
+    return kTwoRuns ? load_index(i) : i * kScanThreads + threadIdx.x;
+  }
   DLM_DEVICE uint32_t address(uint32_t i) const { return ptx::smem_address(tile_ + slot(i)); }
   DLM_DEVICE uint4 chunk(uint32_t i) const { return ptx::ld_shared_16(address(i)); }
   DLM_DEVICE S* elements(uint32_t i) const { return reinterpret_cast<S*>(tile_ + slot(i)); }
@@ -110,30 +132,29 @@ class TileScan {
   // starts within a chunk is then moved into place.
   DLM_DEVICE void copy(const LogitsRow<T>& row) {
     const uint32_t shift = uint32_t(reinterpret_cast<uintptr_t>(row.logits) % 16);
-    const int64_t lead = shift / sizeof(T) + (fault == ConfidenceFault::kLoadsOneOff ? 1 : 0);
+    const int64_t lead = shift / sizeof(T);
 #pragma unroll 1
     for (uint32_t i = 0; i < kScanChunks; ++i) copy_chunk(row, first_id(i) - lead, address(i));
     if (shift != 0 && threadIdx.x == 0)
       copy_chunk(row, int64_t(begin_) + kLogits - lead, address(kScanChunks));
     ptx::cp_async_commit();
-    ptx::cp_async_wait<fault == ConfidenceFault::kLaxWait ? 1 : 0>();
+    ptx::cp_async_wait<0>();
     if (shift == 0) return;
     __syncthreads();
 #pragma unroll 1
-    for (uint32_t i = 0; i < kScanChunks; ++i) {
-      const uint4 moved = across(chunk(i), ptx::ld_shared_16(address(i) + 16), shift);
-      if (fault != ConfidenceFault::kMovesTooEarly) __syncthreads();
-      ptx::st_shared_16(address(i), moved);
+    for (uint32_t i = 0; i < kScanChunks; ++i) {  // from the first to the last, whose-ever they are
+      const uint32_t to = ptx::smem_address(tile_ + i * kScanThreads + threadIdx.x);
+      const uint4 moved = across(ptx::ld_shared_16(to), ptx::ld_shared_16(to + 16), shift);
+      __syncthreads();
+      ptx::st_shared_16(to, moved);
     }
+    if (kTwoRuns) __syncthreads();
   }
   DLM_DEVICE void copy_chunk(const LogitsRow<T>& row, int64_t first, uint32_t to) {
-    const uint32_t end = fault == ConfidenceFault::kOverread       ? row.V + kLoad - 1
-                         : fault == ConfidenceFault::kUnmaskedTail ? (row.V + 7) / 8 * 8
-                                                                   : row.V;
-    if (first >= 0 && first + kLoad <= end) {
+    if (first >= 0 && first + kLoad <= row.V) {
       ptx::cp_async_16(to, row.logits + first);
     } else {
-      ptx::st_shared_16(to, edge_chunk(row.logits, first, end));
+      ptx::st_shared_16(to, edge_chunk(row.logits, first, row.V));
     }
   }
 
@@ -194,8 +215,10 @@ class TileScan {
     bool any = false;
     row.each_banned(begin_, kLogits, [&](uint32_t offset) {
       const uint32_t load = offset / kLoad, within = offset % kLoad;
-      if (load % kScanThreads != threadIdx.x) return;
-      const uint32_t i = load / kScanThreads * kSpread + within / kChunk;
+      const uint32_t warp = load / (kTwoRuns ? 64 : 32) % kScanWarps;
+      if (warp * 32 + load % 32 != threadIdx.x) return;
+      const uint32_t turn = load / kScanThreads;
+      const uint32_t i = kTwoRuns ? turn / 2 * 2 + load / 32 % 2 : turn * kSpread + within / kChunk;
       elements(i)[within % kChunk] = from_float<S>(-INFINITY);
       any = true;
     });
@@ -211,62 +234,45 @@ class TileScan {
     return any;
   }
 
-  // The best of z * (1/T) + noise. A warp knows of a value that it has, or that the tile's maximum
-  // must reach; noise of a random word r is at most -log(r / 2^32), so of a chunk whose largest
-  // logit is `need` short of that value only words up to 2^32 e^-need can matter. Their bits then
-  // decide, the CPU's arithmetic being used.
-  DLM_DEVICE void draw(float tile_max, Found& found) const {
-    const uint64_t seed = uint64_t(row_value(job_.p.random.seed, n_, int64_t(0)));
-    const uint32_t step = uint32_t(row_value(job_.p.random.step, n_, 0));
-    const uint32_t position = uint32_t(job_.p.random.position[n_]);
-    const float inverse = plan_.inverse;
-    float reached = mul_add_rn(fminf(tile_max, kLargestFloat), inverse, kLeastGumbel);
-    if (fault == ConfidenceFault::kBoundTooHigh) reached = add_rn(reached, 9.0f);
-    float best = -INFINITY;
+  // The largest key of this warp's chunks; a lane makes that of one of them.
+  DLM_DEVICE void race(Found& found) const {
+    const RandomKey& random = job_.p.random;
+    float largest = -INFINITY, sum = 1.0f;  // of the chunk that is this lane's
 #pragma unroll 1
-    for (uint32_t i = 0; i < kScanChunks; ++i) {
-      const uint4 v = chunk(i);
-      const uint32_t top = Word<S>::larger(Word<S>::larger(v.x, v.y), Word<S>::larger(v.z, v.w));
-      const float largest = mul_rn(fminf(Word<S>::largest(top), kLargestFloat), inverse);
-      // The slack covers the rounding of both sides many times over. NaN of infinities: no bound.
-      const float need = reached - largest - (1e-3f + 1e-6f * fabsf(reached));
-      if (!(need > kGreatestGumbel)) {
-        const float share = ptx::exp2_approx(32.0f - need * 1.44269504f);
-        const uint32_t limit = share < 4294967040.0f ? uint32_t(share) : 0xffffffffu;
-        const uint32_t id = first_id(i);
-#pragma unroll 1
-        for (uint32_t j = 0; j < kChunk; j += 4) {
-          const Philox4 r = philox(seed, position, step, Stream::kToken, (id + j) / 4);
-          uint32_t candidates = uint32_t(r.word[0] <= limit) | uint32_t(r.word[1] <= limit) << 1 |
-                                uint32_t(r.word[2] <= limit) << 2 |
-                                uint32_t(r.word[3] <= limit) << 3;
-#pragma unroll 1
-          for (; candidates; candidates &= candidates - 1) {
-            const uint32_t k = uint32_t(__ffs(int(candidates)) - 1);
-            const uint32_t low = k & 1 ? r.word[1] : r.word[0],
-                           high = k & 1 ? r.word[3] : r.word[2];
-            const float z = fminf(to_float(elements(i)[j + k]), kLargestFloat);
-            const float value = mul_add_rn(z, inverse, gumbel(k & 2 ? high : low));
-            if (value > best) {  // ids ascend within a thread
-              best = value;
-              found.drawn_id = id + j + k;
-            }
-          }
+    for (uint32_t c = 0; c < kScanChunks / kSlots; ++c) {
+      float x[8], top = -INFINITY;
+#pragma unroll
+      for (uint32_t i = 0; i < kSlots; ++i) {
+        const uint4 v = chunk(c * kSlots + i);
+        const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (uint32_t j = 0; j < kChunk; ++j) {
+          const float z = Word<S>::value(words[j / Word<S>::kElements], j % Word<S>::kElements);
+          x[i * kChunk + j] = fminf(z, kLargestFloat);
+          top = fmaxf(top, x[i * kChunk + j]);
         }
       }
-      found.drawn = __reduce_max_sync(kAllLanes, ordered_bits(best));
-      reached = fmaxf(reached, ordered_value(found.drawn));
+      top = ordered_value(__reduce_max_sync(kAllLanes, ordered_bits(top)));
+      if (!(top > -INFINITY)) continue;  // the whole warp
+#pragma unroll
+      for (uint32_t j = 0; j < 8; ++j) x[j] = chunk_weight(x[j], top, plan_.inverse);
+      const float total = chunk_sum_over_warp<kTwoRuns>(x);
+      if (lane_index() != c) continue;
+      largest = top;
+      sum = total;
     }
-    found.drawn = ordered_bits(best);
+    if (!(largest > -INFINITY)) return;
+    found.chunk = begin_ / kRaceChunk + lane_index() * kScanWarps + warp_index();
+    const uint32_t word = random_word(random, n_, Stream::kChunk, found.chunk);
+    found.key = ordered_bits(chunk_key(largest, plan_.inverse, sum, word));
   }
 
   // Leaves the maximum out, wherever this thread has it; returns the largest of the others.
   DLM_DEVICE float take_maximum(float tile_max, Found& found) {
-    if (fault == ConfidenceFault::kMaximumStays) return tile_max;
     edit([&](float z, uint32_t id) {
       if (z < tile_max) return true;
       found.count += 1;
-      if (fault == ConfidenceFault::kHighIdWinsTies || found.argmax == kNone) found.argmax = id;
+      found.argmax = min(found.argmax, id);
       return false;
     });
     return largest();
@@ -305,19 +311,15 @@ class TileScan {
     f.count = __reduce_add_sync(kAllLanes, f.count);
     f.argmax = __reduce_min_sync(kAllLanes, f.argmax);
     f.flags = __reduce_or_sync(kAllLanes, f.flags);
-    const uint32_t drawn = __reduce_max_sync(kAllLanes, f.drawn);
-    f.drawn_id = __reduce_min_sync(kAllLanes, f.drawn == drawn ? f.drawn_id : kNone);
-    f.drawn = drawn;
+    const uint32_t key = __reduce_max_sync(kAllLanes, f.key);
+    f.chunk = __reduce_min_sync(kAllLanes, f.key == key ? f.chunk : kNone);
+    f.key = key;
     return f;
   }
   DLM_DEVICE Found over_block(Found f) const {
-    if (fault == ConfidenceFault::kDivergentShuffle) {
-      if (f.count == 0) f = over_warp(f);
-    } else {
-      f = over_warp(f);
-    }
+    f = over_warp(f);
     if (lane_index() == 0) of_warp_[warp_index()] = f;
-    if (fault != ConfidenceFault::kPartsReadTooEarly) __syncthreads();
+    __syncthreads();
     if (warp_index() != 0) return f;
     f = lane_index() < kScanWarps ? of_warp_[lane_index()]
                                   : Found{0.0f, 0.0f, 0, 0, kNone, 0, kNone, 0};
@@ -334,12 +336,12 @@ class TileScan {
       part.exponent = found.exponent * 0.693147181f;
       part.argmax = found.argmax;
       part.flags = found.flags;
-      part.drawn = found.drawn;
-      part.drawn_id = found.drawn_id;
+      part.key = found.key;
+      part.chunk = found.chunk;
       *out = part;
     } else if (job_.refining) {  // only the sample is about the kept logits
-      out->drawn = found.drawn;
-      out->drawn_id = found.drawn_id;
+      out->key = found.key;
+      out->chunk = found.chunk;
     } else {  // only what the filter asks for
       out->max = fminf(tile_max, kLargestFloat);
     }
@@ -354,11 +356,11 @@ class TileScan {
   uint32_t flags_ = 0;
 };
 
-template <class T, bool adjusted, ConfidenceFault fault>
-__global__ void __launch_bounds__(kScanThreads, 6)
+template <class T, bool adjusted>
+__global__ void __launch_bounds__(kScanThreads, adjusted ? 5 : 6)
     scan_tiles_kernel(const __grid_constant__ ConfidenceLaunch job) {
   SmemCarver smem;
-  TileScan<T, adjusted, fault>(job, smem).run();
+  TileScan<T, adjusted>(job, smem).run();
 }
 
 DLM_DEVICE double sum_over_warp(double x) {
@@ -367,8 +369,30 @@ DLM_DEVICE double sum_over_warp(double x) {
   return x;
 }
 
+// By one warp: the token with the largest key of the chunk that has won, in which there is one.
+template <class T>
+DLM_DEVICE uint32_t race_tokens(const ConfidenceLaunch& job, uint32_t n, const RowPlan& plan,
+                                uint32_t chunk) {
+  const LogitsRow<T> row(job.p, n, plan.source);
+  const float floor = plan.filters ? job.floor[n] : -INFINITY;
+  const uint32_t first = chunk * kRaceChunk + lane_index() * (kRaceChunk / 32);
+  uint32_t best = 0, token = 0xffffffffu;
+#pragma unroll 1
+  for (uint32_t id = first; id < first + kRaceChunk / 32 && id < row.V; ++id) {
+    const float z = row.at(id);
+    if (!(z > -INFINITY) || z < floor) continue;
+    const uint32_t word = random_word(job.p.random, n, Stream::kToken, id);
+    const uint32_t key = ordered_bits(token_key(z, plan.inverse, word));
+    if (key <= best) continue;
+    best = key;
+    token = id;
+  }
+  const uint32_t largest = __reduce_max_sync(kAllLanes, best);
+  return __reduce_min_sync(kAllLanes, best == largest ? token : 0xffffffffu);
+}
+
 // By one warp.
-template <class T, ConfidenceFault fault>
+template <class T>
 DLM_DEVICE void finish_row(const ConfidenceLaunch& job, uint32_t n) {
   const TokenConfidenceParams& p = job.p;
   const RowPlan plan(p, n);
@@ -380,25 +404,25 @@ DLM_DEVICE void finish_row(const ConfidenceLaunch& job, uint32_t n) {
   if (plan.used()) {
     constexpr uint32_t kNone = 0xffffffffu;
     const TilePart* parts = job.parts + int64_t(n) * job.tiles;
-    const uint32_t tiles = job.tiles - (fault == ConfidenceFault::kWrongTiles ? 1 : 0);
-    uint32_t top = 0, drawn = 0;
+    const uint32_t tiles = job.tiles;
+    uint32_t top = 0, key = 0;
     for (uint32_t i = lane; i < tiles; i += 32) {
       top = max(top, ordered_bits(parts[i].max));
-      drawn = max(drawn, parts[i].drawn);
+      key = max(key, parts[i].key);
       flags |= parts[i].flags;
     }
     top = __reduce_max_sync(kAllLanes, top);
-    drawn = __reduce_max_sync(kAllLanes, drawn);
+    key = __reduce_max_sync(kAllLanes, key);
     flags = __reduce_or_sync(kAllLanes, flags);
     const float max_logit = ordered_value(top);
 
-    uint32_t first = kNone, drawn_id = kNone;
+    uint32_t first = kNone, chunk = kNone;
     for (uint32_t i = lane; i < tiles; i += 32) {
       if (parts[i].max == max_logit) first = min(first, parts[i].argmax);
-      if (parts[i].drawn == drawn) drawn_id = min(drawn_id, parts[i].drawn_id);
+      if (parts[i].key == key) chunk = min(chunk, parts[i].chunk);
     }
     first = __reduce_min_sync(kAllLanes, first);
-    drawn_id = __reduce_min_sync(kAllLanes, drawn_id);
+    chunk = __reduce_min_sync(kAllLanes, chunk);
 
     if (first == kNone) {
       flags |= kFlagNothingAllowed;
@@ -426,8 +450,8 @@ DLM_DEVICE void finish_row(const ConfidenceLaunch& job, uint32_t n) {
       second = __reduce_max_sync(kAllLanes, second);
 
       argmax = first;
-      const bool sampled = plan.samples && drawn_id != kNone;
-      token = sampled ? drawn_id : first;
+      const bool sampled = plan.samples && chunk != kNone;
+      token = sampled ? race_tokens<T>(job, n, plan, chunk) : first;
       const int64_t given = p.given ? p.given[n] : -1;
       const bool asked = given >= 0 && given < p.V;
       float of_token = max_logit, of_given = -INFINITY;
@@ -460,11 +484,11 @@ DLM_DEVICE void finish_row(const ConfidenceLaunch& job, uint32_t n) {
   }
 }
 
-template <class T, ConfidenceFault fault>
+template <class T>
 __global__ void __launch_bounds__(kFinishRows * 32)
     finish_rows_kernel(const __grid_constant__ ConfidenceLaunch job) {
   const uint32_t n = blockIdx.x * kFinishRows + warp_index();
-  if (n < job.p.N) finish_row<T, fault>(job, n);
+  if (n < job.p.N) finish_row<T>(job, n);
 }
 
 inline bool is_adjusted(const TokenConfidenceParams& p) { return p.uncond_logits || p.bias; }
@@ -487,48 +511,50 @@ inline const char* why_not_token_confidence(const TokenConfidenceParams& p) {
   return nullptr;
 }
 
-template <class T, bool adjusted, ConfidenceFault fault>
+template <class T, bool adjusted>
 cudaError_t start_scan(const ConfidenceLaunch& job, cudaStream_t stream) {
-  return launch(scan_tiles_kernel<T, adjusted, fault>, dim3(uint32_t(job.p.N) * job.tiles),
-                dim3(kScanThreads), TileScan<T, adjusted, fault>::smem().bytes, stream, job);
+  return launch(scan_tiles_kernel<T, adjusted>, dim3(uint32_t(job.p.N) * job.tiles),
+                dim3(kScanThreads), TileScan<T, adjusted>::smem().bytes, stream, job);
 }
 
-template <class T, ConfidenceFault fault>
+template <class T>
 cudaError_t start_rows(ConfidenceLaunch job, cudaStream_t stream) {
   const auto scan = [&] {
-    if constexpr (fault == ConfidenceFault::kNone) {
-      if (is_adjusted(job.p)) return start_scan<T, true, fault>(job, stream);
-    }
-    return start_scan<T, false, fault>(job, stream);
+    return is_adjusted(job.p) ? start_scan<T, true>(job, stream)
+                              : start_scan<T, false>(job, stream);
   };
   cudaError_t error = scan();
   if (may_filter(job.p)) {
     if (error == cudaSuccess) {
-      error = launch(find_floors_kernel<T, fault>, dim3(uint32_t(job.p.N)), dim3(kFilterThreads),
-                     RowFilter<T, fault>::smem().bytes, stream, job);
+      error = launch(find_floors_kernel<T>, dim3(uint32_t(job.p.N)), dim3(kFilterThreads),
+                     RowFilter<T>::smem().bytes, stream, job);
     }
     job.refining = true;
     if (error == cudaSuccess) error = scan();
   }
   if (error != cudaSuccess) return error;
   const uint32_t blocks = uint32_t((job.p.N + kFinishRows - 1) / kFinishRows);
-  return launch(finish_rows_kernel<T, fault>, dim3(blocks), dim3(kFinishRows * 32), 0, stream, job);
+  return launch(finish_rows_kernel<T>, dim3(blocks), dim3(kFinishRows * 32), 0, stream, job);
 }
 
+#ifndef DLM_SIMT
+// In files of their own, for the sake of parallel builds.
+extern template cudaError_t start_rows<float>(ConfidenceLaunch, cudaStream_t);
+extern template cudaError_t start_rows<BFloat16>(ConfidenceLaunch, cudaStream_t);
+extern template cudaError_t start_rows<Float16>(ConfidenceLaunch, cudaStream_t);
+#endif
+
 // `workspace` has workspace_of(p) bytes.
-template <ConfidenceFault fault = ConfidenceFault::kNone>
-cudaError_t start_token_confidence(const TokenConfidenceParams& p, void* workspace,
-                                   cudaStream_t stream) {
+inline cudaError_t start_token_confidence(const TokenConfidenceParams& p, void* workspace,
+                                          cudaStream_t stream) {
   if (p.N == 0) return cudaSuccess;
   const int64_t tiles = tiles_of(p);
   TilePart* parts = static_cast<TilePart*>(workspace);
   float* floor = reinterpret_cast<float*>(parts + p.N * tiles);
   const ConfidenceLaunch job{p, parts, floor, uint32_t(tiles), false};
-  if constexpr (fault == ConfidenceFault::kNone) {
-    if (p.dtype == DType::kFloat32) return start_rows<float, fault>(job, stream);
-    if (p.dtype == DType::kFloat16) return start_rows<Float16, fault>(job, stream);
-  }
-  return start_rows<BFloat16, fault>(job, stream);
+  if (p.dtype == DType::kFloat32) return start_rows<float>(job, stream);
+  if (p.dtype == DType::kFloat16) return start_rows<Float16>(job, stream);
+  return start_rows<BFloat16>(job, stream);
 }
 
 }  // namespace dlm::cuda

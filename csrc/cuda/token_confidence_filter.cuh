@@ -13,29 +13,11 @@
 
 namespace dlm::cuda {
 
-enum class ConfidenceFault {
-  kNone,
-  kMaximumReadTooEarly,
-  kPartsReadTooEarly,
-  kLaxWait,
-  kMovesTooEarly,
-  kLoadsOneOff,
-  kOverread,
-  kUnmaskedTail,
-  kDivergentShuffle,
-  kHighIdWinsTies,
-  kMaximumStays,
-  kBoundTooHigh,
-  kWrongTiles,
-  kBinsReadTooEarly,
-  kLimitOffByOne,
-};
-
-// What a scan finds in a tile of a row. argmax and drawn_id: 2^32 - 1 where there is none.
+// What a scan finds in a tile of a row. argmax and chunk: 2^32 - 1 where there is none.
 struct alignas(16) TilePart {
   float max, second, weight, exponent;  // weight and exponent leave out the argmax
   uint32_t argmax, flags;
-  uint32_t drawn, drawn_id;  // ordered bits of the best perturbed logit
+  uint32_t key, chunk;  // ordered bits of the largest key of a chunk; the chunk
 };
 
 struct ConfidenceLaunch {
@@ -48,7 +30,7 @@ struct ConfidenceLaunch {
 
 constexpr uint32_t kFilterThreads = 512, kFilterWarps = kFilterThreads / 32, kBins = 2048;
 
-template <class T, ConfidenceFault fault>
+template <class T>
 class RowFilter {
   // Of the search: the bin that crosses the limit, and what lies above it.
   struct Crossing {
@@ -100,8 +82,7 @@ class RowFilter {
  private:
   // As ordered bits; 0: there is none.
   DLM_DEVICE uint32_t search(const LogitsRow<T>& row, bool mass) {
-    uint64_t above = 0,
-             limit = uint64_t(plan_.k - (fault == ConfidenceFault::kLimitOffByOne ? 0 : 1));
+    uint64_t above = 0, limit = uint64_t(plan_.k - 1);
     uint32_t prefix = 0;
 #pragma unroll 1
     for (uint32_t level = 0; level < 3; ++level) {
@@ -109,7 +90,7 @@ class RowFilter {
       for (uint32_t b = threadIdx.x; b < kBins; b += kFilterThreads) bins_[b] = 0;
       __syncthreads();
       fill(row, mass, shift, prefix << bits, 1u << bits);
-      if (fault != ConfidenceFault::kBinsReadTooEarly) __syncthreads();
+      __syncthreads();
       find(mass && level == 0, above, limit);
       const Crossing found = *crossing_;
       if (found.bin == kBins) return 0;
@@ -195,11 +176,11 @@ class RowFilter {
   float max_ = -INFINITY, lowest_ = -INFINITY;
 };
 
-template <class T, ConfidenceFault fault>
+template <class T>
 __global__ void __launch_bounds__(kFilterThreads, 2)
     find_floors_kernel(const __grid_constant__ ConfidenceLaunch job) {
   SmemCarver smem;
-  RowFilter<T, fault>(job, smem).run();
+  RowFilter<T>(job, smem).run();
 }
 
 }  // namespace dlm::cuda

@@ -1,51 +1,49 @@
 // SPDX-License-Identifier: Apache-2.0
 // Accepts a prefix of each row's drafts and finds the token after it: see
-// cpu/verify_drafts_generic.cpp for the formulas. A block takes a row of the batch. Its first warp
-// tests the drafts, one a lane, from single logits; if one fails by ratio, all threads read that
-// draft's two rows of logits and keep the best of max(p - q, 0) / E_v. All arithmetic is the CPU's,
-// bit for bit. Bytes: two rows of logits, where a draft is rejected; one SM's arithmetic is the
-// limit, some 60 operations a logit: a row of 150 000 takes some 50 microseconds, beside a
-// forward's milliseconds. Needs sm_80.
+// cpu/verify_drafts_generic.cpp for the formulas. Drafts are tested one a lane, from single logits,
+// by the first warp of every block that asks. Where one fails by ratio, race_chunks reads that
+// draft's two rows of logits, 16 chunks a block, and finds each block's best chunk of max(p - q, 0)
+// (common/race.h); verify_drafts, a block a row, then races the tokens of the best of these. All
+// arithmetic is the CPU's, bit for bit. Bytes: two rows of logits where a draft is rejected; some
+// 40 operations a logit. Needs sm_80.
 #pragma once
-#include "common/math.h"
-#include "common/philox.h"
+#include <algorithm>
+
+#include "common/race.h"
+#include "cuda/chunk_sum.cuh"
 #include "cuda/token_confidence_row.cuh"
 #include "cuda/verify_drafts.h"
 
 namespace dlm::cuda {
 
-enum class VerifyFault {
-  kNone,
-  kAcceptedReadTooEarly,
-  kBestReadTooEarly,
-  kCountsBeyondFailure,
-  kNoLeniency,
-  kBoundTooLow,
-  kTrustsDrafts,
+constexpr uint32_t kVerifyThreads = 128, kVerifyWarps = kVerifyThreads / 32;
+constexpr uint32_t kVerifyTurns = 4;  // chunks of a warp
+constexpr uint32_t kVerifyChunks = kVerifyWarps * kVerifyTurns;
+
+// The best of some chunks or tokens. `value`: bits of a float that is not negative; 0: there is
+// none.
+struct BestKey {
+  uint32_t value, id;
 };
 
-constexpr uint32_t kVerifyThreads = 512;
-
-template <class T, VerifyFault fault>
+template <class T>
 class VerifyRow {
-  struct Best {
-    uint32_t value, id;  // bits of a float that is not negative
-  };
+  static constexpr bool kTwoRuns = kPerChunk<T> == 4;
 
  public:
   static constexpr SmemSize smem() {
-    return SmemSize{}.take<uint32_t>(2).template take<Best>(kVerifyThreads / 32);
+    return SmemSize{}.take<uint32_t>(2).take<BestKey>(2 * kVerifyWarps);
   }
 
-  DLM_DEVICE VerifyRow(const VerifyDraftsParams& p, SmemCarver& smem)
+  DLM_DEVICE VerifyRow(const VerifyDraftsParams& p, uint32_t row, SmemCarver& smem)
       : p_(p),
-        row_(blockIdx.x),
+        row_(row),
         V_(uint32_t(p.V)),
         W_(uint32_t(p.W)),
         first_draft_(int64_t(row_) * p.W),
         first_token_(int64_t(row_) * (p.W + 1)),
         accepted_(smem.take<uint32_t>(2)),
-        of_warp_(smem.take<Best>(kVerifyThreads / 32)) {
+        of_warp_(smem.take<BestKey>(2 * kVerifyWarps)) {
     const float temperature = row_value(p.temperature, row_, 0.0f);
     by_ratio_ = p.draft_logits && temperature > 0.0f;
     if (!by_ratio_) return;
@@ -55,14 +53,27 @@ class VerifyRow {
     position_ = uint32_t(p.random.position[row_]);
   }
 
-  DLM_DEVICE void run() {
-    if (warp_index() == 0) accept();
-    if (fault != VerifyFault::kAcceptedReadTooEarly) __syncthreads();
+  // By each of the blocks that share the row's chunks.
+  DLM_DEVICE void race_chunks(uint32_t block, BestKey* best_of_row) {
+    find_failure();
+    if (!accepted_[1]) return;  // the whole block
+    const BestKey best = best_of_block(best_chunk(accepted_[0], block * kVerifyChunks), of_warp_);
+    if (threadIdx.x == 0) best_of_row[block] = best;
+  }
+
+  DLM_DEVICE void finish(uint32_t blocks, const BestKey* best_of_row) {
+    find_failure();
     const uint32_t accepted = accepted_[0];
     int64_t next = p_.token[first_token_ + accepted];
     if (accepted_[1]) {  // the whole block
-      const Best drawn = draw_rest(accepted);
-      if (drawn.value > 0) next = drawn.id;
+      BestKey best{0, ~0u};
+      for (uint32_t i = threadIdx.x; i < blocks; i += kVerifyThreads) {
+        if (best_of_row[i].value > best.value) best = best_of_row[i];  // chunks ascend
+      }
+      best = best_of_block(best, of_warp_);
+      if (best.value > 0) {
+        next = best_of_block(best_token(accepted, best.id), of_warp_ + kVerifyWarps).id;
+      }
     }
     for (uint32_t i = threadIdx.x; i <= W_; i += kVerifyThreads) {
       p_.tokens[first_token_ + i] = i < accepted    ? p_.drafts[first_draft_ + i]
@@ -97,6 +108,10 @@ class VerifyRow {
     return hit;
   }
 
+  DLM_DEVICE void find_failure() const {
+    if (warp_index() == 0) accept();
+    __syncthreads();
+  }
   // By the first warp: how many drafts are accepted, and whether the next one failed by ratio.
   DLM_DEVICE void accept() const {
     uint32_t accepted = 0;
@@ -107,9 +122,7 @@ class VerifyRow {
       const bool ratio = id >= 0 && has_ratio(i);
       const uint32_t passed = __ballot_sync(kAllLanes, id >= 0 && passes(i, id, ratio));
       const uint32_t by_ratio = __ballot_sync(kAllLanes, ratio);
-      const uint32_t count = fault == VerifyFault::kCountsBeyondFailure ? uint32_t(__popc(passed))
-                             : passed == kAllLanes ? 32
-                                                   : uint32_t(__ffs(int(~passed)) - 1);
+      const uint32_t count = passed == kAllLanes ? 32 : uint32_t(__ffs(int(~passed)) - 1);
       accepted = begin + count;
       fails_by_ratio = count < 32 && (by_ratio >> count & 1);
     }
@@ -121,126 +134,164 @@ class VerifyRow {
 
   DLM_DEVICE bool passes(uint32_t i, int64_t id, bool ratio) const {
     if (!ratio) return id == p_.token[first_token_ + i];
-    if ((id >= p_.V && fault != VerifyFault::kTrustsDrafts) || banned(id)) return false;
+    if (id >= p_.V || banned(id)) return false;
     const float p =
         tempered_probability(to_float(target(i)[id]), inverse_, p_.logsumexp[first_token_ + i]);
     const float q = tempered_probability(to_float(draft(i)[id]), inverse_,
                                          p_.draft_logsumexp[first_draft_ + i]);
     const Philox4 bits = philox(seed_, position_ + i, step_, Stream::kVerify, 0);
-    const float leniency = fault == VerifyFault::kNoLeniency ? 1.0f : p_.leniency;
-    return bernoulli(bits.word[0], div_rn(p, mul_rn(leniency, q)));
+    return bernoulli(bits.word[0], div_rn(p, mul_rn(p_.leniency, q)));
   }
 
-  // The best of the block; a value of 0 where p exceeds q nowhere.
-  DLM_DEVICE Best draw_rest(uint32_t i) const {
-    constexpr uint32_t n = kPerChunk<T>;
-    const T *z = target(i), *y = draft(i);
-    const float of_target = p_.logsumexp[first_token_ + i];
-    const float of_draft = p_.draft_logsumexp[first_draft_ + i];
-    float best = 0.0f;
-    uint32_t drawn = ~0u;
+  // Of this warp's of the chunks from `first` on; a lane makes the key of one of them.
+  DLM_DEVICE BestKey best_chunk(uint32_t i, uint32_t first) const {
+    const uint32_t own = first + lane_index() * kVerifyWarps + warp_index();
+    float sum = 0.0f;
 #pragma unroll 1
-    for (uint32_t first = threadIdx.x * n; first < V_; first += kVerifyThreads * n) {
-      float rest[n];
-      subtract(load_chunk(z, first, V_), load_chunk(y, first, V_), of_target, of_draft, rest);
+    for (uint32_t turn = 0; turn < kVerifyTurns; ++turn) {
+      const uint32_t chunk = first + turn * kVerifyWarps + warp_index();
+      if (chunk * kRaceChunk >= V_) break;
+      float rest[8];
+      subtract(i, chunk, rest);
+      const float total = chunk_sum_over_warp<kTwoRuns>(rest);
+      if (lane_index() == turn) sum = total;
+    }
+    if (!(sum > 0.0f)) return {0, ~0u};
+    return {float_to_bits(weight_key(sum, word(Stream::kResidualChunk, i, own))), own};
+  }
+
+  // Of a chunk, in which there is one.
+  DLM_DEVICE BestKey best_token(uint32_t i, uint32_t chunk) const {
+    BestKey best{0, ~0u};
+#pragma unroll 1
+    for (uint32_t at = threadIdx.x; at < kRaceChunk; at += kVerifyThreads) {
+      const uint32_t id = chunk * kRaceChunk + at;
+      if (id >= V_ || banned(id)) continue;
+      const float rest = more(to_float(target(i)[id]), to_float(draft(i)[id]), i);
+      if (!(rest > 0.0f)) continue;
+      const uint32_t key = float_to_bits(weight_key(rest, word(Stream::kResidual, i, id)));
+      if (key > best.value) best = {key, id};  // ids ascend
+    }
+    return best;
+  }
+
+  DLM_DEVICE uint32_t word(Stream stream, uint32_t i, uint32_t index) const {
+    return word_of(philox(seed_, position_ + i, step_, stream, index / 4), index);
+  }
+
+  // max(p - q, 0)
+  DLM_DEVICE float more(float z, float y, uint32_t i) const {
+    const float p = tempered_probability(z, inverse_, p_.logsumexp[first_token_ + i]);
+    const float q = tempered_probability(y, inverse_, p_.draft_logsumexp[first_draft_ + i]);
+    const float rest = add_rn(p, -q);
+    return rest > 0.0f ? rest : 0.0f;
+  }
+
+  // A lane's part of a chunk: see chunk_sum_over_warp.
+  DLM_DEVICE void subtract(uint32_t i, uint32_t chunk, float (&rest)[8]) const {
+    constexpr uint32_t n = kPerChunk<T>;
+#pragma unroll
+    for (uint32_t run = 0; run < 8 / n; ++run) {
+      const uint32_t first = chunk * kRaceChunk + run * 128 + lane_index() * n;
+      const uint4 z = load_chunk(target(i), first, V_), y = load_chunk(draft(i), first, V_);
+      const uint32_t z_words[4] = {z.x, z.y, z.z, z.w}, y_words[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+      for (uint32_t j = 0; j < n; ++j) {
+        const uint32_t at = j / Word<T>::kElements, index = j % Word<T>::kElements;
+        rest[run * n + j] =
+            more(Word<T>::value(z_words[at], index), Word<T>::value(y_words[at], index), i);
+      }
       for (int64_t k = 0; k < p_.banned_count; ++k) {
 #pragma unroll
         for (uint32_t j = 0; j < n; ++j) {
-          if (p_.banned[k] == int64_t(first) + j) rest[j] = 0.0f;
+          if (p_.banned[k] == int64_t(first) + j) rest[run * n + j] = 0.0f;
         }
       }
-#pragma unroll
-      for (uint32_t c = 0; c < n; c += 4) {
-        const float four[4] = {rest[c], rest[c + 1], rest[c + 2], rest[c + 3]};
-        add_four(four, i, first + c, best, drawn);
-      }
-    }
-    return best_of_block({float_to_bits(best), drawn});
-  }
-
-  DLM_DEVICE void subtract(uint4 z, uint4 y, float of_target, float of_draft,
-                           float (&rest)[kPerChunk<T>]) const {
-    const uint32_t z_words[4] = {z.x, z.y, z.z, z.w}, y_words[4] = {y.x, y.y, y.z, y.w};
-#pragma unroll
-    for (uint32_t j = 0; j < kPerChunk<T>; ++j) {
-      const uint32_t word = j / Word<T>::kElements, index = j % Word<T>::kElements;
-      const float p =
-          tempered_probability(Word<T>::value(z_words[word], index), inverse_, of_target);
-      const float q =
-          tempered_probability(Word<T>::value(y_words[word], index), inverse_, of_draft);
-      rest[j] = add_rn(p, -q);
     }
   }
 
-  // Ids id .. id + 3; beyond the row nothing is left.
-  DLM_DEVICE void add_four(const float (&rest)[4], uint32_t i, uint32_t id, float& best,
-                           uint32_t& drawn) const {
-    const float largest = fmaxf(fmaxf(rest[0], rest[1]), fmaxf(rest[2], rest[3]));
-    // Noise is at least 2^-33.
-    if (!(largest > 0.0f) || largest * 1e10f < best) return;
-    const Philox4 bits = philox(seed_, position_ + i, step_, Stream::kResidual, id / 4);
-#pragma unroll
-    for (uint32_t j = 0; j < 4; ++j) {
-      if (!(rest[j] > 0.0f)) continue;
-      // E_v is at least word / 2^32; 1.001 covers the rounding of both sides.
-      const float bound = fault == VerifyFault::kBoundTooLow ? 65536.0f : 4299262263.0f;
-      if (float(bits.word[j]) * best > rest[j] * bound) continue;
-      const float value = div_rn(rest[j], exponential(bits.word[j]));
-      if (value > best) {  // ids ascend within a thread
-        best = value;
-        drawn = id + j;
-      }
-    }
-  }
-
-  static DLM_DEVICE Best best_of_warp(Best b) {
+  static DLM_DEVICE BestKey best_of_warp(BestKey b) {
     const uint32_t value = __reduce_max_sync(kAllLanes, b.value);
     return {value, __reduce_min_sync(kAllLanes, b.value == value ? b.id : ~0u)};
   }
-  DLM_DEVICE Best best_of_block(Best b) const {
+  static DLM_DEVICE BestKey best_of_block(BestKey b, BestKey* of_warp) {
     b = best_of_warp(b);
-    if (lane_index() == 0) of_warp_[warp_index()] = b;
-    if (fault != VerifyFault::kBestReadTooEarly) __syncthreads();
-    return best_of_warp(lane_index() < kVerifyThreads / 32 ? of_warp_[lane_index()] : Best{0, ~0u});
+    if (lane_index() == 0) of_warp[warp_index()] = b;
+    __syncthreads();
+    return best_of_warp(lane_index() < kVerifyWarps ? of_warp[lane_index()] : BestKey{0, ~0u});
   }
 
   const VerifyDraftsParams& p_;
   const uint32_t row_, V_, W_;
   const int64_t first_draft_, first_token_;  // where the row starts in [B,W] and [B,W+1]
   uint32_t* const accepted_;
-  Best* const of_warp_;
+  BestKey* const of_warp_;  // of the chunks, then of the tokens
   bool by_ratio_;
   float inverse_ = 1.0f;
   uint64_t seed_ = 0;
   uint32_t step_ = 0, position_ = 0;
 };
 
-template <class T, VerifyFault fault>
-__global__ void __launch_bounds__(kVerifyThreads)
-    verify_drafts_kernel(const __grid_constant__ VerifyDraftsParams p) {
+// Blocks that share a row's chunks; a function of the vocabulary alone.
+inline uint32_t blocks_of_row(const VerifyDraftsParams& p) {
+  constexpr int64_t kLogits = int64_t(kVerifyChunks) * kRaceChunk;
+  return p.draft_logits ? uint32_t((p.V + kLogits - 1) / kLogits) : 0;
+}
+
+struct VerifyLaunch {
+  VerifyDraftsParams p;
+  BestKey* best;    // [B, blocks]
+  uint32_t blocks;  // of a row
+};
+
+template <class T>
+__global__ void __launch_bounds__(kVerifyThreads, 4)
+    race_chunks_kernel(const __grid_constant__ VerifyLaunch job) {
   SmemCarver smem;
-  VerifyRow<T, fault>(p, smem).run();
+  const uint32_t row = blockIdx.x / job.blocks, block = blockIdx.x - row * job.blocks;
+  VerifyRow<T>(job.p, row, smem).race_chunks(block, job.best + int64_t(row) * job.blocks);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kVerifyThreads, 4)
+    verify_drafts_kernel(const __grid_constant__ VerifyLaunch job) {
+  SmemCarver smem;
+  VerifyRow<T>(job.p, blockIdx.x, smem)
+      .finish(job.blocks, job.best + int64_t(blockIdx.x) * job.blocks);
+}
+
+inline int64_t verify_workspace(const VerifyDraftsParams& p) {
+  return p.B * blocks_of_row(p) * int64_t(sizeof(BestKey));
 }
 
 inline const char* why_not_verify_drafts(const VerifyDraftsParams& p) {
-  if (p.B > 0x7fffffff) return "drafts must have fewer than 2^31 rows";
   if (p.W > 0x7fff0000) return "drafts must have fewer columns";
   if (p.V > 0x7fff0000) return "logits must have fewer than 2^31 - 2^16 columns";
+  if (p.B * std::max<int64_t>(blocks_of_row(p), 1) > 0x7fffffff) {
+    return "drafts must have fewer rows";
+  }
   return nullptr;
 }
 
-template <VerifyFault fault = VerifyFault::kNone>
-cudaError_t start_verify_drafts(const VerifyDraftsParams& p, cudaStream_t stream) {
+// `workspace` has verify_workspace(p) bytes.
+inline cudaError_t start_verify_drafts(const VerifyDraftsParams& p, void* workspace,
+                                       cudaStream_t stream) {
   if (p.B == 0) return cudaSuccess;
+  const VerifyLaunch job{p, static_cast<BestKey*>(workspace), blocks_of_row(p)};
   const auto start = [&](auto type) {
     using T = decltype(type);
-    return launch(verify_drafts_kernel<T, fault>, dim3(uint32_t(p.B)), dim3(kVerifyThreads),
-                  VerifyRow<T, fault>::smem().bytes, stream, p);
+    const auto launched = [&](auto kernel, uint32_t blocks) {
+      return launch(kernel, dim3(blocks), dim3(kVerifyThreads), VerifyRow<T>::smem().bytes, stream,
+                    job);
+    };
+    if (job.blocks > 0) {
+      const cudaError_t error = launched(race_chunks_kernel<T>, uint32_t(p.B) * job.blocks);
+      if (error != cudaSuccess) return error;
+    }
+    return launched(verify_drafts_kernel<T>, uint32_t(p.B));
   };
-  if constexpr (fault == VerifyFault::kNone) {
-    if (p.dtype == DType::kFloat32) return start(float{});
-    if (p.dtype == DType::kFloat16) return start(Float16{});
-  }
+  if (p.dtype == DType::kFloat32) return start(float{});
+  if (p.dtype == DType::kFloat16) return start(Float16{});
   return start(BFloat16{});
 }
 

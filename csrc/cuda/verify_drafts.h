@@ -9,7 +9,11 @@ namespace dlm::cuda {
 // Why these arguments cannot be run, or null.
 const char* unsupported_verify_drafts(const VerifyDraftsParams& p);
 
-// The whole batch in one launch; returns a cudaError_t.
-int run_verify_drafts(const VerifyDraftsParams& p, void* stream);
+// Scratch that run_verify_drafts needs, in bytes; a function of the shapes alone.
+int64_t verify_drafts_workspace(const VerifyDraftsParams& p);
+
+// The whole batch, in one launch or, by ratio, two; returns a cudaError_t. `workspace` is 16-byte
+// aligned and may hold anything.
+int run_verify_drafts(const VerifyDraftsParams& p, void* workspace, void* stream);
 
 }  // namespace dlm::cuda

@@ -21,7 +21,9 @@ STABLE_TORCH_LIBRARY(dlmkernels, m) {
       "Tensor? cfg_scale=None, Tensor? bias=None, Tensor? banned=None, Tensor? bitmask=None, "
       "Tensor? temperature=None, Tensor? top_k=None, Tensor? top_p=None, bool top_p_first=False, "
       "bool keep_crossing=True, str distribution=\"raw\", Tensor? seed=None, Tensor? step=None, "
-      "Tensor? position=None, bool with_margin=True, bool with_entropy=True) -> (Tensor token, "
+      "Tensor? position=None, Tensor? redraw=None, bool with_margin=True, bool with_entropy=True) "
+      "-> "
+      "(Tensor token, "
       "Tensor argmax, "
       "Tensor confidence, Tensor margin, Tensor entropy, Tensor logsumexp, Tensor p_given, Tensor "
       "flags)",

@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
     const MaybeTensor& banned, const MaybeTensor& bitmask, const MaybeTensor& temperature,
     const MaybeTensor& top_k, const MaybeTensor& top_p, bool top_p_first, bool keep_crossing,
     const std::string& distribution, const MaybeTensor& seed, const MaybeTensor& step,
-    const MaybeTensor& position, bool with_margin, bool with_entropy);
+    const MaybeTensor& position, const MaybeTensor& redraw, bool with_margin, bool with_entropy);
 
 std::tuple<Tensor, Tensor> select_tokens(const Tensor& score, const Tensor& eligible,
                                          const std::string& rule, const MaybeTensor& parameter,

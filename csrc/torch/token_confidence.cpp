@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
     const MaybeTensor& banned, const MaybeTensor& bitmask, const MaybeTensor& temperature,
     const MaybeTensor& top_k, const MaybeTensor& top_p, bool top_p_first, bool keep_crossing,
     const std::string& distribution, const MaybeTensor& seed, const MaybeTensor& step,
-    const MaybeTensor& position, bool with_margin, bool with_entropy) {
+    const MaybeTensor& position, const MaybeTensor& redraw, bool with_margin, bool with_entropy) {
   const Check check("token_confidence", "logits", logits);
   TokenConfidenceParams p{};
 
@@ -102,8 +102,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
   p.random.seed = check.per_row<int64_t>("seed", seed, N);
   p.random.step = check.per_row<int32_t>("step", step, N);
   p.random.position = check.dense<int32_t>("position", position, {N});
+  p.random.redraw = check.per_row<int32_t>("redraw", redraw, N);
   check.that(seed || !temperature, "seed is required by temperature; got None");
   check.that(position || !seed, "position is required by seed; got None");
+  check.that(seed || !redraw, "seed is required by redraw; got None");
 
   if (!logits.is_cuda()) {  // there, a look at the values would have the host wait for them
     check.indices("row_map", p.row_map, N, R);
@@ -114,6 +116,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
                           [](int32_t k) { return k >= 0; });
     check_values<float>(check, "top_p", top_p, "in [0, 1]",
                         [](float q) { return q >= 0.0f && q <= 1.0f; });
+    check_values<int32_t>(check, "redraw", redraw, "at least 0",
+                          [](int32_t count) { return count >= 0; });
   }
 
   check.not_differentiable({{"logits", logits},

@@ -102,7 +102,9 @@ std::tuple<Tensor, Tensor> verify_drafts(
   if (drafts.is_cuda()) {
     const CudaCall call(check, drafts);
     call.supports(cuda::unsupported_verify_drafts(p));
-    call.succeeded(cuda::run_verify_drafts(p, call.stream()));
+    Tensor workspace =
+        check.empty("workspace", {cuda::verify_drafts_workspace(p)}, ScalarType::Byte);
+    call.succeeded(cuda::run_verify_drafts(p, workspace.mutable_data_ptr(), call.stream()));
     return {accepted, tokens};
   }
 #endif

@@ -42,6 +42,7 @@ _ONE_VALUE = {
     "fill": _COUNT,
     "cap": _COUNT,
     "step": _INTEGER,
+    "redraw": _COUNT,
     "origin": _INTEGER,
     "end": _INTEGER,
     "block_origin": _INTEGER,

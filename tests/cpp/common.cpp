@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The functions of csrc/common by C names, over arrays: tests/support/native.py builds it and tests call it
 // through ctypes.
+#include <algorithm>
+
 #include "common/dtype.h"
 #include "common/math.h"
 #include "common/philox.h"
+#include "common/race.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default"))) void
 
@@ -24,6 +27,19 @@ EXPORT exp_normal(const float* x, float* y, int64_t n) {
 }
 EXPORT gumbel(const uint32_t* x, float* y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] = dlm::gumbel(x[i]);
+}
+EXPORT chunk_exp(const float* x, float* y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] = dlm::chunk_exp(x[i]);
+}
+EXPORT fma_rn(const float* abc, float* y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] = dlm::fma_rn(abc[3 * i], abc[3 * i + 1], abc[3 * i + 2]);
+}
+EXPORT chunk_sum(const float* x, float* y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    float chunk[dlm::kRaceChunk];
+    std::copy_n(x + i * dlm::kRaceChunk, dlm::kRaceChunk, chunk);
+    y[i] = dlm::chunk_sum(chunk);
+  }
 }
 // counter: position, step, stream, index / 4
 EXPORT philox(const uint32_t* counter, uint32_t* word, int64_t n, uint64_t seed) {

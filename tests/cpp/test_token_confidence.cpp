@@ -117,6 +117,7 @@ TEST(rows_are_independent) {
       p.N = p.R = 1, p.logits = moved.data() + n * size, p.given += n;
       p.temperature = from_row(p.temperature, n), p.top_p = from_row(p.top_p, n);
       p.random.seed = from_row(p.random.seed, n), p.random.step = from_row(p.random.step, n);
+      p.random.redraw = from_row(p.random.redraw, n);
       p.random.position += n;
       Array<int64_t> token(1), argmax(1);
       Array<float> floats(5);

@@ -13,7 +13,7 @@ constexpr dlm::DType kTypes[] = {dlm::DType::kFloat32, dlm::DType::kBFloat16, dl
 
 void check_case(dlm::DType dtype, int64_t B, int64_t W, int64_t V, unsigned with, uint64_t seed) {
   C c(dtype, B, W, V, with, seed);
-  run(dlm::cuda::start_verify_drafts(c.p, nullptr));
+  run(dlm::cuda::start_verify_drafts(c.p, c.workspace.data(), nullptr));
   CHECK(c.wrong().empty(), "arguments %x, seed %d: %s", with, int(seed), c.wrong().c_str());
 }
 
@@ -57,7 +57,7 @@ TEST(under_every_schedule) {
 // What a row gives depends on the row alone.
 TEST(rows_are_independent) {
   C c(dlm::DType::kBFloat16, 6, 3, 4001, C::kRatio | C::kShifted, 4000);
-  run(dlm::cuda::start_verify_drafts(c.p, nullptr));
+  run(dlm::cuda::start_verify_drafts(c.p, c.workspace.data(), nullptr));
   for (int64_t b = 0; b < 6; ++b) {
     dlm::VerifyDraftsParams p = c.p;
     p.B = 1, p.drafts += b * p.W, p.token += b * (p.W + 1);
@@ -70,7 +70,7 @@ TEST(rows_are_independent) {
     Array<int32_t> accepted(1);
     Array<int64_t> tokens(size_t(p.W + 1));
     p.accepted = accepted.data(), p.tokens = tokens.data();
-    run(dlm::cuda::start_verify_drafts(p, nullptr));
+    run(dlm::cuda::start_verify_drafts(p, c.workspace.data(), nullptr));
     const auto* whole = c.tokens.data() + b * (p.W + 1);
     CHECK(accepted[0] == c.accepted[size_t(b)] && std::equal(tokens.begin(), tokens.end(), whole),
           "row %d", int(b));
@@ -78,31 +78,27 @@ TEST(rows_are_independent) {
 }
 
 // Two ids whose noise gives the same value: the lower one is drawn, whether one thread finds both,
-// two lanes of a warp, or two warps.
+// Two tokens of equal key in one chunk, and two chunks of equal key.
 TEST(ties_fall_to_the_lowest_id) {
-  constexpr int64_t V = 8192, kPerThread = 8, kThreads = 512;
-  const auto thread_of = [](int64_t id) { return id / kPerThread % kThreads; };
-  for (const int apart : {0, 1, 2}) {
+  constexpr int64_t V = 8192;
+  for (const bool of_chunks : {false, true}) {
     C c(dlm::DType::kBFloat16, 1, 1, V, C::kRatio, 1);
     int64_t low = -1, high = -1;
-    for (c.seed[0] = 0; c.seed[0] < 10000; ++c.seed[0]) {
-      std::vector<std::pair<float, int64_t>> values;
-      for (int64_t v = 0; v < V; v += 4) {
-        const dlm::Philox4 bits =
-            dlm::philox(uint64_t(c.seed[0]), uint32_t(c.position[0]), uint32_t(c.step[0]),
-                        dlm::Stream::kResidual, uint32_t(v / 4));
+    const int64_t apart = of_chunks ? dlm::kRaceChunk : 1;
+    const int64_t count = of_chunks ? V / apart : dlm::kRaceChunk;
+    for (c.seed[0] = 0; c.seed[0] < 1000000 && high < 0; c.seed[0] += high < 0) {
+      std::vector<std::pair<float, int64_t>> keys;
+      for (int64_t k = 0; k < count; k += 4) {
+        const dlm::Philox4 bits = dlm::philox(
+            uint64_t(c.seed[0]), uint32_t(c.position[0]), uint32_t(c.step[0]),
+            of_chunks ? dlm::Stream::kResidualChunk : dlm::Stream::kResidual, uint32_t(k / 4));
         for (int j = 0; j < 4; ++j)
-          values.emplace_back(dlm::div_rn(0.5f, dlm::exponential(bits.word[j])), v + j);
+          keys.emplace_back(dlm::weight_key(0.5f, bits.word[j]), (k + j) * apart);
       }
-      std::sort(values.begin(), values.end());
-      for (size_t i = 1; i < values.size() && high < 0; ++i) {
-        const int64_t a = values[i - 1].second, b = values[i].second;
-        if (values[i - 1].first != values[i].first) continue;
-        const bool same_thread = thread_of(a) == thread_of(b);
-        const bool same_warp = thread_of(a) / 32 == thread_of(b) / 32;
-        if (apart == (same_thread ? 0 : same_warp ? 1 : 2)) low = a, high = b;
+      std::sort(keys.begin(), keys.end());
+      for (size_t i = 1; i < keys.size() && high < 0; ++i) {
+        if (keys[i - 1].first == keys[i].first) low = keys[i - 1].second, high = keys[i].second;
       }
-      if (high >= 0) break;
     }
     CHECK(high >= 0, "no tie found");
     // The target is one of the two, the draft an id of which it gives nothing.
@@ -114,7 +110,7 @@ TEST(ties_fall_to_the_lowest_id) {
     c.temperature[0] = 1, c.drafts[0] = c.sound_drafts[0] = draft;
     c.logsumexp[0] = std::log(2.0f), c.draft_logsumexp[0] = 0;
     c.expect();
-    run(dlm::cuda::start_verify_drafts(c.p, nullptr));
+    run(dlm::cuda::start_verify_drafts(c.p, c.workspace.data(), nullptr));
     CHECK(c.accepted[0] == 0 && c.tokens[0] == low && c.wrong().empty(), "ids %d and %d: %d; %s",
           int(low), int(high), int(c.tokens[0]), c.wrong().c_str());
   }
@@ -128,7 +124,7 @@ TEST(memory_traffic) {
     for (int w = 0; w < 3; ++w) c.drafts[size_t(w)] = 5;
     c.p.leniency = rejects ? 1e30f : 0.0f;
     simt::counters() = {};
-    run(dlm::cuda::start_verify_drafts(c.p, nullptr));
+    run(dlm::cuda::start_verify_drafts(c.p, c.workspace.data(), nullptr));
     const auto& n = simt::counters();
     CHECK(c.accepted[0] == (rejects ? 0 : 3), "accepted %d", c.accepted[0]);
     CHECK(n.gmem_sectors == (rejects ? 2 * 8192 * 2 / 32 : 0) &&

@@ -19,7 +19,7 @@ inf, nan = math.inf, math.nan
 NUMBERS = {
     "temperature": (0.75, torch.float32), "order_temperature": (1.5, torch.float32), "top_p": (0.5, torch.float32),
     "cfg_scale": (1.25, torch.float32), "parameter": (0.5, torch.float32), "top_k": (3, torch.int32),
-    "need": (2, torch.int32), "fill": (1, torch.int32), "cap": (2, torch.int32), "step": (4, torch.int32),
+    "need": (2, torch.int32), "fill": (1, torch.int32), "cap": (2, torch.int32), "step": (4, torch.int32), "redraw": (1, torch.int32),
     "origin": (1, torch.int32), "end": (6, torch.int32), "block_origin": (2, torch.int32),
     "seed": (2**62 + 1, torch.int64),
 }  # fmt: skip
@@ -78,7 +78,7 @@ OUT_OF_RANGE = {
     "parameter": [1e39, -1e39, torch.tensor(1e300, dtype=torch.float64)],
     "top_k": [-1, 2**31, np.int64(2**31), torch.tensor(2**31), -(2**40)],
     "need": [-1, 2**31], "fill": [-1, 2**31], "cap": [-1, 2**31],
-    "step": [2**31, -(2**31) - 1], "origin": [2**31], "end": [2**31, -(2**31) - 1], "block_origin": [2**31],
+    "redraw": [-1, 2**31], "step": [2**31, -(2**31) - 1], "origin": [2**31], "end": [2**31, -(2**31) - 1], "block_origin": [2**31],
     "seed": [2**63, -(2**63) - 1, 10**30, np.uint64(2**63)],
 }  # fmt: skip
 

@@ -29,7 +29,7 @@ def token_confidence():
         banned=torch.tensor([[1, -1], [7, 3]]), bitmask=torch.randint(-(2**31), 2**31, (N, 2)).int(),
         temperature=torch.tensor([0.7, 0.0, 1.0, 2.0]), top_k=i32([5, 0, 9, 3]), top_p=torch.tensor([0.9, 0.8]),
         top_p_first=True, keep_crossing=False, distribution="filtered", seed=torch.tensor([3, 8]),
-        step=i32([1, 2, 3, 4]), position=i32([9, 4, 0, 2]), with_margin=True, with_entropy=True,
+        step=i32([1, 2, 3, 4]), position=i32([9, 4, 0, 2]), redraw=i32([0, 3]), with_margin=True, with_entropy=True,
     )  # fmt: skip
 
 

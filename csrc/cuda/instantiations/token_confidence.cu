@@ -3,10 +3,7 @@
 
 namespace dlm::cuda {
 
-// Those of float32 are here, the others in files of their own, for the sake of parallel builds.
-constexpr ConfidenceFault kNoFault = ConfidenceFault::kNone;
-extern template cudaError_t start_rows<BFloat16, kNoFault>(ConfidenceLaunch, cudaStream_t);
-extern template cudaError_t start_rows<Float16, kNoFault>(ConfidenceLaunch, cudaStream_t);
+template cudaError_t start_rows<float>(ConfidenceLaunch, cudaStream_t);
 
 const char* unsupported_token_confidence(const TokenConfidenceParams& p) {
   return why_not_token_confidence(p);
@@ -15,7 +12,7 @@ const char* unsupported_token_confidence(const TokenConfidenceParams& p) {
 int64_t token_confidence_workspace(const TokenConfidenceParams& p) { return workspace_of(p); }
 
 int run_token_confidence(const TokenConfidenceParams& p, void* workspace, void* stream) {
-  return start_token_confidence<kNoFault>(p, workspace, static_cast<cudaStream_t>(stream));
+  return start_token_confidence(p, workspace, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace dlm::cuda

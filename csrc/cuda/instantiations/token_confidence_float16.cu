@@ -2,5 +2,5 @@
 #include "cuda/token_confidence.cuh"
 
 namespace dlm::cuda {
-template cudaError_t start_rows<Float16, ConfidenceFault::kNone>(ConfidenceLaunch, cudaStream_t);
+template cudaError_t start_rows<Float16>(ConfidenceLaunch, cudaStream_t);
 }

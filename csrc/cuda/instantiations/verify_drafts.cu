@@ -7,8 +7,10 @@ const char* unsupported_verify_drafts(const VerifyDraftsParams& p) {
   return why_not_verify_drafts(p);
 }
 
-int run_verify_drafts(const VerifyDraftsParams& p, void* stream) {
-  return start_verify_drafts(p, static_cast<cudaStream_t>(stream));
+int64_t verify_drafts_workspace(const VerifyDraftsParams& p) { return verify_workspace(p); }
+
+int run_verify_drafts(const VerifyDraftsParams& p, void* workspace, void* stream) {
+  return start_verify_drafts(p, workspace, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace dlm::cuda

@@ -61,11 +61,12 @@ class Proposer:
 
     def __call__(
         self, logits: Tensor, window: TokenWindow, bias: Tensor | None = None, temperature: float | None = None,
-        allowed: Tensor | None = None,
+        allowed: Tensor | None = None, redraw: Tensor | None = None,
     ) -> ops.TokenConfidence:  # fmt: skip
         """Statistics of the N = B * W slots, in the window's order, from logits `[N or 2N, V]`.
 
-        `bias` float32 `[V]` or `[P, V]` comes on top of the configured one.
+        `bias` float32 `[V]` or `[P, V]` comes on top of the configured one; `redraw` int32 `[B, W]` counts what was
+        refused in this step.
         """
         self._set_bias(logits.shape[1])
         rows = window.positions.numel()
@@ -81,6 +82,7 @@ class Proposer:
             options["temperature"] = torch.full((1,), temperature, device=logits.device)
         if "seed" in options:
             options["position"] = window.request_positions.flatten()
+            options["redraw"] = None if redraw is None else redraw.flatten()
         if self.reads_current:
             current = self.canvas.tokens.gather(1, window.positions.clamp(min=0).long()).flatten()
             options["given"] = torch.where(is_used, current, -1)

@@ -78,6 +78,7 @@ class Step:
     deferred: Tensor | None = None
     progress: float = 0.0
     allowed: Tensor | None = None
+    redraws: Tensor | None = None  # int32 [B, W], how often what a slot drew in this step was refused
     memory: dict[str, Tensor] = field(default_factory=dict)
     room: Tensor | None = None
 
@@ -162,19 +163,22 @@ class Step:
     def without(self, refused: Tensor, token: Tensor) -> Step:
         """The same step with new proposals at the slots `refused` bool `[B, W]`, other than `token` `[B, W]` there.
 
-        Draws keep their noise: what is drawn next is as likely as if the refused token had never been possible.
+        Each slot's draw has a noise of its own, by how often it was refused in this step, and is as likely as if the
+        refused tokens had never been possible.
         """
         words = -(-self.vocab_size // 32)
         allowed = token.new_full((1,), -1, dtype=torch.int32) if self.allowed is None else self.allowed
         allowed = without(allowed.expand(*self.eligible.shape, words), token, refused)
         window = TokenWindow(torch.where(refused, self.window.positions, -1), self.window.origin)
         sampled = self.proposer.options["temperature"] is not None
+        redraws = refused.int() if self.redraws is None else self.redraws + refused
         new = self.proposer(
-            self.raw_logits, window, allowed=allowed, temperature=self.sampling_temperature if sampled else None
-        )
+            self.raw_logits, window, allowed=allowed, temperature=self.sampling_temperature if sampled else None,
+            redraw=redraws,
+        )  # fmt: skip
         where = refused.flatten()
         merged = (torch.where(where, n, old) if old.numel() == len(where) else old for n, old in zip(new, self.stats))
-        return replace(self, stats=ops.TokenConfidence(*merged), allowed=allowed)
+        return replace(self, stats=ops.TokenConfidence(*merged), allowed=allowed, redraws=redraws)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The model's input embeddings of tokens `[B, W]`, `[B, W, hidden]`."""

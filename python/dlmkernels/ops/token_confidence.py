@@ -45,6 +45,7 @@ def token_confidence(
     seed: Tensor | int | None = None,
     step: Tensor | int | None = None,
     position: Tensor | None = None,
+    redraw: Tensor | int | None = None,
     with_margin: bool = True,
     with_entropy: bool = True,
 ) -> TokenConfidence:
@@ -60,9 +61,12 @@ def token_confidence(
 
     - ``argmax`` is the lowest id with the largest z: no noise, no filter.
     - ``token`` is the argmax where the temperature is 0 or absent. Elsewhere it is a sample of ``softmax(z / T)`` over
-      the set that top-k and top-p keep: the lowest id with the largest ``z * (1/T) + g``, where g is standard Gumbel
-      noise from Philox4x32-10 (Salmon et al., SC 2011) with the row's seed as key and (position, step, id) as counter.
-      (Should z / T overflow to -inf for the whole set, it is the argmax.)
+      the set that top-k and top-p keep, drawn by a race in two levels (exponential races: Maddison, Tarlow and Minka,
+      "A* sampling", NeurIPS 2014). With ``x = z * (1/T)`` and standard Gumbel noise g, each chunk of 256 consecutive
+      ids has the key ``log(sum of e^x) + g``; then each id of the chunk with the largest key has the key ``x + g``,
+      and the largest wins. Of equal keys the first wins; an x that overflows is the largest float with its sign. The
+      noise comes from Philox4x32-10 (Salmon et al., SC 2011) with the row's seed as key and (position, step, redraw,
+      chunk or id) as counter.
     - the statistics describe the distribution that `distribution` names.
 
     Filters go by value, so logits that are equal are kept or dropped together. Top-k keeps z_v iff it is at least the
@@ -83,8 +87,8 @@ def token_confidence(
         As `logits`, same shape and dtype: logits of the unconditional pass, for classifier-free guidance.
     cfg_scale : Tensor, optional
         float32, the guidance scale s, required by and only with `uncond_logits`; 0 gives back the conditional logits
-        up to rounding. Like `temperature`, `top_k`, `top_p`, `seed` and `step` it holds one value, one for each row,
-        or one for each group of consecutive rows.
+        up to rounding. Like `temperature`, `top_k`, `top_p`, `seed`, `step` and `redraw` it holds one value, one for
+        each row, or one for each group of consecutive rows.
     bias : Tensor, optional
         float32 [V] or [P, V], P a divisor of N: added to the logits; with P rows, each serves N / P consecutive rows.
     banned : Tensor, optional
@@ -113,6 +117,9 @@ def token_confidence(
         int32: denoising step, default 0.
     position : Tensor, optional
         int32 [N]: the rows' positions in their requests.
+    redraw : Tensor, optional
+        int32, at least 0, default 0: how often the position's draws have been refused in this step. A position that is
+        asked again draws from random numbers of its own. Needs `seed`.
     with_margin, with_entropy : bool
         Whether these are wanted. Entropy costs a little; without, the result is an empty tensor.
 
@@ -127,8 +134,8 @@ def token_confidence(
     ArgumentError
         For a wrong device, dtype, shape or stride, an unknown distribution, a missing `seed`, `position`, `cfg_scale`
         or `uncond_logits`; and, on the CPU, for a value out of range in `row_map`, `given`, `banned`, `temperature`,
-        `top_k` or `top_p`. The message names the argument. On CUDA, where values are not checked, a row or an id out of
-        range is none, and a temperature or a filter below its range is off.
+        `top_k`, `top_p` or `redraw`. The message names the argument. On CUDA, where values are not checked, a row or an
+        id out of range is none, and a temperature or a filter below its range is off.
     """
     return TokenConfidence(
         *call(
@@ -150,6 +157,7 @@ def token_confidence(
             seed=one_value("seed", seed, logits),
             step=one_value("step", step, logits),
             position=position,
+            redraw=one_value("redraw", redraw, logits),
             with_margin=with_margin,
             with_entropy=with_entropy,
         )

@@ -4,7 +4,9 @@
 import torch
 from torch import Tensor
 
-STREAMS = {"token": 0, "order": 1, "bernoulli": 2, "renoise": 3, "verify": 4, "residual": 5}
+STREAMS = {
+    "token": 0, "order": 1, "bernoulli": 2, "renoise": 3, "verify": 4, "residual": 5, "chunk": 6, "residual_chunk": 7,
+}  # fmt: skip
 _LOW32 = 0xFFFFFFFF
 
 
@@ -15,7 +17,9 @@ def _multiply32(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def philox(seed: Tensor, position: Tensor, step: Tensor, stream: str, index: Tensor) -> Tensor:
+def philox(
+    seed: Tensor, position: Tensor, step: Tensor, stream: str, index: Tensor, redraw: Tensor | int = 0
+) -> Tensor:
     """32 random bits (int64) an element: Philox4x32-10, key = seed, counter = (position, step, stream, index / 4).
 
     Parameters
@@ -24,10 +28,13 @@ def philox(seed: Tensor, position: Tensor, step: Tensor, stream: str, index: Ten
         int64, broadcast against each other; `index` is the vocabulary index (0 where a position needs one draw).
     stream : str
         A key of `STREAMS`.
+    redraw : Tensor or int
+        How often what the position drew in this step was refused; 256 times it is added to the stream.
     """
-    seed, position, step, index = torch.broadcast_tensors(seed, position, step, index)
+    refusals = torch.as_tensor(redraw, device=seed.device)
+    seed, position, step, index, refusals = torch.broadcast_tensors(seed, position, step, index, refusals)
     c0, c1 = position & _LOW32, step & _LOW32
-    c2, c3 = torch.full_like(c0, STREAMS[stream]), (index // 4) & _LOW32
+    c2, c3 = (STREAMS[stream] + (refusals << 8)) & _LOW32, (index // 4) & _LOW32
     k0, k1 = seed & _LOW32, (seed >> 32) & _LOW32
     for _ in range(10):
         high0, low0 = _multiply32(0xD2511F53, c0)

@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 
-from .randomness import gumbel, philox
+from .race import race
 from .rows import per_row
 
 FLAG_NAN, FLAG_POSITIVE_INFINITY, FLAG_NOTHING_ALLOWED = 1, 2, 4
@@ -77,6 +77,7 @@ def token_confidence(
     seed: Tensor | None = None,
     step: Tensor | None = None,
     position: Tensor | None = None,
+    redraw: Tensor | None = None,
     with_margin: bool = True,
     with_entropy: bool = True,
 ) -> tuple[Tensor, ...]:
@@ -96,8 +97,8 @@ def token_confidence(
     - kept set: top-k keeps v iff z_v >= the k-th largest z. Top-p looks at q = softmax(z / T), renormalised over what
       top-k keeps unless top_p_first. With keep_crossing v is kept iff the mass of strictly larger z is <= p; without,
       iff the mass of all z >= z_v is <= p or z_v is the maximum. Both filters must keep v.
-    - token: argmax where temperature is 0; else the lowest id with the largest z_v * (1/T) + gumbel(v), in float32,
-      of the kept set. If that is -inf for all of them (overflow): argmax.
+    - token: argmax where temperature is 0; else drawn from the kept set by a race in two levels (race.py) of z * (1/T),
+      in float32.
     - the distribution P: softmax(z), softmax(z / T), or softmax(z / T) over the kept set. confidence = P(token),
       margin = P_1 - P_2 of the two largest (P_2 = 0 if there is no second), entropy = -sum P log P, logsumexp = that
       of the (kept) logits z or z / T, p_given = P(given[n]), 0 where given is -1.
@@ -106,7 +107,7 @@ def token_confidence(
 
     The statistics have the dtype float64 if logits have, else float32; masses of top-p are always float64.
     """
-    vocabulary, device = logits.shape[1], logits.device
+    device = logits.device
     row = torch.arange(len(logits), device=device) if row_map is None else row_map.long()
     rows = len(row)
     z, flags = _effective_logits(logits, row, uncond_logits, cfg_scale, bias, banned, bitmask)
@@ -122,11 +123,11 @@ def token_confidence(
     token = argmax
     if temperature is not None and position is not None:
         key, now = per_row(seed, rows, 0).unsqueeze(1), per_row(step, rows, 0).long().unsqueeze(1)
-        index = torch.arange(vocabulary, device=device)
-        noise = gumbel(philox(key, position.long().unsqueeze(1), now, "token", index))
-        perturbed = (z * (1.0 / temper).unsqueeze(1) + noise).masked_fill(~kept, -torch.inf)
-        best = perturbed.max(-1).values
-        token = torch.where(samples & (best > -torch.inf), perturbed.argmax(-1), argmax)
+        again = per_row(redraw, rows, 0).long().unsqueeze(1)
+        drawn = race(
+            z.masked_fill(~kept, -torch.inf), (1.0 / temper).unsqueeze(1), key, position.long().unsqueeze(1), now, again
+        )
+        token = torch.where(samples & kept.any(1), drawn, argmax)
 
     y = z.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     if distribution != "raw":

@@ -4,7 +4,8 @@
 import torch
 from torch import Tensor
 
-from .randomness import bernoulli, exponential, philox, plain_exp
+from .race import race_of_weights
+from .randomness import bernoulli, philox, plain_exp
 from .rows import per_row
 
 
@@ -40,8 +41,8 @@ def verify_drafts(
       when it fails, token[i] takes its place;
     - else, with p and q = exp(z / T - logsumexp) in float32 (at most 1; 0 for NaN and for banned ids) of the target's
       and the draft's row, it passes with probability min(1, p(s) / (leniency * q(s))), 0 / 0 being 0, by the bits
-      (position + i, step, "verify", 0); when it fails, the lowest id with the largest max(p - q, 0) / e takes its
-      place, e being exponential noise of the stream "residual", and token[i] where p exceeds q nowhere.
+      (position + i, step, "verify", 0); when it fails, a token drawn from max(p - q, 0) takes its place, by a
+      race in two levels (race.py), and token[i] where p exceeds q nowhere.
 
     After the last draft comes token[i] of the row after it. Results: the number of drafts accepted, and the accepted
     drafts, the token after them, and -1 to the end.
@@ -72,9 +73,10 @@ def verify_drafts(
                 bits = philox(key[b], at, now[b], "verify", zero)
                 lenient = torch.tensor(leniency, dtype=torch.float32, device=q.device)
                 if not bernoulli(bits, p[draft] / (lenient * q[draft])):
-                    index = torch.arange(len(p), device=p.device)
-                    rest = (p - q).clamp(min=0.0) / exponential(philox(key[b], at, now[b], "residual", index))
-                    following = rest.argmax() if rest.max() > 0 else following
+                    rest = (p - q).clamp(min=0.0).unsqueeze(0)
+                    if rest.max() > 0:
+                        request = (key[b].view(1, 1), at.view(1, 1), now[b].view(1, 1))
+                        following = race_of_weights(rest, *request).squeeze(0)
                     break
             tokens[b, i] = draft
         tokens[b, i] = following

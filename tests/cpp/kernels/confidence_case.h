@@ -37,7 +37,7 @@ struct ConfidenceCase {
   dlm::TokenConfidenceParams p{};
   unsigned with;
   Array<uint8_t> logits, uncond, workspace;
-  Array<int32_t> row_map, sound_map, bitmask, top_k, step, position, flags, expected_flags;
+  Array<int32_t> row_map, sound_map, bitmask, top_k, step, redraw, position, flags, expected_flags;
   Array<int64_t> given, sound_given, banned, sound_banned, seed, token, argmax, expected_token,
       expected_argmax;
   Array<float> cfg_scale, bias, temperature, top_p, statistics, expected_statistics;
@@ -50,6 +50,7 @@ struct ConfidenceCase {
         bitmask(size_t(N * ((V + 31) / 32))),
         top_k(size_t(N)),
         step(size_t(N)),
+        redraw(size_t(N)),
         position(size_t(N)),
         flags(size_t(N), -7),
         expected_flags(size_t(N)),
@@ -125,6 +126,7 @@ struct ConfidenceCase {
       seed[i] = int64_t(random.bits());
       position[i] = int32_t(random.word());
       step[i] = int32_t(3 + 5 * n + below(5));
+      redraw[i] = int32_t(below(3));
     }
 
     p.logits = logits.data() + offset * size;
@@ -145,7 +147,8 @@ struct ConfidenceCase {
     if (with & kTopP) p.top_p = per_row(top_p, random);
     p.top_p_first = with & kTopPFirst, p.keep_crossing = !(with & kDropCrossing);
     p.distribution = distribution;
-    p.random = {per_row(seed, random), per_row(step, random), position.data()};
+    p.random = {per_row(seed, random), per_row(step, random), position.data(),
+                per_row(redraw, random)};
     write_to(expected_token, expected_argmax, expected_statistics, expected_flags);
     dlm::cpu::token_confidence(p, 0, N);
     if (with & kRowMap) p.row_map = row_map.data();
@@ -242,10 +245,7 @@ struct ConfidenceCase {
     return result;
   }
 
-  template <dlm::cuda::ConfidenceFault fault = dlm::cuda::ConfidenceFault::kNone>
-  cudaError_t start() {
-    return dlm::cuda::start_token_confidence<fault>(p, workspace.data(), nullptr);
-  }
+  cudaError_t start() { return dlm::cuda::start_token_confidence(p, workspace.data(), nullptr); }
 
   std::string wrong() const {  // empty: all is right
     char text[300];

@@ -31,7 +31,7 @@ struct VerifyCase {
   Array<int32_t> row_map, draft_row_map, sound_map, sound_draft_map, step, position, accepted,
       expected_accepted;
   Array<float> logsumexp, draft_logsumexp, temperature;
-  Array<uint8_t> logits, draft_logits;
+  Array<uint8_t> logits, draft_logits, workspace;
 
   VerifyCase(dlm::DType dtype, int64_t B, int64_t W, int64_t V, unsigned with, uint64_t random_seed)
       : drafts(size_t(B * W)),
@@ -119,6 +119,7 @@ struct VerifyCase {
     if (with & kMaps) p.row_map = sound_map.data(), p.draft_row_map = sound_draft_map.data();
     expect();
     p.drafts = drafts.data();
+    workspace = Array<uint8_t>(size_t(dlm::cuda::verify_workspace(p)), 0x7f);
     if (with & kMaps) p.row_map = row_map.data(), p.draft_row_map = draft_row_map.data();
   }
 

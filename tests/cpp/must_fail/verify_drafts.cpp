@@ -2,42 +2,34 @@
 #include "must_fail.h"
 
 #include "kernels/verify_case.h"
+#include "mutants/verify_drafts.h"
 
 namespace check {
 namespace {
 
-using Fault = dlm::cuda::VerifyFault;
+using Kernel = cudaError_t (*)(const dlm::VerifyDraftsParams&, void*, cudaStream_t);
 
 // A few cases that between them reach every line of the kernel; the first difference found, or "".
-template <Fault fault>
-std::string attempt() {
+std::string attempt(Kernel start) {
   using C = VerifyCase;
   uint64_t seed = 1;
   for (const auto& [W, V, with] : {std::tuple{3, 5001, C::kRatio | C::kLenient | 0u},
                                    {40, 90, C::kRatio | C::kAgree | 0u},
                                    {3, 1003, C::kRatio | C::kMaps | C::kHostile | C::kBanned | 0u},
                                    {2, 4000, C::kRatio | C::kFlat | C::kShifted | 0u}}) {
-    for (int again = 0; again < 3; ++again) {
+    for (int again = 0; again < 10; ++again) {
       C c(dlm::DType::kBFloat16, 3, W, V, with, ++seed);
-      dlm::cuda::start_verify_drafts<fault>(c.p, nullptr);
+      start(c.p, c.workspace.data(), nullptr);
       if (std::string wrong = c.wrong(); !wrong.empty()) return wrong;
     }
   }
   return "";
 }
 
-const FaultTable kFaults({
-    // clang-format off
-    // name, kernel, and what notices it: plain, asan, tsan, ptx
-    {"verify_none", attempt<Fault::kNone>, "-", "-", "-", ""},
-    {"verify_accepted_read_too_early", attempt<Fault::kAcceptedReadTooEarly>, "crash", "asan", "crash", kNotRun},
-    {"verify_best_read_too_early", attempt<Fault::kBestReadTooEarly>, "value", "value", "race", kNotRun},
-    {"verify_counts_beyond_failure", attempt<Fault::kCountsBeyondFailure>, "value", "value", "value", kNotRun},
-    {"verify_no_leniency", attempt<Fault::kNoLeniency>, "value", "value", "value", kNotRun},
-    {"verify_bound_too_low", attempt<Fault::kBoundTooLow>, "value", "value", "value", kNotRun},
-    {"verify_trusts_drafts", attempt<Fault::kTrustsDrafts>, "crash", "asan", "crash", kNotRun},
-    // clang-format on
-});
+#define ROW(NAME, ...)                                                                     \
+  {"verify_" #NAME, [] { return attempt(dlm::cuda::mutants::NAME::start_verify_drafts); }, \
+   __VA_ARGS__, kNotRun},
+const FaultTable kFaults({MUTANTS(ROW)});
 
 }  // namespace
 
