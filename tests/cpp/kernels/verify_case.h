@@ -113,7 +113,7 @@ struct VerifyCase {
       p.draft_logits = draft_logits.data() + draft_shift * size, p.draft_stride = draft_stride;
       p.logsumexp = logsumexp.data(), p.draft_logsumexp = draft_logsumexp.data();
       p.temperature = per_row(temperature, random);
-      p.random = {per_row(seed, random), per_row(step, random), position.data()};
+      p.random = {per_row(seed, random), per_row(step, random), position.data(), {}};
     }
     if (with & kBanned) p.banned = banned.data(), p.banned_count = int64_t(banned.size());
     if (with & kMaps) p.row_map = sound_map.data(), p.draft_row_map = sound_draft_map.data();

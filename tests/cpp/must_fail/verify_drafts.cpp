@@ -13,7 +13,7 @@ using Kernel = cudaError_t (*)(const dlm::VerifyDraftsParams&, void*, cudaStream
 std::string attempt(Kernel start) {
   using C = VerifyCase;
   uint64_t seed = 1;
-  for (const auto& [W, V, with] : {std::tuple{3, 5001, C::kRatio | C::kLenient | 0u},
+  for (const auto& [W, V, with] : {std::tuple{3, 12001, C::kRatio | C::kLenient | 0u},
                                    {40, 90, C::kRatio | C::kAgree | 0u},
                                    {3, 1003, C::kRatio | C::kMaps | C::kHostile | C::kBanned | 0u},
                                    {2, 4000, C::kRatio | C::kFlat | C::kShifted | 0u}}) {
