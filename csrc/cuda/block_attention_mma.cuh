@@ -1,50 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// out = softmax(scale * q.k) . v over the slots a row sees, by an online softmax (Milakov &
-// Gimelshein, 2018) around two products on tensor cores (Dao, "FlashAttention-2", 2023).
-//   block   a row tile of one KV head (rows: the group's query heads x Q) and one split of its
-//   slots warp    16 or 32 rows and, of every key tile, all slots (wide) or a share of them
-//   (narrow): few
-//           rows would leave warps idle, or have each read the same K and V from shared memory
-//   lane    fragments of mma.m16n8k16: rows lane/4 and lane/4 + 8, columns 2 (lane%4) and the next
-// Bytes: 4 D a slot and row tile; flops: 4 D a slot and row. A narrow tile (32 flops a byte) is
-// bound by memory; a wide one by the tensor cores, whose operand traffic from shared memory is the
-// next limit: 32 rows a warp halve it.
-// Instructions: sm_80 (mma.sync, ldmatrix, cp.async).
+// What the attention kernels on tensor cores share: the two products of a warp, and what they leave
+// out. Fragments are those of mma.m16n8k16: a lane has rows lane/4 and lane/4 + 8 of a block of 16,
+// and of every 8 columns 2 (lane%4) and the next.
+// Instructions: sm_80 (mma.sync, ldmatrix).
 #pragma once
 #include "cuda/block_attention_parts.cuh"
 
 namespace dlm::cuda {
-
-constexpr int kNarrowRows = 32;  // up to so many rows, a block is narrow; literal ones all are
-
-// Every choice keeps a block within 99 KiB of shared memory (sm_86, sm_89, sm_120) and the sums of
-// a warp, rows x D floats, within half of its registers. The ring of key tiles is later reused for
-// the sums of all warps.
-template <int kD, AttendForm form>
-struct AttendTiling {
-  static constexpr bool kWide = form == AttendForm::kWide;
-  static constexpr int kBlocks16 = kD == 256 ? 1 : 2;  // blocks of 16 rows of a warp
-  static constexpr int kRowWarps = kWide ? 4 : kD == 256 ? 2 : 1;
-  static constexpr int kKeyWarps = kAttendThreads / 32 / kRowWarps;
-  static constexpr int kWarpRows = 16 * kBlocks16, kRows = kWarpRows * kRowWarps;
-  // Logits of a wide warp take rows x keys / 32 registers beside the sums.
-  static constexpr int kKeys = kD == 64 ? 64 : kD == 256 || kWide ? 32 : 64;
-  static constexpr int kWarpKeys = kKeys / kKeyWarps;
-  static constexpr int kStages = kD == 64 || (kD == 128 && kWide) ? 3 : 2;
-
-  static constexpr uint32_t kQueryBytes = kRows * kD * 2;
-  static constexpr uint32_t kTileBytes = kKeys * kD * 2;
-  static constexpr uint32_t kSumBytes = kKeyWarps * kRows * kD * 4;
-  static constexpr uint32_t kArenaBytes = kQueryBytes + kStages * 2 * kTileBytes;
-  static_assert(kSumBytes <= kArenaBytes && kWarpKeys % 16 == 0);
-  static constexpr SmemSize kSmem = SmemSize{}
-                                        .take<unsigned char>(kArenaBytes)
-                                        .take<int32_t>(kRows)
-                                        .take<int32_t>(kRows)
-                                        .take<int32_t>(kRows)
-                                        .take<Norm>(kKeyWarps * kRows);
-  static_assert(kSmem.bytes <= 99 * 1024);
-};
 
 template <class T>
 DLM_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -68,93 +30,46 @@ DLM_DEVICE uint32_t not_finite(uint32_t pair) {
   return ((pair & kExponents<T>)+kExponentUnits<T>)&0x80008000u;
 }
 
-template <class T, int kD, AttendForm form, AttentionFault fault = AttentionFault::kNone>
-struct Attend {
-  using Tiling = AttendTiling<kD, form>;
-  using Tile = KeyTile<Tiling::kKeys>;
-  using Mask = typename Tile::Mask;
-  static constexpr int kBlocks16 = Tiling::kBlocks16, kWarpRows = Tiling::kWarpRows;
-  static constexpr int kWarpKeys = Tiling::kWarpKeys, kRows = Tiling::kRows;
-  static constexpr int kChunks = kD / 8, kSumChunks = kD / 4;
-  static constexpr uint32_t k16Rows = 16 * kD * 2;  // bytes, in a tile
-  static constexpr Mask kAll = Mask(~Mask(0)) >> (int(sizeof(Mask)) * 8 - kWarpKeys);
+// A tile of logits or weights: blocks of 16 rows, of 8 slots.
+template <int kBlocks16, int kTiles8>
+using Scores = float[kBlocks16][kTiles8][4];
 
-  const AttendParams& p;
-  const Place place;
-  const int lane, warp_row, warp_key, key_warp;
-  RowLimits limits;
-  Bounds mine{};  // of this warp's rows
-  uint32_t queries = 0;
-  float sums[kBlocks16][kD / 8][4] = {};
-  Norm norm[kBlocks16][2];
-
-  DLM_DEVICE explicit Attend(const AttendParams& params)
-      : p(params),
-        place(place_of_block<kRows>(params)),
-        lane(int(threadIdx.x) % 32),
-        warp_row(int(threadIdx.x) / 32 % Tiling::kRowWarps * kWarpRows),
-        warp_key(int(threadIdx.x) / 32 / Tiling::kRowWarps * kWarpKeys),
-        key_warp(int(threadIdx.x) / 32 / Tiling::kRowWarps) {}
-
-  DLM_DEVICE void run() {
-    SmemCarver smem;
-    unsigned char* arena = smem.take<unsigned char>(Tiling::kArenaBytes);
-    limits.take(smem, kRows);
-    Norm* norms = smem.take<Norm>(Tiling::kKeyWarps * kRows);
-    queries = ptx::smem_address(arena);
-
-    load_queries<T, kD, kRows>(queries, p, place);
-    limits.fill(p, place, kRows);
-    __syncthreads();
-    mine = bounds_of(limits, warp_row, kWarpRows);
-    KeyTiles<Tiling::kKeys> tiles(p.op, place.b);
-    tiles.confine(bounds_of(limits, 0, kRows), place.split, p.split_length,
-                  fault == AttentionFault::kSplitsOverlap ? Tiling::kKeys : 0);
-    for_each_key_tile<T, kD, Tiling::kKeys, Tiling::kStages, fault>(
-        p, place, tiles, queries + Tiling::kQueryBytes,
-        [&](const Tile& tile, uint32_t at) { attend(tile, at, at + Tiling::kTileBytes); });
-    share(reinterpret_cast<float*>(arena), norms);
-    if (fault != AttentionFault::kMergedTooEarly) __syncthreads();
-    finish(ptx::smem_address(arena), norms);
-  }
-
-  DLM_DEVICE int row_of(int block16, int half) const {
-    return warp_row + block16 * 16 + half * 8 + lane / 4;
-  }
-
-  // This warp's share of a tile.
-  DLM_DEVICE void attend(const Tile& tile, uint32_t k_tile, uint32_t v_tile) {
-    const int32_t slot = tile.slot + warp_key;
-    const Mask bits = tile.bits >> warp_key & kAll;
-    if (bits == 0 || slot >= mine.last || slot + kWarpKeys <= mine.first) return;
-    // Must rows be told apart, or slots left out?
-    const bool masked = (bits != kAll || slot < mine.all_first ||
-                         slot + kWarpKeys > mine.all_last || p.op.k_order) &&
-                        fault != AttentionFault::kTailUnmasked;
-
-    float s[kBlocks16][kWarpKeys / 8][4] = {};
-    multiply_keys(s, k_tile);
-    scale_logits(s);
-    if (masked) mask_logits(s, slot, bits);
-    online_softmax(s);
-    const bool poisoned = multiply_values(s, v_tile, masked);
-    if (masked && __any_sync(~0u, poisoned)) add_not_finite(slot, bits, v_tile);
-  }
-
-  // s = q k^T
-  DLM_DEVICE void multiply_keys(float (&s)[kBlocks16][kWarpKeys / 8][4], uint32_t k_tile) const {
-    const uint32_t q_row = row_start<kChunks>(queries, warp_row + lane % 16, lane / 16);
-    const uint32_t k_row =
-        row_start<kChunks>(k_tile, warp_key + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+// s += q k^T for 16 * kBlocks16 rows from `row` on and 8 * kTiles8 slots from `key` on.
+template <class T, int kD, int kBlocks16, int kTiles8>
+DLM_DEVICE void multiply_keys(Scores<kBlocks16, kTiles8>& s, uint32_t queries, int row,
+                              uint32_t k_tile, int key) {
+  constexpr int kChunks = kD / 8;
+  constexpr uint32_t k16Rows = 16 * kD * 2;  // bytes
+  const int lane = int(threadIdx.x) % 32;
+  const uint32_t q_row = row_start<kChunks>(queries, row + lane % 16, lane / 16);
+  const auto load_q = [&](uint32_t (&q)[kBlocks16][4], int d) {
+#pragma unroll
+    for (int i = 0; i < kBlocks16; ++i) {
+      ptx::ldmatrix(q[i], chunk_from(q_row, d * 2) + i * k16Rows);
+    }
+  };
+  if constexpr (kTiles8 == 1) {  // a load of K has 8 slots and 32 columns
+    const uint32_t k_row = row_start<kChunks>(k_tile, key + lane % 8, lane / 8);
+#pragma unroll
+    for (int d = 0; d < kD / 32; ++d) {
+      uint32_t k[4];
+      ptx::ldmatrix(k, chunk_from(k_row, d * 4));
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t q[kBlocks16][4];
+        load_q(q, d * 2 + half);
+#pragma unroll
+        for (int i = 0; i < kBlocks16; ++i) mma<T>(s[i][0], q[i], k[half * 2], k[half * 2 + 1]);
+      }
+    }
+  } else {  // 16 slots and 16 columns
+    const uint32_t k_row = row_start<kChunks>(k_tile, key + lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
     for (int d = 0; d < kD / 16; ++d) {
       uint32_t q[kBlocks16][4];
+      load_q(q, d);
 #pragma unroll
-      for (int i = 0; i < kBlocks16; ++i) {
-        ptx::ldmatrix(q[i], chunk_from(q_row, d * 2) + i * k16Rows);
-      }
-#pragma unroll
-      for (int j = 0; j < kWarpKeys / 16; ++j) {
+      for (int j = 0; j < kTiles8 / 2; ++j) {
         uint32_t k[4];
         ptx::ldmatrix(k, chunk_from(k_row, d * 2) + j * k16Rows);
 #pragma unroll
@@ -165,256 +80,171 @@ struct Attend {
       }
     }
   }
+}
 
-  DLM_DEVICE void scale_logits(float (&s)[kBlocks16][kWarpKeys / 8][4]) const {
-    const bool cap = p.cap > 0.0f;
-#pragma unroll
-    for (int i = 0; i < kBlocks16; ++i) {
-#pragma unroll
-      for (int j = 0; j < kWarpKeys / 8; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          if constexpr (form == AttendForm::kLiteral) {
-            s[i][j][e] = literal_logit(p, s[i][j][e]);
-          } else {
-            s[i][j][e] = cap ? capped(p, s[i][j][e]) : s[i][j][e] * p.scale;
-          }
-        }
-      }
-    }
-  }
+// What rows see of the slots from `slot` on.
+template <class Mask>
+struct Sight {
+  const AttendParams& p;
+  const RowLimits& limits;
+  int64_t b;
+  int32_t slot;
+  Mask bits;
 
-  // Which of the slots from `slot` on this row sees, order apart.
-  DLM_DEVICE Mask seen_by(int row, int32_t slot, Mask bits) const {
+  // Order apart.
+  DLM_DEVICE Mask of(int row) const {
     return bits & bits_between<Mask>(limits.low[row] - slot, limits.high[row] - slot);
   }
-  DLM_DEVICE bool in_order(int row, int32_t slot) const {
-    return !p.op.k_order || p.op.k_order[place.b * p.op.S + slot] <= limits.order[row];
+  DLM_DEVICE bool in_order(int row, int key) const {
+    return !p.op.k_order || p.op.k_order[b * p.op.S + slot + key] <= limits.order[row];
   }
+};
 
-  DLM_DEVICE void mask_logits(float (&s)[kBlocks16][kWarpKeys / 8][4], int32_t slot,
-                              Mask bits) const {
-    const int column = lane % 4 * 2;
+// -inf where a row from `row` on does not see a slot.
+template <int kBlocks16, int kTiles8, class Mask>
+DLM_DEVICE void mask_logits(Scores<kBlocks16, kTiles8>& s, int row, const Sight<Mask>& sight) {
+  const int lane = int(threadIdx.x) % 32, column = lane % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < kBlocks16; ++i) {
+  for (int i = 0; i < kBlocks16; ++i) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = row_of(i, half);
-        const Mask seen = seen_by(row, slot, bits) >> column;
+    for (int half = 0; half < 2; ++half) {
+      const int own = row + i * 16 + half * 8 + lane / 4;
+      const Mask seen = sight.of(own) >> column;
 #pragma unroll
-        for (int j = 0; j < kWarpKeys / 8; ++j) {
+      for (int j = 0; j < kTiles8; ++j) {
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const bool visible =
-                (seen >> (j * 8 + e) & 1) && in_order(row, slot + column + j * 8 + e);
-            if (!visible) s[i][j][half * 2 + e] = -INFINITY;
-          }
+        for (int e = 0; e < 2; ++e) {
+          const int key = j * 8 + e;
+          const bool visible = (seen >> key & 1) && sight.in_order(own, column + key);
+          if (!visible) s[i][j][half * 2 + e] = -INFINITY;
         }
       }
     }
   }
+}
 
-  // Logits to weights; sums and norms shrink where a maximum grows. Lanes keep the sums of their
-  // own columns until the end.
-  DLM_DEVICE void online_softmax(float (&s)[kBlocks16][kWarpKeys / 8][4]) {
-    float shrink[kBlocks16][2];
-    bool grown = false;
+// The maximum over the four lanes that share a row.
+DLM_DEVICE float max_of_row(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+DLM_DEVICE float sum_of_row(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// Sums of 16 * kBlocks16 rows and 8 * kColumns8 columns.
+template <int kBlocks16, int kColumns8>
+using Sums = float[kBlocks16][kColumns8][4];
+
+template <int kBlocks16, int kColumns8>
+DLM_DEVICE void shrink_sums(Sums<kBlocks16, kColumns8>& sums, const float (&by)[kBlocks16][2]) {
 #pragma unroll
-    for (int i = 0; i < kBlocks16; ++i) {
+  for (int i = 0; i < kBlocks16; ++i) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        Norm& n = norm[i][half];
-        float maximum = n.maximum;
+    for (int d = 0; d < kColumns8; ++d) {
 #pragma unroll
-        for (int j = 0; j < kWarpKeys / 8; ++j) {
-          maximum = fmaxf(maximum, fmaxf(s[i][j][half * 2], s[i][j][half * 2 + 1]));
-        }
-        maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 1));
-        maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 2));
-        const float base = base_of(maximum);
-        shrink[i][half] = ptx::exp2_approx(n.maximum - base);
-        grown |= shrink[i][half] != 1.0f;
-        n.maximum = maximum;
-        float sum = 0.0f;
-#pragma unroll
-        for (int j = 0; j < kWarpKeys / 8; ++j) {
-#pragma unroll
-          for (int e = half * 2; e < half * 2 + 2; ++e) {
-            s[i][j][e] = ptx::exp2_approx(s[i][j][e] - base);
-            sum += s[i][j][e];
-          }
-        }
-        n.sum = fmaf(n.sum, shrink[i][half], sum);
-      }
-    }
-    if (!__any_sync(~0u, grown) || fault == AttentionFault::kNotRescaled) return;
-#pragma unroll
-    for (int i = 0; i < kBlocks16; ++i) {
-#pragma unroll
-      for (int d = 0; d < kD / 8; ++d) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sums[i][d][e] *= shrink[i][e / 2];
-      }
+      for (int e = 0; e < 4; ++e) sums[i][d][e] *= by[i][e / 2];
     }
   }
+}
 
-  // sums += weights v. In a masked tile a row must not even multiply by zero what it does not see:
-  // NaN and infinities count as 0 there, and whether there were any is returned.
-  DLM_DEVICE bool multiply_values(const float (&s)[kBlocks16][kWarpKeys / 8][4], uint32_t v_tile,
-                                  bool masked) {
-    const uint32_t v_row = row_start<kChunks>(v_tile, warp_key + lane % 16, lane / 16);
-    uint32_t poison = 0;
+// sums += weights v for 16 slots, whose rows of v lie from `v_row` on (a row_start of the warp's
+// first columns). With `masked` a row must not even multiply by zero what it does not see: NaN and
+// infinities count as 0 there, and `poison` becomes nonzero where there are any.
+template <class T, bool masked, int kBlocks16, int kColumns8>
+DLM_DEVICE void multiply_values(Sums<kBlocks16, kColumns8>& sums,
+                                const uint32_t (&weights)[kBlocks16][4], uint32_t v_row,
+                                uint32_t& poison) {
 #pragma unroll
-    for (int j = 0; j < kWarpKeys / 16; ++j) {
-      uint32_t weights[kBlocks16][4];
+  for (int d = 0; d < kColumns8 / 2; ++d) {
+    uint32_t v[4];
+    ptx::ldmatrix_trans(v, chunk_from(v_row, d * 2));
+    if (masked) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const uint32_t wrong = not_finite<T>(v[e]);
+        v[e] &= ~((wrong >> 15) * 0xffffu);
+        poison |= wrong;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kBlocks16; ++i) {
+      mma<T>(sums[i][d * 2], weights[i], v[0], v[1]);
+      mma<T>(sums[i][d * 2 + 1], weights[i], v[2], v[3]);
+    }
+  }
+}
+
+// What multiply_values left out of `keys` slots, for the rows from `row` on that do see it: rare,
+// so slow is good enough.
+template <class T, int kChunks, int kBlocks16, int kColumns8, class Mask>
+DLM_DEVICE void add_not_finite(Sums<kBlocks16, kColumns8>& sums, int row, const Sight<Mask>& sight,
+                               int keys, uint32_t v_tile, int first_chunk) {
+  const int lane = int(threadIdx.x) % 32;
+#pragma unroll 1
+  for (int key = 0; key < keys; ++key) {
+#pragma unroll
+    for (int d = 0; d < kColumns8; ++d) {
+      const uint4 eight = ptx::ld_shared_16(v_tile + chunk_offset<kChunks>(key, first_chunk + d));
+      const uint32_t left = lane & 1 ? eight.y : eight.x, right = lane & 1 ? eight.w : eight.z;
+      const uint32_t pair = lane & 2 ? right : left;
+      const uint32_t wrong = not_finite<T>(pair);
+      if (wrong == 0) continue;
 #pragma unroll
       for (int i = 0; i < kBlocks16; ++i) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const float* w = s[i][j * 2 + e / 2] + e % 2 * 2;
-          weights[i][e] = pack<T>(w[0], w[1]);
-        }
-      }
-#pragma unroll
-      for (int d = 0; d < kD / 16; ++d) {
-        uint32_t v[4];
-        ptx::ldmatrix_trans(v, chunk_from(v_row, d * 2) + j * k16Rows);
-        if (masked && fault != AttentionFault::kZeroTimesNaN) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const uint32_t wrong = not_finite<T>(v[e]);
-            v[e] &= ~((wrong >> 15) * 0xffffu);
-            poison |= wrong;
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < kBlocks16; ++i) {
-          mma<T>(sums[i][d * 2], weights[i], v[0], v[1]);
-          mma<T>(sums[i][d * 2 + 1], weights[i], v[2], v[3]);
-        }
-      }
-    }
-    return poison != 0;
-  }
-
-  // What multiply_values left out, for the rows that do see it: rare, so slow is good enough.
-  DLM_DEVICE void add_not_finite(int32_t slot, Mask bits, uint32_t v_tile) {
-#pragma unroll 1
-    for (int key = 0; key < kWarpKeys; ++key) {
-#pragma unroll
-      for (int d = 0; d < kD / 8; ++d) {
-        const uint4 eight = ptx::ld_shared_16(v_tile + chunk_offset<kChunks>(warp_key + key, d));
-        const uint32_t left = lane & 1 ? eight.y : eight.x, right = lane & 1 ? eight.w : eight.z;
-        const uint32_t pair = lane & 2 ? right : left;
-        const uint32_t wrong = not_finite<T>(pair);
-        if (wrong == 0) continue;
-#pragma unroll
-        for (int i = 0; i < kBlocks16; ++i) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int row = row_of(i, e / 2);
-            const bool visible = (seen_by(row, slot, bits) >> key & 1) && in_order(row, slot + key);
-            const uint32_t element = e % 2 ? pair >> 16 : pair & 0xffffu;
-            if (visible && (wrong >> (e % 2 * 16 + 15) & 1)) {
-              sums[i][d][e] += to_float(T{uint16_t(element)});
-            }
+          const int own = row + i * 16 + e / 2 * 8 + lane / 4;
+          const bool visible = (sight.of(own) >> key & 1) && sight.in_order(own, key);
+          const uint32_t element = e % 2 ? pair >> 16 : pair & 0xffffu;
+          if (visible && (wrong >> (e % 2 * 16 + 15) & 1)) {
+            sums[i][d][e] += to_float(T{uint16_t(element)});
           }
         }
       }
     }
   }
+}
 
-  // --- the end ---
+// --- results -----------------------------------------------------------------------------------
 
-  // Where a row's four columns lie in the tile of sums: even chunks left, odd ones right, since 8
-  // lanes read every other chunk of a row; and half a warp writes 2 chunks of 4 rows.
-  DLM_DEVICE static uint32_t sum_chunk(int row, int chunk) {
-    const int odd = chunk & 1, place = chunk / 2 + odd * (kSumChunks / 2);
-    return uint32_t(row * kSumChunks + (place ^ ((row & 3) * 2 + odd)));
-  }
-
-  // This warp's sums and norms to shared memory.
-  DLM_DEVICE void share(float* arena, Norm* norms) {
+// Puts results into the tile of queries, which nobody reads any more; 8 kColumns8 columns from the
+// chunk `first_chunk` on.
+template <class T, int kChunks, int kBlocks16, int kColumns8>
+DLM_DEVICE void stage_results(unsigned char* tile, int row, int first_chunk,
+                              const Sums<kBlocks16, kColumns8>& sums,
+                              const Norm (&norm)[kBlocks16][2]) {
+  const int lane = int(threadIdx.x) % 32;
 #pragma unroll
-    for (int i = 0; i < kBlocks16; ++i) {
+  for (int i = 0; i < kBlocks16; ++i) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = key_warp * kRows + row_of(i, half);
-        Norm n = norm[i][half];
-        n.sum += __shfl_xor_sync(~0u, n.sum, 1);
-        n.sum += __shfl_xor_sync(~0u, n.sum, 2);
-        if (lane % 4 == 0) norms[row] = n;
+    for (int half = 0; half < 2; ++half) {
+      const int own = row + i * 16 + half * 8 + lane / 4;
+      const Norm n = norm[i][half];
 #pragma unroll
-        for (int d = 0; d < kD / 8; ++d) {
-          float* to = arena + sum_chunk(row, d * 2 + lane % 4 / 2) * 4 + lane % 2 * 2;
-          *reinterpret_cast<float2*>(to) =
-              make_float2(sums[i][d][half * 2], sums[i][d][half * 2 + 1]);
-        }
+      for (int d = 0; d < kColumns8; ++d) {
+        const float left = normalised(sums[i][d][half * 2], n);
+        const float right = normalised(sums[i][d][half * 2 + 1], n);
+        unsigned char* to = tile + chunk_offset<kChunks>(own, first_chunk + d) + lane % 4 * 4;
+        *reinterpret_cast<uint32_t*>(to) = pack<T>(left, right);
       }
     }
   }
+}
 
-  // Merges the warps that shared the keys, in order, and stores the rows: 8 columns a thread.
-  DLM_DEVICE void finish(uint32_t arena, const Norm* norms) const {
+// Stores kColumns8 chunks of staged rows, 16 bytes a thread, by `threads` threads of which this is
+// the number `thread`.
+template <class T, int kChunks, int kColumns8>
+DLM_DEVICE void store_staged(const AttendParams& p, const Place& place, uint32_t tile, int row,
+                             int rows, int first_chunk, int thread, int threads) {
 #pragma unroll 1
-    for (int i = int(threadIdx.x); i < kRows * kChunks; i += kAttendThreads) {
-      const int row = i / kChunks, chunk = i % kChunks;
-      if (place.first_row + row >= p.rows) break;
-      const bool sees = limits.low[row] < limits.high[row];
-      Norm n;
-      for (int w = 0; w < Tiling::kKeyWarps; ++w) {
-        n.maximum = fmaxf(n.maximum, norms[w * kRows + row].maximum);
-      }
-      float sum[8] = {};
-#pragma unroll 1
-      for (int w = 0; w < Tiling::kKeyWarps; ++w) {
-        const Norm part = norms[w * kRows + row];
-        const float weight = fault == AttentionFault::kMaximaMixed
-                                 ? 1.0f
-                                 : ptx::exp2_approx(part.maximum - base_of(n.maximum));
-        n.sum = fmaf(part.sum, weight, n.sum);
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const float4 four =
-              as_floats(ptx::ld_shared_16(arena + sum_chunk(w * kRows + row, chunk * 2 + c) * 16));
-          sum[c * 4] = fmaf(four.x, weight, sum[c * 4]);
-          sum[c * 4 + 1] = fmaf(four.y, weight, sum[c * 4 + 1]);
-          sum[c * 4 + 2] = fmaf(four.z, weight, sum[c * 4 + 2]);
-          sum[c * 4 + 3] = fmaf(four.w, weight, sum[c * 4 + 3]);
-        }
-      }
-      if (!sees) n = Norm{};
-      store_row(row, chunk, n, sum);
-    }
+  for (int i = thread; i < rows * kColumns8; i += threads) {
+    const int own = row + i / kColumns8, chunk = first_chunk + i % kColumns8;
+    if (place.first_row + own >= p.rows || chunk * 8 >= int(p.op.D)) continue;
+    ptx::st_global_16(static_cast<T*>(p.op.out) + out_row(p, place, own) * p.op.D + chunk * 8,
+                      ptx::ld_shared_16(tile + chunk_offset<kChunks>(own, chunk)));
   }
-
-  DLM_DEVICE void store_row(int row, int chunk, Norm n, const float (&sum)[8]) const {
-    const QueryRow at = query_row(p, place, row);
-    const int64_t out_row = (place.b * p.op.Q + at.query) * p.op.H + at.head;
-    if (p.splits > 1) {
-      const int64_t part = out_row * p.splits + place.split;
-      if (chunk == 0) p.partial_norm[part] = make_float2(n.maximum, n.sum);
-      if (n.sum == 0.0f) return;  // the sums are not read either
-      float* to = p.partial + part * kD + chunk * 8;
-      ptx::st_global_16(to, as_words(sum[0], sum[1], sum[2], sum[3]));
-      ptx::st_global_16(to + 4, as_words(sum[4], sum[5], sum[6], sum[7]));
-      return;
-    }
-    if (chunk == 0) p.op.lse[out_row] = log_sum_exp(n);
-    uint32_t packed[4];
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      packed[e] = pack<T>(normalised(sum[e * 2], n), normalised(sum[e * 2 + 1], n));
-    }
-    ptx::st_global_16(static_cast<T*>(p.op.out) + out_row * kD + chunk * 8,
-                      make_uint4(packed[0], packed[1], packed[2], packed[3]));
-  }
-};
-
-template <class T, int kD, AttendForm form, AttentionFault fault = AttentionFault::kNone>
-__global__ void __launch_bounds__(kAttendThreads)
-    attend_kernel(const __grid_constant__ AttendParams p) {
-  Attend<T, kD, form, fault>(p).run();
 }
 
 }  // namespace dlm::cuda

@@ -12,23 +12,9 @@
 
 namespace dlm::cuda {
 
-// Faults that the native tests plant: each must be noticed.
-enum class AttentionFault {
-  kNone,
-  kNoBarrierBeforeReuse,
-  kLaxWait,
-  kTailUnmasked,
-  kSplitsOverlap,
-  kNotRescaled,
-  kZeroTimesNaN,
-  kMergedTooEarly,
-  kMaximaMixed,
-  kFirstRowWins,
-};
-
-// Which kernel attends. kLiteral, of few rows, takes any scale and soft-cap: kernels of their own
-// keep that out of the others' loops.
-enum class AttendForm { kNarrow, kWide, kLiteral };
+// Which kernel attends. kGeneral, of few rows, takes any scale and soft-cap: that keeps them out of
+// the others' loops.
+enum class AttendForm { kNarrow, kWide, kGeneral };
 
 constexpr int kAttendThreads = 128;
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
@@ -38,35 +24,49 @@ constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 struct AttendParams {
   BlockAttentionParams op;
   int32_t group, rows;  // H/G, Q * H/G
-  int32_t row_tiles, splits, split_length;
-  // Logits are kept in units of log 2: scale * q.k, or where cap > 0 cap * tanh(scale * q.k);
-  // kLiteral goes by scale and soft-cap of the op.
-  float scale, cap;
+  int32_t row_tiles, splits;
+  bool spread;  // a split a block; else a block runs all splits of its rows, one after the other
   AttendForm form;
-  // Of several splits: [B*Q*H, splits, D] unnormalised sums; [B*Q*H, splits] maximum and sum of
-  // weights.
+  float scale;  // log2(e) * scale, of forms other than kGeneral
+  // Of several splits, the unnormalised sums: spread [B*Q*H, splits, D], else [B*Q*H, D] of those
+  // that a block has added up so far.
   float* partial;
-  float2* partial_norm;
+  float2* partial_norm;  // spread: [B*Q*H, splits] maximum and sum of weights
+  uint32_t* arrived;     // spread: [B*G*row_tiles] blocks whose splits are there, 0 at first
 };
+
+// Numerical splits of the slots: each has a softmax of its own, and they are folded together in
+// order. Fixed, so that a request's bits depend neither on its batch nor on who runs which split.
+constexpr int32_t kSplitSlots = 256;
 
 // --- the place of a block ----------------------------------------------------------------------
 
 struct Place {
   int64_t b;
-  int32_t g, split, first_row;
+  int32_t g, first_row, row_tile;
+  int32_t first_split, last_split;
+  int32_t column_part;  // of wide heads, whose columns of v several blocks share
 };
 
 // Row tiles of the same keys run side by side, so all but one find them in the L2 cache; the last
 // first, since under causality it is the longest.
-template <int kRows>
+template <int kRows, int kColumnParts = 1>
 DLM_DEVICE Place place_of_block(const AttendParams& p) {
   uint32_t i = blockIdx.x;
-  const uint32_t row_tile = uint32_t(p.row_tiles) - 1 - i % uint32_t(p.row_tiles);
-  i /= uint32_t(p.row_tiles);
-  const uint32_t split = i % uint32_t(p.splits);
-  i /= uint32_t(p.splits);
-  const uint32_t G = uint32_t(p.op.G);
-  return {int64_t(i / G), int32_t(i % G), int32_t(split), int32_t(row_tile) * kRows};
+  const auto next = [&](uint32_t count) {
+    const uint32_t index = i % count;
+    i /= count;
+    return int32_t(index);
+  };
+  Place at{};
+  at.column_part = next(kColumnParts);
+  at.row_tile = p.row_tiles - 1 - next(uint32_t(p.row_tiles));
+  at.first_row = at.row_tile * kRows;
+  at.first_split = p.spread ? next(uint32_t(p.splits)) : 0;
+  at.last_split = p.spread ? at.first_split + 1 : p.splits;
+  at.g = next(uint32_t(p.op.G));
+  at.b = i;
+  return at;
 }
 
 struct QueryRow {
@@ -180,17 +180,17 @@ class KeyTiles {
       start_ = slots_ > 0 ? 0 : INT_MAX;
       end_ = slots_ > 0 ? slots_ : INT_MAX;
     }
+    origin_ = start_;
   }
 
-  // `overlap` is for the tests: slots of the next split that are taken too.
-  DLM_DEVICE void confine(const Bounds& rows, int32_t split, int32_t split_length,
-                          int64_t overlap = 0) {
+  // To what some of these rows see of a split; splits in ascending order. `length`: of a split.
+  DLM_DEVICE void confine(const Bounds& rows, int32_t split, int32_t length) {
     first_ = rows.first;
     last_ = 0;
     slot_ = 0;
-    if (start_ == INT_MAX || rows.first >= rows.last) return;
-    const int64_t origin = start_, begin = origin + int64_t(split) * split_length;
-    last_ = int32_t(min(int64_t(rows.last), begin + split_length + overlap));
+    if (origin_ == INT_MAX || rows.first >= rows.last) return;
+    const int64_t begin = int64_t(origin_) + int64_t(split) * length;
+    last_ = int32_t(min(int64_t(rows.last), begin + length));
     const int64_t skipped = rows.first > begin ? (rows.first - begin) / kKeys * kKeys : 0;
     slot_ = int32_t(min(begin + skipped, int64_t(last_)));
   }
@@ -233,6 +233,7 @@ class KeyTiles {
 
   const int32_t* ranges_;
   int32_t left_, slots_;
+  int32_t origin_;               // the first slot of all
   int32_t start_ = 0, end_ = 0;  // the range that the walk has reached
   int32_t slot_ = 0, first_ = 0, last_ = 0;
 };
@@ -256,17 +257,17 @@ DLM_DEVICE uint32_t chunk_from(uint32_t start, int chunk) {
   return (start ^ uint32_t((chunk & 7) * 16)) + uint32_t(chunk / 8 * 128);
 }
 
-// Starts copying the rows of a K or V tile whose bit is set; the others become zero: what nobody
-// sees may hold anything.
-template <class T, int kHeadDim, int kKeys>
-DLM_DEVICE void load_keys(uint32_t to, const void* cache, int64_t stride,
+// Starts copying kColumns columns of the rows of a K or V tile whose bit is set; the others become
+// zero: what nobody sees may hold anything. So do the columns from D on.
+template <class T, int kColumns, int kKeys>
+DLM_DEVICE void load_keys(uint32_t to, const void* cache, int64_t stride, int32_t D,
                           const KeyTile<kKeys>& tile) {
-  constexpr int kChunks = kHeadDim * int(sizeof(T)) / 16, kStep = kAttendThreads / kChunks;
+  constexpr int kChunks = kColumns * int(sizeof(T)) / 16, kStep = kAttendThreads / kChunks;
   static_assert(kKeys % kStep == 0);
   const int row0 = int(threadIdx.x) / kChunks, chunk = int(threadIdx.x) % kChunks;
-  const T* from =
-      static_cast<const T*>(cache) + (tile.slot + row0) * stride + chunk * (16 / int(sizeof(T)));
-  const auto bits = tile.bits >> row0;
+  const int column = chunk * (16 / int(sizeof(T)));
+  const T* from = static_cast<const T*>(cache) + (tile.slot + row0) * stride + column;
+  const auto bits = column < D ? tile.bits >> row0 : 0;
 #pragma unroll
   for (int row = 0; row < kKeys; row += kStep) {
     ptx::cp_async_16(to + chunk_offset<kChunks>(row0 + row, chunk), from, bits >> row & 1);
@@ -274,42 +275,44 @@ DLM_DEVICE void load_keys(uint32_t to, const void* cache, int64_t stride,
   }
 }
 
-// Starts copying the rows of q; those beyond the last become zero.
+// Starts copying the rows of q; those beyond the last become zero, and the columns beyond D.
 template <class T, int kHeadDim, int kRows>
 DLM_DEVICE void load_queries(uint32_t to, const AttendParams& p, const Place& place) {
   constexpr int kChunks = kHeadDim * int(sizeof(T)) / 16, kStep = kAttendThreads / kChunks;
   static_assert(kRows % kStep == 0);
   const int row0 = int(threadIdx.x) / kChunks, chunk = int(threadIdx.x) % kChunks;
-  const T* q =
-      static_cast<const T*>(p.op.q) + place.b * p.op.q_stride[0] + chunk * (16 / int(sizeof(T)));
+  const int column = chunk * (16 / int(sizeof(T)));
+  const T* q = static_cast<const T*>(p.op.q) + place.b * p.op.q_stride[0] + column;
 #pragma unroll
   for (int i = 0; i < kRows; i += kStep) {
     const int row = row0 + i;
-    const bool valid = place.first_row + row < p.rows;
+    const bool valid = place.first_row + row < p.rows && column < int(p.op.D);
     const QueryRow from = query_row(p, place, valid ? row : 0);
     ptx::cp_async_16(to + chunk_offset<kChunks>(row, chunk),
                      q + from.query * p.op.q_stride[1] + from.head * p.op.q_stride[2], valid);
   }
 }
 
-// compute(tile, address of its K tile; the V tile follows) for every tile of the walk. The copies
-// of `stages` - 1 tiles are under way meanwhile; one barrier a tile both publishes what has landed
-// and frees the stage that is loaded next. Copies that the caller has started and not committed
-// land with the first tile.
-template <class T, int kHeadDim, int kKeys, int stages, AttentionFault fault, class Compute>
+// compute(tile, address of its K tile, and of its V tile, which has kColumns columns) for every
+// tile of the walk. The copies of `stages` - 1 tiles are under way meanwhile; one barrier a tile
+// both publishes what has landed and frees the stage that is loaded next. Copies that the caller
+// has started and not committed land with the first tile.
+template <class T, int kHeadDim, int kColumns, int kKeys, int stages, class Compute>
 DLM_DEVICE void for_each_key_tile(const AttendParams& p, const Place& place, KeyTiles<kKeys>& tiles,
                                   uint32_t ring, const Compute& compute) {
-  constexpr uint32_t kTileBytes = kKeys * kHeadDim * sizeof(T), kStageBytes = 2 * kTileBytes;
+  constexpr uint32_t kKeyBytes = kKeys * kHeadDim * sizeof(T);
+  constexpr uint32_t kStageBytes = kKeyBytes + kKeys * kColumns * sizeof(T);
   const BlockAttentionParams& op = p.op;
+  const int32_t D = int32_t(op.D), first_column = place.column_part * kColumns;
   const T* k = static_cast<const T*>(op.k_cache) + place.b * op.k_cache_stride[0] +
                place.g * op.k_cache_stride[2];
   const T* v = static_cast<const T*>(op.v_cache) + place.b * op.v_cache_stride[0] +
-               place.g * op.v_cache_stride[2];
+               place.g * op.v_cache_stride[2] + first_column;
   const auto start = [&](const KeyTile<kKeys>& tile, int stage) {
     if (tile.slot >= 0) {
       const uint32_t at = ring + uint32_t(stage) * kStageBytes;
-      load_keys<T, kHeadDim>(at, k, op.k_cache_stride[1], tile);
-      load_keys<T, kHeadDim>(at + kTileBytes, v, op.v_cache_stride[1], tile);
+      load_keys<T, kHeadDim>(at, k, op.k_cache_stride[1], D, tile);
+      load_keys<T, kColumns>(at + kKeyBytes, v, op.v_cache_stride[1], D - first_column, tile);
     }
     ptx::cp_async_commit();  // empty groups too, so that a tile's group is always as far back
   };
@@ -323,14 +326,15 @@ DLM_DEVICE void for_each_key_tile(const AttendParams& p, const Place& place, Key
   int stage = 0, unused = stages - 1;
 #pragma unroll 1
   while (ahead[0].slot >= 0) {
-    ptx::cp_async_wait<fault == AttentionFault::kLaxWait ? stages - 1 : stages - 2>();
-    if (fault != AttentionFault::kNoBarrierBeforeReuse) __syncthreads();
+    ptx::cp_async_wait<stages - 2>();
+    __syncthreads();
     const KeyTile<kKeys> tile = ahead[0];
 #pragma unroll
     for (int i = 0; i + 2 < stages; ++i) ahead[i] = ahead[i + 1];
     ahead[stages - 2] = tiles.next();
     start(ahead[stages - 2], unused);
-    compute(tile, ring + uint32_t(stage) * kStageBytes);
+    const uint32_t at = ring + uint32_t(stage) * kStageBytes;
+    compute(tile, at, at + kKeyBytes);
     unused = stage;
     stage = stage + 1 == stages ? 0 : stage + 1;
   }
@@ -340,18 +344,10 @@ DLM_DEVICE void for_each_key_tile(const AttendParams& p, const Place& place, Key
 
 // --- logits, sums and results ------------------------------------------------------------------
 
-DLM_DEVICE float capped(const AttendParams& p, float dot) {
-  // tanh(x) = 1 - 2 / (1 + e^2x); the division is 0 where e^2x overflows
-  const float x = dot * p.scale;
-  return fmaf(-2.0f * p.cap, __fdividef(1.0f, ptx::exp2_approx(2.0f * kLog2E * x) + 1.0f), p.cap);
-}
-
-// The definition, step by step: for factors whose products and quotients are not normal floats, and
-// for caps so high that `capped`, whose error is relative to the cap, is too coarse.
-constexpr float kHighCap = 1024.0f;
-DLM_DEVICE float literal_logit(const AttendParams& p, float dot) {
-  const float x = dot * p.op.scale;
-  return (p.op.softcap > 0.0f ? p.op.softcap * tanhf(x / p.op.softcap) : x) * kLog2E;
+// The definition, step by step, in units of log 2: for any scale and soft-cap.
+DLM_DEVICE float general_logit(const BlockAttentionParams& op, float dot) {
+  const float x = dot * op.scale;
+  return (op.softcap > 0.0f ? op.softcap * tanhf(x / op.softcap) : x) * kLog2E;
 }
 
 // Running maximum and sum of weights; weights are 2^(logit - maximum).
@@ -360,6 +356,21 @@ struct Norm {
 };
 // What to subtract from logits: while only NaN and -inf were seen, any finite number will do.
 DLM_DEVICE float base_of(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
+
+// Adds the next split to those before it: a sum of those that have been folded times `total`, and
+// one of the split times `part`. Splits that saw nothing, whose sum is 0, are passed over.
+struct Fold {
+  float total, part;
+  DLM_DEVICE float operator()(float so_far, float next) const {
+    return fmaf(next, part, so_far * total);
+  }
+};
+DLM_DEVICE Fold fold(Norm& total, Norm next) {
+  const float maximum = fmaxf(total.maximum, next.maximum), base = base_of(maximum);
+  const Fold f{ptx::exp2_approx(total.maximum - base), ptx::exp2_approx(next.maximum - base)};
+  total = {maximum, f(total.sum, next.sum)};
+  return f;
+}
 
 // A row that saw nothing has sum 0.
 DLM_DEVICE float log_sum_exp(Norm norm) {
@@ -381,6 +392,62 @@ DLM_DEVICE uint4 as_words(float a, float b, float c, float d) {
 }
 DLM_DEVICE float4 as_floats(uint4 v) {
   return {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
+}
+
+DLM_DEVICE int64_t out_row(const AttendParams& p, const Place& place, int row) {
+  const QueryRow at = query_row(p, place, row);
+  return (place.b * p.op.Q + at.query) * p.op.H + at.head;
+}
+
+// Four columns of a result.
+template <class T>
+DLM_DEVICE void store_out(const AttendParams& p, int64_t row, int column, const float4& sum,
+                          Norm n) {
+  const float x[4] = {normalised(sum.x, n), normalised(sum.y, n), normalised(sum.z, n),
+                      normalised(sum.w, n)};
+  T* out = static_cast<T*>(p.op.out) + row * p.op.D + column;
+  if constexpr (std::is_same_v<T, float>) {
+    ptx::st_global_16(out, as_words(x[0], x[1], x[2], x[3]));
+  } else {
+    *reinterpret_cast<uint2*>(out) = make_uint2(pack<T>(x[0], x[1]), pack<T>(x[2], x[3]));
+  }
+}
+
+// By the block whose split was the last to be there: folds the splits of its rows, in order.
+template <class T>
+DLM_DEVICE void fold_splits(const AttendParams& p, const Place& place, int rows) {
+  const int D = int(p.op.D), chunks = D / 4;
+#pragma unroll 1
+  for (int i = int(threadIdx.x); i < rows * chunks; i += kAttendThreads) {
+    const int row = i / chunks, column = i % chunks * 4;
+    if (place.first_row + row >= p.rows) break;
+    const int64_t to = out_row(p, place, row), from = to * p.splits;
+    Norm total;
+    float4 sum{0, 0, 0, 0};
+#pragma unroll 4
+    for (int s = 0; s < p.splits; ++s) {
+      const float2 norm = p.partial_norm[from + s];
+      const float4 next = as_floats(ptx::ld_global_16(p.partial + (from + s) * D + column));
+      if (norm.y == 0.0f) continue;
+      const Fold f = fold(total, {norm.x, norm.y});
+      sum = {f(sum.x, next.x), f(sum.y, next.y), f(sum.z, next.z), f(sum.w, next.w)};
+    }
+    store_out<T>(p, to, column, sum, total);
+    if (column == 0) p.op.lse[to] = log_sum_exp(total);
+  }
+}
+
+// Called by the whole block when it has left its split: whether all splits of its rows are there.
+// `parts`: blocks of a split.
+DLM_DEVICE bool is_last_to_arrive(const AttendParams& p, const Place& place, int parts,
+                                  uint32_t* flag) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const int64_t tile = (place.b * p.op.G + place.g) * p.row_tiles + place.row_tile;
+    *flag = ptx::atomic_add_acq_rel(p.arrived + tile, 1) + 1 == uint32_t(p.splits * parts);
+  }
+  __syncthreads();
+  return *flag;
 }
 
 }  // namespace dlm::cuda

@@ -8,12 +8,18 @@ using Shape = AttentionShape;
 
 namespace {
 
+using dlm::cuda::AttendForm;
+
 template <class T>
-void check_case(AttentionCase<T>& c) {
+void check_case(AttentionCase<T>& c, AttendForm form) {
   CHECK(!dlm::cuda::why_not_attend(c.p), "refused: %s", dlm::cuda::why_not_attend(c.p));
-  run(dlm::cuda::start_block_attention(c.p, c.workspace.data(), nullptr));
+  c.start(form);
   const std::string wrong = c.wrong();
   CHECK(wrong.empty(), "%s", wrong.c_str());
+}
+template <class T>
+void check_case(AttentionCase<T>& c) {
+  check_case(c, dlm::cuda::form_of(c.p));
 }
 template <class T>
 void check_case(const Shape& shape, uint64_t seed) {
@@ -21,12 +27,23 @@ void check_case(const Shape& shape, uint64_t seed) {
   check_case(c);
 }
 
-// Every kernel: element type and head dimension, few rows and many.
+// Every kernel of few rows: element type and head dimension.
 template <class Run>
 void for_each_kernel(const Run& run) {
-  run(BFloat16{}, 64), run(BFloat16{}, 128), run(BFloat16{}, 256);
-  run(Float16{}, 64), run(Float16{}, 128), run(Float16{}, 256);
-  run(float{}, 32), run(float{}, 64), run(float{}, 128), run(float{}, 256);
+  for (const int D : {64, 128, 256, 512}) run(BFloat16{}, D), run(Float16{}, D);
+  for (const int D : {32, 64, 128, 256, 512}) run(float{}, D);
+}
+// Heads that are padded to one of these.
+template <class Run>
+void for_each_padded_head(const Run& run) {
+  for (const int D : {8, 72, 80, 96, 112, 192, 320}) run(BFloat16{}, D);
+  for (const int D : {4, 36, 80, 192, 260}) run(float{}, D);
+}
+// And of many, which a test must ask for: only large requests are attended by them.
+template <class Run>
+void for_each_wide_kernel(const Run& run) {
+  for (const int D : {64, 128, 256}) run(BFloat16{}, D), run(Float16{}, D);
+  for (const int D : {24, 80, 192}) run(BFloat16{}, D);
 }
 
 }  // namespace
@@ -39,6 +56,31 @@ TEST(every_kernel_in_every_mode) {
       check_case<T>(
           {.B = 1, .Q = 21, .S = 70, .H = 2, .G = 1, .D = D, .mode = mode, .scattered = true},
           ++seed);
+    }
+  });
+}
+
+TEST(padded_heads) {
+  uint64_t seed = 30;
+  for_each_padded_head([&]<class T>(T, int64_t D) {
+    for (const int mode : {Shape::kRanges, Shape::kCausal}) {
+      check_case<T>({.B = 2, .Q = 5, .S = 75, .H = 4, .G = 2, .D = D, .mode = mode, .infinite = true},
+                    ++seed);
+    }
+    check_case<T>({.B = 1, .Q = 2, .S = 300, .H = 1, .G = 1, .D = D}, ++seed);
+  });
+}
+
+TEST(every_wide_kernel_in_every_mode) {
+  uint64_t seed = 50;
+  for_each_wide_kernel([&]<class T>(T, int64_t D) {
+    for (const int mode :
+         {Shape::kFull, Shape::kRanges, Shape::kCausal, Shape::kBlockCausal, Shape::kOrder,
+          Shape::kWindow}) {
+      AttentionCase<T> c({.B = 1, .Q = 90, .S = 140, .H = 2, .G = 1, .D = D, .mode = mode,
+                          .scattered = mode % 2 == 1},
+                         ++seed);
+      check_case(c, AttendForm::kWide);
     }
   });
 }
@@ -71,6 +113,12 @@ TEST(what_is_not_seen_is_not_multiplied) {
       check_case<T>({.Q = 9, .S = 40, .D = D, .mode = mode, .infinite = true}, ++seed);
     }
   });
+  for_each_wide_kernel([&]<class T>(T, int64_t D) {
+    AttentionCase<T> c(
+        {.B = 1, .Q = 140, .S = 150, .H = 1, .G = 1, .D = D, .mode = Shape::kCausal, .infinite = true},
+        ++seed);
+    check_case(c, AttendForm::kWide);
+  });
 }
 
 TEST(nothing_to_see) {
@@ -87,16 +135,42 @@ TEST(slots_split) {
   for (const int mode : {Shape::kFull, Shape::kRanges, Shape::kBlockCausal, Shape::kWindow}) {
     const Shape shape{.B = 1, .Q = 4, .S = 1100, .H = 2, .G = 1, .D = 64, .mode = mode};
     AttentionCase<BFloat16> c(shape, ++seed);
-    CHECK(c.workspace.size() > 0, "%d slots are not split", int(shape.S));
+    CHECK(dlm::cuda::attend_params(c.p, nullptr).spread, "%d slots are not split", int(shape.S));
     check_case(c);
   }
+  for (const int64_t D : {128, 192, 512}) {
+    check_case<Float16>({.B = 1, .Q = 2, .S = 1030, .H = 1, .G = 1, .D = D}, ++seed);
+    check_case<float>({.B = 1, .Q = 2, .S = 530, .H = 1, .G = 1, .D = D}, ++seed);
+  }
   check_case<float>({.B = 1, .Q = 2, .S = 1030, .H = 1, .G = 1, .D = 32}, ++seed);
-  check_case<Float16>({.B = 1, .Q = 2, .S = 1030, .H = 1, .G = 1, .D = 128}, ++seed);
 }
 
-// Of rows that name one slot the last one stays.
+// A block that runs all splits gives the bits of blocks that share them.
+TEST(who_runs_a_split_does_not_matter) {
+  uint64_t seed = 450;
+  for_each_kernel([&]<class T>(T, int64_t D) {
+    for (const int mode : {Shape::kRanges, Shape::kWindow}) {
+      AttentionCase<T> c(
+          {.B = 1, .Q = 9, .S = 800, .H = 4, .G = 1, .D = D, .mode = mode, .scattered = true}, ++seed);
+      dlm::cuda::AttendParams p = dlm::cuda::attend_params(c.p, c.workspace.data());
+      CHECK(p.spread && p.splits == 4, "%d splits", int(p.splits));
+      check_case(c);
+      const std::vector<T> out(c.out.begin(), c.out.end());
+      const std::vector<float> lse(c.lse.begin(), c.lse.end());
+      std::fill(c.out.begin(), c.out.end(), dlm::from_float<T>(NAN));
+      p.spread = false;
+      run(dlm::cuda::start_block_attention(p, c.workspace.data(), nullptr));
+      CHECK(!std::memcmp(out.data(), c.out.data(), out.size() * sizeof(T)), "out, D %d", int(D));
+      CHECK(!std::memcmp(lse.data(), c.lse.data(), lse.size() * 4), "lse, D %d", int(D));
+    }
+  });
+}
+
+// Of rows that name one slot the last one stays, however many rows there are.
 TEST(a_slot_written_twice) {
   check_case<BFloat16>({.B = 1, .Q = 40, .S = 50, .H = 1, .G = 1, .twice = true}, 500);
+  check_case<BFloat16>({.B = 2, .Q = 600, .S = 640, .H = 1, .G = 1, .D = 8, .twice = true}, 501);
+  check_case<float>({.B = 1, .Q = 520, .S = 530, .H = 1, .G = 1, .D = 4, .scattered = true, .twice = true}, 502);
 }
 
 // A request alone, among others, and further right in a larger cache: the same bits.
@@ -145,7 +219,9 @@ TEST(requests_do_not_depend_on_their_place) {
 TEST(under_every_schedule) {
   for_each_schedule([] {
     check_case<BFloat16>({.B = 1, .Q = 5, .S = 140, .H = 2, .G = 1, .mode = Shape::kRanges}, 700);
-    check_case<BFloat16>({.B = 1, .Q = 70, .S = 140, .H = 1, .G = 1, .mode = Shape::kCausal}, 701);
+    AttentionCase<BFloat16> wide(
+        {.B = 1, .Q = 140, .S = 140, .H = 1, .G = 1, .mode = Shape::kCausal}, 701);
+    check_case(wide, AttendForm::kWide);
     check_case<float>({.B = 1, .Q = 5, .S = 100, .H = 2, .G = 1, .D = 32}, 702);
     check_case<BFloat16>({.B = 1, .Q = 2, .S = 530, .H = 1, .G = 1}, 703);
   });
@@ -159,11 +235,13 @@ TEST(every_byte_is_read_once) {
     check_case(c);
     return simt::counters();
   };
-  for (const int64_t D : {64, 128, 256}) {
+  for (const int64_t D : {64, 80, 128, 256, 512}) {
     const Shape shape{.B = 1, .Q = 4, .S = 128, .H = 7, .G = 1, .D = D, .fresh = false, .gap = 2};
     AttentionCase<BFloat16> c(shape, 800);
     const simt::Counters n = counted(c);
-    const auto bytes = uint64_t((2 * shape.Q * shape.H + 2 * shape.S) * D * 2);
+    // Two blocks share the columns of v of a head of 512, and each reads q and k.
+    const int64_t again = D == 512 ? shape.Q * shape.H + shape.S : 0;
+    const auto bytes = uint64_t((2 * shape.Q * shape.H + 2 * shape.S + again) * D * 2);
     CHECK(n.gmem_sectors * 32 == bytes, "D %d: %zu bytes, expected %zu", int(D),
           size_t(n.gmem_sectors * 32), size_t(bytes));
     CHECK(n.smem_requests > 0 && n.smem_conflicts == 0, "D %d: %zu conflicts in %zu requests",
@@ -171,7 +249,7 @@ TEST(every_byte_is_read_once) {
   }
   // What nobody sees is not read.
   AttentionCase<BFloat16> c(
-      {.B = 1, .Q = 1, .S = 500, .H = 1, .G = 1, .mode = Shape::kWindow, .fresh = false, .gap = 2},
+      {.B = 1, .Q = 1, .S = 250, .H = 1, .G = 1, .mode = Shape::kWindow, .fresh = false, .gap = 2},
       801);
   const uint64_t read = counted(c).gmem_sectors * 32;
   const auto most = uint64_t((2 + 2 * (c.p.window_left + 1 + c.p.window_right)) * 64 * 2);

@@ -1,52 +1,78 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "must_fail.h"
 
+#include <tuple>
+
 #include "kernels/attention_case.h"
+#include "mutants/block_attention.h"
 
 namespace check {
 namespace {
 
-using Fault = dlm::cuda::AttentionFault;
+using dlm::cuda::AttendForm;
+using Start = cudaError_t (*)(const dlm::BlockAttentionParams&, AttendForm, bool in_turn, float*);
+// Of one head dimension: all kernels with all faults would take a compiler minutes.
+struct Kernels {
+  Start bf16, fp32;
+};
 
-// A few cases that between them reach every fault; the first difference found, or "". Of one
-// element type and head dimension: all kernels with all faults would take a compiler minutes.
-template <Fault fault>
-std::string attempt() {
-  using namespace dlm::cuda;
-  using Shape = AttentionShape;
-  const Shape shapes[] = {
-      {.B = 1, .Q = 5, .S = 330, .H = 2, .G = 1, .mode = Shape::kRanges},
-      {.B = 1, .Q = 40, .S = 140, .H = 1, .G = 1, .mode = Shape::kCausal, .infinite = true},
-      {.B = 1, .Q = 40, .S = 50, .H = 1, .G = 1, .twice = true},
-      {.B = 1, .Q = 1, .S = 1030, .H = 1, .G = 1},
-  };
-  uint64_t seed = 900;
-  for (const Shape& shape : shapes) {
-    AttentionCase<dlm::BFloat16> c(shape, ++seed);
-    const AttendParams p = attend_params(c.p, c.workspace.data());
-    run(start_scatter<fault>(c.p, nullptr));
-    run(start_attend<dlm::BFloat16, 64, fault>(p, nullptr));
-    if (p.splits > 1) run(start_combine<dlm::BFloat16>(p, nullptr));
-    if (std::string wrong = c.wrong(); !wrong.empty()) return wrong;
-  }
-  return "";
+template <class T>
+std::string attempt_as(Start start, const AttentionShape& shape, AttendForm form, bool in_turn,
+                       uint64_t seed) {
+  AttentionCase<T> c(shape, seed);
+  run(start(c.p, form, in_turn, c.workspace.data()));
+  return c.wrong();
 }
 
-const FaultTable kFaults({
-    // clang-format off
-    // name, kernel, and what notices it: plain, asan, tsan, ptx
-    {"attention_none", attempt<Fault::kNone>, "-", "-", "-", ""},
-    {"attention_no_barrier_before_reuse", attempt<Fault::kNoBarrierBeforeReuse>, "value", "value", "race", kNotRun},
-    {"attention_lax_wait", attempt<Fault::kLaxWait>, "value", "value", "value", kNotRun},
-    {"attention_tail_unmasked", attempt<Fault::kTailUnmasked>, "value", "value", "value", kNotRun},
-    {"attention_splits_overlap", attempt<Fault::kSplitsOverlap>, "value", "value", "value", kNotRun},
-    {"attention_not_rescaled", attempt<Fault::kNotRescaled>, "value", "value", "value", kNotRun},
-    {"attention_zero_times_nan", attempt<Fault::kZeroTimesNaN>, "value", "value", "value", kNotRun},
-    {"attention_merged_too_early", attempt<Fault::kMergedTooEarly>, "value", "value", "race", kNotRun},
-    {"attention_maxima_mixed", attempt<Fault::kMaximaMixed>, "value", "value", "value", kNotRun},
-    {"attention_first_row_wins", attempt<Fault::kFirstRowWins>, "value", "value", "value", kNotRun},
-    // clang-format on
-});
+// A few cases that between them reach every fault; the first difference found, or "".
+std::string attempt(const Kernels& kernels) {
+  using Shape = AttentionShape;
+  constexpr AttendForm kNarrow = AttendForm::kNarrow, kWide = AttendForm::kWide;
+  const std::tuple<Shape, AttendForm, bool> cases[] = {  // and whether a block runs all splits
+      {{.B = 1, .Q = 5, .S = 330, .H = 2, .G = 1, .mode = Shape::kRanges}, kNarrow, false},
+      {{.B = 1, .Q = 40, .S = 90, .H = 1, .G = 1, .mode = Shape::kCausal, .infinite = true},
+       kNarrow,
+       false},
+      {{.B = 1, .Q = 40, .S = 90, .H = 1, .G = 1, .mode = Shape::kCausal, .infinite = true},
+       kWide,
+       false},
+      {{.B = 1, .Q = 90, .S = 150, .H = 1, .G = 1}, kWide, false},
+      {{.B = 1, .Q = 40, .S = 50, .H = 1, .G = 1, .twice = true}, kNarrow, false},
+      {{.B = 1, .Q = 1, .S = 1030, .H = 1, .G = 1}, kNarrow, false},
+      {{.B = 1, .Q = 1, .S = 600, .H = 1, .G = 1}, kNarrow, true},
+      {{.B = 1, .Q = 513, .S = 520, .H = 1, .G = 1, .D = 8, .mode = Shape::kWindow, .twice = true},
+       kNarrow,
+       true},
+  };
+  uint64_t seed = 900;
+  for (const auto& [shape, form, in_turn] : cases) {
+    const std::string wrong = attempt_as<dlm::BFloat16>(kernels.bf16, shape, form, in_turn, ++seed);
+    if (!wrong.empty()) return wrong;
+  }
+  const Shape fp32{.B = 1,
+                   .Q = 9,
+                   .S = 300,
+                   .H = 1,
+                   .G = 1,
+                   .D = 32,
+                   .mode = Shape::kCausal,
+                   .infinite = true};
+  return attempt_as<float>(kernels.fp32, fp32, kNarrow, false, ++seed);
+}
+
+#define START(NAME, T, D)                                                                      \
+  [](const dlm::BlockAttentionParams& op, AttendForm form, bool in_turn, float* workspace) {   \
+    namespace m = dlm::cuda::mutants::NAME;                                                    \
+    m::AttendParams p = m::attend_params(op, m::AttendForm(form), workspace);                  \
+    p.spread = p.spread && !in_turn;                                                           \
+    const cudaError_t error = m::start_scatter(p, workspace, nullptr);                         \
+    return error == cudaSuccess ? m::start_attend<T, D>(p, nullptr) : error;                   \
+  }
+#define ROW(NAME, ...)                                                                           \
+  {"attention_" #NAME,                                                                           \
+   [] { return attempt({START(NAME, dlm::BFloat16, 64), START(NAME, float, 32)}); },             \
+   __VA_ARGS__, kNotRun},
+const FaultTable kFaults({MUTANTS(ROW)});
 
 }  // namespace
 

@@ -86,6 +86,9 @@ def header(copies: list[str], mutants: list[Mutant], folder: Path) -> str:
     included = re.findall(r"^#\s*include\s*(\S+)", "\n".join(sources.values()), flags=re.M)
     needed = [name for name in dict.fromkeys(included) if name.strip('"') not in copies]
     text = "#pragma once\n" + "".join(f"#include {name}\n" for name in needed)
+    # What a fault leaves out may have been the only use of something.
+    text += '#pragma GCC diagnostic push\n#pragma GCC diagnostic ignored "-Wunused"\n'
+    text += '#pragma GCC diagnostic ignored "-Wunused-parameter"\n'
     text += in_namespace("none", sources, folder)
     for mutant in mutants:
         text += in_namespace(mutant.name, planted(mutant, sources), folder)
@@ -94,7 +97,7 @@ def header(copies: list[str], mutants: list[Mutant], folder: Path) -> str:
     if len(set(names)) < len(names):
         raise ValueError(f"two mutants have one name: {', '.join(sorted(names))}")
     listed = " ".join(f'ROW({name}, "{plain}", "{asan}", "{tsan}")' for name, plain, asan, tsan in rows)
-    return text + f"#define MUTANTS(ROW) {listed}\n"
+    return text + f"#pragma GCC diagnostic pop\n#define MUTANTS(ROW) {listed}\n"
 
 
 def main(arguments: list[str]) -> int:
