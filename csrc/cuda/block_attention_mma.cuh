@@ -184,6 +184,15 @@ DLM_DEVICE void add_not_finite(Sums<kBlocks16, kColumns8>& sums, int row, const 
   const int lane = int(threadIdx.x) % 32;
 #pragma unroll 1
   for (int key = 0; key < keys; ++key) {
+    bool visible[kBlocks16][2];
+#pragma unroll
+    for (int i = 0; i < kBlocks16; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int own = row + i * 16 + half * 8 + lane / 4;
+        visible[i][half] = (sight.of(own) >> key & 1) && sight.in_order(own, key);
+      }
+    }
 #pragma unroll
     for (int d = 0; d < kColumns8; ++d) {
       const uint4 eight = ptx::ld_shared_16(v_tile + chunk_offset<kChunks>(key, first_chunk + d));
@@ -192,15 +201,13 @@ DLM_DEVICE void add_not_finite(Sums<kBlocks16, kColumns8>& sums, int row, const 
       const uint32_t wrong = not_finite<T>(pair);
       if (wrong == 0) continue;
 #pragma unroll
-      for (int i = 0; i < kBlocks16; ++i) {
+      for (int e = 0; e < 2; ++e) {
+        if (!(wrong >> (e * 16 + 15) & 1)) continue;
+        const float element = to_float(T{uint16_t(pair >> e * 16)});
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int own = row + i * 16 + e / 2 * 8 + lane / 4;
-          const bool visible = (sight.of(own) >> key & 1) && sight.in_order(own, key);
-          const uint32_t element = e % 2 ? pair >> 16 : pair & 0xffffu;
-          if (visible && (wrong >> (e % 2 * 16 + 15) & 1)) {
-            sums[i][d][e] += to_float(T{uint16_t(element)});
-          }
+        for (int i = 0; i < kBlocks16; ++i) {
+          if (visible[i][0]) sums[i][d][e] += element;
+          if (visible[i][1]) sums[i][d][e + 2] += element;
         }
       }
     }

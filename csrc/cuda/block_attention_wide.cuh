@@ -11,6 +11,12 @@
 
 namespace dlm::cuda {
 
+// Of a warp's rows, in shared memory, to spare registers.
+struct WarpNotes {
+  Bounds bounds;
+  Interval wrong;  // slots of the masked tiles of v that hold NaN or infinities
+};
+
 // Every choice keeps a block within 99 KiB of shared memory (sm_86, sm_89, sm_120), the sums of a
 // warp, rows x D floats, within half of its registers, and its logits, rows x keys, in a few more.
 template <int kD>
@@ -26,7 +32,8 @@ struct WideTiling {
                                         .take<unsigned char>(kArenaBytes)
                                         .take<int32_t>(kRows)
                                         .take<int32_t>(kRows)
-                                        .take<int32_t>(kRows);
+                                        .take<int32_t>(kRows)
+                                        .take<WarpNotes>(kAttendThreads / 32);
   static_assert(kSmem.bytes <= 99 * 1024);
 };
 
@@ -55,7 +62,9 @@ class AttendWide {
     load_queries<T, kD, Tiling::kRows>(queries_, p_, place_);
     limits_.fill(p_, place_, Tiling::kRows);
     __syncthreads();
-    bounds_ = bounds_of(limits_, row_, kWarpRows);
+    notes_ = smem.take<WarpNotes>(kAttendThreads / 32) + threadIdx.x / 32;
+    *notes_ = {bounds_of(limits_, row_, kWarpRows), {INT_MAX, 0}};
+    __syncwarp();
     KeyTiles<kKeys> tiles(p_.op, place_.b);
     tiles.confine(bounds_of(limits_, 0, Tiling::kRows), 0, INT_MAX);
     for_each_key_tile<T, kD, kD, kKeys, Tiling::kStages>(
@@ -70,10 +79,11 @@ class AttendWide {
   }
 
   DLM_DEVICE void attend(const Tile& tile, uint32_t k_tile, uint32_t v_tile) {
-    if (tile.slot >= bounds_.last || tile.slot + kKeys <= bounds_.first) return;
+    const Bounds bounds = notes_->bounds;
+    if (tile.slot >= bounds.last || tile.slot + kKeys <= bounds.first) return;
     // Must rows be told apart, or slots left out?
-    if (tile.bits != Tile::kAll || tile.slot < bounds_.all_first ||
-        tile.slot + kKeys > bounds_.all_last || p_.op.k_order) {
+    if (tile.bits != Tile::kAll || tile.slot < bounds.all_first ||
+        tile.slot + kKeys > bounds.all_last || p_.op.k_order) {
       attend<true>(tile, k_tile, v_tile);
     } else {
       attend<false>(tile, k_tile, v_tile);
@@ -82,10 +92,11 @@ class AttendWide {
 
   template <bool masked>
   DLM_DEVICE void attend(const Tile& tile, uint32_t k_tile, uint32_t v_tile) {
-    const Sight<Mask> sight{p_, limits_, place_.b, tile.slot, tile.bits};
     Logits s = {};
     multiply_keys<T, kD>(s, queries_, row_, k_tile, 0);
-    if constexpr (masked) mask_logits(s, row_, sight);
+    if constexpr (masked) {
+      mask_logits(s, row_, Sight<Mask>{p_, limits_, place_.b, tile.slot, tile.bits});
+    }
     online_softmax(s);
     uint32_t poison = 0;
     const uint32_t v_row = row_start<kChunks>(v_tile, lane_ % 16, lane_ / 16);
@@ -103,7 +114,10 @@ class AttendWide {
       multiply_values<T, masked>(sums_, weights, v_row + uint32_t(j * 16 * kD * 2), poison);
     }
     if (masked && __any_sync(~0u, poison)) {
-      add_not_finite<T, kChunks>(sums_, row_, sight, kKeys, v_tile, 0);
+      __syncwarp();
+      Interval& wrong = notes_->wrong;
+      if (lane_ == 0) wrong = {min(wrong.low, tile.slot), max(wrong.high, tile.slot + kKeys)};
+      __syncwarp();
     }
   }
 
@@ -158,7 +172,43 @@ class AttendWide {
     }
     stage_results<T, kChunks>(arena_, row_, 0, sums_, norm_);
     __syncwarp();
+    if (notes_->wrong.low < notes_->wrong.high) add_wrong();
     store_staged<T, kChunks, kChunks>(p_, place_, queries_, row_, kWarpRows, 0, lane_, 32);
+  }
+
+  // Adds what multiply_values left out for the rows that do see it, from memory: NaN and infinities
+  // are rare, and code for them beside the sums would have registers spilled.
+  DLM_DEVICE void add_wrong() {
+    const BlockAttentionParams& op = p_.op;
+    const T* v = static_cast<const T*>(op.v_cache) + place_.b * op.v_cache_stride[0] +
+                 place_.g * op.v_cache_stride[2];
+#pragma unroll 1
+    for (int row = row_; row < row_ + kWarpRows; ++row) {
+      const int32_t low = max(notes_->wrong.low, limits_.low[row]);
+      const int32_t high = min(notes_->wrong.high, limits_.high[row]);
+#pragma unroll 1
+      for (int32_t slot = low; slot < high; ++slot) {
+        const Sight<uint32_t> sight{p_, limits_, place_.b, slot, 1};
+        if (!in_a_range(slot) || !sight.in_order(row, 0)) continue;
+#pragma unroll 1
+        for (int column = lane_; column < int(op.D); column += 32) {
+          const float x = to_float(v[slot * op.v_cache_stride[1] + column]);
+          if (x - x == 0.0f) continue;
+          T* sum =
+              reinterpret_cast<T*>(arena_ + chunk_offset<kChunks>(row, column / 8)) + column % 8;
+          *sum = from_float<T>(to_float(*sum) + x);
+        }
+      }
+    }
+    __syncwarp();
+  }
+  DLM_DEVICE bool in_a_range(int32_t slot) const {
+    const BlockAttentionParams& op = p_.op;
+    if (!op.kv_range) return true;
+    const int32_t* range = op.kv_range + place_.b * op.N * 2;
+    bool in = false;
+    for (int64_t n = 0; n < op.N; ++n) in |= slot >= range[2 * n] && slot < range[2 * n + 1];
+    return in;
   }
 
   const AttendParams& p_;
@@ -167,13 +217,13 @@ class AttendWide {
   unsigned char* arena_ = nullptr;  // queries, then key tiles
   uint32_t queries_ = 0;
   RowLimits limits_;
-  Bounds bounds_{};  // of the warp's rows
+  WarpNotes* notes_ = nullptr;
   Sums<kBlocks16, kD / 8> sums_ = {};
   Norm norm_[kBlocks16][2];
 };
 
 template <class T, int kD>
-__global__ void __launch_bounds__(kAttendThreads)
+__global__ void __launch_bounds__(kAttendThreads, 2)
     attend_wide_kernel(const __grid_constant__ AttendParams p) {
   AttendWide<T, kD>(p).run();
 }

@@ -175,18 +175,3 @@ class TestWhatIsNotImplemented:
         scores = x @ x.transpose(2, 3) / 8**0.5
         weights = torch.cat((scores, sinks[None, :, None, None].expand(1, 2, 4, 1)), -1).softmax(-1)[..., :-1]
         torch.testing.assert_close(out.transpose(1, 2), weights @ x)
-
-    def test_sinks_in_plain_torch(self, monkeypatch):
-        """Where heads have no kernel, the same."""
-        from dlmkernels.models import attention
-
-        x, sinks = torch.randn(2, 4, 6, 8), torch.randn(4)
-        ranges = torch.tensor([[0, 6], [2, 5]], dtype=torch.int32)
-        window = AttentionWindow(kv_range=ranges)
-        options = {"s_aux": sinks, "sliding_window": 3, "dlm_window": window}
-        wanted = attention_forward(torch.nn.Identity(), x, x[:, :2], x[:, 2:], None, **options)[0]
-        monkeypatch.setattr(attention, "_has_kernel", lambda q: False)
-        with pytest.warns(UserWarning, match="plain torch"):
-            attention._warn_of_torch.cache_clear()
-            found = attention_forward(torch.nn.Identity(), x, x[:, :2], x[:, 2:], None, **options)[0]
-        torch.testing.assert_close(found, wanted)

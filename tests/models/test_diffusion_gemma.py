@@ -10,9 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import dlmkernels as dk
 import numerics
-from dlmkernels import ops, reference
+from dlmkernels import reference
 from dlmkernels.cache import KVCache
-from dlmkernels.models import attention
 from dlmkernels.window import AttentionWindow
 
 pytest.importorskip("transformers.models.diffusion_gemma", reason="this transformers has no DiffusionGemma yet")
@@ -123,52 +122,6 @@ class TestForward:
         peer = self.theirs(model, ids, mask, canvas, said)
         for appended in ((), (11,), (7, 8, 15)):
             numerics.assert_close("logits", self.ours(model, ids, mask, canvas, said, appended), gold, peer)
-
-    @torch.no_grad()
-    def test_heads_without_a_kernel(self, monkeypatch):
-        """They attend in torch, with a warning: the same logits, and the same tokens."""
-        model = build(global_head_dim=40)
-        model.generation_config = published(bound=6.0)
-        ids, mask = ragged(3, 19)
-        canvas = prompts(3, CANVAS, seed=5)
-        gold = self.theirs(copy.deepcopy(model).double(), ids, mask, canvas, None)
-        peer = self.theirs(model, ids, mask, canvas, None)
-        with_kernels = dk.generate(model, ids, mask, max_new_tokens=2 * CANVAS, seed=1)
-        monkeypatch.setattr(attention, "_has_kernel", lambda q: q.shape[3] != 40)
-        with pytest.warns(UserWarning, match="this model's are of 40: its layers attend in plain torch"):
-            numerics.assert_close("logits", self.ours(model, ids, mask, canvas, None, (7, 11)), gold, peer)
-        in_torch = dk.generate(model, ids, mask, max_new_tokens=2 * CANVAS, seed=1)
-        assert torch.equal(in_torch.sequences, with_kernels.sequences)
-
-    @pytest.mark.parametrize("options", [
-        {}, {"causal_block": 2, "block_origin": torch.tensor([1, 3], dtype=torch.int32)},
-        {"window_left": 3, "window_right": 1}, {"slots": torch.tensor([[4, -1, 8], [0, 2, 7]], dtype=torch.int32)},
-        {"q_limit": torch.tensor([[5, 0, 9], [2, 2, -1]], dtype=torch.int32),
-         "k_order": torch.arange(18, dtype=torch.int32).view(2, 9) % 11},
-    ], ids=str)  # fmt: skip
-    @pytest.mark.parametrize("writes", [False, True])
-    def test_attention_in_torch(self, options, writes):
-        """The op's result and the op's writes; what nobody sees is NaN."""
-        generator = torch.Generator().manual_seed(0)
-        q, k, v, k_new, v_new = (
-            torch.randn(2, n, heads, 40, generator=generator) for n, heads in ((3, 6), (9, 2), (9, 2), (3, 2), (3, 2))
-        )
-        k[:, 6], v[:, 6] = torch.nan, torch.nan
-        ranges = torch.tensor([[[1, 6], [7, 9]], [[0, 3], [7, 9]]], dtype=torch.int32)
-        if "slots" not in options:
-            options = options | {"slots": torch.tensor([[1, 3, 7], [2, 4, 8]], dtype=torch.int32)}
-        new = (k_new, v_new) if writes else (None, None)
-        caches = [(k.clone(), v.clone()) for _ in range(3)]
-        both = [
-            attend(q, *new, *cache, kv_range=ranges, scale=0.2, **options)
-            for attend, cache in zip((ops.block_attention, attention._attend_in_torch), caches)
-        ]
-        wide = [None if x is None else x.double() for x in (q, *new, *caches[2])]
-        arguments = {"slots": options["slots"], "kv_range": ranges, "scale": 0.2} | options
-        gold, _ = reference.block_attention(*wide, **arguments)
-        numerics.assert_close("out", both[1], gold, both[0].out)
-        for ours, theirs in zip(caches[1], caches[0]):
-            assert torch.equal(ours.nan_to_num(-7.0), theirs.nan_to_num(-7.0))
 
     @torch.no_grad()
     def test_what_was_said_matters(self, model):

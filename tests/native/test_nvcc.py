@@ -16,8 +16,11 @@ from simt_programs import ROOT, needs_nvcc
 SOURCES = [*sorted((ROOT / "csrc" / "cuda").rglob("*.cu")), ROOT / "tests" / "cpp" / "kernels" / "instantiate.cu"]
 ARCHITECTURES = ["80", "90", "100", "120"]  # those of cmake/cuda.cmake
 FLAGS = ["-std=c++17", "-O3", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'cpp'}"]
-# Part of a kernel's readable name -> why it may spill or use local memory.
-MAY_USE_LOCAL_MEMORY: dict[str, str] = {}
+# (architecture, part of a kernel's readable name) -> why it may spill or use local memory.
+MAY_USE_LOCAL_MEMORY = {
+    ("80", "attend_wide_kernel<dlm::BFloat16, 128>"): "128 sums and 32 logits a lane: six registers are missing there",
+    ("80", "attend_wide_kernel<dlm::Float16, 128>"): "the same",
+}
 
 
 def reports():
@@ -78,7 +81,7 @@ def test_compiles_without_spills(source, arch, tmp_path):
     print(f"\nsm_{arch} {source.name}: registers, stack, spill stores, spill loads, static shared memory")
     for name, row in zip(readable([row[0] for row in rows]), rows):
         print(f"{row[1]:5d} {row[2]:5d} {row[3]:5d} {row[4]:5d} {row[5]:6d}  {name}")
-        if any(row[2:5]) and not any(part in name for part in MAY_USE_LOCAL_MEMORY):
+        if any(row[2:5]) and not any(arch == a and part in name for a, part in MAY_USE_LOCAL_MEMORY):
             bad.append(f"{name}: {row[2]} bytes of local memory, spills {row[3]} / {row[4]}")
         if row[5]:
             bad.append(f"{name}: {row[5]} bytes of static shared memory; take it from a SmemCarver")

@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-import functools
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from .. import ops, reference
+from .. import ops
 from ..window import AttentionWindow
 
 NAME = "dlmkernels"
@@ -80,8 +78,6 @@ def attention_forward(
         "causal_block": window.causal_block, "block_origin": window.block_origin, "q_limit": window.q_limit,
         "k_order": window.k_order, "window_left": reach, "window_right": reach,
     }  # fmt: skip
-    if not (softcap or _has_kernel(q)):
-        return _attend_in_torch(*tensors, sinks=s_aux, scale=scaling, **visibility), None
     out, lse = ops.block_attention(*tensors, softcap=softcap or 0.0, scale=scaling, **visibility)
     if s_aux is not None:
         # the share of the sum of exponentials that is not the sink's
@@ -104,53 +100,6 @@ def _common_dtype(window: AttentionWindow, index: int, value: Tensor) -> torch.d
         return kept
     kind = value.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
-
-
-def _has_kernel(q: Tensor) -> bool:
-    """Whether `block_attention` takes heads of this size on this device."""
-    head_dim = q.shape[3]
-    return not q.is_cuda or head_dim in (64, 128, 256) or (head_dim == 32 and q.dtype == torch.float32)
-
-
-@functools.cache
-def _warn_of_torch(head_dim: int) -> None:
-    warnings.warn(
-        f"the CUDA kernels have heads of 64, 128 and 256, and this model's are of {head_dim}: its layers attend in "
-        "plain torch, which is slower",
-        stacklevel=2,
-    )
-
-
-def _attend_in_torch(
-    q: Tensor, k_new: Tensor | None, v_new: Tensor | None, k_cache: Tensor, v_cache: Tensor, slots: Tensor | None,
-    kv_range: Tensor | None, *, scale: float | None, block_origin: Tensor | None = None, sinks: Tensor | None = None,
-    **visibility,
-) -> Tensor:  # fmt: skip
-    """`out` of `ops.block_attention` in torch alone, for heads that have no kernel; the cache is written likewise."""
-    _warn_of_torch(q.shape[3])
-    (batch, rows), length = q.shape[:2], k_cache.shape[1]
-    numbers = torch.arange(rows, device=q.device).expand(batch, -1)
-    slots = numbers if slots is None else slots
-    if k_new is not None and v_new is not None:
-        # the row that writes a slot, -1 for none; one more column, for unused rows
-        nobody = torch.full((batch, length + 1), -1, device=q.device)
-        row = nobody.scatter(1, torch.where(slots < 0, length, slots).long(), numbers)[:, :length, None, None]
-        for cache, new in ((k_cache, k_new), (v_cache, v_new)):
-            cache.copy_(torch.where(row >= 0, new.gather(1, row.clamp(min=0).expand_as(cache)), cache))
-    origin = torch.zeros(batch, dtype=torch.int32, device=q.device) if block_origin is None else block_origin
-    seen = reference.block_attention_mask(batch, rows, length, slots, kv_range, block_origin=origin, **visibility)
-    unseen = ~seen.any(1)[:, :, None, None]  # these may hold anything
-    k, v = (x.masked_fill(unseen, 0.0).transpose(1, 2) for x in (k_cache, v_cache))
-    mask, is_blind = seen[:, None], ~seen.any(-1)[:, None, :, None]
-    if sinks is not None:
-        # one more key, of zeros, which every row of a head sees with the logit of its sink
-        k, v = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (k, v))
-        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf).expand(-1, q.shape[2], -1, -1)
-        mask = torch.cat((bias, sinks.to(q.dtype)[None, :, None, None].expand(batch, -1, rows, 1)), -1)
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q.transpose(1, 2), k, v, attn_mask=mask, scale=scale, enable_gqa=True
-    )
-    return out.masked_fill(is_blind, 0.0).transpose(1, 2)
 
 
 def _attend_with_shadow(q: Tensor, k: Tensor, v: Tensor, window: AttentionWindow, **options) -> Tensor:

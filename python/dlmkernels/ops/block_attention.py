@@ -48,8 +48,7 @@ def block_attention(
     Parameters
     ----------
     q : Tensor
-        [B, Q, H, D], float32, bfloat16 or float16; D a multiple of 8, at most
-        512; on CUDA 64, 128 or 256, or 32 in float32.
+        [B, Q, H, D], float32, bfloat16 or float16; D a multiple of 8, at most 512.
     k_new, v_new : Tensor or None
         [B, Q, G, D], dtype of `q`: keys and values of the query rows, to be written into the cache. Both or neither;
         without them nothing is written.
