@@ -25,14 +25,16 @@ struct Kernel {
   ScanKernel scan;
   MeasureKernel add_measures;
   RaceKernel race_tokens;
+  FewKernel measure_rows;
   int64_t grain;
 };
 
 constexpr ForIsa<Kernel> kTable[] = {
-    {Isa::kGeneric, {generic::scan, generic::add_measures, generic::race_tokens, 8192}},
+    {Isa::kGeneric, {generic::scan, generic::add_measures, generic::race_tokens, nullptr, 8192}},
 #ifdef DLM_X86
-    {Isa::kAvx2, {avx2::scan, avx2::add_measures, avx2::race_tokens, 16384}},
-    {Isa::kAvx512, {avx512::scan, avx512::add_measures, avx2::race_tokens, 32768}},
+    {Isa::kAvx2, {avx2::scan, avx2::add_measures, avx2::race_tokens, avx2::measure_rows, 16384}},
+    {Isa::kAvx512,
+     {avx512::scan, avx512::add_measures, avx2::race_tokens, avx512::measure_rows, 32768}},
 #endif
 };
 Kernel kernel() { return best_for(isa(), kTable).kernels; }
@@ -300,6 +302,61 @@ void finish(const Kernel& kernel, const TokenConfidenceParams& p, int64_t n, Tas
   if (p.entropy) p.entropy[n] = float(entropy);
 }
 
+// Rows of few logits, but for those that are filtered.
+class Few {
+ public:
+  Few(const Kernel& kernel, const TokenConfidenceParams& p) : kernel_(kernel), p_(p) {
+    rows_.entropy = p.entropy != nullptr;
+  }
+
+  void add(int64_t n, const Task& task) {
+    const int i = rows_.count++;
+    number_[i] = n;
+    draws_[i] = task.samples;
+    draw_[i] = task.statistics.draw;
+    rows_.row[i] = task.row;
+    rows_.scale[i] = task.statistics.scale;
+    rows_.given[i] = p_.given ? p_.given[n] : -1;
+    if (rows_.count == kRowsTogether) finish();
+  }
+
+  void finish() {
+    if (rows_.count == 0) return;
+    kernel_.measure_rows(rows_);
+    for (int i = 0; i < rows_.count; ++i) write(i);
+    rows_.count = 0;
+  }
+
+ private:
+  void write(int i) {
+    const int64_t n = number_[i];
+    const bool any = rows_.argmax[i] >= 0;
+    Drawn drawn{rows_.argmax[i], rows_.max[i]};
+    float confidence = rows_.confidence[i];
+    if (any && draws_[i]) {
+      drawn = kernel_.race_tokens(rows_.row[i], 0, draw_[i]);
+      const double exponent = (double(drawn.logit) - rows_.max[i]) * rows_.scale[i];
+      confidence = float(std::exp(exponent) / (1.0 + double(rows_.weight[i])));
+    }
+    p_.token[n] = drawn.token;
+    p_.argmax[n] = rows_.argmax[i];
+    p_.flags[n] = rows_.flags[i] | (any ? 0 : kFlagNothingAllowed);
+    p_.confidence[n] = any ? confidence : -kInfinity;
+    p_.logsumexp[n] = any ? rows_.logsumexp[i] : -kInfinity;
+    p_.p_given[n] = any ? rows_.p_given[i] : 0.0f;
+    if (p_.margin) p_.margin[n] = any ? rows_.margin[i] : 0.0f;
+    if (p_.entropy) p_.entropy[n] = any ? rows_.of_entropy[i] : 0.0f;
+    if (p_.floor) p_.floor[n] = -kInfinity;
+  }
+
+  const Kernel& kernel_;
+  const TokenConfidenceParams& p_;
+  FewRows rows_;
+  int64_t number_[kRowsTogether];
+  bool draws_[kRowsTogether];
+  Draw draw_[kRowsTogether];
+};
+
 }  // namespace
 
 Isa token_confidence_isa(Isa isa) { return best_for(isa, kTable).isa; }
@@ -308,10 +365,16 @@ int64_t token_confidence_grain() { return kernel().grain; }
 
 void token_confidence(const TokenConfidenceParams& p, int64_t begin, int64_t end) {
   const Kernel chosen = kernel();
+  Few few(chosen, p);
   for (int64_t n = begin; n < end; ++n) {
     Task task(p, n);
+    if (chosen.measure_rows && p.V <= kFewLogits && task.source >= 0 && !task.filters) {
+      few.add(n, task);
+      continue;
+    }
     finish(chosen, p, n, task, task.source < 0 ? Scan{} : scan_row(chosen, task.row, task.first));
   }
+  few.finish();
 }
 
 void token_confidence_scan(const TokenConfidenceParams& p, Scan* parts, int64_t begin,

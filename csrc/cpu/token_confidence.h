@@ -94,11 +94,31 @@ struct Bins {
 };
 
 // Logits [begin, end) of a row; begin is a multiple of 1024.
+// Rows of few logits are handled together, each in a lane: for one alone the vectors would be too
+// long, and the last steps, once a row, would take longer than the logits.
+constexpr int64_t kFewLogits = 256;
+constexpr int kRowsTogether = 16;
+struct FewRows {
+  int count = 0;  // of the elements of each array
+  LogitsRow row[kRowsTogether];
+  float scale[kRowsTogether];    // of what the statistics are about, 1 / T
+  int64_t given[kRowsTogether];  // -1: none
+  bool entropy;
+  // Results: the statistics of the argmax.
+  int64_t argmax[kRowsTogether];  // -1: there is nothing to choose
+  int32_t flags[kRowsTogether];
+  float max[kRowsTogether], weight[kRowsTogether];  // as Scan has them
+  float confidence[kRowsTogether], margin[kRowsTogether], of_entropy[kRowsTogether],
+      logsumexp[kRowsTogether], p_given[kRowsTogether];
+};
+
 using ScanKernel = Scan (*)(const LogitsRow& row, int64_t begin, int64_t end, const Wanted& want);
 using MeasureKernel = void (*)(const LogitsRow& row, int64_t begin, int64_t end,
                                const Measure& measure, const Bins& bins);
 // The token that wins a chunk, which has one to draw.
 using RaceKernel = Drawn (*)(const LogitsRow& row, int64_t chunk, const Draw& draw);
+
+using FewKernel = void (*)(FewRows& rows);  // null: one by one
 
 namespace generic {
 Drawn race_tokens(const LogitsRow& row, int64_t chunk, const Draw& draw);
@@ -108,6 +128,7 @@ void add_measures(const LogitsRow& row, int64_t begin, int64_t end, const Measur
 }  // namespace generic
 
 namespace avx2 {
+void measure_rows(FewRows& rows);
 Drawn race_tokens(const LogitsRow& row, int64_t chunk, const Draw& draw);
 Scan scan(const LogitsRow& row, int64_t begin, int64_t end, const Wanted& want);
 void add_measures(const LogitsRow& row, int64_t begin, int64_t end, const Measure& measure,
@@ -115,6 +136,7 @@ void add_measures(const LogitsRow& row, int64_t begin, int64_t end, const Measur
 }  // namespace avx2
 
 namespace avx512 {
+void measure_rows(FewRows& rows);
 Scan scan(const LogitsRow& row, int64_t begin, int64_t end, const Wanted& want);
 void add_measures(const LogitsRow& row, int64_t begin, int64_t end, const Measure& measure,
                   const Bins& bins);

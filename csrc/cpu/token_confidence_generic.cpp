@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "common/math.h"
 #include "common/order.h"
@@ -251,8 +252,15 @@ Drawn race_tokens_as(const LogitsRow& logits, int64_t chunk, const Draw& draw) {
   float z[kRaceChunk], key[kRaceChunk];
   uint32_t word[kRaceChunk];
   const int n = Row<T>(logits).load(begin, std::min(begin + kRaceChunk, logits.V), z);
-  random_words<kRaceChunk / 4>(draw.seed, draw.position, draw.step,
-                               redrawn(Stream::kToken, draw.redraw), uint32_t(begin / 4), word);
+  const auto draw_words = [&](auto count) {
+    random_words<count / 4>(draw.seed, draw.position, draw.step,
+                            redrawn(Stream::kToken, draw.redraw), uint32_t(begin / 4), word);
+  };
+  if (n <= 32) {
+    draw_words(std::integral_constant<int, 32>());
+  } else {
+    draw_words(std::integral_constant<int, kRaceChunk>());
+  }
   for (int i = 0; i < n; ++i) key[i] = token_key(z[i], draw.inverse_temperature, word[i]);
   int best = -1;
   for (int i = 0; i < n; ++i) {

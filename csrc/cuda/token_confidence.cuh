@@ -23,7 +23,8 @@
 namespace dlm::cuda {
 
 // A block works for about as long as its loads take; six of them fit an SM of 228 KiB, so that most
-// have loads under way while others compute. (Five where logits are adjusted, for their registers.)
+// have loads under way while others compute. (Four where logits are adjusted, for
+// their registers.)
 constexpr uint32_t kScanThreads = 256, kScanChunks = 8, kScanWarps = kScanThreads / 32;
 constexpr uint32_t kFinishRows = 4;  // warps of a block of the second kernel
 
@@ -357,7 +358,7 @@ class TileScan {
 };
 
 template <class T, bool adjusted>
-__global__ void __launch_bounds__(kScanThreads, adjusted ? 5 : 6)
+__global__ void __launch_bounds__(kScanThreads, adjusted ? 4 : 6)
     scan_tiles_kernel(const __grid_constant__ ConfidenceLaunch job) {
   SmemCarver smem;
   TileScan<T, adjusted>(job, smem).run();
