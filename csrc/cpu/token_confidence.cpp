@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 
 #include "common/math.h"
 #include "common/order.h"
@@ -41,12 +42,14 @@ Kernel kernel() { return best_for(isa(), kTable).kernels; }
 
 int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-template <class T>
-const T* offset(const T* data, int64_t elements) {
-  return data ? data + elements : nullptr;
-}
 const void* row_of(const void* data, int64_t row, int64_t stride, DType dtype) {
-  return offset(static_cast<const char*>(data), row * stride * element_size(dtype));
+  return data ? static_cast<const char*>(data) + row * stride * element_size(dtype) : nullptr;
+}
+// What the n-th row has of a tensor that serves so many rows with each `size` elements. (Divisions
+// are slow beside a row of few logits.)
+template <class T>
+const T* shared(const T* data, int64_t n, int64_t rows, int64_t size) {
+  return data ? data + n / rows * size : nullptr;
 }
 
 // What output row n reads and asks for.
@@ -58,39 +61,46 @@ struct Task {
             row_of(p.logits, std::max<int64_t>(source, 0), p.logits_stride, p.dtype),
             row_of(p.uncond_logits, std::max<int64_t>(source, 0), p.uncond_stride, p.dtype),
             p.cfg_scale.at(n, 0.0f) + 1.0f,
-            offset(p.bias, n / p.bias_rows_per_value * p.V),
-            offset(p.banned, n / p.banned_rows_per_value * p.banned_count),
+            shared(p.bias, n, p.bias_rows_per_value, p.V),
+            shared(p.banned, n, p.banned_rows_per_value, p.banned_count),
             p.banned_count,
-            offset(p.bitmask, n / p.bitmask_rows_per_value * p.bitmask_words),
+            shared(p.bitmask, n, p.bitmask_rows_per_value, p.bitmask_words),
             -kInfinity} {
     const float asked = p.temperature.at(n, 0.0f);
     samples = asked > 0.0f;
     temperature = samples ? asked : 1.0f;
-    const float inverse = 1.0f / temperature;
-    Draw draw{};
+    draw.inverse_temperature = 1.0f / temperature;
     if (samples) {
-      draw = {uint64_t(p.random.seed.at(n, 0)), uint32_t(p.random.position[n]),
-              uint32_t(p.random.step.at(n, 0)), uint32_t(p.random.redraw.at(n, 0)), inverse};
+      draw.seed = uint64_t(p.random.seed.at(n, 0));
+      draw.position = uint32_t(p.random.position[n]);
+      draw.step = uint32_t(p.random.step.at(n, 0));
+      draw.redraw = uint32_t(p.random.redraw.at(n, 0));
     }
     k = p.top_k.at(n, 0);
     p_kept = p.top_p.at(n, 1.0f);
-    const bool about_kept = p.distribution == Distribution::kFiltered;
+    about_kept = p.distribution == Distribution::kFiltered;
     filters = (k > 0 || p_kept < 1.0f) && (samples || about_kept);
-    const float scale = p.distribution == Distribution::kRaw ? 1.0f : inverse;
-    statistics = {p.margin != nullptr, true, p.entropy != nullptr, samples, scale, draw};
-    maximum = {false, false, false, samples, 1.0f, draw};
-    first = filters && about_kept ? maximum : statistics;
-    if (filters) first.sample = false;
+    scale = p.distribution == Distribution::kRaw ? 1.0f : draw.inverse_temperature;
+    second = p.margin != nullptr;
+    entropy = p.entropy != nullptr;
+  }
+
+  Wanted statistics() const { return {second, true, entropy, samples, scale, draw}; }
+  Wanted maximum() const { return {false, false, false, samples, 1.0f, draw}; }
+  // Of the first scan; filters need its maximum before there is a sample.
+  Wanted first() const {
+    Wanted want = filters && about_kept ? maximum() : statistics();
+    want.sample = samples && !filters;
+    return want;
   }
 
   int64_t source;
   LogitsRow row;
-  bool samples, filters;
-  float temperature;
+  bool samples, filters, about_kept, second, entropy;
+  float temperature, scale;  // scale: of what the statistics are about
+  Draw draw{};
   int32_t k;
   float p_kept;
-  Wanted statistics, maximum;
-  Wanted first;  // of the first scan; filters need its maximum before there is a sample
 };
 
 // `found`, and then the part that comes after it: their union.
@@ -254,7 +264,7 @@ void finish(const Kernel& kernel, const TokenConfidenceParams& p, int64_t n, Tas
   if (p.floor) p.floor[n] = -kInfinity;
   Drawn drawn{-1, -kInfinity};
   const auto race = [&] {
-    if (found.chunk >= 0) drawn = kernel.race_tokens(row, found.chunk, task.statistics.draw);
+    if (found.chunk >= 0) drawn = kernel.race_tokens(row, found.chunk, task.draw);
   };
   if (!task.filters) {
     race();
@@ -263,11 +273,11 @@ void finish(const Kernel& kernel, const TokenConfidenceParams& p, int64_t n, Tas
     if (p.floor) p.floor[n] = row.floor;
     if (p.distribution == Distribution::kFiltered) {
       const int32_t flags = found.flags;
-      found = scan_row(kernel, row, task.statistics);
+      found = scan_row(kernel, row, task.statistics());
       found.flags |= flags;
       race();
     } else {
-      found.chunk = scan_row(kernel, row, task.maximum).chunk;
+      found.chunk = scan_row(kernel, row, task.maximum()).chunk;
       race();
       row.floor = -kInfinity;  // the statistics, p_given too, are about the whole row
     }
@@ -302,22 +312,26 @@ void finish(const Kernel& kernel, const TokenConfidenceParams& p, int64_t n, Tas
   if (p.entropy) p.entropy[n] = float(entropy);
 }
 
-// Rows of few logits, but for those that are filtered.
+void measure(const Kernel& kernel, const TokenConfidenceParams& p, int64_t n, Task& task) {
+  finish(kernel, p, n, task, task.source < 0 ? Scan{} : scan_row(kernel, task.row, task.first()));
+}
+
+// Rows of few logits, measured together; those that are filtered, alone.
 class Few {
  public:
   Few(const Kernel& kernel, const TokenConfidenceParams& p) : kernel_(kernel), p_(p) {
     rows_.entropy = p.entropy != nullptr;
   }
 
-  void add(int64_t n, const Task& task) {
-    const int i = rows_.count++;
+  void add(int64_t n) {
+    const int i = rows_.count;
+    const Task& task = task_[i].emplace(p_, n);  // in place: a copy would take longer than the rest
+    if (task.filters || task.source < 0) return measure(kernel_, p_, n, *task_[i]);
     number_[i] = n;
-    draws_[i] = task.samples;
-    draw_[i] = task.statistics.draw;
-    rows_.row[i] = task.row;
-    rows_.scale[i] = task.statistics.scale;
+    rows_.row[i] = &task.row;
+    rows_.scale[i] = task.scale;
     rows_.given[i] = p_.given ? p_.given[n] : -1;
-    if (rows_.count == kRowsTogether) finish();
+    if (++rows_.count == kRowsTogether) finish();
   }
 
   void finish() {
@@ -331,14 +345,15 @@ class Few {
   void write(int i) {
     const int64_t n = number_[i];
     const bool any = rows_.argmax[i] >= 0;
-    Drawn drawn{rows_.argmax[i], rows_.max[i]};
+    int64_t token = rows_.argmax[i];
     float confidence = rows_.confidence[i];
-    if (any && draws_[i]) {
-      drawn = kernel_.race_tokens(rows_.row[i], 0, draw_[i]);
+    if (any && task_[i]->samples) {
+      const Drawn drawn = kernel_.race_tokens(*rows_.row[i], 0, task_[i]->draw);
       const double exponent = (double(drawn.logit) - rows_.max[i]) * rows_.scale[i];
+      token = drawn.token;
       confidence = float(std::exp(exponent) / (1.0 + double(rows_.weight[i])));
     }
-    p_.token[n] = drawn.token;
+    p_.token[n] = token;
     p_.argmax[n] = rows_.argmax[i];
     p_.flags[n] = rows_.flags[i] | (any ? 0 : kFlagNothingAllowed);
     p_.confidence[n] = any ? confidence : -kInfinity;
@@ -352,9 +367,8 @@ class Few {
   const Kernel& kernel_;
   const TokenConfidenceParams& p_;
   FewRows rows_;
+  std::optional<Task> task_[kRowsTogether];
   int64_t number_[kRowsTogether];
-  bool draws_[kRowsTogether];
-  Draw draw_[kRowsTogether];
 };
 
 }  // namespace
@@ -365,16 +379,16 @@ int64_t token_confidence_grain() { return kernel().grain; }
 
 void token_confidence(const TokenConfidenceParams& p, int64_t begin, int64_t end) {
   const Kernel chosen = kernel();
-  Few few(chosen, p);
+  if (chosen.measure_rows && p.V <= kFewLogits) {
+    Few few(chosen, p);
+    for (int64_t n = begin; n < end; ++n) few.add(n);
+    few.finish();
+    return;
+  }
   for (int64_t n = begin; n < end; ++n) {
     Task task(p, n);
-    if (chosen.measure_rows && p.V <= kFewLogits && task.source >= 0 && !task.filters) {
-      few.add(n, task);
-      continue;
-    }
-    finish(chosen, p, n, task, task.source < 0 ? Scan{} : scan_row(chosen, task.row, task.first));
+    measure(chosen, p, n, task);
   }
-  few.finish();
 }
 
 void token_confidence_scan(const TokenConfidenceParams& p, Scan* parts, int64_t begin,
@@ -386,7 +400,7 @@ void token_confidence_scan(const TokenConfidenceParams& p, Scan* parts, int64_t 
     const int64_t first = i % count * kPart;
     parts[i] = task.source < 0
                    ? Scan{}
-                   : chosen.scan(task.row, first, std::min(first + kPart, p.V), task.first);
+                   : chosen.scan(task.row, first, std::min(first + kPart, p.V), task.first());
   }
 }
 
@@ -397,7 +411,7 @@ void token_confidence_finish(const TokenConfidenceParams& p, const Scan* parts, 
   for (int64_t n = begin; n < end; ++n) {
     Task task(p, n);
     Scan found;
-    for (int64_t i = 0; i < count; ++i) merge(found, parts[n * count + i], task.first.scale);
+    for (int64_t i = 0; i < count; ++i) merge(found, parts[n * count + i], task.first().scale);
     finish(chosen, p, n, task, found);
   }
 }

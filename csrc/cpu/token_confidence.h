@@ -100,7 +100,7 @@ constexpr int64_t kFewLogits = 256;
 constexpr int kRowsTogether = 16;
 struct FewRows {
   int count = 0;  // of the elements of each array
-  LogitsRow row[kRowsTogether];
+  const LogitsRow* row[kRowsTogether];
   float scale[kRowsTogether];    // of what the statistics are about, 1 / T
   int64_t given[kRowsTogether];  // -1: none
   bool entropy;

@@ -63,7 +63,8 @@ class AttendWide {
     limits_.fill(p_, place_, Tiling::kRows);
     __syncthreads();
     notes_ = smem.take<WarpNotes>(kAttendThreads / 32) + threadIdx.x / 32;
-    *notes_ = {bounds_of(limits_, row_, kWarpRows), {INT_MAX, 0}};
+    const Bounds bounds = bounds_of(limits_, row_, kWarpRows);
+    if (lane_ == 0) *notes_ = {bounds, {INT_MAX, 0}};
     __syncwarp();
     KeyTiles<kKeys> tiles(p_.op, place_.b);
     tiles.confine(bounds_of(limits_, 0, Tiling::kRows), 0, INT_MAX);
