@@ -35,7 +35,7 @@ constexpr ForIsa<Kernel> kTable[] = {
 #ifdef DLM_X86
     {Isa::kAvx2, {avx2::scan, avx2::add_measures, avx2::race_tokens, avx2::measure_rows, 16384}},
     {Isa::kAvx512,
-     {avx512::scan, avx512::add_measures, avx2::race_tokens, avx512::measure_rows, 32768}},
+     {avx512::scan, avx512::add_measures, avx2::race_tokens, avx2::measure_rows, 32768}},
 #endif
 };
 Kernel kernel() { return best_for(isa(), kTable).kernels; }

@@ -136,7 +136,6 @@ void add_measures(const LogitsRow& row, int64_t begin, int64_t end, const Measur
 }  // namespace avx2
 
 namespace avx512 {
-void measure_rows(FewRows& rows);
 Scan scan(const LogitsRow& row, int64_t begin, int64_t end, const Wanted& want);
 void add_measures(const LogitsRow& row, int64_t begin, int64_t end, const Measure& measure,
                   const Bins& bins);

@@ -534,6 +534,3 @@ void add_measures(const LogitsRow& row, int64_t begin, int64_t end, const Measur
 }
 
 }  // namespace dlm::cpu::avx512
-
-#define DLM_NAMESPACE avx512
-#include "cpu/token_confidence_few.h"
