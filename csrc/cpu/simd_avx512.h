@@ -65,8 +65,6 @@ DLM_SIMD void add_to(double* sums, Floats x) {
 
 DLM_SIMD Words bits(Floats x) { return (Words)x; }
 DLM_SIMD Floats from_bits(Words x) { return (Floats)x; }
-DLM_SIMD Floats to_floats(Words x) { return _mm512_cvtepi32_ps((__m512i)x); }  // as signed integers
-DLM_SIMD Words to_words(Floats x) { return (Words)_mm512_cvttps_epu32(x); }
 
 // a * b + c and a * b - c, rounded once. (Products and sums written as such round separately.)
 DLM_SIMD Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
@@ -80,16 +78,7 @@ DLM_SIMD Floats fma_or_zero(Mask mask, Floats a, Floats b, Floats c) {
 
 DLM_SIMD Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }  // b where one is NaN
 DLM_SIMD Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
-DLM_SIMD Words min(Words a, Words b) { return (Words)_mm512_min_epu32((__m512i)a, (__m512i)b); }
 DLM_SIMD Floats magnitude(Floats x) { return _mm512_abs_ps(x); }
-
-// The low halves' 64-bit products.
-DLM_SIMD Longs multiply_low(Longs a, Longs b) {
-  return (Longs)_mm512_mul_epu32((__m512i)a, (__m512i)b);
-}
-DLM_SIMD Longs exclusive_or(Longs a, Longs b, Longs c) {
-  return (Longs)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)c, 0x96);
-}
 
 // --- masks -------------------------------------------------------------------------------------
 
@@ -97,14 +86,10 @@ DLM_SIMD Mask equal(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_E
 DLM_SIMD Mask less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 DLM_SIMD Mask greater(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 DLM_SIMD Mask at_least(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
-// These hold where one is NaN.
+// Holds where one is NaN.
 DLM_SIMD Mask not_less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
-DLM_SIMD Mask not_at_most(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
 DLM_SIMD Mask is_nan(Floats a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
 DLM_SIMD Mask at_most(Words a, Words b) { return _mm512_cmple_epu32_mask((__m512i)a, (__m512i)b); }
-DLM_SIMD Mask at_most(Mask of, Words a, Words b) {
-  return _mm512_mask_cmple_epu32_mask(of, (__m512i)a, (__m512i)b);
-}
 
 DLM_SIMD Floats select(Mask mask, Floats where, Floats elsewhere) {
   return _mm512_mask_mov_ps(elsewhere, mask, where);
@@ -131,13 +116,6 @@ DLM_SIMD Words compress(Mask mask, Words x) {
 }
 DLM_SIMD Longs compress(__mmask8 mask, Longs x) {
   return (Longs)_mm512_maskz_compress_epi64(mask, (__m512i)x);
-}
-// Elements 2 l of a and b, and elements 2 l + 1, side by side.
-DLM_SIMD Longs pair_even(Longs a, Longs b) {
-  return (Longs)_mm512_unpacklo_epi64((__m512i)a, (__m512i)b);
-}
-DLM_SIMD Longs pair_odd(Longs a, Longs b) {
-  return (Longs)_mm512_unpackhi_epi64((__m512i)a, (__m512i)b);
 }
 // Non-negative floats below 2^63 without their fractions: the first eight, the last eight.
 DLM_SIMD Longs first_to_longs(Floats x) {

@@ -23,8 +23,7 @@
 namespace dlm::cuda {
 
 // A block works for about as long as its loads take; six of them fit an SM of 228 KiB, so that most
-// have loads under way while others compute. (Four where logits are adjusted, for
-// their registers.)
+// have loads under way while others compute. (Four where logits are adjusted, for their registers.)
 constexpr uint32_t kScanThreads = 256, kScanChunks = 8, kScanWarps = kScanThreads / 32;
 constexpr uint32_t kFinishRows = 4;  // warps of a block of the second kernel
 
