@@ -34,6 +34,11 @@ DLM_HD uint32_t float_to_bits(float value) {
   memcpy(&bits, &value, sizeof bits);
   return bits;
 }
+DLM_HD uint64_t double_to_bits(double value) {
+  uint64_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
 
 DLM_HD float to_float(float x) { return x; }
 DLM_HD float to_float(BFloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }

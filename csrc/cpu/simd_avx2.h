@@ -146,6 +146,9 @@ DLM_SIMD void add_to(double* sums, Floats x) {
 DLM_SIMD Floats fma(Floats a, Floats b, Floats c) {
   return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
+DLM_SIMD Floats fms(Floats a, Floats b, Floats c) {  // a * b - c
+  return {_mm256_fmsub_ps(a.low, b.low, c.low), _mm256_fmsub_ps(a.high, b.high, c.high)};
+}
 DLM_SIMD Floats fma_where(Mask mask, Floats a, Floats b, Floats c) {  // c elsewhere
   return select(mask, fma(a, b, c), c);
 }
@@ -185,7 +188,58 @@ DLM_SIMD Mask to_mask(uint32_t x) {
   const __m256i high = _mm256_slli_epi32(low, 8);
   return {_mm256_cmpeq_epi32(all & low, low), _mm256_cmpeq_epi32(all & high, high)};
 }
+// The elements that `mask` names, moved together, to memory with room for sixteen; how many.
+DLM_SIMD int append(float* to, Mask mask, Floats x) {
+  float all[kWidth];
+  store(all, x);
+  int count = 0;
+  for (uint32_t left = to_bits(mask); left; left &= left - 1) to[count++] = all[__builtin_ctz(left)];
+  return count;
+}
 DLM_SIMD Mask first(int64_t n) { return to_mask(n >= kWidth ? 0xffffu : (1u << n) - 1); }
+
+// Pairs whose elements are 8 apart first, then 4, and so on.
+template <class Join>
+DLM_SIMD float across(Floats x, Join join) {
+  const __m256 eight = join(x.low, x.high);
+  __m256 four = join(eight, _mm256_permute2f128_ps(eight, eight, 1));
+  four = join(four, _mm256_permute_ps(four, 0x4e));
+  return _mm256_cvtss_f32(join(four, _mm256_permute_ps(four, 0xb1)));
+}
+DLM_SIMD float largest(Floats x) {
+  return across(x, [](__m256 a, __m256 b) { return _mm256_max_ps(a, b); });
+}
+DLM_SIMD float sum(Floats x) {
+  return across(x, [](__m256 a, __m256 b) { return a + b; });
+}
+
+// A sum of non-negative floats below 2^51, each rounded to a whole number (nearest, even): adding
+// 1.5 * 2^52 leaves it in the lowest bits of a double.
+class Wholes {
+ public:
+  DLM_SIMD void add(Floats x) {
+    add(_mm256_castps256_ps128(x.low), 0);
+    add(_mm256_extractf128_ps(x.low, 1), 1);
+    add(_mm256_castps256_ps128(x.high), 2);
+    add(_mm256_extractf128_ps(x.high, 1), 3);
+  }
+  DLM_SIMD uint64_t sum() const {
+    alignas(32) uint64_t each[4];
+    const __m256i all = _mm256_add_epi64(_mm256_add_epi64(four_[0], four_[1]),
+                                         _mm256_add_epi64(four_[2], four_[3]));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(each), all);
+    return (each[0] + each[1]) + (each[2] + each[3]);
+  }
+
+ private:
+  DLM_SIMD void add(__m128 x, int i) {
+    const __m256d magic = _mm256_set1_pd(6755399441055744.0), shifted = _mm256_cvtps_pd(x) + magic;
+    const __m256i whole =
+        _mm256_sub_epi64(_mm256_castpd_si256(shifted), _mm256_castpd_si256(magic));
+    four_[i] = _mm256_add_epi64(four_[i], whole);
+  }
+  __m256i four_[4] = {};
+};
 
 // In which of sixteen 64-bit words bit `index` is set.
 DLM_SIMD Mask with_bit(const uint64_t* words, int64_t index) {

@@ -29,7 +29,6 @@ DLM_SIMD Longs splat(uint64_t x) { return (Longs)_mm512_set1_epi64(int64_t(x)); 
 
 DLM_SIMD Floats load(const float* x) { return _mm512_loadu_ps(x); }
 DLM_SIMD Words load(const uint32_t* x) { return (Words)_mm512_loadu_si512(x); }
-DLM_SIMD Longs load(const uint64_t* x) { return (Longs)_mm512_loadu_si512(x); }
 DLM_SIMD Floats from_bfloat16(__m256i x) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
 }
@@ -51,7 +50,6 @@ DLM_SIMD Floats load(Mask mask, const Float16* x) {
 
 DLM_SIMD void store(float* to, Floats x) { _mm512_storeu_ps(to, x); }
 DLM_SIMD void store(uint32_t* to, Words x) { _mm512_storeu_si512(to, (__m512i)x); }
-DLM_SIMD void store(uint64_t* to, Longs x) { _mm512_storeu_si512(to, (__m512i)x); }
 
 // sums[i] += x[i], of 16 elements.
 DLM_SIMD void add_to(double* sums, Floats x) {
@@ -109,21 +107,30 @@ DLM_SIMD Words look_up(Words index, Words table) {
 }
 DLM_SIMD float largest(Floats x) { return _mm512_reduce_max_ps(x); }
 DLM_SIMD float sum(Floats x) { return _mm512_reduce_add_ps(x); }  // pairwise
-DLM_SIMD uint64_t sum(Longs x) { return uint64_t(_mm512_reduce_add_epi64((__m512i)x)); }
 // The elements that `mask` names, moved together.
 DLM_SIMD Words compress(Mask mask, Words x) {
   return (Words)_mm512_maskz_compress_epi32(mask, (__m512i)x);
 }
-DLM_SIMD Longs compress(__mmask8 mask, Longs x) {
-  return (Longs)_mm512_maskz_compress_epi64(mask, (__m512i)x);
+// The same, to memory with room for sixteen; how many.
+DLM_SIMD int append(float* to, Mask mask, Floats x) {
+  store(to, from_bits(compress(mask, bits(x))));
+  return __builtin_popcount(mask);
 }
-// Non-negative floats below 2^63 without their fractions: the first eight, the last eight.
-DLM_SIMD Longs first_to_longs(Floats x) {
-  return (Longs)_mm512_cvttps_epi64(_mm512_castps512_ps256(x));
-}
-DLM_SIMD Longs last_to_longs(Floats x) {
-  return (Longs)_mm512_cvttps_epi64(_mm512_extractf32x8_ps(x, 1));
-}
+
+// A sum of non-negative floats, each rounded to a whole number (nearest, even).
+class Wholes {
+ public:
+  DLM_SIMD void add(Floats x) {
+    low_ = low_ + (Longs)_mm512_cvtps_epi64(_mm512_castps512_ps256(x));
+    high_ = high_ + (Longs)_mm512_cvtps_epi64(_mm512_extractf32x8_ps(x, 1));
+  }
+  DLM_SIMD uint64_t sum() const {
+    return uint64_t(_mm512_reduce_add_epi64((__m512i)(low_ + high_)));
+  }
+
+ private:
+  Longs low_ = splat(uint64_t(0)), high_ = splat(uint64_t(0));
+};
 
 // --- parts of a vector, rows and columns ---------------------------------------------------------
 

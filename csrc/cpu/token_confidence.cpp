@@ -1,20 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 // token = argmax z, or drawn by a race (common/race.h); its probability, and the statistics of
-// softmax(z) or softmax(z/T), from one pass over a row of logits. For x_v = (z_v - max) / T and all
-// v but the argmax,
+// softmax(z) or softmax(z/T). One pass over a row of logits describes it by the sums of its chunks
+// (token_confidence.h); all else follows from these, and looks into few chunks again. For
+// x_v = (z_v - max) / T and all v but the argmax,
 //   S = sum of e^x_v,   X = sum of x_v e^x_v
 // so that 1 - confidence = S / (1 + S) and entropy = log(1 + S) - X / (1 + S) keep their relative
-// accuracy in peaked rows, where decisions fall. Here: a row's plan, the merging of its parts, the
-// search for the filters' floor, the statistics. The loops over logits are the kernels'.
+// accuracy in peaked rows, where decisions fall.
 #include "cpu/token_confidence.h"
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <optional>
+#include <vector>
 
 #include "common/math.h"
-#include "common/order.h"
 #include "cpu/isa.h"
+#include "cpu/token_confidence_filter.h"
 
 namespace dlm::cpu {
 namespace {
@@ -22,23 +24,21 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLargest = std::numeric_limits<float>::max();
 
-struct Kernel {
-  ScanKernel scan;
-  MeasureKernel add_measures;
-  RaceKernel race_tokens;
-  FewKernel measure_rows;
+struct Chosen {
+  TokenConfidenceKernels (*kernels)();
   int64_t grain;
 };
 
-constexpr ForIsa<Kernel> kTable[] = {
-    {Isa::kGeneric, {generic::scan, generic::add_measures, generic::race_tokens, nullptr, 8192}},
+constexpr ForIsa<Chosen> kTable[] = {
+    {Isa::kGeneric, {generic::token_confidence, 8192}},
 #ifdef DLM_X86
-    {Isa::kAvx2, {avx2::scan, avx2::add_measures, avx2::race_tokens, avx2::measure_rows, 16384}},
-    {Isa::kAvx512,
-     {avx512::scan, avx512::add_measures, avx2::race_tokens, avx2::measure_rows, 32768}},
+    {Isa::kAvx2, {avx2::token_confidence, 16384}},
+    {Isa::kAvx512, {avx512::token_confidence, 32768}},
 #endif
 };
-Kernel kernel() { return best_for(isa(), kTable).kernels; }
+TokenConfidenceKernels kernels_in_use() { return best_for(isa(), kTable).kernels.kernels(); }
+
+int64_t chunks_of(int64_t V) { return (V + kRaceChunk - 1) / kRaceChunk; }
 
 int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
@@ -81,149 +81,24 @@ struct Task {
     about_kept = p.distribution == Distribution::kFiltered;
     filters = (k > 0 || p_kept < 1.0f) && (samples || about_kept);
     scale = p.distribution == Distribution::kRaw ? 1.0f : draw.inverse_temperature;
-    second = p.margin != nullptr;
     entropy = p.entropy != nullptr;
   }
 
-  Wanted statistics() const { return {second, true, entropy, samples, scale, draw}; }
-  Wanted maximum() const { return {false, false, false, samples, 1.0f, draw}; }
-  // Of the first scan; filters need its maximum before there is a sample.
-  Wanted first() const {
-    Wanted want = filters && about_kept ? maximum() : statistics();
-    want.sample = samples && !filters;
-    return want;
+  // Top-p needs the whole mass at the row's temperature.
+  Wanted wanted() const {
+    const bool tempered = filters && p_kept < 1.0f && scale != draw.inverse_temperature;
+    return {entropy, tempered, scale, draw.inverse_temperature};
   }
 
   int64_t source;
   LogitsRow row;
-  bool samples, filters, about_kept, second, entropy;
+  bool samples, filters, about_kept, entropy;
   float temperature, scale;  // scale: of what the statistics are about
   Draw draw{};
   int32_t k;
   float p_kept;
 };
 
-// `found`, and then the part that comes after it: their union.
-void merge(Scan& found, const Scan& part, double scale) {
-  if (part.key > found.key) {
-    found.key = part.key;
-    found.chunk = part.chunk;
-  }
-  found.flags |= part.flags;
-  if (part.argmax < 0) return;
-  if (found.argmax < 0) {
-    found.max = part.max;
-    found.second = part.second;
-    found.argmax = part.argmax;
-    found.weight = part.weight;
-    found.weighted_exponent = part.weighted_exponent;
-    return;
-  }
-  // The one with the lower maximum is put relative to the higher one; its own becomes a term.
-  const auto rescaled = [scale](const Scan& low, const Scan& high, Scan* sum) {
-    const double exponent = (double(low.max) - double(high.max)) * scale;
-    const double factor = std::exp(exponent), weight = low.weight + 1.0;
-    sum->weighted_exponent =
-        high.weighted_exponent + factor * (low.weighted_exponent + exponent * weight);
-    sum->weight = high.weight + factor * weight;
-  };
-  if (part.max > found.max) {
-    rescaled(found, part, &found);
-    found.second = std::max(found.max, part.second);
-    found.max = part.max;
-    found.argmax = part.argmax;
-  } else {
-    rescaled(part, found, &found);
-    found.second = std::max(found.second, part.max);
-  }
-}
-
-Scan scan_row(const Kernel& kernel, const LogitsRow& row, const Wanted& want) {
-  Scan found;
-  for (int64_t begin = 0; begin < row.V; begin += kPart) {
-    merge(found, kernel.scan(row, begin, std::min(begin + kPart, row.V), want), want.scale);
-  }
-  return found;
-}
-
-// --- filters -----------------------------------------------------------------------------------
-
-float value_of(uint32_t ordered) {
-  return bits_to_float(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
-}
-
-// The highest bin such that it and those above it sum to more than the limit, -1 if there is none;
-// `above` becomes the sum of those above it.
-int highest_over(const uint64_t* bins, uint64_t limit, uint64_t& above) {
-  uint64_t sum = above;
-  for (int b = kBins - 1; b >= 0; --b) {
-    if (sum + bins[b] > limit) {
-      above = sum;
-      return b;
-    }
-    sum += bins[b];
-  }
-  return -1;
-}
-
-// The largest value such that it and what lies above it measure more than the limit (a count, or a
-// share of all mass), as ordered bits; 0: there is none. `lowest`: no lower value can be the one.
-// A radix search over the ordered bits between `lowest` and the maximum, 11 bits a pass.
-uint32_t crossing(const Kernel& kernel, const LogitsRow& row, const Measure& measure, double limit,
-                  float lowest) {
-  uint64_t sum[kBins], total = 0, above = 0, over = uint64_t(measure.mass ? 0.0 : limit);
-  const uint32_t low = ordered_bits(std::max(lowest, -kLargest)), high = ordered_bits(measure.max);
-  Bins bins{low, low, high, 0, sum, measure.mass ? &total : nullptr};
-  while ((high - low) >> bins.shift >= uint32_t(kBins)) ++bins.shift;
-  for (bool first = true;; first = false) {
-    std::fill(sum, sum + kBins, 0);
-    // The first pass of a count goes in growing steps: what is known to have enough above it need
-    // not be counted in the next.
-    const bool rises = first && !measure.mass;
-    int64_t step = rises ? 1024 : row.V;
-    for (int64_t begin = 0; begin < row.V; begin += step, step = begin) {
-      kernel.add_measures(row, begin, std::min(begin + step, row.V), measure, bins);
-      if (!rises) break;
-      uint64_t ignored = 0;
-      const int bin = highest_over(sum, over, ignored);
-      if (bin >= 0) bins.lowest = bins.base + (uint32_t(bin) << bins.shift);
-    }
-    if (first && measure.mass) over = uint64_t(limit * double(total));
-    const int bin = highest_over(sum, over, above);
-    if (bin < 0) return 0;  // in the first pass only: sums are exact
-    bins.base += uint32_t(bin) << bins.shift;
-    if (bins.shift == 0) return bins.base;
-    bins.lowest = bins.base;
-    bins.highest = bins.base + ((1u << bins.shift) - 1);
-    bins.shift = std::max(0, bins.shift - kBinBits);
-    bins.total = nullptr;
-  }
-}
-
-// The lowest value kept. Both filters keep whatever is at or above a value, so the higher of the
-// two decides.
-float filter_floor(const Kernel& kernel, const TokenConfidenceParams& p, const Task& task,
-                   float max) {
-  LogitsRow row = task.row;
-  const float scale = 1.0f / task.temperature;
-  float by_count = -kInfinity, by_mass = -kInfinity;
-  if (task.k > 0 && task.k < row.V) {
-    const Measure count{false, max, scale};
-    const uint32_t kth = crossing(kernel, row, count, double(task.k) - 1.0, -kInfinity);
-    if (kth) by_count = value_of(kth);
-  }
-  if (task.p_kept < 1.0f) {
-    if (!p.top_p_first) row.floor = by_count;  // the mass of what top-k left
-    // The weight of V logits below this is less than (1 - p) of the maximum's alone.
-    const double depth = std::log(double(row.V) / (1.0 - double(task.p_kept))) + 0.1;
-    const float lowest = float(double(max) - depth * double(task.temperature));
-    const Measure mass{true, max, scale};
-    const uint32_t crossed = crossing(kernel, row, mass, double(task.p_kept), lowest);
-    if (crossed)
-      by_mass = p.keep_crossing ? value_of(crossed) : std::min(value_of(crossed + 1), max);
-  }
-  return std::max(by_count, by_mass);
-}
 
 // --- rows --------------------------------------------------------------------------------------
 
@@ -258,75 +133,193 @@ float logit_at(const LogitsRow& row, int64_t v) {
   return std::min(z, kLargest);
 }
 
-void finish(const Kernel& kernel, const TokenConfidenceParams& p, int64_t n, Task& task,
-            Scan found) {
-  LogitsRow& row = task.row;
-  if (p.floor) p.floor[n] = -kInfinity;
-  Drawn drawn{-1, -kInfinity};
-  const auto race = [&] {
-    if (found.chunk >= 0) drawn = kernel.race_tokens(row, found.chunk, task.draw);
-  };
-  if (!task.filters) {
-    race();
-  } else if (found.argmax >= 0) {
-    row.floor = filter_floor(kernel, p, task, found.max);
-    if (p.floor) p.floor[n] = row.floor;
-    if (p.distribution == Distribution::kFiltered) {
-      const int32_t flags = found.flags;
-      found = scan_row(kernel, row, task.statistics());
-      found.flags |= flags;
-      race();
-    } else {
-      found.chunk = scan_row(kernel, row, task.maximum()).chunk;
-      race();
-      row.floor = -kInfinity;  // the statistics, p_given too, are about the whole row
+
+// Arrays over the chunks of a row. Where the statistics are about the row's own temperature, or
+// nobody asks, there is one array less.
+constexpr int64_t kArrays = 4;
+ChunkSums arrays_in(float* workspace, int64_t chunks, const Task& task) {
+  float* weight = workspace + chunks;
+  return {workspace, weight, weight + chunks,
+          task.wanted().tempered ? weight + 2 * chunks : weight};
+}
+
+// A row, from the sums of its chunks to its results.
+class Row {
+ public:
+  Row(const TokenConfidenceKernels& kernels, const TokenConfidenceParams& p, int64_t n, Task& task,
+      const ChunkSums& sums, FloorScratch& scratch)
+      : kernels_(kernels), p_(p), n_(n), task_(task), row_(task.row), sums_(sums),
+        scratch_(scratch) {}
+
+  void finish(int32_t flags) {
+    Summary found = summarize();
+    Drawn drawn{-1, -kInfinity};
+    if (found.argmax >= 0) {
+      if (task_.filters) {
+        row_.floor = floor(found.max);
+        if (task_.about_kept) {
+          sum_kept();
+          found = summarize();
+        }
+      }
+      if (task_.samples) drawn = race();
+    }
+    if (p_.floor) p_.floor[n_] = row_.floor;
+    if (!task_.about_kept) row_.floor = -kInfinity;  // the statistics are about the whole row
+    if (found.argmax < 0 && task_.source >= 0) flags |= kFlagNothingAllowed;
+    write(found, drawn, flags);
+  }
+
+ private:
+  Summary summarize() const {
+    if (task_.source < 0) return {};
+    return kernels_.summarize(row_, sums_, task_.entropy, task_.scale);
+  }
+
+  float floor(float max) const {
+    FloorSearch search(kernels_, row_, sums_.largest, sums_.tempered, max,
+                       task_.draw.inverse_temperature, scratch_);
+    float by_count = -kInfinity, by_mass = -kInfinity;
+    if (task_.k > 0 && task_.k < row_.V) by_count = search.of_count(task_.k);
+    if (task_.p_kept < 1.0f) {
+      by_mass = search.of_share(task_.p_kept, p_.top_p_first ? -kInfinity : by_count);
+      if (by_mass > -kInfinity && !p_.keep_crossing)
+        by_mass = std::min(ordered_value(ordered_bits(by_mass) + 1), max);
+    }
+    return std::max(by_count, by_mass);
+  }
+
+  // The sums become those of what the filters keep.
+  void sum_kept() {
+    const Wanted want{task_.entropy, false, task_.scale, task_.scale};
+    for (int64_t c = 0; c < chunks_of(row_.V); ++c) {
+      if (sums_.largest[c] >= row_.floor) {
+        kernels_.sum_chunks(row_, c, c + 1, want, sums_);
+      } else {
+        sums_.largest[c] = -kInfinity;
+        sums_.weight[c] = sums_.exponent[c] = 0.0f;
+      }
     }
   }
 
-  int64_t token = -1;
-  double confidence = -kInfinity, margin = 0.0, entropy = 0.0, logsumexp = -kInfinity,
-         p_given = 0.0;
-  if (task.source >= 0 && found.argmax < 0) {
-    found.flags |= kFlagNothingAllowed;
-  } else if (found.argmax >= 0) {
-    const bool sampled = drawn.token >= 0;
-    token = sampled ? drawn.token : found.argmax;
-    const double scale =
-        p.distribution == Distribution::kRaw ? 1.0 : 1.0 / double(task.temperature);
-    const double total = 1.0 + found.weight, log_total = std::log1p(found.weight);
-    const auto exponent = [&](float logit) { return (double(logit) - found.max) * scale; };
-    confidence = sampled ? std::exp(exponent(drawn.logit)) / total : 1.0 / total;
-    margin = -std::expm1(exponent(found.second)) / total;
-    entropy = log_total - found.weighted_exponent / total;
-    logsumexp = found.max * scale + log_total;
-    if (p.given && p.given[n] >= 0) p_given = std::exp(exponent(logit_at(row, p.given[n]))) / total;
+  // Where the chunks' sums are not those that race (they are of another temperature, or of what the
+  // filters dropped, too), they bound them, and so the keys: sums are then taken anew, from the
+  // chunk with the highest bound on, until a key is above all other bounds.
+  Drawn race() const {
+    const Draw& draw = task_.draw;
+    const bool exact = task_.scale == draw.inverse_temperature &&
+                       (row_.floor == -kInfinity || task_.about_kept);
+    const int64_t chunks = chunks_of(row_.V);
+    std::vector<float> key(static_cast<size_t>(chunks));
+    if (exact) {
+      kernels_.chunk_keys(sums_.largest, sums_.weight, chunks, draw, key.data());
+    } else {
+      constexpr float kRounding = 1.0001f;
+      const bool known = task_.wanted().tempered, colder = draw.inverse_temperature >= task_.scale;
+      std::vector<float> bound(key.size(), float(kRaceChunk) * kRounding);
+      for (size_t c = 0; c < bound.size() && (known || colder); ++c)
+        bound[c] = sums_.tempered[c] * kRounding;
+      kernels_.chunk_keys(sums_.largest, bound.data(), chunks, draw, key.data());
+      for (size_t c = 0; c < key.size(); ++c)
+        key[c] = sums_.largest[c] >= row_.floor ? key[c] : -kInfinity;
+    }
+    for (int64_t last = -1;;) {
+      const int64_t best = std::max_element(key.begin(), key.end()) - key.begin();
+      if (!(key[size_t(best)] > -kInfinity)) return {-1, -kInfinity};
+      if (exact || best == last) return kernels_.race_tokens(row_, best, draw);
+      key[size_t(best)] = key_of(best);
+      last = best;
+    }
   }
 
-  p.token[n] = token;
-  p.argmax[n] = found.argmax;
-  p.flags[n] = found.flags;
-  p.confidence[n] = float(confidence);
-  p.logsumexp[n] = float(logsumexp);
-  p.p_given[n] = float(p_given);
-  if (p.margin) p.margin[n] = float(margin);
-  if (p.entropy) p.entropy[n] = float(entropy);
-}
+  float key_of(int64_t chunk) const {
+    const Draw& draw = task_.draw;
+    alignas(64) float z[kRaceChunk];
+    kernels_.load_chunk(row_, chunk, z);
+    const float largest = sums_.largest[chunk];
+    const float weight = kernels_.sum_chunk(z, largest, draw.inverse_temperature).weight;
+    const Philox4 random = philox(draw.seed, draw.position, draw.step,
+                                  redrawn(Stream::kChunk, draw.redraw), uint32_t(chunk / 4));
+    return chunk_key(largest, draw.inverse_temperature, weight, random.word[chunk % 4]);
+  }
 
-void measure(const Kernel& kernel, const TokenConfidenceParams& p, int64_t n, Task& task) {
-  finish(kernel, p, n, task, task.source < 0 ? Scan{} : scan_row(kernel, task.row, task.first()));
-}
+  void write(const Summary& found, const Drawn& drawn, int32_t flags) const {
+    int64_t token = -1;
+    double confidence = -kInfinity, margin = 0.0, entropy = 0.0, logsumexp = -kInfinity,
+           p_given = 0.0;
+    if (found.argmax >= 0) {
+      const bool sampled = drawn.token >= 0;
+      token = sampled ? drawn.token : found.argmax;
+      const double scale =
+          p_.distribution == Distribution::kRaw ? 1.0 : 1.0 / double(task_.temperature);
+      const double total = 1.0 + found.weight, log_total = std::log1p(found.weight);
+      const auto exponent = [&](float logit) { return (double(logit) - found.max) * scale; };
+      confidence = sampled ? std::exp(exponent(drawn.logit)) / total : 1.0 / total;
+      margin = -std::expm1(exponent(found.second)) / total;
+      entropy = log_total - found.exponent / total;
+      logsumexp = found.max * scale + log_total;
+      if (p_.given && p_.given[n_] >= 0)
+        p_given = std::exp(exponent(logit_at(row_, p_.given[n_]))) / total;
+    }
+    p_.token[n_] = token;
+    p_.argmax[n_] = found.argmax;
+    p_.flags[n_] = flags;
+    p_.confidence[n_] = float(confidence);
+    p_.logsumexp[n_] = float(logsumexp);
+    p_.p_given[n_] = float(p_given);
+    if (p_.margin) p_.margin[n_] = float(margin);
+    if (p_.entropy) p_.entropy[n_] = float(entropy);
+  }
+
+  const TokenConfidenceKernels& kernels_;
+  const TokenConfidenceParams& p_;
+  const int64_t n_;
+  Task& task_;
+  LogitsRow& row_;
+  const ChunkSums sums_;
+  FloorScratch& scratch_;
+};
+
+// Rows, one after the other.
+class Rows {
+ public:
+  Rows(const TokenConfidenceKernels& kernels, const TokenConfidenceParams& p)
+      : kernels_(kernels), p_(p) {}
+
+  void measure(int64_t n) {
+    Task task(p_, n);
+    measure(n, task);
+  }
+  void measure(int64_t n, Task& task) {
+    const int64_t chunks = chunks_of(p_.V);
+    workspace_.resize(size_t(kArrays * chunks));
+    const ChunkSums sums = arrays_in(workspace_.data(), chunks, task);
+    finish(n, task, sums,
+           task.source < 0 ? 0 : kernels_.sum_chunks(task.row, 0, chunks, task.wanted(), sums));
+  }
+  void finish(int64_t n, Task& task, const ChunkSums& sums, int32_t flags) {
+    Row(kernels_, p_, n, task, sums, scratch_).finish(flags);
+  }
+
+ private:
+  const TokenConfidenceKernels& kernels_;
+  const TokenConfidenceParams& p_;
+  std::vector<float> workspace_;
+  FloorScratch scratch_;
+};
 
 // Rows of few logits, measured together; those that are filtered, alone.
 class Few {
  public:
-  Few(const Kernel& kernel, const TokenConfidenceParams& p) : kernel_(kernel), p_(p) {
+  Few(const TokenConfidenceKernels& kernels, const TokenConfidenceParams& p)
+      : kernels_(kernels), p_(p), others_(kernels, p) {
     rows_.entropy = p.entropy != nullptr;
   }
 
   void add(int64_t n) {
     const int i = rows_.count;
     const Task& task = task_[i].emplace(p_, n);  // in place: a copy would take longer than the rest
-    if (task.filters || task.source < 0) return measure(kernel_, p_, n, *task_[i]);
+    if (task.filters || task.source < 0) return others_.measure(n, *task_[i]);
     number_[i] = n;
     rows_.row[i] = &task.row;
     rows_.scale[i] = task.scale;
@@ -336,7 +329,7 @@ class Few {
 
   void finish() {
     if (rows_.count == 0) return;
-    kernel_.measure_rows(rows_);
+    kernels_.measure_rows(rows_);
     for (int i = 0; i < rows_.count; ++i) write(i);
     rows_.count = 0;
   }
@@ -348,7 +341,7 @@ class Few {
     int64_t token = rows_.argmax[i];
     float confidence = rows_.confidence[i];
     if (any && task_[i]->samples) {
-      const Drawn drawn = kernel_.race_tokens(*rows_.row[i], 0, task_[i]->draw);
+      const Drawn drawn = kernels_.race_tokens(*rows_.row[i], 0, task_[i]->draw);
       const double exponent = (double(drawn.logit) - rows_.max[i]) * rows_.scale[i];
       token = drawn.token;
       confidence = float(std::exp(exponent) / (1.0 + double(rows_.weight[i])));
@@ -364,8 +357,9 @@ class Few {
     if (p_.floor) p_.floor[n] = -kInfinity;
   }
 
-  const Kernel& kernel_;
+  const TokenConfidenceKernels& kernels_;
   const TokenConfidenceParams& p_;
+  Rows others_;
   FewRows rows_;
   std::optional<Task> task_[kRowsTogether];
   int64_t number_[kRowsTogether];
@@ -375,44 +369,53 @@ class Few {
 
 Isa token_confidence_isa(Isa isa) { return best_for(isa, kTable).isa; }
 
-int64_t token_confidence_grain() { return kernel().grain; }
+int64_t token_confidence_grain() { return best_for(isa(), kTable).kernels.grain; }
 
 void token_confidence(const TokenConfidenceParams& p, int64_t begin, int64_t end) {
-  const Kernel chosen = kernel();
-  if (chosen.measure_rows && p.V <= kFewLogits) {
-    Few few(chosen, p);
+  const TokenConfidenceKernels kernels = kernels_in_use();
+  if (kernels.measure_rows && p.V <= kFewLogits) {
+    Few few(kernels, p);
     for (int64_t n = begin; n < end; ++n) few.add(n);
     few.finish();
     return;
   }
-  for (int64_t n = begin; n < end; ++n) {
-    Task task(p, n);
-    measure(chosen, p, n, task);
-  }
+  Rows rows(kernels, p);
+  for (int64_t n = begin; n < end; ++n) rows.measure(n);
 }
 
-void token_confidence_scan(const TokenConfidenceParams& p, Scan* parts, int64_t begin,
+// Of a row: the arrays over its chunks, then the flags of its parts.
+int64_t token_confidence_workspace(int64_t N, int64_t V) {
+  return N * (kArrays * chunks_of(V) + token_confidence_parts(V));
+}
+
+void token_confidence_scan(const TokenConfidenceParams& p, float* workspace, int64_t begin,
                            int64_t end) {
-  const Kernel chosen = kernel();
-  const int64_t count = token_confidence_parts(p.V);
+  const TokenConfidenceKernels kernels = kernels_in_use();
+  const int64_t parts = token_confidence_parts(p.V), chunks = chunks_of(p.V);
   for (int64_t i = begin; i < end; ++i) {
-    const Task task(p, i / count);
-    const int64_t first = i % count * kPart;
-    parts[i] = task.source < 0
-                   ? Scan{}
-                   : chosen.scan(task.row, first, std::min(first + kPart, p.V), task.first());
+    const Task task(p, i / parts);
+    if (task.source < 0) continue;
+    float* own = workspace + i / parts * token_confidence_workspace(1, p.V);
+    const int64_t part = i % parts, first = part * (kPart / kRaceChunk);
+    const int32_t flags = kernels.sum_chunks(
+        task.row, first, std::min(first + kPart / kRaceChunk, chunks), task.wanted(),
+        arrays_in(own, chunks, task));
+    own[kArrays * chunks + part] = float(flags);
   }
 }
 
-void token_confidence_finish(const TokenConfidenceParams& p, const Scan* parts, int64_t begin,
+void token_confidence_finish(const TokenConfidenceParams& p, float* workspace, int64_t begin,
                              int64_t end) {
-  const Kernel chosen = kernel();
-  const int64_t count = token_confidence_parts(p.V);
+  const TokenConfidenceKernels kernels = kernels_in_use();
+  const int64_t chunks = chunks_of(p.V);
+  Rows rows(kernels, p);
   for (int64_t n = begin; n < end; ++n) {
     Task task(p, n);
-    Scan found;
-    for (int64_t i = 0; i < count; ++i) merge(found, parts[n * count + i], task.first().scale);
-    finish(chosen, p, n, task, found);
+    float* own = workspace + n * token_confidence_workspace(1, p.V);
+    int32_t flags = 0;
+    for (int64_t i = 0; i < token_confidence_parts(p.V) && task.source >= 0; ++i)
+      flags |= int32_t(own[kArrays * chunks + i]);
+    rows.finish(n, task, arrays_in(own, chunks, task), flags);
   }
 }
 

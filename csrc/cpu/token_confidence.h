@@ -1,29 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include <cstdint>
 #include <limits>
 
 #include "common/params.h"
+#include "common/race.h"
 
 namespace dlm::cpu {
 
 enum class Isa : int;  // cpu/isa.h
-
-// What a scan of a row, or of a part of one, finds. The sums leave out the argmax, whose term is 1.
-struct Scan {
-  float max = -std::numeric_limits<float>::infinity();
-  float second = -std::numeric_limits<float>::infinity();
-  int64_t argmax = -1;
-  double weight = 0.0, weighted_exponent = 0.0;
-  // the chunk with the largest key (common/race.h), -1: none
-  float key = -std::numeric_limits<float>::infinity();
-  int64_t chunk = -1;
-  int32_t flags = 0;
-};
-
-// A row is scanned in parts of kPart logits, each by itself, merged in their order: by the shape
-// alone, so that the bits do not depend on how many threads share the work.
-constexpr int64_t kPart = 16384;
-inline int64_t token_confidence_parts(int64_t V) { return (V + kPart - 1) / kPart; }
 
 // Whose kernels are used where `isa` is in use.
 Isa token_confidence_isa(Isa isa);
@@ -35,9 +20,14 @@ int64_t token_confidence_grain();
 void token_confidence(const TokenConfidenceParams& p, int64_t begin, int64_t end);
 
 // The same in two steps, for rows that are fewer than threads: the parts [begin, end) of all rows
-// (part i is of row i / token_confidence_parts(V)), then the rows.
-void token_confidence_scan(const TokenConfidenceParams& p, Scan* parts, int64_t begin, int64_t end);
-void token_confidence_finish(const TokenConfidenceParams& p, const Scan* parts, int64_t begin,
+// (part i is of row i / token_confidence_parts(V)), then the rows. `workspace` has
+// token_confidence_workspace(N, V) floats.
+constexpr int64_t kPart = 16384;  // logits
+inline int64_t token_confidence_parts(int64_t V) { return (V + kPart - 1) / kPart; }
+int64_t token_confidence_workspace(int64_t N, int64_t V);
+void token_confidence_scan(const TokenConfidenceParams& p, float* workspace, int64_t begin,
+                           int64_t end);
+void token_confidence_finish(const TokenConfidenceParams& p, float* workspace, int64_t begin,
                              int64_t end);
 
 // --- what the kernels of an instruction set do, and what they are told -------------------------
@@ -68,36 +58,35 @@ struct Drawn {
   float logit;
 };
 
+// A row is described by chunks of kRaceChunk logits, each by itself, so that a row's bits depend
+// neither on how many threads share it nor on anything around it. Of chunk c, in arrays over the
+// chunks of a row:
+struct ChunkSums {
+  float* largest;   // its largest logit
+  float* weight;    // sum of e^x, x = (z - largest) * scale
+  float* exponent;  // sum of x e^x
+  float* tempered;  // sum of e^((z - largest) / T)
+};
 struct Wanted {
-  bool second, sums, entropy, sample;
-  float scale;  // 1/T of the distribution that the sums describe
-  Draw draw;    // read where a sample is wanted
+  bool exponent, tempered;  // whether those sums are wanted
+  float scale, inverse_temperature;
+};
+struct Sums {
+  float weight, exponent;
 };
 
-// Top-k counts logits, top-p adds their weights e^((z - max) * scale), each an integer number of
-// 2^-kMassBits, so that a sum has the same bits in any order. (A vocabulary has less than 2^21
-// words: the sum fits.)
-constexpr int kMassBits = 42;
-constexpr float kMassUnits = 4398046511104.0f;
-struct Measure {
-  bool mass;
-  float max, scale;
-};
-// The measure of logits whose ordered bits are in [lowest, highest] goes to bin
-// (ordered bits - base) >> shift.
-constexpr int kBinBits = 11, kBins = 1 << kBinBits;
-struct Bins {
-  uint32_t base, lowest, highest;
-  int shift;
-  uint64_t* sum;    // [kBins]
-  uint64_t* total;  // null, or where to add the measure of all logits
+// The statistics of a row. The sums leave out the argmax, whose term is 1.
+struct Summary {
+  float max = -std::numeric_limits<float>::infinity();
+  float second = -std::numeric_limits<float>::infinity();
+  int64_t argmax = -1;
+  double weight = 0.0, exponent = 0.0;
 };
 
-// Logits [begin, end) of a row; begin is a multiple of 1024.
-// Rows of few logits are handled together, each in a lane: for one alone the vectors would be too
-// long, and the last steps, once a row, would take longer than the logits.
 constexpr int64_t kFewLogits = 256;
 constexpr int kRowsTogether = 16;
+// Rows of few logits are handled together, each in a lane: for one alone the vectors would be too
+// long, and the last steps, once a row, would take longer than the logits.
 struct FewRows {
   int count = 0;  // of the elements of each array
   const LogitsRow* row[kRowsTogether];
@@ -107,38 +96,54 @@ struct FewRows {
   // Results: the statistics of the argmax.
   int64_t argmax[kRowsTogether];  // -1: there is nothing to choose
   int32_t flags[kRowsTogether];
-  float max[kRowsTogether], weight[kRowsTogether];  // as Scan has them
+  float max[kRowsTogether], weight[kRowsTogether];  // weight: of all but the argmax
   float confidence[kRowsTogether], margin[kRowsTogether], of_entropy[kRowsTogether],
       logsumexp[kRowsTogether], p_given[kRowsTogether];
 };
 
-using ScanKernel = Scan (*)(const LogitsRow& row, int64_t begin, int64_t end, const Wanted& want);
-using MeasureKernel = void (*)(const LogitsRow& row, int64_t begin, int64_t end,
-                               const Measure& measure, const Bins& bins);
-// The token that wins a chunk, which has one to draw.
-using RaceKernel = Drawn (*)(const LogitsRow& row, int64_t chunk, const Draw& draw);
+struct TokenConfidenceKernels {
+  // Sums of chunks [begin, end) of a row; returns flags.
+  int32_t (*sum_chunks)(const LogitsRow& row, int64_t begin, int64_t end, const Wanted& want,
+                        const ChunkSums& sums);
+  // The effective logits of a chunk, -inf beyond the row; returns the largest.
+  float (*load_chunk)(const LogitsRow& row, int64_t chunk, float* z);
+  // Sums of a chunk's logits, whose largest is `largest`, or was before it was made -inf.
+  Sums (*sum_chunk)(const float* z, float largest, float scale);
+  // From the sums of a row's chunks, at `scale`.
+  Summary (*summarize)(const LogitsRow& row, const ChunkSums& sums, bool exponent, float scale);
+  // Writes those of a chunk's logits that are in [low, high] to `to`, which has room for two
+  // chunks, adds the number of those above to `above`; returns how many were written.
+  int64_t (*collect)(const float* z, float low, float high, float* to, uint64_t* above);
+  // The sum of mass_of(e^((z - max) * scale)) over a chunk's logits above `above`.
+  uint64_t (*mass_above)(const float* z, float max, float scale, float above);
+  // The same of each of n logits.
+  void (*masses)(const float* z, int64_t n, float max, float scale, uint64_t* mass);
+  // chunk_key (common/race.h) of n chunks.
+  void (*chunk_keys)(const float* largest, const float* weight, int64_t n, const Draw& draw,
+                     float* key);
+  // The token that wins a chunk, which has one to draw.
+  Drawn (*race_tokens)(const LogitsRow& row, int64_t chunk, const Draw& draw);
+  // null: rows of few logits are handled as others.
+  void (*measure_rows)(FewRows& rows);
+};
 
-using FewKernel = void (*)(FewRows& rows);  // null: one by one
+// Top-p adds up probabilities relative to the largest, as whole numbers of 2^-42, so that a sum has
+// the same bits in any order. (A vocabulary has less than 2^20 words: the sum fits.) Rounds to
+// nearest, even; by a sum, since few processors convert to 64-bit integers.
+constexpr float kMassUnits = 4398046511104.0f;
+DLM_HD uint64_t mass_of(float weight) {
+  const double shifted = double(weight * kMassUnits) + 6755399441055744.0;  // 1.5 * 2^52
+  return double_to_bits(shifted) - 0x4338000000000000u;
+}
 
 namespace generic {
-Drawn race_tokens(const LogitsRow& row, int64_t chunk, const Draw& draw);
-Scan scan(const LogitsRow& row, int64_t begin, int64_t end, const Wanted& want);
-void add_measures(const LogitsRow& row, int64_t begin, int64_t end, const Measure& measure,
-                  const Bins& bins);
-}  // namespace generic
-
+TokenConfidenceKernels token_confidence();
+}
 namespace avx2 {
-void measure_rows(FewRows& rows);
-Drawn race_tokens(const LogitsRow& row, int64_t chunk, const Draw& draw);
-Scan scan(const LogitsRow& row, int64_t begin, int64_t end, const Wanted& want);
-void add_measures(const LogitsRow& row, int64_t begin, int64_t end, const Measure& measure,
-                  const Bins& bins);
-}  // namespace avx2
-
+TokenConfidenceKernels token_confidence();
+}
 namespace avx512 {
-Scan scan(const LogitsRow& row, int64_t begin, int64_t end, const Wanted& want);
-void add_measures(const LogitsRow& row, int64_t begin, int64_t end, const Measure& measure,
-                  const Bins& bins);
-}  // namespace avx512
+TokenConfidenceKernels token_confidence();
+}
 
 }  // namespace dlm::cpu

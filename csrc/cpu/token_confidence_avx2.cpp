@@ -1,8 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// The plain C++ for a compiler that may use AVX2: the same operations, so the same bits, on vectors
-// of 8 floats. And rows of few logits.
 #include "cpu/simd_avx2.h"
 #define DLM_NAMESPACE avx2
-#include "cpu/token_confidence_generic.cpp"
+#include "cpu/token_confidence_vectors.h"
 //
 #include "cpu/token_confidence_few.h"
+#include "cpu/token_confidence_loops.h"
+
+namespace dlm::cpu::avx2 {
+
+TokenConfidenceKernels token_confidence() {
+  return {sum_chunks, load_chunk, sum_chunk,   summarize,   collect,
+          mass_above, masses, chunk_keys, race_tokens, measure_rows};
+}
+
+}  // namespace dlm::cpu::avx2

@@ -7,14 +7,12 @@
 #include <algorithm>
 
 #include "common/philox.h"
-#include "cpu/token_confidence.h"
+#include "cpu/token_confidence_vectors.h"
 
 namespace dlm::cpu::DLM_NAMESPACE {
 namespace {
 
 static_assert(kRowsTogether == kWidth);
-constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-constexpr float kMost = std::numeric_limits<float>::max();
 
 // What comes once a row is in double, for all rows together: loops over lanes, for a vectoriser.
 
@@ -60,33 +58,6 @@ DLM_SIMD Floats exponential(Floats x) {
   return select(less(x, least), splat(0.0f), from_bits(bits(p) + (bits(shifted) << 23)));
 }
 
-// Logits [at, at + n) of a row, guided, biased, without NaN and +inf, -inf where they are not
-// allowed. Banned ids may be among them.
-template <class T>
-DLM_SIMD Floats effective(const LogitsRow& row, int at, int n, int32_t& flags) {
-  Floats x = load_first(n, static_cast<const T*>(row.logits) + at);
-  if (row.uncond) {
-    const Floats u = load_first(n, static_cast<const T*>(row.uncond) + at);
-    x = u + splat(row.guidance) * (x - u);
-  }
-  if (row.bias) x = x + load_first(n, row.bias + at);
-  const Mask there = first(n), ordinary = at_least(splat(kMost), x);
-  if (to_bits(ordinary) != 0xffffu) {
-    const Mask nan = is_nan(x);
-    flags |= to_bits(nan) & to_bits(there) ? kFlagNaN : 0;
-    flags |= ~to_bits(nan) & ~to_bits(ordinary) & to_bits(there) ? kFlagPosInf : 0;
-    x = select(ordinary, x, select(nan, splat(kMinusInfinity), splat(kMost)));
-  }
-  if (row.bitmask) {
-    uint32_t allowed = 0;
-    for (int i = 0; i < n; ++i) {
-      allowed |= (uint32_t(row.bitmask[(at + i) / 32]) >> (at + i) % 32 & 1) << i;
-    }
-    x = select(to_mask(allowed), x, splat(kMinusInfinity));
-  }
-  return x;
-}
-
 // z[v] becomes logit v of every row.
 template <class T>
 void load_rows(FewRows& rows, int V, Floats* z) {
@@ -117,11 +88,11 @@ void measure_rows_as(FewRows& rows) {
   for (int r = 0; r < rows.count; ++r) {
     const LogitsRow& row = *rows.row[r];
     for (int64_t i = 0; row.banned && i < row.banned_count; ++i) {
-      if (uint64_t(row.banned[i]) < uint64_t(V)) logit(row.banned[i], r) = kMinusInfinity;
+      if (uint64_t(row.banned[i]) < uint64_t(V)) logit(row.banned[i], r) = -kInfinity;
     }
   }
 
-  Floats top = splat(kMinusInfinity), next = top;
+  Floats top = splat(-kInfinity), next = top;
   Words where = splat(0xffffffffu);
   for (int v = 0; v < V; ++v) {
     next = max(min(top, z[v]), next);
@@ -137,8 +108,8 @@ void measure_rows_as(FewRows& rows) {
     const bool any = at[r] != 0xffffffffu;
     rows.argmax[r] = any ? int64_t(at[r]) : -1;
     base[r] = any ? rows.max[r] : 0.0f;
-    of_given[r] = rows.given[r] >= 0 ? logit(rows.given[r], r) : kMinusInfinity;
-    if (any) logit(at[r], r) = kMinusInfinity;
+    of_given[r] = rows.given[r] >= 0 ? logit(rows.given[r], r) : -kInfinity;
+    if (any) logit(at[r], r) = -kInfinity;
   }
 
   const Floats of_base = load(base), scale = load(rows.scale);
@@ -167,8 +138,6 @@ void measure_rows_as(FewRows& rows) {
   }
 }
 
-}  // namespace
-
 void measure_rows(FewRows& rows) {
   switch (rows.row[0]->dtype) {
     case DType::kFloat32:
@@ -180,4 +149,5 @@ void measure_rows(FewRows& rows) {
   }
 }
 
+}  // namespace
 }  // namespace dlm::cpu::DLM_NAMESPACE

@@ -168,13 +168,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
     }
   } else if (N > 0) {
     const Tensor scratch =
-        check.empty("workspace", {N * parts * int64_t(sizeof(cpu::Scan))}, ScalarType::Byte);
-    cpu::Scan* scans = static_cast<cpu::Scan*>(scratch.mutable_data_ptr());
+        check.empty("workspace", {cpu::token_confidence_workspace(N, V)}, ScalarType::Float);
+    float* workspace = write(scratch);
     parallel(N * parts, cpu::kPart,
-             [&](int64_t begin, int64_t end) { cpu::token_confidence_scan(p, scans, begin, end); });
+             [&](int64_t begin, int64_t end) { cpu::token_confidence_scan(p, workspace, begin, end); });
     const bool filters = top_k || top_p;  // only these leave work to do
     parallel(N, filters ? V : 1, [&](int64_t begin, int64_t end) {
-      cpu::token_confidence_finish(p, scans, begin, end);
+      cpu::token_confidence_finish(p, workspace, begin, end);
     });
   }
   return {token, argmax, confidence, margin, entropy, logsumexp, p_given, flags};

@@ -34,8 +34,8 @@ def chunk_exp(x: Tensor) -> Tensor:
     x = torch.where(normal, x, 0.0)
     n = fma(x, log2e, c(12582912.0)) - 12582912.0
     f = fma(x, c(1.92596303e-8), fma(x, log2e, -n))
-    p = torch.full_like(f, 1.3264591e-3)
-    for a in (9.671619e-3, 5.550735e-2, 2.4022241e-1, 6.93147e-1, 1.0):
+    p = torch.full_like(f, 1.53533620e-4)
+    for a in (1.33988739e-3, 9.61843692e-3, 5.55033237e-2, 2.40226477e-1, 6.93147182e-1, 1.0):
         p = fma(p, f, c(a))
     scaled = (p.view(torch.int32) + (n.to(torch.int32) << 23)).view(torch.float32)
     return torch.where(normal, scaled, 0.0)

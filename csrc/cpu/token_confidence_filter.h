@@ -1,0 +1,274 @@
+// SPDX-License-Identifier: Apache-2.0
+// The floor of a filtered row: the lowest logit that top-k and top-p keep. Both keep whatever is at
+// or above some value, the largest such that it and all above measure more than a limit: logits are
+// counted for top-k, their masses added up for top-p. Nothing is sorted, and few logits are looked
+// at: the chunks' largest logits, or a sample, say where the value should be, one pass over the
+// chunks that reach that far collects what lies there, and a radix search finds it among these few.
+// Measures are whole numbers, so that neither the guess nor the order shows in the result.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "common/math.h"
+#include "common/order.h"
+#include "cpu/token_confidence.h"
+
+namespace dlm::cpu {
+
+// Values, and the mass of each where masses are measured.
+struct Measured {
+  std::vector<float> value;
+  std::vector<uint64_t> mass;
+};
+// What searches need to remember; for one after the other.
+struct FloorScratch {
+  Measured found, other;
+};
+
+class FloorSearch {
+ public:
+  // `largest` and `tempered` as in ChunkSums; `max`: of the row.
+  FloorSearch(const TokenConfidenceKernels& kernels, const LogitsRow& row, const float* largest,
+              const float* tempered, float max, float inverse_temperature,
+              FloorScratch& scratch)
+      : kernels_(kernels),
+        row_(row),
+        chunks_((row.V + kRaceChunk - 1) / kRaceChunk),
+        largest_(largest),
+        tempered_(tempered),
+        max_(max),
+        inverse_(inverse_temperature),
+        found_(scratch.found),
+        scratch_(scratch.other) {}
+
+  // The k-th largest logit, -inf if there are fewer.
+  float of_count(int64_t k) {
+    by_mass_ = false;
+    lowest_ = -kLargest;
+    return search(uint64_t(k - 1), 0.0);
+  }
+
+  // The largest value such that it and all above it have more than a share of the mass of all that
+  // is at or above `floor`; -inf if there is none.
+  float of_share(float share, float floor) {
+    by_mass_ = true;
+    row_.floor = floor;
+    // The weight of V logits below this is less than (1 - share) of the largest one's.
+    const double depth = std::log(double(row_.V) / (1.0 - double(share))) + 0.1;
+    lowest_ = std::max(float(double(max_) - depth / double(inverse_)), -kLargest);
+    const double total = double(total_mass());
+    return search(uint64_t(double(share) * total), total);
+  }
+
+ private:
+  static constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  static constexpr float kLargest = std::numeric_limits<float>::max();
+  struct Bracket {
+    float low, high;
+  };
+
+  static float next(float value, int by) { return ordered_value(ordered_bits(value) + uint32_t(by)); }
+
+  // `total`: of the measure, 0: unknown.
+  float search(uint64_t limit, double total) {
+    Bracket in = guess(limit, total);
+    for (;;) {
+      const uint64_t above = collect(in);
+      float found;
+      if (above > limit) {
+        in = {next(in.high, 1), max_};
+      } else if (crossing(found_, above, limit, found)) {
+        return found;
+      } else if (in.low <= lowest_) {
+        return -kInfinity;
+      } else {
+        in = {lowest_, next(in.low, -1)};
+      }
+    }
+  }
+
+  bool has_any(int64_t chunk, float low) const {
+    return largest_[chunk] >= std::max({low, row_.floor, -kLargest});
+  }
+
+  // Where the largest logits of some groups suffice to exceed the limit, the value is at or above
+  // one of them. Chunks are such groups; in a row of few chunks, parts of them.
+  Bracket guess(uint64_t limit, double total) {
+    constexpr int64_t kFewChunks = 64;
+    constexpr int kGroups = 16;  // of a chunk
+    float low;
+    std::vector<float>& top = scratch_.value;
+    top.clear();
+    for (int64_t c = 0; c < chunks_; ++c) {
+      if (has_any(c, lowest_)) top.push_back(largest_[c]);
+    }
+    measure(scratch_);
+    if (crossing(scratch_, 0, limit, low)) return {low, max_};
+    if (chunks_ > kFewChunks) return sampled(limit, total);
+
+    top.clear();
+    for (int64_t c = 0; c < chunks_; ++c) {
+      if (!has_any(c, lowest_)) continue;
+      kernels_.load_chunk(row_, c, z_);
+      float of_group[kGroups];
+      std::copy(z_, z_ + kGroups, of_group);
+      for (int i = kGroups; i < kRaceChunk; i += kGroups) {
+        for (int g = 0; g < kGroups; ++g) of_group[g] = std::max(of_group[g], z_[i + g]);
+      }
+      for (const float z : of_group) {
+        if (z >= lowest_) top.push_back(z);
+      }
+    }
+    measure(scratch_);
+    return crossing(scratch_, 0, limit, low) ? Bracket{low, max_} : Bracket{lowest_, max_};
+  }
+
+  // What lies at and above each of some values is estimated from the chunks' largest logits and a
+  // sample of the others: the bracket is from the highest that is surely too low (by three standard
+  // errors) to the lowest that is too high.
+  Bracket sampled(uint64_t limit, double total) {
+    constexpr int64_t kSize = 2048, kOfChunk = 16;
+    constexpr int kBins = 512;
+    Measured& sample = scratch_;
+    sample.value.resize(kSize + kOfChunk);
+    const int64_t step = (chunks_ * kOfChunk + kSize - 1) / kSize;
+    int64_t looked_at = 0, size = 0;
+    float from = max_;
+    for (int64_t c = 0; looked_at < kSize && c < chunks_; c += step, looked_at += kOfChunk) {
+      if (!has_any(c, lowest_)) continue;
+      kernels_.load_chunk(row_, c, z_);
+      const int64_t first = c / step * kOfChunk % kRaceChunk;  // elsewhere in each
+      for (int64_t i = first; i < first + kOfChunk; ++i) {
+        const bool used = z_[i] >= lowest_ && z_[i] < largest_[c];
+        from = used ? std::min(from, z_[i]) : from;
+        sample.value[size_t(size)] = z_[i];
+        size += int64_t(used);
+      }
+    }
+    sample.value.resize(size_t(size));
+    if (!(from < max_)) return {lowest_, max_};
+
+    const double scale = kBins / (double(max_) - double(from));
+    double part[kBins] = {}, square[kBins] = {};
+    const auto add = [&](const Measured& x, double factor, bool surely) {
+      for (size_t i = 0; i < x.value.size(); ++i) {
+        const double at = (double(x.value[i]) - double(from)) * scale;
+        const int bin = int(std::clamp(at, 0.0, double(kBins - 1)));
+        const double measure = factor * (by_mass_ ? double(x.mass[i]) : 1.0);
+        part[bin] += measure;
+        square[bin] += surely ? 0.0 : measure * measure;
+      }
+    };
+    measure(sample);
+    add(sample, double(row_.V) / double(looked_at), false);
+    sample.value.assign(largest_, largest_ + chunks_);
+    measure(sample);
+    add(sample, 1.0, true);
+
+    double above = 0.0, error = 0.0, below = 0.0, error_below = 0.0;
+    for (int b = 0; b < kBins; ++b) below += part[b], error_below += square[b];
+    Bracket in{lowest_, max_};
+    for (int b = kBins - 1; b >= 0; --b) {
+      above += part[b], error += square[b];
+      below -= part[b], error_below -= square[b];
+      // the rest of the total, where that is more certain
+      const bool rest = total > 0.0 && error_below < error;
+      const double estimate = rest ? total - below : above;
+      const double off = 3.0 * std::sqrt(std::max(rest ? error_below : error, 0.0));
+      const float value = float(double(from) + double(b) / scale);
+      if (estimate + off <= double(limit)) in.high = value;
+      if (estimate - off > double(limit)) return {std::max(value, lowest_), in.high};
+    }
+    return in;
+  }
+
+  // Finds what lies in the bracket, and measures it; returns the measure of what lies above.
+  uint64_t collect(Bracket in) {
+    uint64_t above = 0;
+    int64_t count = 0;
+    for (int64_t c = 0; c < chunks_; ++c) {
+      if (!has_any(c, in.low)) continue;
+      kernels_.load_chunk(row_, c, z_);
+      found_.value.resize(std::max(found_.value.size(), size_t(count + 2 * kRaceChunk)));
+      uint64_t higher = 0;
+      count += kernels_.collect(z_, in.low, in.high, found_.value.data() + count, &higher);
+      if (higher && by_mass_) higher = kernels_.mass_above(z_, max_, inverse_, in.high);
+      above += higher;
+    }
+    found_.value.resize(size_t(count));
+    measure(found_);
+    return above;
+  }
+
+  void measure(Measured& x) const {
+    x.mass.resize(by_mass_ ? x.value.size() : 0);
+    if (!by_mass_) return;
+    kernels_.masses(x.value.data(), int64_t(x.value.size()), max_, inverse_, x.mass.data());
+  }
+
+  // By the sums of the chunks.
+  uint64_t total_mass() {
+    uint64_t total = 0;
+    for (int64_t c = 0; c < chunks_; ++c) {
+      if (!has_any(c, -kLargest)) continue;
+      float weight = tempered_[c];
+      if (row_.floor > -kInfinity) {
+        kernels_.load_chunk(row_, c, z_);
+        weight = kernels_.sum_chunk(z_, largest_[c], inverse_).weight;
+      }
+      total += mass_of(weight * chunk_exp((largest_[c] - max_) * inverse_));
+    }
+    return total;
+  }
+
+  // The largest of the values such that it and all above it measure more than `limit`, with `above`
+  // of what is higher than all of them. Each round divides the values' range into bins, and goes on
+  // with the bin that crosses the limit. Uses up `x`.
+  static bool crossing(Measured& x, uint64_t above, uint64_t limit, float& value) {
+    constexpr int kMostBins = 2048;
+    uint64_t sum[kMostBins];
+    size_t n = x.value.size();
+    const bool counts = x.mass.empty();
+    for (;;) {
+      if (n == 0) return false;
+      float least = x.value[0], most = x.value[0];
+      for (size_t i = 0; i < n; ++i) {
+        least = std::min(least, x.value[i]);
+        most = std::max(most, x.value[i]);
+      }
+      const int bins = std::clamp(int(n / 4), 16, kMostBins);
+      // As a double, a difference of floats neither overflows nor underflows.
+      const double scale = most > least ? double(bins - 1) / (double(most) - double(least)) : 0.0;
+      const auto bin_of = [&](float z) { return int((double(z) - double(least)) * scale); };
+      std::fill(sum, sum + bins, 0);
+      for (size_t i = 0; i < n; ++i) sum[bin_of(x.value[i])] += counts ? 1 : x.mass[i];
+      int b = bins - 1;
+      for (; b >= 0 && above + sum[b] <= limit; --b) above += sum[b];
+      if (b < 0) return false;  // in the first round only: measures are exact
+      value = most;
+      if (most == least) return true;
+      size_t kept = 0;
+      for (size_t i = 0; i < n; ++i) {
+        const bool inside = bin_of(x.value[i]) == b;
+        x.value[kept] = x.value[i];
+        if (!counts) x.mass[kept] = x.mass[i];
+        kept += size_t(inside);
+      }
+      n = kept;
+    }
+  }
+
+  const TokenConfidenceKernels& kernels_;
+  LogitsRow row_;
+  const int64_t chunks_;
+  const float *const largest_, *const tempered_;
+  const float max_, inverse_;
+  bool by_mass_ = false;
+  float lowest_ = -kLargest;  // no lower value can be the one
+  Measured &found_, &scratch_;
+  alignas(64) float z_[kRaceChunk];
+};
+
+}  // namespace dlm::cpu
