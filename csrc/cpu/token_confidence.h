@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "common/mass.h"
 #include "common/params.h"
 #include "common/race.h"
 
@@ -126,15 +127,6 @@ struct TokenConfidenceKernels {
   // null: rows of few logits are handled as others.
   void (*measure_rows)(FewRows& rows);
 };
-
-// Top-p adds up probabilities relative to the largest, as whole numbers of 2^-42, so that a sum has
-// the same bits in any order. (A vocabulary has less than 2^20 words: the sum fits.) Rounds to
-// nearest, even; by a sum, since few processors convert to 64-bit integers.
-constexpr float kMassUnits = 4398046511104.0f;
-DLM_HD uint64_t mass_of(float weight) {
-  const double shifted = double(weight * kMassUnits) + 6755399441055744.0;  // 1.5 * 2^52
-  return double_to_bits(shifted) - 0x4338000000000000u;
-}
 
 namespace generic {
 TokenConfidenceKernels token_confidence();

@@ -79,6 +79,8 @@ class TileScan {
 
   DLM_DEVICE void run() {
     if (!plan_.used() || (job_.refining && !plan_.filters)) return;  // the whole block
+    if (plan_.filters && !job_.refining)
+      clear_search(job_.searches[n_], begin_ / kLogits, job_.tiles);
     const LogitsRow<T> row(job_.p, n_, plan_.source);
     if (adjusted) {
       adjust(row);
@@ -227,7 +229,7 @@ class TileScan {
       any = true;
     }
     if (job_.refining) {
-      const float floor = job_.floor[n_];
+      const float floor = job_.floor(n_);
       edit([&](float z, uint32_t) { return fminf(z, kLargestFloat) >= floor; });
       any = true;
     }
@@ -374,7 +376,7 @@ template <class T>
 DLM_DEVICE uint32_t race_tokens(const ConfidenceLaunch& job, uint32_t n, const RowPlan& plan,
                                 uint32_t chunk) {
   const LogitsRow<T> row(job.p, n, plan.source);
-  const float floor = plan.filters ? job.floor[n] : -INFINITY;
+  const float floor = plan.filters ? job.floor(n) : -INFINITY;
   const uint32_t first = chunk * kRaceChunk + lane_index() * (kRaceChunk / 32);
   uint32_t best = 0, token = 0xffffffffu;
 #pragma unroll 1
@@ -460,7 +462,7 @@ DLM_DEVICE void finish_row(const ConfidenceLaunch& job, uint32_t n) {
         const float z = row.at(uint32_t(asked && lane == 1 ? given : token));
         of_token = __shfl_sync(kAllLanes, z, 0);
         of_given = __shfl_sync(kAllLanes, z, 1);
-        if (plan.filters && plan.about_kept && !(of_given >= job.floor[n])) of_given = -INFINITY;
+        if (plan.filters && plan.about_kept && !(of_given >= job.floor(n))) of_given = -INFINITY;
       }
       const double total = 1.0 + weight, log_total = log1p(weight);
       confidence = (sampled ? exp(exponent(of_token)) : 1.0) / total;
@@ -475,7 +477,7 @@ DLM_DEVICE void finish_row(const ConfidenceLaunch& job, uint32_t n) {
     p.token[n] = token;
     p.argmax[n] = argmax;
     p.flags[n] = int32_t(flags);
-    if (p.floor) p.floor[n] = plan.used() && plan.filters ? job.floor[n] : -INFINITY;
+    if (p.floor) p.floor[n] = plan.used() && plan.filters ? job.floor(n) : -INFINITY;
     p.confidence[n] = float(confidence);
     p.logsumexp[n] = float(logsumexp);
     p.p_given[n] = float(p_given);
@@ -501,8 +503,8 @@ inline int64_t tiles_of(const TokenConfidenceParams& p) {
   return (p.V + tile - 1) / tile;
 }
 inline int64_t workspace_of(const TokenConfidenceParams& p) {
-  const int64_t floors = may_filter(p) ? (p.N + 3) / 4 * 16 : 0;
-  return p.N * tiles_of(p) * int64_t(sizeof(TilePart)) + floors;
+  const int64_t searches = may_filter(p) ? int64_t(sizeof(FloorSearch)) : 0;
+  return p.N * (tiles_of(p) * int64_t(sizeof(TilePart)) + searches);
 }
 inline const char* why_not_token_confidence(const TokenConfidenceParams& p) {
   // Ids and blocks are counted in 32 bits, and a tile may reach beyond the last id.
@@ -525,10 +527,7 @@ cudaError_t start_rows(ConfidenceLaunch job, cudaStream_t stream) {
   };
   cudaError_t error = scan();
   if (may_filter(job.p)) {
-    if (error == cudaSuccess) {
-      error = launch(find_floors_kernel<T>, dim3(uint32_t(job.p.N)), dim3(kFilterThreads),
-                     RowFilter<T>::smem().bytes, stream, job);
-    }
+    if (error == cudaSuccess) error = start_floor_searches<T>(job, stream);
     job.refining = true;
     if (error == cudaSuccess) error = scan();
   }
@@ -550,8 +549,9 @@ inline cudaError_t start_token_confidence(const TokenConfidenceParams& p, void* 
   if (p.N == 0) return cudaSuccess;
   const int64_t tiles = tiles_of(p);
   TilePart* parts = static_cast<TilePart*>(workspace);
-  float* floor = reinterpret_cast<float*>(parts + p.N * tiles);
-  const ConfidenceLaunch job{p, parts, floor, uint32_t(tiles), false};
+  FloorSearch* searches =
+      may_filter(p) ? reinterpret_cast<FloorSearch*>(parts + p.N * tiles) : nullptr;
+  const ConfidenceLaunch job{p, parts, searches, uint32_t(tiles), false, Filter::kCount, 0};
   if (p.dtype == DType::kFloat32) return start_rows<float>(job, stream);
   if (p.dtype == DType::kFloat16) return start_rows<Float16>(job, stream);
   return start_rows<BFloat16>(job, stream);

@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // The floor of a filtered row: the lowest logit that top-k and top-p keep. Both keep whatever is at
 // or above some value, the largest such that it and all above measure more than a limit: logits are
-// counted for top-k, their probabilities added up for top-p. A block takes a row and finds the
-// value by a radix search over its bits, three passes over the row (from L2), without a sort: a
-// pass fills 2048 bins in shared memory. Probabilities are integers there (as many bits behind the
-// point as their sum leaves room for), so that sums are exact in any order.
-// V elements a pass, three or six passes, from L2: one SM's arithmetic is the limit.
+// counted for top-k, their masses (common/mass.h) added up for top-p. The value is found by a radix search over its bits, without
+// a sort, in three launches: blocks fill 2048 bins in shared memory with a part of the row each,
+// and add them to the row's in global memory; the last one to arrive finds the bin that crosses the
+// limit. A bin's sum of 64 bits is kept in two words: most additions are one atomic of 32 bits,
+// which shared memory does by itself, where 64 bits would take a loop of exchanges.
+// V elements a launch, three or six launches, from L2.
 #pragma once
-#include "common/math.h"
+#include "common/mass.h"
 #include "common/order.h"
+#include "common/race.h"
 #include "cuda/token_confidence_row.cuh"
 
 namespace dlm::cuda {
@@ -20,20 +22,46 @@ struct alignas(16) TilePart {
   uint32_t key, chunk;  // ordered bits of the largest key of a chunk; the chunk
 };
 
-struct ConfidenceLaunch {
-  TokenConfidenceParams p;
-  TilePart* parts;  // [N, tiles]
-  float* floor;     // [N]
-  uint32_t tiles;
-  bool refining;  // the second scan, of filtered rows
+enum class Filter : uint32_t { kCount, kMass };
+constexpr uint32_t kFilterThreads = 512, kFilterWarps = kFilterThreads / 32, kBins = 2048;
+constexpr uint32_t kFilterPart = 16384;  // logits of a block
+
+// A row's search. All 0 before the first launch, but for the floor.
+struct alignas(16) FloorSearch {
+  unsigned long long bins[kBins];
+  uint64_t above, limit;
+  uint32_t prefix;     // the value's highest bits, as far as they are known
+  uint32_t arrived;    // blocks of this launch
+  uint32_t abandoned;  // 1 + the filter whose limit nothing exceeds
+  float floor;         // so far
 };
 
-constexpr uint32_t kFilterThreads = 512, kFilterWarps = kFilterThreads / 32, kBins = 2048;
+struct ConfidenceLaunch {
+  TokenConfidenceParams p;
+  TilePart* parts;        // [N, tiles]
+  FloorSearch* searches;  // [N], null: no row is filtered
+  uint32_t tiles;
+  bool refining;  // the second scan, of filtered rows
+  Filter filter;
+  uint32_t level;  // of the search: 11, 11 and 10 bits of the value
+
+  // Of a row that is filtered.
+  DLM_DEVICE float floor(uint32_t n) const { return searches[n].floor; }
+};
+
+// By all `blocks` blocks of a row together, before its search.
+DLM_DEVICE void clear_search(FloorSearch& search, uint32_t block, uint32_t blocks) {
+  for (uint32_t b = block * blockDim.x + threadIdx.x; b < kBins; b += blocks * blockDim.x)
+    search.bins[b] = 0;
+  if (block != 0 || threadIdx.x != 0) return;
+  search.above = search.limit = 0;
+  search.prefix = search.arrived = search.abandoned = 0;
+  search.floor = -INFINITY;
+}
 
 template <class T>
-class RowFilter {
-  // Of the search: the bin that crosses the limit, and what lies above it.
-  struct Crossing {
+class FloorLevel {
+  struct Crossing {  // the bin that crosses the limit, what lies above it, and in all bins
     uint64_t above, total;
     uint32_t bin;
   };
@@ -41,77 +69,63 @@ class RowFilter {
  public:
   static constexpr SmemSize smem() {
     return SmemSize{}
-        .take<unsigned long long>(kBins)
+        .take<uint32_t>(kBins)
+        .template take<uint32_t>(kBins)
         .template take<uint64_t>(kFilterWarps)
         .template take<Crossing>(1);
   }
-  DLM_DEVICE RowFilter(const ConfidenceLaunch& job, SmemCarver& smem)
+  DLM_DEVICE FloorLevel(const ConfidenceLaunch& job, SmemCarver& smem)
       : job_(job),
-        bins_(smem.take<unsigned long long>(kBins)),
+        low_(smem.take<uint32_t>(kBins)),
+        high_(smem.take<uint32_t>(kBins)),
         of_warp_(smem.take<uint64_t>(kFilterWarps)),
         crossing_(smem.take<Crossing>(1)),
-        plan_(job.p, blockIdx.x) {}
+        blocks_((uint32_t(job.p.V) + kFilterPart - 1) / kFilterPart),
+        n_(blockIdx.x / blocks_),
+        begin_((blockIdx.x - n_ * blocks_) * kFilterPart),
+        plan_(job.p, n_),
+        search_(job.searches[n_]) {}
 
   DLM_DEVICE void run() {
-    if (!plan_.used() || !plan_.filters) return;  // the whole block
-    const LogitsRow<T> row(job_.p, blockIdx.x, plan_.source);
-    uint32_t top = 0;
-    for (uint32_t i = lane_index(); i < job_.tiles; i += 32)
-      top = max(top, ordered_bits(job_.parts[int64_t(blockIdx.x) * job_.tiles + i].max));
-    max_ = ordered_value(__reduce_max_sync(kAllLanes, top));
-    float floor = -INFINITY;
-    if (max_ > -INFINITY) {
-      float by_count = -INFINITY, by_mass = -INFINITY;
-      if (plan_.k > 0 && plan_.k < job_.p.V) {
-        const uint32_t kth = search(row, false);
-        if (kth) by_count = ordered_value(kth);
-      }
-      if (plan_.top_p < 1.0f) {
-        if (!job_.p.top_p_first) lowest_ = by_count;  // the mass of what top-k left
-        const uint32_t crossed = search(row, true);
-        if (crossed) {
-          by_mass = job_.p.keep_crossing ? ordered_value(crossed)
-                                         : fminf(ordered_value(crossed + 1), max_);
-        }
-      }
-      floor = fmaxf(by_count, by_mass);
+    if (!plan_.used() || !plan_.filters || !is_asked()) return;  // all blocks of the row
+    if (search_.abandoned == 1 + uint32_t(job_.filter)) return;
+    const float max = largest();
+    if (max == -INFINITY) return;
+
+    for (uint32_t b = threadIdx.x; b < kBins; b += kFilterThreads) low_[b] = high_[b] = 0;
+    __syncthreads();
+    fill(max);
+    __syncthreads();
+    for (uint32_t b = threadIdx.x; b < kBins; b += kFilterThreads) {
+      const unsigned long long sum = uint64_t(high_[b]) << 32 | low_[b];
+      if (sum) atomicAdd(&search_.bins[b], sum);
     }
-    if (threadIdx.x == 0) job_.floor[blockIdx.x] = floor;
+    if (is_last_to_arrive()) finish(max);
   }
 
  private:
-  // As ordered bits; 0: there is none.
-  DLM_DEVICE uint32_t search(const LogitsRow<T>& row, bool mass) {
-    uint64_t above = 0, limit = uint64_t(plan_.k - 1);
-    uint32_t prefix = 0;
-#pragma unroll 1
-    for (uint32_t level = 0; level < 3; ++level) {
-      const uint32_t shift = level == 0 ? 21 : level == 1 ? 10 : 0, bits = level < 2 ? 11 : 10;
-      for (uint32_t b = threadIdx.x; b < kBins; b += kFilterThreads) bins_[b] = 0;
-      __syncthreads();
-      fill(row, mass, shift, prefix << bits, 1u << bits);
-      __syncthreads();
-      find(mass && level == 0, above, limit);
-      const Crossing found = *crossing_;
-      if (found.bin == kBins) return 0;
-      if (mass && level == 0) limit = share_of(found.total);
-      above = found.above;
-      prefix = prefix << bits | found.bin;
-    }
-    return prefix;
+  DLM_DEVICE bool by_mass() const { return job_.filter == Filter::kMass; }
+  DLM_DEVICE bool is_asked() const {
+    return by_mass() ? plan_.top_p < 1.0f : plan_.k > 0 && plan_.k < job_.p.V;
   }
-  DLM_DEVICE uint64_t share_of(uint64_t total) const {
-    return uint64_t(fmax(double(plan_.top_p) * double(total), 0.0));
+  DLM_DEVICE uint32_t shift() const { return job_.level == 0 ? 21 : job_.level == 1 ? 10 : 0; }
+  DLM_DEVICE uint32_t bits() const { return job_.level < 2 ? 11 : 10; }
+
+  DLM_DEVICE float largest() const {
+    uint32_t top = 0;
+    for (uint32_t i = lane_index(); i < job_.tiles; i += 32)
+      top = max(top, ordered_bits(job_.parts[int64_t(n_) * job_.tiles + i].max));
+    return ordered_value(__reduce_max_sync(kAllLanes, top));
   }
 
-  // `base` is this level's number of the first bin.
-  DLM_DEVICE void fill(const LogitsRow<T>& row, bool mass, uint32_t shift, uint32_t base,
-                       uint32_t size) const {
+  DLM_DEVICE void fill(float max) const {
     constexpr uint32_t n = kPerChunk<T>;
-    // A sum of V probabilities stays below 2^62.
-    const float unit = bits_to_float(uint32_t(127 + 30 + __clz(int(row.V))) << 23);
+    const LogitsRow<T> row(job_.p, n_, plan_.source);
+    // The mass of what top-k left, unless top-p comes first.
+    const float least = by_mass() && !job_.p.top_p_first ? search_.floor : -INFINITY;
+    const uint32_t base = search_.prefix << bits(), end = min(begin_ + kFilterPart, row.V);
 #pragma unroll 1
-    for (uint32_t first = threadIdx.x * n; first < row.V; first += kFilterThreads * n) {
+    for (uint32_t first = begin_ + threadIdx.x * n; first < end; first += kFilterThreads * n) {
       float z[n];
       uint32_t flags = 0;
       row.values(first, z, flags);
@@ -124,26 +138,71 @@ class RowFilter {
       });
 #pragma unroll
       for (uint32_t j = 0; j < n; ++j) {
-        const uint32_t bin = (ordered_bits(z[j]) >> shift) - base;
-        if (!(allowed >> j & 1) || !(z[j] > -INFINITY) || z[j] < lowest_ || bin >= size) continue;
-        uint64_t measure = 1;
-        if (mass) {
-          const float x = mul_rn(add_rn(z[j], -max_), plan_.inverse);
-          measure = uint64_t(mul_rn(exp_normal(x), unit));
-        }
-        if (measure) atomicAdd(&bins_[bin], static_cast<unsigned long long>(measure));
+        const uint32_t bin = (ordered_bits(z[j]) >> shift()) - base;
+        const bool counts = (allowed >> j & 1) && z[j] > -INFINITY && z[j] >= least;
+        if (counts && bin < 1u << bits()) add(bin, by_mass() ? mass(z[j], max) : 1);
       }
     }
   }
 
-  // The highest bin at which what lies at and above it exceeds the limit; with `share`, the limit
-  // is a share of the total. kBins: there is none.
-  DLM_DEVICE void find(bool share, uint64_t above, uint64_t limit) const {
+  DLM_DEVICE uint64_t mass(float z, float max) const {
+    return mass_of(chunk_weight(z, max, plan_.inverse));
+  }
+
+  DLM_DEVICE void add(uint32_t bin, uint64_t measure) const {
+    const uint32_t low = uint32_t(measure);
+    const uint32_t before = low ? atomicAdd(&low_[bin], low) : 0;
+    const uint32_t high = uint32_t(measure >> 32) + uint32_t(before + low < before);
+    if (high) atomicAdd(&high_[bin], high);
+  }
+
+  DLM_DEVICE bool is_last_to_arrive() {
+    __syncthreads();
+    if (threadIdx.x == 0)
+      crossing_->bin = ptx::atomic_add_acq_rel(&search_.arrived, 1) + 1 == blocks_;
+    __syncthreads();
+    const bool last = crossing_->bin;
+    __syncthreads();
+    return last;
+  }
+
+  // By the last block: the row's bins decide; then they are cleared for the next launch.
+  DLM_DEVICE void finish(float max) {
+    find();
+    for (uint32_t b = threadIdx.x; b < kBins; b += kFilterThreads) search_.bins[b] = 0;
+    if (threadIdx.x != 0) return;
+    const Crossing found = *crossing_;
+    search_.arrived = 0;
+    if (found.bin == kBins) {
+      search_.abandoned = 1 + uint32_t(job_.filter);
+      return;
+    }
+    if (job_.level == 0) search_.limit = limit_of(found.total);
+    search_.above = found.above;
+    search_.prefix = search_.prefix << bits() | found.bin;
+    if (job_.level < 2) return;
+    float floor = ordered_value(search_.prefix);
+    if (by_mass() && !job_.p.keep_crossing) floor = fminf(ordered_value(search_.prefix + 1), max);
+    search_.floor = fmaxf(search_.floor, floor);
+    search_.above = 0;
+    search_.prefix = 0;
+  }
+
+  DLM_DEVICE uint64_t limit_of(uint64_t total) const {
+    return by_mass() ? uint64_t(fmax(double(plan_.top_p) * double(total), 0.0))
+                     : uint64_t(plan_.k - 1);
+  }
+
+  // The highest bin at which what lies at and above it exceeds the limit. kBins: there is none.
+  DLM_DEVICE void find() const {
     constexpr uint32_t each = kBins / kFilterThreads;
     const uint32_t lane = lane_index(), highest = kBins - 1 - threadIdx.x * each;
-    uint64_t mine = 0;
+    uint64_t bin[each], mine = 0;
 #pragma unroll
-    for (uint32_t i = 0; i < each; ++i) mine += bins_[highest - i];
+    for (uint32_t i = 0; i < each; ++i) {
+      bin[i] = search_.bins[highest - i];
+      mine += bin[i];
+    }
     uint64_t upto = mine;  // of this warp's threads up to this one
 #pragma unroll
     for (uint32_t distance = 1; distance < 32; distance *= 2) {
@@ -153,15 +212,15 @@ class RowFilter {
     if (lane == 31) of_warp_[warp_index()] = upto;
     if (threadIdx.x == 0) crossing_->bin = kBins;
     __syncthreads();
-    uint64_t total = 0, before = above + upto - mine;
+    uint64_t total = 0, before = search_.above + upto - mine;
     for (uint32_t w = 0; w < kFilterWarps; ++w) {
       if (w < warp_index()) before += of_warp_[w];
       total += of_warp_[w];
     }
-    if (share) limit = share_of(total);
+    const uint64_t limit = job_.level == 0 ? limit_of(total) : search_.limit;
 #pragma unroll
     for (uint32_t i = 0; i < each; ++i) {
-      const uint64_t next = before + bins_[highest - i];
+      const uint64_t next = before + bin[i];
       if (before <= limit && limit < next) *crossing_ = {before, total, highest - i};
       before = next;
     }
@@ -169,18 +228,34 @@ class RowFilter {
   }
 
   const ConfidenceLaunch& job_;
-  unsigned long long* const bins_;
+  uint32_t *const low_, *const high_;
   uint64_t* const of_warp_;
   Crossing* const crossing_;
+  const uint32_t blocks_, n_, begin_;
   const RowPlan plan_;
-  float max_ = -INFINITY, lowest_ = -INFINITY;
+  FloorSearch& search_;
 };
 
 template <class T>
 __global__ void __launch_bounds__(kFilterThreads, 2)
-    find_floors_kernel(const __grid_constant__ ConfidenceLaunch job) {
+    search_floors_kernel(const __grid_constant__ ConfidenceLaunch job) {
   SmemCarver smem;
-  RowFilter<T>(job, smem).run();
+  FloorLevel<T>(job, smem).run();
+}
+
+template <class T>
+cudaError_t start_floor_searches(ConfidenceLaunch job, cudaStream_t stream) {
+  const uint32_t blocks = (uint32_t(job.p.V) + kFilterPart - 1) / kFilterPart;
+  cudaError_t error = cudaSuccess;
+  for (const Filter filter : {Filter::kCount, Filter::kMass}) {
+    if (filter == Filter::kCount ? !job.p.top_k : !job.p.top_p) continue;
+    job.filter = filter;
+    for (job.level = 0; job.level < 3 && error == cudaSuccess; ++job.level) {
+      error = launch(search_floors_kernel<T>, dim3(uint32_t(job.p.N) * blocks),
+                     dim3(kFilterThreads), FloorLevel<T>::smem().bytes, stream, job);
+    }
+  }
+  return error;
 }
 
 }  // namespace dlm::cuda

@@ -90,6 +90,7 @@ TEST(filters) {
 TEST(many_tiles) {
   check_case(dlm::DType::kBFloat16, 2, 126464, C::kSample, 0, 3200);
   check_case(dlm::DType::kFloat32, 1, 300001, C::kSample | C::kTopP | C::kShifted, 2, 3204);
+  check_case(dlm::DType::kBFloat16, 2, 40000, C::kTwoValues | C::kTopP, 2, 3206);
   check_case(dlm::DType::kFloat16, 2, 50000, C::kBias | C::kGuidance | C::kSample | C::kPeaked, 1,
              3208);
 }
@@ -98,6 +99,7 @@ TEST(under_every_schedule) {
   for_each_schedule([] {
     check_case(dlm::DType::kBFloat16, 2, 17003, C::kSample | C::kShifted, 0, 4000);
     check_case(dlm::DType::kFloat32, 2, 900, C::kSample | C::kTopK | C::kTopP, 2, 4004);
+    check_case(dlm::DType::kBFloat16, 2, 17003, C::kTies | C::kTopK | C::kTopP, 2, 4008);
   });
 }
 

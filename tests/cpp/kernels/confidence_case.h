@@ -29,7 +29,8 @@ struct ConfidenceCase {
     kPeaked = 4096,   // one logit far above the others
     kShifted = 8192,  // rows start anywhere
     kWild = 16384,    // rows and ids out of range
-    kBrief = 32768    // neither margin nor entropy
+    kBrief = 32768,   // neither margin nor entropy
+    kTwoValues = 65536  // one logit at 0, masses of all others just below 2^32 units; top-p 0.5
   };
 
   static constexpr int64_t kBans = 3;
@@ -98,6 +99,7 @@ struct ConfidenceCase {
         float x = with & kTies ? float(below(5)) : float(scale * random.normal());
         if (special && below(std::max<int64_t>(V / 4, 2)) == 0) x = odd[below(5)];
         if (with & kSpecial && r == 1) x = -INFINITY;
+        if (with & kTwoValues) x = v == V / 2 ? 0.0f : -6.9375f;
         write(logits, offset + r * stride + v, x);
         write(uncond, r * p.uncond_stride + v, float(random.normal()));
       }
@@ -120,7 +122,7 @@ struct ConfidenceCase {
       const int64_t few = std::min<int64_t>(V, 40);
       top_k[i] = int32_t(below(4) ? 1 + below(below(2) ? few : V + 2) : 0);
       const float shares[] = {0.0f, 1.0f, 0.99999994f, float(random.uniform(0, 1)), 0.9f};
-      top_p[i] = shares[below(5)];
+      top_p[i] = with & kTwoValues ? 0.5f : shares[below(5)];
       temperature[i] = below(5) ? float(random.uniform(0.3, 2)) : 0.0f;
       cfg_scale[i] = float(random.uniform(-1, 2));
       seed[i] = int64_t(random.bits());

@@ -16,6 +16,7 @@ std::string attempt(Kernel start) {
   for (const auto& [V, with, distribution] : {std::tuple{20003, C::kTies | 0u, 0},
                                               {16391, C::kSample | C::kShifted | 0u, 1},
                                               {3001, C::kSample | C::kTopP | C::kBanned | 0u, 2},
+                                              {20003, C::kTwoValues | C::kTopP | 0u, 2},
                                               {3001, C::kTopK | 0u, 2},
                                               {250, C::kSample | C::kTopK | 0u, 0},
                                               {250, C::kSample | C::kTopK | 0u, 1},
