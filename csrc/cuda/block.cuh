@@ -26,6 +26,10 @@ struct Least {
   static constexpr uint32_t kNeutral = 0xffffffffu;
   static DLM_DEVICE uint32_t over_warp(uint32_t v) { return __reduce_min_sync(kAllLanes, v); }
 };
+struct Union {
+  static constexpr uint32_t kNeutral = 0;
+  static DLM_DEVICE uint32_t over_warp(uint32_t v) { return __reduce_or_sync(kAllLanes, v); }
+};
 struct Greatest {
   static constexpr uint32_t kNeutral = 0;
   static DLM_DEVICE uint32_t over_warp(uint32_t v) { return __reduce_max_sync(kAllLanes, v); }

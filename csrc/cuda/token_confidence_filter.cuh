@@ -6,7 +6,7 @@
 // and add them to the row's in global memory; the last one to arrive finds the bin that crosses the
 // limit. A bin's sum of 64 bits is kept in two words: most additions are one atomic of 32 bits,
 // which shared memory does by itself, where 64 bits would take a loop of exchanges.
-// V elements a launch, three or six launches, from L2.
+// V elements in the first launch of three or six, from L2; then what may still count.
 #pragma once
 #include "common/mass.h"
 #include "common/order.h"
@@ -15,16 +15,10 @@
 
 namespace dlm::cuda {
 
-// What a scan finds in a tile of a row. argmax and chunk: 2^32 - 1 where there is none.
-struct alignas(16) TilePart {
-  float max, second, weight, exponent;  // weight and exponent leave out the argmax
-  uint32_t argmax, flags;
-  uint32_t key, chunk;  // ordered bits of the largest key of a chunk; the chunk
-};
-
 enum class Filter : uint32_t { kCount, kMass };
+constexpr uint32_t kWarpChunks = 8;  // that a warp of the scan describes, and flags together
 constexpr uint32_t kFilterThreads = 512, kFilterWarps = kFilterThreads / 32, kBins = 2048;
-constexpr uint32_t kFilterPart = 16384;  // logits of a block
+constexpr uint32_t kFilterChunks = 64;  // of a block
 
 // A row's search. All 0 before the first launch, but for the floor.
 struct alignas(16) FloorSearch {
@@ -36,17 +30,27 @@ struct alignas(16) FloorSearch {
   float floor;         // so far
 };
 
+// What describes a row, over its chunks of kRaceChunk logits: see token_confidence_scan.cuh.
+struct ChunkArrays {
+  float *largest, *weight, *exponent;
+  uint32_t* flags;  // of kWarpChunks chunks each
+};
+
 struct ConfidenceLaunch {
   TokenConfidenceParams p;
-  TilePart* parts;        // [N, tiles]
-  FloorSearch* searches;  // [N], null: no row is filtered
-  uint32_t tiles;
-  bool refining;  // the second scan, of filtered rows
+  float* sums;            // [N, 4, chunks]
+  FloorSearch* searches;  // [N], where rows may be filtered
+  uint32_t chunks;        // of a row
+  bool refining;          // the second scan, of rows that are described as filtered
   Filter filter;
   uint32_t level;  // of the search: 11, 11 and 10 bits of the value
 
   // Of a row that is filtered.
   DLM_DEVICE float floor(uint32_t n) const { return searches[n].floor; }
+  DLM_DEVICE ChunkArrays sums_of(uint32_t n) const {
+    float* own = sums + int64_t(n) * 4 * chunks;
+    return {own, own + chunks, own + 2 * chunks, reinterpret_cast<uint32_t*>(own + 3 * chunks)};
+  }
 };
 
 // By all `blocks` blocks of a row together, before its search.
@@ -71,6 +75,7 @@ class FloorLevel {
     return SmemSize{}
         .take<uint32_t>(kBins)
         .template take<uint32_t>(kBins)
+        .template take<uint32_t>(kMaxWarps)
         .template take<uint64_t>(kFilterWarps)
         .template take<Crossing>(1);
   }
@@ -78,19 +83,21 @@ class FloorLevel {
       : job_(job),
         low_(smem.take<uint32_t>(kBins)),
         high_(smem.take<uint32_t>(kBins)),
+        partial_(smem.take<uint32_t>(kMaxWarps)),
         of_warp_(smem.take<uint64_t>(kFilterWarps)),
         crossing_(smem.take<Crossing>(1)),
-        blocks_((uint32_t(job.p.V) + kFilterPart - 1) / kFilterPart),
+        blocks_((job.chunks + kFilterChunks - 1) / kFilterChunks),
         n_(blockIdx.x / blocks_),
-        begin_((blockIdx.x - n_ * blocks_) * kFilterPart),
+        block_(blockIdx.x - n_ * blocks_),
         plan_(job.p, n_),
+        sums_(job.sums_of(n_)),
         search_(job.searches[n_]) {}
 
   DLM_DEVICE void run() {
     if (!plan_.used() || !plan_.filters || !is_asked()) return;  // all blocks of the row
     if (search_.abandoned == 1 + uint32_t(job_.filter)) return;
     const float max = largest();
-    if (max == -INFINITY) return;
+    if (max == -INFINITY) return;  // the whole row
 
     for (uint32_t b = threadIdx.x; b < kBins; b += kFilterThreads) low_[b] = high_[b] = 0;
     __syncthreads();
@@ -113,34 +120,30 @@ class FloorLevel {
 
   DLM_DEVICE float largest() const {
     uint32_t top = 0;
-    for (uint32_t i = lane_index(); i < job_.tiles; i += 32)
-      top = max(top, ordered_bits(job_.parts[int64_t(n_) * job_.tiles + i].max));
-    return ordered_value(__reduce_max_sync(kAllLanes, top));
+    for (uint32_t c = threadIdx.x; c < job_.chunks; c += kFilterThreads)
+      top = max(top, ordered_bits(sums_.largest[c]));
+    return ordered_value(block_reduce<Greatest>(top, partial_));
   }
 
+  // Chunks none of whose logits can reach the level's bins are not read.
   DLM_DEVICE void fill(float max) const {
-    constexpr uint32_t n = kPerChunk<T>;
     const LogitsRow<T> row(job_.p, n_, plan_.source);
     // The mass of what top-k left, unless top-p comes first.
     const float least = by_mass() && !job_.p.top_p_first ? search_.floor : -INFINITY;
-    const uint32_t base = search_.prefix << bits(), end = min(begin_ + kFilterPart, row.V);
+    const uint32_t base = search_.prefix << bits();
+    const uint32_t first = block_ * kFilterChunks, end = min(first + kFilterChunks, job_.chunks);
 #pragma unroll 1
-    for (uint32_t first = begin_ + threadIdx.x * n; first < end; first += kFilterThreads * n) {
-      float z[n];
+    for (uint32_t chunk = first + warp_index(); chunk < end; chunk += kFilterWarps) {
+      const float top = sums_.largest[chunk];
+      if (top == -INFINITY || top < least || ordered_bits(top) >> shift() < base) continue;
+      float z[8];
       uint32_t flags = 0;
-      row.values(first, z, flags);
-      const uint32_t allowed = row.allowed(first);
-      row.each_banned(first, n, [&](uint32_t offset) {
+      row.effective(chunk, z, flags);
 #pragma unroll
-        for (uint32_t j = 0; j < n; ++j) {
-          if (j == offset) z[j] = -INFINITY;
-        }
-      });
-#pragma unroll
-      for (uint32_t j = 0; j < n; ++j) {
+      for (uint32_t j = 0; j < 8; ++j) {
         const uint32_t bin = (ordered_bits(z[j]) >> shift()) - base;
-        const bool counts = (allowed >> j & 1) && z[j] > -INFINITY && z[j] >= least;
-        if (counts && bin < 1u << bits()) add(bin, by_mass() ? mass(z[j], max) : 1);
+        if (z[j] > -INFINITY && z[j] >= least && bin < 1u << bits())
+          add(bin, by_mass() ? mass(z[j], max) : 1);
       }
     }
   }
@@ -228,11 +231,12 @@ class FloorLevel {
   }
 
   const ConfidenceLaunch& job_;
-  uint32_t *const low_, *const high_;
+  uint32_t *const low_, *const high_, *const partial_;
   uint64_t* const of_warp_;
   Crossing* const crossing_;
-  const uint32_t blocks_, n_, begin_;
+  const uint32_t blocks_, n_, block_;
   const RowPlan plan_;
+  const ChunkArrays sums_;
   FloorSearch& search_;
 };
 
@@ -245,7 +249,7 @@ __global__ void __launch_bounds__(kFilterThreads, 2)
 
 template <class T>
 cudaError_t start_floor_searches(ConfidenceLaunch job, cudaStream_t stream) {
-  const uint32_t blocks = (uint32_t(job.p.V) + kFilterPart - 1) / kFilterPart;
+  const uint32_t blocks = (job.chunks + kFilterChunks - 1) / kFilterChunks;
   cudaError_t error = cudaSuccess;
   for (const Filter filter : {Filter::kCount, Filter::kMass}) {
     if (filter == Filter::kCount ? !job.p.top_k : !job.p.top_p) continue;

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "common/exact.h"
+#include "common/race.h"
 #include "cuda/block.cuh"
 #include "cuda/ptx.cuh"
 
@@ -95,6 +96,28 @@ DLM_DEVICE uint4 across(uint4 a, uint4 b, uint32_t shift) {
   return make_uint4(w[0], w[1], w[2], w[3]);
 }
 
+// Sixteen bytes a lane: elements first + kPerChunk<T> * lane ... of a row of V. Vector loads stay
+// within the row. Where it starts between addresses of vector loads, lanes take the rest from their
+// neighbours.
+template <class T>
+DLM_DEVICE uint4 load_run(const T* row, uint32_t first, uint32_t V) {
+  constexpr uint32_t n = kPerChunk<T>;
+  const uint32_t shift = uint32_t(reinterpret_cast<uintptr_t>(row) % 16), lane = lane_index();
+  if (shift != 0 && first > 0 && first + 33 * n <= V) {
+    const char* at = reinterpret_cast<const char*>(row + first) - shift + lane * 16;
+    const uint4 own = ptx::ld_global_stream_16(at);
+    uint4 next = make_uint4(__shfl_down_sync(kAllLanes, own.x, 1),
+                            __shfl_down_sync(kAllLanes, own.y, 1),
+                            __shfl_down_sync(kAllLanes, own.z, 1),
+                            __shfl_down_sync(kAllLanes, own.w, 1));
+    if (lane == 31) next = ptx::ld_global_stream_16(at + 16);
+    return across(own, next, shift);
+  }
+  const uint32_t own = first + lane * n;
+  if (shift == 0 && own + n <= V) return ptx::ld_global_stream_16(row + own);
+  return edge_chunk(row, own, V);
+}
+
 // The chunk of elements first, first + 1, ...; first is a multiple of kPerChunk<T>. Vector loads
 // stay within the row.
 template <class T>
@@ -172,12 +195,73 @@ class LogitsRow {
     }
   }
 
+  // A warp's lane has eight logits of a chunk of kRaceChunk: the eight from 8 lane on, or of 32-bit
+  // elements four from 4 lane on and the four 128 after them.
+  static constexpr bool kTwoRuns = kPerChunk<T> == 4;
+  static constexpr uint32_t kRuns = 8 / kPerChunk<T>;
+  static DLM_DEVICE uint32_t id_of(uint32_t chunk, uint32_t j) {
+    constexpr uint32_t n = kPerChunk<T>;
+    return chunk * kRaceChunk + j / n * 128 + lane_index() * n + j % n;
+  }
+  // Whether logits of `count` chunks are what is in memory, read by aligned vector loads: inside the
+  // row, and none of them guided, biased, banned or left out by a bitmask.
+  DLM_DEVICE bool is_simple(uint32_t chunk, uint32_t count) const {
+    const bool aligned = reinterpret_cast<uintptr_t>(logits) % 16 == 0;
+    if (!aligned || uncond_ || bias_ || bitmask_ || (chunk + count) * kRaceChunk > V) return false;
+    bool any = false;
+    each_banned(chunk * kRaceChunk, count * kRaceChunk, [&](uint32_t) { any = true; });
+    return !any;
+  }
+  DLM_DEVICE void load_simple(uint32_t chunk, uint4 (&raw)[kRuns]) const {
+#pragma unroll
+    for (uint32_t r = 0; r < kRuns; ++r)
+      raw[r] = ptx::ld_global_stream_16(logits + id_of(chunk, r * kPerChunk<T>));
+  }
+  static DLM_DEVICE void unpack(const uint4 (&raw)[kRuns], float (&z)[8]) {
+#pragma unroll
+    for (uint32_t r = 0; r < kRuns; ++r) spread<T>(raw[r], part_of(z, r));
+  }
+  // NaN if there is any.
+  static DLM_DEVICE float largest_of(const uint4 (&raw)[kRuns]) {
+    uint32_t most = Word<T>::kMinusInfinity;
+#pragma unroll
+    for (const uint4& v : raw) {
+      most = Word<T>::larger(most, Word<T>::larger(Word<T>::larger(v.x, v.y),
+                                                   Word<T>::larger(v.z, v.w)));
+    }
+    return Word<T>::largest(most);
+  }
+
+  // Any chunk's logits: guided, biased, without NaN and +inf, -inf where they are banned, not
+  // allowed or beyond the row's end.
+  DLM_DEVICE void effective(uint32_t chunk, float (&z)[8], uint32_t& flags) const {
+    constexpr uint32_t n = kPerChunk<T>;
+#pragma unroll
+    for (uint32_t r = 0; r < kRuns; ++r) {
+      float(&run)[n] = part_of(z, r);
+      const uint32_t first = id_of(chunk, r * n);
+      if (uncond_ || bias_) {
+        values(first, run, flags);
+      } else {
+        spread<T>(load_run(logits, chunk * kRaceChunk + r * 128, V), run);
+#pragma unroll
+        for (uint32_t j = 0; j < n; ++j) run[j] = sanitised(run[j], flags);
+      }
+      const uint32_t bits = allowed(first);
+#pragma unroll
+      for (uint32_t j = 0; j < n; ++j) run[j] = bits >> j & 1 ? run[j] : -INFINITY;
+    }
+    each_banned(chunk * kRaceChunk, kRaceChunk, [&](uint32_t offset) {
+#pragma unroll
+      for (uint32_t j = 0; j < 8; ++j) z[j] = id_of(0, j) == offset ? -INFINITY : z[j];
+    });
+  }
+
   // Bit j: whether id first + j may be chosen, by the bitmask. first is a multiple of 4, and what
   // is asked for lies in one word.
   DLM_DEVICE uint32_t allowed(uint32_t first) const {
     return bitmask_ && first < V ? uint32_t(bitmask_[first / 32]) >> first % 32 : 0xffffffffu;
   }
-  DLM_DEVICE bool has_bitmask() const { return bitmask_ != nullptr; }
 
   // Calls ban(offset) for each banned id in [begin, begin + count).
   template <class Ban>
@@ -211,6 +295,9 @@ class LogitsRow {
   }
   DLM_DEVICE float guided(float z, float u) const {
     return add_rn(u, mul_rn(guidance_, add_rn(z, -u)));
+  }
+  static DLM_DEVICE float (&part_of(float (&z)[8], uint32_t run))[kPerChunk<T>] {
+    return *reinterpret_cast<float(*)[kPerChunk<T>]>(z + run * kPerChunk<T>);
   }
   static DLM_DEVICE float sanitised(float z, uint32_t& flags) {
     if (z <= kLargestFloat) return z;

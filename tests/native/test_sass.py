@@ -15,9 +15,8 @@ LOOPS = [
     ("block_attention_bf16_512", "attend_narrow_kernel<BFloat16, 512, 0>", "HMMA", 48, 285),
     # 16 vocabulary entries of 32 rows.
     ("soft_embedding", "soft_product_kernel<BFloat16>", "HMMA", 16, 110),
-    # 16 logits of the statistics; 8 logits of a race, 8 multiply-adds each.
-    ("token_confidence_bfloat16", "scan_tiles_kernel<BFloat16, false>", "MUFU.EX2", 16, 126),
-    ("token_confidence_bfloat16", "scan_tiles_kernel<BFloat16, false>", "FFMA", 64, 216),
+    # Four chunks of 256 logits, 32 of a lane, sampled or not.
+    ("token_confidence_bfloat16", "scan_chunks_kernel<BFloat16, false>", "MUFU.EX2", 32, 405),
 ]
 
 

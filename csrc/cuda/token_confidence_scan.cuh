@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: Apache-2.0
+// A row of logits described chunk by chunk (common/race.h: 256 logits), each by itself: its largest
+// logit, and relative to it the sums
+//   weight = sum of e^x, exponent = sum of x e^x / ln 2, x = (z - largest) * scale
+// A warp takes a chunk, a lane eight of its logits; four chunks share the reductions over lanes.
+// Neither shared memory nor a barrier: loads of many warps hide each other. V elements and 3 % of
+// that written. A chunk's bits depend on nothing outside it.
+#pragma once
+#include "common/race.h"
+#include "cuda/chunk_sum.cuh"
+#include "cuda/token_confidence_filter.cuh"
+#include "cuda/token_confidence_row.cuh"
+
+namespace dlm::cuda {
+
+constexpr uint32_t kScanThreads = 256, kScanWarps = kScanThreads / 32;
+constexpr uint32_t kTogether = 4;                           // of a warp's kWarpChunks chunks
+constexpr uint32_t kScanChunks = kScanWarps * kWarpChunks;  // of a block
+
+template <class T, bool adjusted>
+class ChunkScan {
+  using Row = LogitsRow<T>;
+
+ public:
+  DLM_DEVICE explicit ChunkScan(const ConfidenceLaunch& job)
+      : job_(job),
+        blocks_((job.chunks + kScanChunks - 1) / kScanChunks),
+        n_(blockIdx.x / blocks_),
+        block_(blockIdx.x - n_ * blocks_),
+        plan_(job.p, n_),
+        sums_(job.sums_of(n_)),
+        scale_((job.p.distribution == Distribution::kRaw ? 1.0f : plan_.inverse) * 1.44269504f) {}
+
+  DLM_DEVICE void run() {
+    if (!plan_.used() || (job_.refining && !plan_.filters)) return;  // the whole block
+    if (plan_.filters && !job_.refining) clear_search(job_.searches[n_], block_, blocks_);
+    const Row row(job_.p, n_, plan_.source);
+    const uint32_t first = block_ * kScanChunks + warp_index() * kWarpChunks;
+    if (first >= job_.chunks) return;
+    const bool simple = !adjusted && !job_.refining && row.is_simple(first, kWarpChunks);
+    uint32_t flags = 0;
+#pragma unroll 1
+    for (uint32_t c = first; c < first + kWarpChunks; c += kTogether) {
+      Described own;
+      if (!(simple && describe_simple(row, c, own))) own = describe(row, c, flags);
+      __syncwarp();  // all have seen what the first scan left
+      write(c + lane_index() / 8, own);
+    }
+    flags = __reduce_or_sync(kAllLanes, flags);
+    if (lane_index() == 0 && !job_.refining) sums_.flags[first / kWarpChunks] = flags;
+  }
+
+ private:
+  // Of kTogether chunks, the one that is a lane's own.
+  struct Described {
+    float largest = -INFINITY, weight = 0.0f, exponent = 0.0f;
+  };
+
+  // Chunks in which nothing but NaN and +inf needs attention; false if there is any.
+  DLM_DEVICE bool describe_simple(const Row& row, uint32_t first, Described& own) const {
+    uint4 raw[kTogether][Row::kRuns];
+#pragma unroll
+    for (uint32_t c = 0; c < kTogether; ++c) row.load_simple(first + c, raw[c]);
+    float top[kTogether];
+    bool ordinary = true;
+#pragma unroll
+    for (uint32_t c = 0; c < kTogether; ++c) {
+      top[c] = Row::largest_of(raw[c]);
+      ordinary &= top[c] <= kLargestFloat;
+    }
+    if (!__all_sync(kAllLanes, ordinary)) return false;
+    float weight[kTogether], exponent[kTogether];
+#pragma unroll
+    for (uint32_t c = 0; c < kTogether; ++c) {
+      float z[8];
+      Row::unpack(raw[c], z);
+      top[c] = over_warp(top[c]);
+      add_up(z, top[c], weight[c], exponent[c]);
+    }
+    own.largest = top[0];
+#pragma unroll
+    for (uint32_t c = 1; c < kTogether; ++c) own.largest = lane_index() / 8 == c ? top[c] : own.largest;
+    own.weight = sum_of_four(weight);
+    own.exponent = sum_of_four(exponent);
+    return true;
+  }
+
+  // The same of any chunks: one by one, with the same order of sums.
+  DLM_DEVICE Described describe(const Row& row, uint32_t first, uint32_t& flags) const {
+    const float floor = job_.refining ? job_.floor(n_) : -INFINITY;
+    Described own;
+#pragma unroll 1
+    for (uint32_t c = 0; c < kTogether && first + c < job_.chunks; ++c) {
+      if (job_.refining && sums_.largest[first + c] < floor) continue;  // the whole warp
+      float z[8], top = -INFINITY;
+      row.effective(first + c, z, flags);
+#pragma unroll
+      for (uint32_t j = 0; j < 8; ++j) {
+        z[j] = z[j] >= floor ? z[j] : -INFINITY;
+        top = fmaxf(top, z[j]);
+      }
+      Described of_chunk;
+      of_chunk.largest = over_warp(top);
+      add_up(z, of_chunk.largest, of_chunk.weight, of_chunk.exponent);
+      of_chunk.weight = sum_over_warp(of_chunk.weight);
+      of_chunk.exponent = sum_over_warp(of_chunk.exponent);
+      if (lane_index() / 8 == c) own = of_chunk;
+    }
+    return own;
+  }
+
+  DLM_DEVICE void write(uint32_t chunk, const Described& own) const {
+    if (lane_index() % 8 != 0 || chunk >= job_.chunks) return;
+    sums_.largest[chunk] = own.largest;
+    sums_.weight[chunk] = own.weight;
+    sums_.exponent[chunk] = own.exponent;
+  }
+
+  static DLM_DEVICE float over_warp(float x) {
+    return ordered_value(__reduce_max_sync(kAllLanes, ordered_bits(x)));
+  }
+
+  // Without any logit, of a chunk whose largest is -inf, nothing weighs anything.
+  DLM_DEVICE void add_up(const float (&z)[8], float top, float& weight, float& exponent) const {
+    const float base = top > -INFINITY ? top : 0.0f;
+    weight = exponent = 0.0f;
+#pragma unroll
+    for (uint32_t j = 0; j < 8; ++j) {
+      // Differences first: a product of its own could overflow. 2^-127 counts as zero, so -inf
+      // weighs nothing in either sum.
+      const float x = fmaxf((z[j] - base) * scale_, -127.0f);
+      const float w = ptx::exp2_approx(x);
+      weight += w;
+      exponent = __fmaf_rn(x, w, exponent);
+    }
+  }
+
+  static DLM_DEVICE float sum_over_warp(float x) {
+#pragma unroll
+    for (uint32_t bit = 16; bit; bit /= 2) x = add_across(x, bit);
+    return x;
+  }
+
+  // Over the warp, of four values a lane: lanes 8 i ... 8 i + 7 get the sum of the i-th.
+  static DLM_DEVICE float sum_of_four(float (&x)[kTogether]) {
+    halve<4>(x, 16);
+    float (&pair)[2] = *reinterpret_cast<float (*)[2]>(x);
+    halve<2>(pair, 8);
+    return add_across(add_across(add_across(pair[0], 4), 2), 1);
+  }
+
+  const ConfidenceLaunch& job_;
+  const uint32_t blocks_, n_, block_;
+  const RowPlan plan_;
+  const ChunkArrays sums_;
+  const float scale_;
+};
+
+template <class T, bool adjusted>
+__global__ void __launch_bounds__(kScanThreads, 4)
+    scan_chunks_kernel(const __grid_constant__ ConfidenceLaunch job) {
+  ChunkScan<T, adjusted>(job).run();
+}
+
+}  // namespace dlm::cuda
