@@ -13,20 +13,20 @@ using Kernel = cudaError_t (*)(const dlm::TokenConfidenceParams&, void*, cudaStr
 std::string attempt(Kernel start) {
   using C = ConfidenceCase;
   uint64_t seed = 1;
-  for (const auto& [V, with, distribution] :
-       {std::tuple{20003, C::kTies | 0u, 0},
-        {16391, C::kSample | C::kShifted | 0u, 1},
-        {3001, C::kSample | C::kSpecial | C::kShifted | 0u, 0},
-        {3001, C::kSample | C::kSpecial | 0u, 0},
-        {3001, C::kTies | C::kBanned | 0u, 0},
-        {3001, C::kSample | C::kTopP | C::kBanned | 0u, 2},
-        {20003, C::kTwoValues | C::kTopP | 0u, 2},
-        {3001, C::kTopK | 0u, 2},
-        {5000, C::kSample | 0u, 0},
-        {250, C::kSample | C::kTopK | 0u, 0},
-        {250, C::kSample | C::kTopK | 0u, 1},
-        {250, C::kSample | C::kTopK | 0u, 1}}) {
-    C c(dlm::DType::kBFloat16, V < 256 ? 20 : V == 5000 ? 40 : V == 20003 ? 6 : 2, V, with, dlm::Distribution(distribution), ++seed);
+  for (const auto& [N, V, with, distribution] :
+       {std::tuple{4, 2600, C::kTies | 0u, 0},
+        {2, 2600, C::kSample | C::kShifted | 0u, 1},
+        {4, 2600, C::kSample | C::kSpecial | 0u, 0},
+        {6, 2048, C::kTies | C::kBanned | 0u, 0},
+        {2, 2600, C::kSample | C::kTopP | C::kBanned | 0u, 2},
+        {1, 20003, C::kTwoValues | C::kTopP | 0u, 2},
+        {2, 2600, C::kTopK | 0u, 2},
+        {8, 1500, C::kSample | 0u, 0},
+        {8, 1500, C::kSample | 0u, 0},
+        {8, 1500, C::kSample | 0u, 0},
+        {20, 250, C::kSample | C::kTopK | 0u, 0},
+        {20, 250, C::kSample | C::kTopK | 0u, 1}}) {
+    C c(dlm::DType::kBFloat16, N, V, with, dlm::Distribution(distribution), ++seed);
     start(c.p, c.workspace.data(), nullptr);
     if (std::string wrong = c.wrong(); !wrong.empty()) return wrong;
   }
