@@ -4,6 +4,7 @@
 import functools
 from dataclasses import dataclass
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -95,6 +96,19 @@ def multinomial(z, temperature=0.7):
     return p.gather(-1, token)[:, 0], token[:, 0]
 
 
+def filtered_multinomial(z, top_k=0, top_p=1.0):
+    z = z.float()
+    if top_k:
+        z = z.masked_fill(z < z.topk(min(top_k, z.shape[1]), -1).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        values, ids = z.sort(-1, descending=True)
+        p = F.softmax(values, -1)
+        z = z.scatter(1, ids, values.masked_fill(p.cumsum(-1) - p > top_p, -torch.inf))
+    p = F.softmax(z, -1)
+    token = torch.multinomial(p, 1)
+    return p.gather(-1, token)[:, 0], token[:, 0]
+
+
 def limits(z) -> list[Limit]:
     """Every logit must be read, and raised to a power."""
     return [read_limit(z), *exp_limits(z)]
@@ -147,5 +161,28 @@ def test_sample(benchmark, harness, case):
     harness.compare(
         benchmark, f"sample and confidence: {case}", ours,
         {"softmax + multinomial": lambda: multinomial(z), "float64 Gumbel + softmax": lambda: gumbel_float64(z)},
+        before=touch(z), limit=limits(z), work=z.nbytes,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 50}, {"top_p": 0.9}], ids=str)
+def test_filtered_sample(benchmark, harness, case, filters):
+    z = case.logits()
+    top_k = torch.tensor([filters["top_k"]], dtype=torch.int32) if "top_k" in filters else None
+    top_p = torch.tensor([filters["top_p"]]) if "top_p" in filters else None
+    temperature, seed = torch.tensor([1.0]), torch.tensor([1])
+    position = torch.arange(case.rows, dtype=torch.int32)
+
+    def ours():
+        return ops.token_confidence(
+            z, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, position=position,
+            with_margin=False, with_entropy=False,
+        )  # fmt: skip
+
+    if "top_k" in filters:
+        assert (z.gather(-1, ours().token[:, None]) >= z.topk(min(50, z.shape[1]), -1).values[:, -1:]).all()
+    harness.compare(
+        benchmark, f"sample with {', '.join(filters)}: {case}", ours,
+        {"filter by topk or sort, softmax, multinomial": lambda: filtered_multinomial(z, **filters)},
         before=touch(z), limit=limits(z), work=z.nbytes,
     )  # fmt: skip
