@@ -34,7 +34,7 @@ std::string attempt(Kernel start) {
 }
 
 #define ROW(NAME, ...)                                                                            \
-  {"confidence_" #NAME, [] { return attempt(dlm::cuda::mutants::NAME::start_token_confidence); }, \
+  {"confidence_" #NAME, [] { return attempt(dlm::cuda::mutants::NAME::start_as<dlm::BFloat16>); }, \
    __VA_ARGS__, kNotRun},
 const FaultTable kFaults({MUTANTS(ROW)});
 
