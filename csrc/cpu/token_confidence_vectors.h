@@ -183,32 +183,34 @@ class Adder {
       : z_(z), largest_(splat(largest)), scale_(splat(scale)) {}
 
   DLM_SIMD Sums run() {
-    const float weight = sum(tree<1, 0>());
-    return {weight, kExponent ? sum(exponent_[0] + exponent_[1]) : 0.0f};
+    const Terms all = tree<1, 0>();
+    return {sum(all.weight), kExponent ? sum(all.exponent) : 0.0f};
   }
 
  private:
+  struct Terms {
+    Floats weight, exponent;
+  };
+
   template <int n, int i>
-  DLM_SIMD Floats tree() {
+  DLM_SIMD Terms tree() {
     if constexpr (n == kVectors) {
-      return weight(i);
+      return terms(i);
     } else {
-      const Floats first = tree<2 * n, i>();
-      return first + tree<2 * n, i + n>();
+      const Terms first = tree<2 * n, i>(), other = tree<2 * n, i + n>();
+      return {first.weight + other.weight,
+              kExponent ? first.exponent + other.exponent : first.exponent};
     }
   }
-  DLM_SIMD Floats weight(int i) {
+  DLM_SIMD Terms terms(int i) {
     Floats x = load(z_ + i * kWidth) - largest_;
     if (kScaled) x = x * scale_;
-    const Mask normal = at_least(x, splat(kExpUnderflow));
-    const Floats w = chunk_exp(x, normal);
-    if (kExponent) exponent_[i % 2] = fma_where(normal, w, x, exponent_[i % 2]);
-    return w;
+    const Floats w = chunk_exp(x, at_least(x, splat(kExpUnderflow)));
+    return {w, kExponent ? w * max(x, splat(kExpUnderflow)) : w};
   }
 
   const float* const z_;
   const Floats largest_, scale_;
-  Floats exponent_[2] = {splat(0.0f), splat(0.0f)};
 };
 
 Sums sum_chunk(const float* z, float largest, float scale) {
