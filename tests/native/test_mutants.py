@@ -56,6 +56,16 @@ def test_what_is_made(mutants, folder):
     assert text.count("#include") == 1 and 'ROW(none, "-", "-", "-") ROW(x, "value", "asan", "race")' in text
 
 
+def test_a_sanitizer_gets_what_it_notices_otherwise(mutants):
+    text = COPIES + "".join(
+        f"mutant {name}: {kinds}\n@@ op.cuh\n-a\n"
+        for name, kinds in [("x", "value value race"), ("y", "value asan value"), ("z", "? ? race"), ("w", "? ? ?")]
+    )
+    _, listed = mutants.parse(text)
+    got = {flavour: [m.name for m in mutants.told_apart_by(flavour, listed)] for flavour in ("plain", "asan", "tsan")}
+    assert got == {"plain": ["x", "y", "z", "w"], "asan": ["y"], "tsan": ["x", "z"]}
+
+
 @pytest.mark.parametrize(
     ("hunk", "says"),
     [

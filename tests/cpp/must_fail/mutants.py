@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plants the faults of a `.mutants` file in copies of the kernels: `mutants.py select_tokens.mutants csrc out.h`.
+"""Plants the faults of a `.mutants` file in copies of the kernels: `mutants.py select_tokens.mutants csrc out.h tsan`.
+
+For a sanitizer's build (asan, tsan), only those in which it should notice something else than the plain build does.
 
 The header that comes of it holds each copy in a namespace of its own, `dlm::cuda::mutants::<name>`, an unchanged one
 named `none` among them, and a macro MUTANTS(ROW) with a row for each: ROW(name, what notices it in the plain build,
@@ -81,6 +83,12 @@ def in_namespace(name: str, sources: dict[str, str], folder: Path) -> str:
     return text
 
 
+def told_apart_by(flavour: str, mutants: list[Mutant]) -> list[Mutant]:
+    """All for the plain build; for another, the mutants that it notices otherwise."""
+    index = ["plain", "asan", "tsan"].index(flavour)
+    return [m for m in mutants if index == 0 or m.noticed_by[index] != m.noticed_by[0]]
+
+
 def header(copies: list[str], mutants: list[Mutant], folder: Path) -> str:
     sources = {file: (folder / file).read_text(encoding="utf-8") for file in copies}
     included = re.findall(r"^#\s*include\s*(\S+)", "\n".join(sources.values()), flags=re.M)
@@ -101,9 +109,12 @@ def header(copies: list[str], mutants: list[Mutant], folder: Path) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    listing, folder, out = map(Path, arguments)
+    listing, folder, out = map(Path, arguments[:3])
     try:
-        text = header(*parse(listing.read_text(encoding="utf-8")), folder)
+        copies, mutants = parse(listing.read_text(encoding="utf-8"))
+        for mutant in mutants:
+            planted(mutant, {file: (folder / file).read_text(encoding="utf-8") for file in copies})
+        text = header(copies, told_apart_by(arguments[3], mutants), folder)
     except ValueError as error:
         print(f"{listing}: {error}", file=sys.stderr)
         return 1
