@@ -12,7 +12,6 @@
 #include <cmath>
 #include <limits>
 #include <optional>
-#include <vector>
 
 #include "common/math.h"
 #include "cpu/isa.h"
@@ -134,21 +133,38 @@ float logit_at(const LogitsRow& row, int64_t v) {
 }
 
 
-// Arrays over the chunks of a row. Where the statistics are about the row's own temperature, or
-// nobody asks, there is one array less.
-constexpr int64_t kArrays = 4;
-ChunkSums arrays_in(float* workspace, int64_t chunks, const Task& task) {
-  float* weight = workspace + chunks;
-  return {workspace, weight, weight + chunks,
-          task.wanted().tempered ? weight + 2 * chunks : weight};
-}
+// What a row works in: arrays over its chunks, then flags of its parts. Where nobody asks for the
+// weights at another temperature than the statistics', or they are the same, the array is the same.
+struct RowSums {
+  ChunkSums of_chunk;
+  float *key, *bound;  // of the race
+  float* flags;        // whole numbers
+
+  static int64_t floats(int64_t V) { return 6 * chunks_of(V) + token_confidence_parts(V); }
+  RowSums(float* sums, int64_t n, int64_t V, const Task& task) {
+    const int64_t chunks = chunks_of(V);
+    float* own = sums + n * floats(V);
+    float* weight = own + chunks;
+    of_chunk = {own, weight, weight + chunks,
+                task.wanted().tempered ? weight + 2 * chunks : weight};
+    key = own + 4 * chunks;
+    bound = key + chunks;
+    flags = bound + chunks;
+  }
+};
 
 // A row, from the sums of its chunks to its results.
 class Row {
  public:
   Row(const TokenConfidenceKernels& kernels, const TokenConfidenceParams& p, int64_t n, Task& task,
-      const ChunkSums& sums, FloorScratch& scratch)
-      : kernels_(kernels), p_(p), n_(n), task_(task), row_(task.row), sums_(sums),
+      const RowSums& memory, void* scratch)
+      : kernels_(kernels),
+        p_(p),
+        n_(n),
+        task_(task),
+        row_(task.row),
+        memory_(memory),
+        sums_(memory.of_chunk),
         scratch_(scratch) {}
 
   void finish(int32_t flags) {
@@ -177,8 +193,9 @@ class Row {
   }
 
   float floor(float max) const {
+    FloorScratch scratch(scratch_, row_.V);
     FloorSearch search(kernels_, row_, sums_.largest, sums_.tempered, max,
-                       task_.draw.inverse_temperature, scratch_);
+                       task_.draw.inverse_temperature, scratch);
     float by_count = -kInfinity, by_mass = -kInfinity;
     if (task_.k > 0 && task_.k < row_.V) by_count = search.of_count(task_.k);
     if (task_.p_kept < 1.0f) {
@@ -210,24 +227,23 @@ class Row {
     const bool exact = task_.scale == draw.inverse_temperature &&
                        (row_.floor == -kInfinity || task_.about_kept);
     const int64_t chunks = chunks_of(row_.V);
-    std::vector<float> key(static_cast<size_t>(chunks));
+    float *const key = memory_.key, *const bound = memory_.bound;
     if (exact) {
-      kernels_.chunk_keys(sums_.largest, sums_.weight, chunks, draw, key.data());
+      kernels_.chunk_keys(sums_.largest, sums_.weight, chunks, draw, key);
     } else {
       constexpr float kRounding = 1.0001f;
       const bool known = task_.wanted().tempered, colder = draw.inverse_temperature >= task_.scale;
-      std::vector<float> bound(key.size(), float(kRaceChunk) * kRounding);
-      for (size_t c = 0; c < bound.size() && (known || colder); ++c)
-        bound[c] = sums_.tempered[c] * kRounding;
-      kernels_.chunk_keys(sums_.largest, bound.data(), chunks, draw, key.data());
-      for (size_t c = 0; c < key.size(); ++c)
+      for (int64_t c = 0; c < chunks; ++c)
+        bound[c] = (known || colder ? sums_.tempered[c] : float(kRaceChunk)) * kRounding;
+      kernels_.chunk_keys(sums_.largest, bound, chunks, draw, key);
+      for (int64_t c = 0; c < chunks; ++c)
         key[c] = sums_.largest[c] >= row_.floor ? key[c] : -kInfinity;
     }
     for (int64_t last = -1;;) {
-      const int64_t best = std::max_element(key.begin(), key.end()) - key.begin();
-      if (!(key[size_t(best)] > -kInfinity)) return {-1, -kInfinity};
+      const int64_t best = std::max_element(key, key + chunks) - key;
+      if (!(key[best] > -kInfinity)) return {-1, -kInfinity};
       if (exact || best == last) return kernels_.race_tokens(row_, best, draw);
-      key[size_t(best)] = key_of(best);
+      key[best] = key_of(best);
       last = best;
     }
   }
@@ -276,44 +292,32 @@ class Row {
   const int64_t n_;
   Task& task_;
   LogitsRow& row_;
-  const ChunkSums sums_;
-  FloorScratch& scratch_;
+  const RowSums memory_;
+  const ChunkSums& sums_;
+  void* const scratch_;
 };
 
 // Rows, one after the other.
-class Rows {
- public:
-  Rows(const TokenConfidenceKernels& kernels, const TokenConfidenceParams& p)
-      : kernels_(kernels), p_(p) {}
+struct Rows {
+  const TokenConfidenceKernels& kernels;
+  const TokenConfidenceParams& p;
+  float* sums;
+  void* scratch;
 
-  void measure(int64_t n) {
-    Task task(p_, n);
-    measure(n, task);
+  void measure(int64_t n, Task& task) const {
+    int32_t flags = 0;
+    const RowSums own(sums, n, p.V, task);
+    if (task.source >= 0)
+      flags = kernels.sum_chunks(task.row, 0, chunks_of(p.V), task.wanted(), own.of_chunk);
+    Row(kernels, p, n, task, own, scratch).finish(flags);
   }
-  void measure(int64_t n, Task& task) {
-    const int64_t chunks = chunks_of(p_.V);
-    workspace_.resize(size_t(kArrays * chunks));
-    const ChunkSums sums = arrays_in(workspace_.data(), chunks, task);
-    finish(n, task, sums,
-           task.source < 0 ? 0 : kernels_.sum_chunks(task.row, 0, chunks, task.wanted(), sums));
-  }
-  void finish(int64_t n, Task& task, const ChunkSums& sums, int32_t flags) {
-    Row(kernels_, p_, n, task, sums, scratch_).finish(flags);
-  }
-
- private:
-  const TokenConfidenceKernels& kernels_;
-  const TokenConfidenceParams& p_;
-  std::vector<float> workspace_;
-  FloorScratch scratch_;
 };
 
 // Rows of few logits, measured together; those that are filtered, alone.
 class Few {
  public:
-  Few(const TokenConfidenceKernels& kernels, const TokenConfidenceParams& p)
-      : kernels_(kernels), p_(p), others_(kernels, p) {
-    rows_.entropy = p.entropy != nullptr;
+  explicit Few(const Rows& others) : others_(others), kernels_(others.kernels), p_(others.p) {
+    rows_.entropy = p_.entropy != nullptr;
   }
 
   void add(int64_t n) {
@@ -357,9 +361,9 @@ class Few {
     if (p_.floor) p_.floor[n] = -kInfinity;
   }
 
+  const Rows& others_;
   const TokenConfidenceKernels& kernels_;
   const TokenConfidenceParams& p_;
-  Rows others_;
   FewRows rows_;
   std::optional<Task> task_[kRowsTogether];
   int64_t number_[kRowsTogether];
@@ -371,51 +375,52 @@ Isa token_confidence_isa(Isa isa) { return best_for(isa, kTable).isa; }
 
 int64_t token_confidence_grain() { return best_for(isa(), kTable).kernels.grain; }
 
-void token_confidence(const TokenConfidenceParams& p, int64_t begin, int64_t end) {
+int64_t token_confidence_sums(int64_t V) { return RowSums::floats(V); }
+
+int64_t token_confidence_scratch(int64_t V) { return FloorScratch::bytes(V); }
+
+void token_confidence(const TokenConfidenceParams& p, float* sums, void* scratch, int64_t begin,
+                      int64_t end) {
   const TokenConfidenceKernels kernels = kernels_in_use();
+  const Rows rows{kernels, p, sums, scratch};
   if (kernels.measure_rows && p.V <= kFewLogits) {
-    Few few(kernels, p);
+    Few few(rows);
     for (int64_t n = begin; n < end; ++n) few.add(n);
     few.finish();
     return;
   }
-  Rows rows(kernels, p);
-  for (int64_t n = begin; n < end; ++n) rows.measure(n);
-}
-
-// Of a row: the arrays over its chunks, then the flags of its parts.
-int64_t token_confidence_workspace(int64_t N, int64_t V) {
-  return N * (kArrays * chunks_of(V) + token_confidence_parts(V));
-}
-
-void token_confidence_scan(const TokenConfidenceParams& p, float* workspace, int64_t begin,
-                           int64_t end) {
-  const TokenConfidenceKernels kernels = kernels_in_use();
-  const int64_t parts = token_confidence_parts(p.V), chunks = chunks_of(p.V);
-  for (int64_t i = begin; i < end; ++i) {
-    const Task task(p, i / parts);
-    if (task.source < 0) continue;
-    float* own = workspace + i / parts * token_confidence_workspace(1, p.V);
-    const int64_t part = i % parts, first = part * (kPart / kRaceChunk);
-    const int32_t flags = kernels.sum_chunks(
-        task.row, first, std::min(first + kPart / kRaceChunk, chunks), task.wanted(),
-        arrays_in(own, chunks, task));
-    own[kArrays * chunks + part] = float(flags);
+  for (int64_t n = begin; n < end; ++n) {
+    Task task(p, n);
+    rows.measure(n, task);
   }
 }
 
-void token_confidence_finish(const TokenConfidenceParams& p, float* workspace, int64_t begin,
-                             int64_t end) {
+void token_confidence_scan(const TokenConfidenceParams& p, float* sums, int64_t begin,
+                           int64_t end) {
   const TokenConfidenceKernels kernels = kernels_in_use();
-  const int64_t chunks = chunks_of(p.V);
-  Rows rows(kernels, p);
+  const int64_t parts = token_confidence_parts(p.V), chunks = chunks_of(p.V);
+  constexpr int64_t kChunks = kPart / kRaceChunk;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t n = i / parts, part = i % parts;
+    const Task task(p, n);
+    if (task.source < 0) continue;
+    const RowSums own(sums, n, p.V, task);
+    own.flags[part] = float(kernels.sum_chunks(task.row, part * kChunks,
+                                               std::min((part + 1) * kChunks, chunks),
+                                               task.wanted(), own.of_chunk));
+  }
+}
+
+void token_confidence_finish(const TokenConfidenceParams& p, float* sums, void* scratch,
+                             int64_t begin, int64_t end) {
+  const TokenConfidenceKernels kernels = kernels_in_use();
   for (int64_t n = begin; n < end; ++n) {
     Task task(p, n);
-    float* own = workspace + n * token_confidence_workspace(1, p.V);
+    const RowSums own(sums, n, p.V, task);
     int32_t flags = 0;
     for (int64_t i = 0; i < token_confidence_parts(p.V) && task.source >= 0; ++i)
-      flags |= int32_t(own[kArrays * chunks + i]);
-    rows.finish(n, task, arrays_in(own, chunks, task), flags);
+      flags |= int32_t(own.flags[i]);
+    Row(kernels, p, n, task, own, scratch).finish(flags);
   }
 }
 

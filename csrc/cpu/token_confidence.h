@@ -17,19 +17,23 @@ Isa token_confidence_isa(Isa isa);
 // Logits for which a thread of its own pays.
 int64_t token_confidence_grain();
 
+// Memory that the functions below work in: `sums` has token_confidence_sums(V) floats for each row,
+// `scratch`, where rows are filtered, token_confidence_scratch(V) bytes, aligned to 8, for the one
+// thread that calls.
+int64_t token_confidence_sums(int64_t V);
+int64_t token_confidence_scratch(int64_t V);
+
 // Output rows [begin, end).
-void token_confidence(const TokenConfidenceParams& p, int64_t begin, int64_t end);
+void token_confidence(const TokenConfidenceParams& p, float* sums, void* scratch, int64_t begin,
+                      int64_t end);
 
 // The same in two steps, for rows that are fewer than threads: the parts [begin, end) of all rows
-// (part i is of row i / token_confidence_parts(V)), then the rows. `workspace` has
-// token_confidence_workspace(N, V) floats.
+// (part i is of row i / token_confidence_parts(V)), then the rows.
 constexpr int64_t kPart = 16384;  // logits
 inline int64_t token_confidence_parts(int64_t V) { return (V + kPart - 1) / kPart; }
-int64_t token_confidence_workspace(int64_t N, int64_t V);
-void token_confidence_scan(const TokenConfidenceParams& p, float* workspace, int64_t begin,
-                           int64_t end);
-void token_confidence_finish(const TokenConfidenceParams& p, float* workspace, int64_t begin,
-                             int64_t end);
+void token_confidence_scan(const TokenConfidenceParams& p, float* sums, int64_t begin, int64_t end);
+void token_confidence_finish(const TokenConfidenceParams& p, float* sums, void* scratch,
+                             int64_t begin, int64_t end);
 
 // --- what the kernels of an instruction set do, and what they are told -------------------------
 

@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <vector>
 
 #include "common/math.h"
 #include "common/order.h"
@@ -17,14 +16,33 @@
 
 namespace dlm::cpu {
 
-// Values, and the mass of each where masses are measured.
+// Values, and the mass of each where masses are measured: room for some number of them.
 struct Measured {
-  std::vector<float> value;
-  std::vector<uint64_t> mass;
+  float* value;
+  uint64_t* mass;
+  int64_t size;
 };
-// What searches need to remember; for one after the other.
-struct FloorScratch {
+
+// What a search works in: the values that are collected, and a few others.
+class FloorScratch {
+ public:
+  static constexpr int64_t kSample = 2048, kOfChunk = 16;  // see FloorSearch::sampled
+
+  static int64_t bytes(int64_t V) {
+    return (values(V) + others(V)) * int64_t(sizeof(uint64_t) + sizeof(float));
+  }
+  FloorScratch(void* memory, int64_t V) {
+    found.mass = static_cast<uint64_t*>(memory);
+    other.mass = found.mass + values(V);
+    found.value = reinterpret_cast<float*>(other.mass + others(V));
+    other.value = found.value + values(V);
+  }
+
   Measured found, other;
+
+ private:
+  static int64_t values(int64_t V) { return (V + 2 * kRaceChunk + 1) / 2 * 2; }
+  static int64_t others(int64_t V) { return kSample + kOfChunk + (V / kRaceChunk + 2) / 2 * 2; }
 };
 
 class FloorSearch {
@@ -99,16 +117,16 @@ class FloorSearch {
     constexpr int64_t kFewChunks = 64;
     constexpr int kGroups = 16;  // of a chunk
     float low;
-    std::vector<float>& top = scratch_.value;
-    top.clear();
+    Measured& top = scratch_;
+    top.size = 0;
     for (int64_t c = 0; c < chunks_; ++c) {
-      if (has_any(c, lowest_)) top.push_back(largest_[c]);
+      if (has_any(c, lowest_)) top.value[top.size++] = largest_[c];
     }
-    measure(scratch_);
-    if (crossing(scratch_, 0, limit, low)) return {low, max_};
+    measure(top);
+    if (crossing(top, 0, limit, low)) return {low, max_};
     if (chunks_ > kFewChunks) return sampled(limit, total);
 
-    top.clear();
+    top.size = 0;
     for (int64_t c = 0; c < chunks_; ++c) {
       if (!has_any(c, lowest_)) continue;
       kernels_.load_chunk(row_, c, z_);
@@ -118,23 +136,23 @@ class FloorSearch {
         for (int g = 0; g < kGroups; ++g) of_group[g] = std::max(of_group[g], z_[i + g]);
       }
       for (const float z : of_group) {
-        if (z >= lowest_) top.push_back(z);
+        if (z >= lowest_) top.value[top.size++] = z;
       }
     }
-    measure(scratch_);
-    return crossing(scratch_, 0, limit, low) ? Bracket{low, max_} : Bracket{lowest_, max_};
+    measure(top);
+    return crossing(top, 0, limit, low) ? Bracket{low, max_} : Bracket{lowest_, max_};
   }
 
   // What lies at and above each of some values is estimated from the chunks' largest logits and a
   // sample of the others: the bracket is from the highest that is surely too low (by three standard
   // errors) to the lowest that is too high.
   Bracket sampled(uint64_t limit, double total) {
-    constexpr int64_t kSize = 2048, kOfChunk = 16;
+    constexpr int64_t kSize = FloorScratch::kSample, kOfChunk = FloorScratch::kOfChunk;
     constexpr int kBins = 512;
     Measured& sample = scratch_;
-    sample.value.resize(kSize + kOfChunk);
     const int64_t step = (chunks_ * kOfChunk + kSize - 1) / kSize;
-    int64_t looked_at = 0, size = 0;
+    int64_t looked_at = 0;
+    sample.size = 0;
     float from = max_;
     for (int64_t c = 0; looked_at < kSize && c < chunks_; c += step, looked_at += kOfChunk) {
       if (!has_any(c, lowest_)) continue;
@@ -143,17 +161,16 @@ class FloorSearch {
       for (int64_t i = first; i < first + kOfChunk; ++i) {
         const bool used = z_[i] >= lowest_ && z_[i] < largest_[c];
         from = used ? std::min(from, z_[i]) : from;
-        sample.value[size_t(size)] = z_[i];
-        size += int64_t(used);
+        sample.value[sample.size] = z_[i];
+        sample.size += int64_t(used);
       }
     }
-    sample.value.resize(size_t(size));
     if (!(from < max_)) return {lowest_, max_};
 
     const double scale = kBins / (double(max_) - double(from));
     double part[kBins] = {}, square[kBins] = {};
     const auto add = [&](const Measured& x, double factor, bool surely) {
-      for (size_t i = 0; i < x.value.size(); ++i) {
+      for (int64_t i = 0; i < x.size; ++i) {
         const double at = (double(x.value[i]) - double(from)) * scale;
         const int bin = int(std::clamp(at, 0.0, double(kBins - 1)));
         const double measure = factor * (by_mass_ ? double(x.mass[i]) : 1.0);
@@ -163,7 +180,8 @@ class FloorSearch {
     };
     measure(sample);
     add(sample, double(row_.V) / double(looked_at), false);
-    sample.value.assign(largest_, largest_ + chunks_);
+    std::copy(largest_, largest_ + chunks_, sample.value);
+    sample.size = chunks_;
     measure(sample);
     add(sample, 1.0, true);
 
@@ -191,21 +209,18 @@ class FloorSearch {
     for (int64_t c = 0; c < chunks_; ++c) {
       if (!has_any(c, in.low)) continue;
       kernels_.load_chunk(row_, c, z_);
-      found_.value.resize(std::max(found_.value.size(), size_t(count + 2 * kRaceChunk)));
       uint64_t higher = 0;
-      count += kernels_.collect(z_, in.low, in.high, found_.value.data() + count, &higher);
+      count += kernels_.collect(z_, in.low, in.high, found_.value + count, &higher);
       if (higher && by_mass_) higher = kernels_.mass_above(z_, max_, inverse_, in.high);
       above += higher;
     }
-    found_.value.resize(size_t(count));
+    found_.size = count;
     measure(found_);
     return above;
   }
 
   void measure(Measured& x) const {
-    x.mass.resize(by_mass_ ? x.value.size() : 0);
-    if (!by_mass_) return;
-    kernels_.masses(x.value.data(), int64_t(x.value.size()), max_, inverse_, x.mass.data());
+    if (by_mass_) kernels_.masses(x.value, x.size, max_, inverse_, x.mass);
   }
 
   // By the sums of the chunks.
@@ -226,15 +241,14 @@ class FloorSearch {
   // The largest of the values such that it and all above it measure more than `limit`, with `above`
   // of what is higher than all of them. Each round divides the values' range into bins, and goes on
   // with the bin that crosses the limit. Uses up `x`.
-  static bool crossing(Measured& x, uint64_t above, uint64_t limit, float& value) {
+  bool crossing(Measured& x, uint64_t above, uint64_t limit, float& value) const {
     constexpr int kMostBins = 2048;
     uint64_t sum[kMostBins];
-    size_t n = x.value.size();
-    const bool counts = x.mass.empty();
+    int64_t n = x.size;
     for (;;) {
       if (n == 0) return false;
       float least = x.value[0], most = x.value[0];
-      for (size_t i = 0; i < n; ++i) {
+      for (int64_t i = 0; i < n; ++i) {
         least = std::min(least, x.value[i]);
         most = std::max(most, x.value[i]);
       }
@@ -243,18 +257,18 @@ class FloorSearch {
       const double scale = most > least ? double(bins - 1) / (double(most) - double(least)) : 0.0;
       const auto bin_of = [&](float z) { return int((double(z) - double(least)) * scale); };
       std::fill(sum, sum + bins, 0);
-      for (size_t i = 0; i < n; ++i) sum[bin_of(x.value[i])] += counts ? 1 : x.mass[i];
+      for (int64_t i = 0; i < n; ++i) sum[bin_of(x.value[i])] += by_mass_ ? x.mass[i] : 1;
       int b = bins - 1;
       for (; b >= 0 && above + sum[b] <= limit; --b) above += sum[b];
       if (b < 0) return false;  // in the first round only: measures are exact
       value = most;
       if (most == least) return true;
-      size_t kept = 0;
-      for (size_t i = 0; i < n; ++i) {
+      int64_t kept = 0;
+      for (int64_t i = 0; i < n; ++i) {
         const bool inside = bin_of(x.value[i]) == b;
         x.value[kept] = x.value[i];
-        if (!counts) x.mass[kept] = x.mass[i];
-        kept += size_t(inside);
+        if (by_mass_) x.mass[kept] = x.mass[i];
+        kept += int64_t(inside);
       }
       n = kept;
     }

@@ -140,7 +140,7 @@ int64_t collect(const float* z, float low, float high, float* to, uint64_t* abov
   for (int i = 0; i < kRaceChunk; i += kWidth) {
     const Floats x = load(z + i);
     const Mask inside = at_least(x, splat(low)) & at_least(splat(high), x);
-    if (to_bits(inside)) count += append(to + count, inside, x);
+    count += append(to + count, inside, x);
     *above += uint64_t(__builtin_popcount(to_bits(less(splat(high), x))));
   }
   return count;

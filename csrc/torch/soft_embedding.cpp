@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "cpu/token_confidence.h"
+#include "torch/token_confidence.h"
 #include "torch/check.h"
 #include "torch/ops.h"
 #ifdef DLM_WITH_CUDA
@@ -109,9 +109,7 @@ Tensor soft_embedding(const Tensor& logits, const Tensor& weight, const MaybeTen
   }
 #endif
 
-  torch::stable::parallel_for(
-      0, N, std::max<int64_t>(1, cpu::token_confidence_grain() / V),
-      [&](int64_t begin, int64_t end) { cpu::token_confidence(of_rows.op, begin, end); });
+  token_confidence_on_cpu(check, of_rows.op);
   torch::stable::parallel_for(0, cpu::soft_embedding_items(p), 1, [&](int64_t begin, int64_t end) {
     cpu::soft_embedding(p, begin, end);
   });

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/token_confidence.h"
+#include "torch/token_confidence.h"
 
 #include <algorithm>
 
+#include "cpu/token_confidence.h"
 #include "torch/check.h"
 #include "torch/ops.h"
 #ifdef DLM_WITH_CUDA
@@ -50,6 +51,36 @@ Distribution distribution_named(const Check& check, const std::string& name) {
 }
 
 }  // namespace
+
+// Whole rows while there are enough of them to keep the threads evenly busy; else parts of rows.
+void token_confidence_on_cpu(const Check& check, const TokenConfidenceParams& p) {
+  const bool filters = p.top_k || p.top_p;
+  if (p.N == 0) return;
+  const int64_t parts = cpu::token_confidence_parts(p.V), grain = cpu::token_confidence_grain();
+  const int64_t most = torch::stable::get_num_threads();
+  const auto threads = [&](int64_t items, int64_t logits_an_item) {
+    return std::clamp<int64_t>(items * logits_an_item / grain, 1, std::min(most, items));
+  };
+  Tensor sums = check.empty("workspace", {p.N * cpu::token_confidence_sums(p.V)}, ScalarType::Float);
+  float* workspace = static_cast<float*>(sums.mutable_data_ptr());
+  const bool whole = parts == 1 || p.N >= 4 * most;
+  if (!whole) {
+    torch::stable::parallel_for(0, p.N * parts, std::max<int64_t>(1, grain / cpu::kPart),
+                                [&](int64_t begin, int64_t end) {
+                                  cpu::token_confidence_scan(p, workspace, begin, end);
+                                });
+  }
+  // Each share of the rows has scratch memory of its own.
+  const int64_t shares = threads(p.N, whole || filters ? p.V : 1);
+  const int64_t bytes = filters ? cpu::token_confidence_scratch(p.V) : 0;
+  Tensor scratch = check.empty("workspace", {shares * bytes / 8}, ScalarType::Long);
+  char* memory = static_cast<char*>(scratch.mutable_data_ptr());
+  const auto run = whole ? cpu::token_confidence : cpu::token_confidence_finish;
+  torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      run(p, workspace, memory + i * bytes, p.N * i / shares, p.N * (i + 1) / shares);
+  });
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_confidence(
     const Tensor& logits, const MaybeTensor& row_map, const MaybeTensor& given,
@@ -156,27 +187,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
   }
 #endif
 
-  // Whole rows while there are enough of them to keep the threads evenly busy; else parts of rows.
-  const int64_t parts = cpu::token_confidence_parts(V), grain = cpu::token_confidence_grain();
-  const auto parallel = [&](int64_t items, int64_t logits_an_item, const auto& run) {
-    const int64_t least = std::max<int64_t>(1, grain / logits_an_item);
-    torch::stable::parallel_for(0, items, least, run);
-  };
-  if (parts == 1 || N >= 4 * int64_t(torch::stable::get_num_threads())) {
-    if (N > 0) {
-      parallel(N, V, [&](int64_t begin, int64_t end) { cpu::token_confidence(p, begin, end); });
-    }
-  } else if (N > 0) {
-    const Tensor scratch =
-        check.empty("workspace", {cpu::token_confidence_workspace(N, V)}, ScalarType::Float);
-    float* workspace = write(scratch);
-    parallel(N * parts, cpu::kPart,
-             [&](int64_t begin, int64_t end) { cpu::token_confidence_scan(p, workspace, begin, end); });
-    const bool filters = top_k || top_p;  // only these leave work to do
-    parallel(N, filters ? V : 1, [&](int64_t begin, int64_t end) {
-      cpu::token_confidence_finish(p, workspace, begin, end);
-    });
-  }
+  token_confidence_on_cpu(check, p);
   return {token, argmax, confidence, margin, entropy, logsumexp, p_given, flags};
 }
 

@@ -178,7 +178,7 @@ TEST(huge_logits) {
         std::copy(row, row + 3, reinterpret_cast<float*>(c.logits.data()));
         c.temperature[0] = temperature, c.top_k[0] = 2;
         c.write_to(c.expected_token, c.expected_argmax, c.expected_statistics, c.expected_flags);
-        dlm::cpu::token_confidence(c.p, 0, 1);
+        c.run_on_cpu();
         c.write_to(c.token, c.argmax, c.statistics, c.flags);
         run(c.start());
         CHECK(c.token[0] == c.expected_token[0] && c.flags[0] == c.expected_flags[0], "token %d",

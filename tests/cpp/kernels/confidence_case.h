@@ -152,12 +152,18 @@ struct ConfidenceCase {
     p.random = {per_row(seed, random), per_row(step, random), position.data(),
                 per_row(redraw, random)};
     write_to(expected_token, expected_argmax, expected_statistics, expected_flags);
-    dlm::cpu::token_confidence(p, 0, N);
+    run_on_cpu();
     if (with & kRowMap) p.row_map = row_map.data();
     p.given = given.data();
     if (with & kBanned) p.banned = banned.data();
     write_to(token, argmax, statistics, flags);
     workspace = Array<uint8_t>(size_t(dlm::cuda::workspace_of(p)), 0xff);
+  }
+
+  void run_on_cpu() {
+    Array<float> sums(size_t(p.N * dlm::cpu::token_confidence_sums(p.V)));
+    Array<uint64_t> scratch(size_t(dlm::cpu::token_confidence_scratch(p.V) / 8));
+    dlm::cpu::token_confidence(p, sums.data(), scratch.data(), 0, p.N);
   }
 
   void write_to(Array<int64_t>& tokens, Array<int64_t>& argmaxes, Array<float>& floats,
