@@ -183,6 +183,29 @@ class TestAgainstReference:
             **randomness(4),
         )
 
+    @pytest.mark.parametrize("shape", ["flat", "heavy", "tied", "equal", "few", "one", "huge", "steps"])
+    def test_where_filters_look(self, shape):
+        """What is guessed from chunks and samples does not show, whatever a row looks like."""
+        torch.manual_seed(len(shape))
+        V = 17_000
+        rows = {
+            "flat": torch.randn(1, V),
+            "heavy": 6 * torch.randn(1, V),
+            "tied": torch.randint(0, 5, (1, V)).float(),
+            "equal": torch.full((1, V), -2.5),
+            "few": torch.randn(1, V).masked_fill(torch.rand(V) > 0.01, -INF),
+            "one": torch.randn(1, V).index_fill(1, torch.tensor([12_345]), 40.0),
+            "huge": 1e30 * torch.randn(1, V),
+            "steps": torch.arange(V)[None] // 100 * 0.01,
+        }[shape]
+        k = i32(1, 60, 90, 1000, 9000, V - 1, V, 0, 0, 0, 0, 0, 3000, 100)
+        p = torch.tensor([1, 1, 1, 1, 1, 1, 1, 0, 0.02, 0.5, 0.9, 0.9999, 0.7, 0.999])
+        n = len(k)
+        check(
+            rows.expand(n, V).contiguous(), top_k=k, top_p=p, temperature=torch.tensor([0.7]).expand(n).contiguous(),
+            distribution="filtered", **randomness(n),
+        )  # fmt: skip
+
     def test_filter_values_of_every_kind(self):
         """Cut-offs at negative, zero, tiny and huge values."""
         values = torch.tensor([-3.0, -1e-40, -0.0, 0.0, 1e-40, 1e-5, 2.0, -1e30, 1e30, -INF, LARGEST, -LARGEST])
