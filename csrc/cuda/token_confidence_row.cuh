@@ -169,8 +169,8 @@ class LogitsRow {
         banned_count_(uint32_t(p.banned_count)),
         bitmask_(shared_row(p.bitmask, n, p.bitmask_rows_per_value, p.bitmask_words)) {}
 
-  // A chunk of logits, guided, biased, without NaN and +inf; -inf beyond the row's end.
-  DLM_DEVICE void values(uint32_t first, float (&z)[kPerChunk<T>], uint32_t& flags) const {
+  // kPerChunk<T> logits from `first` on, guided, biased, without NaN and +inf; -inf beyond the row's end.
+  DLM_DEVICE void values(uint32_t first, float* z, uint32_t& flags) const {
     constexpr uint32_t n = kPerChunk<T>;
     spread<T>(load_chunk(logits, first, V), z);
     if (uncond_) {
@@ -219,7 +219,7 @@ class LogitsRow {
   }
   static DLM_DEVICE void unpack(const uint4 (&raw)[kRuns], float (&z)[8]) {
 #pragma unroll
-    for (uint32_t r = 0; r < kRuns; ++r) spread<T>(raw[r], part_of(z, r));
+    for (uint32_t r = 0; r < kRuns; ++r) spread<T>(raw[r], z + r * kPerChunk<T>);
   }
   // NaN if there is any.
   static DLM_DEVICE float largest_of(const uint4 (&raw)[kRuns]) {
@@ -238,7 +238,7 @@ class LogitsRow {
     constexpr uint32_t n = kPerChunk<T>;
 #pragma unroll
     for (uint32_t r = 0; r < kRuns; ++r) {
-      float(&run)[n] = part_of(z, r);
+      float* run = z + r * n;
       const uint32_t first = id_of(chunk, r * n);
       if (uncond_ || bias_) {
         values(first, run, flags);
@@ -296,16 +296,13 @@ class LogitsRow {
   DLM_DEVICE float guided(float z, float u) const {
     return add_rn(u, mul_rn(guidance_, add_rn(z, -u)));
   }
-  static DLM_DEVICE float (&part_of(float (&z)[8], uint32_t run))[kPerChunk<T>] {
-    return *reinterpret_cast<float(*)[kPerChunk<T>]>(z + run * kPerChunk<T>);
-  }
   static DLM_DEVICE float sanitised(float z, uint32_t& flags) {
     if (z <= kLargestFloat) return z;
     flags |= z != z ? kFlagNaN : kFlagPosInf;
     return z != z ? -INFINITY : kLargestFloat;
   }
   template <class U>
-  static DLM_DEVICE void spread(uint4 chunk, float (&z)[kPerChunk<U>]) {
+  static DLM_DEVICE void spread(uint4 chunk, float* z) {
     const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
 #pragma unroll
     for (uint32_t j = 0; j < kPerChunk<U>; ++j)

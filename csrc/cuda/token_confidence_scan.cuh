@@ -74,12 +74,10 @@ class ChunkScan {
     for (uint32_t c = 0; c < kTogether; ++c) {
       float z[8];
       Row::unpack(raw[c], z);
-      top[c] = over_warp(top[c]);
-      add_up(z, top[c], weight[c], exponent[c]);
+      const float largest = over_warp(top[c]);
+      own.largest = lane_index() / 8 == c ? largest : own.largest;
+      add_up(z, largest, weight[c], exponent[c]);
     }
-    own.largest = top[0];
-#pragma unroll
-    for (uint32_t c = 1; c < kTogether; ++c) own.largest = lane_index() / 8 == c ? top[c] : own.largest;
     own.weight = sum_of_four(weight);
     own.exponent = sum_of_four(exponent);
     return true;
@@ -141,12 +139,18 @@ class ChunkScan {
     return x;
   }
 
-  // Over the warp, of four values a lane: lanes 8 i ... 8 i + 7 get the sum of the i-th.
-  static DLM_DEVICE float sum_of_four(float (&x)[kTogether]) {
-    halve<4>(x, 16);
-    float (&pair)[2] = *reinterpret_cast<float (*)[2]>(x);
-    halve<2>(pair, 8);
-    return add_across(add_across(add_across(pair[0], 4), 2), 1);
+  // Over the warp, of four values a lane: lanes 8 i ... 8 i + 7 get the sum of the i-th. Each of a
+  // pair of lanes keeps half of the values, and gets what the other has of these.
+  static DLM_DEVICE float sum_of_four(const float (&x)[kTogether]) {
+    static_assert(kTogether == 4);
+    const bool later = lane_index() & 16, odd = lane_index() & 8;
+    const float even = exchange(x[0], x[2], later, 16), uneven = exchange(x[1], x[3], later, 16);
+    const float sum = exchange(even, uneven, odd, 8);
+    return add_across(add_across(add_across(sum, 4), 2), 1);
+  }
+  static DLM_DEVICE float exchange(float first, float second, bool keep_second, uint32_t bit) {
+    const float other = __shfl_xor_sync(kAllLanes, keep_second ? first : second, int(bit));
+    return add_rn(keep_second ? second : first, other);
   }
 
   const ConfidenceLaunch& job_;
