@@ -193,7 +193,8 @@ DLM_SIMD int append(float* to, Mask mask, Floats x) {
   float all[kWidth];
   store(all, x);
   int count = 0;
-  for (uint32_t left = to_bits(mask); left; left &= left - 1) to[count++] = all[__builtin_ctz(left)];
+  for (uint32_t left = to_bits(mask); left; left &= left - 1)
+    to[count++] = all[__builtin_ctz(left)];
   return count;
 }
 DLM_SIMD Mask first(int64_t n) { return to_mask(n >= kWidth ? 0xffffu : (1u << n) - 1); }

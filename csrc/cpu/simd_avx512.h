@@ -70,9 +70,6 @@ DLM_SIMD Floats fms(Floats a, Floats b, Floats c) { return _mm512_fmsub_ps(a, b,
 DLM_SIMD Floats fma_where(Mask mask, Floats a, Floats b, Floats c) {  // c elsewhere
   return _mm512_mask3_fmadd_ps(a, b, c, mask);
 }
-DLM_SIMD Floats fma_or_zero(Mask mask, Floats a, Floats b, Floats c) {
-  return _mm512_maskz_fmadd_ps(mask, a, b, c);
-}
 
 DLM_SIMD Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }  // b where one is NaN
 DLM_SIMD Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
@@ -82,10 +79,7 @@ DLM_SIMD Floats magnitude(Floats x) { return _mm512_abs_ps(x); }
 
 DLM_SIMD Mask equal(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 DLM_SIMD Mask less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
-DLM_SIMD Mask greater(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 DLM_SIMD Mask at_least(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
-// Holds where one is NaN.
-DLM_SIMD Mask not_less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
 DLM_SIMD Mask is_nan(Floats a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
 DLM_SIMD Mask at_most(Words a, Words b) { return _mm512_cmple_epu32_mask((__m512i)a, (__m512i)b); }
 
@@ -98,22 +92,11 @@ DLM_SIMD Words select(Mask mask, Words where, Words elsewhere) {
 
 // --- across elements ---------------------------------------------------------------------------
 
-// table[index % 16]
-DLM_SIMD Floats look_up(Words index, Floats table) {
-  return _mm512_permutexvar_ps((__m512i)index, table);
-}
-DLM_SIMD Words look_up(Words index, Words table) {
-  return (Words)_mm512_permutexvar_epi32((__m512i)index, (__m512i)table);
-}
 DLM_SIMD float largest(Floats x) { return _mm512_reduce_max_ps(x); }
 DLM_SIMD float sum(Floats x) { return _mm512_reduce_add_ps(x); }  // pairwise
-// The elements that `mask` names, moved together.
-DLM_SIMD Words compress(Mask mask, Words x) {
-  return (Words)_mm512_maskz_compress_epi32(mask, (__m512i)x);
-}
-// The same, to memory with room for sixteen; how many.
+// The elements that `mask` names, moved together, to memory with room for sixteen; how many.
 DLM_SIMD int append(float* to, Mask mask, Floats x) {
-  store(to, from_bits(compress(mask, bits(x))));
+  store(to, _mm512_maskz_compress_ps(mask, x));
   return __builtin_popcount(mask);
 }
 

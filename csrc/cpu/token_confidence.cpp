@@ -98,7 +98,6 @@ struct Task {
   float p_kept;
 };
 
-
 // --- rows --------------------------------------------------------------------------------------
 
 template <class T>
@@ -131,7 +130,6 @@ float logit_at(const LogitsRow& row, int64_t v) {
   if (row.bitmask && !(uint32_t(row.bitmask[v / 32]) >> v % 32 & 1)) return -kInfinity;
   return std::min(z, kLargest);
 }
-
 
 // What a row works in: arrays over its chunks, then flags of its parts. Where nobody asks for the
 // weights at another temperature than the statistics', or they are the same, the array is the same.
@@ -224,8 +222,8 @@ class Row {
   // chunk with the highest bound on, until a key is above all other bounds.
   Drawn race() const {
     const Draw& draw = task_.draw;
-    const bool exact = task_.scale == draw.inverse_temperature &&
-                       (row_.floor == -kInfinity || task_.about_kept);
+    const bool exact =
+        task_.scale == draw.inverse_temperature && (row_.floor == -kInfinity || task_.about_kept);
     const int64_t chunks = chunks_of(row_.V);
     float *const key = memory_.key, *const bound = memory_.bound;
     if (exact) {
@@ -405,9 +403,9 @@ void token_confidence_scan(const TokenConfidenceParams& p, float* sums, int64_t 
     const Task task(p, n);
     if (task.source < 0) continue;
     const RowSums own(sums, n, p.V, task);
-    own.flags[part] = float(kernels.sum_chunks(task.row, part * kChunks,
-                                               std::min((part + 1) * kChunks, chunks),
-                                               task.wanted(), own.of_chunk));
+    own.flags[part] =
+        float(kernels.sum_chunks(task.row, part * kChunks, std::min((part + 1) * kChunks, chunks),
+                                 task.wanted(), own.of_chunk));
   }
 }
 

@@ -9,8 +9,8 @@
 namespace dlm::cpu::avx512 {
 
 TokenConfidenceKernels token_confidence() {
-  return {sum_chunks, load_chunk, sum_chunk,   summarize,   collect,
-          mass_above, masses, chunk_keys, race_tokens, measure_rows};
+  return {sum_chunks, load_chunk, sum_chunk,  summarize,   collect,
+          mass_above, masses,     chunk_keys, race_tokens, measure_rows};
 }
 
 }  // namespace dlm::cpu::avx512

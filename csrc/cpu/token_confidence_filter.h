@@ -49,8 +49,7 @@ class FloorSearch {
  public:
   // `largest` and `tempered` as in ChunkSums; `max`: of the row.
   FloorSearch(const TokenConfidenceKernels& kernels, const LogitsRow& row, const float* largest,
-              const float* tempered, float max, float inverse_temperature,
-              FloorScratch& scratch)
+              const float* tempered, float max, float inverse_temperature, FloorScratch& scratch)
       : kernels_(kernels),
         row_(row),
         chunks_((row.V + kRaceChunk - 1) / kRaceChunk),
@@ -87,7 +86,9 @@ class FloorSearch {
     float low, high;
   };
 
-  static float next(float value, int by) { return ordered_value(ordered_bits(value) + uint32_t(by)); }
+  static float next(float value, int by) {
+    return ordered_value(ordered_bits(value) + uint32_t(by));
+  }
 
   // `total`: of the measure, 0: unknown.
   float search(uint64_t limit, double total) {

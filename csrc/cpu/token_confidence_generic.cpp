@@ -174,8 +174,8 @@ uint64_t mass_above(const float* z, float max, float scale, float above) {
 namespace dlm::cpu::generic {
 
 TokenConfidenceKernels token_confidence() {
-  return {sum_chunks, load_chunk, sum_chunk,   summarize,   collect,
-          mass_above, masses, chunk_keys, race_tokens, nullptr};
+  return {sum_chunks, load_chunk, sum_chunk,  summarize,   collect,
+          mass_above, masses,     chunk_keys, race_tokens, nullptr};
 }
 
 }  // namespace dlm::cpu::generic

@@ -133,9 +133,11 @@ Drawn race_tokens(const LogitsRow& row, int64_t chunk, const Draw& draw) {
   for (int i = 0; i < n; ++i) key[i] = token_key(z[i], draw.inverse_temperature, word[i]);
   int best = -1;
   for (int i = 0; i < n; ++i) {
-    if (z[i] > -std::numeric_limits<float>::infinity() && (best < 0 || key[i] > key[best])) best = i;
+    if (z[i] > -std::numeric_limits<float>::infinity() && (best < 0 || key[i] > key[best]))
+      best = i;
   }
-  return best < 0 ? Drawn{-1, -std::numeric_limits<float>::infinity()} : Drawn{begin + best, z[best]};
+  return best < 0 ? Drawn{-1, -std::numeric_limits<float>::infinity()}
+                  : Drawn{begin + best, z[best]};
 }
 
 }  // namespace

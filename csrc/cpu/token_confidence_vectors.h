@@ -60,8 +60,7 @@ template <class T>
 class Row {
  public:
   explicit Row(const LogitsRow& row)
-      : row_(row),
-        plain_(!row.uncond && !row.bias && !row.bitmask && !(row.floor > -kInfinity)) {}
+      : row_(row), plain_(!row.uncond && !row.bias && !row.bitmask && !(row.floor > -kInfinity)) {}
 
   // Writes the logits of a chunk, -inf beyond the row; returns the largest.
   DLM_SIMD float load(int64_t chunk, float* z) {
@@ -96,8 +95,7 @@ class Row {
   __attribute__((noinline)) float adjust(int64_t begin, int64_t n, float* z) {
     for (int i = 0; i < kRaceChunk; i += kWidth) {
       const int there = int(std::clamp<int64_t>(n - i, 0, kWidth));
-      const Floats x =
-          there ? effective<T>(row_, begin + i, there, flags) : splat(-kInfinity);
+      const Floats x = there ? effective<T>(row_, begin + i, there, flags) : splat(-kInfinity);
       store(z + i, select(first(there), x, splat(-kInfinity)));
     }
     return largest_of_chunk(z);

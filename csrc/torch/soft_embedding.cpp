@@ -3,9 +3,9 @@
 
 #include <algorithm>
 
-#include "torch/token_confidence.h"
 #include "torch/check.h"
 #include "torch/ops.h"
+#include "torch/token_confidence.h"
 #ifdef DLM_WITH_CUDA
 #include "cuda/soft_embedding.h"
 #include "cuda/token_confidence.h"

@@ -61,14 +61,14 @@ void token_confidence_on_cpu(const Check& check, const TokenConfidenceParams& p)
   const auto threads = [&](int64_t items, int64_t logits_an_item) {
     return std::clamp<int64_t>(items * logits_an_item / grain, 1, std::min(most, items));
   };
-  Tensor sums = check.empty("workspace", {p.N * cpu::token_confidence_sums(p.V)}, ScalarType::Float);
+  Tensor sums =
+      check.empty("workspace", {p.N * cpu::token_confidence_sums(p.V)}, ScalarType::Float);
   float* workspace = static_cast<float*>(sums.mutable_data_ptr());
   const bool whole = parts == 1 || p.N >= 4 * most;
   if (!whole) {
-    torch::stable::parallel_for(0, p.N * parts, std::max<int64_t>(1, grain / cpu::kPart),
-                                [&](int64_t begin, int64_t end) {
-                                  cpu::token_confidence_scan(p, workspace, begin, end);
-                                });
+    torch::stable::parallel_for(
+        0, p.N * parts, std::max<int64_t>(1, grain / cpu::kPart),
+        [&](int64_t begin, int64_t end) { cpu::token_confidence_scan(p, workspace, begin, end); });
   }
   // Each share of the rows has scratch memory of its own.
   const int64_t shares = threads(p.N, whole || filters ? p.V : 1);
