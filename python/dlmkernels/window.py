@@ -102,6 +102,13 @@ class TokenWindow:
     positions: Tensor
     origin: Tensor
 
+    @classmethod
+    def of(cls, positions: Tensor, origin: Tensor, used: Tensor) -> TokenWindow:
+        """The window of `positions` whose slots are known to be `used`, bool `[B, W]`, so that nothing need compare."""
+        window = cls(positions, origin)
+        vars(window)["used"] = used
+        return window
+
     @cached_property
     def used(self) -> Tensor:
         """Slots that stand for a position, bool `[B, W]`."""

@@ -347,10 +347,12 @@ OWN_LOOP = (dk.Strided, dk.SelfSpeculative, dk.Reordered, dk.Pipeline, dk.Variab
 ], ids=lambda o: next((n for n, c in dk.PRESETS.items() if c is o.get("config")), None) or str(o))  # fmt: skip
 def test_step_loop_reads_nothing_on_the_host(model, options, monkeypatch):
     """Between two polls no tensor's value reaches the host."""
-    from dlmkernels.decoding import loop, poll
+    from dlmkernels import ops
+    from dlmkernels.decoding import poll
+    from dlmkernels.decoding.block_forward import BlockForward
 
     reads = HostReads()
-    real_remask, real_forward = loop.ops.remask_, loop.CanvasForward.__call__
+    real_remask, real_forward = ops.remask_, BlockForward.__call__
     steps, watching = [], []
 
     def forward(self, *args):
@@ -366,8 +368,8 @@ def test_step_loop_reads_nothing_on_the_host(model, options, monkeypatch):
         steps.append(len(reads.seen))
         return out
 
-    monkeypatch.setattr(loop.CanvasForward, "__call__", forward)
-    monkeypatch.setattr(loop.ops, "remask_", remask)
+    monkeypatch.setattr(BlockForward, "__call__", forward)
+    monkeypatch.setattr(ops, "remask_", remask)
     dk.generate(model, prompts(2, 6), **SHORT | options)
     assert len(steps) >= 1 and reads.seen == []
     with reads:
@@ -408,8 +410,7 @@ def test_late_counts_change_nothing(model, options, monkeypatch):
             yield dk.infill(model, canvas, **to_infill)
 
     at_once = list(run())
-    for module in ("loop", "strided", "speculative", "reordered", "pipelined"):
-        monkeypatch.setattr(f"dlmkernels.decoding.{module}.OpenCount", LateCount)
+    monkeypatch.setattr("dlmkernels.decoding.programs.base.OpenCount", LateCount)
     for ours, late in zip(at_once, run()):
         assert late.complete.all()
         for name in ("sequences", "commit_step", "num_forwards"):

@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 
 from ..models.adapt import DiffusionModel, adapt
 from .config import DecodingConfig
-from .constraint import without
+from .bitmask import without
 from .generate import generate
 from .output import DecodingOutput
 from .resolve import ConfigLike, check_block_by_block, configuration

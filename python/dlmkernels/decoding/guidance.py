@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .canvas import Canvas, NegativePrompt
 from .config import DecodingConfig, SpecialTokens
 from .inputs import filler, read_prompts
+from .state import NegativePrompt, State
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Unconditional:
         int64 and bool `[B, T]`: what stands there instead, and where.
     """
 
-    def __init__(self, canvas: Canvas, mask_token: int):
+    def __init__(self, canvas: State, mask_token: int):
         negative, width = canvas.negative, canvas.tokens.shape[1]
         if negative is None:
             self.origin, self.replaced = canvas.origin, ~canvas.is_open

@@ -4,18 +4,15 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .canvas import Canvas
-from .constraint import Constrained
+from .constrained import Constrained
 from .output import DecodingOutput
 from .rules import Rule
-
-if TYPE_CHECKING:
-    from .step import Step
+from .state import State
+from .step import Step
 
 # What a position's last step found there.
 NOTHING_SEEN, NO_LOGIT, REFUSED, PROPOSED = range(4)
@@ -24,7 +21,7 @@ NOTHING_SEEN, NO_LOGIT, REFUSED, PROPOSED = range(4)
 class Unfinished:
     """Why positions stay open: remembers what the last step that looked at a position found there."""
 
-    def __init__(self, canvas: Canvas, rule: Rule, constrained: Constrained | None = None):
+    def __init__(self, canvas: State, rule: Rule, constrained: Constrained | None = None):
         self.canvas, self.rule = canvas, rule
         self.constrained = None if constrained is None or constrained.constraint is None else constrained
         self.found = torch.zeros_like(canvas.state)
@@ -45,7 +42,7 @@ class Unfinished:
         self.last = None
         found = torch.where(step.token >= 0, PROPOSED, NO_LOGIT)
         if self.constrained is not None:
-            possible = (step.raw_logits[: found.numel()] > -torch.inf).any(1).view(found.shape)
+            possible = (step.raw_logits > -torch.inf).any(1)[step.logit_rows]
             refused = possible & ((step.token < 0) | self.constrained.is_stuck[:, None])
             found = found.masked_fill(refused, REFUSED)
         width = self.found.shape[1]
@@ -73,7 +70,7 @@ class Unfinished:
 
 
 def output_of(
-    canvas: Canvas, prompt_length: int, end: int, unfinished: Unfinished, length: Tensor | None = None
+    canvas: State, prompt_length: int, end: int, unfinished: Unfinished, length: Tensor | None = None
 ) -> DecodingOutput:
     """The first `end` columns of a canvas as the result; a warning says where masks are left, and why.
 
@@ -85,7 +82,7 @@ def output_of(
         warnings.warn(
             f"masks are left {unfinished.why(is_open)} (see `DecodingOutput.complete`)",
             RuntimeWarning,
-            stacklevel=5,  # whoever called `generate` or `infill`
+            stacklevel=6,  # whoever called `generate` or `infill`
         )
     tokens, steps, confidence = (x[:, :end] for x in (canvas.tokens, canvas.commit_step, canvas.confidence))
     if length is None:

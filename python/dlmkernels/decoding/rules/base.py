@@ -11,22 +11,21 @@ order:
 
 One that does more than commit (edit, remask, renoise, end a block by itself) implements `act` instead. What a rule has
 to remember from one step to the next it keeps in the step (`Step.keep`, `Step.recall`), never in itself. Between
-`act` and its return nothing may be read on the host: everything is a tensor operation.
+`act` and its return nothing may be read on the host: everything is a tensor operation. The rows of a batch stand at
+different places of their plans, so the number of the step, of planned steps, of positions are tensors `[B]`; what
+follows from the number of a step alone is looked up in a table (`Step.planned`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from ..checks import Check, normalize, number
-
-if TYPE_CHECKING:
-    from ..step import Step
-
+from ..step import Step
 
 SHARE: Check = number(0, 1)
 
