@@ -285,15 +285,15 @@ class TestAllowedTokens:
         assert (out.generated == MASK).sum() == 2
 
     def test_without_a_constraint_nothing_is_masked(self, model, monkeypatch):
-        from dlmkernels import ops
+        from dlmkernels.decoding import propose
 
-        seen, real = [], ops.token_confidence
+        seen, real = [], propose.token_confidence
 
         def record(logits, **options):
             seen.append(options.get("bitmask"))
             return real(logits, **options)
 
-        monkeypatch.setattr(ops, "token_confidence", record)
+        monkeypatch.setattr(propose, "token_confidence", record)
         for constraint in (None, torch.ones(VOCAB, dtype=torch.bool)):
             seen.clear()
             out = dk.generate(model, prompts(2, 5), rule=dk.Threshold(0.3), constraint=constraint, **SHORT)

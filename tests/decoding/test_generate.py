@@ -347,12 +347,11 @@ OWN_LOOP = (dk.Strided, dk.SelfSpeculative, dk.Reordered, dk.Pipeline, dk.Variab
 ], ids=lambda o: next((n for n, c in dk.PRESETS.items() if c is o.get("config")), None) or str(o))  # fmt: skip
 def test_step_loop_reads_nothing_on_the_host(model, options, monkeypatch):
     """Between two polls no tensor's value reaches the host."""
-    from dlmkernels import ops
-    from dlmkernels.decoding import poll
+    from dlmkernels.decoding import poll, state
     from dlmkernels.decoding.block_forward import BlockForward
 
     reads = HostReads()
-    real_remask, real_forward = ops.remask_, BlockForward.__call__
+    real_remask, real_forward = state.remask_, BlockForward.__call__
     steps, watching = [], []
 
     def forward(self, *args):
@@ -369,7 +368,7 @@ def test_step_loop_reads_nothing_on_the_host(model, options, monkeypatch):
         return out
 
     monkeypatch.setattr(BlockForward, "__call__", forward)
-    monkeypatch.setattr(ops, "remask_", remask)
+    monkeypatch.setattr(state, "remask_", remask)
     dk.generate(model, prompts(2, 6), **SHORT | options)
     assert len(steps) >= 1 and reads.seen == []
     with reads:

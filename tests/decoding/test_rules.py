@@ -74,7 +74,7 @@ def random_step(seed=0, index=0, num_steps=5, rows=ROWS):
     standing = Standing(
         step=nothing + index, entered=nothing, block_start=nothing + START, block_length=nothing + LENGTH,
         num_steps=nothing + num_steps, behind=nothing, open_at_start=at_start, width=LENGTH,
-        tables=Tables((num_steps,), num_steps, nothing),
+        tables=Tables((num_steps,), LENGTH, nothing),
     )  # fmt: skip
     return Step(
         stats=stats, window=TokenWindow(position, canvas.origin), eligible=used, standing=standing,
@@ -89,13 +89,15 @@ def rows_of(step, order):
     def pick(x):
         return x.view(n, -1)[order].flatten() if x.numel() else x
 
-    def of_rows(x):
+    def of_rows(x, **others):
         fields = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
-        return dataclasses.replace(x, **{k: v[order] for k, v in fields.items() if isinstance(v, torch.Tensor)})
+        return dataclasses.replace(x, **{k: v[order] for k, v in fields.items() if isinstance(v, torch.Tensor)}, **others)
+
+    tables = step.standing.tables
 
     return dataclasses.replace(
         step, stats=ops.TokenConfidence(*map(pick, step.stats)), eligible=step.eligible[order],
-        canvas=of_rows(step.canvas), standing=of_rows(step.standing),
+        canvas=of_rows(step.canvas), standing=of_rows(step.standing, tables=Tables(tables.plans, tables.steps, tables.first[order])),
         window=TokenWindow(step.window.positions[order], step.window.origin[order]),
     )  # fmt: skip
 

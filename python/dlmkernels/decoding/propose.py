@@ -12,11 +12,12 @@ from torch import Tensor
 from .. import ops
 from ..models.adapt import DiffusionModel
 from ..window import TokenWindow
+from .calls import token_confidence
 from .config import DecodingConfig, SpecialTokens
 from .scores import score_named
 from .standing import Standing
 from .state import State
-from .step import Step
+from .step import Step, constant
 
 
 class Proposer:
@@ -83,22 +84,25 @@ class Proposer:
         uncond = None
         if self.config.cfg_scale > 0:
             logits, uncond = logits.chunk(2)
-        used = window.used.flatten()
-        row_map = torch.where(used, self._rows(used.numel()) if row_map is None else row_map, -1)
+        if row_map is None or redraw is not None:
+            used = window.used.flatten()
+            row_map = torch.where(used, self._rows(used.numel()) if row_map is None else row_map, -1)
         options = dict(self.options)
         if bias is not None:
             options["bias"] = bias if self.bias is None else bias + self.bias
         if allowed is not None:
             options["bitmask"] = allowed if allowed.dim() == 1 else allowed.flatten(0, 1)
         if temperature is not None:
-            options["temperature"] = temperature
+            options["temperature"] = (
+                temperature if isinstance(temperature, Tensor) else constant(temperature, torch.float32, logits.device)
+            )
         if "seed" in options:
             options["position"] = window.request_positions.flatten()
             options["redraw"] = None if redraw is None else redraw.flatten()
         if self.reads_current:
             current = self.state.tokens.gather(1, window.positions.clamp(min=0).long()).flatten()
-            options["given"] = torch.where(used, current, -1)
-        return ops.token_confidence(logits, row_map=row_map, uncond_logits=uncond, **options)
+            options["given"] = torch.where(window.used.flatten(), current, -1)
+        return token_confidence(logits, row_map=row_map, uncond_logits=uncond, **options)
 
     def _rows(self, count: int) -> Tensor:
         """The numbers 0 … count, int32."""
@@ -118,7 +122,7 @@ class Proposer:
             eligible = eligible & is_open & (index >= 0) & (index < standing.block_length[:, None])
         temperature: float | Tensor | None = None
         if self.has_temperature:
-            temperature = standing.tables.look_up("temperature", self._temperature, standing.index)[0, :, 0].float()
+            temperature = standing.tables.look_up("temperature", self._temperature, standing.step)[0, :, 0].float()
         stats = self(logits, window, row_map, temperature=temperature, allowed=allowed)
         return Step(
             stats=stats, window=window, eligible=eligible, standing=standing, raw_logits=logits, row_map=row_map,

@@ -18,30 +18,37 @@ class Tables:
     plans : sequence of int
         Numbers of planned steps that blocks have, each once.
     steps : int
-        How many steps a block takes at most; later ones find what the last one does.
-    row : Tensor
-        int32 `[S]`: which of the `plans` the block of each row has.
+        How many steps a block takes at most.
+    first : Tensor
+        int32 `[S]`: line of a table for the first step of each row's block, less the number of steps that the row took
+        before it. There are `steps` + 1 lines for each plan, the last for rows that are done with their block.
     """
 
-    def __init__(self, plans: Sequence[int], steps: int, row: Tensor):
-        self.plans, self.steps, self.row = tuple(plans), max(steps, 1), row
+    def __init__(self, plans: Sequence[int], steps: int, first: Tensor):
+        self.plans, self.steps, self.first = tuple(plans), steps, first
         self._made: dict[str, Tensor] = {}
+
+    def line(self, plan: Tensor | int) -> Tensor | int:
+        """Line of a plan's first step; `plan` is its number."""
+        return plan * (self.steps + 1)
 
     def made(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """A tensor that is the same for the whole decoding: what `make` returned, on the rows' device."""
         if name not in self._made:
-            self._made[name] = make().to(self.row.device)
+            self._made[name] = make().to(self.first.device)
         return self._made[name]
 
-    def look_up(self, name: str, of: Callable[[int, int], Sequence[float]], index: Tensor) -> Tensor:
-        """`of(index, num_steps)` of each row's step, its n numbers as float64 `[n, S, 1]`; `name` tells tables apart."""
+    def look_up(
+        self, name: str, of: Callable[[int, int], Sequence[float]], step: Tensor, dtype: torch.dtype = torch.float64
+    ) -> Tensor:  # fmt: skip
+        """`of(index, num_steps)` for each row's `step`: its n numbers, `[n, S, 1]`; `name` tells tables apart."""
 
         def make() -> Tensor:
-            values = [tuple(of(i, n)) for n in self.plans for i in range(self.steps)]
-            return torch.tensor(values, dtype=torch.float64, device="cpu")
+            values = [tuple(of(i, n)) for n in self.plans for i in range(self.steps + 1)]
+            return torch.tensor(values, dtype=dtype, device="cpu")
 
-        at = self.row * self.steps + index.clamp(max=self.steps - 1)
-        return self.made(name, make).index_select(0, at).T.contiguous()[..., None]
+        found = self.made(name, make).index_select(0, self.first + step)
+        return (found.T.contiguous() if found.shape[1] > 1 else found.view(1, -1))[..., None]
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ class Standing:
         nothing = torch.zeros_like(start)
         return cls(
             step, step if entered is None else entered, start, nothing + width, nothing + 1, nothing, nothing, width,
-            tables=Tables((1,), 1, nothing),
+            tables=Tables((1,), 1, -step),
         )  # fmt: skip
 
     @property

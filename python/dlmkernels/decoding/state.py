@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..window import TokenWindow
+from .calls import remask_
 
 OPEN, FROZEN = ops.STATE_OPEN, ops.STATE_FROZEN
 
@@ -185,7 +186,7 @@ class State:
     def write(self, positions: Tensor, tokens: Tensor, **how: Any) -> Tensor:
         """`ops.remask_` at `positions` int32 `[S, W]` with proposals int64 `[S, W]`, and with the records; its info."""
         how.setdefault("end", self.end)
-        return ops.remask_(
+        return remask_(
             self.tokens, self.state, positions, tokens, commit_step=self.commit_step, commit_confidence=self.confidence,
             **how,
         )  # fmt: skip

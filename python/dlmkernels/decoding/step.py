@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import ops
 from ..window import TokenWindow
 from .bitmask import unpack, without
+from .calls import select_tokens
 from .standing import Standing
 from .state import State
 
@@ -68,10 +69,10 @@ class Step:
     room: Tensor | None = None
 
     def _shaped(self, name: str) -> Tensor:
-        x = getattr(self.stats, name)
-        if x.numel() != self.eligible.numel():
-            raise ValueError(f"the rule reads step.{name} but does not name it in `needs`")
-        return x.view(self.eligible.shape)
+        try:
+            return getattr(self.stats, name).view(self.eligible.shape)
+        except RuntimeError:
+            raise ValueError(f"the rule reads step.{name} but does not name it in `needs`") from None
 
     # --- where the rows stand -----------------------------------------------------------------------------------------
 
@@ -115,12 +116,14 @@ class Step:
         """How many columns the block has, int32 `[B]`."""
         return self.standing.block_length
 
-    def planned(self, name: str, of: Callable[[int, int], Sequence[float]]) -> Tensor:
-        """`of(index, num_steps)`, n numbers that depend on the number of the step alone, as float64 `[n, B, 1]`.
+    def planned(
+        self, name: str, of: Callable[[int, int], Sequence[float]], dtype: torch.dtype = torch.float64
+    ) -> Tensor:  # fmt: skip
+        """`of(index, num_steps)`, n numbers that depend on the number of the step alone, `[n, B, 1]`.
 
         They are computed once for all steps, in Python; `name` tells a rule's tables apart.
         """
-        return self.standing.tables.look_up(name, of, self.index)
+        return self.standing.tables.look_up(name, of, self.standing.step, dtype)
 
     # --- what the model says ------------------------------------------------------------------------------------------
 
@@ -357,35 +360,24 @@ class Step:
         temperature = self.order_temperature
         if score is None and temperature == 0:
             temperature = self.score_of.order_temperature
-        noise = {}
+        device = self.eligible.device
+        options: dict[str, Any] = {"strict": strict, "cost": cost, "gate": gate}
         if temperature > 0:
-            noise["order_temperature"] = self._per_request(temperature, torch.float32)
+            options["order_temperature"] = constant(temperature, torch.float32, device)
         if temperature > 0 or rule == "bernoulli":
-            noise |= {
-                "seed": self.canvas.seed,
-                "step": self.canvas.step,
-                "position": self.window.request_positions,
-            }
-        return ops.select_tokens(
-            (self.score if score is None else score).contiguous(),
-            self.eligible if eligible is None else eligible,
-            rule,
-            parameter=self._per_request(parameter, torch.float32),
-            strict=strict,
-            cost=cost,
-            gate=gate,
-            need=self._per_request(need, torch.int32),
-            fill=self._per_request(fill, torch.int32),
-            cap=self._per_request(cap, torch.int32),
-            **noise,
-        ).selected
+            options["seed"], options["step"] = self.canvas.seed, self.canvas.step
+            options["position"] = self.window.request_positions
+        if parameter is not None:
+            options["parameter"] = _per_request(parameter, torch.float32, device)
+        for name, value in (("need", need), ("fill", fill), ("cap", cap)):
+            if value is not None:
+                options[name] = _per_request(value, torch.int32, device)
+        score = (self.score if score is None else score).contiguous()
+        return select_tokens(score, self.eligible if eligible is None else eligible, rule, **options)
 
-    def _per_request(self, value, dtype: torch.dtype) -> Tensor | None:
-        if value is None:
-            return None
-        if isinstance(value, Tensor):
-            return value.to(dtype)
-        return constant(value, dtype, self.eligible.device)
+
+def _per_request(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return value.to(dtype) if isinstance(value, Tensor) else constant(value, dtype, device)
 
 
 @lru_cache(maxsize=512)

@@ -51,6 +51,9 @@ class Form:
 
 ENTER = Form("enter")
 
+#: Multiplications of a language-model head that take as long as finding out for which slots it need not run.
+COMPACTING = 500_000
+
 
 class BlockAfterBlock(Program):
     """A report holds a number for each row: how many positions of its block are open, at least 1 while it is in one;
@@ -94,8 +97,9 @@ class BlockAfterBlock(Program):
         self.standing = Standing(
             step=state.step, entered=state.entered, block_start=zeros(rows), block_length=length, num_steps=num_steps,
             behind=behind, open_at_start=zeros(rows), width=longest, planned=self._planned(),
-            tables=Tables(plans, max(self._most_steps), plan),
+            tables=Tables(plans, max(self._most_steps), zeros(rows)),
         )  # fmt: skip
+        self._line = plan
         self._place = Place(self.standing.block_start, zeros(rows), zeros(rows), zeros(rows, 0))
         self._works = zeros(rows, dtype=torch.bool)
         #: the last block that rows may enter, int32 [1]
@@ -112,10 +116,14 @@ class BlockAfterBlock(Program):
             "eos_policy": "fill" if self.fills_at_once else "none", "fill_token_id": self.special.pad,
         }  # fmt: skip
 
+        self._row_cost = 0  # multiplications that a row of the head takes
+
         # what the host knows: how many reports there have been, and which of them was of rows that entered
         self._reports, self._entered = 0, 0
-        self._block, self._index_in_block, self._done_rows, self._steps = -1, 0, 0, 0
-        self._open_before, self._most = width, self._most_steps[0]
+        self._block, self._index_in_block, self._done_rows = -1, 0, 0
+        # positions that were open in each row, and how many steps it has taken in its block, or more
+        self._were_open, self._taken = (0,) * rows, [0] * rows
+        self._open_before, self._most, self._least = width, self._most_steps[0], min(self._most_steps)
 
     def _planned(self) -> int:
         """Steps planned for the columns to decode."""
@@ -151,6 +159,8 @@ class BlockAfterBlock(Program):
         if self._reports - behind >= self._entered:  # the rows have not entered other blocks since
             if self._reports - behind == self._entered:
                 self._done_rows = open_now.count(-1)
+                self._taken = [0 if was <= 0 else n for was, n in zip(self._were_open, self._taken)]
+            self._were_open = open_now
             idle = sum(n <= 0 for n in open_now)
             is_over = self.together and self._index_in_block >= self._most
             if is_over:
@@ -195,9 +205,11 @@ class BlockAfterBlock(Program):
         elif not whole and self.is_delayed:
             part, pending = "open", self._open_before
         self._index_in_block += 1
-        self._steps += 1
         self._open_before = open_in_all or self._open_before
-        is_limited = not self.together and self._steps > min(self._most_steps)
+        is_limited = False
+        if not self.together:
+            is_limited = any(n > 0 and taken >= self._least for n, taken in zip(self._were_open, self._taken))
+            self._taken = [taken + 1 for taken in self._taken]
         return Form("denoise", part, pending, head, is_limited)
 
     # --- the device's part --------------------------------------------------------------------------------------------
@@ -243,6 +255,7 @@ class BlockAfterBlock(Program):
             forwarded = self._table.index_select(0, self._frontier.clamp(max=len(self.blocks) - 1)).T
         torch.add(self.grid.first, forwarded[7], out=place.outer)
         place.outer_length.copy_(forwarded[8].expand_as(place.outer_length))
+        plan.tables.first.copy_(plan.tables.line(self._line) - state.entered)
         count = self._list_positions()
         plan.open_at_start.copy_(torch.where(enters, count, plan.open_at_start))
         start = self.grid.first + forwarded[0]
@@ -292,7 +305,7 @@ class BlockAfterBlock(Program):
         None and None where all have.
         """
         total = used.numel()
-        if head == total:
+        if (total - head) * self._row_cost < COMPACTING:
             return None, None
         pick = torch.nonzero_static(used.flatten(), size=head, fill_value=total)[:, 0]
         row_map = self._row_map.fill_(-1).index_copy_(0, pick, self._numbers[:head])[:total]
@@ -324,13 +337,17 @@ class BlockAfterBlock(Program):
         state, constrained = self.state, self.constrained
         window = self._window(form.is_limited)
         pick, row_map = self._compacted(window.used, form.head)
-        logits = self.model.logits(self.forward(form.part, window, self.standing, pick, form.pending))
+        hidden = self.forward(form.part, window, self.standing, pick, form.pending)
+        logits = self.model.logits(hidden)
+        self._row_cost = 0 if logits is hidden else hidden.shape[1] * logits.shape[1]
         step = self.propose.step(
             logits, window, self.standing, row_map, self.memory, constrained.allowed(window, logits.shape[1])
         )
         is_extra = step.index >= self._max_steps if constrained.may_leave_open else self._works
         step, action = constrained.act(step, is_extra)
         self.remember(step)
+        if form.is_limited:  # rows may have left their block with the step before
+            self.unfinished.end_block()
         self.unfinished.see(step)
         info = state.write(
             window.positions, _or(action.token, step.token), commit=action.commit, edit=action.edit,

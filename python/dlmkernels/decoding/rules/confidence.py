@@ -71,10 +71,15 @@ class Quota(Rule):
         n = step.block_length if self.of_block else step.open_at_start
         if not self.is_linear:
             return self._planned(step, n)
-        left = (step.num_steps - 1 - step.index).clamp(min=0)
+        left = step.planned("left", self._left, torch.int32)[0, :, 0]
         if self.spread:
             return n * (left + 1) // step.num_steps - n * left // step.num_steps
         return (n + left) // step.num_steps
+
+    @staticmethod
+    def _left(index: int, num_steps: int) -> tuple[int]:
+        """How many steps come after one."""
+        return (max(num_steps - 1 - index, 0),)
 
     def _planned(self, step: Step, n: Tensor) -> Tensor:
         """The same from a table of all numbers of positions, plans and steps."""
@@ -85,11 +90,11 @@ class Quota(Rule):
                 counts(numbers, shares_after(self.schedule, s), self.rounding)  # type: ignore[arg-type]
                 for s in tables.plans
             ]
-            at = torch.arange(tables.steps)
-            return torch.stack([table[:, at.clamp(max=table.shape[1] - 1)] for table in taken])
+            at = torch.arange(tables.steps + 1)
+            return torch.cat([table[:, at.clamp(max=table.shape[1] - 1)].T for table in taken])
 
-        index = step.index.clamp(max=tables.steps - 1)
-        return tables.made("quota", make)[tables.row.long(), n.long(), index.long()]
+        lines = tables.made("quota", make).index_select(0, tables.first + step.standing.step)
+        return lines.gather(1, n.long()[:, None])[:, 0]
 
     def select(self, step: Step) -> Tensor:
         return step.select("none", fill=self.count(step))
