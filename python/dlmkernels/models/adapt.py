@@ -217,10 +217,13 @@ class EncoderDecoderModel(DiffusionModel):
         self._check_attended(window, len(stack.layers))
         return stack.norm(x).to(tokens.device)
 
-    def mean_embedding(self, logits: Tensor, temperature: float) -> Tensor:
-        """Mean embeddings `[N, hidden]` under softmax(logits / temperature), of logits `[N, V]`; 0 stands for 1."""
+    def mean_embedding(self, logits: Tensor, temperature: float | Tensor) -> Tensor:
+        """Mean embeddings `[N, hidden]` under softmax(logits / temperature), of logits `[N, V]`; 0 stands for 1.
+
+        `temperature`: one number, or float32 `[P]`, of which each serves N / P consecutive rows.
+        """
         table = self._twin.model.decoder.embed_tokens
-        at = torch.full((1,), temperature, device=logits.device)
+        at = temperature if isinstance(temperature, Tensor) else torch.full((1,), temperature, device=logits.device)
         return ops.soft_embedding(logits, table.weight, temperature=at) * table.embed_scale.to(table.weight.dtype)
 
 

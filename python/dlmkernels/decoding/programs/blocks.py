@@ -244,7 +244,6 @@ class BlockAfterBlock(Program):
         following = self._owner.gather(1, later.int().argmax(1, keepdim=True))[:, 0]
         enters = ~works & has_later & (following <= self._frontier)
         state.block.copy_(torch.where(enters, following, state.block))
-        state.entered.copy_(torch.where(enters, state.step, state.entered))
         self._works.copy_(works | enters)
 
         self._plan.copy_(self._table.index_select(0, state.block.clamp(min=0)).T)
@@ -255,7 +254,7 @@ class BlockAfterBlock(Program):
             forwarded = self._table.index_select(0, self._frontier.clamp(max=len(self.blocks) - 1)).T
         torch.add(self.grid.first, forwarded[7], out=place.outer)
         place.outer_length.copy_(forwarded[8].expand_as(place.outer_length))
-        plan.tables.first.copy_(plan.tables.line(self._line) - state.entered)
+        self._count_from_here(enters)
         count = self._list_positions()
         plan.open_at_start.copy_(torch.where(enters, count, plan.open_at_start))
         start = self.grid.first + forwarded[0]
@@ -264,6 +263,12 @@ class BlockAfterBlock(Program):
         self.constrained.enter(enters)
         report = torch.where(self._works, count.clamp(min=1), torch.where(has_later, 0, -1))
         return self._reported(report)
+
+    def _count_from_here(self, rows: Tensor) -> None:
+        """Let the next step be the first in its block, in rows bool `[S]`."""
+        state, tables = self.state, self.standing.tables
+        state.entered.copy_(torch.where(rows, state.step, state.entered))
+        tables.first.copy_(tables.line(self._line) - state.entered)
 
     def _list_positions(self) -> Tensor:
         """List what the window of each row may hold until it enters another block; open positions of the block `[S]`."""
@@ -328,7 +333,7 @@ class BlockAfterBlock(Program):
             self.commit(window.positions, step.token, action.commit, step.confidence, self.fills_at_once)
             took_part = took_part & (window.positions[:, 0] < 0)  # the others have been counted
         state.step.add_(took_part)
-        state.entered.copy_(torch.where(self._works, state.step, state.entered))
+        self._count_from_here(self._works)
         open_now = self._window(False).used.sum(1, dtype=torch.int32) if self.reads_open else self._works.int()
         return self._reported(open_now)
 
