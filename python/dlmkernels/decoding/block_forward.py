@@ -63,17 +63,24 @@ class BlockForward(Forward):
         #: with cache="delayed": what was open before the last step, bool [S, T]
         self.was_open = self.state.is_open
         self._buffers: dict[str, Tensor] = {}
+        self._all_buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._windows: dict[str, AttentionWindow] = {}
         self._before: dict[str, int] = {}  # how many rows of the context stand before those of a part
         self._place: Place
         self._row = torch.arange(len(self.state.tokens), device=self.origin.device)[:, None]
 
     def _keep(self, name: str, value: Tensor) -> Tensor:
-        """The buffer of that name, with this value."""
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.shape != value.shape:
-            buffer = self._buffers[name] = torch.empty_like(value, memory_format=torch.contiguous_format)
-        return buffer.copy_(value)
+        """The buffer of that name, with this value; there is one for each shape."""
+        key = name, tuple(value.shape)
+        if key not in self._all_buffers:
+            self._all_buffers[key] = torch.empty_like(value, memory_format=torch.contiguous_format)
+        self._buffers[name] = self._all_buffers[key]
+        return self._buffers[name].copy_(value)
+
+    def begin(self) -> None:
+        """Nothing has been forwarded yet."""
+        self.done = -self.depth
+        self.was_open.copy_(self.state.is_open)
 
     # --- a block is entered -------------------------------------------------------------------------------------------
 
@@ -86,25 +93,36 @@ class BlockForward(Forward):
             self.slots.contiguous() if "whole" not in self._windows else self._windows["whole"].slots,
             self.kv_range, self.cache, rotations=self.rotations, **self._visibility(False),
         )  # fmt: skip
-        cache, left, right = self.config.cache, *self.config.vicinity
+        cache, columns = self.config.cache, self.columns_of(block)
         if cache == "delayed":
             self._keep("speaker", speaker)
         elif cache in ("prefix", "dual"):
-            assert block is not None
-            lead = max(left, self.shift)
-            width = lead + block.length + right
-            if cache == "prefix":
-                width = self.length - max(self.grid.span[0] + block.start - lead, 0)
-            self._prepare("part", speaker, place.start - lead, width, self.kv_range)
+            lead = max(self.config.vicinity[0], self.shift)
+            self._prepare("part", speaker, place.start - lead, columns[0], self.kv_range)
         elif cache == "block":
-            assert block is not None
             end = torch.minimum(self.twice(place.outer + place.outer_length), self.ends)
             kv_range = self._keep("kv range", torch.stack((self.origin, end), 1))
-            self._prepare("block", speaker, place.outer, block.outer_length, kv_range, self.shift)
+            self._prepare("block", speaker, place.outer, columns[0], kv_range, self.shift)
             if self.config.sub_block_cache:
-                lead = self.shift if block.start > block.outer else 0
-                first = place.start - lead
-                self._prepare("inner", speaker, first, lead + block.length, kv_range, self.shift - lead)
+                lead = columns[2]
+                self._prepare("inner", speaker, place.start - lead, columns[1], kv_range, self.shift - lead)
+
+    def columns_of(self, block: Block | None) -> tuple[int, ...]:
+        """How many columns of a block are forwarded, by the cache that there is.
+
+        With "prefix" and "dual" those of "part". With "block" those of "block" and "inner", and how many of the latter
+        stand left of the part.
+        """
+        cache, (left, right) = self.config.cache, self.config.vicinity
+        if block is None or cache in ("none", "delayed"):
+            return ()
+        if cache == "block":
+            lead = self.shift if block.start > block.outer else 0
+            return block.outer_length, lead + block.length, lead
+        lead = max(left, self.shift)
+        if cache == "dual":
+            return (lead + block.length + right,)
+        return (self.length - max(self.grid.span[0] + block.start - lead, 0),)
 
     def _prepare(
         self, part: str, speaker: Tensor, first: Tensor, width: int, kv_range: Tensor | None, before: int = 0
@@ -166,9 +184,9 @@ class BlockForward(Forward):
             columns, positions = self._buffers[f"{part} columns"], self._buffers[f"{part} positions"]
             hidden = self.run(columns, positions, self._windows[part], moment=moment)
         if self._before.get(part):
-            # Without a context the block's first row stands for the one before it.
-            head = hidden[:, 0] if self._carried is None else self._carried
-            hidden = torch.cat((head[:, None], hidden), 1)
+            if self._carried is None:  # of a first block without a context, which asks for none of it
+                self._carry(torch.zeros_like(hidden[:, 0]))
+            hidden = torch.cat((self.last_of_context()[:, None], hidden), 1)
         return self._select(hidden, self._buffers[f"{part} rows"], pick)
 
     def _moment(self, standing: Standing) -> dict[str, Tensor]:

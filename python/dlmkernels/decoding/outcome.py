@@ -30,12 +30,9 @@ class Unfinished:
     def see(self, step: Step) -> None:
         """Take notice of a step, as it stands when it has been decided what it does."""
         self.last = step
-        # A row whose positions are all in the window may leave it with masks; else the block's last step says it all.
-        if self.rule.slots != "open":
-            self.end_block()
 
-    def end_block(self) -> None:
-        """Remember what the last step has found; no other will look at what is open in its block."""
+    def settle(self) -> None:
+        """Remember what the last step has found, before one that may not look at its positions any more."""
         step = self.last
         if step is None:
             return
@@ -52,7 +49,7 @@ class Unfinished:
 
     def why(self, is_open: Tensor) -> str:
         """Which rows have open positions, and for what reason; `is_open` bool `[B, n]`, of the first n columns."""
-        self.end_block()
+        self.settle()
         found = self.found[:, : is_open.shape[1]].masked_fill(~is_open, NOTHING_SEEN)
         has = {reason: (found == reason).any(1) for reason in (NO_LOGIT, REFUSED, PROPOSED)}
         # Loops that always take what the model says look at no position again that it has said nothing of.

@@ -52,7 +52,7 @@ class Proposer:
         if sampled:
             self.options |= {"seed": state.seed, "step": state.step}
         self.reads_current = "p_current" in needs
-        self._numbers = torch.arange(0, dtype=torch.int32, device=device)
+        self._numbers: dict[int, Tensor] = {}
         deferred = list(config.defer_token_ids)
         #: what all steps have in common
         self._common: dict[str, Any] = {
@@ -106,9 +106,9 @@ class Proposer:
 
     def _rows(self, count: int) -> Tensor:
         """The numbers 0 … count, int32."""
-        if len(self._numbers) != count:
-            self._numbers = torch.arange(count, dtype=torch.int32, device=self._numbers.device)
-        return self._numbers
+        if count not in self._numbers:
+            self._numbers[count] = torch.arange(count, dtype=torch.int32, device=self.state.tokens.device)
+        return self._numbers[count]
 
     def step(
         self, logits: Tensor, window: TokenWindow, standing: Standing, row_map: Tensor | None = None,

@@ -66,10 +66,21 @@ class Program:
         """
         raise NotImplementedError
 
+    def may_leave(self, form: Any) -> bool:
+        """Whether positions that the last step saw open may be left by a step of this form, for good."""
+        return self.rule.slots != "open"
+
+    def widest(self, form: Any) -> Any:
+        """The form of the same work whose shapes serve any rows, whatever is left to do in them."""
+        return form
+
     # --- the device's part --------------------------------------------------------------------------------------------
 
     def begin(self) -> Tensor:
-        """What there is to do before the first step; the first report, int32 `[n]`."""
+        """What there is to do before the first step of the requests that the state holds; the first report, int32 `[n]`.
+
+        Nothing is left of what was decoded before.
+        """
         raise NotImplementedError
 
     def step(self, form: Any) -> Tensor:
@@ -122,6 +133,8 @@ def run(program: Program, streamer=None) -> DecodingOutput:
     counts = OpenCount(*program.begin().tolist())
     stream = Stream(streamer, program.state, program.start)
     while (form := program.form(counts.latest(), counts.behind)) is not None:
+        if program.may_leave(form):
+            program.unfinished.settle()
         counts.submit(program.step(form))
         if streamer is not None:
             stream.step(program.last_column(), program.finished_columns(), program.denoises(form))

@@ -7,7 +7,7 @@ With a cache, what enters needs another form of forward than what goes on, and t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class Form:
         Which columns are forwarded (see `BlockForward`).
     pending : int
         How many columns before the block "append" takes; how many of each row "open" takes.
+    columns : tuple of int
+        How many columns the parts of the block have that are forwarded with a cache.
     head : int
         For how many slots of the window, of all rows together, there are logits: as many as any.
     is_limited : bool
@@ -45,11 +47,10 @@ class Form:
     kind: str
     part: str = "whole"
     pending: int = 0
+    columns: tuple[int, ...] = ()
     head: int = 0
     is_limited: bool = False
 
-
-ENTER = Form("enter")
 
 #: Multiplications of a language-model head that take as long as finding out for which slots it need not run.
 COMPACTING = 500_000
@@ -103,7 +104,7 @@ class BlockAfterBlock(Program):
         self._place = Place(self.standing.block_start, zeros(rows), zeros(rows), zeros(rows, 0))
         self._works = zeros(rows, dtype=torch.bool)
         #: the last block that rows may enter, int32 [1]
-        self._frontier = zeros(1) + (-1 if self.together else len(self.blocks))
+        self._frontier = zeros(1)
         slots = self._most_slots(longest)
         self._listing, self._index = zeros(rows, slots) - 1, zeros(rows, slots, dtype=torch.int64)
         self._valid = zeros(rows, slots, dtype=torch.uint8)
@@ -118,10 +119,15 @@ class BlockAfterBlock(Program):
 
         self._row_cost = 0  # multiplications that a row of the head takes
 
-        # what the host knows: how many reports there have been, and which of them was of rows that entered
+        self._forget()
+
+    def _forget(self) -> None:
+        """What the host knows before the first step."""
+        #: how many reports there have been, and which of them was of rows that entered
         self._reports, self._entered = 0, 0
-        self._block, self._index_in_block, self._done_rows = -1, 0, 0
-        # positions that were open in each row, and how many steps it has taken in its block, or more
+        self._block, self._index_in_block, self._done_rows = 0, 0, 0
+        #: positions that were open in each row, and how many steps it has taken in its block, or more
+        rows, width = self.state.tokens.shape
         self._were_open, self._taken = (0,) * rows, [0] * rows
         self._open_before, self._most, self._least = width, self._most_steps[0], min(self._most_steps)
 
@@ -175,6 +181,13 @@ class BlockAfterBlock(Program):
             return self._entering()
         return self._denoising(head, open_in_all)
 
+    def may_leave(self, form: Form) -> bool:
+        return not self.reads_open or form.kind == "enter" or form.is_limited
+
+    def widest(self, form: Form) -> Form:
+        pending = self.forward.length if form.part == "open" else form.pending
+        return replace(form, pending=pending, head=self._listing.numel(), is_limited=True)
+
     def _entering(self) -> Form | None:
         if self.together and self._block + 1 == len(self.blocks) + self.fills_at_end:
             return None
@@ -182,7 +195,7 @@ class BlockAfterBlock(Program):
         self._entered, self._index_in_block = self._reports, 0
         self._block += self.together
         self._most = self._most_steps[min(self._block, len(self.blocks) - 1)]
-        return ENTER
+        return Form("enter", columns=self.forward.columns_of(self.block))
 
     def _denoising(self, head: int, open_in_all: int) -> Form:
         self._reports += 1
@@ -194,7 +207,7 @@ class BlockAfterBlock(Program):
             pending = block.outer - self.forward.done
             self.forward.done = block.outer
             if self.forward.commits_apart:
-                return Form("append", pending=pending)
+                return Form("append", pending=pending, columns=self.forward.columns_of(block))
         interval = self.config.refresh_interval
         whole = index < self.config.warmup or (interval is not None and index % interval == 0)
         part = "whole"
@@ -210,7 +223,7 @@ class BlockAfterBlock(Program):
         if not self.together:
             is_limited = any(n > 0 and taken >= self._least for n, taken in zip(self._were_open, self._taken))
             self._taken = [taken + 1 for taken in self._taken]
-        return Form("denoise", part, pending, head, is_limited)
+        return Form("denoise", part, pending, self.forward.columns_of(block), head, is_limited)
 
     # --- the device's part --------------------------------------------------------------------------------------------
 
@@ -220,7 +233,12 @@ class BlockAfterBlock(Program):
                 name = type(self.rule).__name__
                 raise ValueError(f"{name} draws from the vocabulary, whose size the model does not say")
             self.state.renoise(self.model.vocab_size)
-        self._block += self.together
+        self._forget()
+        self.forward.begin()
+        self.constrained.enter(torch.ones_like(self._works))
+        self._works.fill_(False)
+        self._valid.fill_(0)
+        self._frontier.fill_(-1 if self.together else len(self.blocks))
         return self.enter()
 
     def step(self, form: Form) -> Tensor:
@@ -231,7 +249,6 @@ class BlockAfterBlock(Program):
     def enter(self) -> Tensor:
         """Rows that are done with their block come into their next one, as far as the frontier."""
         state, plan, place = self.state, self.standing, self._place
-        self.unfinished.end_block()
         if self.together:
             self._frontier.add_(1)
         works = self._window(True).used.any(1) if self.reads_open else self._works & self._has_steps()
@@ -351,8 +368,6 @@ class BlockAfterBlock(Program):
         is_extra = step.index >= self._max_steps if constrained.may_leave_open else self._works
         step, action = constrained.act(step, is_extra)
         self.remember(step)
-        if form.is_limited:  # rows may have left their block with the step before
-            self.unfinished.end_block()
         self.unfinished.see(step)
         info = state.write(
             window.positions, _or(action.token, step.token), commit=action.commit, edit=action.edit,

@@ -30,18 +30,16 @@ class PipelinedProgram(Program):
         self.forward = Forward(self.model, state, config, self.special, grid, task.prompt_embeds)
         self.blocks = Blocks(state, grid, rule)
         # Under block-causal attention nothing right of the open blocks is seen; otherwise all masks are.
-        self.reach = (self.blocks.end if config.attention == "block" else grid.ends).clone()
+        self.reach = grid.ends.clone()
         self.visibility = self.forward.block_causal() if config.attention == "block" else {}
         #: column of each row that a forward starts at: what stands left is in the cache
-        self.first = state.origin.clone() if config.cache == "block" else torch.zeros_like(state.origin)
+        self.first = torch.zeros_like(state.origin)
         #: hidden state [S, hidden] of the last of those, where they do not change any more
         self.carried: Tensor | None = None
         self.prefix: DelayedPrefix | None = None
         if config.cache == "prefix":
             self.prefix = DelayedPrefix(state, grid, config)
-            self.first.copy_(self.prefix.advance(self.blocks.context))
         self.standing = Standing.in_one_block(grid.first, self.blocks.width, state.step)
-        self.taken = 0
 
     def form(self, report: tuple[int, ...], behind: int) -> tuple[int, int] | None:
         rows, capacity = report
@@ -53,7 +51,18 @@ class PipelinedProgram(Program):
         rows = min(rows + late, most) if self.prefix is None or not behind else most
         return rows, min(capacity + late, self.blocks.width)
 
+    def widest(self, form: tuple[int, int]) -> tuple[int, int]:
+        return self.forward.length, self.blocks.width
+
     def begin(self) -> Tensor:
+        self.taken = 0
+        self.blocks.begin()
+        if self.config.attention == "block":
+            self.reach.copy_(self.blocks.end)
+        if self.config.cache == "block":
+            self.first.copy_(self.state.origin)
+        if self.prefix is not None:
+            self.first.copy_(self.prefix.begin(self.blocks.context))
         return torch.stack(((self.reach - self.first).amax(), self.blocks.num_open.amax()))
 
     def step(self, form: tuple[int, int]) -> Tensor:
@@ -65,7 +74,11 @@ class PipelinedProgram(Program):
         seen = reach.clamp(max=rows) if self.config.cache == "none" else reach
         hidden = self.forward.at(columns, seen, used, **self.visibility)
         # The row before the first forwarded one comes from the cached part; without one the first stands for it.
-        hidden = torch.cat((hidden[:, :1] if self.carried is None else self.carried, hidden), 1)
+        head = hidden[:, :1]
+        if self.config.cache == "block":
+            has_context = (first > state.origin)[:, None, None]
+            head = head if self.carried is None else torch.where(has_context, self.carried, head)
+        hidden = torch.cat((head, hidden), 1)
         window = blocks.window(capacity)
         row = window.positions - first[:, None] + (0 if self.forward.shift else 1)
         logits = self.model.logits(rows_at(hidden, row).flatten(0, 1))
@@ -117,6 +130,10 @@ class Blocks:
         shape = (len(grid.first), grid.count)
         self._masks = torch.zeros(shape, dtype=torch.int32, device=number.device)
         self._share = torch.zeros(shape, dtype=torch.float64, device=number.device)
+
+    def begin(self) -> None:
+        """Open the first block of each row."""
+        self.opened.fill_(1)
         self._look()
 
     @property
@@ -168,8 +185,15 @@ class DelayedPrefix:
         self.delay, self.interval = config.rule.delay, config.refresh_interval
         self.forwards = torch.zeros_like(state.origin)
         self.kept = state.origin.clone()  # column up to which keys and values are in the cache
-        # forward at which the block from there on was found finished, -1: it is not; the prompt is a block too
-        self.since = torch.where(grid.first > state.origin, 0, -1).int()
+        # forward at which the block from there on was found finished, -1: it is not
+        self.since = torch.zeros_like(state.origin)
+
+    def begin(self, context: Tensor) -> Tensor:
+        """Column that the first forward starts at."""
+        self.forwards.fill_(0)
+        self.kept.copy_(self.origin)
+        self.since.copy_(torch.where(self.grid.first > self.origin, 0, -1))  # the prompt is a block too
+        return self.advance(context)
 
     def advance(self, context: Tensor) -> Tensor:
         """Column that the next forward starts at, int32 `[S]`, all blocks up to `context` `[S]` being finished."""

@@ -33,7 +33,6 @@ class ReorderedProgram(Program):
         self.forward = Forward(self.model, self.state, config, self.special, self.grid, task.prompt_embeds)
         #: how many columns of each row are in the cache for good
         self.final = torch.zeros_like(self.state.origin)
-        self.taken = 0
 
     def form(self, report: tuple[int, ...], behind: int) -> int | None:
         if report[1] == 0 or self.taken == self.end - self.start:
@@ -42,6 +41,8 @@ class ReorderedProgram(Program):
         return self.start + self.width if self.taken == 1 else 2 * self.width
 
     def begin(self) -> Tensor:
+        self.taken = 0
+        self.final.fill_(0)
         return self.state.is_open.sum(1, dtype=torch.int32).amax().expand(2)
 
     def step(self, form: int) -> Tensor:

@@ -25,9 +25,8 @@ class SpeculativeProgram(Program):
         self.forward = Forward(self.model, self.state, self.config, self.special, self.grid, task.prompt_embeds)
         device = self.state.tokens.device
         #: column of each row's last token
-        self.last = torch.full((len(self.state.tokens),), self.start, dtype=torch.int32, device=device)
+        self.last = torch.zeros(len(self.state.tokens), dtype=torch.int32, device=device)
         self.offset = torch.arange(self.grid.length, dtype=torch.int32, device=device)
-        self.taken = 0
 
     def form(self, report: tuple[int, ...], behind: int) -> bool | None:
         if report[1] == 0 or self.taken == self.end - self.start:
@@ -37,6 +36,8 @@ class SpeculativeProgram(Program):
 
     def begin(self) -> Tensor:
         """Forward the prompt, and commit the token after it."""
+        self.taken = 0
+        self.last.fill_(self.start)
         columns = torch.arange(self.start, dtype=torch.int32, device=self.last.device).expand(len(self.last), -1)
         hidden = self.forward.at(columns, self.last, causal_block=1)
         window = TokenWindow(self.last[:, None].clone(), self.state.origin)

@@ -43,11 +43,10 @@ class StridedProgram(Program):
         self.verify = Verifier(state, config, self.propose)
         batch, device = len(state.tokens), state.tokens.device
         #: column of each row's last token; and what is drafted after it, -1 where nothing is
-        self.last = torch.full((batch,), self.start - 1, dtype=torch.int32, device=device)
-        self.drafts = state.tokens.new_full((batch, rule.stride - 1), -1)
+        self.last = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.drafts = state.tokens.new_zeros(batch, rule.stride - 1)
         self.offset = torch.arange(2 * rule.stride - 1, dtype=torch.int32, device=device)
         self.prompt = torch.arange(self.start - 1, dtype=torch.int32, device=device).expand(batch, -1)
-        self.taken = 0
 
     def form(self, report: tuple[int, ...], behind: int) -> int | None:
         if report[1] == 0 or self.taken == self.end - self.start:
@@ -56,6 +55,9 @@ class StridedProgram(Program):
         return self.start - 1 if self.taken == 1 else 0
 
     def begin(self) -> Tensor:
+        self.taken = 0
+        self.last.fill_(self.start - 1)
+        self.drafts.fill_(-1)
         return self.state.is_open.sum(1, dtype=torch.int32).amax().expand(2)
 
     def step(self, form: int) -> Tensor:

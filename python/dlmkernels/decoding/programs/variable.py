@@ -37,14 +37,8 @@ class VariableProgram(Program):
         # Behind `length` a row is padding; it may not become longer than `limit`. Nothing moves left of `first`.
         self.length = length = state.end
         self.continues = rule.decodes == "continuations"
-        if self.continues:
-            length.fill_(self.start + rule.first_masks(most))
-            self.limit = torch.full_like(length, self.start + most)
-            self.first = torch.full_like(length, self.start)
-            _close(state, length, self.special.pad)
-        else:
-            self.limit = length + most - state.is_open.sum(1, dtype=torch.int32)
-            self.first = state.is_open.int().argmax(1).int()
+        self.limit, self.first = torch.zeros_like(length), torch.zeros_like(length)
+        self._measure()
         self.forward = Forward(
             self.model, state, config, self.special, self.grid, task.prompt_embeds, self.limit
         )  # fmt: skip
@@ -61,7 +55,18 @@ class VariableProgram(Program):
             )
         self.inserted = torch.zeros_like(length)
         self.began = torch.zeros_like(state.step)  # what a rule keeps is kept for the whole request
-        self.taken = 0
+
+    def _measure(self) -> None:
+        """How long each request is, and how long it may become."""
+        state, most = self.state, self.most
+        if self.continues:
+            self.length.fill_(self.start + self.varying.first_masks(most))
+            self.limit.fill_(self.start + most)
+            self.first.fill_(self.start)
+            _close(state, self.length, self.special.pad)
+        else:
+            self.limit.copy_(self.length + most - state.is_open.sum(1, dtype=torch.int32))
+            self.first.copy_(state.is_open.int().argmax(1))
 
     def form(self, report: tuple[int, ...], behind: int) -> tuple[int, int] | None:
         capacity, rows = report
@@ -72,7 +77,13 @@ class VariableProgram(Program):
         late = behind * self.varying.most_growth
         return min(capacity + late, self.block_length), min(rows + late, self.state.tokens.shape[1])
 
+    def widest(self, form: tuple[int, int]) -> tuple[int, int]:
+        return self.block_length, self.state.tokens.shape[1]
+
     def begin(self) -> Tensor:
+        self.taken = 0
+        self.inserted.fill_(0)
+        self._measure()
         still_open = self.state.is_open.sum(1, dtype=torch.int32)
         return torch.stack((still_open.amax(), self.length.amax()))
 

@@ -97,7 +97,8 @@ class SplitEditing(Rule):
         """Proposals other than the two tokens that insert and delete, int64 `[B, W]`."""
         assert self.delete_token_id is not None and self.split_token_id is not None
         bias = torch.zeros(1, 1, step.vocab_size, device=step.token.device)
-        bias[..., self.delete_token_id] = bias[..., self.split_token_id] = -torch.inf
+        for token in (self.delete_token_id, self.split_token_id):
+            bias[..., token].fill_(-torch.inf)
         return step.again(bias).token
 
     def _varied(self, step: Step, token: Tensor, written: Tensor, where: Tensor) -> Tensor:
