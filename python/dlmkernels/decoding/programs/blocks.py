@@ -101,12 +101,12 @@ class BlockAfterBlock(Program):
             tables=Tables(plans, max(self._most_steps), zeros(rows)),
         )  # fmt: skip
         self._line = plan
-        self._place = Place(self.standing.block_start, zeros(rows), zeros(rows), zeros(rows, 0))
         self._works = zeros(rows, dtype=torch.bool)
         #: the last block that rows may enter, int32 [1]
         self._frontier = zeros(1)
         slots = self._most_slots(longest)
         self._listing, self._index = zeros(rows, slots) - 1, zeros(rows, slots, dtype=torch.int64)
+        self._place = Place(zeros(rows), zeros(rows), zeros(rows), self._listing)
         self._valid = zeros(rows, slots, dtype=torch.uint8)
         self._row_map = zeros(rows * slots + 1)
         self._numbers = torch.arange(rows * slots + 1, dtype=torch.int32, device=device)
@@ -274,8 +274,8 @@ class BlockAfterBlock(Program):
         self._count_from_here(enters)
         count = self._list_positions()
         plan.open_at_start.copy_(torch.where(enters, count, plan.open_at_start))
-        start = self.grid.first + forwarded[0]
-        self.forward.enter(Place(start, place.outer, place.outer_length, self._listing), self.block)
+        torch.add(self.grid.first, forwarded[0], out=place.start)
+        self.forward.enter(place, self.block)
         self.forward.forget(enters)
         self.constrained.enter(enters)
         report = torch.where(self._works, count.clamp(min=1), torch.where(has_later, 0, -1))
