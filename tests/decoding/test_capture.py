@@ -15,7 +15,7 @@ from dlmkernels.decoding.resolve import prepare
 from dlmkernels.decoding.schedule import Grid
 from dlmkernels.decoding.state import State
 from recorder import Player, Recorder
-from small_models import MASK, build, prompts
+from small_models import build, prompts
 
 NEW = 24
 BLOCKS = {"cache": "block", "attention": "block"}

@@ -91,7 +91,9 @@ def rows_of(step, order):
 
     def of_rows(x, **others):
         fields = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
-        return dataclasses.replace(x, **{k: v[order] for k, v in fields.items() if isinstance(v, torch.Tensor)}, **others)
+        return dataclasses.replace(
+            x, **{k: v[order] for k, v in fields.items() if isinstance(v, torch.Tensor)}, **others
+        )
 
     tables = step.standing.tables
 

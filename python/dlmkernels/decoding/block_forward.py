@@ -57,8 +57,6 @@ class BlockForward(Forward):
         self.commits_apart = bool(config.seeded) or (
             config.cache == "block" and (not config.fuse_commit or config.attention == "causal-context")
         )
-        #: how far what is final and has been forwarded reaches right of the grid's first block
-        self.done = -self.depth
         self._carried: Tensor | None = None  # the last hidden state of that, [S, hidden]
         #: with cache="delayed": what was open before the last step, bool [S, T]
         self.was_open = self.state.is_open
@@ -79,7 +77,6 @@ class BlockForward(Forward):
 
     def begin(self) -> None:
         """Nothing has been forwarded yet."""
-        self.done = -self.depth
         self.was_open.copy_(self.state.is_open)
 
     # --- a block is entered -------------------------------------------------------------------------------------------
@@ -192,7 +189,11 @@ class BlockForward(Forward):
     def _moment(self, standing: Standing) -> dict[str, Tensor]:
         if not self.takes_time:
             return {}
-        return {"step": standing.index, "num_steps": standing.num_steps.clone(), "progress": standing.progress_before.float()}
+        return {
+            "step": standing.index,
+            "num_steps": standing.num_steps.clone(),
+            "progress": standing.progress_before.float(),
+        }
 
     def _select(self, hidden: Tensor, rows: Tensor, pick: Tensor | None) -> Tensor:
         """Some rows, numbered int64 `[N]` through `hidden` `[S, Q, hidden]`; the same of a guided batch's other half."""

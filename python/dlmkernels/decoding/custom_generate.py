@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from ..models.adapt import DiffusionModel, adapt
-from .config import DecodingConfig
 from .bitmask import without
+from .config import DecodingConfig
 from .generate import generate
 from .output import DecodingOutput
 from .resolve import ConfigLike, check_block_by_block, configuration
