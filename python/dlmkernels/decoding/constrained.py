@@ -72,7 +72,7 @@ class Constrained:
     def act(
         self, step: Step, is_extra: Tensor, act: Callable[[Step], Action] | None = None
     ) -> tuple[Step, Action]:  # fmt: skip
-        """What the rule, or `act`, does of the step, as far as it is accepted; and the step with the proposals it was decided from.
+        """What the rule, or `act`, does of the step, as far as it is accepted; and the step with the proposals used.
 
         In rows `is_extra` bool `[B]` the rule's plan has come to its end: what is left open is committed one by one.
         One host round trip for each time that it decides.

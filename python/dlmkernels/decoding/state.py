@@ -99,7 +99,7 @@ class State:
     ) -> State:  # fmt: skip
         """One row for each request: int64 `tokens` and bool `is_open` `[S, T]`, int32 `origin` and `end` `[S]`."""
         rows = torch.arange(len(tokens), device=tokens.device)
-        new = cls.empty(*tokens.shape, tokens.device, negative)
+        new = cls.empty(len(tokens), tokens.shape[1], tokens.device, negative)
         new.admit(rows, tokens, is_open, origin, tokens.shape[1] if end is None else end, seed)
         return new
 

@@ -77,9 +77,9 @@ class Program:
     # --- the device's part --------------------------------------------------------------------------------------------
 
     def begin(self) -> Tensor:
-        """What there is to do before the first step of the requests that the state holds; the first report, int32 `[n]`.
+        """What there is to do before the first step; the first report, int32 `[n]`.
 
-        Nothing is left of what was decoded before.
+        Nothing is left of requests that the state held before.
         """
         raise NotImplementedError
 

@@ -73,7 +73,7 @@ class BlockAfterBlock(Program):
         }  # fmt: skip
 
     def _most_slots(self, starts: list[int], longest: int) -> int:
-        """How many slots a window has: as many as positions that a step can decide at once, in the row that has most."""
+        """How many slots a window has: one for each position that a step can decide, in the row that has most."""
         if self.rule.slots == "canvas":
             return self.state.tokens.shape[1] - self.start
         if not self.reads_open:

@@ -50,8 +50,8 @@ class VariableProgram(Program):
         self.block_length = min(config.block_length or widest, widest)
         if self.block_length > MOST_SLOTS or (rule.slots == "canvas" and most > MOST_SLOTS):
             raise ValueError(
-                f"rule {type(rule).__name__} edits windows of up to {MOST_SLOTS} positions: give a smaller block_length "
-                f"or max_new_tokens; got {config.block_length} and {most}"
+                f"rule {type(rule).__name__} edits windows of up to {MOST_SLOTS} positions: give a smaller "
+                f"block_length or max_new_tokens; got {config.block_length} and {most}"
             )
         self.inserted = torch.zeros_like(length)
         self.began = torch.zeros_like(state.step)  # what a rule keeps is kept for the whole request

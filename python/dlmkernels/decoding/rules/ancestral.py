@@ -57,6 +57,7 @@ class TimeGrid(Rule):
         With `denoise` as the likeliest tokens, else as the proposals.
         """
         last = self.is_last(step)
+        assert action.commit is not None
         commit, remask = torch.where(last, step.eligible, action.commit), action.remask
         if remask is not None:
             remask = remask & ~last
