@@ -196,7 +196,7 @@ class BlockForward(Forward):
         }
 
     def _select(self, hidden: Tensor, rows: Tensor, pick: Tensor | None) -> Tensor:
-        """Some rows, numbered int64 `[N]` through `hidden` `[S, Q, hidden]`; and those of a guided batch's other half."""
+        """Rows numbered int64 `[N]` through `hidden` `[S, Q, hidden]`; and those of a guided batch's other half."""
         if pick is not None:
             rows = rows.index_select(0, pick)
         if self.is_guided:

@@ -163,7 +163,7 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
     set has to have an effect in the decoding: an option that has none with the rule, the cache and the attention in use
     is refused by name. The fields of a preset need not.
 
-    What a user chooses is below; what the model's family says, and what belongs to some rules alone, is in the two bases.
+    What a user chooses is below; what the model's family says, and what belongs to some rules, is in the two bases.
 
     Attributes
     ----------

@@ -122,7 +122,7 @@ class Proposer:
             eligible = eligible & is_open & (index >= 0) & (index < standing.block_length[:, None])
         temperature: float | Tensor | None = None
         if self.has_temperature:
-            temperature = standing.tables.look_up("temperature", self._temperature, standing.step)[0, :, 0].float()
+            temperature = standing.tables.look_up("temperature", self._temperature, standing.step, torch.float32)
         stats = self(logits, window, row_map, temperature=temperature, allowed=allowed)
         return Step(
             stats=stats, window=window, eligible=eligible, standing=standing, raw_logits=logits, row_map=row_map,
@@ -130,10 +130,10 @@ class Proposer:
             memory={} if memory is None else memory, room=room, **self._common,
         )  # fmt: skip
 
-    def _temperature(self, index: int, num_steps: int) -> tuple[float]:
+    def _temperature(self, index: int, num_steps: int) -> float:
         value = self.rule.temperature(index, num_steps)
         assert value is not None
-        return (value,)
+        return value
 
     def clean(self, logits: Tensor, rows: Tensor, ids: Tensor | None = None) -> Tensor:
         """Logits of some rows as `token_confidence` sees them before temperature: guided, with the configured bias.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,17 +39,14 @@ class Tables:
             self._made[name] = make().to(self.first.device)
         return self._made[name]
 
-    def look_up(
-        self, name: str, of: Callable[[int, int], Sequence[float]], step: Tensor, dtype: torch.dtype = torch.float64
-    ) -> Tensor:  # fmt: skip
-        """`of(index, num_steps)` for each row's `step`: its n numbers, `[n, S, 1]`; `name` tells tables apart."""
+    def look_up(self, name: str, of: Callable[[int, int], Any], step: Tensor, dtype: torch.dtype) -> Tensor:
+        """`of(index, num_steps)` for each row's `step`, `[S]`, or `[S, n]` of n numbers; `name` tells tables apart."""
 
         def make() -> Tensor:
-            values = [tuple(of(i, n)) for n in self.plans for i in range(self.steps + 1)]
+            values = [of(i, n) for n in self.plans for i in range(self.steps + 1)]
             return torch.tensor(values, dtype=dtype, device="cpu")
 
-        found = self.made(name, make).index_select(0, self.first + step)
-        return (found.T.contiguous() if found.shape[1] > 1 else found.view(1, -1))[..., None]
+        return self.made(name, make).index_select(0, self.first + step)
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ class Step:
     memory: dict[str, Tensor] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
     room: Tensor | None = None
+    _score: Tensor | None = field(default=None, init=False)
 
     def _shaped(self, name: str) -> Tensor:
         try:
@@ -116,14 +117,16 @@ class Step:
         """How many columns the block has, int32 `[B]`."""
         return self.standing.block_length
 
-    def planned(
-        self, name: str, of: Callable[[int, int], Sequence[float]], dtype: torch.dtype = torch.float64
-    ) -> Tensor:  # fmt: skip
-        """`of(index, num_steps)`, n numbers that depend on the number of the step alone, `[n, B, 1]`.
+    def planned(self, name: str, of: Callable[[int, int], Sequence[float]]) -> Tensor:
+        """`of(index, num_steps)`, n numbers that depend on the number of the step alone, as float64 `[n, B, 1]`.
 
         They are computed once for all steps, in Python; `name` tells a rule's tables apart.
         """
-        return self.standing.tables.look_up(name, of, self.standing.step, dtype)
+        return self.standing.tables.look_up(name, of, self.standing.step, torch.float64).T.contiguous()[..., None]
+
+    def planned_count(self, name: str, of: Callable[[int, int], int]) -> Tensor:
+        """The same of one integer, int32 `[B]`."""
+        return self.standing.tables.look_up(name, of, self.standing.step, torch.int32)
 
     # --- what the model says ------------------------------------------------------------------------------------------
 
@@ -328,9 +331,14 @@ class Step:
 
     # --- choosing -----------------------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def score(self) -> Tensor:
         """The configured score, float32 `[B, W]`: larger is committed earlier."""
+        if self._score is None:
+            self._score = self._scored()
+        return self._score
+
+    def _scored(self) -> Tensor:
         score = self.score_of(self)
         if self.deferred is not None:
             last = torch.isin(self.token, self.deferred) & (score > -torch.inf)

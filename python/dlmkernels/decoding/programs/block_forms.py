@@ -71,6 +71,7 @@ class BlockForms:
         #: positions that were open in each row, and how many steps it has taken in its block, or more
         self.open, self.taken = (0,) * rows, [0] * rows
         self.open_before = self.forward.length
+        self.columns = self.forward.columns_of(self.block)
 
     @property
     def block(self) -> Block | None:
@@ -107,7 +108,8 @@ class BlockForms:
         self.reports += 1
         self.entered, self.index = self.reports, 0
         self.number += self.together
-        return Form("enter", columns=self.forward.columns_of(self.block))
+        self.columns = self.forward.columns_of(self.block)
+        return Form("enter", columns=self.columns)
 
     def _append(self) -> Form | None:
         """Forward the context of the block by itself, where that is called for and has not been done."""
@@ -116,7 +118,7 @@ class BlockForms:
             return None
         self.reports += 1
         pending, self.done = block.outer - self.done, block.outer
-        return Form("append", pending=pending, columns=self.forward.columns_of(block))
+        return Form("append", pending=pending, columns=self.columns)
 
     def _denoise(self, head: int, open_in_all: int) -> Form:
         part, pending = self._part()
@@ -128,7 +130,7 @@ class BlockForms:
             self.taken = [taken + 1 for taken in self.taken]
         self.reports += 1
         self.index += 1
-        return Form("denoise", part, pending, self.forward.columns_of(self.block), head, is_limited)
+        return Form("denoise", part, pending, self.columns, head, is_limited)
 
     def _part(self) -> tuple[str, int]:
         """Which columns the next step forwards, and how many of them are not the block's own."""

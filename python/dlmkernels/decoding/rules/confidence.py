@@ -71,15 +71,15 @@ class Quota(Rule):
         n = step.block_length if self.of_block else step.open_at_start
         if not self.is_linear:
             return self._planned(step, n)
-        left = step.planned("left", self._left, torch.int32)[0, :, 0]
+        left = step.planned_count("left", self._left)
         if self.spread:
             return n * (left + 1) // step.num_steps - n * left // step.num_steps
         return (n + left) // step.num_steps
 
     @staticmethod
-    def _left(index: int, num_steps: int) -> tuple[int]:
+    def _left(index: int, num_steps: int) -> int:
         """How many steps come after one."""
-        return (max(num_steps - 1 - index, 0),)
+        return max(num_steps - 1 - index, 0)
 
     def _planned(self, step: Step, n: Tensor) -> Tensor:
         """The same from a table of all numbers of positions, plans and steps."""
