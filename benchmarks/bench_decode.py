@@ -150,11 +150,12 @@ def test_decode(benchmark, harness, case):
                     work=case.batch * case.new, unit="tokens/s")  # fmt: skip
 
 
-def test_step_overhead(benchmark, harness):
+@pytest.mark.parametrize("batch", [1, 32])
+def test_step_overhead(benchmark, harness, batch):
     """What a step takes beyond the model's forward and its head: Python, torch and the ops."""
     if harness.floors is not None:
         pytest.skip("a GPU's forwards go on while Python does")
-    case = Case("dual", new=128, steps=128, size="vocabulary 4096")
+    case = Case("dual", batch=batch, new=128, steps=128, size="vocabulary 4096")
     model = build(case.size, case.dtype)
     in_model = started = 0.0
 

@@ -107,19 +107,19 @@ class BlockForward(Forward):
     def columns_of(self, block: Block | None) -> tuple[int, ...]:
         """How many columns of a block are forwarded, by the cache that there is.
 
-        With "prefix" and "dual" those of "part". With "block" those of "block" and "inner", and how many of the latter
-        stand left of the part.
+        With "prefix" and "dual" those of "part". With "block" and without one those of "block" and "inner", and how many
+        of the latter stand left of the part.
         """
         cache, (left, right) = self.config.cache, self.config.vicinity
-        if block is None or cache in ("none", "delayed"):
+        if block is None or cache == "delayed":
             return ()
-        if cache == "block":
+        if cache in ("none", "block"):
             lead = self.shift if block.start > block.outer else 0
             return block.outer_length, lead + block.length, lead
         lead = max(left, self.shift)
         if cache == "dual":
             return (lead + block.length + right,)
-        return (self.length - max(self.grid.span[0] + block.start - lead, 0),)
+        return (self.length - (self.grid.span[0] + block.start - lead),)
 
     def _prepare(
         self, part: str, speaker: Tensor, first: Tensor, width: int, kv_range: Tensor | None, before: int = 0

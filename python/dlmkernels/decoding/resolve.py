@@ -151,7 +151,7 @@ def _check_combination(model: DiffusionModel, config: DecodingConfig) -> None:
 
 
 def check_block_by_block(name: str, rule: Rule) -> None:
-    """Refuse the argument `name` with a rule that has a loop of its own, or moves tokens about."""
+    """Refuse the argument `name` with a rule that has a program of its own, or moves tokens about."""
     if rule.decodes != "anything" or rule.token_ids:
         raise ValueError(f"{name} cannot be used with rule {type(rule).__name__}")
 

@@ -189,7 +189,8 @@ class BlockAfterBlock(Program):
     def append(self, form: Form) -> Tensor:
         """Forward what is decided left of the block, and decide its first token by it if the model's family does so."""
         state = self.state
-        took_part = self.forward.append_context(form.pending) & self._works
+        in_block = state.columns(self.plan.place.outer, form.columns[0])
+        took_part = self.forward.append_context(form.pending) & state.open_in(in_block).any(1)
         if self.config.seeded:
             first = torch.where(took_part, self.plan.place.outer, state.tokens.shape[1])
             window = state.window(state.columns(first, 1), 1)
@@ -204,7 +205,9 @@ class BlockAfterBlock(Program):
             took_part = took_part & (window.positions[:, 0] < 0)  # the others have been counted
         state.step.add_(took_part)
         self.plan.count_from_here(self._works)
-        open_now = self._window(False).used.sum(1, dtype=torch.int32) if self.reads_open else self._works.int()
+        open_now = self._open_in_block().sum(1, dtype=torch.int32).masked_fill(~self._works, 0)
+        self.standing.open_at_start.copy_(torch.where(self._works, open_now, self.standing.open_at_start))
+        self._works.copy_(open_now > 0)
         return self._reported(open_now)
 
     def denoise(self, form: Form) -> Tensor:

@@ -92,7 +92,7 @@ class Rule:
         Names of its fields that hold token ids, which are taken from the model's configuration where they are None, and
         whether it needs them.
     by_block : bool
-        Whether the loop that most rules share decodes it, block by block; False: it has a loop of its own.
+        Whether the program that most rules share decodes it, block after block; False: it has a program of its own.
     reads_ends : bool
         Whether it asks which tokens are end tokens (`Step.is_end`).
     limits : dict

@@ -52,7 +52,7 @@ class Strided(Rule):
         return frozenset(names if self.leniency is None else names | {"distribution"})
 
     def select(self, step):
-        raise TypeError("Strided has a loop of its own and selects nothing of a step")
+        raise TypeError("Strided has a program of its own and selects nothing of a step")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class SelfSpeculative(Rule):
         return frozenset({"sub_block_length", "score", "defer_token_ids", "order_temperature"})
 
     def select(self, step):
-        raise TypeError("SelfSpeculative has a loop of its own and selects nothing of a step")
+        raise TypeError("SelfSpeculative has a program of its own and selects nothing of a step")
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Pipeline(Rule):
     activate_at: float = 0.95
 
     def select(self, step):
-        raise TypeError(f"{type(self).__name__} has a loop of its own and selects by block")
+        raise TypeError(f"{type(self).__name__} has a program of its own and selects by block")
 
     def select_by_block(self, step: Step, is_active: Tensor) -> Tensor:
         """Positions to commit, bool `[B, W]`, of the open blocks; `is_active` bool `[B, N]` says which are active.
