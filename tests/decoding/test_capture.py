@@ -9,13 +9,14 @@ import pytest
 import torch
 
 import dlmkernels as dk
+from decodings import ragged
 from dlmkernels.decoding.arguments import check_tokens
 from dlmkernels.decoding.programs import Task, program_of
 from dlmkernels.decoding.resolve import prepare
 from dlmkernels.decoding.schedule import Grid
 from dlmkernels.decoding.state import State
 from recorder import Player, Recorder
-from small_models import build, prompts
+from small_models import build
 
 NEW = 24
 BLOCKS = {"cache": "block", "attention": "block"}
@@ -78,23 +79,30 @@ def options_of(name):
     return options
 
 
-def program_for(model, ids, options):
-    """The program that `generate` runs, and the arguments with which its state is given requests."""
+def batch_of(seed):
+    """Three requests of other lengths in every batch, padded on the left to 8 tokens; which tokens are not padding."""
+    _, ids, valid = ragged([3 + (seed + k) % 3 for k in (0, 1)] + [8], seed=seed)
+    return ids, valid
+
+
+def program_for(model, ids, valid, options):
+    """The program that `generate` runs, and a function that gives its state other requests."""
     adapted, config, special = prepare(model, None, options, "continuations")
-    tokens, origin = check_tokens("ids", adapted, ids, None, special)
-    start = tokens.shape[1]
+    _, origin = check_tokens("ids", adapted, ids, valid, special)
+    start = ids.shape[1]
     grid = Grid.of(config, origin, start, start + NEW, config.block_grid == "absolute" or adapted.family.whole_blocks)
-    state = State.empty(len(ids), grid.width, tokens.device)
+    state = State.empty(len(ids), grid.width, ids.device)
     mask = max(special.mask, 0)
 
-    def admit(ids):
+    def admit(ids, valid):
+        _, origin = check_tokens("ids", adapted, ids, valid, special)
         whole = torch.cat((ids, ids.new_full((len(ids), grid.width - start), mask)), 1)
         columns = torch.arange(grid.width)
         is_open = (columns >= start) & (columns < grid.ends[:, None])
         seed = None if config.seed is None else torch.full((len(ids),), config.seed)
         state.admit(torch.arange(len(ids)), whole, is_open, origin, grid.ends, seed)
 
-    admit(ids)
+    admit(ids, valid)
     return program_of(config.rule)(Task(adapted, state, config, special, grid, start, start + NEW)), admit
 
 
@@ -102,16 +110,16 @@ def program_for(model, ids, options):
 @torch.no_grad()
 def test_recorded_calls_decode(model, name):
     options = options_of(name)
-    first, *others, last = (prompts(3, 6, seed=seed) for seed in range(5))
-    program, admit = program_for(model, first, options)
+    first, *others, last = (batch_of(seed) for seed in range(5))
+    program, admit = program_for(model, *first, options)
     player = Player(program)
     player.run("as it is")  # what is made at the first steps is there from now on
-    for ids in others:
-        admit(ids)
+    for batch in others:
+        admit(*batch)
         player.run("recorded")
-    admit(last)
+    admit(*last)
     steps = player.run("replayed")
-    want, out = dk.generate(model, last, **options), program.output()
+    want, out = dk.generate(model, *last, **options), program.output()
     assert torch.equal(out.sequences, want.sequences)
     assert torch.equal(out.commit_step, want.commit_step) and torch.equal(out.num_forwards, want.num_forwards)
     assert out.complete.all() and steps > 2

@@ -76,7 +76,7 @@ class BlockForward(Forward):
         return self._buffers[name].copy_(value)
 
     def begin(self) -> None:
-        """Nothing has been forwarded yet."""
+        super().begin()
         self.was_open.copy_(self.state.is_open)
 
     # --- a block is entered -------------------------------------------------------------------------------------------
@@ -107,8 +107,8 @@ class BlockForward(Forward):
     def columns_of(self, block: Block | None) -> tuple[int, ...]:
         """How many columns of a block are forwarded, by the cache that there is.
 
-        With "prefix" and "dual" those of "part". With "block" and without one those of "block" and "inner", and how many
-        of the latter stand left of the part.
+        With "prefix" and "dual" those of "part". With "block", and without a cache, those of "block" and "inner", and
+        how many of the latter stand left of the part.
         """
         cache, (left, right) = self.config.cache, self.config.vicinity
         if block is None or cache == "delayed":

@@ -41,36 +41,51 @@ class Forward:
         self.model, self.state, self.config, self.special, self.grid = model, state, config, special, grid
         self.shift = 1 if config.logit_alignment == "shift" else 0
         self.is_guided = config.cfg_scale > 0
+        self._given_embeds, self._given_ends = prompt_embeds, ends
         self.origin, self.ends, self.prompt_embeds = state.origin, grid.ends, prompt_embeds
-        #: the largest number of columns that any row has left of its first block
-        self.depth = grid.depth
+        rows = 2 * len(state.origin) if self.is_guided else len(state.origin)
+        self._columns = torch.arange(self.length, device=self.origin.device)
+        self.slots = self._columns.int().expand(rows, self.length)
+        self.positions = torch.zeros(rows, self.length, dtype=torch.int64, device=self.origin.device)
+        self.kv_range: Tensor | None = None
+        self.cache = KVCache(self.length) if config.cache != "none" else None
+        #: whether the model is told where its decoding stands
+        self.takes_time = isinstance(model, Backbone)
+        # Guidance doubles the batch: the second half sees something else where tokens were given.
         self.unconditional: Unconditional | None = None
-        if self.is_guided:
-            # Guidance doubles the batch: the second half sees something else where tokens were given.
-            other = self.unconditional = Unconditional(state, special.mask)
-            self.origin, self.ends = torch.cat((self.origin, other.origin)), self.ends.repeat(2)
-            if state.negative is not None:
-                self.depth = max(self.depth, int((grid.first - other.origin).max()))
-            if prompt_embeds is not None:
-                blind = model.embed(other.tokens[:, : prompt_embeds.shape[1]])
-                self.prompt_embeds = torch.cat((prompt_embeds, blind))
-        #: for models whose rotary embedding depends on the length: that of a request is its canvas's
-        self.rotations = model.rotations((self.ends if ends is None else self.twice(ends)) - self.origin)
-        length = self.length
-        columns = torch.arange(length, device=self.origin.device)
-        self.positions = (columns - self.origin[:, None]).clamp(min=0)
-        self.slots = columns.int().expand(len(self.origin), length)
-        in_part = bool(((self.origin > 0) | (self.ends < length)).any())
-        self.kv_range = torch.stack((self.origin, self.ends), 1) if in_part else None
-        self.cache = KVCache(length) if config.cache != "none" else None
         #: input embeddings of all the canvas `[S, T, hidden]` (twice), where a rule has set some; and which of them
         self.embeds: Tensor | None = None
         self.embedded: Tensor | None = None
         #: what the last forward said of all the canvas `[S, T, hidden]` (twice), for models with self-conditioning
         self.opinion: Tensor | None = None
-        #: whether the model is told where its decoding stands
-        self.takes_time = isinstance(model, Backbone)
+
+    def begin(self) -> None:
+        """Find out where the requests stand that the state holds now."""
+        state, grid = self.state, self.grid
+        #: the largest number of columns that any row has left of its first block
+        self.depth = max(int((grid.first - state.origin).max()), 0)
+        if self.is_guided:
+            if self.unconditional is None:
+                self.unconditional = Unconditional(state, self.special.mask)
+                self.origin, self.ends = self.origin.repeat(2), grid.ends.repeat(2)
+            other = self.unconditional
+            other.look()
+            self.origin.copy_(torch.cat((state.origin, other.origin)))
+            self.depth = max(self.depth, int((grid.first - other.origin).max()))
+            if self._given_embeds is not None:
+                blind = self.model.embed(other.tokens[:, : self._given_embeds.shape[1]])
+                self.prompt_embeds = torch.cat((self._given_embeds, blind))
+        #: for models whose rotary embedding depends on the length: that of a request is its canvas's
+        ends = self.ends if self._given_ends is None else self.twice(self._given_ends)
+        self.rotations = self.model.rotations(ends - self.origin)
+        self.positions.copy_((self._columns - self.origin[:, None]).clamp(min=0))
+        if bool(((self.origin > 0) | (self.ends < self.length)).any()):
+            kv_range = torch.stack((self.origin, self.ends), 1)
+            self.kv_range = kv_range if self.kv_range is None else self.kv_range.copy_(kv_range)
+        else:
+            self.kv_range = None
         self._to_decode = state.is_open.sum(1).clamp(min=1)
+        self.forget(torch.ones_like(state.origin, dtype=torch.bool))
 
     @property
     def length(self) -> int:

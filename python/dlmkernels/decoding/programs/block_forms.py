@@ -59,7 +59,6 @@ class BlockForms:
         self.config, self.blocks, self.most_steps, self.forward = config, blocks, most_steps, forward
         self.together, self.has_last_entry = together, has_last_entry
         self.is_delayed = config.cache == "delayed"
-        self.begin(0)
 
     def begin(self, rows: int) -> None:
         """Of a decoding of so many rows the host knows nothing yet, but that all have come into the first block."""

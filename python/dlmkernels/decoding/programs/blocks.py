@@ -108,8 +108,8 @@ class BlockAfterBlock(Program):
                 name = type(self.rule).__name__
                 raise ValueError(f"{name} draws from the vocabulary, whose size the model does not say")
             self.state.renoise(self.model.vocab_size)
-        self.forms.begin(len(self._works))
         self.forward.begin()
+        self.forms.begin(len(self._works))
         self.constrained.enter(torch.ones_like(self._works))
         self._works.fill_(False)
         self._valid.fill_(0)

@@ -56,6 +56,7 @@ class PipelinedProgram(Program):
 
     def begin(self) -> Tensor:
         self.taken = 0
+        self.forward.begin()
         self.blocks.begin()
         if self.config.attention == "block":
             self.reach.copy_(self.blocks.end)

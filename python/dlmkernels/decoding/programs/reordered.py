@@ -42,6 +42,7 @@ class ReorderedProgram(Program):
 
     def begin(self) -> Tensor:
         self.taken = 0
+        self.forward.begin()
         self.final.fill_(0)
         return self.state.is_open.sum(1, dtype=torch.int32).amax().expand(2)
 

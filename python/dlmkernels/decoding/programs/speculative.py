@@ -37,6 +37,7 @@ class SpeculativeProgram(Program):
     def begin(self) -> Tensor:
         """Forward the prompt, and commit the token after it."""
         self.taken = 0
+        self.forward.begin()
         self.last.fill_(self.start)
         columns = torch.arange(self.start, dtype=torch.int32, device=self.last.device).expand(len(self.last), -1)
         hidden = self.forward.at(columns, self.last, causal_block=1)

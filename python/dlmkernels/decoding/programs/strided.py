@@ -56,6 +56,7 @@ class StridedProgram(Program):
 
     def begin(self) -> Tensor:
         self.taken = 0
+        self.forward.begin()
         self.last.fill_(self.start - 1)
         self.drafts.fill_(-1)
         return self.state.is_open.sum(1, dtype=torch.int32).amax().expand(2)

@@ -84,6 +84,7 @@ class VariableProgram(Program):
         self.taken = 0
         self.inserted.fill_(0)
         self._measure()
+        self.forward.begin()
         still_open = self.state.is_open.sum(1, dtype=torch.int32)
         return torch.stack((still_open.amax(), self.length.amax()))
 
