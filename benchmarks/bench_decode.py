@@ -150,6 +150,19 @@ def test_decode(benchmark, harness, case):
                     work=case.batch * case.new, unit="tokens/s")  # fmt: skip
 
 
+def test_compiled(benchmark, harness):
+    """A forward that torch.compile has made, beside the same one as it is."""
+    case = Case("dual", new=64, steps=32, size="LLaDA's proportions")
+    model = build(case.size, case.dtype)
+    ids = torch.randint(4, case.mask, (case.batch, case.prompt))
+    eager, compiled = dk.adapt(model), dk.adapt(model, compile=True)
+    assert torch.equal(ours(eager, ids, case).sequences, ours(compiled, ids, case).sequences)
+    harness.compare(
+        benchmark, f"compiled: {case}", lambda: ours(compiled, ids, case), {"eager": lambda: ours(eager, ids, case)},
+        work=case.batch * case.new, unit="tokens/s",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("batch", [1, 32])
 def test_step_overhead(benchmark, harness, batch):
     """What a step takes beyond the model's forward and its head: Python, torch and the ops."""

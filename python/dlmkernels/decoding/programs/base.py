@@ -133,6 +133,8 @@ def run(program: Program, streamer=None) -> DecodingOutput:
     counts = OpenCount(*program.begin().tolist())
     stream = Stream(streamer, program.state, program.start)
     while (form := program.form(counts.latest(), counts.behind)) is not None:
+        if program.model.is_compiled:
+            form = program.widest(form)
         if program.may_leave(form):
             program.unfinished.settle()
         counts.submit(program.step(form))
