@@ -150,9 +150,8 @@ def test_decode(benchmark, harness, case):
                     work=case.batch * case.new, unit="tokens/s")  # fmt: skip
 
 
-def test_compiled(benchmark, harness):
+def test_compiled(benchmark, harness, case):
     """A forward that torch.compile has made, beside the same one as it is."""
-    case = Case("dual", new=64, steps=32, size="LLaDA's proportions")
     model = build(case.size, case.dtype)
     ids = torch.randint(4, case.mask, (case.batch, case.prompt))
     eager, compiled = dk.adapt(model), dk.adapt(model, compile=True)

@@ -53,6 +53,7 @@ class Proposer:
             self.options |= {"seed": state.seed, "step": state.step}
         self.reads_current = "p_current" in needs
         self._numbers: dict[int, Tensor] = {}
+        self._nothing = torch.full((), -1, dtype=torch.int32, device=device)
         deferred = list(config.defer_token_ids)
         #: what all steps have in common
         self._common: dict[str, Any] = {
@@ -86,7 +87,7 @@ class Proposer:
             logits, uncond = logits.chunk(2)
         if row_map is None or redraw is not None:
             used = window.used.flatten()
-            row_map = torch.where(used, self._rows(used.numel()) if row_map is None else row_map, -1)
+            row_map = torch.where(used, self._rows(used.numel()) if row_map is None else row_map, self._nothing)
         options = dict(self.options)
         if bias is not None:
             options["bias"] = bias if self.bias is None else bias + self.bias

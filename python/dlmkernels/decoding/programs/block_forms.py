@@ -10,7 +10,7 @@ from ..config import DecodingConfig
 from ..schedule import Block
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Form:
     """The shapes of a step.
 

@@ -60,6 +60,7 @@ class BlockAfterBlock(Program):
         self._index = torch.zeros(rows, slots, dtype=torch.int64, device=device)
         self._valid = torch.zeros(rows, slots, dtype=torch.uint8, device=device)
         self._works = torch.zeros(rows, dtype=torch.bool, device=device)  # which rows are in a block
+        self._nothing = torch.full((), -1, dtype=torch.int32, device=device)
         self.plan = BlockPlan(state, self.grid, blocks, most_steps, self._listing)
         self.standing = self.plan.standing
         self._columns = torch.arange(self.standing.width, dtype=torch.int32, device=device)
@@ -172,7 +173,7 @@ class BlockAfterBlock(Program):
             used = self._valid.bool() & self._works[:, None]
         if self.constrained.may_leave_open:
             used = used & ~self.constrained.is_stuck[:, None]
-        return TokenWindow.of(torch.where(used, self._listing, -1), self.state.origin, used)
+        return TokenWindow.of(torch.where(used, self._listing, self._nothing), self.state.origin, used)
 
     def _compacted(self, used: Tensor, head: int) -> tuple[Tensor | None, Tensor | None]:
         """Which slots, of all rows together, have logits, int64 `[head]`; and which row of these each has, int32 `[N]`.

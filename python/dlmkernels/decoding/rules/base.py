@@ -30,7 +30,7 @@ from ..step import Step
 SHARE: Check = number(0, 1)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Action:
     """What a step does to the slots of its window: the masks of `ops.remask_`, of which the last to apply acts.
 
