@@ -57,9 +57,10 @@ class BlockForward(Forward):
         self.commits_apart = bool(config.seeded) or (
             config.cache == "block" and (not config.fuse_commit or config.attention == "causal-context")
         )
-        self._carried: Tensor | None = None  # the last hidden state of that, [S, hidden]
+        self._carried: Tensor | None = None  # hidden state of the last of a block's context, [S, hidden]
         #: with cache="delayed": what was open before the last step, bool [S, T]
         self.was_open = self.state.is_open
+        # what a block's forwards need, and the same for blocks of other lengths, too
         self._buffers: dict[str, Tensor] = {}
         self._all_buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._windows: dict[str, AttentionWindow] = {}

@@ -60,6 +60,11 @@ class Forward:
         self.opinion: Tensor | None = None
 
     def begin(self) -> None:
+        """Nothing has been forwarded yet of the requests that the state holds."""
+        self.look()
+        self.forget(torch.ones_like(self.state.origin, dtype=torch.bool))
+
+    def look(self) -> None:
         """Find out where the requests stand that the state holds now."""
         state, grid = self.state, self.grid
         #: the largest number of columns that any row has left of its first block
@@ -85,7 +90,6 @@ class Forward:
         else:
             self.kv_range = None
         self._to_decode = state.is_open.sum(1).clamp(min=1)
-        self.forget(torch.ones_like(state.origin, dtype=torch.bool))
 
     @property
     def length(self) -> int:

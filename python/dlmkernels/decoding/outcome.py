@@ -27,6 +27,11 @@ class Unfinished:
         self.found = torch.zeros_like(canvas.state)
         self.last: Step | None = None
 
+    def begin(self) -> None:
+        """Nothing has been looked at yet."""
+        self.found.zero_()
+        self.last = None
+
     def see(self, step: Step) -> None:
         """Take notice of a step, as it stands when it has been decided what it does."""
         self.last = step

@@ -130,6 +130,7 @@ class Program:
 @torch.no_grad()
 def run(program: Program, streamer=None) -> DecodingOutput:
     """Run a program to its end."""
+    program.unfinished.begin()
     counts = OpenCount(*program.begin().tolist())
     stream = Stream(streamer, program.state, program.start)
     while (form := program.form(counts.latest(), counts.behind)) is not None:

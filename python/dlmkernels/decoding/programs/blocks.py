@@ -117,6 +117,21 @@ class BlockAfterBlock(Program):
         self.plan.frontier.fill_(-1 if self.together else self.plan.count)
         return self.enter()
 
+    def renew(self, rows: Tensor) -> None:
+        """Take notice that `rows` int64 `[n]`, which had nothing left to do, hold other requests (see `State.admit`).
+
+        They wait for their first block, so that in the report they stand at 0 from now on. What is to be decoded of
+        them lies in the grid's columns. Only where each row enters its blocks by itself.
+        """
+        if self.together:
+            raise ValueError("rows can be given other requests where there are several, with cache='none' alone")
+        is_new = torch.zeros_like(self._works).index_fill_(0, rows, True)
+        self._works.masked_fill_(is_new, False)
+        self._valid.masked_fill_(is_new[:, None], 0)
+        self.constrained.enter(is_new)
+        self.forward.look()
+        self.forward.forget(is_new)
+
     def step(self, form: Form) -> Tensor:
         if form.kind == "enter":
             return self.enter()
