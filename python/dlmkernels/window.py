@@ -80,7 +80,7 @@ class AttentionWindow:
             copy = replace(self, **moved)
             # of which there is one set for all devices
             vars(copy).update(attended=self.attended, _copies=self._copies)
-            self._copies[device] = copy
+            self._copies.update({self._home: self, device: copy})
         return self._copies[device]
 
 
