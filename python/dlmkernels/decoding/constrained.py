@@ -70,17 +70,19 @@ class Constrained:
         return torch.nn.functional.pad(bitmask, (0, words - shape[-1])).to(window.positions.device).contiguous()
 
     def act(
-        self, step: Step, is_extra: Tensor, act: Callable[[Step], Action] | None = None
+        self, step: Step, is_extra: Tensor | None, act: Callable[[Step], Action] | None = None
     ) -> tuple[Step, Action]:  # fmt: skip
         """What the rule, or `act`, does of the step, as far as it is accepted; and the step with the proposals used.
 
-        In rows `is_extra` bool `[B]` the rule's plan has come to its end: what is left open is committed one by one.
+        In rows `is_extra` bool `[B]` (None: in no row) the rule's plan has come to its end: what is left open is
+        committed one by one.
         One host round trip for each time that it decides.
         """
         act = self.rule.act if act is None else act
         if not self.may_leave_open:
             return step, act(step)
         assert self.constraint is not None
+        is_extra = torch.zeros_like(self.is_behind) if is_extra is None else is_extra
         was_behind = self.is_behind | is_extra
         for left in reversed(range(self.constraint.attempts)):
             step.kept.clear()  # a rule has decided once, however often it was asked

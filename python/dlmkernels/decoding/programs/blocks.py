@@ -215,7 +215,7 @@ class BlockAfterBlock(Program):
                 logits, window, Standing.in_one_block(first, 1, state.step),
                 allowed=self.constrained.allowed(window, logits.shape[1]),
             )  # fmt: skip
-            step, action = self.constrained.act(step, ~self._works, lambda step: Action(step.used))
+            step, action = self.constrained.act(step, None, lambda step: Action(step.used))
             assert action.commit is not None
             self.commit(window.positions, step.token, action.commit, step.confidence, self.fills_at_once)
             took_part = took_part & (window.positions[:, 0] < 0)  # the others have been counted
@@ -237,7 +237,7 @@ class BlockAfterBlock(Program):
         step = self.propose.step(
             logits, window, self.standing, row_map, self.memory, constrained.allowed(window, logits.shape[1])
         )
-        is_extra = step.index >= self.plan.max_steps if constrained.may_leave_open else self._works
+        is_extra = step.index >= self.plan.max_steps if constrained.may_leave_open else None
         step, action = constrained.act(step, is_extra)
         self.remember(step)
         self.unfinished.see(step)
