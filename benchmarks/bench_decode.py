@@ -150,11 +150,24 @@ def test_decode(benchmark, harness, case):
                     work=case.batch * case.new, unit="tokens/s")  # fmt: skip
 
 
-def test_step_overhead(benchmark, harness):
+def test_compiled(benchmark, harness, case):
+    """A forward that torch.compile has made, beside the same one as it is."""
+    model = build(case.size, case.dtype)
+    ids = torch.randint(4, case.mask, (case.batch, case.prompt))
+    eager, compiled = dk.adapt(model), dk.adapt(model, compile=True)
+    assert torch.equal(ours(eager, ids, case).sequences, ours(compiled, ids, case).sequences)
+    harness.compare(
+        benchmark, f"compiled: {case}", lambda: ours(compiled, ids, case), {"eager": lambda: ours(eager, ids, case)},
+        work=case.batch * case.new, unit="tokens/s",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", [1, 32])
+def test_step_overhead(benchmark, harness, batch):
     """What a step takes beyond the model's forward and its head: Python, torch and the ops."""
     if harness.floors is not None:
         pytest.skip("a GPU's forwards go on while Python does")
-    case = Case("dual", new=128, steps=128, size="vocabulary 4096")
+    case = Case("dual", batch=batch, new=128, steps=128, size="vocabulary 4096")
     model = build(case.size, case.dtype)
     in_model = started = 0.0
 

@@ -46,6 +46,17 @@ def test_rule_of_your_own():
     assert names["out"].complete.all() and names["out"].commit_step[0, 5:].bincount().tolist()[:2] == [64, 32]
 
 
+def test_program_of_your_own():
+    names = {"model": build(), "ids": prompts(2, 5)}
+    exec(block_with("docs/programs.md", "class LeftToRight"), names)
+    want = dk.generate(
+        names["model"], names["ids"], rule=dk.Quota(), score="position", max_new_tokens=16, eos_policy="fill"
+    )
+    out = names["out"]
+    assert torch.equal(out.sequences, want.sequences) and torch.equal(out.num_forwards, want.num_forwards)
+    assert out.complete.all()
+
+
 def test_text_in_text_out(capsys):
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL_DIR)
     names = {"dk": dk, "model": dk.load(MODEL_DIR, dtype=torch.float32), "tokenizer": tokenizer}

@@ -154,10 +154,95 @@ def test_op_modules_import_torch_only(path):
     assert modules == {"torch"} or (path.name == "__init__.py" and not modules)
 
 
-@pytest.mark.parametrize("path", sorted((PYTHON / "decoding").glob("**/*.py")) or [None], ids=lambda p: p and p.name)
+DECODING = sorted((PYTHON / "decoding").glob("**/*.py"))
+
+
+@pytest.mark.parametrize("path", DECODING, ids=lambda p: p.relative_to(PYTHON).as_posix())
 def test_decoding_goes_through_the_ops(path):
-    if path is not None:
-        assert not [module for module in imports(path) if re.search(r"(^|\.)_C(\.|$)", module)]
+    assert not [module for module in imports(path) if re.search(r"(^|\.)_C(\.|$)", module)]
+
+
+@pytest.mark.parametrize("path", DECODING, ids=lambda p: p.relative_to(PYTHON).as_posix())
+def test_decoding_is_made_of_small_modules(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+def modules_needed(path):
+    """The modules of the package that a file imports, for type checkers alone too."""
+    package = ("dlmkernels", *path.relative_to(PYTHON).parent.parts)
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            parts = (*package[: len(package) + 1 - node.level], *(node.module or "").split("."))
+            base = ".".join(part for part in parts if part)
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def import_graph():
+    """Name of a module -> names of those it imports. A package's own file counts where something is taken from it."""
+    names = {}
+    for path in PYTHON.glob("**/*.py"):
+        parts = ("dlmkernels", *path.relative_to(PYTHON).with_suffix("").parts)
+        names[".".join(parts).removesuffix(".__init__")] = path
+    graph = {}
+    for name, path in names.items():
+        needed = modules_needed(path) & names.keys() - {name}
+        # `from . import ops` needs the module and not what the package's own file is made of
+        graph[name] = {other for other in needed if not any(deeper.startswith(other + ".") for deeper in needed)}
+    return graph
+
+
+def circles(graph):
+    """Sets of modules that import each other, in however many steps."""
+    reach = {name: set(others) for name, others in graph.items()}
+    for middle in graph:
+        for name in graph:
+            if middle in reach[name]:
+                reach[name] |= reach[middle]
+    return {frozenset(other for other in reach[name] if name in reach[other]) for name in graph if name in reach[name]}
+
+
+def test_no_module_imports_itself_by_a_circle():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == {frozenset("abc")}
+    graph = import_graph()
+    assert len(graph) > 60 and not circles(graph)
+
+
+#: what each layer of a decoding may know of the others, lowest first
+LAYERS = ["state", "standing", "step", "scores", "rules", "constraint", "config", "propose", "forward", "programs",
+          "generate"]  # fmt: skip
+
+
+def test_layers_of_a_decoding():
+    graph = {name: others for name, others in import_graph().items() if name.startswith("dlmkernels.decoding.")}
+
+    def layer(name):
+        place = name.split(".")[2]
+        return LAYERS.index(place) if place in LAYERS else None
+
+    seen = set()
+    for name, others in graph.items():
+        for other in others & graph.keys():
+            if layer(name) is not None and layer(other) is not None:
+                seen.add(layer(name))
+                assert layer(other) <= layer(name), f"{name} imports {other}"
+    assert len(seen) > 6
+
+
+def test_there_is_one_loop():
+    """Every program is run by the same function; what it reads of the device it reads there."""
+    loops = {
+        path.relative_to(PYTHON).as_posix()
+        for path in DECODING
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "OpenCount"
+    }
+    assert loops == {"decoding/programs/base.py"}
+    assert not [
+        path for path in DECODING
+        if [name for name in functions(path) if name.startswith("decode")]
+    ]  # fmt: skip
 
 
 # --- the built extension ---------------------------------------------------------------------------------------------

@@ -28,14 +28,6 @@ from .decoding.presets import PRESETS as PRESETS
 from .decoding.presets import preset as preset
 from .decoding.rules import *  # noqa: F403
 from .decoding.scores import Score as Score
-from .decoding.streams import EntropyPipeline as EntropyPipeline
-from .decoding.streams import Expanding as Expanding
-from .decoding.streams import Lengthening as Lengthening
-from .decoding.streams import Pipeline as Pipeline
-from .decoding.streams import Reordered as Reordered
-from .decoding.streams import SelfSpeculative as SelfSpeculative
-from .decoding.streams import Strided as Strided
-from .decoding.streams import VariableLength as VariableLength
 from .trace import Trace as Trace
 from .window import AttentionWindow as AttentionWindow
 from .window import TokenWindow as TokenWindow
@@ -55,9 +47,8 @@ _LAZY = {
     "load": ".models.load",
 }
 __all__ = [
-    "PRESETS", "AttentionWindow", "Constraint", "DecodingConfig", "EntropyPipeline", "Expanding", "KVCache",
-    "Lengthening", "Pipeline", "Reordered", "Score", "SelfSpeculative", "Strided", "TokenWindow", "Trace",
-    "VariableLength", "ops", "preset", "rules", "scores", *_LAZY,
+    "PRESETS", "AttentionWindow", "Constraint", "DecodingConfig", "KVCache", "Score", "TokenWindow", "Trace", "ops",
+    "preset", "rules", "scores", *_LAZY,
 ]  # fmt: skip
 __all__ += rules.__all__
 

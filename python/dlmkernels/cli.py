@@ -239,7 +239,7 @@ def _generate(args: argparse.Namespace) -> int:
                          "--prompt holds mask tokens: --infill decodes them")  # fmt: skip
     if not args.infill and args.model == "demo" and "max_new_tokens" not in changes:
         changes["max_new_tokens"] = _demo_answer_length(prompt)
-    draws = is_random((named or default_config(model.family)).replace(**changes))
+    draws = is_random((named or default_config(model.family.preset)).replace(**changes))
     if draws and "seed" not in changes:
         import secrets
 

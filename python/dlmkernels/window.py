@@ -55,6 +55,13 @@ class AttentionWindow:
     rotations: Any = None
     #: the layers that have attended so far
     attended: set[int] = field(default_factory=set, init=False, repr=False, compare=False)
+    #: where the tensors are, None without any; and the same window on other devices
+    _home: torch.device | None = field(default=None, init=False, repr=False, compare=False)
+    _copies: dict[torch.device, AttentionWindow] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        tensors = (value for f in fields(self) if isinstance(value := getattr(self, f.name, None), Tensor))
+        object.__setattr__(self, "_home", next((tensor.device for tensor in tensors), None))
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> AttentionWindow:
         """The same window with its tensors on `device`: itself, or a copy that is made once for each device.
@@ -62,29 +69,19 @@ class AttentionWindow:
         The cache stays what it is, since each of its layers lives where that layer of the model does.
         """
         device = torch.device(device)
+        if self._home is None or device == self._home:
+            return self
         if device not in self._copies:
             moved: dict[str, Any] = {
                 f.name: value.to(device, non_blocking=non_blocking)
                 for f in fields(self)
-                if isinstance(value := getattr(self, f.name), Tensor)
+                if f.init and isinstance(value := getattr(self, f.name), Tensor)
             }
-            if not moved:
-                return self
             copy = replace(self, **moved)
             # of which there is one set for all devices
             vars(copy).update(attended=self.attended, _copies=self._copies)
-            self._copies[device] = copy
+            self._copies.update({self._home: self, device: copy})
         return self._copies[device]
-
-    @cached_property
-    def _device(self) -> torch.device | None:
-        """Where the tensors are, None without any."""
-        tensors = (value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor))
-        return next((tensor.device for tensor in tensors), None)
-
-    @cached_property
-    def _copies(self) -> dict[torch.device | None, AttentionWindow]:
-        return {self._device: self}
 
 
 @dataclass(frozen=True)
@@ -101,6 +98,13 @@ class TokenWindow:
 
     positions: Tensor
     origin: Tensor
+
+    @classmethod
+    def of(cls, positions: Tensor, origin: Tensor, used: Tensor) -> TokenWindow:
+        """The window of `positions` whose slots are known to be `used`, bool `[B, W]`, so that nothing need compare."""
+        window = cls(positions, origin)
+        vars(window)["used"] = used
+        return window
 
     @cached_property
     def used(self) -> Tensor:

@@ -94,7 +94,7 @@ class TestStrided:
         """
         from types import SimpleNamespace
 
-        from dlmkernels.decoding.strided import Verifier
+        from dlmkernels.decoding.programs.strided import Verifier
 
         draws, words, temperature = 6000, 7, 0.8
         generator = torch.Generator().manual_seed(3)
@@ -111,10 +111,10 @@ class TestStrided:
         zeros, seeds = torch.zeros(draws, dtype=torch.int32), torch.arange(draws)
         one = torch.full((1,), temperature)
         options = {"banned": banned, "temperature": one, "seed": seeds, "step": zeros, "distribution": "tempered"}
-        canvas = SimpleNamespace(origin=zeros, step=zeros)
+        canvas = SimpleNamespace(origin=zeros, step=zeros, seed=seeds)
         verify = Verifier(
             canvas, SimpleNamespace(rule=dk.Strided(2, leniency), temperature=temperature),
-            SimpleNamespace(options=options, seed=seeds),
+            SimpleNamespace(options=options),
         )  # fmt: skip
         nothing = torch.full((draws, 1), -1)
         none, first, _, drafts = verify(
@@ -183,9 +183,8 @@ class TestStrided:
     @pytest.mark.parametrize("leniency", [None, 1.0])
     def test_loop_reads_nothing_on_the_host(self, leniency, echo, monkeypatch):
         """But the counts, which on a GPU travel by themselves."""
-        from dlmkernels.decoding import strided
 
-        reads, steps = reads_between_polls(monkeypatch, strided)
+        reads, steps = reads_between_polls(monkeypatch)
         out = dk.generate(echo[1], prompts(2, 6), rule=dk.Strided(3, leniency), max_new_tokens=16, seed=1)
         assert out.complete.all() and len(steps) > 2 and reads.seen == []
         with reads:
@@ -319,9 +318,8 @@ class TestSelfSpeculative:
 
     def test_loop_reads_nothing_on_the_host(self, echo, monkeypatch):
         """But the counts, which on a GPU travel by themselves."""
-        from dlmkernels.decoding import speculative
 
-        reads, rounds = reads_between_polls(monkeypatch, speculative)
+        reads, rounds = reads_between_polls(monkeypatch)
         for temperature in (0.0, 1.0):
             rounds.clear()
             config = dk.preset("nemotron-speculative", temperature=temperature)

@@ -13,7 +13,7 @@ import numerics
 import published
 import restated_rules as restated
 from decodings import LENGTHS, NoRepeats, assert_rows_same, assert_same, canvas_of, lively, ragged
-from dlmkernels.decoding.constraint import pack, unpack
+from dlmkernels.decoding.bitmask import pack, unpack
 from dlmkernels.demo import run as demo
 from dlmkernels.demo.tasks import MASK_ID, TASKS
 from joint_model import Joint
@@ -285,15 +285,15 @@ class TestAllowedTokens:
         assert (out.generated == MASK).sum() == 2
 
     def test_without_a_constraint_nothing_is_masked(self, model, monkeypatch):
-        from dlmkernels.decoding import loop
+        from dlmkernels.decoding import propose
 
-        seen, real = [], loop.ops.token_confidence
+        seen, real = [], propose.token_confidence
 
         def record(logits, **options):
             seen.append(options.get("bitmask"))
             return real(logits, **options)
 
-        monkeypatch.setattr(loop.ops, "token_confidence", record)
+        monkeypatch.setattr(propose, "token_confidence", record)
         for constraint in (None, torch.ones(VOCAB, dtype=torch.bool)):
             seen.clear()
             out = dk.generate(model, prompts(2, 5), rule=dk.Threshold(0.3), constraint=constraint, **SHORT)
@@ -446,7 +446,7 @@ class TestChecker:
 
             def select(self, step):
                 step.keep("calls", step.recall("calls") + 1)
-                self.seen.append((step.index, step.recall("calls")[step.eligible].max().item()))
+                self.seen.append((int(step.index.max()), step.recall("calls")[step.eligible].max().item()))
                 return step.select("none", fill=2)
 
         constraint = Balanced(5)

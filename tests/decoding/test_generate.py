@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decoding loop: what it returns, what it refuses, what it never does."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -347,10 +349,11 @@ OWN_LOOP = (dk.Strided, dk.SelfSpeculative, dk.Reordered, dk.Pipeline, dk.Variab
 ], ids=lambda o: next((n for n, c in dk.PRESETS.items() if c is o.get("config")), None) or str(o))  # fmt: skip
 def test_step_loop_reads_nothing_on_the_host(model, options, monkeypatch):
     """Between two polls no tensor's value reaches the host."""
-    from dlmkernels.decoding import loop, poll
+    from dlmkernels.decoding import poll, state
+    from dlmkernels.decoding.block_forward import BlockForward
 
     reads = HostReads()
-    real_remask, real_forward = loop.ops.remask_, loop.CanvasForward.__call__
+    real_remask, real_forward = state.remask_, BlockForward.__call__
     steps, watching = [], []
 
     def forward(self, *args):
@@ -366,8 +369,8 @@ def test_step_loop_reads_nothing_on_the_host(model, options, monkeypatch):
         steps.append(len(reads.seen))
         return out
 
-    monkeypatch.setattr(loop.CanvasForward, "__call__", forward)
-    monkeypatch.setattr(loop.ops, "remask_", remask)
+    monkeypatch.setattr(BlockForward, "__call__", forward)
+    monkeypatch.setattr(state, "remask_", remask)
     dk.generate(model, prompts(2, 6), **SHORT | options)
     assert len(steps) >= 1 and reads.seen == []
     with reads:
@@ -408,13 +411,69 @@ def test_late_counts_change_nothing(model, options, monkeypatch):
             yield dk.infill(model, canvas, **to_infill)
 
     at_once = list(run())
-    for module in ("loop", "strided", "speculative", "reordered", "pipelined"):
-        monkeypatch.setattr(f"dlmkernels.decoding.{module}.OpenCount", LateCount)
+    monkeypatch.setattr("dlmkernels.decoding.programs.base.OpenCount", LateCount)
     for ours, late in zip(at_once, run()):
         assert late.complete.all()
         for name in ("sequences", "commit_step", "num_forwards"):
             assert torch.equal(getattr(ours, name), getattr(late, name)), name
         numerics.assert_same_probabilities(ours.confidence, late.confidence)
+
+
+GIVEN = {
+    "parts": {"attention": "causal-context", "cache": "block", "seeded": True, "sub_block_length": 2},
+    "shifted": {"attention": "causal", "cache": "block", "seeded": True, "logit_alignment": "shift"},
+    "apart": {"attention": "block", "cache": "block", "fuse_commit": False},
+    "no cache": {"attention": "causal-context", "cache": "none", "seeded": True},
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_contexts_count_for_the_requests_that_enter_the_block(model, name):
+    """What is given leaves blocks, or the first part of one, without a mask: in some rows, and in others not."""
+    given = torch.full((3, 16), -1)
+    given[0, :6], given[1, 4:8], given[2, 9] = 7, 8, 9
+    options = {"max_new_tokens": 16, "block_length": 4, "rule": dk.Threshold(0.4), "temperature": 1.0, "seed": 4}
+    options |= {"eos_policy": "none"} | GIVEN[name]
+    ids = prompts(3, 6)
+    out = dk.generate(model, ids, given=given, **options)
+    for row in range(3):
+        alone = dk.generate(model, ids[row], given=given[row], **options)
+        assert torch.equal(alone.sequences[0], out.sequences[row]) and out.complete[row]
+        assert torch.equal(alone.commit_step[0], out.commit_step[row])
+        assert alone.num_forwards[0] == out.num_forwards[row]
+
+
+@pytest.mark.parametrize(("cache", "narrow"), [("prefix", {}), ("dual", {"vicinity": (0, 3)})])
+def test_a_vicinity_ends_with_the_canvas(model, cache, narrow):
+    """Left of the first column there is nothing, and what stands at the end is forwarded all the same."""
+    canvas = prompts(2, 16)
+    canvas[:, 1:14:2] = MASK
+    canvas[:, -1] = MASK
+    options = {"cache": cache, "rule": dk.Quota(), "eos_policy": "none"}
+    wide, narrow = (dk.infill(model, canvas, **options, **v) for v in ({"vicinity": (5, 3)}, narrow))
+    assert torch.equal(wide.sequences, narrow.sequences) and torch.equal(wide.commit_step, narrow.commit_step)
+
+
+def test_a_row_that_is_given_another_request_keeps_nothing():
+    from dlmkernels.decoding.state import State
+
+    def state(tokens, seed):
+        is_open = torch.arange(5).expand(len(tokens), 5) > 2
+        return tokens, is_open, torch.zeros(len(tokens), dtype=torch.int32), 5, torch.full((len(tokens),), seed)
+
+    tokens, is_open, origin, end, seed = state(prompts(3, 5), 3)
+    used = State.of(tokens, is_open, origin, end, seed=seed)
+    before = {f.name: getattr(used, f.name) for f in dataclasses.fields(State)}
+    for name in ("commit_step", "confidence", "step", "block", "entered"):
+        before[name].fill_(9)
+    kept = {name: x[0].clone() for name, x in before.items() if x is not None}
+    other = State.of(*state(prompts(2, 5, seed=1), 8)[:4], seed=torch.tensor([8, 8]))
+    used.admit(torch.tensor([2, 1]), *state(prompts(2, 5, seed=1), 8))
+    for name, x in before.items():
+        assert getattr(used, name) is x  # written, not replaced
+        if x is not None:
+            assert torch.equal(x[0], kept[name])
+            assert torch.equal(x[[2, 1]], getattr(other, name) + (name == "epoch"))
 
 
 @pytest.mark.parametrize("options", [

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import dlmkernels as dk
-from dlmkernels.decoding.canvas import NegativePrompt
 from dlmkernels.decoding.guidance import Unconditional, pair_prompts
+from dlmkernels.decoding.state import NegativePrompt, State
 from small_models import EOS, MASK, PAD, build, prompts
 
 NEGATIVE = [[7, 8, 9], [11, 12, 13, 14, 15, 16, 17, 18, 19]]
@@ -120,7 +120,7 @@ def test_given_tokens_of_the_answer_are_seen_by_both():
         **OPTIONS,
     )  # fmt: skip
     assert out.generated[0, 4] == 40
-    canvas = dk.decoding.canvas.Canvas.of(
+    canvas = State.of(
         torch.tensor([[1, 2, MASK, 40]]), torch.tensor([[False, False, True, False]]), torch.tensor([0]),
         negative=NegativePrompt(torch.tensor([[8, 9]]), torch.tensor([0])),
     )  # fmt: skip

@@ -216,11 +216,9 @@ class TestTimes:
     @pytest.mark.parametrize("steps", [5, 10, 20, 40])
     def test_a_boundary_on_the_grid_is_met(self, steps):
         """Times are rounded, so that one that is t_on on paper is no later and no earlier than it."""
-        from types import SimpleNamespace
-
         rule = dk.Ancestral(eps=0.0, denoise=False)
         for i in range(steps):
-            t, s = rule.times(SimpleNamespace(index=i, num_steps=steps))
+            t, s = rule.times(i, steps)
             assert t == float(f"{(steps - i) / steps:.10g}") and s == float(f"{(steps - i - 1) / steps:.10g}")
 
     def test_dreams_share_is_exact(self, model):

@@ -11,7 +11,6 @@ import dlmkernels as dk
 import numerics
 import restated_length as restated
 from decodings import FEW_MASK, LateCount, Table, canvas_of, decode, lively, ragged, sure
-from dlmkernels.decoding import variable
 from host_reads import reads_between_polls
 from plain_llama import PlainLlama
 from published import block_causal, blocks_of
@@ -529,8 +528,7 @@ def test_late_counts_change_nothing(name, edits, monkeypatch):
     """A host that learns late how long a request has become makes room for what it may be."""
     model, _ = edits
     at_once = run(name, model)
-    for module in ("loop", "variable"):
-        monkeypatch.setattr(f"dlmkernels.decoding.{module}.OpenCount", LateCount)
+    monkeypatch.setattr("dlmkernels.decoding.programs.base.OpenCount", LateCount)
     late = run(name, model)
     for what in ("sequences", "commit_step", "num_forwards", "length"):
         assert torch.equal(getattr(at_once, what), getattr(late, what)), what
@@ -547,7 +545,7 @@ def test_a_late_host_sees_all_masks(monkeypatch):
     outputs = []
     for counts in (None, LateCount):
         if counts:
-            monkeypatch.setattr("dlmkernels.decoding.variable.OpenCount", counts)
+            monkeypatch.setattr("dlmkernels.decoding.programs.base.OpenCount", counts)
         outputs.append(dk.infill(Table(rows).eval(), torch.tensor([[4, FEW_MASK, 4]]), **options))
     at_once, late = outputs
     assert at_once.length[0] == 9 and (at_once.commit_step[0, 1:8].diff() != 1).any()
@@ -557,7 +555,7 @@ def test_a_late_host_sees_all_masks(monkeypatch):
 @pytest.mark.parametrize("name", [name for name in CASES if name != "splitting"])
 def test_loop_reads_nothing_on_the_host(name, edits, monkeypatch):
     """But the counts, which on a GPU travel by themselves. (Of `SplitEditing` see `test_generate.py`.)"""
-    reads, steps = reads_between_polls(monkeypatch, variable, 0)
+    reads, steps = reads_between_polls(monkeypatch, 0)
     out = run(name, edits[0])
     assert out.complete.all() and len(steps) > 2 and reads.seen == []
     with reads:

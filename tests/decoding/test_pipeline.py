@@ -277,9 +277,7 @@ def test_a_request_does_not_depend_on_its_batch(family, cache, options, loaded):
 @pytest.mark.parametrize("family", ["d2f-dream", "llada"])
 def test_loop_reads_nothing_on_the_host(family, loaded, monkeypatch):
     """But the counts, which on a GPU travel by themselves."""
-    from dlmkernels.decoding import pipelined
-
-    reads, steps = reads_between_polls(monkeypatch, pipelined)
+    reads, steps = reads_between_polls(monkeypatch)
     _, model = loaded(family)
     config = dk.preset("d2f" if family in D2F else "d3llm")
     out = dk.generate(model, prompts(2, 6), config=config, max_new_tokens=20, block_length=8)
@@ -301,7 +299,7 @@ def test_late_counts_in_short_blocks(family, options, loaded, monkeypatch):
     options = options | {"config": dk.DecodingConfig(), "max_new_tokens": 48, "block_length": 4, "eos_token_id": 50}
     _, ids, valid = ragged(seed=8)
     at_once = dk.generate(model, ids, valid, **options)
-    monkeypatch.setattr("dlmkernels.decoding.pipelined.OpenCount", LateCount)
+    monkeypatch.setattr("dlmkernels.decoding.programs.base.OpenCount", LateCount)
     late = dk.generate(model, ids, valid, **options)
     for name in ("sequences", "commit_step", "num_forwards"):
         assert torch.equal(getattr(at_once, name), getattr(late, name)), name

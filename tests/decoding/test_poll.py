@@ -131,4 +131,4 @@ def test_an_event_on_another_stream_is_noticed(monkeypatch):
     monkeypatch.setattr(poll, "torch", gpu)
     landing = poll.Landing(Counts(gpu, 1, (4, 4)))
     landing._event.record(gpu.streams[0])
-    assert landing.tolist() == [-1, -1]
+    assert landing.read() == (-1, -1)

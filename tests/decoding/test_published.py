@@ -315,16 +315,17 @@ class TestDream:
         """`TimeQuota` takes what the float32 arithmetic of the program does, for any number of masks."""
 
         class Recorder:
-            num_steps, open_now = steps, torch.arange(513, dtype=torch.int32)
+            num_steps, open_now = torch.tensor([steps]), torch.arange(513, dtype=torch.int32)
 
             def select(self, rule, fill):
                 self.fill = fill
 
         step = Recorder()
         t = torch.linspace(1, 1e-3, steps + 1)
-        for step.index in range(steps):
+        for i in range(steps):
+            step.index = torch.tensor([i])
             dk.TimeQuota().select(step)
-            share = 1 - t[step.index + 1] / t[step.index] if step.index < steps - 1 else 1
+            share = 1 - t[i + 1] / t[i] if i < steps - 1 else 1
             assert torch.equal(step.fill.int(), (step.open_now.float() * share).int())
 
 

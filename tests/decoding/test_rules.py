@@ -14,8 +14,9 @@ import published
 import restated_rules as restated
 from decodings import FEW_MASK, Table, assert_rows_same, assert_same, decode, lively, ragged, sure
 from dlmkernels import ops, scores
-from dlmkernels.decoding.canvas import Canvas
-from dlmkernels.decoding.step import RandomState, Step
+from dlmkernels.decoding.standing import Standing, Tables
+from dlmkernels.decoding.state import State
+from dlmkernels.decoding.step import Step
 from dlmkernels.demo import run as demo
 from dlmkernels.demo.tasks import TASKS
 from dlmkernels.window import TokenWindow
@@ -64,14 +65,20 @@ def random_step(seed=0, index=0, num_steps=5, rows=ROWS):
     )  # fmt: skip
     state_open = torch.zeros(rows, START + LENGTH + 3, dtype=torch.bool)
     state_open[:, START : START + LENGTH] = is_open
-    canvas = Canvas.of(torch.zeros(rows, START + LENGTH + 3, dtype=torch.int64), state_open, torch.zeros(rows))
+    canvas = State.of(
+        torch.zeros(rows, START + LENGTH + 3, dtype=torch.int64), state_open, torch.zeros(rows),
+        seed=torch.arange(rows),
+    )  # fmt: skip
     at_start = (count[:, 0] + torch.randint(0, 4, (rows,), generator=g)).int()
+    nothing = torch.zeros(rows, dtype=torch.int32)
+    standing = Standing(
+        step=nothing + index, entered=nothing, block_start=nothing + START, block_length=nothing + LENGTH,
+        num_steps=nothing + num_steps, behind=nothing, open_at_start=at_start, width=LENGTH,
+        tables=Tables((num_steps,), LENGTH, nothing),
+    )  # fmt: skip
     return Step(
-        stats=stats, window=TokenWindow(position, canvas.origin), eligible=used, index=index, num_steps=num_steps,
-        open_at_start=at_start, open_now=count[:, 0].int(), raw_logits=torch.zeros(n, 1), proposer=None,
-        random=RandomState(torch.arange(rows), torch.zeros(rows, dtype=torch.int32)),
-        score_of=scores.Probability(), canvas=canvas, block_start=torch.full((rows,), START, dtype=torch.int32),
-        block_length=LENGTH,
+        stats=stats, window=TokenWindow(position, canvas.origin), eligible=used, standing=standing,
+        raw_logits=torch.zeros(n, 1), score_of=scores.Probability(), canvas=canvas,
     )  # fmt: skip
 
 
@@ -82,13 +89,18 @@ def rows_of(step, order):
     def pick(x):
         return x.view(n, -1)[order].flatten() if x.numel() else x
 
-    fields = {f.name: getattr(step.canvas, f.name) for f in dataclasses.fields(Canvas)}
-    canvas = Canvas(**{name: x if x is None else x[order] for name, x in fields.items()})
+    def of_rows(x, **others):
+        fields = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
+        return dataclasses.replace(
+            x, **{k: v[order] for k, v in fields.items() if isinstance(v, torch.Tensor)}, **others
+        )
+
+    tables = step.standing.tables
+
     return dataclasses.replace(
-        step, stats=ops.TokenConfidence(*map(pick, step.stats)), eligible=step.eligible[order], canvas=canvas,
+        step, stats=ops.TokenConfidence(*map(pick, step.stats)), eligible=step.eligible[order],
+        canvas=of_rows(step.canvas), standing=of_rows(step.standing, tables=Tables(tables.plans, tables.steps, tables.first[order])),
         window=TokenWindow(step.window.positions[order], step.window.origin[order]),
-        open_at_start=step.open_at_start[order], open_now=step.open_now[order], block_start=step.block_start[order],
-        random=RandomState(step.random.seed[order], step.random.step[order]),
     )  # fmt: skip
 
 
@@ -98,7 +110,7 @@ def cases(step):
         w = int(step.eligible[b].sum())
         yield restated.Case(
             step.window.positions[b, :w].tolist(), step.score[b, :w].tolist(), step.entropy[b, :w].tolist(),
-            step.index, step.num_steps, int(step.open_at_start[b]), START, LENGTH,
+            int(step.index[b]), int(step.num_steps[b]), int(step.open_at_start[b]), START, LENGTH,
         )  # fmt: skip
 
 

@@ -3,6 +3,8 @@
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dlmkernels.decoding.programs import base
+
 
 class HostReads(TorchDispatchMode):
     """Records every operation that hands a tensor's value to the host."""
@@ -20,14 +22,14 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def reads_between_polls(monkeypatch, module, what=1):
-    """What the loop in `module` reads between a count that it takes and the next that it hands over; and the counts.
+def reads_between_polls(monkeypatch, what=1):
+    """What the loop reads between a count that it takes and the next that it hands over; and the counts.
 
     The loop goes on as long as the count's number `what` is above 0. The counts travel by themselves on a GPU.
     """
     reads, counts = HostReads(), []
 
-    class Counts(module.OpenCount):
+    class Counts(base.OpenCount):
         def latest(self):
             counts.append(super().latest())
             if counts[-1][what] > 0:
@@ -39,5 +41,5 @@ def reads_between_polls(monkeypatch, module, what=1):
                 reads.__exit__(None, None, None)
             super().submit(values)
 
-    monkeypatch.setattr(module, "OpenCount", Counts)
+    monkeypatch.setattr(base, "OpenCount", Counts)
     return reads, counts

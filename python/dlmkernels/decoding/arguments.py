@@ -146,3 +146,14 @@ def check_embeds(model: DiffusionModel, embeds: Tensor, pad: int) -> Tensor:
 def check_streamer(streamer, batch: int) -> None:
     if streamer is not None and batch != 1:
         raise ValueError(f"streamer takes one request; got a batch of {batch}")
+
+
+def seeds_of(seed: int | Tensor | None, batch: int, device: torch.device) -> Tensor:
+    """What each request's random draws depend on, int64 `[B]`."""
+    if seed is None:
+        return torch.randint(2**63 - 1, (batch,), device="cpu").to(device)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.shape != (batch,):
+            raise ValueError(f"seed must be int64 of shape [{batch}]; got {seed.dtype} of shape {list(seed.shape)}")
+        return seed.to(device)
+    return torch.full((batch,), seed, dtype=torch.int64, device=device)

@@ -101,13 +101,69 @@ DEFAULT_RULE: Rule = Threshold(0.95)
 FIXED_RULE: Rule = Quota()
 
 
-@dataclass(frozen=True, eq=False)
-class DecodingConfig(ComparedByValue):
+@dataclass(frozen=True, eq=False, kw_only=True)
+class OfTheFamily:
+    """What the model's family says of a decoding: None leaves it to that.
+
+    Attributes
+    ----------
+    mask_token_id, eos_token_id, pad_token_id : int
+        Taken from the model's configuration when None. Several eos ids may be given.
+    logit_alignment : {"same", "shift"}, optional
+        Whether row i of the logits speaks of position i or of i + 1. None: what the model's family does.
+    attention : {"full", "block", "causal", "causal-context", "reordered"}, optional
+        What a position sees (see `models.families.Family`). None: what the model's family does.
+    block_grid : {"absolute", "prompt", "both-ways"}, optional
+        Where the blocks of attention="block" are counted from (see `models.families.Family`). None: what the model's
+        family does.
+    seeded : bool, optional
+        Whether a block's first token is what the row before it predicts, committed before the block's first step.
+        None: what the model's family does.
+    """
+
+    mask_token_id: int | None = None
+    eos_token_id: int | Sequence[int] | None = None
+    pad_token_id: int | None = None
+    logit_alignment: str | None = None
+    attention: str | None = None
+    block_grid: str | None = None
+    seeded: bool | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class OfTheRule:
+    """What is there for the rules that ask for it: see `Rule.uses_steps` and `Rule.ignores`.
+
+    Attributes
+    ----------
+    steps : int, optional
+        Forwards of the whole generation, for rules with a fixed schedule (`Quota`, `TimeQuota`), divided evenly among
+        the blocks; what is left over goes to the first blocks, one each. None: one forward a token. Adaptive rules take
+        as many as they need.
+    score : {"probability", "margin", "entropy", "random", "position"} or Score
+        What orders the positions: probability of the proposal, gap between the two best probabilities, negative
+        entropy, chance, left to right, or a score of `dlmkernels.scores`.
+    order_temperature : float
+        Above 0 the order is drawn at random, position i with weight exp(score / order_temperature).
+    defer_token_ids : sequence of int
+        Positions where one of these is proposed come last, whatever their score.
+    """
+
+    steps: int | None = None
+    score: str | Score = "probability"
+    order_temperature: float = 0.0
+    defer_token_ids: Sequence[int] = ()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
     """How to decode. Every field is also a keyword of `generate` and `infill`.
 
     Numbers may be Python's, numpy's, or tensors of one value; where several are wanted, any sequence of them. What you
     set has to have an effect in the decoding: an option that has none with the rule, the cache and the attention in use
     is refused by name. The fields of a preset need not.
+
+    What a user chooses is below; what the model's family says, and what belongs to some rules, is in the two bases.
 
     Attributes
     ----------
@@ -119,16 +175,9 @@ class DecodingConfig(ComparedByValue):
     sub_block_length : int, optional
         A block is decoded in parts of this length, left to right, each seeing the whole block (Fast-dLLM v2,
         arXiv:2509.26328).
-    steps : int, optional
-        Forwards of the whole generation, for rules with a fixed schedule (`Quota`, `TimeQuota`), divided evenly among
-        the blocks; what is left over goes to the first blocks, one each. None: one forward a token. Adaptive rules take
-        as many as they need.
     rule : Rule, optional
         Which positions a step commits. None: `DEFAULT_RULE`, which commits all tokens the model is sure of; or, where
         `steps` is given, `Quota()`, which takes exactly that many forwards.
-    score : {"probability", "margin", "entropy", "random", "position"} or Score
-        What orders the positions: probability of the proposal, gap between the two best probabilities, negative
-        entropy, chance, left to right, or a score of `dlmkernels.scores`.
     temperature : float
         0: the most likely token; otherwise Gumbel-max sampling at this temperature.
     top_k, top_p : int, float
@@ -137,8 +186,6 @@ class DecodingConfig(ComparedByValue):
         Order of the filters, and whether the token that crosses `top_p` stays (see `ops.token_confidence`).
     distribution : {"raw", "tempered", "filtered"}
         Which distribution the scores are read from: before temperature, after it, or after the filters.
-    order_temperature : float
-        Above 0 the order is drawn at random, position i with weight exp(score / order_temperature).
     cache : {"none", "prefix", "dual", "delayed", "block"}
         KV reuse. none: every forward takes the whole canvas (exact). prefix: keys and values left of the block are
         kept from the block's first forward. dual: also those right of it; a forward then takes the block alone
@@ -169,51 +216,34 @@ class DecodingConfig(ComparedByValue):
     cfg_scale : float
         Classifier-free guidance: logits u + (cfg_scale + 1)(c - u), u from a canvas whose given tokens are masked.
         Doubles the work.
-    mask_token_id, eos_token_id, pad_token_id : int
-        Taken from the model's configuration when None. Several eos ids may be given.
     suppress_token_ids : sequence of int
         Never generated. The mask token never is.
     constraint : Constraint or Tensor, optional
         What the tokens must obey. A tensor says which tokens are allowed: bool `[V]`, or an int32 bitmask
         `[ceil(V / 32)]` (bit v % 32 of word v // 32), for all positions; `[N, …]` or `[B, N, …]`, one for each of the N
         = `max_new_tokens` positions of an answer (`infill`: of the canvas), B and N being that or 1. Fewer than V are
-        those of the first tokens, and the others are not allowed. Block by block only: not with rules that have a loop
-        of their own.
+        those of the first tokens, and the others are not allowed. Block by block only: not with rules that have a
+        program of their own.
     logit_bias : dict or Tensor, optional
         Added to the logits of every position: `{id: value}`, or a float tensor `[V]`. It is added to the guided logits
         (after `cfg_scale`) and before temperature and filters. The model's distribution is the biased one for all that
         follows: confidences, margins and entropies are read from it, whatever `distribution` is.
-    defer_token_ids : sequence of int
-        Positions where one of these is proposed come last, whatever their score.
     eos_policy : {"none", "fill", "block"}
         fill: once an end token stands with nothing open before it, the rest of the request becomes padding and the
         request is done. block: the same, but only when its block is finished, as must be with rules that take
         committed tokens back. none: the full length is decoded.
-    logit_alignment : {"same", "shift"}, optional
-        Whether row i of the logits speaks of position i or of i + 1. None: what the model's family does.
-    attention : {"full", "block", "causal", "causal-context", "reordered"}, optional
-        What a position sees (see `models.families.Family`). None: what the model's family does.
-    block_grid : {"absolute", "prompt", "both-ways"}, optional
-        Where the blocks of attention="block" are counted from (see `models.families.Family`). None: what the model's
-        family does.
-    seeded : bool, optional
-        Whether a block's first token is what the row before it predicts, committed before the block's first step.
-        None: what the model's family does.
     """
 
     max_new_tokens: int = 128
     block_length: int | None = None
     sub_block_length: int | None = None
-    steps: int | None = None
     rule: Rule = None  # type: ignore[assignment]  # never None after __post_init__
-    score: str | Score = "probability"
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     top_p_first: bool = False
     keep_crossing: bool = True
     distribution: str = "raw"
-    order_temperature: float = 0.0
     cache: str = "none"
     sub_block_cache: bool = False
     warmup: int = 1
@@ -222,18 +252,10 @@ class DecodingConfig(ComparedByValue):
     fuse_commit: bool = True
     seed: int | Tensor | None = None
     cfg_scale: float = 0.0
-    mask_token_id: int | None = None
-    eos_token_id: int | Sequence[int] | None = None
-    pad_token_id: int | None = None
     suppress_token_ids: Sequence[int] = ()
     constraint: Constraint | Tensor | None = None
     logit_bias: Mapping[int, float] | Tensor | None = None
-    defer_token_ids: Sequence[int] = ()
     eos_policy: str = "fill"
-    logit_alignment: str | None = None
-    attention: str | None = None
-    block_grid: str | None = None
-    seeded: bool | None = None
 
     def __post_init__(self):
         if self.rule is None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,12 +17,12 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from ..models.adapt import DiffusionModel, adapt
+from ..models.adapt import adapt
 from .config import DecodingConfig
-from .constraint import without
 from .generate import generate
 from .output import DecodingOutput
-from .resolve import ConfigLike, check_block_by_block, configuration
+from .processors import Bans, as_list, honour
+from .resolve import ConfigLike, configuration
 
 #: Fields of a generation config that are honoured: by what is below, or (lengths, number of sequences, filters, end
 #: tokens, processors) by what transformers has made of them before it calls us.
@@ -152,7 +151,7 @@ def custom_generate(
     bans = Bans(input_ids.shape[1], options["max_new_tokens"])
     for processor in logits_processor or ():
         if type(processor).__name__ not in left_out:
-            _honour(processor, options, bans, samples)
+            honour(processor, options, bans, samples)
     out = generate(
         adapted, None if inputs_embeds is not None else input_ids, attention_mask, ours, streamer,
         inputs_embeds=inputs_embeds, **options, **bans.options(adapted, ours),
@@ -275,17 +274,11 @@ def _ids_of(model, config, criteria) -> dict[str, Any]:
         return {"eos_token_id": ends} if ends else {}
     inherited = getattr(model, "generation_config", None)
     options: dict[str, Any] = {}
-    if set(ends) != set(_as_list(getattr(inherited, "eos_token_id", None))):
+    if set(ends) != set(as_list(getattr(inherited, "eos_token_id", None))):
         options["eos_token_id"] = ends
     if config.pad_token_id is not None and config.pad_token_id != getattr(inherited, "pad_token_id", None):
         options["pad_token_id"] = config.pad_token_id
     return options
-
-
-def _as_list(ids) -> list[int]:
-    if isinstance(ids, Tensor):
-        return ids.flatten().tolist()
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def _length(config, criteria, prompt_length: int, ours: DecodingConfig) -> int:
@@ -303,108 +296,3 @@ def _length(config, criteria, prompt_length: int, ours: DecodingConfig) -> int:
             f"has a length of its own: pass max_new_tokens={ours.max_new_tokens} to it"
         )
     return length
-
-
-# --- logits processors ------------------------------------------------------------------------------------------------
-
-
-class Bans:
-    """Tokens that must not be generated, anywhere or at some positions of the answer."""
-
-    def __init__(self, prompt_length: int, length: int):
-        self.prompt_length, self.length = prompt_length, length
-        self.everywhere: list[int] = []
-        #: which tokens are banned, or are the only ones, in which positions; and what asks for it
-        self.somewhere: list[tuple[list[int], slice]] = []
-        self.only: list[tuple[list[int], slice]] = []
-        self.reasons: list[str] = []
-
-    def ban(self, reason: str, ids, first: int = 0, last: int | None = None) -> None:
-        """Ban `ids` in the positions `[first, last)`."""
-        if last is None or (first <= 0 and last >= self.length):
-            self.everywhere += _as_list(ids)
-        elif max(first, 0) < last:
-            self.somewhere.append((_as_list(ids), slice(max(first, 0), last)))
-            self.reasons.append(reason)
-
-    def force(self, reason: str, ids, position: int) -> None:
-        """Allow nothing but `ids` in one position."""
-        self.only.append((_as_list(ids), slice(position, position + 1)))
-        self.reasons.append(reason)
-
-    def options(self, model: DiffusionModel, ours: DecodingConfig) -> dict[str, Any]:
-        """The same as options of `generate`, beside those of the configuration `ours`."""
-        options: dict[str, Any] = {}
-        if self.everywhere:
-            options["suppress_token_ids"] = list(dict.fromkeys([*ours.suppress_token_ids, *self.everywhere]))
-        if self.reasons:
-            if ours.constraint is not None:
-                raise ValueError(f"{self.reasons[0]} cannot be used with a constraint of decoding_config: put it there")
-            if model.vocab_size is None:
-                raise ValueError(f"{self.reasons[0]} needs a model whose configuration says its vocab_size")
-            check_block_by_block(self.reasons[0], ours.rule)
-            options["constraint"] = self._bitmask(model.vocab_size, model.device)
-        return options
-
-    def _bitmask(self, vocab: int, device: torch.device) -> Tensor:
-        mask = torch.full((1, self.length, -(-vocab // 32)), -1, dtype=torch.int32, device=device)
-        for ids, where in self.only:
-            mask[:, where] = 0
-            for i in ids:
-                bit = 1 << i % 32
-                mask[:, where, i // 32] |= bit - 2**32 if bit >= 2**31 else bit
-        for ids, where in self.somewhere:
-            part = mask[:, where]
-            everywhere = torch.ones(part.shape[:2], dtype=torch.bool, device=part.device)
-            for i in ids:
-                part = without(part, torch.full(part.shape[:2], i, device=part.device), everywhere)
-            mask[:, where] = part
-        return mask
-
-
-def _bad_words(p, options: dict[str, Any], bans: Bans) -> None:
-    for word in p.bad_word_ids:
-        if len(word) != 1:
-            raise ValueError(f"bad_words_ids may hold words of one token with dlmkernels; got {word}")
-        bans.ban("bad_words_ids", word)
-
-
-def _top_p(p, options: dict[str, Any], bans: Bans) -> None:
-    if p.min_tokens_to_keep != 1:
-        raise ValueError(f"TopPLogitsWarper must have min_tokens_to_keep=1; got {p.min_tokens_to_keep}")
-    options["top_p"] = p.top_p
-
-
-#: What each class of processors comes to; the last two come to nothing.
-PROCESSORS: dict[str, Callable[[Any, dict[str, Any], Bans], Any]] = {
-    "TemperatureLogitsWarper": lambda p, options, bans: options.update(temperature=p.temperature),
-    "TopKLogitsWarper": lambda p, options, bans: options.update(top_k=p.top_k),
-    "TopPLogitsWarper": _top_p,
-    "SuppressTokensLogitsProcessor": lambda p, options, bans: bans.ban("suppress_tokens", p.suppress_tokens),
-    "SuppressTokensAtBeginLogitsProcessor": lambda p, options, bans: bans.ban(
-        "begin_suppress_tokens", p.begin_suppress_tokens, p.begin_index - bans.prompt_length,
-        p.begin_index - bans.prompt_length + 1),
-    "NoBadWordsLogitsProcessor": _bad_words,
-    "MinLengthLogitsProcessor": lambda p, options, bans: bans.ban(
-        "min_length", p.eos_token_id, 0, p.min_length - bans.prompt_length),
-    "MinNewTokensLengthLogitsProcessor": lambda p, options, bans: bans.ban(
-        "min_new_tokens", p.eos_token_id, 0, p.prompt_length_to_skip + p.min_new_tokens - bans.prompt_length),
-    "ForcedEOSTokenLogitsProcessor": lambda p, options, bans: bans.force(
-        "forced_eos_token_id", p.eos_token_id, bans.length - 1),
-    "InfNanRemoveLogitsProcessor": lambda p, options, bans: None,
-    "LogitNormalization": lambda p, options, bans: None,
-}  # fmt: skip
-
-
-def _honour(processor, options: dict[str, Any], bans: Bans, samples: bool) -> None:
-    """Turn a logits processor into options of `generate` or bans; refuse one that cannot be."""
-    name = type(processor).__name__
-    is_theirs = type(processor).__module__.startswith("transformers.")
-    if not is_theirs or name not in PROCESSORS:
-        raise ValueError(
-            f"logits_processor: {name} cannot be used with dlmkernels, which decodes many positions at once, in any "
-            "order; a constraint of decoding_config can say which tokens are allowed where"
-        )
-    if name.endswith("Warper") and not samples:
-        raise ValueError(f"logits_processor: {name} has no effect without do_sample=True")
-    PROCESSORS[name](processor, options, bans)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from .config import APPROXIMATE, DecodingConfig
+from .rules import VariableLength
 from .scores import Random, score_named
-from .streams import VariableLength
 
 
 class Need(NamedTuple):

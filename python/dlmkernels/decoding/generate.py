@@ -7,28 +7,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .arguments import check_embeds, check_given, check_prompt, check_streamer, check_tokens
-from .canvas import Canvas
+from .arguments import check_embeds, check_given, check_prompt, check_streamer, check_tokens, seeds_of
 from .config import DecodingConfig
 from .guidance import pair_prompts
 from .inputs import filler, read_canvases, read_options, read_prompts
-from .loop import decode
 from .output import DecodingOutput
-from .pipelined import decode_pipelined
-from .reordered import decode_reordered
+from .programs import Task, program_of, run
 from .resolve import ConfigLike, prepare
-from .rules import Rule
+from .rules import SelfSpeculative, Strided, VariableLength
 from .schedule import Grid
-from .speculative import decode_speculative
-from .streams import Pipeline, Reordered, SelfSpeculative, Strided, VariableLength
-from .strided import decode_strided
-from .variable import decode_variable
-
-#: the loops of the rules that are not decoded block by block
-LOOPS = {
-    Strided: decode_strided, SelfSpeculative: decode_speculative, Reordered: decode_reordered,
-    Pipeline: decode_pipelined, VariableLength: decode_variable,
-}  # fmt: skip
+from .state import State
 
 
 def generate(
@@ -130,12 +118,13 @@ def generate(
         given = check_given(model, given, batch, config, special)
         masks[:, : config.max_new_tokens] = torch.where(given >= 0, given, masks[:, : config.max_new_tokens])
         is_open[:, prompt_length:end] &= given < 0
-    canvas = Canvas.of(torch.cat((tokens, masks), 1), is_open, origin, grid.ends, pair.negative)
     check_streamer(streamer, batch)
+    seeds = seeds_of(config.seed, batch, tokens.device)
+    state = State.of(torch.cat((tokens, masks), 1), is_open, origin, grid.ends, pair.negative, seeds)
     if streamer is not None:
         streamer.put(prompt[0].cpu())
-    loop = _loop_of(config.rule)
-    out = loop(model, canvas, config, special, grid, prompt_length, end, streamer, pair.widened(inputs_embeds))
+    task = Task(model, state, config, special, grid, prompt_length, end, pair.widened(inputs_embeds))
+    out = run(program_of(config.rule)(task), streamer)
     return out.without_columns(pair.added).known_by(tokenizer)
 
 
@@ -187,16 +176,12 @@ def infill(
             f"tokens is {length} long{grown}, longer than the model's max_position_embeddings of {model.max_length}"
         )
     more = (0, width - length)
-    canvas = Canvas.of(pad(tokens, more, value=special.pad), pad(is_open, more), origin, length)
     check_streamer(streamer, batch)
-    grid = Grid.of(config, canvas.origin, 0, width, grows=False)
-    loop = decode_variable if varies else decode
-    return loop(model, canvas, config, special, grid, 0, length, streamer).known_by(tokenizer)
-
-
-def _loop_of(rule: Rule):
-    """The loop that decodes a continuation with a rule."""
-    return next((loop for kind, loop in LOOPS.items() if isinstance(rule, kind)), decode)
+    seeds = seeds_of(config.seed, batch, tokens.device)
+    state = State.of(pad(tokens, more, value=special.pad), pad(is_open, more), origin, length, seed=seeds)
+    grid = Grid.of(config, state.origin, 0, width, grows=False)
+    program = program_of(config.rule)(Task(model, state, config, special, grid, 0, length))
+    return run(program, streamer).known_by(tokenizer)
 
 
 def _check_without_prompt(config: DecodingConfig, given: Tensor | None, negative_prompt) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .canvas import Canvas, NegativePrompt
 from .config import DecodingConfig, SpecialTokens
 from .inputs import filler, read_prompts
+from .state import NegativePrompt, State
 
 
 @dataclass(frozen=True)
@@ -82,16 +82,22 @@ class Unconditional:
         int64 and bool `[B, T]`: what stands there instead, and where.
     """
 
-    def __init__(self, canvas: Canvas, mask_token: int):
-        negative, width = canvas.negative, canvas.tokens.shape[1]
+    def __init__(self, canvas: State, mask_token: int):
+        self._canvas, negative, width = canvas, canvas.negative, canvas.tokens.shape[1]
         if negative is None:
-            self.origin, self.replaced = canvas.origin, ~canvas.is_open
+            self.origin, self.replaced = canvas.origin, torch.zeros_like(canvas.is_open)
             self.tokens = torch.full_like(canvas.tokens, mask_token)
+            self.look()
         else:
             behind = width - negative.tokens.shape[1]
             self.origin, self.tokens = negative.origin, pad(negative.tokens, (0, behind))
             self.replaced = torch.zeros_like(canvas.is_open)
             self.replaced[:, : width - behind] = True
+
+    def look(self) -> None:
+        """Find out what is given now."""
+        if self._canvas.negative is None:
+            self.replaced.copy_(~self._canvas.is_open)
 
     def see(self, tokens: Tensor) -> Tensor:
         """The canvas' tokens int64 `[B, T]` with what was given replaced."""

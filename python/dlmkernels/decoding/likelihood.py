@@ -12,11 +12,10 @@ from torch import Tensor
 from .. import ops
 from ..models.adapt import DiffusionModel, adapt
 from ..window import AttentionWindow
-from .arguments import check_tokens
-from .canvas import Canvas
+from .arguments import check_tokens, seeds_of
 from .config import DecodingConfig, SpecialTokens
-from .propose import seeds_of
 from .resolve import prepare
+from .state import State
 
 METHODS = ("monte-carlo", "mean-field", "coupled")
 
@@ -213,7 +212,7 @@ class _Task:
         masked, true = torch.cat(masks), self.tokens.repeat(n, 1)
         origin = self.origin.repeat(n)
         scored = masked & self.in_answer.repeat(n, 1)
-        canvas = Canvas.of(true.masked_fill(masked, self.mask), scored, origin)
+        canvas = State.of(true.masked_fill(masked, self.mask), scored, origin)
         answer = canvas.columns(torch.full_like(origin, self.start), length - self.start)
         window = canvas.window(answer, max(int(scored.sum(1).max()), 1))
         end = self.ends.repeat(n)

@@ -4,18 +4,15 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .canvas import Canvas
-from .constraint import Constrained
+from .constrained import Constrained
 from .output import DecodingOutput
 from .rules import Rule
-
-if TYPE_CHECKING:
-    from .step import Step
+from .state import State
+from .step import Step
 
 # What a position's last step found there.
 NOTHING_SEEN, NO_LOGIT, REFUSED, PROPOSED = range(4)
@@ -24,28 +21,30 @@ NOTHING_SEEN, NO_LOGIT, REFUSED, PROPOSED = range(4)
 class Unfinished:
     """Why positions stay open: remembers what the last step that looked at a position found there."""
 
-    def __init__(self, canvas: Canvas, rule: Rule, constrained: Constrained | None = None):
+    def __init__(self, canvas: State, rule: Rule, constrained: Constrained | None = None):
         self.canvas, self.rule = canvas, rule
         self.constrained = None if constrained is None or constrained.constraint is None else constrained
         self.found = torch.zeros_like(canvas.state)
         self.last: Step | None = None
 
+    def begin(self) -> None:
+        """Nothing has been looked at yet."""
+        self.found.zero_()
+        self.last = None
+
     def see(self, step: Step) -> None:
         """Take notice of a step, as it stands when it has been decided what it does."""
         self.last = step
-        # A row whose positions are all in the window may leave it with masks; else the block's last step says it all.
-        if self.rule.slots != "open":
-            self.end_block()
 
-    def end_block(self) -> None:
-        """Remember what the last step has found; no other will look at what is open in its block."""
+    def settle(self) -> None:
+        """Remember what the last step has found, before one that may not look at its positions any more."""
         step = self.last
         if step is None:
             return
         self.last = None
         found = torch.where(step.token >= 0, PROPOSED, NO_LOGIT)
         if self.constrained is not None:
-            possible = (step.raw_logits[: found.numel()] > -torch.inf).any(1).view(found.shape)
+            possible = (step.raw_logits > -torch.inf).any(1)[step.logit_rows]
             refused = possible & ((step.token < 0) | self.constrained.is_stuck[:, None])
             found = found.masked_fill(refused, REFUSED)
         width = self.found.shape[1]
@@ -55,7 +54,7 @@ class Unfinished:
 
     def why(self, is_open: Tensor) -> str:
         """Which rows have open positions, and for what reason; `is_open` bool `[B, n]`, of the first n columns."""
-        self.end_block()
+        self.settle()
         found = self.found[:, : is_open.shape[1]].masked_fill(~is_open, NOTHING_SEEN)
         has = {reason: (found == reason).any(1) for reason in (NO_LOGIT, REFUSED, PROPOSED)}
         # Loops that always take what the model says look at no position again that it has said nothing of.
@@ -73,7 +72,7 @@ class Unfinished:
 
 
 def output_of(
-    canvas: Canvas, prompt_length: int, end: int, unfinished: Unfinished, length: Tensor | None = None
+    canvas: State, prompt_length: int, end: int, unfinished: Unfinished, length: Tensor | None = None
 ) -> DecodingOutput:
     """The first `end` columns of a canvas as the result; a warning says where masks are left, and why.
 
@@ -85,7 +84,7 @@ def output_of(
         warnings.warn(
             f"masks are left {unfinished.why(is_open)} (see `DecodingOutput.complete`)",
             RuntimeWarning,
-            stacklevel=5,  # whoever called `generate` or `infill`
+            stacklevel=6,  # whoever called `generate` or `infill`
         )
     tokens, steps, confidence = (x[:, :end] for x in (canvas.tokens, canvas.commit_step, canvas.confidence))
     if length is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one thing the host learns while the step loop runs: how many positions are still open."""
+"""The one thing the host learns while a decoding runs: what each step reports of the positions that are still open."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 class OpenCount:
-    """Upper bounds of the open positions of a block and of the whole canvas, read while the device goes on.
+    """What the steps report, read while the device goes on.
 
-    On a GPU each count travels to the host behind the step that made it, and the host takes the one that was sent
-    `lag` counts before the newest. It waits for that one if it must, and does not look whether a newer one has
+    On a GPU each report travels to the host behind the step that made it, and the host takes the one that was sent
+    `lag` reports before the newest. It waits for that one if it must, and does not look whether a newer one has
     arrived: what a forward computes on must not depend on how fast the host or the device happens to be, or two runs
     could choose different matrix products and, at a near tie, different tokens. With a lag of 1 the device has a whole
     step to do while the host waits. Open positions never grow within a block, so an old count is a valid bound: it can
@@ -22,33 +22,34 @@ class OpenCount:
 
     Parameters
     ----------
-    in_block, in_canvas : int
-        The bounds to begin with.
+    *first : int
+        What is known to begin with.
     """
 
-    #: counts that are left under way, by the type of the device that makes them; where not named, none are
+    #: reports that are left under way, by the type of the device that makes them; where not named, none are
     lag_on: ClassVar[dict[str, int]] = {"cuda": 1}
 
-    def __init__(self, in_block: int, in_canvas: int):
-        self._latest = (in_block, in_canvas)
-        self._under_way: deque[Tensor | Landing] = deque()
+    def __init__(self, *first: int):
+        self._latest = first
+        self._under_way: deque[tuple[int, ...] | Landing] = deque()
         self._lag = 0
 
     @property
     def behind(self) -> int:
-        """How many counts have been submitted since the one that `latest` gave."""
+        """How many reports have been submitted since the one that `latest` gave."""
         return len(self._under_way)
 
     def submit(self, counts: Tensor) -> None:
-        """Hand over `[2]` counts: largest number of open positions of any row, in the block and in the canvas."""
-        self._lag = self.lag_on.get(counts.device.type, 0)
-        self._under_way.append(Landing(counts) if counts.device.type == "cuda" else counts.clone())
+        """Hand over a report: integers `[n]`, as many as there were first."""
+        device = counts.device.type
+        self._lag = self.lag_on.get(device, 0)
+        self._under_way.append(Landing(counts) if device == "cuda" else tuple(counts.tolist()))
 
-    def latest(self) -> tuple[int, int]:
-        """The counts that were submitted `lag` before the newest: (in the block, in the canvas)."""
+    def latest(self) -> tuple[int, ...]:
+        """The report that was submitted `lag` before the newest."""
         while len(self._under_way) > self._lag:
-            in_block, in_canvas = self._under_way.popleft().tolist()
-            self._latest = in_block, in_canvas
+            report = self._under_way.popleft()
+            self._latest = report.read() if isinstance(report, Landing) else report
         return self._latest
 
 
@@ -61,7 +62,7 @@ class Landing:
         self._event = torch.cuda.Event()
         self._event.record(torch.cuda.current_stream(values.device))  # the current device may be another
 
-    def tolist(self) -> list:
+    def read(self) -> tuple[int, ...]:
         """The values, once they are there."""
         self._event.synchronize()
-        return self._values.tolist()
+        return tuple(self._values.tolist())

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from .config import DecodingConfig
 from .rules import (
     Ancestral,
@@ -15,19 +13,26 @@ from .rules import (
     DynamicThreshold,
     EarlyAnswer,
     EntropyBound,
+    EntropyPipeline,
     EntropySum,
+    Expanding,
     Factor,
     HierarchicalThreshold,
+    Lengthening,
     LocalThreshold,
     PathPlanning,
+    Pipeline,
     PredictorCorrector,
     Quota,
     RenoisedEntropyBound,
+    Reordered,
     RunEditing,
     ScoreAncestral,
+    SelfSpeculative,
     SmoothedThreshold,
     SplitEditing,
     StableThreshold,
+    Strided,
     Threshold,
     TimeQuota,
     TokenEditing,
@@ -35,10 +40,6 @@ from .rules import (
     WideInNarrowOut,
 )
 from .scores import DensityWeighted, PositionWeighted
-from .streams import EntropyPipeline, Expanding, Lengthening, Pipeline, Reordered, SelfSpeculative, Strided
-
-if TYPE_CHECKING:
-    from ..models.families import Family
 
 LLADA = DecodingConfig(rule=Quota(), score="probability", eos_policy="none")
 # entropy order, nucleus before temperature's confidence is read, logits one row early
@@ -175,6 +176,6 @@ def preset(name: str, **overrides) -> DecodingConfig:
     return PRESETS[name].replace(**overrides)
 
 
-def default_config(family: Family) -> DecodingConfig:
-    """What `generate` does by default with models of a family."""
-    return DecodingConfig() if family.preset is None else preset(family.preset)
+def default_config(preset_of_family: str | None) -> DecodingConfig:
+    """What `generate` does by default with models of a family that was published with a preset, or with none."""
+    return DecodingConfig() if preset_of_family is None else preset(preset_of_family)

@@ -12,28 +12,31 @@ from torch import Tensor
 from .. import ops
 from ..models.adapt import DiffusionModel
 from ..window import TokenWindow
-from .canvas import Canvas
+from .calls import token_confidence
 from .config import DecodingConfig, SpecialTokens
-from .constraint import Constrained
 from .scores import score_named
-from .step import RandomState, Step
+from .standing import Standing
+from .state import State
+from .step import Step, constant
 
 
 class Proposer:
-    """Language-model head and `token_confidence` on the slots of a window."""
+    """Language-model head and `token_confidence` on the slots of a window, and the steps that they make."""
 
-    def __init__(self, model: DiffusionModel, canvas: Canvas, config: DecodingConfig, special: SpecialTokens):
-        self.model, self.canvas, self.config, self.special = model, canvas, config, special
-        device, batch = canvas.tokens.device, canvas.tokens.shape[0]
+    def __init__(self, model: DiffusionModel, state: State, config: DecodingConfig, special: SpecialTokens):
+        self.model, self.state, self.config, self.special = model, state, config, special
+        self.rule = config.rule
+        device = state.tokens.device
 
         def scalar(value, dtype, wanted):
             return torch.full((1,), value, dtype=dtype, device=device) if wanted else None
 
-        self.seed = seeds_of(config.seed, batch, device)
         needs = config.rule.needs | score_named(config.score).needs
         self.never = torch.tensor(special.banned, dtype=torch.int64, device=device)
         self.ends = torch.tensor(special.eos, dtype=torch.int64, device=device)
-        sampled = config.temperature > 0 or config.rule.temperature(0, 1) is not None
+        #: whether the rule says at what temperature each step samples
+        self.has_temperature = config.rule.temperature(0, 1) is not None
+        sampled = config.temperature > 0 or self.has_temperature
         self.options: dict[str, Any] = {
             "cfg_scale": scalar(config.cfg_scale, torch.float32, config.cfg_scale > 0),
             "banned": self.never if special.banned else None,
@@ -47,8 +50,17 @@ class Proposer:
             "with_entropy": "entropy" in needs,
         }
         if sampled:
-            self.options |= {"seed": self.seed, "step": canvas.step}
+            self.options |= {"seed": state.seed, "step": state.step}
         self.reads_current = "p_current" in needs
+        self._numbers: dict[int, Tensor] = {}
+        self._nothing = torch.full((), -1, dtype=torch.int32, device=device)
+        deferred = list(config.defer_token_ids)
+        #: what all steps have in common
+        self._common: dict[str, Any] = {
+            "canvas": state, "proposer": self, "score_of": score_named(config.score),
+            "order_temperature": config.order_temperature,
+            "deferred": torch.tensor(deferred, device=device) if deferred else None,
+        }  # fmt: skip
         #: float32 [V]: what is added to all logits; where the model does not say how many there are, the first show it
         self.bias: Tensor | None = None
         if model.vocab_size is not None:
@@ -56,38 +68,73 @@ class Proposer:
 
     def _set_bias(self, vocab: int) -> None:
         if self.config.logit_bias is not None and self.bias is None:
-            self.bias = bias_tensor(self.config.logit_bias, vocab, self.canvas.tokens.device)
+            self.bias = bias_tensor(self.config.logit_bias, vocab, self.state.tokens.device)
             self.options["bias"] = self.bias
 
     def __call__(
-        self, logits: Tensor, window: TokenWindow, bias: Tensor | None = None, temperature: float | None = None,
-        allowed: Tensor | None = None, redraw: Tensor | None = None,
+        self, logits: Tensor, window: TokenWindow, row_map: Tensor | None = None, bias: Tensor | None = None,
+        temperature: float | Tensor | None = None, allowed: Tensor | None = None, redraw: Tensor | None = None,
     ) -> ops.TokenConfidence:  # fmt: skip
-        """Statistics of the N = B * W slots, in the window's order, from logits `[N or 2N, V]`.
+        """Statistics of the window's N = B * W slots, from logits `[R or 2R, V]`.
 
-        `bias` float32 `[V]` or `[P, V]` comes on top of the configured one; `redraw` int32 `[B, W]` counts what was
-        refused in this step.
+        `row_map` int32 `[N]`: the row of logits of each slot, -1 for an unused one; None: one row a slot, in order.
+        `bias` float32 `[V]` or `[P, V]` comes on top of the configured one; `temperature` is one number, or float32
+        `[B]`; `redraw` int32 `[B, W]` counts what was refused in this step.
         """
         self._set_bias(logits.shape[1])
-        rows = window.positions.numel()
-        uncond = logits[rows:] if self.config.cfg_scale > 0 else None
-        numbers = torch.arange(rows, dtype=torch.int32, device=logits.device)
-        is_used = window.used.flatten()
+        uncond = None
+        if self.config.cfg_scale > 0:
+            logits, uncond = logits.chunk(2)
+        if row_map is None or redraw is not None:
+            used = window.used.flatten()
+            row_map = torch.where(used, self._rows(used.numel()) if row_map is None else row_map, self._nothing)
         options = dict(self.options)
         if bias is not None:
             options["bias"] = bias if self.bias is None else bias + self.bias
         if allowed is not None:
             options["bitmask"] = allowed if allowed.dim() == 1 else allowed.flatten(0, 1)
         if temperature is not None:
-            options["temperature"] = torch.full((1,), temperature, device=logits.device)
+            options["temperature"] = (
+                temperature if isinstance(temperature, Tensor) else constant(temperature, torch.float32, logits.device)
+            )
         if "seed" in options:
             options["position"] = window.request_positions.flatten()
             options["redraw"] = None if redraw is None else redraw.flatten()
         if self.reads_current:
-            current = self.canvas.tokens.gather(1, window.positions.clamp(min=0).long()).flatten()
-            options["given"] = torch.where(is_used, current, -1)
-        row_map = torch.where(is_used, numbers, -1)
-        return ops.token_confidence(logits[:rows], row_map=row_map, uncond_logits=uncond, **options)
+            current = self.state.tokens.gather(1, window.positions.clamp(min=0).long()).flatten()
+            options["given"] = torch.where(window.used.flatten(), current, -1)
+        return token_confidence(logits, row_map=row_map, uncond_logits=uncond, **options)
+
+    def _rows(self, count: int) -> Tensor:
+        """The numbers 0 … count, int32."""
+        if count not in self._numbers:
+            self._numbers[count] = torch.arange(count, dtype=torch.int32, device=self.state.tokens.device)
+        return self._numbers[count]
+
+    def step(
+        self, logits: Tensor, window: TokenWindow, standing: Standing, row_map: Tensor | None = None,
+        memory: dict[str, Tensor] | None = None, allowed: Tensor | None = None, room: Tensor | None = None,
+    ) -> Step:  # fmt: skip
+        """The step that these logits `[R or 2R, V]` make."""
+        eligible = window.used
+        if self.rule.slots != "open":
+            index = window.positions - standing.block_start[:, None]
+            is_open = self.state.is_open.gather(1, window.positions.clamp(min=0).long())
+            eligible = eligible & is_open & (index >= 0) & (index < standing.block_length[:, None])
+        temperature: float | Tensor | None = None
+        if self.has_temperature:
+            temperature = standing.tables.look_up("temperature", self._temperature, standing.step, torch.float32)
+        stats = self(logits, window, row_map, temperature=temperature, allowed=allowed)
+        return Step(
+            stats=stats, window=window, eligible=eligible, standing=standing, raw_logits=logits, row_map=row_map,
+            sampling_temperature=self.config.temperature if temperature is None else temperature, allowed=allowed,
+            memory={} if memory is None else memory, room=room, **self._common,
+        )  # fmt: skip
+
+    def _temperature(self, index: int, num_steps: int) -> float:
+        value = self.rule.temperature(index, num_steps)
+        assert value is not None
+        return value
 
     def clean(self, logits: Tensor, rows: Tensor, ids: Tensor | None = None) -> Tensor:
         """Logits of some rows as `token_confidence` sees them before temperature: guided, with the configured bias.
@@ -120,53 +167,3 @@ def bias_tensor(bias: Mapping[int, float] | Tensor, vocab: int, device: torch.de
     for i, value in bias.items():
         full[i] = value
     return full.to(device)
-
-
-class StepOptions:
-    """What all steps of a decoding have in common."""
-
-    def __init__(
-        self, propose: Proposer, canvas: Canvas, config: DecodingConfig, constrained: Constrained | None = None
-    ):
-        self.propose, self.canvas, self.rule, self.constrained = propose, canvas, config.rule, constrained
-        deferred = list(config.defer_token_ids)
-        self.common: dict[str, Any] = {
-            "random": RandomState(propose.seed, canvas.step),
-            "score_of": score_named(config.score),
-            "order_temperature": config.order_temperature,
-            "deferred": torch.tensor(deferred, device=canvas.tokens.device) if deferred else None,
-            "canvas": canvas,
-            "proposer": propose,
-        }
-
-    def step(
-        self, logits: Tensor, window: TokenWindow, start: Tensor, length: int, index: int, num_steps: int,
-        open_at_start: Tensor, open_now: Tensor, progress: float, memory: dict[str, Tensor],
-        room: Tensor | None = None,
-    ) -> Step:  # fmt: skip
-        """The step that these logits `[N or 2N, V]` make in the block of `length` columns from `start` `[B]` on."""
-        eligible = window.used
-        if self.rule.slots != "open":
-            index_in_block = window.positions - start[:, None]
-            is_open = self.canvas.is_open.gather(1, window.positions.clamp(min=0).long())
-            eligible = eligible & is_open & (index_in_block >= 0) & (index_in_block < length)
-        temperature = self.rule.temperature(index, num_steps)
-        allowed = None if self.constrained is None else self.constrained.allowed(window, logits.shape[1])
-        stats = self.propose(logits, window, temperature=temperature, allowed=allowed)
-        return Step(
-            stats=stats, window=window, eligible=eligible, index=index, num_steps=num_steps,
-            open_at_start=open_at_start, open_now=open_now, block_start=start, block_length=length, progress=progress,
-            memory=memory, room=room, raw_logits=logits, allowed=allowed,
-            sampling_temperature=self.propose.config.temperature if temperature is None else temperature,
-            **self.common,
-        )  # fmt: skip
-
-
-def seeds_of(seed: int | Tensor | None, batch: int, device: torch.device) -> Tensor:
-    if seed is None:
-        return torch.randint(2**63 - 1, (batch,), device="cpu").to(device)
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.shape != (batch,):
-            raise ValueError(f"seed must be int64 of shape [{batch}]; got {seed.dtype} of shape {list(seed.shape)}")
-        return seed.to(device)
-    return torch.full((batch,), seed, dtype=torch.int64, device=device)

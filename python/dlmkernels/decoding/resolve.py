@@ -13,8 +13,7 @@ from ..models.adapt import DiffusionModel, EncoderDecoderModel, LogitsModel, ada
 from .config import APPROXIMATE, DecodingConfig, SpecialTokens, check_names
 from .effects import check_effects
 from .presets import default_config, preset
-from .rules import Rule
-from .streams import Reordered
+from .rules import Reordered, Rule
 
 #: what a caller may pass as `config`
 ConfigLike = DecodingConfig | str | Mapping[str, Any] | None
@@ -70,7 +69,7 @@ def configuration(model: DiffusionModel, config: ConfigLike) -> DecodingConfig:
             "config must be a DecodingConfig, the name of a preset, or a dict of fields of DecodingConfig; got "
             f"{type(config).__name__}"
         )
-    found = default_config(model.family)
+    found = default_config(model.family.preset)
     if model.rule_options:
         found = found.replace(rule=dataclasses.replace(found.rule, **model.rule_options))  # type: ignore[type-var]
     return found
@@ -152,7 +151,7 @@ def _check_combination(model: DiffusionModel, config: DecodingConfig) -> None:
 
 
 def check_block_by_block(name: str, rule: Rule) -> None:
-    """Refuse the argument `name` with a rule that has a loop of its own, or moves tokens about."""
+    """Refuse the argument `name` with a rule that has a program of its own, or moves tokens about."""
     if rule.decodes != "anything" or rule.token_ids:
         raise ValueError(f"{name} cannot be used with rule {type(rule).__name__}")
 

@@ -70,31 +70,28 @@ class Grid:
 
 @dataclass(frozen=True)
 class Block:
-    """Columns that are decoded together: a block of the grid, or a part of one.
+    """Columns that are decoded together: a block of the grid, or a part of one. Columns count from the grid's first.
 
     `num_steps` is what a fixed schedule divides the block's tokens by; `max_steps` ends the block even when rows
     without one usable logit leave masks behind.
 
     Attributes
     ----------
-    start, length : Tensor, int
-        int32 `[B]`: its first column in each row; and how many columns.
-    span : tuple of int
-        Columns that hold it in every row.
-    outer, outer_length : Tensor, int
-        The block of the grid it is part of.
-    offset : int
-        Columns from the grid's first block to that one.
+    start, length : int
+        Its first column, and how many it has.
+    outer, outer_length : int
+        The same of the block of the grid that it is part of.
+    behind : int
+        Steps planned for the blocks before it.
     """
 
-    start: Tensor
+    start: int
     length: int
     num_steps: int
     max_steps: int
-    span: tuple[int, int]
-    outer: Tensor
+    outer: int
     outer_length: int
-    offset: int
+    behind: int
 
 
 def plan_blocks(config: DecodingConfig, grid: Grid) -> list[Block]:
@@ -111,19 +108,16 @@ def plan_blocks(config: DecodingConfig, grid: Grid) -> list[Block]:
             f"steps must be at least the number of blocks, {grid.planned * in_block} (of {part} tokens): each takes a "
             f"forward; got {steps}"
         )
-    low, high = grid.span
-    blocks = []
-    for k in range(grid.count):
-        outer = grid.first + k * grid.length
-        outer_length = min(grid.length, grid.width - (low + k * grid.length))
-        for i, inner in enumerate(range(0, outer_length, part)):
-            length = min(part, outer_length - inner)
-            skip = k * grid.length + inner
-            span = (low + skip, min(high + skip + length, grid.width))
-            num_steps = length
+    blocks: list[Block] = []
+    behind = 0
+    for outer in range(0, grid.count * grid.length, grid.length):
+        outer_length = min(grid.length, grid.width - grid.span[0] - outer)
+        for inner in range(0, outer_length, part):
+            length = num_steps = min(part, outer_length - inner)
             if steps is not None:
                 least, rest = divmod(steps, grid.planned * in_block)
-                num_steps = least + (k * in_block + i < rest)
+                num_steps = least + (len(blocks) < rest)
             most = config.rule.max_steps(length, num_steps)
-            blocks.append(Block(outer + inner, length, num_steps, most, span, outer, outer_length, k * grid.length))
+            blocks.append(Block(outer + inner, length, num_steps, most, outer, outer_length, behind))
+            behind += num_steps
     return blocks

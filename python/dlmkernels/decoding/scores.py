@@ -6,15 +6,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .checks import Check, ComparedByValue, amount, normalize, number
-
-if TYPE_CHECKING:
-    from .step import Step
+from .step import Step
 
 
 class Score:

@@ -3,32 +3,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import TYPE_CHECKING
+from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..window import TokenWindow
-from .constraint import unpack, without
-from .scores import Score
-
-if TYPE_CHECKING:
-    from .canvas import Canvas
-    from .propose import Proposer
+from .bitmask import unpack, without
+from .calls import select_tokens
+from .standing import Standing
+from .state import State
 
 
-@dataclass(frozen=True)
-class RandomState:
-    """Counter-based randomness of a batch: int64 `seed` `[B]` and the int32 `step` counter `[B]` of each request."""
-
-    seed: Tensor
-    step: Tensor
-
-
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Step:
     """One denoising step: proposals and confidences of the W slots of the window, before anything is written.
 
@@ -38,23 +29,23 @@ class Step:
         Per-slot results of `token_confidence`, each reshaped to `[B, W]` on access below.
     eligible : Tensor
         bool `[B, W]`: slots that may be committed, the open ones of the block.
-    index : int
-        Number of this step within its block, from 0.
-    num_steps : int
-        Steps planned for the block.
-    progress : float
-        Share of the steps planned for the whole generation that are done with this one, up to 1.
-    block_start, block_length : Tensor, int
-        The block's first column in each row, int32 `[B]`; how many columns it has.
-    open_at_start, open_now : Tensor
-        int32 `[B]`: open positions of the block when it was entered, and before this step.
-    canvas : Canvas
+    standing : Standing
+        Where each row is in its plan; `index`, `num_steps`, `open_now` and the like are read off it.
+    raw_logits, row_map : Tensor
+        `[R, V]`, what the model said (under guidance `[2 R, V]`); and int32 `[B * W]`, which of these rows speaks of
+        each slot, -1 of an unused one (None: one row a slot, in order).
+    canvas : State
         All positions, with the step and the confidence with which each was committed; not to be written.
+    score_of : Score
+        The configured score.
+    proposer : Proposer
+        Makes proposals of logits.
+    sampling_temperature : float or Tensor
+        One for all rows, or float32 `[B]`.
     allowed : Tensor, optional
         Bitmasks of the tokens that may be proposed: int32 `[B, W, ceil(V / 32)]`, or `[ceil(V / 32)]` for all slots.
-    memory : dict
-        What the rule keeps from step to step; empty when a block is entered. See `keep` and `recall`. Its tensors are
-        replaced, never written: with a constraint a rule may be asked about one step several times.
+    memory, kept : dict
+        What the rule kept at its last step, and what it keeps at this one: see `recall` and `keep`.
     room : Tensor, optional
         int32 `[B]`: by how many positions a request may still grow. None where the length does not vary.
     """
@@ -62,33 +53,82 @@ class Step:
     stats: ops.TokenConfidence
     window: TokenWindow
     eligible: Tensor
-    index: int
-    num_steps: int
-    open_at_start: Tensor
-    open_now: Tensor
+    standing: Standing
     raw_logits: Tensor
-    proposer: Proposer
-    random: RandomState
-    score_of: Score
-    canvas: Canvas
-    block_start: Tensor
-    block_length: int
+    canvas: State
+    score_of: Any
+    proposer: Any = None
+    row_map: Tensor | None = None
     order_temperature: float = 0.0
-    sampling_temperature: float = 0.0
+    sampling_temperature: float | Tensor = 0.0
     deferred: Tensor | None = None
-    progress: float = 0.0
     allowed: Tensor | None = None
     redraws: Tensor | None = None  # int32 [B, W], how often what a slot drew in this step was refused
     memory: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
     room: Tensor | None = None
+    _score: Tensor | None = field(default=None, init=False)
 
     def _shaped(self, name: str) -> Tensor:
-        x = getattr(self.stats, name)
-        if x.numel() != self.eligible.numel():
-            raise ValueError(f"the rule reads step.{name} but does not name it in `needs`")
-        return x.view(self.eligible.shape)
+        try:
+            return getattr(self.stats, name).view(self.eligible.shape)
+        except RuntimeError:
+            raise ValueError(f"the rule reads step.{name} but does not name it in `needs`") from None
 
-    # --- what the model says -----------------------------------------------------------------------------------------
+    # --- where the rows stand -----------------------------------------------------------------------------------------
+
+    @property
+    def index(self) -> Tensor:
+        """Number of this step within its block, from 0, int32 `[B]`."""
+        return self.standing.index
+
+    @property
+    def is_first(self) -> Tensor:
+        """Whether this is the row's first step in its block, bool `[B]`."""
+        return self.standing.step == self.standing.entered
+
+    @property
+    def num_steps(self) -> Tensor:
+        """Steps planned for the block, int32 `[B]`."""
+        return self.standing.num_steps
+
+    @property
+    def progress(self) -> Tensor:
+        """Share of the steps planned for the whole generation that are done with this one, up to 1, float64 `[B]`."""
+        return self.standing.progress
+
+    @property
+    def open_at_start(self) -> Tensor:
+        """Open positions of the block when it was entered, int32 `[B]`."""
+        return self.standing.open_at_start
+
+    @cached_property
+    def open_now(self) -> Tensor:
+        """Open positions of the block before this step, int32 `[B]`."""
+        return self.eligible.sum(1, dtype=torch.int32)
+
+    @property
+    def block_start(self) -> Tensor:
+        """The block's first column in each row, int32 `[B]`."""
+        return self.standing.block_start
+
+    @property
+    def block_length(self) -> Tensor:
+        """How many columns the block has, int32 `[B]`."""
+        return self.standing.block_length
+
+    def planned(self, name: str, of: Callable[[int, int], Sequence[float]]) -> Tensor:
+        """`of(index, num_steps)`, n numbers that depend on the number of the step alone, as float64 `[n, B, 1]`.
+
+        They are computed once for all steps, in Python; `name` tells a rule's tables apart.
+        """
+        return self.standing.tables.look_up(name, of, self.standing.step, torch.float64).T.contiguous()[..., None]
+
+    def planned_count(self, name: str, of: Callable[[int, int], int]) -> Tensor:
+        """The same of one integer, int32 `[B]`."""
+        return self.standing.tables.look_up(name, of, self.standing.step, torch.int32)
+
+    # --- what the model says ------------------------------------------------------------------------------------------
 
     @property
     def token(self) -> Tensor:
@@ -112,11 +152,15 @@ class Step:
 
     def probability_of(self, tokens: Tensor) -> Tensor:
         """Probability of one token at each slot, none of them a banned one; int64 to float32 `[B, W]`; -inf for -1."""
-        rows = torch.arange(tokens.numel(), device=tokens.device)
-        z = self.proposer.clean(self.raw_logits, rows, tokens.flatten().clamp(min=0)).view(tokens.shape)
-        temperature = self.sampling_temperature if self.proposer.config.distribution != "raw" else 0.0
-        if temperature > 0:
-            z = z * (1 / temperature)
+        z = self.proposer.clean(self.raw_logits, self.logit_rows.flatten(), tokens.flatten().clamp(min=0)).view(
+            tokens.shape
+        )
+        temperature = self.sampling_temperature
+        if self.proposer.config.distribution != "raw":
+            if isinstance(temperature, Tensor):
+                z = z * (1 / torch.where(temperature > 0, temperature, 1))[:, None]
+            elif temperature > 0:
+                z = z * (1 / temperature)
         return torch.where(tokens >= 0, (z - self.logsumexp).exp(), -torch.inf)
 
     @property
@@ -139,13 +183,21 @@ class Step:
         """Probability of the token that now stands at a slot, float32 `[B, W]`; 0 for the mask."""
         return self._shaped("p_given")
 
+    @property
+    def logit_rows(self) -> Tensor:
+        """Which row of the logits speaks of each slot, int64 `[B, W]`; any where none does."""
+        if self.row_map is None:
+            rows = torch.arange(self.eligible.numel(), device=self.eligible.device)
+        else:
+            rows = self.row_map.clamp(min=0).long()
+        return rows.view(self.eligible.shape)
+
     def logits(self, first: int = 0, last: int | None = None) -> Tensor:
         """Logits of the slots `[first, last)`, float32 `[B, n, V]`, guided, -inf for what is never proposed.
 
         This is a copy of all of them: the ops need none, and a rule that can do without should.
         """
-        rows = torch.arange(self.eligible.numel(), device=self.eligible.device).view(self.eligible.shape)
-        rows = rows[:, first:last]
+        rows = self.logit_rows[:, first:last]
         z = self.proposer.clean(self.raw_logits, rows.flatten()).unflatten(0, rows.shape)
         if self.allowed is None:
             return z
@@ -157,7 +209,7 @@ class Step:
 
         `bias` is float32 `[B, W, V]`, or `[1, 1, V]` for all slots.
         """
-        stats = self.proposer(self.raw_logits, self.window, bias=bias.flatten(0, 1), allowed=self.allowed)
+        stats = self.proposer(self.raw_logits, self.window, self.row_map, bias=bias.flatten(0, 1), allowed=self.allowed)
         return replace(self, stats=stats)
 
     def without(self, refused: Tensor, token: Tensor) -> Step:
@@ -173,8 +225,8 @@ class Step:
         sampled = self.proposer.options["temperature"] is not None
         redraws = refused.int() if self.redraws is None else self.redraws + refused
         new = self.proposer(
-            self.raw_logits, window, allowed=allowed, temperature=self.sampling_temperature if sampled else None,
-            redraw=redraws,
+            self.raw_logits, window, self.row_map, allowed=allowed, redraw=redraws,
+            temperature=self.sampling_temperature if sampled else None,
         )  # fmt: skip
         where = refused.flatten()
         merged = (torch.where(where, n, old) if old.numel() == len(where) else old for n, old in zip(new, self.stats))
@@ -190,7 +242,7 @@ class Step:
         table = self.embed(vocabulary[None])[0]
         return probabilities.to(table.dtype) @ table
 
-    # --- what is known of the slots ----------------------------------------------------------------------------------
+    # --- what is known of the slots -----------------------------------------------------------------------------------
 
     def at(self, canvas: Tensor) -> Tensor:
         """The slots' values of a tensor over the canvas, `[B, T]` to `[B, W]`; unused slots hold anything."""
@@ -239,32 +291,54 @@ class Step:
         """The same for every request, bool `[B]`."""
         return torch.full_like(self.open_now, value, dtype=torch.bool)
 
-    def recall(self, name: str, *shape: int) -> Tensor:
-        """What `keep` was last given for the slots' positions, float32 `[B, W, *shape]`; 0 at first."""
-        if name not in self.memory:
-            return torch.zeros((*self.eligible.shape, *shape), device=self.eligible.device)
-        kept = self.memory[name]
-        return kept.gather(1, self._index_in_memory(kept))
+    def recall(self, name: str, *shape: int, otherwise: float | Tensor = 0.0, by_row: bool = False) -> Tensor:
+        """What `keep` was last given in this block under `name`; before, and where a block begins, `otherwise`.
 
-    def keep(self, name: str, values: Tensor) -> None:
-        """Remember `values` `[B, W, …]` for the slots' positions until the block ends."""
+        `[B, W, *shape]` with a value for each of the slots' positions, or with `by_row` `[B, *shape]`.
+        """
+        if name in self.kept:
+            return self._of_slots(self.kept[name], by_row)
         if name not in self.memory:
-            # one place for each column of the block, and one for unused slots
-            shape = (len(values), self.block_length + 1, *values.shape[2:])
-            self.memory[name] = torch.zeros(shape, dtype=values.dtype, device=values.device)
-        kept = self.memory[name]
-        self.memory[name] = kept.scatter(1, self._index_in_memory(kept), values)
+            rows = self.eligible.shape[:1] if by_row else self.eligible.shape
+            if isinstance(otherwise, Tensor):
+                return otherwise.expand(*rows, *shape)
+            return torch.full((*rows, *shape), otherwise, device=self.eligible.device)
+        kept = self._of_slots(self.memory[name], by_row)
+        return torch.where(self.is_first.view(-1, *[1] * (kept.dim() - 1)), otherwise, kept).to(kept.dtype)
 
-    def _index_in_memory(self, kept: Tensor) -> Tensor:
-        index = torch.where(self.used, self.index_in_block, self.block_length).long()
+    def keep(self, name: str, values: Tensor, by_row: bool = False) -> None:
+        """Remember `values` `[B, W, …]` for the slots' positions, or `[B, …]` by row, until the row's block ends.
+
+        A rule may be asked about one step several times: what it keeps is in force when the step has been taken.
+        """
+        if by_row:
+            self.kept[name] = values
+            return
+        # one place for each column of the block, and one for unused slots
+        shape = (len(values), self.standing.width + 1, *values.shape[2:])
+        before = self.memory.get(name)
+        if before is None:
+            before = torch.zeros(shape, dtype=values.dtype, device=values.device)
+        self.kept[name] = before.scatter(1, self._place(before), values)
+
+    def _of_slots(self, kept: Tensor, by_row: bool) -> Tensor:
+        return kept if by_row else kept.gather(1, self._place(kept))
+
+    def _place(self, kept: Tensor) -> Tensor:
+        index = torch.where(self.used, self.index_in_block, self.standing.width).long()
         index = index.view(*index.shape, *[1] * (kept.dim() - 2))
         return index.expand(-1, -1, *kept.shape[2:])
 
-    # --- choosing ----------------------------------------------------------------------------------------------------
+    # --- choosing -----------------------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def score(self) -> Tensor:
         """The configured score, float32 `[B, W]`: larger is committed earlier."""
+        if self._score is None:
+            self._score = self._scored()
+        return self._score
+
+    def _scored(self) -> Tensor:
         score = self.score_of(self)
         if self.deferred is not None:
             last = torch.isin(self.token, self.deferred) & (score > -torch.inf)
@@ -294,32 +368,28 @@ class Step:
         temperature = self.order_temperature
         if score is None and temperature == 0:
             temperature = self.score_of.order_temperature
-        noise = {}
+        device = self.eligible.device
+        options: dict[str, Any] = {"strict": strict, "cost": cost, "gate": gate}
         if temperature > 0:
-            noise["order_temperature"] = self._per_request(temperature, torch.float32)
+            options["order_temperature"] = constant(temperature, torch.float32, device)
         if temperature > 0 or rule == "bernoulli":
-            noise |= {
-                "seed": self.random.seed,
-                "step": self.random.step,
-                "position": self.window.request_positions,
-            }
-        return ops.select_tokens(
-            (self.score if score is None else score).contiguous(),
-            self.eligible if eligible is None else eligible,
-            rule,
-            parameter=self._per_request(parameter, torch.float32),
-            strict=strict,
-            cost=cost,
-            gate=gate,
-            need=self._per_request(need, torch.int32),
-            fill=self._per_request(fill, torch.int32),
-            cap=self._per_request(cap, torch.int32),
-            **noise,
-        ).selected
+            options["seed"], options["step"] = self.canvas.seed, self.canvas.step
+            options["position"] = self.window.request_positions
+        if parameter is not None:
+            options["parameter"] = _per_request(parameter, torch.float32, device)
+        for name, value in (("need", need), ("fill", fill), ("cap", cap)):
+            if value is not None:
+                options[name] = _per_request(value, torch.int32, device)
+        score = (self.score if score is None else score).contiguous()
+        return select_tokens(score, self.eligible if eligible is None else eligible, rule, **options)
 
-    def _per_request(self, value, dtype: torch.dtype) -> Tensor | None:
-        if value is None:
-            return None
-        if isinstance(value, Tensor):
-            return value.to(dtype)
-        return torch.full((1,), value, dtype=dtype, device=self.eligible.device)
+
+def _per_request(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return value.to(dtype) if isinstance(value, Tensor) else constant(value, dtype, device)
+
+
+@lru_cache(maxsize=512)
+def constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One number as a tensor `[1]`, made once; not to be written."""
+    with torch.inference_mode(False):
+        return torch.full((1,), value, dtype=dtype, device=device)

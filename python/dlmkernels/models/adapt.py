@@ -43,6 +43,8 @@ class DiffusionModel:
         Whether a forward may take part of the canvas and find the rest in a cache.
     embeds_by_token : bool
         Whether a token's input embedding depends on nothing but the token.
+    is_compiled : bool
+        Whether its forward is compiled, which takes a while for every new shape.
     self_conditions : bool
         Whether a forward takes in what the one before it said of the same positions (`opinion` of `hidden`).
     """
@@ -50,6 +52,7 @@ class DiffusionModel:
     reuses_kv = True
     embeds_by_token = True
     self_conditions = False
+    is_compiled = False
 
     def __init__(self, model: PreTrainedModel, architecture: Architecture, family: Family):
         check_loaded(model)
@@ -66,11 +69,37 @@ class DiffusionModel:
         self._head = self._architecture.head(self._twin)
 
     def renewed(self, family: Family | None = None) -> DiffusionModel:
-        """The same of the model as it is now: attributes of its modules may have changed, an adapter been disabled."""
+        """The same of the model as it is now: attributes of its modules may have changed, an adapter been disabled.
+
+        Itself if it is compiled, which it is as it was then.
+        """
+        if self.is_compiled and family in (None, self.family):
+            return self
         new = copy.copy(self)
+        new.is_compiled = False
         if family is not None:
             new.family = family
         new._build()
+        return new
+
+    def compiled(self) -> DiffusionModel:
+        """The same with its forward compiled by torch.compile, as the model is now; each shape is compiled once.
+
+        Raises
+        ------
+        ValueError
+            When the model's forward is more than one stack of layers, its own, or depends on a request's length.
+        """
+        if type(self) is not DiffusionModel or self._rotaries:
+            raise ValueError(
+                f"compile cannot be used with {type(self.model).__name__}, which is not of a known type with one stack "
+                "of layers and rotary frequencies that are the same for every request"
+            )
+        new = self if self.is_compiled else self.renewed()
+        if not new.is_compiled:
+            base = new._twin.base_model
+            base.forward = torch.compile(base.forward, dynamic=False)
+            new.is_compiled = True
         return new
 
     @property
@@ -130,6 +159,7 @@ class DiffusionModel:
         if not self.reuses_kv and window.kv_range is not None:
             # for the embeddings alone: visibility is the window's
             inputs["attention_mask"] = _valid(tokens, window.kv_range)
+        window.attended.clear()  # a window may serve several forwards
         with rotary.use(window.rotations):
             hidden = self._twin.base_model(
                 **inputs, position_ids=positions + self._offset, dlm_window=window, use_cache=False
@@ -210,6 +240,7 @@ class EncoderDecoderModel(DiffusionModel):
         if not is_context:
             x = stack.self_conditioning(x, torch.zeros_like(x) if opinion is None else opinion)
         kinds = self.text_config.layer_types
+        window.attended.clear()
         with rotary.use(window.rotations):
             rotations = {kind: stack.rotary_emb(x, positions, kind) for kind in set(kinds)}
         for layer, kind in zip(stack.layers, kinds):
@@ -217,10 +248,13 @@ class EncoderDecoderModel(DiffusionModel):
         self._check_attended(window, len(stack.layers))
         return stack.norm(x).to(tokens.device)
 
-    def mean_embedding(self, logits: Tensor, temperature: float) -> Tensor:
-        """Mean embeddings `[N, hidden]` under softmax(logits / temperature), of logits `[N, V]`; 0 stands for 1."""
+    def mean_embedding(self, logits: Tensor, temperature: float | Tensor) -> Tensor:
+        """Mean embeddings `[N, hidden]` under softmax(logits / temperature), of logits `[N, V]`; 0 stands for 1.
+
+        `temperature`: one number, or float32 `[P]`, of which each serves N / P consecutive rows.
+        """
         table = self._twin.model.decoder.embed_tokens
-        at = torch.full((1,), temperature, device=logits.device)
+        at = temperature if isinstance(temperature, Tensor) else torch.full((1,), temperature, device=logits.device)
         return ops.soft_embedding(logits, table.weight, temperature=at) * table.embed_scale.to(table.weight.dtype)
 
 
@@ -322,7 +356,9 @@ def _valid(tokens: Tensor, kv_range: Tensor) -> Tensor:
     return ((columns >= kv_range[:, :1]) & (columns < kv_range[:, 1:])).long()
 
 
-def adapt(model, *, family: str | None = None, causal: bool | None = None) -> DiffusionModel:
+def adapt(
+    model, *, family: str | None = None, causal: bool | None = None, compile: bool = False
+) -> DiffusionModel:  # fmt: skip
     """Prepare a loaded model for decoding with our kernels.
 
     Parameters
@@ -343,6 +379,11 @@ def adapt(model, *, family: str | None = None, causal: bool | None = None) -> Di
         and a model whose attention is causal is refused, since masks would then not see what stands behind them. True:
         causal attention is what is wanted. False: it is known to be bidirectional, nothing is tried.
 
+    compile : bool
+        Let torch.compile make its forward, on a GPU and on the CPU. That takes a while for every form of a step that a
+        decoding has (a few), the first time; so keep what is returned. Steps then have their widest form. What is set
+        on the model's modules later is not seen.
+
     Returns
     -------
     DiffusionModel
@@ -359,6 +400,8 @@ def adapt(model, *, family: str | None = None, causal: bool | None = None) -> Di
     """
     if family is not None and family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {family!r}")
+    if compile:
+        return adapt(model, family=family, causal=causal).compiled()
     if isinstance(model, DiffusionModel):
         _check_unused(causal, model)
         return model.renewed(FAMILIES[family] if family else None)

@@ -113,7 +113,8 @@ def _attend_with_shadow(q: Tensor, k: Tensor, v: Tensor, window: AttentionWindow
     first, last = (bound.expand(-1, n) for bound in kv_range.split(1, dim=1))
     left = torch.stack((first, slots), 2)
     right = torch.stack((slots + 1, last), 2)
-    rest = torch.tensor((length, width), dtype=torch.int32, device=k.device).expand(len(k), n, 2)
+    rest = torch.full((len(k), n, 2), width, dtype=torch.int32, device=k.device)
+    rest[..., 0].fill_(length)
     ranges = torch.stack((left, right, rest), 2)  # [B, n, 3, 2]
     rows = [
         ops.block_attention(

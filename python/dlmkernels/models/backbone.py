@@ -23,17 +23,17 @@ class Moment:
     ----------
     masked : Tensor
         float32 `[B]`: share of what is to be decoded that is still open, from 1 to 0.
-    step, num_steps : int, optional
-        Number of the step within its block, from 0, and how many are planned for the block. None with rules that have
-        a loop of their own.
-    progress : float, optional
-        Steps planned for the whole generation that lie behind, from 0 to 1; None as above.
+    step, num_steps : Tensor, optional
+        int32 `[B]`: number of the step within the row's block, from 0, and how many are planned for the block. None
+        with rules that do not go block after block.
+    progress : Tensor, optional
+        float32 `[B]`: share of the steps planned for the whole generation that lies behind, from 0 to 1; None as above.
     """
 
     masked: Tensor
-    step: int | None = None
-    num_steps: int | None = None
-    progress: float | None = None
+    step: Tensor | None = None
+    num_steps: Tensor | None = None
+    progress: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,10 @@ class BackboneInput:
     def timesteps(self) -> Tensor:
         """Diffusion time t, float32 `[B]`, from 1 towards 0.
 
-        It is 1 - progress with a rule whose schedule is planned, and the share of masks with rules that have a loop of
-        their own.
+        It is 1 - progress with a rule whose schedule is planned, and the share of masks with rules that do not go block
+        after block.
         """
-        if self.moment.progress is None:
-            return self.moment.masked
-        return torch.full_like(self.moment.masked, 1 - self.moment.progress)
+        return self.moment.masked if self.moment.progress is None else 1 - self.moment.progress
 
     def sigma(self, eps: float = 1e-3) -> Tensor:
         """Total noise of the log-linear schedule at time t, ``-ln(1 - (1 - eps) t)``, float32 `[B]`.

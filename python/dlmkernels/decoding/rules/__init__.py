@@ -15,23 +15,26 @@ from .confidence import (
     Threshold,
     TimeQuota,
 )
+from .drafting import Reordered, SelfSpeculative, Strided
 from .history import CreditThreshold, EarlyAnswer, SmoothedThreshold, StableThreshold
+from .length import Expanding, Lengthening, VariableLength
+from .pipeline import EntropyPipeline, Pipeline
 from .revision import (
     AncestralRemask,
     Backtracking,
     PathPlanning,
     RenoisedEntropyBound,
     RunEditing,
-    SplitEditing,
     TokenEditing,
     WideInNarrowOut,
 )
+from .splitting import SplitEditing
 
 __all__ = [
     "Action", "Ancestral", "AncestralRemask", "Backtracking", "CreditThreshold", "DilatedSchedule",
-    "DynamicThreshold", "EarlyAnswer", "EntropyBound", "EntropySum", "Factor", "HierarchicalThreshold",
-    "LocalThreshold", "PathPlanning", "PredictorCorrector", "Quota", "RenoisedEntropyBound", "Rule", "RunEditing",
-    "ScoreAncestral", "SmoothedThreshold", "SplitEditing", "StableThreshold", "Threshold", "TimeQuota", "TokenEditing",
-    "UniformState",
-    "WideInNarrowOut",
+    "DynamicThreshold", "EarlyAnswer", "EntropyBound", "EntropyPipeline", "EntropySum", "Expanding", "Factor",
+    "HierarchicalThreshold", "Lengthening", "LocalThreshold", "PathPlanning", "Pipeline", "PredictorCorrector",
+    "Quota", "RenoisedEntropyBound", "Reordered", "Rule", "RunEditing", "ScoreAncestral", "SelfSpeculative",
+    "SmoothedThreshold", "SplitEditing", "StableThreshold", "Strided", "Threshold", "TimeQuota", "TokenEditing",
+    "UniformState", "VariableLength", "WideInNarrowOut",
 ]  # fmt: skip

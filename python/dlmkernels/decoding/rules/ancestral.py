@@ -10,15 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from ..checks import Check, flag, one_of
+from ..step import Step
 from .base import SHARE, Action, Rule
-
-if TYPE_CHECKING:
-    from ..step import Step
 
 
 @dataclass(frozen=True)
@@ -48,27 +47,37 @@ class TimeGrid(Rule):
     def ignores(self) -> frozenset[str]:
         return frozenset({"score", "defer_token_ids", "order_temperature"})
 
-    def is_last(self, step: Step) -> bool:
-        """Whether this forward decides everything that is left."""
-        return step.index >= step.num_steps - 1
+    def is_last(self, step: Step) -> Tensor:
+        """Which rows' forward decides everything that is left, bool `[B, 1]`."""
+        return (step.index >= step.num_steps - 1)[:, None]
 
-    def last_action(self, step: Step) -> Action:
-        """Decide everything that is left: the likeliest tokens with `denoise`, else the proposals."""
-        everything, nobody = step.eligible, step.everyone(False)
+    def finishing(self, step: Step, action: Action) -> Action:
+        """The action, but in rows at their last forward everything that is left is decided.
+
+        With `denoise` as the likeliest tokens, else as the proposals.
+        """
+        last = self.is_last(step)
+        assert action.commit is not None
+        commit, remask = torch.where(last, step.eligible, action.commit), action.remask
+        if remask is not None:
+            remask = remask & ~last
         if not self.denoise:
-            return Action(everything, working=nobody)
-        return Action(everything, token=step.argmax, confidence=step.argmax_confidence, working=nobody)
+            return Action(commit, remask=remask, working=~last[:, 0])
+        return Action(
+            commit, remask=remask, working=~last[:, 0], token=torch.where(last, step.argmax, step.token),
+            confidence=torch.where(last, step.argmax_confidence, step.confidence),
+        )  # fmt: skip
 
     def max_steps(self, length: int, num_steps: int) -> int:
         return num_steps
 
-    def times(self, step: Step) -> tuple[float, float]:
-        """Ends t > s of the step's interval.
+    def times(self, index: int, num_steps: int) -> tuple[float, float]:
+        """Ends t > s of a step's interval.
 
         Rounded, so that a time which is a boundary of a rule on paper is that very number.
         """
-        intervals = max(step.num_steps - self.denoise, 1)
-        index = min(step.index, intervals)
+        intervals = max(num_steps - self.denoise, 1)
+        index = min(index, intervals)
         t, s = (1 - (1 - self.eps) * i / intervals for i in (index, index + 1))
         return round(t, 12), round(max(s, self.eps), 12)
 
@@ -84,11 +93,14 @@ class Ancestral(TimeGrid):
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def act(self, step: Step) -> Action:
-        if self.is_last(step):
-            return self.last_action(step)
-        t, s = self.times(step)
-        chance = torch.full_like(step.confidence, 1 - s / t)
-        return Action(step.select("bernoulli", score=step.confidence, cost=chance))
+        (chance,) = step.planned("chance", self.chance).float()
+        chance = chance.expand_as(step.confidence).contiguous()
+        return self.finishing(step, Action(step.select("bernoulli", score=step.confidence, cost=chance)))
+
+    def chance(self, index: int, num_steps: int) -> tuple[float]:
+        """With what probability a step decides a position."""
+        t, s = self.times(index, num_steps)
+        return (1 - s / t if t > 0 else 1.0,)
 
 
 @dataclass(frozen=True)
@@ -107,13 +119,16 @@ class ScoreAncestral(TimeGrid):
     noise_eps: float = 1e-3
 
     def act(self, step: Step) -> Action:
-        if self.is_last(step):
-            return Action(step.eligible)
-        t, s = self.times(step)
-        left_t, left_s = (1 - (1 - self.noise_eps) * x for x in (t, s))
-        rate = left_s / left_t - 1 if left_t > 0 else math.inf
+        (rate,) = step.planned("rate", self.rate).float()
         chance = (rate * step.logsumexp.exp()).clamp(max=1)
-        return Action(step.select("bernoulli", score=step.confidence, cost=chance))
+        commit = step.select("bernoulli", score=step.confidence, cost=chance)
+        return Action(torch.where(self.is_last(step), step.eligible, commit))
+
+    def rate(self, index: int, num_steps: int) -> tuple[float]:
+        """What the sum of a position's scores is multiplied by."""
+        t, s = self.times(index, num_steps)
+        left_t, left_s = (1 - (1 - self.noise_eps) * x for x in (t, s))
+        return (left_s / left_t - 1 if left_t > 0 else math.inf,)
 
 
 @dataclass(frozen=True)
@@ -136,25 +151,32 @@ class UniformState(TimeGrid):
 
     def act(self, step: Step) -> Action:
         is_last = self.is_last(step)
-        if is_last and self.denoise:
-            return Action(
-                step.is_open, step.decided, token=step.argmax, confidence=step.argmax_confidence,
-                working=step.everyone(False),
-            )  # fmt: skip
-        t, s = self.times(step)
-        a, b = self.alpha(t), self.alpha(0.0 if is_last else s)
-        kappa = self.posterior_share(t, a, b)
-        total = a * step.vocab_size * step.p_current + 1 - a
-        noise = kappa * (1 - a / b) * (1 - b) / total + (1 - kappa) * (1 - b)
-        draw = (kappa * (b - a) + (1 - kappa) * b * (1 - a)) / total
+        stays, renews, draws, shrinks = step.planned("mixture", self.mixture)
+        a = stays.float()
+        total = (stays * step.vocab_size).float() * step.p_current + 1 - a
+        noise = renews.float() / total + shrinks.float()
+        draw = draws.float() / total
         # One and the same uniform number for both: below `noise`, or below their sum; noise acts where both apply.
         renoise = step.select("bernoulli", score=step.confidence, eligible=step.used, cost=noise)
         drawn = step.select("bernoulli", score=step.confidence, eligible=step.used, cost=noise + draw)
+        token = torch.where(drawn, step.token, step.current)
+        confidence = torch.where(drawn, step.confidence, step.p_current)
+        commit, edit = (drawn | is_last) & step.is_open, drawn & step.decided
+        if self.denoise:
+            edit, renoise = torch.where(is_last, step.decided, edit), renoise & ~is_last
+            token = torch.where(is_last, step.argmax, token)
+            confidence = torch.where(is_last, step.argmax_confidence, confidence)
         return Action(
-            (drawn | is_last) & step.is_open, drawn & step.decided, renoise=renoise,
-            token=torch.where(drawn, step.token, step.current),
-            confidence=torch.where(drawn, step.confidence, step.p_current), working=step.everyone(not is_last),
+            commit, edit, renoise=renoise, token=token, confidence=confidence, working=~is_last[:, 0]
         )  # fmt: skip
+
+    def mixture(self, index: int, num_steps: int) -> tuple[float, float, float, float]:
+        """alpha(t); what is divided by Z of the probabilities of noise and of a sample; the rest of that of noise."""
+        t, s = self.times(index, num_steps)
+        a, b = self.alpha(t), self.alpha(0.0 if index >= num_steps - 1 else s)
+        kappa = self.posterior_share(t, a, b)
+        renews = kappa * (1 - a / b) * (1 - b)
+        return a, renews, kappa * (b - a) + (1 - kappa) * b * (1 - a), (1 - kappa) * (1 - b)
 
     def alpha(self, t: float) -> float:
         """Share of tokens that the forward process leaves at time t."""

@@ -11,27 +11,26 @@ order:
 
 One that does more than commit (edit, remask, renoise, end a block by itself) implements `act` instead. What a rule has
 to remember from one step to the next it keeps in the step (`Step.keep`, `Step.recall`), never in itself. Between
-`act` and its return nothing may be read on the host: everything is a tensor operation.
+`act` and its return nothing may be read on the host: everything is a tensor operation. The rows of a batch stand at
+different places of their plans, so the number of the step, of planned steps, of positions are tensors `[B]`; what
+follows from the number of a step alone is looked up in a table (`Step.planned`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from ..checks import Check, normalize, number
-
-if TYPE_CHECKING:
-    from ..step import Step
-
+from ..step import Step
 
 SHARE: Check = number(0, 1)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Action:
     """What a step does to the slots of its window: the masks of `ops.remask_`, of which the last to apply acts.
 
@@ -93,7 +92,7 @@ class Rule:
         Names of its fields that hold token ids, which are taken from the model's configuration where they are None, and
         whether it needs them.
     by_block : bool
-        Whether the loop that most rules share decodes it, block by block; False: it has a loop of its own.
+        Whether the program that most rules share decodes it, block after block; False: it has a program of its own.
     reads_ends : bool
         Whether it asks which tokens are end tokens (`Step.is_end`).
     limits : dict

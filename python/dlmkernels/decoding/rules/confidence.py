@@ -5,17 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..checks import Check, flag, integer, number, one_of
 from ..shares import ROUNDINGS, Schedule, check_schedule, counts, shares_after
+from ..step import Step
 from .base import SHARE, Rule
-
-if TYPE_CHECKING:
-    from ..step import Step
 
 
 @dataclass(frozen=True)
@@ -68,23 +66,35 @@ class Quota(Rule):
         """Whether the numbers are those of LLaDA or RND1, which need no table."""
         return self.schedule == "linear" and self.rounding == "down"
 
-    def count(self, step: Step) -> int | Tensor:
-        """This step's share: int32 `[B]`, or one number for all."""
+    def count(self, step: Step) -> Tensor:
+        """This step's share, int32 `[B]`."""
         n = step.block_length if self.of_block else step.open_at_start
         if not self.is_linear:
             return self._planned(step, n)
-        left = max(step.num_steps - 1 - step.index, 0)
+        left = step.planned_count("left", self._left)
         if self.spread:
             return n * (left + 1) // step.num_steps - n * left // step.num_steps
         return (n + left) // step.num_steps
 
-    def _planned(self, step: Step, n: int | Tensor) -> Tensor:
-        """The same from a table for all steps, made at the block's first."""
-        if "quota" not in step.memory:
-            open_at_start = n if isinstance(n, Tensor) else torch.full_like(step.open_at_start, n)
-            shares = shares_after(self.schedule, step.num_steps)  # type: ignore[arg-type]
-            step.memory["quota"] = counts(open_at_start, shares, self.rounding)
-        return step.memory["quota"][:, min(step.index, step.num_steps - 1)].contiguous()
+    @staticmethod
+    def _left(index: int, num_steps: int) -> int:
+        """How many steps come after one."""
+        return max(num_steps - 1 - index, 0)
+
+    def _planned(self, step: Step, n: Tensor) -> Tensor:
+        """The same from a table of all numbers of positions, plans and steps."""
+        tables, numbers = step.standing.tables, torch.arange(step.standing.width + 1)
+
+        def make() -> Tensor:
+            taken = [
+                counts(numbers, shares_after(self.schedule, s), self.rounding)  # type: ignore[arg-type]
+                for s in tables.plans
+            ]
+            at = torch.arange(tables.steps + 1)
+            return torch.cat([table[:, at.clamp(max=table.shape[1] - 1)].T for table in taken])
+
+        lines = tables.made("quota", make).index_select(0, tables.first + step.standing.step)
+        return lines.gather(1, n.long()[:, None])[:, 0]
 
     def select(self, step: Step) -> Tensor:
         return step.select("none", fill=self.count(step))
@@ -108,12 +118,11 @@ class TimeQuota(Rule):
     eps: float = 1e-3
 
     def select(self, step: Step) -> Tensor:
-        if step.index >= step.num_steps - 1:
-            return step.select("none", fill=step.open_now)
-        width = (1 - self.eps) / step.num_steps
+        width = (1 - self.eps) / step.num_steps.double()
         share = width / (1 - width * step.index)
         # a product that is a whole number on paper must not fall short of it
-        return step.select("none", fill=(step.open_now.double() * share + 1e-9).int())
+        count = (step.open_now.double() * share + 1e-9).int()
+        return step.select("none", fill=torch.where(step.index >= step.num_steps - 1, step.open_now, count))
 
     @property
     def uses_steps(self) -> bool:
@@ -294,5 +303,6 @@ class DilatedSchedule(Rule):
     base: int = 2
 
     def select(self, step: Step) -> Tensor:
-        stride = max(step.block_length // self.base ** (step.index + 1), 1)
-        return step.select("all", gate=step.index_in_block % stride == 0, need=1, fill=1)
+        power = self.base ** (step.index + 1).clamp(max=30).double()  # beyond any length in any base
+        stride = torch.floor(step.block_length / power).clamp(min=1).int()
+        return step.select("all", gate=step.index_in_block % stride[:, None] == 0, need=1, fill=1)

@@ -5,17 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..checks import Check, amount, integer, number, several
+from ..step import Step
 from .base import Action, Rule, row_mean
 from .confidence import Quota
-
-if TYPE_CHECKING:
-    from ..step import Step
 
 
 @dataclass(frozen=True)
@@ -109,11 +107,16 @@ class SmoothedThreshold(Rule):
     most_weight: float = 0.3
 
     def act(self, step: Step) -> Action:
-        bar = max(1 - self.fall * step.index, self.threshold)
-        commit = step.select("threshold", parameter=bar, need=1, fill=1)
-        weight = min(self.first_weight + self.growth * (step.index + 1), self.most_weight)
+        bar, weight = step.planned("smoothing", self._bar_and_weight).float()
+        commit = step.select("threshold", parameter=bar[:, 0], need=1, fill=1)
         mean = step.mean_embedding(torch.softmax(step.logits(), -1))
-        return Action(commit, embeds=step.embed(step.current) + weight * mean, embedded=step.eligible & ~commit)
+        return Action(
+            commit, embeds=step.embed(step.current) + weight[..., None] * mean, embedded=step.eligible & ~commit
+        )
+
+    def _bar_and_weight(self, index: int, num_steps: int) -> tuple[float, float]:
+        weight = min(self.first_weight + self.growth * (index + 1), self.most_weight)
+        return max(1 - self.fall * index, self.threshold), weight
 
 
 def _span(name: str, value: Any) -> tuple | None:
@@ -149,7 +152,8 @@ class EarlyAnswer(Rule):
 
     def act(self, step: Step) -> Action:
         commit = step.select("none", fill=Quota().count(step))
-        gap = self.gaps[(step.progress >= 0.33) + (step.progress >= 0.67)]
+        first_gap, second_gap, last_gap = self.gaps
+        gap = torch.where(step.progress >= 0.67, last_gap, torch.where(step.progress >= 0.33, second_gap, first_gap))
         first, last = self.answer or (0, step.eligible.shape[1])
         two = step.logits(first, last).topk(2, -1).values
         used = step.window.positions[:, first:last] >= 0

@@ -10,18 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ... import ops
 from ..checks import Check, amount, flag, integer, number, one_of, temperature
+from ..step import Step
 from .ancestral import TimeGrid
 from .base import SHARE, Action, Rule, row_mean
-
-if TYPE_CHECKING:
-    from ..step import Step
 
 
 @dataclass(frozen=True)
@@ -47,119 +44,13 @@ class TokenEditing(Rule):
         commit = step.select("threshold", parameter=self.threshold, strict=True, need=1, fill=1)
         edit = step.decided & (step.confidence > self.edit_threshold) & (step.token != step.current)
         was_complete = step.open_now == 0
-        post_steps = step.memory.get("post steps", torch.zeros_like(step.open_now)) + was_complete
-        step.memory["post steps"] = post_steps
+        post_steps = step.recall("post steps", otherwise=torch.zeros_like(step.open_now), by_row=True) + was_complete
+        step.keep("post steps", post_steps, by_row=True)
         may_go_on = (post_steps < self.max_post_steps) & (edit.any(1) | ~was_complete)
         return Action(commit, edit, working=(step.open_now > commit.sum(1)) | may_go_on)
 
     def max_steps(self, length: int, num_steps: int) -> int:
         return length + self.max_post_steps
-
-
-@dataclass(frozen=True)
-class SplitEditing(Rule):
-    """Edit a block of fixed size by its tokens, and by two that insert and delete.
-
-    LLaDA2.2 as SGLang serves it ("joint threshold" with insertion and deletion; github.com/sgl-project/sglang). As in
-    `TokenEditing`, what is open is committed and decided tokens are replaced; but where the proposal is the split token
-    a mask is put before what stands there, and where it is the delete token the position is taken out. The block keeps
-    its size: what is pushed beyond its end is lost, and masks come in at its end when it shrinks.
-
-    While masks are left that the block began with, a forward commits everything open that is more confident than
-    `threshold`, at least one more than there are inserted masks (the best); then all masks. Decided tokens are replaced
-    if the proposal is another and more confident than `edit_threshold`. Where a block has been as it is before, the
-    least confident change takes a token that has not been tried there. A block ends with a forward that changes
-    nothing, or with one that commits everything and neither splits nor deletes: the `max_post_steps`-th without a mask
-    of the first ones, or the last of ``length + max_post_steps + 1``.
-
-    Attributes
-    ----------
-    threshold, edit_threshold : float
-        What the confidence must exceed to commit, and to replace.
-    max_post_steps : int
-        At least 0.
-    delete_token_id, split_token_id : int, optional
-        Taken from the model's configuration where None.
-    """
-
-    needs: ClassVar[frozenset[str]] = frozenset()
-    slots: ClassVar[str] = "block"
-    decodes: ClassVar[str] = "continuations"
-    token_ids: ClassVar[dict[str, bool]] = {"delete_token_id": True, "split_token_id": True}
-    limits: ClassVar[Mapping[str, Check]] = {
-        **TokenEditing.limits,
-        **{name: integer(0, optional=True) for name in ("delete_token_id", "split_token_id")},
-    }  # fmt: skip
-
-    threshold: float = 0.5
-    edit_threshold: float = 0.0
-    max_post_steps: int = 16
-    delete_token_id: int | None = None
-    split_token_id: int | None = None
-
-    def act(self, step: Step) -> Action:
-        memory, is_open = step.memory, step.is_open
-        original = memory.get("original", is_open.long())
-        from_start = is_open & (original != 0)
-        num_open, num_from_start = is_open.sum(1), from_start.sum(1)
-        post_steps = memory.get("post steps", torch.zeros_like(num_open)) + (num_from_start == 0)
-
-        # which positions are written
-        is_last = step.index >= step.block_length + self.max_post_steps
-        cleans = (post_steps >= max(self.max_post_steps, 1)) | step.everyone(is_last)
-        least = num_open - num_from_start + 1
-        commit = step.select("threshold", parameter=self.threshold, strict=True, need=least, fill=least)
-        commit = torch.where((cleans | (num_from_start == 0))[:, None], is_open, commit)
-        if self.max_post_steps == 0:
-            cleans = cleans | ~(from_start & ~commit).any(1)
-            commit = torch.where(cleans[:, None], is_open, commit)
-        edit = step.decided & (step.confidence > self.edit_threshold) & (step.token != step.current)
-        written = commit | edit
-
-        # what is written there
-        token = torch.where(cleans[:, None], self._without_controls(step), step.token)
-        token = self._varied(step, token, written, ~cleans)
-        tried = torch.where(written, token, -1)[:, None]
-        memory["tried"] = torch.cat((memory["tried"], tried), 1) if "tried" in memory else tried
-        splits = written & (token == self.split_token_id)
-        deletes = written & (token == self.delete_token_id)
-        insert = splits.int()
-        ops.splice_(original, torch.zeros_like(step.block_start), insert=insert, remove=deletes, fill_token_id=0)
-        memory["original"], memory["post steps"] = original, post_steps
-        plain = ~splits & ~deletes
-        return Action(
-            commit & plain, edit & plain, token=token, confidence=step.probability_of(token), insert=insert,
-            remove=deletes, working=written.any(1) & ~cleans,
-        )  # fmt: skip
-
-    def _without_controls(self, step: Step) -> Tensor:
-        """Proposals other than the two tokens that insert and delete, int64 `[B, W]`."""
-        assert self.delete_token_id is not None and self.split_token_id is not None
-        bias = torch.zeros(1, 1, step.vocab_size, device=step.token.device)
-        bias[..., self.delete_token_id] = bias[..., self.split_token_id] = -torch.inf
-        return step.again(bias).token
-
-    def _varied(self, step: Step, token: Tensor, written: Tensor, where: Tensor) -> Tensor:
-        """The tokens with another at the least confident change, in requests of bool `[B]` whose block was so before.
-
-        It is the likeliest of those that have not been tried at this place.
-        """
-        block = torch.where(step.used, step.current, -1)[:, None]
-        seen = step.memory.get("seen", block[:, :0])
-        step.memory["seen"] = torch.cat((seen, block), 1)
-        if "tried" not in step.memory:
-            return token
-        repeats = (seen == block).all(2).any(1) & where
-        changes = written & (token != step.current)
-        slot = torch.where(changes, step.confidence, torch.inf).argmin(1, keepdim=True)
-        tried = step.memory["tried"].gather(2, slot[:, None].expand(-1, seen.shape[1], 1))[:, :, 0]
-        rows = torch.arange(token.numel(), device=token.device).view(token.shape).gather(1, slot)[:, 0]
-        fresh = ops.token_confidence(step.proposer.clean(step.raw_logits, rows), banned=tried.contiguous()).token
-        replaced = torch.where(repeats & changes.any(1) & (fresh >= 0), fresh, token.gather(1, slot)[:, 0])
-        return token.scatter(1, slot, replaced[:, None])
-
-    def max_steps(self, length: int, num_steps: int) -> int:
-        return length + self.max_post_steps + 1
 
 
 @dataclass(frozen=True)
@@ -262,8 +153,8 @@ class WideInNarrowOut(Rule):
         most = (step.open_now * 7 // 10).clamp(5, 20)
         commit = step.select("threshold", parameter=self.threshold, strict=True, need=1, fill=1, cap=most)
         committed = commit.sum(1)
-        back = step.memory.get("committed", torch.full_like(committed, 30)) - 1
-        step.memory["committed"] = committed
+        back = step.recall("committed", otherwise=torch.full_like(committed, 30), by_row=True) - 1
+        step.keep("committed", committed, by_row=True)
         remask = step.select(
             "threshold", score=-step.p_current, eligible=step.decided, parameter=-self.back_threshold, strict=True,
             need=0, fill=0, cap=back.masked_fill(committed < 2, 0),
@@ -291,12 +182,12 @@ class PathPlanning(Rule):
         return frozenset({"score", "defer_token_ids"})
 
     def act(self, step: Step) -> Action:
-        left = max(step.num_steps - 1 - step.index, 0)
+        left = (step.num_steps - 1 - step.index).clamp(min=0)
         score = step.confidence.log()
         score = torch.where(step.decided, self.stickiness * score, score)
         masked = step.used.sum(1) * left // step.num_steps
         low = step.select("none", score=-score, eligible=step.used, fill=masked)
-        return Action(step.is_open & ~low, remask=step.decided & low, working=step.everyone(left > 0))
+        return Action(step.is_open & ~low, remask=step.decided & low, working=left > 0)
 
     @property
     def uses_steps(self) -> bool:
@@ -336,21 +227,23 @@ class AncestralRemask(TimeGrid):
     alpha_on: float = 0.9
 
     def act(self, step: Step) -> Action:
-        if self.is_last(step):
-            return self.last_action(step)
-        t, s = self.times(step)
-        alpha_t, alpha_s = self.alpha(t), self.alpha(s)
-        most = (1 - alpha_s) / alpha_t if alpha_t > 0 else math.inf
+        most, sigma, keeps, takes = step.planned("shares", self.shares)
+        decide = ((keeps + sigma * takes) / (1 - takes)).float()
+        remask = sigma.float()
         if self.strategy == "conf":
             doubt = torch.where(step.decided, -step.at(step.canvas.confidence), -torch.inf)
-            remask: float | Tensor = min(1.0, most) * torch.softmax(doubt, 1).nan_to_num(0.0)
-            sigma = 0.0  # of the open positions
-        else:
-            remask = sigma = self._sigma(t, most)
-        decide = (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
-        chance = torch.where(step.is_open, decide, torch.as_tensor(remask, device=step.used.device)).float()
+            remask = most.float() * torch.softmax(doubt, 1).nan_to_num(0.0)
+        chance = torch.where(step.is_open, decide, remask)
         flips = step.select("bernoulli", score=step.confidence, eligible=step.used, cost=chance)
-        return Action(flips & step.is_open, remask=flips & step.decided, working=step.everyone(True))
+        return self.finishing(step, Action(flips & step.is_open, remask=flips & step.decided))
+
+    def shares(self, index: int, num_steps: int) -> tuple[float, float, float, float]:
+        """The largest sigma, at most 1; sigma of all positions; ``alpha(s) - alpha(t)``; and alpha(t)."""
+        t, s = self.times(index, num_steps)
+        alpha_t, alpha_s = self.alpha(t), self.alpha(s)
+        most = (1 - alpha_s) / alpha_t if alpha_t > 0 else math.inf
+        sigma = 0.0 if self.strategy == "conf" else self._sigma(t, most)
+        return min(1.0, most), sigma, alpha_s - alpha_t, alpha_t
 
     def alpha(self, t: float) -> float:
         """Share of tokens that the forward process leaves at time t."""
@@ -407,14 +300,14 @@ class RenoisedEntropyBound(Rule):
             "entropy-bound", score=-step.entropy, eligible=step.used, cost=step.entropy, parameter=self.bound,
             need=1, fill=1,
         )  # fmt: skip
-        same = torch.zeros_like(step.open_now)
-        if "likeliest" in step.memory:
-            unchanged = (~step.used | (step.argmax == step.memory["likeliest"])).all(1)
-            same = (step.memory["unchanged steps"] + 1) * unchanged
-        step.memory["likeliest"], step.memory["unchanged steps"] = step.argmax, same
+        before = step.recall("likeliest", step.argmax.shape[1], otherwise=torch.full_like(step.argmax, -2), by_row=True)
+        unchanged = (~step.used | (step.argmax == before)).all(1) & ~step.is_first
+        same = step.recall("unchanged steps", otherwise=torch.zeros_like(step.open_now), by_row=True)
+        same = ((same + 1) * unchanged).int()
+        step.keep("likeliest", step.argmax, by_row=True)
+        step.keep("unchanged steps", same, by_row=True)
         ends = (same >= self.stability) & (row_mean(step.entropy, step.used) < self.entropy)
-        if step.index >= self.steps - 1:
-            ends = torch.ones_like(ends)
+        ends = ends | (step.index >= self.steps - 1)
         take = accept | ends[:, None]
         return Action(
             take & step.is_open, take & step.decided, renoise=step.used & ~take, working=~ends,

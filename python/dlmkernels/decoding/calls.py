@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three ops of every step, called without the checks of `dlmkernels.ops` as long as they succeed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+
+
+def token_confidence(*args: Any, **options: Any) -> ops.TokenConfidence:
+    """`ops.token_confidence`, of tensors alone."""
+    return ops.TokenConfidence(
+        *_call(torch.ops.dlmkernels.token_confidence.default, ops.token_confidence, args, options)
+    )  # fmt: skip
+
+
+def select_tokens(*args: Any, **options: Any) -> Tensor:
+    """Which slots `ops.select_tokens` selects, of tensors alone."""
+    return _call(torch.ops.dlmkernels.select_tokens.default, ops.select_tokens, args, options)[0]
+
+
+def remask_(*args: Any, **options: Any) -> Tensor:
+    """`ops.remask_`, of tensors alone."""
+    return _call(torch.ops.dlmkernels.remask_.default, ops.remask_, args, options)
+
+
+def _call(op: Callable[..., Any], explained: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    try:
+        return op(*args, **options)
+    except RuntimeError:
+        explained(*args, **options)  # refuses the same in words
+        raise

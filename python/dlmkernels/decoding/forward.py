@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forwards of a canvas: what the model is given of each row, what it may see there, and where its answers stand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cache import KVCache
+from ..models.adapt import DiffusionModel, EncoderDecoderModel
+from ..models.backbone import Backbone, Moment
+from ..window import AttentionWindow, TokenWindow
+from .config import DecodingConfig, SpecialTokens
+from .guidance import Unconditional
+from .schedule import Grid
+from .state import State
+
+
+class Forward:
+    """Runs the model on columns of the canvas. Under guidance the batch is doubled, the conditional half first.
+
+    Attributes
+    ----------
+    shift : int
+        1 where row i of the logits speaks of position i + 1, else 0.
+    origin, ends : Tensor
+        int32 `[S]` (twice under guidance): where each row starts, and how far it may reach.
+    slots, positions : Tensor
+        int32 and int64 `[S, T]` (twice): every column; and its place in the request.
+    kv_range : Tensor, optional
+        int32 `[S, 2]` (twice): what of the canvas is the row's; None: all of it.
+    """
+
+    def __init__(
+        self, model: DiffusionModel, state: State, config: DecodingConfig, special: SpecialTokens, grid: Grid,
+        prompt_embeds: Tensor | None = None, ends: Tensor | None = None,
+    ):  # fmt: skip
+        """`ends` int32 `[S]`: how far each request may reach where that is less than the grid's end."""
+        self.model, self.state, self.config, self.special, self.grid = model, state, config, special, grid
+        self.shift = 1 if config.logit_alignment == "shift" else 0
+        self.is_guided = config.cfg_scale > 0
+        self._given_embeds, self._given_ends = prompt_embeds, ends
+        self.origin, self.ends, self.prompt_embeds = state.origin, grid.ends, prompt_embeds
+        rows = 2 * len(state.origin) if self.is_guided else len(state.origin)
+        self._columns = torch.arange(self.length, device=self.origin.device)
+        self.slots = self._columns.int().expand(rows, self.length)
+        self.positions = torch.zeros(rows, self.length, dtype=torch.int64, device=self.origin.device)
+        self.kv_range: Tensor | None = None
+        self.cache = KVCache(self.length) if config.cache != "none" else None
+        #: whether the model is told where its decoding stands
+        self.takes_time = isinstance(model, Backbone)
+        # Guidance doubles the batch: the second half sees something else where tokens were given.
+        self.unconditional: Unconditional | None = None
+        #: input embeddings of all the canvas `[S, T, hidden]` (twice), where a rule has set some; and which of them
+        self.embeds: Tensor | None = None
+        self.embedded: Tensor | None = None
+        #: what the last forward said of all the canvas `[S, T, hidden]` (twice), for models with self-conditioning
+        self.opinion: Tensor | None = None
+
+    def begin(self) -> None:
+        """Nothing has been forwarded yet of the requests that the state holds."""
+        self.look()
+        self.forget(torch.ones_like(self.state.origin, dtype=torch.bool))
+
+    def look(self) -> None:
+        """Find out where the requests stand that the state holds now."""
+        state, grid = self.state, self.grid
+        #: the largest number of columns that any row has left of its first block
+        self.depth = max(int((grid.first - state.origin).max()), 0)
+        if self.is_guided:
+            if self.unconditional is None:
+                self.unconditional = Unconditional(state, self.special.mask)
+                self.origin, self.ends = self.origin.repeat(2), grid.ends.repeat(2)
+            other = self.unconditional
+            other.look()
+            self.origin.copy_(torch.cat((state.origin, other.origin)))
+            self.depth = max(self.depth, int((grid.first - other.origin).max()))
+            if self._given_embeds is not None:
+                blind = self.model.embed(other.tokens[:, : self._given_embeds.shape[1]])
+                self.prompt_embeds = torch.cat((self._given_embeds, blind))
+        #: for models whose rotary embedding depends on the length: that of a request is its canvas's
+        ends = self.ends if self._given_ends is None else self.twice(self._given_ends)
+        self.rotations = self.model.rotations(ends - self.origin)
+        self.positions.copy_((self._columns - self.origin[:, None]).clamp(min=0))
+        if bool(((self.origin > 0) | (self.ends < self.length)).any()):
+            kv_range = torch.stack((self.origin, self.ends), 1)
+            self.kv_range = kv_range if self.kv_range is None else self.kv_range.copy_(kv_range)
+        else:
+            self.kv_range = None
+        self._to_decode = state.is_open.sum(1).clamp(min=1)
+
+    @property
+    def length(self) -> int:
+        """T, columns of the canvas."""
+        return self.state.tokens.shape[1]
+
+    def twice(self, x: Tensor) -> Tensor:
+        """`x` `[S, …]` for both halves of a guided batch."""
+        return torch.cat((x, x)) if self.is_guided else x
+
+    # --- what the next forward is told beyond the tokens --------------------------------------------------------------
+
+    def forget(self, rows: Tensor) -> None:
+        """Forget what was set for the next forward, in rows bool `[S]` that come into another block."""
+        if self.embedded is not None:
+            self.embedded.masked_fill_(self.twice(rows)[:, None], False)
+        if self.opinion is not None:
+            self.opinion.masked_fill_(self.twice(rows)[:, None, None], 0)
+
+    def condition_next(self, window: TokenWindow, logits: Tensor, temperature: float | Tensor) -> None:
+        """In the next forward, let the model know the distributions of the window's slots, of logits `[N or 2N, V]`."""
+        assert isinstance(self.model, EncoderDecoderModel)
+        positions = self.twice(window.positions)
+        if isinstance(temperature, Tensor):
+            temperature = self.twice(temperature)
+        soft = self.model.mean_embedding(logits, temperature).unflatten(0, positions.shape)
+        column = torch.where(positions >= 0, positions, self.length).long()[..., None].expand_as(soft)
+        nothing = soft.new_zeros(len(soft), self.length + 1, soft.shape[2])  # one more column, for the other slots
+        opinion = nothing.scatter(1, column, soft)[:, :-1]
+        if self.opinion is None:
+            self.opinion = torch.empty_like(opinion)
+        self.opinion.copy_(opinion)
+
+    def embed_next(self, window: TokenWindow, embeds: Tensor, where: Tensor) -> None:
+        """In the next forward, let `embeds` `[S, W, hidden]` stand in for the tokens' where `where` says so."""
+        if not self.model.embeds_by_token:
+            raise ValueError(
+                f"rule {type(self.config.rule).__name__} cannot be used with this model: what it embeds a token as "
+                "depends on the whole row"
+            )
+        column = torch.where(where, window.positions, self.length).long()
+        # one more column, for the other slots
+        embedded = torch.zeros_like(self.state.is_open[:, :1]).repeat(1, self.length + 1).scatter(1, column, True)
+        own = embeds.new_zeros(len(embeds), self.length + 1, embeds.shape[2])
+        own = self.twice(own.scatter(1, column[..., None].expand_as(embeds), embeds)[:, :-1])
+        embedded = self.twice(embedded[:, :-1])
+        if (other := self.unconditional) is not None:
+            embedded = embedded & ~torch.cat((torch.zeros_like(other.replaced), other.replaced))
+        if self.embeds is None or self.embedded is None:
+            self.embeds, self.embedded = torch.empty_like(own), torch.empty_like(embedded)
+        self.embeds.copy_(own)
+        self.embedded.copy_(embedded)
+
+    # --- forwards -----------------------------------------------------------------------------------------------------
+
+    def at(
+        self, columns: Tensor, end: Tensor, used: Tensor | None = None, tokens: Tensor | None = None, **visibility: Any
+    ) -> Tensor:
+        """Hidden states `[S, Q, hidden]` of the canvas columns int32 `[S, Q]`, which see nothing from `end` `[S]` on.
+
+        Columns outside of the request, and those not `used` bool `[S, Q]`, are unused slots. `tokens` int64 `[S, Q]`
+        stand in for what the canvas holds there.
+        """
+        outside = (columns < self.origin[:, None]) | (columns >= self.ends[:, None])
+        inside = columns.clamp(0, self.length - 1).long()
+        slots = torch.where(outside if used is None else outside | ~used, -1, columns)
+        window = AttentionWindow(
+            slots, torch.stack((self.origin, end), 1), self.cache, rotations=self.rotations, **visibility
+        )  # fmt: skip
+        return self.run(inside, self.positions.gather(1, inside), window, tokens)
+
+    def run(
+        self, columns: Tensor | None, positions: Tensor, window: AttentionWindow, tokens: Tensor | None = None,
+        moment: dict[str, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Hidden states `[S, Q, hidden]` of the columns int64 `[S, Q]`, or of all (None), at `positions` `[S, Q]`.
+
+        `moment`: arguments of `Moment`, for backbones that may take the time.
+        """
+        if tokens is None:
+            tokens = self.tokens()
+            if columns is not None:
+                tokens = tokens.gather(1, columns)
+        embeds = self._embeds(tokens, columns)
+        opinion = None if self.opinion is None else _at(self.opinion, columns)
+        if not self.takes_time:
+            return self.model.hidden(tokens, positions, window, embeds, opinion)
+        masked = (self.state.is_open.sum(1) / self._to_decode).clamp(max=1)
+        told = {name: self.twice(value) for name, value in (moment or {}).items()}
+        now = Moment(self.twice(masked), **told)
+        return self.model.hidden(tokens, positions, window, embeds, opinion, now)  # type: ignore[call-arg]
+
+    def tokens(self) -> Tensor:
+        """What stands on the canvas, int64 `[S, T]`, for both halves of a guided batch."""
+        tokens = self.state.tokens
+        return tokens if self.unconditional is None else torch.cat((tokens, self.unconditional.see(tokens)))
+
+    def _embeds(self, tokens: Tensor, columns: Tensor | None) -> Tensor | None:
+        """Input embeddings at the columns, those of the prompt and of the rule where they gave some.
+
+        None if neither did.
+        """
+        if self.prompt_embeds is None and self.embeds is None:
+            return None
+        embeds = self.model.embed(tokens)
+        if self.embeds is not None and self.embedded is not None:
+            set_by_rule = self.embedded if columns is None else self.embedded.gather(1, columns)
+            embeds = torch.where(set_by_rule[..., None], _at(self.embeds, columns).to(embeds.dtype), embeds)
+        if self.prompt_embeds is None:
+            return embeds
+        columns = self.slots.long() if columns is None else columns
+        given = (columns < self.prompt_embeds.shape[1])[:, :, None]
+        return torch.where(given, _at(self.prompt_embeds, columns), embeds)
+
+    # --- what rows see, as arguments of AttentionWindow ---------------------------------------------------------------
+
+    def block_causal(self) -> dict[str, Any]:
+        """The blocks of the grid see themselves and what stands left."""
+        first = self.twice(self.grid.first)
+        if self.config.block_grid == "absolute" and self.state.negative is None:
+            origin = self.origin
+        elif self.config.block_grid == "prompt":
+            origin = first
+        else:  # a negative prompt is cut into blocks from its end: what is decoded must be one block in both halves
+            origin = first % self.grid.length
+        return {"causal_block": self.grid.length, "block_origin": origin}
+
+    def reading_order(self) -> Tensor:
+        """Place of every column if what is decided were read before what is open: int32 `[S, T]`."""
+        return torch.where(self.twice(self.state.is_open), self.slots + self.length, self.slots).contiguous()
+
+
+def _at(values: Tensor, columns: Tensor | None) -> Tensor:
+    """`values` `[S, T, hidden]` at columns int64 `[S, Q]`, the nearest that there is: `[S, Q, hidden]`."""
+    if columns is None:
+        return values
+    inside = columns.clamp(max=values.shape[1] - 1)
+    return values.gather(1, inside[:, :, None].expand(-1, -1, values.shape[2]))
+
+
+def rows_at(hidden: Tensor, row: Tensor) -> Tensor:
+    """Rows `row` `[S, W]` of `hidden` `[S, Q, hidden]`, the nearest that there is."""
+    inside = row.clamp(0, hidden.shape[1] - 1).long()
+    return hidden.gather(1, inside[:, :, None].expand(-1, -1, hidden.shape[2]))

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a decoding program is, and the one loop that runs every program.
+
+A program is a plan and an advance. Its `step` is plan, forward, propose, select, write, advance: tensor operations
+alone, whose shapes are said by a `form`, and which write into tensors that are never replaced. It reads nothing on the
+host and hands back a report, a few integers. `form` is the host's part: from an old report it chooses the form of the
+next step, or finds that everything is decoded. So the steps of one form are the same calls on the same memory every
+time, and can be replayed as such.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...models.adapt import DiffusionModel
+from ..config import DecodingConfig, SpecialTokens
+from ..outcome import Unfinished, output_of
+from ..output import DecodingOutput
+from ..poll import OpenCount
+from ..propose import Proposer
+from ..schedule import Grid
+from ..state import State
+from ..step import Step
+from ..streaming import Stream
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be decoded, and how: the arguments that all programs have in common.
+
+    Columns `[start, end)` of the state are decoded, and those that complete the last block of the grid.
+    """
+
+    model: DiffusionModel
+    state: State
+    config: DecodingConfig
+    special: SpecialTokens
+    grid: Grid
+    start: int
+    end: int
+    prompt_embeds: Tensor | None = None
+
+
+class Program:
+    """Base of all programs."""
+
+    def __init__(self, task: Task):
+        self.task = task
+        self.model, self.state, self.config, self.special = task.model, task.state, task.config, task.special
+        self.rule, self.grid, self.start, self.end = task.config.rule, task.grid, task.start, task.end
+        self.propose = Proposer(self.model, self.state, self.config, self.special)
+        self.unfinished = Unfinished(self.state, self.rule)
+        #: what the rule keeps from step to step
+        self.memory: dict[str, Tensor] = {}
+
+    # --- the host's part ----------------------------------------------------------------------------------------------
+
+    def form(self, report: tuple[int, ...], behind: int) -> Any:
+        """The form of the next step, None if there is nothing left to do.
+
+        `report` is that of the step before the last `behind` ones.
+        """
+        raise NotImplementedError
+
+    def may_leave(self, form: Any) -> bool:
+        """Whether positions that the last step saw open may be left by a step of this form, for good."""
+        return self.rule.slots != "open"
+
+    def widest(self, form: Any) -> Any:
+        """The form of the same work whose shapes serve any rows, whatever is left to do in them."""
+        return form
+
+    # --- the device's part --------------------------------------------------------------------------------------------
+
+    def begin(self) -> Tensor:
+        """What there is to do before the first step; the first report, int32 `[n]`.
+
+        Nothing is left of requests that the state held before.
+        """
+        raise NotImplementedError
+
+    def step(self, form: Any) -> Tensor:
+        """Plan, forward, propose, select, write, advance; what there is to report, int32 `[n]`."""
+        raise NotImplementedError
+
+    def commit(
+        self, positions: Tensor, tokens: Tensor, chosen: Tensor, confidence: Tensor, fills: bool = True
+    ) -> Tensor:
+        """Write the chosen ones of the tokens `[S, W]` at canvas `positions`; the info of `ops.remask_`.
+
+        `fills`: whether an end token among them is final.
+        """
+        policy = "fill" if fills and self.config.eos_policy != "none" else "none"
+        return self.state.write(
+            positions, tokens, commit=chosen, confidence=confidence, step=self.state.step,
+            mask_token_id=self.special.mask, eos_token_ids=self.special.eos, eos_policy=policy,
+            fill_token_id=self.special.pad,
+        )  # fmt: skip
+
+    def remember(self, step: Step) -> None:
+        """Write down what the rule keeps of the step."""
+        for name, value in step.kept.items():
+            if name not in self.memory:
+                self.memory[name] = torch.empty_like(value, memory_format=torch.contiguous_format)
+            self.memory[name].copy_(value)
+
+    # --- what comes out -----------------------------------------------------------------------------------------------
+
+    def denoises(self, form: Any) -> bool:
+        """Whether a step of that form forwards the model and writes what it says."""
+        return True
+
+    def last_column(self) -> int:
+        """Column after the last of the first row, of what can be shown of it now."""
+        return self.end
+
+    def finished_columns(self) -> int | None:
+        """Up to which column the first row is finished; None: up to its first open position."""
+        return None
+
+    def output(self) -> DecodingOutput:
+        """The result, when there is nothing left to do."""
+        return output_of(self.state, self.start, self.end, self.unfinished)
+
+
+@torch.no_grad()
+def run(program: Program, streamer=None) -> DecodingOutput:
+    """Run a program to its end."""
+    program.unfinished.begin()
+    counts = OpenCount(*program.begin().tolist())
+    stream = Stream(streamer, program.state, program.start)
+    while (form := program.form(counts.latest(), counts.behind)) is not None:
+        if program.model.is_compiled:
+            form = program.widest(form)
+        if program.may_leave(form):
+            program.unfinished.settle()
+        counts.submit(program.step(form))
+        if streamer is not None:
+            stream.step(program.last_column(), program.finished_columns(), program.denoises(form))
+    if streamer is not None:
+        stream.finish(program.last_column())
+    return program.output()

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program of most rules: block after block, from left to right, each until the rule is done with it.
+
+Every row has its own block, step and end. Without a cache a row enters its next block as soon as it is done with one.
+With a cache, what enters needs another form of forward than what goes on, and the rows of a batch enter together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ... import ops
+from ...window import TokenWindow
+from ..block_forward import BlockForward
+from ..constrained import Constrained
+from ..outcome import Unfinished
+from ..rules import Action
+from ..schedule import plan_blocks
+from ..standing import Standing
+from ..state import listed
+from .base import Program, Task
+from .block_forms import BlockForms, Form
+from .block_plan import BlockPlan
+
+#: Multiplications of a language-model head that take as long as finding out for which slots it need not run.
+COMPACTING = 500_000
+
+
+class BlockAfterBlock(Program):
+    """A report holds a number for each row: how many positions of its block are open, at least 1 while it is in one;
+    0 if it waits to enter another; -1 if nothing is left. With cache="delayed" twice as many, the others being the
+    numbers of all open positions.
+    """
+
+    def __init__(self, task: Task):
+        super().__init__(task)
+        config, state, rule = self.config, self.state, self.rule
+        rows, device = len(state.tokens), state.tokens.device
+        self.forward = BlockForward(self.model, state, config, self.special, self.grid, task.prompt_embeds)
+        self.constrained = Constrained(config.constraint, rule, state, self.start, self.end, self.special.mask)
+        self.unfinished = Unfinished(state, rule, self.constrained)
+        self.reads_open = rule.slots == "open"
+        #: whether the host knows which block the rows are in
+        self.together = rows == 1 or config.cache != "none" or self.forward.commits_apart
+        # A rule that takes tokens back may also take back an end token: that counts once its block is finished.
+        self.fills_at_once = config.eos_policy == "fill" and self.reads_open
+        self.fills_at_end = config.eos_policy != "none" and not self.fills_at_once
+        blocks = plan_blocks(config, self.grid)
+        # what a constraint has kept open when the rule has done its steps gets more, as long as they help
+        most_steps = [b.max_steps + self.constrained.may_leave_open * b.length for b in blocks]
+        self.forms = BlockForms(config, blocks, most_steps, self.forward, self.together, self.fills_at_end)
+
+        slots = self._most_slots([b.start for b in blocks], max(b.length for b in blocks))
+        #: positions that a window may hold until its row enters another block, -1 for none, int32 [S, W]; the same as
+        #: an index; where there is one in a row that works, uint8
+        self._listing = torch.zeros(rows, slots, dtype=torch.int32, device=device)
+        self._index = torch.zeros(rows, slots, dtype=torch.int64, device=device)
+        self._valid = torch.zeros(rows, slots, dtype=torch.uint8, device=device)
+        self._works = torch.zeros(rows, dtype=torch.bool, device=device)  # which rows are in a block
+        self._nothing = torch.full((), -1, dtype=torch.int32, device=device)
+        self.plan = BlockPlan(state, self.grid, blocks, most_steps, self._listing)
+        self.standing = self.plan.standing
+        self._columns = torch.arange(self.standing.width, dtype=torch.int32, device=device)
+        self._row_map = torch.zeros(rows * slots + 1, dtype=torch.int32, device=device)
+        self._numbers = torch.arange(rows * slots + 1, dtype=torch.int32, device=device)
+        self._row_cost = 0  # multiplications that a row of the head takes
+        self._how = {
+            "step": state.step, "seed": state.seed, "origin": state.origin, "mask_token_id": self.special.mask,
+            "vocab_size": self.model.vocab_size or 0, "eos_token_ids": self.special.eos,
+            "eos_policy": "fill" if self.fills_at_once else "none", "fill_token_id": self.special.pad,
+        }  # fmt: skip
+
+    def _most_slots(self, starts: list[int], longest: int) -> int:
+        """How many slots a window has: one for each position that a step can decide, in the row that has most."""
+        if self.rule.slots == "canvas":
+            return self.state.tokens.shape[1] - self.start
+        if not self.reads_open:
+            return longest
+        is_open = self.state.is_open
+        column = torch.arange(is_open.shape[1], device=is_open.device) - self.grid.first[:, None]
+        bounds = torch.tensor(starts, device="cpu").to(is_open.device)
+        block = (torch.searchsorted(bounds, column, right=True) - 1).clamp(min=0)
+        counts = torch.zeros(len(is_open), len(starts), dtype=torch.int64, device=is_open.device)
+        return max(int(counts.scatter_add(1, block, is_open.long()).max()), 1)
+
+    # --- the host's part ----------------------------------------------------------------------------------------------
+
+    def form(self, report: tuple[int, ...], behind: int) -> Form | None:
+        form = self.forms.next(report, behind, self._listing.numel())
+        if form is None or (self.reads_open and not self.model.self_conditions):
+            return form
+        return replace(form, head=self._listing.numel())
+
+    def may_leave(self, form: Form) -> bool:
+        return not self.reads_open or form.kind == "enter" or form.is_limited
+
+    def widest(self, form: Form) -> Form:
+        pending = self.forward.length if form.part == "open" else form.pending
+        return replace(form, pending=pending, head=self._listing.numel(), is_limited=True)
+
+    # --- the device's part --------------------------------------------------------------------------------------------
+
+    def begin(self) -> Tensor:
+        if self.rule.noise == "uniform":
+            if self.model.vocab_size is None:
+                name = type(self.rule).__name__
+                raise ValueError(f"{name} draws from the vocabulary, whose size the model does not say")
+            self.state.renoise(self.model.vocab_size)
+        self.forward.begin()
+        self.forms.begin(len(self._works))
+        self.constrained.enter(torch.ones_like(self._works))
+        self._works.fill_(False)
+        self._valid.fill_(0)
+        self.plan.frontier.fill_(-1 if self.together else self.plan.count)
+        return self.enter()
+
+    def renew(self, rows: Tensor) -> None:
+        """Take notice that `rows` int64 `[n]`, which had nothing left to do, hold other requests (see `State.admit`).
+
+        They wait for their first block, so that in the report they stand at 0 from now on. What is to be decoded of
+        them lies in the grid's columns. Only where each row enters its blocks by itself.
+        """
+        if self.together:
+            raise ValueError("rows can be given other requests where there are several, with cache='none' alone")
+        is_new = torch.zeros_like(self._works).index_fill_(0, rows, True)
+        self._works.masked_fill_(is_new, False)
+        self._valid.masked_fill_(is_new[:, None], 0)
+        self.constrained.enter(is_new)
+        self.forward.look()
+        self.forward.forget(is_new)
+
+    def step(self, form: Form) -> Tensor:
+        if form.kind == "enter":
+            return self.enter()
+        return self.append(form) if form.kind == "append" else self.denoise(form)
+
+    def enter(self) -> Tensor:
+        """Rows that are done with their block come into their next one, as far as the frontier."""
+        state, plan = self.state, self.plan
+        if self.together:
+            plan.frontier.add_(1)
+        works = self._window(True).used.any(1) if self.reads_open else self._works & plan.has_steps()
+        if self.constrained.may_leave_open:
+            works = works & ~self.constrained.is_stuck
+        if self.fills_at_end:
+            state.fill_after_eos(~works, self.special.eos, self.special.pad)
+        enters, has_later = plan.enter(works, self.together)
+        self._works.copy_(works | enters)
+        count = self._list_positions()
+        self.standing.open_at_start.copy_(torch.where(enters, count, self.standing.open_at_start))
+        self.forward.enter(plan.place, self.forms.block)
+        self.forward.forget(enters)
+        self.constrained.enter(enters)
+        return self._reported(torch.where(self._works, count.clamp(min=1), torch.where(has_later, 0, -1)))
+
+    def _open_in_block(self) -> Tensor:
+        """Open positions of each row's block, bool `[S, columns]`."""
+        columns = self.state.columns(self.standing.block_start, len(self._columns))
+        return self.state.open_in(columns) & (self._columns < self.standing.block_length[:, None])
+
+    def _list_positions(self) -> Tensor:
+        """List what the windows may hold until rows enter another block; open positions of the block, int32 `[S]`."""
+        state, is_open = self.state, self._open_in_block()
+        columns = state.columns(self.standing.block_start, len(self._columns))
+        if self.reads_open:
+            listing = listed(columns, is_open, self._listing.shape[1], state.tokens.shape[1])
+        elif self.rule.slots == "block":
+            free = state.free_in(columns) & (self._columns < self.standing.block_length[:, None])
+            listing = torch.where(free, columns.number, -1)
+        else:
+            whole = state.columns(torch.full_like(state.origin, self.start), self._listing.shape[1])
+            listing = torch.where(state.free_in(whole), whole.number, -1)
+        self._listing.copy_(listing)
+        self._index.copy_(listing.clamp(min=0))
+        self._valid.copy_((listing >= 0) & self._works[:, None])
+        return is_open.sum(1, dtype=torch.int32)
+
+    def _window(self, is_limited: bool) -> TokenWindow:
+        """The positions that this step may decide."""
+        if self.reads_open:
+            used = (self.state.state.gather(1, self._index) & self._valid).bool()
+            if is_limited:
+                used = used & self.plan.has_steps()[:, None]
+        else:
+            used = self._valid.bool() & self._works[:, None]
+        if self.constrained.may_leave_open:
+            used = used & ~self.constrained.is_stuck[:, None]
+        return TokenWindow.of(torch.where(used, self._listing, self._nothing), self.state.origin, used)
+
+    def _compacted(self, used: Tensor, head: int) -> tuple[Tensor | None, Tensor | None]:
+        """Which slots, of all rows together, have logits, int64 `[head]`; and which row of these each has, int32 `[N]`.
+
+        None and None where all have.
+        """
+        total = used.numel()
+        if (total - head) * self._row_cost < COMPACTING:
+            return None, None
+        pick = torch.nonzero_static(used.flatten(), size=head, fill_value=total)[:, 0]
+        row_map = self._row_map.fill_(-1).index_copy_(0, pick, self._numbers[:head])[:total]
+        return pick.clamp_(max=total - 1), row_map
+
+    def append(self, form: Form) -> Tensor:
+        """Forward what is decided left of the block, and decide its first token by it if the model's family does so."""
+        state = self.state
+        in_block = state.columns(self.plan.place.outer, form.columns[0])
+        took_part = self.forward.append_context(form.pending) & state.open_in(in_block).any(1)
+        if self.config.seeded:
+            first = torch.where(took_part, self.plan.place.outer, state.tokens.shape[1])
+            window = state.window(state.columns(first, 1), 1)
+            logits = self.model.logits(self.forward.last_of_context())
+            step = self.propose.step(
+                logits, window, Standing.in_one_block(first, 1, state.step),
+                allowed=self.constrained.allowed(window, logits.shape[1]),
+            )  # fmt: skip
+            step, action = self.constrained.act(step, None, lambda step: Action(step.used))
+            assert action.commit is not None
+            self.commit(window.positions, step.token, action.commit, step.confidence, self.fills_at_once)
+            took_part = took_part & (window.positions[:, 0] < 0)  # the others have been counted
+        state.step.add_(took_part)
+        self.plan.count_from_here(self._works)
+        open_now = self._open_in_block().sum(1, dtype=torch.int32).masked_fill(~self._works, 0)
+        self.standing.open_at_start.copy_(torch.where(self._works, open_now, self.standing.open_at_start))
+        self._works.copy_(open_now > 0)
+        return self._reported(open_now)
+
+    def denoise(self, form: Form) -> Tensor:
+        """A step of the rule."""
+        state, constrained = self.state, self.constrained
+        window = self._window(form.is_limited)
+        pick, row_map = self._compacted(window.used, form.head)
+        hidden = self.forward(form.part, window, self.standing, pick, form.pending)
+        logits = self.model.logits(hidden)
+        self._row_cost = 0 if logits is hidden else hidden.shape[1] * logits.shape[1]
+        step = self.propose.step(
+            logits, window, self.standing, row_map, self.memory, constrained.allowed(window, logits.shape[1])
+        )
+        is_extra = step.index >= self.plan.max_steps if constrained.may_leave_open else None
+        step, action = constrained.act(step, is_extra)
+        self.remember(step)
+        self.unfinished.see(step)
+        info = state.write(
+            window.positions, _or(action.token, step.token), commit=action.commit, edit=action.edit,
+            remask=action.remask, renoise=action.renoise, confidence=_or(action.confidence, step.confidence),
+            **self._how,
+        )  # fmt: skip
+        if action.insert is not None:
+            block_end = (self.standing.block_start + self.standing.block_length).clamp(max=state.tokens.shape[1])
+            ops.splice_(
+                state.tokens, torch.where(self._works, self.standing.block_start, -1), insert=action.insert,
+                remove=action.remove, end=block_end, state=state.state, commit_step=state.commit_step,
+                commit_confidence=state.confidence, fill_token_id=self.special.mask,
+            )  # fmt: skip
+        if action.embeds is not None and action.embedded is not None:
+            self.forward.embed_next(window, action.embeds, action.embedded)
+        if self.model.self_conditions:
+            self.forward.condition_next(window, logits, step.sampling_temperature)
+        return self._advance(info, action)
+
+    def _advance(self, info: Tensor, action: Action) -> Tensor:
+        """Find out which rows are done with their block; what there is to report."""
+        if self.reads_open:
+            if self.forms.is_delayed:
+                return info[:, :2].flatten()
+            open_now = info[:, 0]
+            return open_now.masked_fill(self.constrained.is_stuck, 0) if self.constrained.may_leave_open else open_now
+        has_open = self._open_in_block().any(1)
+        wanted = has_open if action.working is None else action.working
+        if self.constrained.may_leave_open:
+            wanted = has_open | (wanted & (self.standing.index < self.plan.max_steps))
+            wanted = wanted & ~self.constrained.is_stuck
+        works = self._works & wanted & self.plan.has_steps()
+        self._works.copy_(works)
+        return works.int()
+
+    def _reported(self, open_now: Tensor) -> Tensor:
+        """The report with these numbers int32 `[S]`."""
+        if not self.forms.is_delayed:
+            return open_now
+        return torch.stack((open_now, self.state.is_open.sum(1, dtype=torch.int32)), 1).flatten()
+
+    # --- what is shown ------------------------------------------------------------------------------------------------
+
+    def denoises(self, form: Form) -> bool:
+        return form.kind == "denoise"
+
+    def finished_columns(self) -> int:
+        return int(self.standing.block_start[0]) if bool(self._works[0]) else self.start
+
+
+def _or(value: Tensor | None, otherwise: Tensor) -> Tensor:
+    return otherwise if value is None else value

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program of WeDLM: a causal model reads what is decided before what is not, wherever that stands."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..forward import Forward, rows_at
+from ..rules import Reordered
+from ..standing import Standing
+from .base import Program, Task
+
+
+class ReorderedProgram(Program):
+    """Each row's window slides by what it has decided. A report is the largest number of open positions, twice.
+
+    A form is the number of columns to forward: the prompt and the first window, later twice the window.
+    """
+
+    def __init__(self, task: Task):
+        super().__init__(task)
+        rule, config = self.rule, self.config
+        assert isinstance(rule, Reordered)
+        if config.attention != "reordered" or config.logit_alignment != "same" or config.cache != "block":
+            raise ValueError(
+                "rule Reordered needs attention='reordered', logit_alignment='same' and cache='block'; got "
+                f"{config.attention!r}, {config.logit_alignment!r} and {config.cache!r}"
+            )
+        if config.cfg_scale > 0:
+            raise ValueError("cfg_scale cannot be used with rule Reordered")
+        self.width = rule.window
+        self.forward = Forward(self.model, self.state, config, self.special, self.grid, task.prompt_embeds)
+        #: how many columns of each row are in the cache for good
+        self.final = torch.zeros_like(self.state.origin)
+
+    def form(self, report: tuple[int, ...], behind: int) -> int | None:
+        if report[1] == 0 or self.taken == self.end - self.start:
+            return None
+        self.taken += 1
+        return self.start + self.width if self.taken == 1 else 2 * self.width
+
+    def begin(self) -> Tensor:
+        self.taken = 0
+        self.forward.begin()
+        self.final.fill_(0)
+        return self.state.is_open.sum(1, dtype=torch.int32).amax().expand(2)
+
+    def step(self, form: int) -> Tensor:
+        state, final, width = self.state, self.final, self.width
+        is_open = state.is_open
+        any_open = is_open.any(1)
+        first = torch.where(any_open, is_open.int().argmax(1), self.end).int()
+        columns = final[:, None] + torch.arange(form, dtype=torch.int32, device=final.device)
+        used = (columns < first[:, None] + width) & any_open[:, None]
+        order = self.forward.reading_order()
+        limit = order.gather(1, columns.clamp(max=self.forward.length - 1).long())
+        hidden = self.forward.at(columns, self.forward.ends, used, q_limit=limit, k_order=order)
+        window = state.window(state.columns(first, width), width)
+        picked = rows_at(hidden, window.positions - final[:, None]).flatten(0, 1)
+        step = self.propose.step(
+            self.model.logits(picked), window, Standing.in_one_block(first, width, state.step)
+        )  # fmt: skip
+        self.unfinished.see(step)
+        info = self.commit(window.positions, step.token, self.rule.select(step), step.confidence)
+        final.copy_(first)
+        return info[:, 1].amax().expand(2)

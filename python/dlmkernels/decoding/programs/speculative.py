@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Self-speculative decoding: a block drafted with all of itself in view, and verified one token after another."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import ops
+from ...window import TokenWindow
+from ..config import DecodingConfig
+from ..forward import Forward
+from .base import Program, Task
+
+
+class SpeculativeProgram(Program):
+    """Each row advances by what it has accepted. A report is the largest number of open positions of any row, twice.
+
+    All steps have one form, True.
+    """
+
+    def __init__(self, task: Task):
+        super().__init__(task)
+        _check(self.config, self.grid.length)
+        self.forward = Forward(self.model, self.state, self.config, self.special, self.grid, task.prompt_embeds)
+        device = self.state.tokens.device
+        #: column of each row's last token
+        self.last = torch.zeros(len(self.state.tokens), dtype=torch.int32, device=device)
+        self.offset = torch.arange(self.grid.length, dtype=torch.int32, device=device)
+
+    def form(self, report: tuple[int, ...], behind: int) -> bool | None:
+        if report[1] == 0 or self.taken == self.end - self.start:
+            return None
+        self.taken += 1
+        return True
+
+    def begin(self) -> Tensor:
+        """Forward the prompt, and commit the token after it."""
+        self.taken = 0
+        self.forward.begin()
+        self.last.fill_(self.start)
+        columns = torch.arange(self.start, dtype=torch.int32, device=self.last.device).expand(len(self.last), -1)
+        hidden = self.forward.at(columns, self.last, causal_block=1)
+        window = TokenWindow(self.last[:, None].clone(), self.state.origin)
+        stats = self.propose(self.model.logits(hidden[:, -1]), window)
+        token = stats.token[:, None]
+        info = self.commit(window.positions, token, token >= 0, stats.confidence[:, None])
+        return info[:, 1].amax().expand(2)
+
+    def step(self, form: bool) -> Tensor:
+        state, last, mask = self.state, self.last, self.special.mask
+        working = state.is_open.any(1)
+        columns, next_columns = last[:, None] + self.offset, last[:, None] + 1 + self.offset
+        block_end = torch.minimum(last + self.grid.length, self.forward.ends)
+        block = {"columns": columns, "end": block_end, "used": working[:, None].expand_as(columns)}
+        is_next = working[:, None] & (next_columns < self.end)
+        window = TokenWindow(torch.where(is_next, next_columns, -1), state.origin)
+
+        tokens = torch.full_like(columns, mask, dtype=torch.int64)
+        tokens[:, 0] = state.tokens.gather(1, last.long()[:, None])[:, 0]
+        hidden = self.forward.at(**block, tokens=tokens, context_end=last)
+        masks = TokenWindow(window.positions[:, :-1].contiguous(), state.origin)
+        drafts = self.propose(self.model.logits(hidden[:, 1:].flatten(0, 1)), masks).token.view(len(last), -1)
+        tokens[:, 1:] = torch.where(drafts < 0, mask, drafts)
+
+        hidden = self.forward.at(**block, tokens=tokens, causal_block=1)
+        # of the same step as the drafts: where something is drawn, from the same noise
+        stats = self.propose(self.model.logits(hidden.flatten(0, 1)), window)
+        verified = ops.verify_drafts(drafts, stats.token.view(len(last), -1))
+        state.step.add_(working)
+        chosen = (verified.tokens >= 0) & is_next
+        info = self.commit(window.positions, verified.tokens, chosen, stats.confidence.view(len(last), -1))
+        last.add_(chosen.sum(1, dtype=torch.int32))
+        return info[:, 1].amax().expand(2)
+
+
+def _check(config: DecodingConfig, block_length: int) -> None:
+    if config.attention != "causal-context" or config.cache != "block" or not config.seeded:
+        raise ValueError(
+            "rule SelfSpeculative needs attention='causal-context', cache='block' and seeded; got "
+            f"{config.attention!r}, {config.cache!r} and {config.seeded!r}"
+        )
+    if config.logit_alignment != "same":
+        raise ValueError(f"rule SelfSpeculative needs logit_alignment='same'; got {config.logit_alignment!r}")
+    if config.cfg_scale > 0:
+        raise ValueError("cfg_scale cannot be used with rule SelfSpeculative")
+    if block_length < 2:
+        raise ValueError(f"block_length must be at least 2 with rule SelfSpeculative; got {block_length}")

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Introspective strided decoding: strictly causal models draft with masks and verify what they drafted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import ops
+from ..config import DecodingConfig
+from ..forward import Forward
+from ..propose import Proposer
+from ..rules import Strided
+from ..state import State
+from .base import Program, Task
+
+
+class StridedProgram(Program):
+    """Each row advances by what it has accepted. A report is the largest number of open positions of any row, twice.
+
+    A form is the number of columns of the prompt that are forwarded as well: all but the last in the first forward.
+    """
+
+    def __init__(self, task: Task):
+        super().__init__(task)
+        rule, config, state = self.rule, self.config, self.state
+        assert isinstance(rule, Strided)
+        if config.attention != "causal" or config.logit_alignment != "shift" or config.cache != "block":
+            raise ValueError(
+                "rule Strided needs attention='causal', logit_alignment='shift' and cache='block'; got "
+                f"{config.attention!r}, {config.logit_alignment!r} and {config.cache!r}"
+            )
+        if config.cfg_scale > 0:
+            raise ValueError("cfg_scale cannot be used with rule Strided")
+        if config.logit_bias is not None and rule.leniency is not None and config.temperature > 0:
+            raise ValueError(
+                "logit_bias cannot be used with rule Strided where drafts are tested by a ratio (leniency)"
+            )
+        self.stride = rule.stride
+        self.forward = Forward(self.model, state, config, self.special, self.grid, task.prompt_embeds)
+        self.verify = Verifier(state, config, self.propose)
+        batch, device = len(state.tokens), state.tokens.device
+        #: column of each row's last token; and what is drafted after it, -1 where nothing is
+        self.last = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.drafts = state.tokens.new_zeros(batch, rule.stride - 1)
+        self.offset = torch.arange(2 * rule.stride - 1, dtype=torch.int32, device=device)
+        self.prompt = torch.arange(self.start - 1, dtype=torch.int32, device=device).expand(batch, -1)
+
+    def form(self, report: tuple[int, ...], behind: int) -> int | None:
+        if report[1] == 0 or self.taken == self.end - self.start:
+            return None
+        self.taken += 1
+        return self.start - 1 if self.taken == 1 else 0
+
+    def begin(self) -> Tensor:
+        self.taken = 0
+        self.forward.begin()
+        self.last.fill_(self.start - 1)
+        self.drafts.fill_(-1)
+        return self.state.is_open.sum(1, dtype=torch.int32).amax().expand(2)
+
+    def step(self, form: int) -> Tensor:
+        state, offset, last, stride = self.state, self.offset, self.last, self.stride
+        # Last token, drafts, masks: as many rows as this request has a use for.
+        inside = (last[:, None] + offset).clamp(max=state.tokens.shape[1] - 1).long()
+        drafted = (self.drafts >= 0).int().cumprod(1).sum(1, dtype=torch.int32)
+        tokens = torch.full_like(inside, self.special.mask)
+        tokens[:, 0] = state.tokens.gather(1, inside[:, :1])[:, 0]
+        is_draft = offset[: stride - 1] < drafted[:, None]
+        tokens[:, 1:stride] = torch.where(is_draft, self.drafts, self.special.mask)
+        used = (offset < stride + drafted[:, None]) & state.is_open.any(1, keepdim=True)
+        columns = last[:, None] + offset
+        if form:
+            columns = torch.cat((self.prompt, columns), 1)
+            tokens = torch.cat((state.tokens[:, :form], tokens), 1)
+            used = torch.cat((used[:, :1].expand(-1, form), used), 1)
+        hidden = self.forward.at(columns, self.forward.ends, used, tokens, causal_block=1)[:, form:]
+        accepted, token, p, next_drafts = self.verify(self.model.logits(hidden), self.drafts, drafted, last)
+        count = accepted + 1
+        window = last[:, None] + 1 + offset[:stride]
+        is_open = state.is_open.gather(1, window.clamp(max=state.tokens.shape[1] - 1).long())
+        is_new = (offset[:stride] < count[:, None]) & is_open & (window < self.end)
+        info = self.commit(torch.where(is_new, window, -1), token, is_new, p)
+        # The masks stood behind all drafts: what they draft follows if none was rejected.
+        self.drafts.copy_(torch.where((accepted == drafted)[:, None], next_drafts, -1))
+        last.add_(count).clamp_(max=self.end - 1)
+        return info[:, 1].amax().expand(2)
+
+
+class Verifier:
+    """Accepts a prefix of the drafts, finds the token after it, and drafts the next ones: `ops.verify_drafts`."""
+
+    def __init__(self, canvas: State, config: DecodingConfig, propose: Proposer):
+        assert isinstance(config.rule, Strided)
+        self.canvas, self.rule, self.propose = canvas, config.rule, propose
+        self.by_ratio = config.rule.leniency is not None and config.temperature > 0
+        self.draft_logits: Tensor | None = None  # those of the drafts, and their logsumexp, when they are compared
+        self.draft_logsumexp: Tensor | None = None
+
+    def __call__(
+        self, logits: Tensor, drafts: Tensor, drafted: Tensor, last: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Number of accepted drafts int32 `[B]`; the accepted and the next token int64 `[B, stride]`, -1 behind it,
+        with their probabilities; and the most likely tokens, or draws, of the masks' rows, int64 `[B, stride - 1]`.
+
+        `logits` `[B, 2 stride - 1, V]` are of the last token, the `drafted` ones of the `drafts` (-1 behind them) and
+        the masks.
+        """
+        batch, rows = logits.shape[:2]
+        verified, number = self.rule.stride, torch.arange(rows, dtype=torch.int32, device=logits.device)
+        # the rows of the last token and of the drafts, as many as there might be; then those of the masks
+        row = torch.where(number < verified, number, number - verified + 1 + drafted[:, None])
+        row_map = row + rows * torch.arange(batch, dtype=torch.int32, device=logits.device)[:, None]
+        first = (last - self.canvas.origin + 1).contiguous()
+        options: dict[str, Any] = dict(self.propose.options)
+        if "seed" in options:
+            # A draft is drawn with the noise that its verification will use.
+            options["position"] = (first[:, None] + row).flatten()
+            options["step"] = (self.canvas.step[:, None] + (number >= verified).int()).flatten()
+        if self.by_ratio:
+            options["distribution"] = "tempered"
+        flat = logits.flatten(0, 1)
+        stats = ops.token_confidence(flat, row_map=row_map.flatten(), **options)
+        token, best, p, logsumexp = (
+            x.view(batch, rows) for x in (stats.token, stats.argmax, stats.confidence, stats.logsumexp)
+        )
+        target, following = token[:, :verified].contiguous(), token[:, verified:]
+        if not self.by_ratio:
+            accepted, tokens = ops.verify_drafts(drafts, target)
+            return accepted, tokens, p[:, :verified].contiguous(), following
+
+        sums, compared = logsumexp[:, :verified].contiguous(), {}
+        if self.draft_logits is not None:
+            compared = {
+                "logits": flat, "logsumexp": sums, "row_map": row_map[:, :verified].contiguous(),
+                "draft_logits": self.draft_logits, "draft_logsumexp": self.draft_logsumexp,
+                "banned": options["banned"], "temperature": options["temperature"], "leniency": self.rule.leniency,
+                "seed": self.canvas.seed, "step": self.canvas.step, "position": first,
+            }  # fmt: skip
+        accepted, tokens = ops.verify_drafts(drafts, target, **compared)
+        z = logits[:, :verified].gather(2, tokens.clamp(min=0)[:, :, None])[:, :, 0].float()
+        p = (z * (1 / options["temperature"]) - sums).exp()
+        masks = row_map[:, verified:].flatten()
+        self._remember(flat[masks.long()], logsumexp[:, verified:])
+        return accepted, tokens, p, best[:, verified:].contiguous()
+
+    def _remember(self, logits: Tensor, logsumexp: Tensor) -> None:
+        """Keep what the next forward will compare its drafts with."""
+        if self.draft_logits is None or self.draft_logsumexp is None:
+            self.draft_logits = torch.empty_like(logits)
+            self.draft_logsumexp = torch.empty_like(logsumexp, memory_format=torch.contiguous_format)
+        self.draft_logits.copy_(logits)
+        self.draft_logsumexp.copy_(logsumexp)

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program of the rules that change the length: each request grows and shrinks on a canvas of the largest length."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import ops
+from ..config import DecodingConfig, SpecialTokens
+from ..forward import Forward, rows_at
+from ..outcome import output_of
+from ..output import DecodingOutput
+from ..rules import VariableLength
+from ..standing import Standing
+from ..state import FROZEN, State
+from .base import Program, Task
+
+#: Slots that `ops.splice_` takes.
+MOST_SLOTS = 4096
+
+
+class VariableProgram(Program):
+    """The canvas has the columns that each row may take.
+
+    A report is the largest number of open positions of any row, and the length of the longest row that has some. A form
+    is the same two numbers, as bounds.
+    """
+
+    def __init__(self, task: Task):
+        super().__init__(task)
+        rule, config, state = self.rule, self.config, self.state
+        assert isinstance(rule, VariableLength)
+        _check(config, self.special)
+        self.varying = rule
+        self.most = most = config.max_new_tokens
+        # Behind `length` a row is padding; it may not become longer than `limit`. Nothing moves left of `first`.
+        self.length = length = state.end
+        self.continues = rule.decodes == "continuations"
+        self.limit, self.first = torch.zeros_like(length), torch.zeros_like(length)
+        self._measure()
+        self.forward = Forward(
+            self.model, state, config, self.special, self.grid, task.prompt_embeds, self.limit
+        )  # fmt: skip
+        width = state.tokens.shape[1]
+        self.columns = torch.arange(width, dtype=torch.int32, device=length.device)
+        last = torch.where(state.is_open, self.columns, 0).amax(1)
+        self.masks, widest = torch.stack((state.is_open.sum(1).amax(), (last - self.first).amax())).tolist()
+        widest = most if self.continues else widest + most
+        self.block_length = min(config.block_length or widest, widest)
+        if self.block_length > MOST_SLOTS or (rule.slots == "canvas" and most > MOST_SLOTS):
+            raise ValueError(
+                f"rule {type(rule).__name__} edits windows of up to {MOST_SLOTS} positions: give a smaller "
+                f"block_length or max_new_tokens; got {config.block_length} and {most}"
+            )
+        self.inserted = torch.zeros_like(length)
+        self.began = torch.zeros_like(state.step)  # what a rule keeps is kept for the whole request
+
+    def _measure(self) -> None:
+        """How long each request is, and how long it may become."""
+        state, most = self.state, self.most
+        if self.continues:
+            self.length.fill_(self.start + self.varying.first_masks(most))
+            self.limit.fill_(self.start + most)
+            self.first.fill_(self.start)
+            _close(state, self.length, self.special.pad)
+        else:
+            self.limit.copy_(self.length + most - state.is_open.sum(1, dtype=torch.int32))
+            self.first.copy_(state.is_open.int().argmax(1))
+
+    def form(self, report: tuple[int, ...], behind: int) -> tuple[int, int] | None:
+        capacity, rows = report
+        if capacity == 0 or self.taken == self.varying.max_forwards(self.masks, self.most):
+            return None
+        self.taken += 1
+        # A report that is late may lack what each of the steps since then can have inserted.
+        late = behind * self.varying.most_growth
+        return min(capacity + late, self.block_length), min(rows + late, self.state.tokens.shape[1])
+
+    def widest(self, form: tuple[int, int]) -> tuple[int, int]:
+        return self.block_length, self.state.tokens.shape[1]
+
+    def begin(self) -> Tensor:
+        self.taken = 0
+        self.inserted.fill_(0)
+        self._measure()
+        self.forward.begin()
+        still_open = self.state.is_open.sum(1, dtype=torch.int32)
+        return torch.stack((still_open.amax(), self.length.amax()))
+
+    def step(self, form: tuple[int, int]) -> Tensor:
+        capacity, rows = form
+        state, first, length, rule, special = self.state, self.first, self.length, self.varying, self.special
+        is_open = state.is_open
+        working = is_open.any(1)
+        used = (self.columns[:rows] < length[:, None]) & working[:, None]
+        hidden = self.forward.at(self.columns[:rows].expand(len(first), -1), length.clamp(max=rows), used)
+        offset = (is_open.int().argmax(1).int() - first).clamp(min=0)
+        block = first + offset // self.block_length * self.block_length
+        in_block = state.columns(block, self.block_length)
+        if rule.slots == "open":
+            base, width = block, self.block_length
+            window = state.window(in_block, min(capacity, width))
+        else:
+            base, width = first, rows - self.start
+            window = state.free_window(state.columns(first, width), working)
+        speaker = torch.maximum(window.positions - self.forward.shift, state.origin[:, None])
+        logits = self.model.logits(rows_at(hidden, speaker).flatten(0, 1))
+        room = torch.minimum(self.limit - length, rule.max_insertions(self.most) - self.inserted)
+        rule.restrict(logits.unflatten(0, speaker.shape), room)
+        standing = Standing.in_one_block(block, self.block_length, state.step, entered=self.began)
+        step = self.propose.step(logits, window, standing, memory=self.memory, room=room)
+        self.unfinished.see(step)
+        action = rule.act(step)
+        self.remember(step)
+        assert action.commit is not None and action.insert is not None and action.remove is not None
+        self.commit(window.positions, step.token, action.commit, step.confidence)
+        place = torch.where(window.used, window.positions - base[:, None], width).long()
+        insert, remove = _by_place(action.insert, place, width), _by_place(action.remove, place, width)
+        self.inserted.add_(_splice(state, length, base, special, insert, remove))
+        if action.append is not None:
+            append = action.append.masked_fill(~working, 0)[:, None]
+            self.inserted.add_(_splice(state, length, length.clone(), special, append.contiguous(), None))
+        still_open = state.is_open.sum(1, dtype=torch.int32)
+        return torch.stack((still_open.amax(), (length * (still_open > 0)).amax()))
+
+    def last_column(self) -> int:
+        return int(self.length[0])
+
+    def output(self) -> DecodingOutput:
+        end = max(int(self.length.amax()), self.start)
+        return output_of(self.state, self.start, end, self.unfinished, self.length)
+
+
+def _splice(
+    canvas: State, length: Tensor, start: Tensor, special: SpecialTokens, insert: Tensor, remove: Tensor | None
+) -> Tensor:
+    """Insert masks before slots of the columns from `start` on, and take others out; how many were inserted `[B]`."""
+    return ops.splice_(
+        canvas.tokens, start, insert=insert, remove=remove, length=length, state=canvas.state,
+        commit_step=canvas.commit_step, commit_confidence=canvas.confidence, fill_token_id=special.mask,
+        pad_token_id=special.pad,
+    ).info[:, 0]  # fmt: skip
+
+
+def _by_place(values: Tensor, place: Tensor, width: int) -> Tensor:
+    """Values `[B, W]` of the slots at their places int64 `[B, W]`, `[B, width]`; 0 elsewhere. `width` is no place."""
+    return values.new_zeros(len(values), width + 1).scatter(1, place, values)[:, :-1].contiguous()
+
+
+def _close(canvas: State, length: Tensor, pad: int) -> None:
+    """Make padding of what stands from column `length` int32 `[B]` on."""
+    behind = torch.arange(canvas.tokens.shape[1], device=length.device) >= length[:, None]
+    canvas.tokens.masked_fill_(behind, pad)
+    canvas.state.masked_fill_(behind, FROZEN)
+
+
+def _check(config: DecodingConfig, special: SpecialTokens) -> None:
+    name = type(config.rule).__name__
+    if config.attention != "full" or config.cache != "none":
+        raise ValueError(
+            f"rule {name} needs attention='full' and cache='none'; got {config.attention!r} and {config.cache!r}"
+        )
+    for option in ("cfg_scale", "sub_block_length"):
+        if getattr(config, option):
+            raise ValueError(f"{option} cannot be used with rule {name}; got {getattr(config, option)!r}")
+    if config.rule.decodes == "infillings" and config.eos_policy != "none":
+        raise ValueError(
+            f"rule {name} needs eos_policy='none', since text may stand behind what is filled in; got "
+            f"{config.eos_policy!r}"
+        )
+    if config.rule.decodes == "continuations" and not special.eos:
+        raise ValueError(f"eos_token_id is needed by rule {name}: the model's configuration has none")
