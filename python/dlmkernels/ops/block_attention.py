@@ -54,8 +54,8 @@ def block_attention(
         [B, Q, G, D], dtype of `q`: keys and values of the query rows, to be written into the cache. Both or neither;
         without them nothing is written.
     k_cache, v_cache : Tensor
-        [B, S, G, D] (see `cache_rows`), dtype of `q`; written at `slots` when `k_new` is given, and then not an expanded tensor. Slots
-        that no row sees may hold anything, NaN included.
+        [B, S, G, D] (see `cache_rows`), dtype of `q`; written at `slots` when `k_new` is given, and then not an
+        expanded tensor. Slots that no row sees may hold anything, NaN included.
     slots : Tensor or None
         int32 [B, Q]: the cache slot of each query row. It says where the row's `k_new` and `v_new` go, and is the
         row's own place for `causal_block` and the sliding window. -1: unused row, nothing is written for it, its
