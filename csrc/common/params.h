@@ -32,13 +32,14 @@ struct RandomKey {
 
 struct BlockAttentionParams {
   DType dtype;
-  int64_t B, Q, S, H, G, D;
+  int64_t B, C, Q, S, H, G, D;
   const void *q, *k_new, *v_new;  // [B,Q,H,D], [B,Q,G,D] or null
-  void *k_cache, *v_cache;        // [B,S,G,D]
+  void *k_cache, *v_cache;        // [C,S,G,D]
   void* out;                      // [B,Q,H,D] contiguous
   float* lse;                     // [B,Q,H] contiguous
   int64_t q_stride[3], k_new_stride[3], v_new_stride[3], k_cache_stride[3],
       v_cache_stride[3];    // batch, row, head
+  const int32_t* cache_rows;  // [B] row of the caches, others: unused batch row; null: b
   const int32_t* slots;     // [B,Q]; null: row i has slot i
   const int32_t* kv_range;  // [B,N,2] half-open, ascending; null: [0,S)
   int64_t N;
@@ -49,6 +50,19 @@ struct BlockAttentionParams {
   float softcap;                      // 0: none
   float scale;
   float* workspace;  // as large as the kernel asks for
+
+  DLM_HD bool is_used(int64_t b) const {
+    return !cache_rows || (cache_rows[b] >= 0 && cache_rows[b] < C);
+  }
+  // Of a batch row; any one where it is unused.
+  DLM_HD int64_t cache_row(int64_t b) const {
+    return !cache_rows ? b : is_used(b) ? cache_rows[b] : 0;
+  }
+  // Of a query row; -1: it is unused.
+  DLM_HD int64_t slot_of(int64_t b, int64_t row) const {
+    if (!is_used(b)) return -1;
+    return slots ? slots[b * Q + row] : row;
+  }
 };
 
 enum class Distribution : int32_t { kRaw, kTempered, kFiltered };

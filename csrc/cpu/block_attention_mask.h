@@ -64,7 +64,7 @@ struct Ranges {
 // The slots that causality and the sliding window leave to query i of batch row b: [low, high).
 inline void interval(const BlockAttentionParams& p, int64_t b, int64_t i, int64_t* low,
                      int64_t* high) {
-  const int64_t slot = p.slots ? p.slots[b * p.Q + i] : i;
+  const int64_t slot = p.slot_of(b, i);
   *low = 0;
   *high = slot < 0 ? 0 : p.S;
   if (p.causal_block > 0) {

@@ -493,9 +493,10 @@ class Item {
         rows_(plan.rows_of(p, item)),
         ranges_(p, rows_.b) {
     tiles_ = (rows_.count + kTileRows - 1) / kTileRows;
-    k_ = static_cast<const T*>(p.k_cache) + rows_.b * p.k_cache_stride[0] +
+    const int64_t cached = p.cache_row(rows_.b);
+    k_ = static_cast<const T*>(p.k_cache) + cached * p.k_cache_stride[0] +
          rows_.g * p.k_cache_stride[2];
-    v_ = static_cast<const T*>(p.v_cache) + rows_.b * p.v_cache_stride[0] +
+    v_ = static_cast<const T*>(p.v_cache) + cached * p.v_cache_stride[0] +
          rows_.g * p.v_cache_stride[2];
   }
 

@@ -33,10 +33,10 @@ inline const char* why_not_attend(const BlockAttentionParams& p) {
   if (p.v_new && !aligned(p.v_new, p.v_new_stride, p.B, p.Q, p.G)) {
     return "v_new must start every row at a multiple of 16 bytes";
   }
-  if (!aligned(p.k_cache, p.k_cache_stride, p.B, p.S, p.G)) {
+  if (!aligned(p.k_cache, p.k_cache_stride, p.C, p.S, p.G)) {
     return "k_cache must start every row at a multiple of 16 bytes";
   }
-  if (!aligned(p.v_cache, p.v_cache_stride, p.B, p.S, p.G)) {
+  if (!aligned(p.v_cache, p.v_cache_stride, p.C, p.S, p.G)) {
     return "v_cache must start every row at a multiple of 16 bytes";
   }
   return nullptr;

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kAttendThreads)
   const int64_t i = int64_t(blockIdx.x) * kAttendThreads + threadIdx.x;
   if (i >= op.B * op.Q) return;
   const int64_t b = i / op.Q;
-  const int32_t slot = op.slots[i], row = int32_t(i - b * op.Q);
+  const int32_t row = int32_t(i - b * op.Q), slot = int32_t(op.slot_of(b, row));
   if (slot < 0 || slot >= op.S) return;
   int32_t* claim = p.claims + b * op.S + slot;
   if (first) {
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kAttendThreads)
   i /= p.head_groups;
   const int64_t b = i / op.Q, row = i % op.Q;
   const int32_t* slots = op.slots ? op.slots + b * op.Q : nullptr;
-  const int32_t slot = slots ? slots[row] : int32_t(row);
+  const int32_t slot = int32_t(op.slot_of(b, row));
   if (slot < 0 || slot >= op.S) return;
   if (claimed) {
     if (p.claims[b * op.S + slot] != row) return;
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kAttendThreads)
         static_cast<const char*>(from) +
         (b * from_stride[0] + row * from_stride[1] + first_head * from_stride[2]) * bytes;
     char* target = static_cast<char*>(to) +
-                   (b * to_stride[0] + slot * to_stride[1] + first_head * to_stride[2]) * bytes;
+                   (op.cache_row(b) * to_stride[0] + slot * to_stride[1] + first_head * to_stride[2]) * bytes;
     for (int32_t c = int32_t(threadIdx.x) % 32; c < int32_t(heads) * p.row_chunks; c += 32) {
       const int32_t head = c / p.row_chunks, chunk = c % p.row_chunks;
       ptx::st_global_16(

@@ -85,7 +85,7 @@ struct Interval {
 
 // The slots that causality and the window leave to a query: [low, high), ranges and order apart.
 DLM_DEVICE Interval visible_interval(const BlockAttentionParams& p, int64_t b, int32_t query) {
-  const int64_t slot = p.slots ? p.slots[b * p.Q + query] : query;
+  const int64_t slot = p.slot_of(b, query);
   if (slot < 0 || slot >= p.S) return {0, 0};
   int64_t low = 0, high = p.S;
   if (p.causal_block > 0) {
@@ -304,9 +304,9 @@ DLM_DEVICE void for_each_key_tile(const AttendParams& p, const Place& place, Key
   constexpr uint32_t kStageBytes = kKeyBytes + kKeys * kColumns * sizeof(T);
   const BlockAttentionParams& op = p.op;
   const int32_t D = int32_t(op.D), first_column = place.column_part * kColumns;
-  const T* k = static_cast<const T*>(op.k_cache) + place.b * op.k_cache_stride[0] +
+  const T* k = static_cast<const T*>(op.k_cache) + op.cache_row(place.b) * op.k_cache_stride[0] +
                place.g * op.k_cache_stride[2];
-  const T* v = static_cast<const T*>(op.v_cache) + place.b * op.v_cache_stride[0] +
+  const T* v = static_cast<const T*>(op.v_cache) + op.cache_row(place.b) * op.v_cache_stride[0] +
                place.g * op.v_cache_stride[2] + first_column;
   const auto start = [&](const KeyTile<kKeys>& tile, int stage) {
     if (tile.slot >= 0) {

@@ -181,7 +181,7 @@ class AttendWide {
   // are rare, and code for them beside the sums would have registers spilled.
   DLM_DEVICE void add_wrong() {
     const BlockAttentionParams& op = p_.op;
-    const T* v = static_cast<const T*>(op.v_cache) + place_.b * op.v_cache_stride[0] +
+    const T* v = static_cast<const T*>(op.v_cache) + op.cache_row(place_.b) * op.v_cache_stride[0] +
                  place_.g * op.v_cache_stride[2];
 #pragma unroll 1
     for (int row = row_; row < row_ + kWarpRows; ++row) {

@@ -26,6 +26,17 @@ void check_slots(const Check& check, const BlockAttentionParams& p) {
   }
 }
 
+void check_cache_rows(const Check& check, const BlockAttentionParams& p, bool writes) {
+  for (int64_t b = 0; p.cache_rows && b < p.B; ++b) {
+    const int32_t row = p.cache_rows[b];
+    check.that(row >= -1 && row < p.C, "cache_rows must lie in [-1, ", p.C, "); got ", row, " at ",
+               b);
+    const bool again = std::count(p.cache_rows, p.cache_rows + b, row) > 0;
+    check.that(row < 0 || !writes || !again,
+               "cache_rows must be distinct where k_new is written; got ", row, " again at ", b);
+  }
+}
+
 void check_ranges(const Check& check, const BlockAttentionParams& p) {
   for (int64_t i = 0; p.kv_range && i < p.B * p.N * 2; ++i) {
     check.that(p.kv_range[i] >= 0 && p.kv_range[i] <= p.S, "kv_range must lie in [0, ", p.S,
@@ -42,7 +53,8 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const MaybeTensor& k
                                            const MaybeTensor& block_origin,
                                            const MaybeTensor& q_limit, const MaybeTensor& k_order,
                                            int64_t window_left, int64_t window_right,
-                                           double softcap, std::optional<double> scale) {
+                                           double softcap, std::optional<double> scale,
+                                           const MaybeTensor& cache_rows) {
   const Check check("block_attention", "q", q);
   check.that(k_new.has_value() == v_new.has_value(),
              "k_new and v_new must be given together; got only ", k_new ? "k_new" : "v_new");
@@ -65,10 +77,11 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const MaybeTensor& k
   p.Q = q.size(1);
   p.H = q.size(2);
   p.D = q.size(3);
-  like_q("k_cache", k_cache, {p.B, -1, -1, p.D});
+  like_q("k_cache", k_cache, {cache_rows ? -1 : p.B, -1, -1, p.D});
+  p.C = k_cache.size(0);
   p.S = k_cache.size(1);
   p.G = k_cache.size(2);
-  like_q("v_cache", v_cache, {p.B, p.S, p.G, p.D});
+  like_q("v_cache", v_cache, {p.C, p.S, p.G, p.D});
   if (k_new) like_q("k_new", *k_new, {p.B, p.Q, p.G, p.D});
   if (v_new) like_q("v_new", *v_new, {p.B, p.Q, p.G, p.D});
   check.that(p.G > 0 && p.H > 0 && p.H % p.G == 0, "q must have a multiple of k_cache's heads (",
@@ -78,6 +91,7 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const MaybeTensor& k
              "; got ", p.D);
   check.that(p.S <= std::numeric_limits<int32_t>::max(), "k_cache must have fewer than 2^31 slots");
 
+  p.cache_rows = check.dense<int32_t>("cache_rows", cache_rows, {p.B});
   p.slots = check.dense<int32_t>("slots", slots, {p.B, p.Q});
   if (kv_range) {
     const bool one_range = kv_range->dim() == 2;
@@ -108,6 +122,7 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const MaybeTensor& k
   check.that(p.slots || p.Q <= p.S || p.B == 0, "slots must be given when q has more rows (", p.Q,
              ") than k_cache has slots (", p.S, ")");
   if (q.is_cpu()) {
+    check_cache_rows(check, p, k_new.has_value());
     check_slots(check, p);
     check_ranges(check, p);
   }
@@ -118,6 +133,7 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const MaybeTensor& k
     check.written({{"k_cache", k_cache}, {"v_cache", v_cache}}, {{"q", q},
                                                                  {"k_new", k_new},
                                                                  {"v_new", v_new},
+                                                                 {"cache_rows", cache_rows},
                                                                  {"slots", slots},
                                                                  {"kv_range", kv_range},
                                                                  {"block_origin", block_origin},

@@ -22,7 +22,8 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const MaybeTensor& k
                                            const MaybeTensor& block_origin,
                                            const MaybeTensor& q_limit, const MaybeTensor& k_order,
                                            int64_t window_left, int64_t window_right,
-                                           double softcap, std::optional<double> scale);
+                                           double softcap, std::optional<double> scale,
+                                           const MaybeTensor& cache_rows);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_confidence(
     const Tensor& logits, const MaybeTensor& row_map, const MaybeTensor& given,

@@ -87,6 +87,20 @@ TEST(every_wide_kernel_in_every_mode) {
   });
 }
 
+TEST(cache_rows) {
+  uint64_t seed = 70;
+  for_each_kernel([&]<class T>(T, int64_t D) {
+    check_case<T>({.B = 3, .Q = 5, .S = 75, .H = 4, .G = 2, .D = D, .moved = true}, ++seed);
+  });
+  for_each_wide_kernel([&]<class T>(T, int64_t D) {
+    AttentionCase<T> c({.B = 3, .Q = 40, .S = 60, .H = 1, .G = 1, .D = D, .mode = Shape::kCausal,
+                        .moved = true, .infinite = true},
+                       ++seed);
+    check_case(c, AttendForm::kWide);
+  });
+  check_case<BFloat16>({.B = 2, .Q = 4, .S = 1100, .H = 2, .G = 1, .D = 64, .moved = true}, ++seed);
+}
+
 TEST(shapes) {
   uint64_t seed = 100;
   for (const auto& [Q, H, G] : {std::tuple{1, 1, 1},

@@ -445,6 +445,32 @@ def test_long_rows_do_not_depend_on_the_batch(dtype):
         assert same_bits(out_b[0], out[b]) and same_bits(lse_b[0], lse[b])
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("new", [True, False])
+def test_cache_rows(new, dtype):
+    """Some rows of a larger cache, in any order, are what they are alone; an unused batch row reads and writes none."""
+    options = {"H": 4, "G": 2, "D": 64, "dtype": dtype, "causal_block": 8, "block_origin": ints([3, 0, 5])}
+    c = make(B=3, Q=9, S=140, new=new, slots=permuted_slots(3, 9, 140), **options)
+    rows = [4, -1, 1]
+    large = {name: torch.randn(6, 140, 2, 64).to(dtype) for name in ("k_cache", "v_cache")}
+    for name in large:
+        large[name][[4, 1]] = c[name][[0, 2]]
+    before = {name: cache.clone() for name, cache in large.items()}
+    small = copied(c)
+    expected = ops.block_attention(**small)
+    got = ops.block_attention(**{**copied(c), **large, "cache_rows": ints(rows)})
+    golden = reference.block_attention(
+        **{**copied(c), **{k: v.clone() for k, v in before.items()}, "cache_rows": ints(rows)}
+    )
+    for of_ours, alone, by_reference in zip(got, expected, golden):
+        assert same_bits(of_ours[[0, 2]], alone[[0, 2]])
+        torch.testing.assert_close(of_ours.float(), by_reference.float(), rtol=0.05, atol=0.05)
+    assert not got.out[1].any() and (got.lse[1] == -inf).all()
+    for name in large:
+        assert same_bits(large[name][[4, 1]], small[name][[0, 2]])
+        assert same_bits(large[name][[0, 2, 3, 5]], before[name][[0, 2, 3, 5]])
+
+
 def test_rows_do_not_depend_on_their_order():
     c = make(B=2, Q=45, S=140, H=3, G=1, D=64, slots=permuted_slots(2, 45, 140), causal_block=8, window_left=80)
     out, lse = ops.block_attention(**copied(c))
@@ -619,6 +645,11 @@ ERRORS = {
                          "k_cache is written and must not overlap itself"),
     "v_cache expanded": ({"v_cache": torch.zeros(1, 70, 2, 32).expand(2, 70, 2, 32)},
                          "v_cache is written and must not overlap itself"),
+    "cache_rows dtype": (other("cache_rows", 2, dtype=torch.int64), "cache_rows must have dtype Int; got Long"),
+    "cache_rows shape": (other("cache_rows", 3, dtype=torch.int32), r"cache_rows must have shape \[2\]; got \[3\]"),
+    "cache row too low": ({"cache_rows": ints([0, -2])}, r"cache_rows must lie in \[-1, 2\); got -2 at 1"),
+    "cache row too high": ({"cache_rows": ints([2, 0])}, "cache_rows must lie in .*; got 2 at 0"),
+    "cache row twice": ({"cache_rows": ints([1, 1])}, "cache_rows must be distinct .*; got 1 again at 1"),
     "causal_block": ({"causal_block": -1}, "causal_block must be"),
     "window_left": ({"window_left": -2}, "window_left must be"),
     "window_right": ({"window_right": -2}, "window_right must be"),
@@ -648,10 +679,11 @@ def test_errors(case):
 
 
 @pytest.mark.parametrize(
-    "name", ["k_new", "v_new", "k_cache", "v_cache", "slots", "kv_range", "block_origin", "q_limit", "k_order"]
+    "name",
+    ["k_new", "v_new", "k_cache", "v_cache", "slots", "kv_range", "block_origin", "q_limit", "k_order", "cache_rows"],
 )
 def test_wrong_device(name):
-    c = make(slots=permuted_slots(2, 5, 70), kv_range=ints([[0, 70]] * 2), block_origin=ints([0, 3]),
+    c = make(cache_rows=ints([1, 0]), slots=permuted_slots(2, 5, 70), kv_range=ints([[0, 70]] * 2), block_origin=ints([0, 3]),
              q_limit=torch.zeros(2, 5, dtype=torch.int32), k_order=torch.zeros(2, 70, dtype=torch.int32))  # fmt: skip
     with pytest.raises(RuntimeError, match=f"block_attention: {name} must be on the device of q"):
         ops.block_attention(**{**c, name: c[name].to("meta")})

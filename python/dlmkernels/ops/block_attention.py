@@ -34,6 +34,7 @@ def block_attention(
     window_right: int = -1,
     softcap: float = 0.0,
     scale: float | None = None,
+    cache_rows: Tensor | None = None,
 ) -> BlockAttention:
     """Scatter, then attend: write new K/V rows at given cache slots, then attend over given ranges of the cache.
 
@@ -53,8 +54,8 @@ def block_attention(
         [B, Q, G, D], dtype of `q`: keys and values of the query rows, to be written into the cache. Both or neither;
         without them nothing is written.
     k_cache, v_cache : Tensor
-        [B, S, G, D], dtype of `q`; written at `slots` when `k_new` is given, and then not an expanded tensor. Slots
-        that no row sees may hold anything, NaN included.
+        [B, S, G, D] (see `cache_rows`), dtype of `q`; written at `slots` when `k_new` is given, and then not an
+        expanded tensor. Slots that no row sees may hold anything, NaN included.
     slots : Tensor or None
         int32 [B, Q]: the cache slot of each query row. It says where the row's `k_new` and `v_new` go, and is the
         row's own place for `causal_block` and the sliding window. -1: unused row, nothing is written for it, its
@@ -79,6 +80,10 @@ def block_attention(
         Positive: logits become ``softcap * tanh(s / softcap)``. 0: none.
     scale : float or None
         Factor of the logits ``q . k``. None: 1 / sqrt(D).
+    cache_rows : Tensor or None
+        int32 [B]: which row of the caches, then [C, S, G, D], each batch row reads and writes, so that some requests of
+        many are a batch without moving anything. Distinct where `k_new` is written. -1: an unused batch row, whose rows
+        are all like those of slot -1. None: batch row b has cache row b, and C = B.
 
     Returns
     -------
@@ -89,7 +94,7 @@ def block_attention(
     Raises
     ------
     ArgumentError
-        Wrong device, dtype, shape, stride, or a slot or range outside the cache (checked on CPU only). The message
+        Wrong device, dtype, shape, stride, or a row, slot or range outside the cache (checked on CPU only). The message
         names the argument; nothing has been written.
 
     Notes
@@ -107,6 +112,7 @@ def block_attention(
             torch.ops.dlmkernels.block_attention.default, q, k_new, v_new, k_cache, v_cache, slots, kv_range,
             causal_block=causal_block, block_origin=one_value("block_origin", block_origin, q), q_limit=q_limit,
             k_order=k_order, window_left=window_left, window_right=window_right, softcap=softcap, scale=scale,
+            cache_rows=cache_rows,
         )
     )  # fmt: skip
 

@@ -64,11 +64,15 @@ def block_attention(
     window_right: int = -1,
     softcap: float = 0.0,
     scale: float | None = None,
+    cache_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scatter, then attend: write the new K/V rows into the cache, then let every query row attend to what it sees.
 
+    Batch row b reads and writes row ``cache_rows[b]`` of the caches (default: b), c below; where that is -1, all its
+    slots are -1.
+
     1. Row (b, i) has the cache slot ``slots[b, i]`` (default: i). If it is not -1 and new rows are given,
-       ``k_new[b, i]`` and ``v_new[b, i]`` are written there; of rows with the same slot the highest i wins.
+       ``k_new[b, i]`` and ``v_new[b, i]`` are written there, in row c; of rows with the same slot the highest i wins.
     2. The query in slot i sees slot j when all of these hold:
        - j lies in one of the half-open ranges ``kv_range[b]`` (default [0, S)); a range starts no earlier than the
          ranges before it end;
@@ -85,11 +89,13 @@ def block_attention(
     scale = D**-0.5 if scale is None else scale
     if slots is None:
         slots = torch.arange(Q, device=q.device).expand(B, Q)
+    rows = list(range(B)) if cache_rows is None else cache_rows.tolist()
+    slots = slots.masked_fill(torch.tensor(rows, device=q.device)[:, None] < 0, -1)
     if k_new is not None and v_new is not None:
         for b in range(B):
             for row, slot in enumerate(slots[b].tolist()):
                 if slot >= 0:
-                    k_cache[b, slot], v_cache[b, slot] = k_new[b, row], v_new[b, row]
+                    k_cache[rows[b], slot], v_cache[rows[b], slot] = k_new[b, row], v_new[b, row]
 
     visible = block_attention_mask(
         B, Q, S, slots, kv_range, causal_block=causal_block, block_origin=block_origin, q_limit=q_limit,
@@ -102,8 +108,8 @@ def block_attention(
             seen = visible[b, row].nonzero().flatten()
             if seen.numel() == 0:
                 continue
-            k = k_cache[b, seen].to(wide).repeat_interleave(H // G, dim=1)
-            v = v_cache[b, seen].to(wide).repeat_interleave(H // G, dim=1)
+            k = k_cache[rows[b], seen].to(wide).repeat_interleave(H // G, dim=1)
+            v = v_cache[rows[b], seen].to(wide).repeat_interleave(H // G, dim=1)
             s = scale * torch.einsum("hd,nhd->hn", q[b, row].to(wide), k)
             if softcap > 0:
                 s = softcap * torch.tanh(s / softcap)

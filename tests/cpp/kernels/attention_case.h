@@ -31,6 +31,7 @@ struct AttentionShape {
   bool fresh = true;       // new rows are written
   bool scattered = false;  // to slots in no order, some rows without one
   bool twice = false;      // two rows name the same slot
+  bool moved = false;      // batch rows have other cache rows, of three the second none
   bool infinite = false;   // a V row that only some rows see holds NaN and infinities
   int64_t shift = 0;       // everything stands so many slots further right
   int64_t gap = 1;         // gaps between rows are multiples of so many 16 bytes
@@ -56,13 +57,14 @@ struct AttentionCase {
   dlm::BlockAttentionParams p{};
   Array<T> q, k_new, v_new, k_cache, v_cache, out;
   Array<float> lse, workspace;
-  Array<int32_t> slots, ranges, origin, limit, order;
+  Array<int32_t> cache_rows, slots, ranges, origin, limit, order;
   std::vector<T> k_expected, v_expected;
 
   explicit AttentionCase(const AttentionShape& shape, uint64_t seed)
       : s(shape),
         out(count(s.B, s.Q, s.H, s.D), number(NAN)),
         lse(count(s.B, s.Q, s.H, 1), NAN),
+        cache_rows(size_t(s.B)),
         slots(count(s.B, s.Q, 1, 1)),
         ranges(count(s.B, kRanges, 2, 1)),
         origin(size_t(s.B)),
@@ -77,6 +79,9 @@ struct AttentionCase {
     set_params(random);
     for (int64_t b = 0; b < s.B; ++b) place(b, random);
     p.slots = slots.data();
+    for (int64_t b = 0; b < s.B; ++b) cache_rows[size_t(b)] = int32_t(s.B - 1 - b);
+    if (s.B >= 3) cache_rows[1] = -1;
+    p.C = s.B, p.cache_rows = s.moved ? cache_rows.data() : nullptr;
     if (s.infinite) spoil();
     poison();
     expect_scatter();
@@ -109,7 +114,7 @@ struct AttentionCase {
   }
 
   bool sees(int64_t b, int64_t i, int64_t slot) const {
-    const int64_t own = slots[size_t(b * s.Q + i)];
+    const int64_t own = p.slot_of(b, i);
     bool in = !p.kv_range;
     for (int64_t n = 0; p.kv_range && n < p.N; ++n) {
       in |= slot >= p.kv_range[(b * p.N + n) * 2] && slot < p.kv_range[(b * p.N + n) * 2 + 1];
@@ -205,26 +210,26 @@ struct AttentionCase {
   void spoil() {
     for (int64_t b = 0; b < s.B; ++b) {
       T* row = s.fresh ? &v_new[at(p.v_new_stride, b, s.Q - 1, 0)]
-                       : &v_cache[at(p.v_cache_stride, b, s.S - 1, 0)];
+                       : &v_cache[at(p.v_cache_stride, p.cache_row(b), s.S - 1, 0)];
       row[0] = number(NAN), row[s.D - 1] = number(INFINITY), row[s.D / 2] = number(-INFINITY);
     }
   }
 
   void poison() {
     for (int64_t b = 0; b < s.B; ++b) {
-      for (int64_t slot = 0; slot < s.S; ++slot) {
+      for (int64_t slot = 0; p.is_used(b) && slot < s.S; ++slot) {
         bool seen = false, written = false;
         for (int64_t i = 0; i < s.Q; ++i) {
           seen |= sees(b, i, slot);
           written |= s.fresh && slots[size_t(b * s.Q + i)] == slot;
         }
         for (int64_t g = 0; (!seen || written) && g < s.G; ++g) {
-          spoil(&k_cache[at(p.k_cache_stride, b, slot, g)]);
-          spoil(&v_cache[at(p.v_cache_stride, b, slot, g)]);
+          spoil(&k_cache[at(p.k_cache_stride, p.cache_row(b), slot, g)]);
+          spoil(&v_cache[at(p.v_cache_stride, p.cache_row(b), slot, g)]);
         }
       }
       for (int64_t i = 0; i < s.Q; ++i) {
-        if (slots[size_t(b * s.Q + i)] >= 0) continue;
+        if (p.slot_of(b, i) >= 0) continue;
         for (int64_t h = 0; h < s.H; ++h) spoil(&q[at(p.q_stride, b, i, h)]);
       }
     }
@@ -236,13 +241,13 @@ struct AttentionCase {
     v_expected.assign(v_cache.begin(), v_cache.end());
     for (int64_t b = 0; s.fresh && b < s.B; ++b) {
       for (int64_t i = 0; i < s.Q; ++i) {
-        const int64_t slot = slots[size_t(b * s.Q + i)];
+        const int64_t slot = p.slot_of(b, i);
         if (slot < 0) continue;
         for (int64_t g = 0; g < s.G; ++g) {
           std::copy_n(&k_new[at(p.k_new_stride, b, i, g)], s.D,
-                      &k_expected[at(p.k_cache_stride, b, slot, g)]);
+                      &k_expected[at(p.k_cache_stride, p.cache_row(b), slot, g)]);
           std::copy_n(&v_new[at(p.v_new_stride, b, i, g)], s.D,
-                      &v_expected[at(p.v_cache_stride, b, slot, g)]);
+                      &v_expected[at(p.v_cache_stride, p.cache_row(b), slot, g)]);
         }
       }
     }
@@ -260,7 +265,7 @@ struct AttentionCase {
     std::vector<bool> seen(size_t(s.S), false);
     for (int64_t slot = 0; slot < s.S; ++slot) {
       if (!sees(b, i, slot)) continue;
-      const T* key = &k_expected[at(p.k_cache_stride, b, slot, g)];
+      const T* key = &k_expected[at(p.k_cache_stride, p.cache_row(b), slot, g)];
       double dot = 0;
       for (int64_t d = 0; d < s.D; ++d)
         dot += double(dlm::to_float(query[d])) * dlm::to_float(key[d]);
@@ -274,7 +279,7 @@ struct AttentionCase {
       if (!seen[size_t(slot)]) continue;
       const double weight = std::exp(logit[size_t(slot)] - maximum);
       total += weight;
-      const T* value = &v_expected[at(p.v_cache_stride, b, slot, g)];
+      const T* value = &v_expected[at(p.v_cache_stride, p.cache_row(b), slot, g)];
       for (int64_t d = 0; d < s.D; ++d) want[size_t(d)] += weight * dlm::to_float(value[d]);
     }
     const double want_lse = total > 0 ? maximum + std::log(total) : -INFINITY;
