@@ -438,9 +438,8 @@ TEST(garbage_that_only_others_see) {
   const Shape shape{
       .B = 1, .Q = 40, .S = 70, .H = 1, .G = 1, .mode = Shape::kCausal, .fresh = false};
   Case clean(shape, 600), spoiled(shape, 600);
-  int64_t slot = clean.slots[29];
-  spoiled.v_cache[size_t(slot * shape.D + 3)] = dlm::from_float<BFloat16>(NAN);
-  spoiled.v_expected[size_t(slot * shape.D + 3)] = dlm::from_float<BFloat16>(NAN);
+  const size_t spoilt = spoiled.at(spoiled.p.v_cache_stride, 0, clean.slots[29], 0) + 3;
+  spoiled.v_cache[spoilt] = spoiled.v_expected[spoilt] = dlm::from_float<BFloat16>(NAN);
   check_case(clean), check_case(spoiled);
   for (int64_t row = 0; row < 40; ++row) {
     for (int64_t d = 0; d < shape.D; ++d) {
