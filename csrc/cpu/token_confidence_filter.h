@@ -3,8 +3,8 @@
 // or above some value, the largest such that it and all above measure more than a limit: logits are
 // counted for top-k, their masses added up for top-p. Nothing is sorted, and few logits are looked
 // at: the chunks' largest logits, or a sample, say where the value should be, one pass over the
-// chunks that reach that far collects what lies there, and a radix search finds it among these few.
-// Measures are whole numbers, so that neither the guess nor the order shows in the result.
+// chunks that reach that far collects what lies there, and a search by bins finds it among these
+// few. Measures are whole numbers, so that neither the guess nor the order shows in the result.
 #pragma once
 #include <algorithm>
 #include <cmath>

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The floor of a filtered row: the lowest logit that top-k and top-p keep. Both keep whatever is at
 // or above some value, the largest such that it and all above measure more than a limit: logits are
-// counted for top-k, their masses (common/mass.h) added up for top-p. The value is found by a radix search over its bits, without
-// a sort, in three launches: blocks fill 2048 bins in shared memory with a part of the row each,
-// and add them to the row's in global memory; the last one to arrive finds the bin that crosses the
-// limit. A bin's sum of 64 bits is kept in two words: most additions are one atomic of 32 bits,
-// which shared memory does by itself, where 64 bits would take a loop of exchanges.
-// V elements in the first launch of three or six, from L2; then what may still count.
+// counted for top-k, their masses (common/mass.h) added up for top-p. The value is found by a radix
+// search over its bits, without a sort, in three launches: blocks fill 2048 bins in shared memory
+// with a part of the row each, and add them to the row's in global memory; the last one to arrive
+// finds the bin that crosses the limit. A bin's sum of 64 bits is kept in two words: most additions
+// are one atomic of 32 bits, which shared memory does by itself, where 64 bits would take a loop of
+// exchanges. V elements in the first launch of three or six, from L2; then what may still count.
 #pragma once
 #include "common/mass.h"
 #include "common/order.h"

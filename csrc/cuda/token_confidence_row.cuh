@@ -54,14 +54,6 @@ struct Word<Float16> {
 template <class T>
 constexpr uint32_t kPerChunk = 16 / sizeof(T);
 
-// Element `index` of a word, to become -inf.
-template <class T>
-DLM_DEVICE uint32_t without(uint32_t word, uint32_t index) {
-  if (Word<T>::kElements == 1) return Word<T>::kMinusInfinity;
-  const uint32_t mask = index ? 0xffff0000u : 0x0000ffffu;
-  return (word & ~mask) | (Word<T>::kMinusInfinity & mask);
-}
-
 // Elements first, first + 1, ... of a row of V: one by one, -inf where there are none.
 template <class T>
 DLM_DEVICE uint4 edge_chunk(const T* row, int64_t first, uint32_t V) {
