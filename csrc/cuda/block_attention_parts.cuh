@@ -304,12 +304,13 @@ DLM_DEVICE void for_each_key_tile(const AttendParams& p, const Place& place, Key
   constexpr uint32_t kStageBytes = kKeyBytes + kKeys * kColumns * sizeof(T);
   const BlockAttentionParams& op = p.op;
   const int32_t D = int32_t(op.D), first_column = place.column_part * kColumns;
-  const T* k = static_cast<const T*>(op.k_cache) + op.cache_row(place.b) * op.k_cache_stride[0] +
-               place.g * op.k_cache_stride[2];
-  const T* v = static_cast<const T*>(op.v_cache) + op.cache_row(place.b) * op.v_cache_stride[0] +
-               place.g * op.v_cache_stride[2] + first_column;
+  const int32_t cached = int32_t(op.cache_row(place.b));
   const auto start = [&](const KeyTile<kKeys>& tile, int stage) {
     if (tile.slot >= 0) {
+      const T* k = static_cast<const T*>(op.k_cache) + cached * op.k_cache_stride[0] +
+                   place.g * op.k_cache_stride[2];
+      const T* v = static_cast<const T*>(op.v_cache) + cached * op.v_cache_stride[0] +
+                   place.g * op.v_cache_stride[2] + first_column;
       const uint32_t at = ring + uint32_t(stage) * kStageBytes;
       load_keys<T, kHeadDim>(at, k, op.k_cache_stride[1], D, tile);
       load_keys<T, kColumns>(at + kKeyBytes, v, op.v_cache_stride[1], D - first_column, tile);

@@ -16,11 +16,6 @@ from simt_programs import ROOT, needs_nvcc
 SOURCES = [*sorted((ROOT / "csrc" / "cuda").rglob("*.cu")), ROOT / "tests" / "cpp" / "kernels" / "instantiate.cu"]
 ARCHITECTURES = ["80", "90", "100", "120"]  # those of cmake/cuda.cmake
 FLAGS = ["-std=c++17", "-O3", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'cpp'}"]
-# (architecture, part of a kernel's readable name) -> why it may spill or use local memory.
-MAY_USE_LOCAL_MEMORY = {
-    ("80", "attend_wide_kernel<dlm::BFloat16, 128>"): "128 sums and 32 logits a lane: six registers are missing there",
-    ("80", "attend_wide_kernel<dlm::Float16, 128>"): "the same",
-}
 
 
 def reports():

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,10 +67,10 @@ class Standing:
         Open positions of the block when the row came into it.
     width : int
         How many columns the longest block has.
-    planned : int
-        Steps planned for all blocks.
     tables : Tables
         What depends on the number of a step alone.
+    planned : int
+        Steps planned for all blocks.
     """
 
     step: Tensor
@@ -81,8 +81,8 @@ class Standing:
     behind: Tensor
     open_at_start: Tensor
     width: int
+    tables: Tables
     planned: int = 1
-    tables: Tables = field(default_factory=lambda: Tables((1,), 1, torch.zeros(1, dtype=torch.int32)))
 
     @classmethod
     def in_one_block(cls, start: Tensor, width: int, step: Tensor, entered: Tensor | None = None) -> Standing:

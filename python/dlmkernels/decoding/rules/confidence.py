@@ -83,14 +83,14 @@ class Quota(Rule):
 
     def _planned(self, step: Step, n: Tensor) -> Tensor:
         """The same from a table of all numbers of positions, plans and steps."""
-        tables, numbers = step.standing.tables, torch.arange(step.standing.width + 1)
+        tables, numbers = step.standing.tables, torch.arange(step.standing.width + 1, device="cpu")
 
         def make() -> Tensor:
             taken = [
                 counts(numbers, shares_after(self.schedule, s), self.rounding)  # type: ignore[arg-type]
                 for s in tables.plans
             ]
-            at = torch.arange(tables.steps + 1)
+            at = torch.arange(tables.steps + 1, device="cpu")
             return torch.cat([table[:, at.clamp(max=table.shape[1] - 1)].T for table in taken])
 
         lines = tables.made("quota", make).index_select(0, tables.first + step.standing.step)
