@@ -45,6 +45,11 @@ _LAZY = {
     "Backbone": ".models.backbone",
     "BackboneInput": ".models.backbone",
     "load": ".models.load",
+    "Engine": ".engine.engine",
+    "EngineMetrics": ".engine.metrics",
+    "RequestOutput": ".engine.request",
+    "RequestStatus": ".engine.request",
+    "generate_batch": ".engine.batch",
 }
 __all__ = [
     "PRESETS", "AttentionWindow", "Constraint", "DecodingConfig", "KVCache", "Score", "TokenWindow", "Trace", "ops",

@@ -253,6 +253,11 @@ def _check_generation_config(model, config) -> set[str]:
     return left_out
 
 
+def refuse_others(model, config) -> None:
+    """Refuse fields of a generation config that would change the tokens and have no counterpart here."""
+    _check_generation_config(model, config)
+
+
 def _is_on(name: str, value: Any, config) -> bool:
     if value is None or (name in REFUSED and value in REFUSED[name].off):
         return False

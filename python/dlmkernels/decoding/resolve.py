@@ -27,6 +27,13 @@ def prepare(
     `task` is one of `Rule.decodes`, None where nothing is decoded.
     """
     model = adapt(model)
+    return model, *resolve(model, config, overrides, task)
+
+
+def resolve(
+    model: DiffusionModel, config: ConfigLike, overrides: Mapping[str, Any], task: str | None = None
+) -> tuple[DecodingConfig, SpecialTokens]:
+    """The whole configuration, and the ids it decodes with, of a model that has been adapted (see `prepare`)."""
     _check_model(model)
     wanted = configuration(model, config).replace(**overrides)
     resolved = wanted
@@ -41,7 +48,7 @@ def prepare(
     _check_combination(model, resolved)
     if task:
         check_effects(wanted, resolved, infills=task == "infillings")
-    return model, resolved, special_tokens(model, resolved)
+    return resolved, special_tokens(model, resolved)
 
 
 def _check_model(model: DiffusionModel) -> None:

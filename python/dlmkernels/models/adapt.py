@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import threading
 import warnings
@@ -101,6 +102,14 @@ class DiffusionModel:
             base.forward = torch.compile(base.forward, dynamic=False)
             new.is_compiled = True
         return new
+
+    def generate_batch(self, inputs, *args: Any, **options: Any):
+        """`dlmkernels.generate_batch` of this model."""
+        return _engine().generate_batch(self, inputs, *args, **options)
+
+    def init_continuous_batching(self, *args: Any, **options: Any):
+        """`dlmkernels.engine.batch.init_continuous_batching` of this model: an `Engine`, not started yet."""
+        return _engine().init_continuous_batching(self, *args, **options)
 
     @property
     def config(self):
@@ -354,6 +363,11 @@ def _valid(tokens: Tensor, kv_range: Tensor) -> Tensor:
     """An attention mask int64 `[B, T]` of the columns in each row's range, int32 `[B, 2]`."""
     columns = torch.arange(tokens.shape[1], device=tokens.device)
     return ((columns >= kv_range[:, :1]) & (columns < kv_range[:, 1:])).long()
+
+
+def _engine() -> Any:
+    """The module of the engine, which knows of models; they ask for it by its name, when it is wanted."""
+    return importlib.import_module("dlmkernels.engine.batch")
 
 
 def adapt(

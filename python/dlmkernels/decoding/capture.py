@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps of a program as recordings: each form of a step is recorded once, model and head included, and then replayed.
+
+A replayed step costs the host one call in place of some hundred. What can be recorded are steps that read nothing on
+the host and write into tensors that are never replaced, as those of all programs do (docs/programs.md); a model whose
+forward does not can still be decoded with, step by step.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .programs import Program
+
+#: whether steps are recorded: wherever that is possible; always, or an error; never
+GRAPHS = ("auto", True, False)
+#: steps of a form before it is recorded: what a step makes when it is first run is there from then on
+WARM_UP = 2
+
+
+class Recording(Protocol):
+    """A step that can be run again.
+
+    Attributes
+    ----------
+    report : Tensor
+        What the step reports, in a tensor that is the same every time.
+    """
+
+    report: Tensor
+
+    def replay(self) -> None:
+        """Run it."""
+
+
+class Recorder(Protocol):
+    """Records steps."""
+
+    def record(self, step: Callable[[], Tensor]) -> tuple[Recording, bool]:
+        """A recording of the step, and whether it has been run by that."""
+
+
+class Steps:
+    """Runs the steps of a program as they are."""
+
+    def __init__(self, program: Program, is_widest: bool = False):
+        """`is_widest`: steps have the forms that serve any rows, so that what they compute depends on no other row."""
+        self.program, self.is_widest = program, is_widest or program.model.is_compiled
+
+    def __call__(self, form: Any) -> Tensor:
+        """Make a step of that form; its report."""
+        return self.program.step(self.program.widest(form) if self.is_widest else form)
+
+
+class RecordedSteps(Steps):
+    """Records the steps of a program, one recording for each form, and replays them.
+
+    Attributes
+    ----------
+    replayed, made : int
+        How many steps were replayed, of how many.
+    refusal : str, optional
+        Why nothing is recorded any more.
+    """
+
+    def __init__(self, program: Program, recorder: Recorder, must: bool = False):
+        """`must`: a step that cannot be recorded is an error, and not run as it is."""
+        super().__init__(program, True)
+        self._recorder, self._must = recorder, must
+        self._recordings: dict[Any, Recording] = {}
+        self._seen: dict[Any, int] = {}
+        self.replayed = self.made = 0
+        self.refusal: str | None = None
+
+    def __call__(self, form: Any) -> Tensor:
+        form = self.program.widest(form)
+        self.made += 1
+        if form in self._recordings:
+            self.replayed += 1
+            return self._replay(form)
+        self._seen[form] = self._seen.get(form, 0) + 1
+        if self.refusal is not None or self._seen[form] <= WARM_UP:
+            return self.program.step(form)
+        try:
+            recording, was_run = self._recorder.record(lambda: self.program.step(form))
+        except Exception as error:
+            self.refusal = " ".join(str(error).split())[:200] or type(error).__name__
+            if self._must:
+                raise ValueError(f"graphs=True: a step of this decoding cannot be captured: {self.refusal}") from error
+            warnings.warn(
+                f"steps run without CUDA graphs, since one could not be captured: {self.refusal}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return self.program.step(form)
+        self._recordings[form] = recording
+        return recording.report if was_run else self._replay(form)
+
+    def _replay(self, form: Any) -> Tensor:
+        recording = self._recordings[form]
+        recording.replay()
+        return recording.report
+
+
+class CudaRecording:
+    """A step as a CUDA graph."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, report: Tensor):
+        self._graph, self.report = graph, report
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class CudaRecorder:
+    """Captures steps as CUDA graphs that share one pool of memory."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._pool: Any = None
+
+    def record(self, step: Callable[[], Tensor]) -> tuple[CudaRecording, bool]:
+        """Capturing runs nothing on the device."""
+        with torch.cuda.device(self._device):
+            graph = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph, pool=self._pool):
+                report = step()
+            self._pool = graph.pool() if self._pool is None else self._pool
+        return CudaRecording(graph, report), False
+
+
+def check_graphs(graphs: Any) -> None:
+    """Refuse what says neither yes nor no."""
+    if not (graphs is True or graphs is False or (isinstance(graphs, str) and graphs == "auto")):
+        raise ValueError(f"graphs must be 'auto', True or False; got {graphs!r}")
+
+
+def steps_of(program: Program, graphs: Any = "auto", is_widest: bool = False) -> Steps:
+    """What runs the steps of a program; `graphs` is one of `GRAPHS`, `is_widest` as in `Steps`.
+
+    Raises
+    ------
+    ValueError
+        With graphs=True, where the steps cannot be captured.
+    """
+    check_graphs(graphs)
+    reason = why_not(program)
+    if graphs is False or (graphs == "auto" and reason is not None):
+        return Steps(program, is_widest)
+    if reason is not None:
+        raise ValueError(f"graphs=True: steps cannot be captured, since {reason}")
+    return RecordedSteps(program, CudaRecorder(program.state.tokens.device), must=graphs is True)
+
+
+def why_not(program: Program) -> str | None:
+    """Why the steps of a program cannot be captured, as far as that is known beforehand; None if nothing is known."""
+    if program.state.tokens.device.type != "cuda":
+        return f"the model is on {program.state.tokens.device.type}, and graphs are CUDA's"
+    if program.model.is_compiled:
+        return "the model is compiled by torch.compile, whose forwards are captured by itself or not at all"
+    if getattr(program.model, "_rotaries", None):
+        return "the model's rotary frequencies depend on the lengths of the requests"
+    return None

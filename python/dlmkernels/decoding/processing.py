@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a request may ask for between the model's logits and the proposals, and have recorded there.
+
+A repetition penalty and the records of the likeliest tokens are tensor operations, and can be captured. A logits
+processor is a function on the host: each step waits for the device, takes a float32 copy of the request's logits, and
+cannot be captured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..window import TokenWindow
+from .checks import integer, number
+from .config import DecodingConfig
+from .programs import Program
+from .propose import Proposer
+from .resolve import check_block_by_block
+from .state import FROZEN
+from .step import Step
+
+#: takes ids int64 `[n, t]` and scores float32 `[n, V]`, returns scores
+Processor = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What one request asks for.
+
+    Attributes
+    ----------
+    repetition_penalty : float
+        Logits of tokens that the request holds (prompt and decided ones) are divided by it where they are positive and
+        multiplied where they are negative, as in transformers; 1: none.
+    processors : tuple of callables
+        Logits processors in the manner of transformers, called in turn with the decided tokens of the request, in
+        their order, and the logits of its open positions.
+    top_logprobs : int
+        How many of the likeliest tokens are recorded at each position; 0: none.
+    """
+
+    repetition_penalty: float = 1.0
+    processors: tuple[Processor, ...] = ()
+    top_logprobs: int = 0
+
+    @classmethod
+    def of(
+        cls, repetition_penalty: Any = 1.0, logits_processor: Any = None, top_logprobs: Any = 0
+    ) -> Wishes:  # fmt: skip
+        """The same of what a caller passes, checked."""
+        penalty = number(0.0, above=True)("repetition_penalty", repetition_penalty)
+        if math.isinf(penalty):
+            raise ValueError("repetition_penalty must be finite; got inf")
+        if logits_processor is None:
+            processors: Sequence[Any] = ()
+        else:
+            processors = [logits_processor] if callable(logits_processor) else list(logits_processor)
+        for one in processors:
+            if not callable(one):
+                raise TypeError(f"logits_processor must hold functions of ids and scores; got {one!r}")
+        return cls(float(penalty), tuple(processors), integer(0)("top_logprobs", top_logprobs))
+
+    def __bool__(self) -> bool:
+        return self.changes_logits or self.top_logprobs > 0
+
+    @property
+    def changes_logits(self) -> bool:
+        return self.repetition_penalty != 1.0 or bool(self.processors)
+
+    def check(self, config: DecodingConfig, vocab: int | None) -> None:
+        """Refuse what cannot be honoured in a decoding of that configuration."""
+        names = {
+            "repetition_penalty": self.repetition_penalty != 1.0, "logits_processor": bool(self.processors),
+            "top_logprobs": self.top_logprobs > 0,
+        }  # fmt: skip
+        for name, wanted in names.items():
+            if not wanted:
+                continue
+            check_block_by_block(name, config.rule)
+            if config.cfg_scale > 0 and name != "top_logprobs":
+                raise ValueError(f"{name} cannot be used with cfg_scale, which mixes the logits of two forwards")
+        if vocab is not None and self.top_logprobs > vocab:
+            raise ValueError(f"top_logprobs must be at most the number of logits, {vocab}; got {self.top_logprobs}")
+
+
+class RequestProposer(Proposer):
+    """A proposer that heeds the wishes of each row's request.
+
+    Attributes
+    ----------
+    errors : dict
+        What a row's processors have raised: its request has failed, and no other.
+    top_ids, top_logprobs : Tensor
+        int64 and float32 `[S, T + 1, k]`: the likeliest tokens of each position, when a step last could decide it; the
+        last column stands for none.
+    """
+
+    def __init__(self, program: Program, most_logprobs: int):
+        super().__init__(program.model, program.state, program.config, program.special)
+        rows, columns = self.state.tokens.shape
+        device = self.state.tokens.device
+        self.wishes: list[Wishes] = [Wishes()] * rows
+        self.errors: dict[int, Exception] = {}
+        self.penalty = torch.ones(rows, device=device)
+        self.has_penalty = False
+        self.top_ids = torch.zeros(rows, columns + 1, most_logprobs, dtype=torch.int64, device=device)
+        self.top_logprobs = torch.zeros(rows, columns + 1, most_logprobs, dtype=torch.float32, device=device)
+
+    @classmethod
+    def install(cls, program: Program, wishes: Sequence[Wishes]) -> RequestProposer:
+        """Let a program that has not begun heed the wishes of its rows' requests."""
+        new = cls(program, max(w.top_logprobs for w in wishes))
+        for row, one in enumerate(wishes):
+            new.set(row, one)
+        program.propose = new
+        return new
+
+    def set(self, row: int, wishes: Wishes) -> None:
+        """A row holds another request, which asks for this."""
+        self.wishes[row] = wishes
+        self.errors.pop(row, None)
+        self.penalty[row] = wishes.repetition_penalty
+        self.has_penalty = self.has_penalty or wishes.repetition_penalty != 1.0
+
+    def step(
+        self, logits: Tensor, window: TokenWindow, standing: Any, row_map: Tensor | None = None, *args: Any,
+        **options: Any,
+    ) -> Step:  # fmt: skip
+        logits = self._processed(logits, window, row_map)
+        step = super().step(logits, window, standing, row_map, *args, **options)
+        if self.top_ids.shape[2]:
+            self._record(step)
+        return step
+
+    # --- logits -------------------------------------------------------------------------------------------------------
+
+    def _processed(self, logits: Tensor, window: TokenWindow, row_map: Tensor | None) -> Tensor:
+        if self.has_penalty:
+            logits = self._penalized(logits, window, row_map)
+        asking = [row for row, wishes in enumerate(self.wishes) if wishes.processors and row not in self.errors]
+        if not asking:
+            return logits
+        logits = logits.clone()
+        used = window.used.cpu()
+        slots = torch.arange(used.numel(), device="cpu") if row_map is None else row_map.long().cpu()
+        slots = slots.view(used.shape)
+        for row in asking:
+            where = slots[row][used[row]]
+            where = where[where >= 0].to(logits.device)
+            if len(where):
+                try:
+                    logits[where] = self._ask(row, logits[where]).to(logits.dtype)
+                except Exception as error:  # a stranger's function: whatever it raises is its request's
+                    self.errors[row] = error
+        return logits
+
+    def _ask(self, row: int, logits: Tensor) -> Tensor:
+        """What the processors of a row make of some of its logits `[n, V]`."""
+        tokens = self.state.tokens[row][self._holds()[row]]
+        scores = logits.float()
+        for process in self.wishes[row].processors:
+            new = process(tokens.expand(len(scores), -1), scores)
+            if not isinstance(new, Tensor) or new.shape != scores.shape:
+                got = f"shape {list(new.shape)}" if isinstance(new, Tensor) else type(new).__name__
+                raise ValueError(
+                    f"logits_processor: {type(process).__name__} must return scores of shape {list(scores.shape)}; "
+                    f"got {got}"
+                )
+            scores = new
+        return scores
+
+    def _holds(self) -> Tensor:
+        """Which positions hold a token of the request, given or decided, bool `[S, T]`."""
+        state = self.state
+        columns = torch.arange(state.tokens.shape[1], dtype=torch.int32, device=state.tokens.device)
+        inside = (columns >= state.origin[:, None]) & (columns < state.end[:, None])
+        return inside & ~state.is_open & (((state.state & FROZEN) != 0) | (state.commit_step >= 0))
+
+    def _penalized(self, logits: Tensor, window: TokenWindow, row_map: Tensor | None) -> Tensor:
+        rows, slots = window.positions.shape
+        vocab, count = logits.shape[1], len(logits)
+        owner = torch.arange(rows, device=logits.device)[:, None].expand(rows, slots).flatten()
+        if row_map is not None:  # where a row of the logits speaks of no slot, any request's penalty will do
+            target = torch.where(row_map >= 0, row_map, count).long()
+            owner = torch.zeros(count + 1, dtype=torch.int64, device=logits.device).scatter(0, target, owner)[:count]
+        held = torch.where(self._holds(), self.state.tokens, vocab)
+        seen = torch.zeros(rows, vocab + 1, dtype=torch.bool, device=logits.device).scatter_(1, held, True)
+        penalty = self.penalty[owner][:, None]
+        changed = torch.where(logits > 0, logits / penalty, logits * penalty).to(logits.dtype)
+        return torch.where(seen[owner, :vocab], changed, logits)
+
+    # --- records ------------------------------------------------------------------------------------------------------
+
+    def _record(self, step: Step) -> None:
+        """Write down the likeliest tokens of every position that the step may decide."""
+        count = len(step.raw_logits) // (2 if self.config.cfg_scale > 0 else 1)
+        z = self.clean(step.raw_logits, torch.arange(count, device=step.raw_logits.device))
+        best = z.log_softmax(-1).topk(self.top_ids.shape[2], -1)
+        where = step.logit_rows
+        column = torch.where(step.used & step.is_open, step.window.positions, self.top_ids.shape[1] - 1).long()
+        column = column[..., None].expand(-1, -1, self.top_ids.shape[2])
+        self.top_ids.scatter_(1, column, best.indices[where])
+        self.top_logprobs.scatter_(1, column, best.values[where])

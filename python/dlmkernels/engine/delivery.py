@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where outputs go: to a function that waits for a request's, else into one queue for whoever asks."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from .request import RequestOutput
+
+
+class Deliveries:
+    """Outputs on their way to their owners. Any thread may put and take."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: deque[RequestOutput] = deque()
+        self._handlers: dict[str, Callable[[RequestOutput], Any]] = {}
+
+    def register(self, request_id: str, callback: Callable[[RequestOutput], Any]) -> None:
+        """Let a function have the outputs of a request, those that wait already included.
+
+        Where an event loop is running it is called there, else in the engine's thread.
+        """
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            handler = callback
+        else:
+
+            def handler(output: RequestOutput) -> None:
+                loop.call_soon_threadsafe(callback, output)
+
+        with self._changed:
+            early = [output for output in self._waiting if output.request_id == request_id]
+            self._waiting = deque(output for output in self._waiting if output.request_id != request_id)
+            if not any(output.is_finished() for output in early):
+                self._handlers[request_id] = handler
+        for output in early:
+            self._call(handler, output)
+
+    def put(self, output: RequestOutput) -> None:
+        """Hand an output over."""
+        with self._changed:
+            is_last = output.is_finished()
+            handler = self._handlers.pop(output.request_id, None) if is_last else self._handlers.get(output.request_id)
+            if handler is None:
+                self._waiting.append(output)
+                self._changed.notify_all()
+        if handler is not None:
+            self._call(handler, output)
+
+    @staticmethod
+    def _call(handler: Callable[[RequestOutput], Any], output: RequestOutput) -> None:
+        try:
+            handler(output)
+        except Exception as error:  # a stranger's function must not stop the requests of others
+            warnings.warn(
+                f"the result handler of request {output.request_id} raised {error!r}", RuntimeWarning, stacklevel=2
+            )
+
+    def take(self, request_id: str | None = None) -> RequestOutput | None:
+        """The oldest output (of a request) that waits; None if there is none."""
+        with self._changed:
+            return self._take(request_id)
+
+    def _take(self, request_id: str | None) -> RequestOutput | None:
+        if request_id is None:
+            return self._waiting.popleft() if self._waiting else None
+        for output in self._waiting:
+            if output.request_id == request_id:
+                self._waiting.remove(output)
+                return output
+        return None
+
+    def wait(
+        self, request_id: str | None, timeout: float | None, may_come: Callable[[], bool]
+    ) -> RequestOutput | None:  # fmt: skip
+        """The same, waiting for one; None after `timeout` seconds, or as soon as none can come any more."""
+        until = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            while (found := self._take(request_id)) is None:
+                left = None if until is None else until - time.monotonic()
+                if not may_come() or (left is not None and left <= 0):
+                    return None
+                self._changed.wait(0.1 if left is None else min(left, 0.1))
+        return found
+
+    def wake(self) -> None:
+        """Let those who wait see whether anything can come yet."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def __len__(self) -> int:
+        return len(self._waiting)

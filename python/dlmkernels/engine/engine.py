@@ -1,0 +1,523 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine: requests come and go, and share the forwards of one model."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from ..decoding.capture import check_graphs, steps_of
+from ..decoding.checks import flag, integer
+from ..decoding.inputs import read_options
+from ..decoding.processing import Wishes
+from ..decoding.resolve import ConfigLike, configuration
+from ..models.adapt import adapt
+from .delivery import Deliveries
+from .intake import Intake, check_flags
+from .lane import Lane, StepsOf
+from .metrics import EngineMetrics, Meter
+from .pool import Pool, Size
+from .reading import final_output, interim_output, seen_stop
+from .request import Request, RequestOutput, RequestStatus
+
+#: columns of a slot where neither the caller nor the model says how many
+DEFAULT_LENGTH = 2048
+
+
+class Engine:
+    """Decodes requests as they come, many at a time; the first that is done is the first to leave.
+
+    A request's answer is what `generate` makes of it alone: it depends on the model, the prompt, the configuration and
+    the seed, never on what is decoded beside it.
+
+    >>> with dlmkernels.Engine(model, slots=16, max_length=512, rule=dlmkernels.Threshold(0.9)) as engine:
+    ...     first = engine.add_request(ids, max_new_tokens=64)
+    ...     print(engine.get_result(first).generated_tokens)
+
+    As a context manager it decodes in a thread of its own, which alone uses the model, until the block is left; then
+    all requests that have come are finished first (after an exception they fail). Without that, `step` makes one step
+    at a time, and `get_result` and iteration make as many as they need.
+
+    Parameters
+    ----------
+    model : PreTrainedModel or DiffusionModel
+        As in `generate`.
+    slots : int
+        How many requests are decoded at once.
+    max_length : int, optional
+        How many tokens a prompt, its answer and a suffix may have together. Without a cache every forward takes so
+        many columns of every slot. None: what the model can encode, at most 2048.
+    config : DecodingConfig, str or dict, optional
+        How to decode what says nothing else, as in `generate`; None: the decoder of the model's family.
+    tokenizer : PreTrainedTokenizer, optional
+        Reads prompts that are text, looks for stop strings, and makes `RequestOutput.text`.
+    prefill_budget : int
+        How many tokens of prompts are admitted between two steps of those that are being decoded; one request in any
+        case.
+    max_lanes : int
+        How many configurations are decoded at the same time: requests that are decoded alike share forwards, others
+        take turns. A request whose configuration finds no place waits.
+    deterministic : bool
+        Whether every forward has the same shapes, whatever is in the other slots: answers are then the same bit for
+        bit under any load. Otherwise they are the same up to what matrix products of another size round differently.
+    graphs : {"auto", True, False}
+        Whether steps are captured as CUDA graphs and replayed (implies `deterministic`). "auto": where that is
+        possible; a warning says where it turns out not to be.
+    **overrides
+        Fields of `DecodingConfig`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        When an argument or the configuration is not possible. The message names it.
+
+    Notes
+    -----
+    Continuous: block after block with cache="none". With other programs, with a cache, guidance, a constraint or
+    `seeded`, requests of the same configuration and length are decoded in batches, each of which begins when the one
+    before has ended.
+    """
+
+    def __init__(
+        self, model, *, slots: int = 16, max_length: int | None = None, config: ConfigLike = None, tokenizer=None,
+        prefill_budget: int = 8192, max_lanes: int = 8, deterministic: bool = False, graphs: bool | str = "auto",
+        **overrides: Any,
+    ):  # fmt: skip
+        overrides = read_options(model, config, overrides, tokenizer)
+        self.model = adapt(model)
+        check_graphs(graphs)
+        limit = self.model.max_length
+        columns = integer(2, optional=True)("max_length", max_length)
+        if columns is None:
+            columns = DEFAULT_LENGTH if limit is None else min(limit, DEFAULT_LENGTH)
+        if limit is not None and columns > limit:
+            raise ValueError(f"max_length is {columns}, longer than the model's max_position_embeddings of {limit}")
+        size = Size(
+            integer(1)("slots", slots), columns, integer(1)("prefill_budget", prefill_budget),
+            integer(1)("max_lanes", max_lanes),
+        )  # fmt: skip
+        wanted = configuration(self.model, config).replace(**overrides)
+        self._intake = Intake(self.model, wanted, tokenizer, size)
+        is_widest = flag("deterministic", deterministic)
+        self._steps_of: StepsOf = lambda program: steps_of(program, graphs, is_widest)
+        self._pool = Pool(self.model, size, lambda program: self._steps_of(program))
+        self._deliveries, self._meter = Deliveries(), Meter()
+        self._lock = threading.Lock()  # of what follows, which other threads write
+        self._live: dict[str, Request] = {}
+        self._inbox: deque[Request | str] = deque()
+        self._count = 0
+        self._is_closed = self._is_stopping = self._must_stop = False
+        self._fatal: BaseException | None = None
+        self._stepping = threading.RLock()  # whoever makes a step
+        self._thread: threading.Thread | None = None
+        self._wake = threading.Event()
+        self._intake.known({})  # what cannot be decoded with is refused now
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    def add_request(
+        self, input_ids, request_id: str | None = None, max_new_tokens: int | None = None, streaming: bool = False,
+        record_timestamps: bool = False, eos_token_id: int | Sequence[int] | None = None, *, seed: int | None = None,
+        given: Sequence[int] | None = None, suffix: Sequence[int] | None = None,
+        stop_strings: str | Sequence[str] | None = None, num_return_sequences: int = 1,
+        repetition_penalty: float = 1.0, logits_processor=None, top_logprobs: int = 0, drafts: bool = False,
+        on_step: Callable[[RequestOutput], Any] | None = None,
+        result_handler: Callable[[RequestOutput], Any] | None = None, **options: Any,
+    ) -> str:  # fmt: skip
+        """Put a request at the end of the queue. Any thread may.
+
+        Parameters
+        ----------
+        input_ids : list of int, Tensor or str
+            The prompt: ids, int64 `[P]` or `[1, P]`, or with a tokenizer a text or a chat.
+        request_id : str, optional
+            What it is called; None: a name is made. Of requests that are being decoded no two may have the same.
+        max_new_tokens : int, optional
+            How long the answer is; None: as the engine's configuration says, or else 128, or what there is room for.
+        streaming : bool
+            Whether outputs come also while it is decoded, whenever more of the answer is final.
+        record_timestamps : bool
+            Whether it is noted when each token was known to be final.
+        eos_token_id : int or sequence of int, optional
+            Tokens that end the answer.
+        seed : int, optional
+            What its random draws depend on; None: the engine's, or else one that is drawn.
+        given : sequence of int, optional
+            Tokens that stand in the answer from the start, `max_new_tokens` of them, -1 where one is to be decoded.
+        suffix : sequence of int, optional
+            Tokens that stand behind the answer, and are not part of it.
+        stop_strings : str or sequence of str, optional
+            Texts that end the answer; needs a tokenizer. They are looked for in what is final, from the left. The
+            answer ends with the token that completes one; `text` ends before it.
+        num_return_sequences : int
+            How many answers there are to be, each with a seed of its own; the others are called `<id>__child#<n>`.
+        repetition_penalty : float
+            Divides positive and multiplies negative logits of tokens that the request holds already.
+        logits_processor : callable or sequence of callables, optional
+            Functions of decoded ids `[n, t]` and scores float32 `[n, V]` of n open positions, in the manner of
+            transformers. They run on the host: every step waits for the device, and is not captured.
+        top_logprobs : int
+            For how many of the likeliest tokens the log-probability is noted at every position.
+        drafts : bool
+            Whether outputs come after every step, with the answer as it stands.
+        on_step : callable, optional
+            Is called with such an output after every step, in the engine's thread; what it raises fails the request.
+        result_handler : callable, optional
+            Gets the request's outputs (see `register_result_handler`), from the first on.
+        **options
+            Fields of `DecodingConfig` for this request: `temperature`, `top_k`, `top_p`, `rule` … A request whose
+            options differ from others' does not share their forwards.
+
+        Returns
+        -------
+        str
+            The request's id.
+
+        Raises
+        ------
+        ValueError, TypeError
+            When it could never be decoded, or never be given a slot. The message says why.
+        RuntimeError
+            When the engine has been stopped.
+        """
+        with self._lock:
+            if request_id is None:
+                request_id = f"req_{self._count}"
+                self._count += 1
+        if not isinstance(request_id, str):
+            raise TypeError(f"request_id must be a string; got {type(request_id).__name__}")
+        if eos_token_id is not None:
+            options["eos_token_id"] = eos_token_id
+        requests = self._intake.requests(
+            request_id, input_ids, max_new_tokens=max_new_tokens, given=given, suffix=suffix, seed=seed,
+            num_return_sequences=num_return_sequences, stop_strings=stop_strings,
+            wishes=Wishes.of(repetition_penalty, logits_processor, top_logprobs),
+            flags=check_flags(
+                streaming=streaming, record_timestamps=record_timestamps, drafts=drafts, on_step=on_step
+            ),
+            options=options,
+        )  # fmt: skip
+        self._accept(requests, result_handler)
+        return request_id
+
+    def _accept(self, requests: Sequence[Request], handler: Callable[[RequestOutput], Any] | None) -> None:
+        with self._lock:
+            if self._is_closed or self._is_stopping or self._must_stop:
+                raise RuntimeError("the engine has been stopped, and takes no requests any more")
+            for request in requests:
+                if request.request_id in self._live:
+                    raise ValueError(f"request_id '{request.request_id}' is in use by a request that is not done yet")
+            if handler is not None:
+                for request in requests:
+                    self._deliveries.register(request.request_id, handler)
+            for request in requests:
+                self._live[request.request_id] = request
+                self._inbox.append(request)
+        self._wake.set()
+
+    def add_requests(
+        self, inputs: Iterable[Any], max_new_tokens: int | None = None, streaming: bool = False,
+        record_timestamps: bool = False, **options: Any,
+    ) -> list[str]:  # fmt: skip
+        """Several requests that are alike but for their prompts; their ids."""
+        return [
+            self.add_request(
+                prompt, max_new_tokens=max_new_tokens, streaming=streaming, record_timestamps=record_timestamps,
+                **options,
+            )
+            for prompt in inputs
+        ]  # fmt: skip
+
+    def cancel_request(self, request_id: str) -> None:
+        """Let a request end now: it is delivered as cancelled, with what is final of it. Nothing if it is unknown."""
+        with self._lock:
+            self._inbox.append(request_id)
+        self._wake.set()
+
+    def register_result_handler(self, request_id: str, callback: Callable[[RequestOutput], Any]) -> None:
+        """Let a function have all outputs of a request that nobody has taken yet.
+
+        It is called in the event loop that is running here, if there is one, else in the engine's thread.
+        """
+        self._deliveries.register(request_id, callback)
+
+    # --- results ------------------------------------------------------------------------------------------------------
+
+    def get_result(self, request_id: str | None = None, timeout: float | None = None) -> RequestOutput | None:
+        """The next output (of a request); None after `timeout` seconds, or when none can come any more.
+
+        Each output is given once. Where the engine has no thread, steps are made until there is one.
+        """
+        if not self.is_running():
+            until = None if timeout is None else time.monotonic() + timeout
+            while (found := self._deliveries.take(request_id)) is None and self._may_come(request_id):
+                if until is not None and time.monotonic() >= until:
+                    return None
+                self.step()
+            return found if found is not None else self._deliveries.take(request_id)
+        return self._deliveries.wait(request_id, timeout, lambda: self._may_come(request_id))
+
+    def _may_come(self, request_id: str | None) -> bool:
+        with self._lock:
+            return bool(self._live) if request_id is None else request_id in self._live
+
+    def __iter__(self) -> Iterator[RequestOutput]:
+        """Outputs as they come, until no request is left."""
+        while (output := self.get_result()) is not None:
+            yield output
+
+    def request_id_iter(self, request_id: str) -> Iterator[RequestOutput]:
+        """Outputs of one request, the last of them included."""
+        while (output := self.get_result(request_id)) is not None:
+            yield output
+            if output.is_finished():
+                return
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Engine:
+        self.start()
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self.stop(hard_stop=error is not None)
+
+    def is_running(self) -> bool:
+        """Whether there is a thread that decodes."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self) -> None:
+        """Let a thread decode from now on."""
+        if self._is_closed:
+            raise RuntimeError("the engine has been stopped: make another")
+        if not self.is_running():
+            self._thread = threading.Thread(target=self._run, name="dlmkernels-engine", daemon=True)
+            self._thread.start()
+
+    def stop(self, block: bool = True, timeout: float | None = None, hard_stop: bool = False) -> None:
+        """Take no more requests, finish those that there are, and end.
+
+        Parameters
+        ----------
+        block : bool
+            Whether to wait for that.
+        timeout : float, optional
+            For how many seconds at most.
+        hard_stop : bool
+            Let requests that are not done fail instead; they are delivered as failed.
+        """
+        with self._lock:
+            self._is_stopping, self._must_stop = True, self._must_stop or hard_stop
+        self._wake.set()
+        if not self.is_running():
+            self._finish_here()
+        elif block:
+            self.join(timeout)
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until the thread has ended, for `timeout` seconds at most."""
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+
+    def destroy(self) -> None:
+        """End at once; whatever is not done fails."""
+        self.stop(hard_stop=True)
+
+    def _run(self) -> None:
+        """The thread's life."""
+        try:
+            while not self._must_stop:
+                self._wake.clear()
+                if not self.step():
+                    if self._is_stopping and not self._inbox:
+                        break
+                    self._wake.wait(1.0)
+        except BaseException as error:  # whoever waits for a result has to hear of it
+            self._fatal = error
+        finally:
+            self._close()
+
+    def _finish_here(self) -> None:
+        if not self._is_closed:
+            while not self._must_stop and self.step():
+                pass
+            self._close()
+
+    def _close(self) -> None:
+        """Nothing is decoded any more: what is left fails."""
+        with self._lock:
+            self._is_closed = True
+            left = list(self._live.values())
+        reason = "the engine was stopped" if self._fatal is None else f"the engine failed: {self._fatal!r}"
+        for request in left:
+            self._deliver(request, request.output(RequestStatus.FAILED, error=reason, finish_reason="error"))
+        self._pool.waiting.clear()
+        self._pool.lanes.clear()
+        self._deliveries.wake()
+
+    @property
+    def background_thread_status(self) -> SimpleNamespace:
+        """With `fatal_error`, as servers of transformers ask: why the thread has ended, None if it has not failed."""
+        return SimpleNamespace(fatal_error=self._fatal)
+
+    # --- one visit ----------------------------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Look after everything once: requests that have come, that are done, that are admitted; and one step of each.
+
+        Returns
+        -------
+        bool
+            Whether anything is left to do.
+        """
+        with self._stepping, torch.inference_mode(False), torch.no_grad():
+            if self._is_closed:
+                return False
+            started = time.perf_counter()
+            self._take_in()
+            self._deliver_done()
+            for failure in self._pool.admit():
+                self._fail(failure.request, failure.error)
+            self._mark_started()
+            steps = self._advance()
+            self._watch()
+            self._meter.visit(started, steps)
+            return bool(self._pool.busy or self._pool.waiting or self._inbox)
+
+    def _take_in(self) -> None:
+        """Requests and cancellations that have come."""
+        with self._lock:
+            inbox, self._inbox = self._inbox, deque()
+        for one in inbox:
+            if isinstance(one, Request):
+                self._pool.waiting.append(one)
+            else:
+                self._cancel(one)
+
+    def _cancel(self, request_id: str) -> None:
+        request = self._live.get(request_id)
+        if request is None:
+            return
+        fields: dict[str, Any] = {"error": "cancelled", "finish_reason": "cancelled"}
+        for lane, row, other in self._pool.rows():
+            if other is request:
+                (answer,) = lane.read([row])
+                self._deliver(request, final_output(request, answer, self._intake.tokenizer, **fields))
+                lane.release(row, False)
+                return
+        self._pool.waiting.remove(request)
+        self._deliver(request, request.output(RequestStatus.CANCELLED, **fields))
+
+    def _deliver_done(self) -> None:
+        for lane in list(self._pool.lanes.values()):
+            rows = list(lane.poll())
+            if not rows:
+                continue
+            errors = lane.errors()
+            for row, answer in zip(rows, lane.read(rows)):
+                request = lane.owner[row]
+                assert request is not None
+                lane.release(row, True)
+                if row in errors:
+                    self._fail(request, errors[row])
+                else:
+                    self._deliver(request, final_output(request, answer, self._intake.tokenizer))
+
+    def _mark_started(self) -> None:
+        now = time.perf_counter()
+        for _, _, request in self._pool.rows():
+            if request.started < 0:
+                request.started, request.status = now, RequestStatus.DECODING
+
+    def _advance(self) -> int:
+        """A step of every lane that has requests; how many were made."""
+        made = 0
+        for key, lane in list(self._pool.lanes.items()):
+            if lane.busy == 0:
+                continue
+            denoised, replayed = lane.denoised, getattr(lane.steps, "replayed", 0)
+            try:
+                made += lane.advance()
+            except Exception as error:
+                for request in self._pool.part(key):
+                    self._fail(request, error)
+                continue
+            self._meter.step(
+                len(lane.owner), lane.busy, lane.working, lane.denoised - denoised, lane.seconds,
+                getattr(lane.steps, "replayed", 0) > replayed,
+            )  # fmt: skip
+        return made
+
+    def _watch(self) -> None:
+        """Look at what is final of requests whose owners want to hear of it, or that may have come to a stop string."""
+        for lane in list(self._pool.lanes.values()):
+            for row in lane.errors():
+                request = lane.owner[row]
+                if request is not None:
+                    self._fail(request, lane.errors()[row])
+                    lane.release(row, False)
+            rows = [row for row, request in enumerate(lane.owner) if request is not None and request.is_watched]
+            if rows:
+                for row, answer in zip(rows, lane.read(rows)):
+                    self._tell(lane, row, answer)
+
+    def _tell(self, lane: Lane, row: int, answer) -> None:
+        """What the owner of a row's request is told of it now."""
+        request, tokenizer = lane.owner[row], self._intake.tokenizer
+        assert request is not None
+        stop = seen_stop(request, answer, tokenizer)
+        if stop is not None:
+            lane.release(row, False)
+            self._deliver(request, final_output(request, answer, tokenizer))
+            return
+        output = interim_output(request, answer)
+        try:
+            if request.on_step is not None:
+                request.on_step(output)
+        except Exception as error:
+            lane.release(row, False)
+            self._fail(request, error)
+            return
+        grew = len(output.generated_tokens) > request.shown
+        request.shown = len(output.generated_tokens)
+        if request.drafts or (request.streaming and grew):
+            self._deliveries.put(output)
+
+    def _fail(self, request: Request, error: BaseException) -> None:
+        text = f"{type(error).__name__}: {error}"
+        self._deliver(request, request.output(RequestStatus.FAILED, error=text, finish_reason="error"))
+
+    def _deliver(self, request: Request, output: RequestOutput) -> None:
+        """Deliver a request's last output, once."""
+        assert output.is_finished() and not request.is_delivered
+        request.is_delivered = True
+        self._meter.delivered(output)
+        self._deliveries.put(output)
+        with self._lock:
+            self._live.pop(request.request_id, None)
+        self._deliveries.wake()
+
+    # --- what is known of it ------------------------------------------------------------------------------------------
+
+    @property
+    def slots(self) -> int:
+        """How many requests are decoded at once."""
+        return self._pool.size.slots
+
+    @property
+    def max_length(self) -> int:
+        """How many tokens a prompt, its answer and a suffix may have together."""
+        return self._pool.size.columns
+
+    def metrics(self) -> EngineMetrics:
+        """What has been done so far."""
+        with self._lock:
+            waiting = len(self._inbox) + len(self._pool.waiting)
+        return self._meter.metrics(waiting, self._pool.busy)
+

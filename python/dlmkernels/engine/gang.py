@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests that begin and end together: for decodings whose rows cannot come and go.
+
+These are all programs but block after block, and block after block with a cache, with guidance, with a constraint, or
+with noise that is other tokens. A gang is decoded as `generate` decodes a batch; while it is, its requests can be
+cancelled, but no other request takes their place.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from ..decoding.config import DecodingConfig, SpecialTokens
+from ..decoding.poll import OpenCount
+from ..decoding.processing import RequestProposer
+from ..decoding.programs import Task, program_of
+from ..decoding.schedule import Grid
+from ..decoding.state import State
+from ..models.adapt import DiffusionModel
+from .lane import Lane, StepsOf
+from .request import Request
+
+
+class GangLane(Lane):
+    """One batch after the other, each of requests of one configuration and length."""
+
+    def __init__(
+        self, model: DiffusionModel, config: DecodingConfig, special: SpecialTokens, rows: int, steps_of: StepsOf
+    ):  # fmt: skip
+        super().__init__(rows)
+        self.model, self.config, self.special, self._steps_of = model, config, special, steps_of
+        self._most = rows
+        self._is_over = True
+        self._prompt_length = 0
+        self._lengths: list[int] = []
+
+    @property
+    def room(self) -> int:
+        return self._most if self.busy == 0 else 0
+
+    def admit(self, requests: Sequence[Request]) -> None:
+        rows, length = len(requests), len(requests[0].answer)
+        start = self._prompt_length = max(len(request.prompt) for request in requests)
+        device = self.model.device
+        origin = torch.tensor([start - len(request.prompt) for request in requests], dtype=torch.int32, device="cpu")
+        grows = self.config.block_grid == "absolute" or self.model.family.whole_blocks
+        grid = Grid.of(self.config, origin.to(device), start, start + length, grows)
+        tokens = torch.full((rows, grid.width), self.special.pad, dtype=torch.int64, device="cpu")
+        tokens[:, start:] = max(self.special.mask, 0)
+        columns = torch.arange(grid.width, device="cpu")
+        is_open = (columns >= start) & (columns < grid.ends.cpu()[:, None])
+        for k, request in enumerate(requests):
+            answer = torch.tensor(request.answer, dtype=torch.int64, device="cpu")
+            tokens[k, int(origin[k]) : start] = torch.tensor(request.prompt, dtype=torch.int64, device="cpu")
+            tokens[k, start : start + length] = torch.where(answer < 0, max(self.special.mask, 0), answer)
+            is_open[k, start : start + length] &= answer < 0
+        seeds = torch.tensor([request.seed for request in requests], dtype=torch.int64, device="cpu")
+        state = State.of(
+            tokens.to(device), is_open.to(device), origin.to(device), grid.ends, seed=seeds.to(device)
+        )  # fmt: skip
+        task = Task(self.model, state, self.config, self.special, grid, start, start + length)
+        self.program = program_of(self.config.rule)(task)
+        wishes = [request.wishes for request in requests]
+        self.processed = RequestProposer.install(self.program, wishes) if any(wishes) else None
+        self.steps = self._steps_of(self.program)
+        self.owner = list(requests)
+        self._is_over, self._lengths = False, []
+        self.program.unfinished.begin()
+        self.counts = OpenCount(*self.program.begin().tolist())
+
+    def release(self, row: int, is_done: bool) -> None:
+        self.owner[row] = None
+
+    def start(self, row: int) -> int:
+        return self._prompt_length
+
+    def length(self, row: int) -> int | None:
+        return self._lengths[row] if self._lengths else None
+
+    def poll(self) -> list[int]:
+        return [row for row, owner in enumerate(self.owner) if owner is not None] if self._is_over else []
+
+    def advance(self) -> bool:
+        self.seconds = 0.0
+        if self._is_over:
+            return False
+        program = self.program
+        form = program.form(self.counts.latest(), self.counts.behind) if self.busy else None
+        if form is None:
+            self._is_over = True
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of masks that are left the requests' outputs speak
+                self._lengths = (program.output().length - self._prompt_length).tolist()
+            return False
+        if program.may_leave(form):
+            program.unfinished.settle()
+        self.working = self.busy
+        self.make(form)
+        return True
+

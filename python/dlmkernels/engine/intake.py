@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what a caller passes to a request that is known to fit and to be decodable, or an error that says why not."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Hashable, Mapping, Sequence
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..decoding.checks import INT64, flag, integer
+from ..decoding.config import DecodingConfig, SpecialTokens, check_names
+from ..decoding.copies import seed_of_copy
+from ..decoding.inputs import read_prompts
+from ..decoding.processing import Wishes
+from ..decoding.resolve import resolve
+from ..decoding.rules import SelfSpeculative, Strided
+from ..decoding.schedule import plan_blocks
+from ..decoding.stops import check_stop_strings
+from ..models.adapt import DiffusionModel
+from .pool import Size
+from .request import Request
+from .slots import grid_of, has_plan
+
+#: how many configurations are remembered
+REMEMBERED = 256
+
+
+class Known(NamedTuple):
+    """A configuration that has been checked.
+
+    Attributes
+    ----------
+    config, special : DecodingConfig, SpecialTokens
+    key : hashable
+        The same for configurations that differ in seed and length alone.
+    has_plan : bool
+        Whether what steps do depends on the length.
+    """
+
+    config: DecodingConfig
+    special: SpecialTokens
+    key: Hashable
+    has_plan: bool
+
+
+class Intake:
+    """Makes requests. Any thread may use it."""
+
+    def __init__(self, model: DiffusionModel, config: DecodingConfig, tokenizer, size: Size):
+        self.model, self.config, self.tokenizer, self.size = model, config, tokenizer, size
+        self._known: dict[Hashable, Known] = {}
+        self._lock = threading.Lock()
+        if isinstance(config.seed, Tensor):
+            raise ValueError("seed of an engine must be one number or None: add_request takes one for each request")
+
+    def known(self, options: Mapping[str, Any]) -> Known:
+        """The engine's configuration with other fields."""
+        key: Hashable
+        try:
+            key = tuple(sorted(options.items()))
+            hash(key)
+        except TypeError:  # a tensor, say
+            return self._resolved(options)
+        with self._lock:
+            found = self._known.get(key)
+        if found is None:
+            found = self._resolved(options)
+            with self._lock:
+                if len(self._known) >= REMEMBERED:
+                    self._known.pop(next(iter(self._known)))
+                self._known[key] = found
+        return found
+
+    def _resolved(self, options: Mapping[str, Any]) -> Known:
+        config, special = resolve(self.model, self.config, options, "continuations")
+        key = dataclasses.replace(config, seed=None, max_new_tokens=1)
+        return Known(config, special, key, has_plan(config))
+
+    def requests(
+        self, request_id: str, input_ids: Any, *, max_new_tokens: int | None, given: Any, suffix: Any, seed: int | None,
+        num_return_sequences: int, stop_strings: Any, wishes: Wishes, flags: Mapping[str, Any], options: dict[str, Any],
+    ) -> list[Request]:  # fmt: skip
+        """One request for each sequence that is to be returned."""
+        check_names(options)
+        options = {name: value for name, value in options.items() if value is not None}
+        known = self.known(options)
+        prompt = self._prompt(input_ids, known.special)
+        answer, suffix_length = self._answer(prompt, known, max_new_tokens, given, suffix)
+        if known.has_plan or known.config.cache != "none":
+            known = self.known(options | {"max_new_tokens": len(answer)})
+        self._check_fit(known, prompt, answer, wishes)
+        count = integer(1)("num_return_sequences", num_return_sequences)
+        if count > 1 and not known.config.samples and not known.config.rule.draws:
+            raise ValueError(
+                f"num_return_sequences={count} has no effect without chance: temperature is 0, and all would be equal"
+            )
+        seed = self._seed(seed)
+        stops = check_stop_strings(stop_strings, self.tokenizer)
+        return [
+            Request(
+                request_id if k == 0 else f"{request_id}__child#{k - 1}", prompt, answer, suffix_length,
+                seed_of_copy(seed, k), known.config, known.special, known.key, known.has_plan, wishes, stops, **flags,
+            )
+            for k in range(count)
+        ]  # fmt: skip
+
+    def _prompt(self, input_ids: Any, special: SpecialTokens) -> list[int]:
+        if isinstance(input_ids, Tensor):
+            if input_ids.dtype != torch.int64 or input_ids.dim() not in (1, 2) or len(input_ids.shape[:-1]) != (
+                input_ids.dim() == 2 and len(input_ids) == 1
+            ):
+                raise ValueError(
+                    "input_ids must be the ids of one prompt, int64 [P] or [1, P]; got "
+                    f"{input_ids.dtype} of shape {list(input_ids.shape)}"
+                )
+            prompt = input_ids.flatten().tolist()
+        elif isinstance(input_ids, Sequence) and len(input_ids) == 0 and not isinstance(input_ids, str):
+            prompt = []
+        else:
+            tokens, mask = read_prompts(
+                "input_ids", input_ids, None, self.tokenizer, torch.device("cpu"), max(special.pad, 0)
+            )  # fmt: skip
+            if len(tokens) != 1:
+                raise ValueError(f"input_ids must be one prompt; got {len(tokens)} (add_requests takes several)")
+            prompt = tokens[0].tolist() if mask is None else tokens[0][mask[0] != 0].tolist()
+        self._check_ids("input_ids", prompt, special, 0)
+        return prompt
+
+    def _check_ids(self, name: str, ids: Sequence[int], special: SpecialTokens, lowest: int) -> None:
+        vocab = self.model.vocab_size
+        for i in ids:
+            if not isinstance(i, Integral) or isinstance(i, bool):
+                raise TypeError(f"{name} must hold token ids, which are integers; got {i!r}")
+            if i < lowest or (vocab is not None and i >= vocab):
+                raise ValueError(f"{name} must hold ids from {lowest} to {vocab} - 1; got {i}")
+            if i == special.mask:
+                raise ValueError(f"{name} holds the mask token ({special.mask})")
+
+    def _answer(
+        self, prompt: list[int], known: Known, max_new_tokens: int | None, given: Any, suffix: Any
+    ) -> tuple[list[int], int]:  # fmt: skip
+        """What stands behind the prompt from the start, -1 for what is to be decoded; how much of it is the suffix."""
+        behind = _ids("suffix", suffix)
+        self._check_ids("suffix", behind, known.special, 0)
+        length = integer(1, optional=True)("max_new_tokens", max_new_tokens)
+        room = self.size.columns - len(prompt) - len(behind)
+        if length is None and given is not None:
+            length = len(given)
+        if length is None:
+            length = known.config.max_new_tokens
+            if "max_new_tokens" not in known.config.asked:
+                length = max(min(length, room), 1)
+        answer = [-1] * length if given is None else _ids("given", given)
+        self._check_ids("given", answer, known.special, -1)
+        if len(answer) != length:
+            raise ValueError(f"given must have max_new_tokens={length} ids, -1 where one is decoded; got {len(answer)}")
+        if all(i >= 0 for i in answer):
+            raise ValueError("given leaves nothing to decode: -1 stands where a token is wanted")
+        return answer + behind, len(behind)
+
+    def _check_fit(self, known: Known, prompt: list[int], answer: list[int], wishes: Wishes) -> None:
+        """Refuse what could never be given a slot, or never be decoded."""
+        config = known.config
+        grid = grid_of(self.model, config, len(prompt), len(answer))
+        if grid.width > self.size.columns:
+            raise ValueError(
+                f"input_ids ({len(prompt)} tokens) and the answer ({len(answer)}) take {grid.width} columns; max_length "
+                f"of this engine is {self.size.columns}"
+            )
+        if known.has_plan:
+            plan_blocks(config, grid)
+        if not prompt and (isinstance(config.rule, (Strided, SelfSpeculative)) or config.cfg_scale > 0):
+            raise ValueError("input_ids must hold at least one token with this configuration")
+        if any(i >= 0 for i in answer) and not config.rule.by_block:
+            raise ValueError(f"given and suffix cannot be used with rule {type(config.rule).__name__}")
+        wishes.check(config, self.model.vocab_size)
+
+    def _seed(self, seed: int | None) -> int:
+        """A request's own seed, else the engine's, else one that is drawn."""
+        chosen = integer(INT64.min, INT64.max, optional=True)("seed", seed)
+        if chosen is None:
+            assert not isinstance(self.config.seed, Tensor)
+            chosen = self.config.seed
+        return int(torch.randint(2**63 - 1, (1,), device="cpu")) if chosen is None else chosen
+
+
+def _ids(name: str, values: Any) -> list[int]:
+    if values is None:
+        return []
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise TypeError(f"{name} must be a sequence of token ids; got {type(values).__name__}")
+    return list(values)
+
+
+def check_flags(**values: Any) -> dict[str, Any]:
+    """What a request's owner wants to hear before its end, checked."""
+    on_step = values.pop("on_step")
+    if on_step is not None and not callable(on_step):
+        raise TypeError(f"on_step must be a function of a RequestOutput; got {type(on_step).__name__}")
+    return {name: flag(name, value) for name, value in values.items()} | {"on_step": on_step}

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the engine asks of a decoding whose rows are requests: the interface of `slots.SlotLane` and `gang.GangLane`."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..decoding.capture import Steps
+from ..decoding.poll import OpenCount
+from ..decoding.processing import RequestProposer
+from ..decoding.programs import Program
+from ..decoding.state import FROZEN, OPEN
+from .request import Answer, Request
+
+#: makes what runs the steps of a program (see `decoding.capture`)
+StepsOf = Callable[[Program], Steps]
+
+
+class Lane(ABC):
+    """One program, and which of its rows belongs to which request.
+
+    Attributes
+    ----------
+    owner : list of Request or None
+        Of each row.
+    denoised, working : int
+        How many forwards there have been; and how many rows were in a block in the last of them.
+    seconds : float
+        How long the host took to make the last step.
+    """
+
+    def __init__(self, rows: int):
+        self.owner: list[Request | None] = [None] * rows
+        self.denoised = 0
+        self.working = 0
+        self.seconds = 0.0
+        self.processed: RequestProposer | None = None
+        self.program: Program
+        self.steps: Steps
+        self.counts: OpenCount
+
+    @property
+    def busy(self) -> int:
+        """How many rows have a request."""
+        return sum(request is not None for request in self.owner)
+
+    @property
+    @abstractmethod
+    def room(self) -> int:
+        """How many requests can be admitted now."""
+
+    @abstractmethod
+    def admit(self, requests: Sequence[Request]) -> None:
+        """Take requests in, no more than there is room for."""
+
+    @abstractmethod
+    def release(self, row: int, is_done: bool) -> None:
+        """The request of a row has left; `is_done`: since `poll` has named the row."""
+
+    @abstractmethod
+    def poll(self) -> Iterable[int]:
+        """Rows whose requests are known to be done, as the newest report says that may be read."""
+
+    @abstractmethod
+    def advance(self) -> bool:
+        """Make one step; whether there was one to make."""
+
+    def make(self, form: Any) -> None:
+        """Make a step of that form."""
+        started = time.perf_counter()
+        self.counts.submit(self.steps(form))
+        self.seconds = time.perf_counter() - started
+        self.denoised += self.program.denoises(form)
+
+    @abstractmethod
+    def start(self, row: int) -> int:
+        """Column at which the answer of the row's request begins."""
+
+    def length(self, row: int) -> int | None:
+        """How long the answer of the row's request has become, where the program says so."""
+        return None
+
+    def errors(self) -> dict[int, Exception]:
+        """What the processors of a row's request have raised."""
+        return {} if self.processed is None else dict(self.processed.errors)
+
+    def _finished(self, is_open: Tensor, rows: Tensor) -> Tensor:
+        """Up to which column each of the rows int64 `[n]` is final, `[n]`; `is_open` bool `[n, T]` is theirs."""
+        columns = torch.arange(is_open.shape[1], device=is_open.device)
+        return torch.where(is_open, columns, is_open.shape[1]).amin(1)
+
+    def read(self, rows: Sequence[int]) -> list[Answer]:
+        """What stands in some rows, which all have a request; waits for the device."""
+        state, top = self.program.state, self.processed
+        index = torch.tensor(rows, dtype=torch.int64, device="cpu").to(state.tokens.device)
+        bits = state.state[index]
+        final = self._finished((bits & OPEN) != 0, index).tolist()
+        values = (state.tokens[index], state.commit_step[index], state.confidence[index], bits)
+        tokens, steps, confidence, bits = (value.cpu() for value in values)
+        forwards = state.step[index].tolist()
+        best = None
+        if top is not None and top.top_ids.shape[2]:
+            best = [list(zip(*pair)) for pair in zip(top.top_ids[index].tolist(), top.top_logprobs[index].tolist())]
+        answers = []
+        for k, row in enumerate(rows):
+            request, first = self.owner[row], self.start(row)
+            assert request is not None
+            length = len(request.answer) - request.suffix_length
+            part = slice(first, first + length)
+            found = None
+            if best is not None and request.wishes.top_logprobs:
+                most = request.wishes.top_logprobs
+                found = [list(zip(ids[:most], logprobs[:most])) for ids, logprobs in best[k][part]]
+            answers.append(Answer(
+                tokens[k, part].tolist(), steps[k, part].tolist(), confidence[k, part].tolist(),
+                ((bits[k, part] & OPEN) != 0).tolist(), ((bits[k, part] & FROZEN) != 0).tolist(), forwards[k],
+                min(max(final[k] - first, 0), length), self.length(row), found,
+            ))  # fmt: skip
+        return answers

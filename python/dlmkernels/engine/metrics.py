@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the engine counts."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from .request import RequestOutput, RequestStatus
+
+
+@dataclass(frozen=True)
+class EngineMetrics:
+    """What an engine has done since it was made.
+
+    Attributes
+    ----------
+    finished, failed, cancelled : int
+        Requests that were delivered, by how they ended.
+    waiting, running : int
+        Requests in the queue, and in slots.
+    tokens : int
+        Tokens that were decoded for delivered requests.
+    seconds : float
+        Time in which there was work.
+    tokens_per_second : float
+    forwards : int
+        Forwards of the model, each of all slots of a program.
+    tokens_per_forward : float
+        Tokens of a request over the forwards that it took part in, the mean over requests.
+    occupancy : float
+        Mean share of the slots that had a request when a forward ran.
+    idle_row_share : float
+        Share of all forwarded rows that were in no block: slots without a request, or between two blocks.
+    time_to_first_block, queue_seconds : float
+        Means over requests: from coming to the end of the first block, and to a slot.
+    host_microseconds : float
+        Median time that the host spends on a step beside making it: reports, admission, delivery, streaming.
+    replayed_share : float
+        Share of the steps that were replayed from a recording.
+    """
+
+    finished: int
+    failed: int
+    cancelled: int
+    waiting: int
+    running: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    forwards: int
+    tokens_per_forward: float
+    occupancy: float
+    idle_row_share: float
+    time_to_first_block: float
+    queue_seconds: float
+    host_microseconds: float
+    replayed_share: float
+
+
+class Meter:
+    """Counts for `EngineMetrics`."""
+
+    def __init__(self) -> None:
+        self.ended = dict.fromkeys((RequestStatus.FINISHED, RequestStatus.FAILED, RequestStatus.CANCELLED), 0)
+        self.tokens = self.forwards = self.rows = self.owned = self.working = self.steps = self.replayed = 0
+        self.seconds = self._per_forward = self._first_block = self._queued = 0.0
+        self._with_forwards = self._with_block = self._with_slot = 0
+        self.host: deque[float] = deque(maxlen=10_000)
+        self.in_steps = 0.0  # seconds of the visit going on that went into making steps
+
+    def step(self, rows: int, owned: int, working: int, forwards: int, seconds: float, was_replayed: bool) -> None:
+        """A program of so many rows has made a step."""
+        self.in_steps += seconds
+        self.steps += 1
+        self.replayed += was_replayed
+        self.forwards += forwards
+        self.rows += rows * forwards
+        self.owned += owned * forwards
+        self.working += working * forwards
+
+    def visit(self, started: float, steps: int) -> None:
+        """The engine has looked after everything once, which took from `started` until now."""
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        if steps:
+            self.host.append((seconds - self.in_steps) / steps)
+        self.in_steps = 0.0
+
+    def delivered(self, output: RequestOutput) -> None:
+        """A request has ended."""
+        self.ended[output.status] += 1
+        self.tokens += sum(step >= 0 for step in output.commit_step)
+        if output.num_forwards:
+            self._per_forward += output.tokens_per_forward
+            self._with_forwards += 1
+        if output.time_to_first_block is not None:
+            self._first_block += output.time_to_first_block
+            self._with_block += 1
+        if output.lifespan[0] >= 0:
+            self._queued += output.lifespan[0] - output.created_time
+            self._with_slot += 1
+
+    def metrics(self, waiting: int, running: int) -> EngineMetrics:
+        """All of it."""
+        rows, seconds = max(self.rows, 1), max(self.seconds, 1e-9)
+        return EngineMetrics(
+            finished=self.ended[RequestStatus.FINISHED], failed=self.ended[RequestStatus.FAILED],
+            cancelled=self.ended[RequestStatus.CANCELLED], waiting=waiting, running=running, tokens=self.tokens,
+            seconds=self.seconds, tokens_per_second=self.tokens / seconds, forwards=self.forwards,
+            tokens_per_forward=self._per_forward / max(self._with_forwards, 1), occupancy=self.owned / rows,
+            idle_row_share=1 - self.working / rows if self.rows else 0.0,
+            time_to_first_block=self._first_block / max(self._with_block, 1),
+            queue_seconds=self._queued / max(self._with_slot, 1),
+            host_microseconds=1e6 * statistics.median(self.host) if self.host else 0.0,
+            replayed_share=self.replayed / max(self.steps, 1),
+        )  # fmt: skip

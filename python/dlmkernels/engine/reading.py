@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what stands in a slot to what a request's owner is told."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from ..decoding.stops import stop_at, text_of
+from .request import Answer, Request, RequestOutput, RequestStatus
+
+
+def seen_stop(request: Request, answer: Answer, tokenizer) -> int | None:
+    """How many tokens of what is final it takes to complete a stop string; None if none is there."""
+    final = answer.tokens[: answer.length(answer.final)]
+    return stop_at(final, request.stop_strings, tokenizer, request.shown)
+
+
+def final_output(request: Request, answer: Answer, tokenizer, **fields: Any) -> RequestOutput:
+    """The last output of a request; `fields` say so where it was cancelled."""
+    is_cancelled = "error" in fields
+    whole = len(answer.tokens) if not is_cancelled else answer.final
+    length = answer.length(whole)
+    stop = stop_at(answer.tokens[: answer.length(answer.final)], request.stop_strings, tokenizer)
+    reason = "length"
+    if stop is not None:
+        length, reason = stop, "stop"
+    elif any(token in request.special.eos for token in answer.tokens[:length]):
+        reason = "eos"
+    _note_times(request, length)
+    status = RequestStatus.CANCELLED if is_cancelled else RequestStatus.FINISHED
+    found: dict[str, Any] = {"finish_reason": reason} | _tokens(answer, length) | fields
+    found["complete"] = not is_cancelled and not any(answer.is_open[:length])
+    if tokenizer is not None:
+        found["text"] = text_of(found["generated_tokens"], tokenizer, request.stop_strings)
+    return request.output(status, **found)
+
+
+def interim_output(request: Request, answer: Answer) -> RequestOutput:
+    """What is final of a request that goes on, and if wanted its draft."""
+    length = answer.length(answer.final)
+    _note_times(request, length)
+    draft = list(answer.tokens) if request.drafts or request.on_step is not None else None
+    return request.output(RequestStatus.DECODING, draft=draft, **_tokens(answer, length))
+
+
+def _note_times(request: Request, length: int) -> None:
+    if request.record_timestamps:
+        now = time.perf_counter()
+        request.timestamps += [now] * (length - len(request.timestamps))
+        del request.timestamps[length:]
+
+
+def _tokens(answer: Answer, length: int) -> dict[str, Any]:
+    """The first `length` tokens of an answer and what is known of each."""
+    confidence, steps = list(answer.confidence[:length]), list(answer.commit_step[:length])
+    found: dict[str, Any] = {
+        "generated_tokens": list(answer.tokens[:length]), "commit_step": steps, "confidence": confidence,
+        "logprobs": [math.log(p) if step >= 0 and p > 0 else 0.0 for p, step in zip(confidence, steps)],
+        "num_forwards": answer.num_forwards,
+    }  # fmt: skip
+    if answer.top_logprobs is not None:
+        found["top_logprobs"] = [
+            list(best) if step >= 0 else None for best, step in zip(answer.top_logprobs[:length], steps)
+        ]
+    return found

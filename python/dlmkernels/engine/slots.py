@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A program whose rows come and go: a slot is given the next request as soon as its own is done.
+
+All that is known of the inside of `BlockAfterBlock` here is how a row is given another request.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..decoding.config import DecodingConfig, SpecialTokens
+from ..decoding.poll import OpenCount
+from ..decoding.processing import RequestProposer, Wishes
+from ..decoding.programs import Task
+from ..decoding.programs.blocks import BlockAfterBlock
+from ..decoding.rules import (
+    CreditThreshold,
+    EntropyBound,
+    EntropySum,
+    Factor,
+    HierarchicalThreshold,
+    LocalThreshold,
+    StableThreshold,
+    Threshold,
+)
+from ..decoding.schedule import Grid, plan_blocks
+from ..decoding.state import State
+from ..models.adapt import DiffusionModel, EncoderDecoderModel
+from .lane import Lane, StepsOf
+from .request import Request
+
+#: Rules that take as many steps as they need and ask nothing of the plan: their requests may differ in length.
+WITHOUT_A_PLAN = (
+    Threshold, Factor, EntropyBound, EntropySum, HierarchicalThreshold, LocalThreshold, StableThreshold, CreditThreshold,
+)  # fmt: skip
+
+
+def goes_by_itself(model: DiffusionModel, config: DecodingConfig) -> bool:
+    """Whether the rows of such a decoding can come and go by themselves."""
+    rule = config.rule
+    return (
+        rule.by_block
+        and config.cache == "none"
+        and not config.seeded
+        and config.cfg_scale == 0
+        and config.constraint is None
+        and rule.noise == "mask"
+        and rule.slots != "canvas"
+        and not rule.token_ids
+        and not isinstance(model, EncoderDecoderModel)
+        and not getattr(model, "_by_length", False)
+    )
+
+
+def has_plan(config: DecodingConfig) -> bool:
+    """Whether requests of other lengths have other steps in the same block."""
+    return type(config.rule) not in WITHOUT_A_PLAN or config.steps is not None
+
+
+def grid_of(model: DiffusionModel, config: DecodingConfig, prompt: int, length: int) -> Grid:
+    """The grid of one request whose prompt begins in the first column, as `generate` would make it."""
+    origin = torch.zeros(1, dtype=torch.int32, device="cpu")
+    grows = config.block_grid == "absolute" or model.family.whole_blocks
+    return Grid.of(config, origin, prompt, prompt + length, grows)
+
+
+class SlotLane(Lane):
+    """Requests in the rows of one `BlockAfterBlock`, each from the first column of its row on.
+
+    Parameters
+    ----------
+    config, special : DecodingConfig, SpecialTokens
+        How all of them are decoded, apart from seed, and from length where the rule has no plan.
+    rows, columns : int
+        How many slots there are, and how long each is.
+    length : int
+        Of the answers, where the rule has a plan; else of the longest.
+    most_logprobs : int, optional
+        How many of the likeliest tokens are recorded; None: no row's request has wishes (see `processing.Wishes`).
+    """
+
+    def __init__(
+        self, model: DiffusionModel, config: DecodingConfig, special: SpecialTokens, rows: int, columns: int,
+        length: int, steps_of: StepsOf, most_logprobs: int | None = None,
+    ):  # fmt: skip
+        super().__init__(rows)
+        self.model, self.config, self.special = model, config, special
+        device = model.device
+        # A spare column: no request fills its row, so that what forwards may see is always said by a tensor.
+        self._columns = columns + 1
+        self.state = State.empty(rows, self._columns, device)
+        self.grid = self._plan(length, device)
+        self._starts = torch.tensor([b.start for b in plan_blocks(config, self.grid)], dtype=torch.int32, device=device)
+        self._numbers = torch.arange(self._columns, dtype=torch.int32, device=device)
+        everywhere = torch.zeros(rows, self._columns, dtype=torch.bool, device=device)
+        everywhere[:, : -(-length // self.grid.length) * self.grid.length] = True  # windows have room for any request
+        self._fill(range(rows), torch.zeros_like(everywhere, dtype=torch.int64), everywhere, [0] * rows, [columns] * rows)
+        self.program = BlockAfterBlock(Task(model, self.state, config, special, self.grid, 0, columns))
+        if most_logprobs is not None:
+            wishes = [Wishes(top_logprobs=most_logprobs)] * rows
+            self.processed = RequestProposer.install(self.program, wishes)
+        self.steps = steps_of(self.program)
+        self._starts_at = [0] * rows
+        #: number of the report from which on each row's number speaks of its request
+        self._known_from = [-1] * rows
+        self._submitted = 0
+        self._is_in_block = [False] * rows
+        self._counted_done: set[int] = set()
+        self._empty(range(rows))
+        self._set_owners(range(rows))
+        self.counts = OpenCount(*self.program.begin().tolist())
+
+    def _plan(self, length: int, device: torch.device) -> Grid:
+        """The grid by which all rows are planned; where each row's begins is written at its admission."""
+        config, rows = self.config, len(self.state.tokens)
+        first = torch.zeros(rows, dtype=torch.int32, device=device)
+        if has_plan(config):
+            one = grid_of(self.model, config, 0, length)
+            # counted from the first token of a request, its blocks may hold the end of its prompt
+            count = one.count + (config.block_grid == "absolute")
+            block, planned, width = one.length, one.planned, one.width
+            width = max(width, count * block) if count > one.count else width
+        else:
+            block = config.block_length or length
+            count = planned = -(-self._columns // block)
+            width = count * block
+        return Grid(first, block, first.clone(), 0, width, (0, 0), count, planned)
+
+    # --- requests come and go -----------------------------------------------------------------------------------------
+
+    @property
+    def room(self) -> int:
+        return self.owner.count(None)
+
+    def admit(self, requests: Sequence[Request]) -> None:
+        rows = [row for row, owner in enumerate(self.owner) if owner is None][: len(requests)]
+        tokens = torch.full((len(rows), self._columns), self.special.pad, dtype=torch.int64, device="cpu")
+        is_open = torch.zeros(tokens.shape, dtype=torch.bool, device="cpu")
+        firsts, ends = [], []
+        for k, request in enumerate(requests):
+            start, length = len(request.prompt), len(request.answer)
+            grid = grid_of(self.model, self.config, start, length)
+            first, end = int(grid.first), int(grid.ends)
+            answer = torch.tensor(request.answer, dtype=torch.int64, device="cpu")
+            tokens[k, :start] = torch.tensor(request.prompt, dtype=torch.int64, device="cpu")
+            tokens[k, start:end] = max(self.special.mask, 0)
+            tokens[k, start : start + length] = torch.where(answer < 0, max(self.special.mask, 0), answer)
+            is_open[k, start:end] = True
+            is_open[k, start : start + length] &= answer < 0
+            firsts.append(first)
+            ends.append(end)
+            self._starts_at[rows[k]] = start
+            self.owner[rows[k]] = request
+            if self.processed is not None:
+                self.processed.set(rows[k], request.wishes)
+        device = self.state.tokens.device
+        seeds = torch.tensor([request.seed for request in requests], dtype=torch.int64, device="cpu")
+        self._fill(rows, tokens.to(device), is_open.to(device), firsts, ends, seeds.to(device))
+        self._renew(rows)
+
+    def release(self, row: int, is_done: bool) -> None:
+        self.owner[row] = None
+        if not is_done:
+            self._empty([row])
+            self._renew([row])
+
+    def start(self, row: int) -> int:
+        return self._starts_at[row]
+
+    def _empty(self, rows: Iterable[int]) -> None:
+        """Nothing is to be decoded in some rows, and next to nothing to be seen."""
+        rows = list(rows)
+        tokens = torch.full((len(rows), self._columns), self.special.pad, device=self.state.tokens.device)
+        self._fill(rows, tokens, torch.zeros_like(tokens, dtype=torch.bool), [0] * len(rows), [1] * len(rows))
+
+    def _fill(
+        self, rows: Iterable[int], tokens: Tensor, is_open: Tensor, firsts: list[int], ends: list[int],
+        seeds: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Write what the rows hold from now on."""
+        device = self.state.tokens.device
+        index, first, end = torch.tensor([list(rows), firsts, ends], dtype=torch.int64, device="cpu").to(device)
+        self.grid.first.index_copy_(0, index, first.int())
+        self.grid.ends.index_copy_(0, index, end.int())
+        self.state.admit(index, tokens, is_open, torch.zeros_like(first), end, seeds)
+
+    def _renew(self, rows: Sequence[int]) -> None:
+        """Let the program take notice of rows that hold something else."""
+        self.program.renew(self._set_owners(rows))
+        for row in rows:
+            self._known_from[row], self._is_in_block[row] = self._submitted, False
+            if row in self._counted_done:
+                self._counted_done.discard(row)
+                self.program.forms.num_done -= 1
+
+    def _set_owners(self, rows: Iterable[int]) -> Tensor:
+        """Write down in which block every column of the rows stands; the rows as a tensor."""
+        index = torch.tensor(list(rows), dtype=torch.int64, device="cpu").to(self.state.tokens.device)
+        column = self._numbers - self.grid.first[index][:, None]
+        owner = torch.searchsorted(self._starts, column.contiguous(), right=True, out_int32=True) - 1
+        self.program.plan.owner.index_copy_(0, index, owner)
+        return index
+
+    # --- steps --------------------------------------------------------------------------------------------------------
+
+    def _report(self) -> tuple[int, ...]:
+        """The newest report that may be read; 0, for waiting, where it speaks of a request that is no more."""
+        report = self.counts.latest()
+        number = self._submitted - self.counts.behind
+        return tuple(n if number > known else 0 for n, known in zip(report, self._known_from))
+
+    def poll(self) -> list[int]:
+        done = []
+        for row, (n, request) in enumerate(zip(self._report(), self.owner)):
+            if request is None:
+                continue
+            if n > 0:
+                self._is_in_block[row] = True
+            elif self._is_in_block[row]:
+                self._is_in_block[row] = False
+                request.first_block = request.first_block or time.perf_counter()
+            if n == -1:
+                done.append(row)
+        return done
+
+    def advance(self) -> bool:
+        report, forms = self._report(), self.program.forms
+        is_entry = forms.reports - self.counts.behind == forms.entered
+        form = self.program.form(report, self.counts.behind)
+        if is_entry:
+            self._counted_done = {row for row, n in enumerate(report) if n == -1}
+        if form is None:
+            self.seconds = 0.0
+            return False
+        self.working = sum(n > 0 for n in report)
+        self.make(form)
+        self._submitted += 1
+        return True
+
+    def _finished(self, is_open: Tensor, rows: Tensor) -> Tensor:
+        final = super()._finished(is_open, rows)
+        if self.config.rule.slots == "open":
+            return final
+        # what a rule may still take back is final when its block is
+        start = self.program.standing.block_start[rows].long()
+        return torch.where(self.program._works[rows], torch.minimum(final, start), final)
