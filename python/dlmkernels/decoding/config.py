@@ -18,6 +18,8 @@ from .checks import (
     INT64,
     Check,
     ComparedByValue,
+    PerRequest,
+    each,
     equal,
     flag,
     integer,
@@ -83,8 +85,8 @@ def _vicinity(name: str, value: Any) -> tuple[int, ...]:
 LIMITS: dict[str, Check] = {
     **{name: integer(1) for name in ("max_new_tokens", "warmup")},
     **{name: integer(1, optional=True) for name in ("block_length", "sub_block_length", "steps", "refresh_interval")},
-    "top_k": integer(0), "top_p": number(0.0, 1.0), "cfg_scale": number(0.0, FLOAT32.max),
-    "temperature": temperature, "order_temperature": temperature, "vicinity": _vicinity, "seed": _seed,
+    "top_k": PerRequest(integer(0)), "top_p": PerRequest(number(0.0, 1.0)), "cfg_scale": number(0.0, FLOAT32.max),
+    "temperature": PerRequest(temperature), "order_temperature": temperature, "vicinity": _vicinity, "seed": _seed,
     **{name: flag for name in ("top_p_first", "keep_crossing", "sub_block_cache", "fuse_commit")},
     "seeded": optional_flag, "cache": one_of(*CACHES), "distribution": one_of(*DISTRIBUTIONS),
     "eos_policy": one_of(*EOS_POLICIES), "logit_alignment": one_of(None, *ALIGNMENTS),
@@ -178,9 +180,10 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
     rule : Rule, optional
         Which positions a step commits. None: `DEFAULT_RULE`, which commits all tokens the model is sure of; or, where
         `steps` is given, `Quota()`, which takes exactly that many forwards.
-    temperature : float
-        0: the most likely token; otherwise Gumbel-max sampling at this temperature.
-    top_k, top_p : int, float
+    temperature : float or sequence of float
+        0: the most likely token; otherwise Gumbel-max sampling at this temperature. A sequence has one for each
+        request, as with `top_k`, `top_p` and those parameters of a rule that say so.
+    top_k, top_p : int, float, or sequence of them
         Filters of the sampled distribution; 0 and 1 switch them off.
     top_p_first, keep_crossing : bool
         Order of the filters, and whether the token that crosses `top_p` stays (see `ops.token_confidence`).
@@ -238,9 +241,9 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
     block_length: int | None = None
     sub_block_length: int | None = None
     rule: Rule = None  # type: ignore[assignment]  # never None after __post_init__
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: float | Sequence[float] = 0.0
+    top_k: int | Sequence[int] = 0
+    top_p: float | Sequence[float] = 1.0
     top_p_first: bool = False
     keep_crossing: bool = True
     distribution: str = "raw"
@@ -281,8 +284,13 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
 
     @property
     def samples(self) -> bool:
-        """Whether tokens are drawn, and not the likeliest ones taken."""
-        return self.temperature > 0 or self.rule.temperature(0, 1) is not None
+        """Whether tokens are drawn, and not the likeliest ones taken, in any request."""
+        return any(t > 0 for t in each(self.temperature)) or self.rule.temperature(0, 1) is not None
+
+    @property
+    def filters(self) -> bool:
+        """Whether top-k or top-p leave something out, in any request."""
+        return any(k > 0 for k in each(self.top_k)) or any(p < 1 for p in each(self.top_p))
 
     def replace(self, **changes) -> DecodingConfig:
         """A copy with some fields changed; an unknown field is a TypeError that lists the known ones.

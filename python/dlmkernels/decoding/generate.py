@@ -12,6 +12,7 @@ from .config import DecodingConfig
 from .guidance import pair_prompts
 from .inputs import filler, read_canvases, read_options, read_prompts
 from .output import DecodingOutput
+from .parameters import parameters_of
 from .programs import Task, program_of, run
 from .resolve import ConfigLike, prepare
 from .rules import SelfSpeculative, Strided, VariableLength
@@ -120,7 +121,8 @@ def generate(
         is_open[:, prompt_length:end] &= given < 0
     check_streamer(streamer, batch)
     seeds = seeds_of(config.seed, batch, tokens.device)
-    state = State.of(torch.cat((tokens, masks), 1), is_open, origin, grid.ends, pair.negative, seeds)
+    parameters = parameters_of(config, batch, tokens.device)
+    state = State.of(torch.cat((tokens, masks), 1), is_open, origin, grid.ends, pair.negative, seeds, parameters)
     if streamer is not None:
         streamer.put(prompt[0].cpu())
     task = Task(model, state, config, special, grid, prompt_length, end, pair.widened(inputs_embeds))
@@ -178,7 +180,9 @@ def infill(
     more = (0, width - length)
     check_streamer(streamer, batch)
     seeds = seeds_of(config.seed, batch, tokens.device)
-    state = State.of(pad(tokens, more, value=special.pad), pad(is_open, more), origin, length, seed=seeds)
+    parameters = parameters_of(config, batch, tokens.device)
+    canvas = pad(tokens, more, value=special.pad)
+    state = State.of(canvas, pad(is_open, more), origin, length, seed=seeds, parameters=parameters)
     grid = Grid.of(config, state.origin, 0, width, grows=False)
     program = program_of(config.rule)(Task(model, state, config, special, grid, 0, length))
     return run(program, streamer).known_by(tokenizer)
