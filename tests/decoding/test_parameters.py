@@ -8,7 +8,7 @@ import dlmkernels as dk
 from decodings import lively, ragged
 from dlmkernels.decoding.parameters import parameters_of
 from dlmkernels.decoding.state import State
-from small_models import prompts
+from small_models import PAD, prompts
 
 SEEDS = torch.tensor([11, 12, 13])
 COMMON = {"max_new_tokens": 24, "block_length": 8, "eos_policy": "none"}
@@ -121,3 +121,51 @@ def test_a_row_is_given_all_its_parameters():
         state.admit(row, tokens, is_open, torch.zeros(1), 4)
     state.admit(row, tokens, is_open, torch.zeros(1), 4, None, {name: x[1:] for name, x in parameters.items()})
     assert state.parameters["temperature"].tolist() == [0.0, 1.0]
+
+
+LENGTHS = {
+    "prompt": {"block_length": 8},
+    "one block": {"block_length": None},
+    "quota": {"block_length": 8, "rule": dk.Quota(of_block=True)},
+    "cosine": {"block_length": 8, "rule": dk.Quota(schedule="cosine")},
+    "progress": {"block_length": 8, "rule": dk.EarlyAnswer((2.5, 2.0, 1.5))},
+    "editing": {"block_length": 8, "rule": dk.TokenEditing(0.4, 0.3, 4)},
+    "parts": {"block_length": 8, "sub_block_length": 3, "attention": "block", "cache": "block"},
+    "absolute": {"block_length": 8, "attention": "block", "block_grid": "absolute"},
+    "dual": {"block_length": 8, "cache": "dual"},
+    "ends": {"block_length": 8, "eos_policy": "fill", "eos_token_id": tuple(range(20, 30))},
+    "sampled": {"block_length": 8, "temperature": 1.0, "rule": dk.AncestralRemask(eta=0.3)},
+    "Strided": {"rule": dk.Strided(3), **CAUSAL},
+    "SelfSpeculative": {
+        "rule": dk.SelfSpeculative(), "attention": "causal-context", "seeded": True, "cache": "block", "block_length": 8,
+    },
+    "Reordered": {"rule": dk.Reordered(4), "attention": "reordered", "cache": "block"},
+    "Pipeline": {"rule": dk.Pipeline(0.3, 0.3, 0.5), "attention": "block", "cache": "block", "block_length": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lengths", [(20, 9, 24), (3, 16, 8)], ids=str)
+@pytest.mark.parametrize("name", LENGTHS)
+def test_lengths(model, name, lengths):
+    options = {"rule": dk.Threshold(0.4), "eos_policy": "none"} | LENGTHS[name]
+    rows, ids, valid = ragged([5, 8, 3], seed=4)
+    out = dk.generate(model, ids, valid, seed=SEEDS, max_new_tokens=lengths, **options)
+    for k, (row, length) in enumerate(zip(rows, lengths)):
+        want = dk.generate(model, row, seed=SEEDS[k : k + 1], max_new_tokens=length, **options)
+        end = 8 + length
+        assert torch.equal(out.sequences[k, 8:end], want.generated[0]), k
+        assert torch.equal(out.commit_step[k, 8:end], want.commit_step[0, -length:])
+        assert out.num_forwards[k] == want.num_forwards[0] and out.complete[k]
+        assert out.length[k] == want.length[0] + 8 - row.shape[-1]
+        assert (out.sequences[k, end:] == PAD).all() and not out.decoded[k, end:].any()
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"max_new_tokens": (8, 9)}, r"max_new_tokens must have one value for each of the 3 requests; got 2"),
+    ({"max_new_tokens": (8, 0, 9)}, r"max_new_tokens\[1\] must be an integer of at least 1; got 0"),
+    ({"max_new_tokens": (8, 9, 24), "steps": 8, "block_length": 8}, r"steps are divided among the blocks of all requests"),
+    ({"max_new_tokens": (8, 9, 24), "rule": dk.Lengthening(), "eos_token_id": 5}, r"must be one number with rule Leng"),
+])  # fmt: skip
+def test_bad_lengths(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        dk.generate(model, prompts(3, 4), **options)

@@ -24,12 +24,15 @@ def parameters_of(config: DecodingConfig, batch: int, device: torch.device) -> d
 
     Tensors `[B]` by name. Raises a ValueError where one has another number of values.
     """
-    found = {}
-    for name, (values, dtype) in _given(config).items():
-        if len(values) != batch:
-            raise ValueError(f"{name} must have one value for each of the {batch} requests; got {len(values)}")
-        found[name] = torch.tensor(values, dtype=dtype, device=device)
-    return found
+    given = _given(config).items()
+    return {name: _values(name, values, batch, dtype, device) for name, (values, dtype) in given}
+
+
+def lengths_of(config: DecodingConfig, batch: int, device: torch.device) -> Tensor:
+    """How many tokens each of `batch` requests gets at most, int32 `[B]`."""
+    lengths = config.max_new_tokens
+    values = lengths if isinstance(lengths, tuple) else (lengths,) * batch
+    return _values("max_new_tokens", values, batch, torch.int32, device)
 
 
 def with_parameters(config: DecodingConfig, parameters: dict[str, Tensor]) -> DecodingConfig:
@@ -42,6 +45,12 @@ def with_parameters(config: DecodingConfig, parameters: dict[str, Tensor]) -> De
     of_rule = {name.removeprefix(OF_RULE): x[:, None] for name, x in parameters.items() if name.startswith(OF_RULE)}
     of_config = {name: x for name, x in parameters.items() if not name.startswith(OF_RULE)}
     return _changed(config, of_config | {"rule": _changed(config.rule, of_rule)})
+
+
+def _values(name: str, values: tuple, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if len(values) != batch:
+        raise ValueError(f"{name} must have one value for each of the {batch} requests; got {len(values)}")
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _given(config: DecodingConfig) -> dict[str, tuple[tuple[Any, ...], torch.dtype]]:

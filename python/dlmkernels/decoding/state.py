@@ -165,7 +165,8 @@ class State:
         """
         is_token = ((self.state & (OPEN | FROZEN)) != 0) | (self.commit_step >= 0)
         number = torch.arange(1, end + 1, dtype=torch.int32, device=self.tokens.device)
-        return torch.where(is_token[:, :end], number, 0).amax(1)
+        is_token = is_token[:, :end] & (number <= self.end[:, None])
+        return torch.where(is_token, number, 0).amax(1)
 
     def columns(self, start: Tensor, length: int) -> Columns:
         """The columns `start[b]` … `start[b] + length` of each row; start int32 `[S]`."""

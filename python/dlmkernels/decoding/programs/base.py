@@ -126,7 +126,9 @@ class Program:
 
     def output(self) -> DecodingOutput:
         """The result, when there is nothing left to do."""
-        return output_of(self.state, self.start, self.end, self.unfinished)
+        return output_of(
+            self.state, self.start, self.end, self.unfinished, asked=self.grid.asked, pad=self.special.pad
+        )  # fmt: skip
 
 
 @torch.no_grad()
