@@ -309,8 +309,7 @@ def _demo_answer_length(prompt) -> int:
 def is_random(config: DecodingConfig) -> bool:
     """Whether the result depends on the seed."""
     drawn_order = max(config.order_temperature, score_named(config.score).order_temperature)
-    samples = config.temperature > 0 or config.rule.temperature(0, 1) is not None
-    return samples or drawn_order > 0 or config.rule.draws
+    return config.samples or drawn_order > 0 or config.rule.draws
 
 
 def _load(path: str, dtype: str, device):

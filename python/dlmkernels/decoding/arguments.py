@@ -108,7 +108,7 @@ def check_given(
     model: DiffusionModel, given: Tensor, batch: int, config: DecodingConfig, special: SpecialTokens
 ) -> Tensor:  # fmt: skip
     """Tokens of the answers that are given, int64 `[B, max_new_tokens]`."""
-    shapes = ((config.max_new_tokens,), (batch, config.max_new_tokens))
+    shapes = ((config.longest,), (batch, config.longest))
     if not isinstance(given, Tensor) or given.dtype != torch.int64 or given.shape not in shapes:
         got = f"{given.dtype} of shape {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
         raise ValueError(f"given must be int64 of shape {list(shapes[1])} (max_new_tokens); got {got}")

@@ -133,6 +133,27 @@ def several(check_one: Check, count: int | None = None, *, optional: bool = Fals
     return check
 
 
+class PerRequest:
+    """A check for one value for all requests, or a sequence `[B]` with one for each, which is kept as a tuple."""
+
+    def __init__(self, check_one: Check):
+        self._one, self._all = check_one, several(check_one)
+
+    def __call__(self, name: str, value: Any) -> Any:
+        value = plain(value)
+        if isinstance(value, str | Mapping) or not hasattr(value, "__len__"):
+            return self._one(name, value)
+        values = self._all(name, value)
+        if not values:
+            raise ValueError(f"{name} must be one number, or one for each request; got {value!r}")
+        return values
+
+
+def each(value: Any) -> tuple:
+    """The values of a `per_request` field: one, or as many as there are requests."""
+    return value if isinstance(value, tuple) else (value,)
+
+
 def normalize(owner: Any, limits: Mapping[str, Check]) -> None:
     """Check fields of a frozen dataclass, and keep each as its check returns it."""
     for name, check in limits.items():

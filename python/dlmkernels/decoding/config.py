@@ -18,6 +18,8 @@ from .checks import (
     INT64,
     Check,
     ComparedByValue,
+    PerRequest,
+    each,
     equal,
     flag,
     integer,
@@ -81,10 +83,10 @@ def _vicinity(name: str, value: Any) -> tuple[int, ...]:
 
 #: what each field that is no object may be
 LIMITS: dict[str, Check] = {
-    **{name: integer(1) for name in ("max_new_tokens", "warmup")},
+    "max_new_tokens": PerRequest(integer(1)), "warmup": integer(1),
     **{name: integer(1, optional=True) for name in ("block_length", "sub_block_length", "steps", "refresh_interval")},
-    "top_k": integer(0), "top_p": number(0.0, 1.0), "cfg_scale": number(0.0, FLOAT32.max),
-    "temperature": temperature, "order_temperature": temperature, "vicinity": _vicinity, "seed": _seed,
+    "top_k": PerRequest(integer(0)), "top_p": PerRequest(number(0.0, 1.0)), "cfg_scale": number(0.0, FLOAT32.max),
+    "temperature": PerRequest(temperature), "order_temperature": temperature, "vicinity": _vicinity, "seed": _seed,
     **{name: flag for name in ("top_p_first", "keep_crossing", "sub_block_cache", "fuse_commit")},
     "seeded": optional_flag, "cache": one_of(*CACHES), "distribution": one_of(*DISTRIBUTIONS),
     "eos_policy": one_of(*EOS_POLICIES), "logit_alignment": one_of(None, *ALIGNMENTS),
@@ -167,8 +169,9 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
 
     Attributes
     ----------
-    max_new_tokens : int
-        Tokens generated after the prompt; at most so many with the rules that change the length.
+    max_new_tokens : int or sequence of int
+        Tokens generated after the prompt; at most so many with the rules that change the length. A sequence has one
+        number for each request: each is decoded as it is alone with its own.
     block_length : int, optional
         Blocks are decoded left to right, each until it has no mask left. None: the length of the blocks the model
         was trained with, where its attention has blocks; else one block.
@@ -178,9 +181,10 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
     rule : Rule, optional
         Which positions a step commits. None: `DEFAULT_RULE`, which commits all tokens the model is sure of; or, where
         `steps` is given, `Quota()`, which takes exactly that many forwards.
-    temperature : float
-        0: the most likely token; otherwise Gumbel-max sampling at this temperature.
-    top_k, top_p : int, float
+    temperature : float or sequence of float
+        0: the most likely token; otherwise Gumbel-max sampling at this temperature. A sequence has one for each
+        request; so it is with `top_k` and `top_p`, and with the thresholds of rules.
+    top_k, top_p : int, float, or sequence of them
         Filters of the sampled distribution; 0 and 1 switch them off.
     top_p_first, keep_crossing : bool
         Order of the filters, and whether the token that crosses `top_p` stays (see `ops.token_confidence`).
@@ -234,13 +238,13 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
         committed tokens back. none: the full length is decoded.
     """
 
-    max_new_tokens: int = 128
+    max_new_tokens: int | Sequence[int] = 128
     block_length: int | None = None
     sub_block_length: int | None = None
     rule: Rule = None  # type: ignore[assignment]  # never None after __post_init__
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: float | Sequence[float] = 0.0
+    top_k: int | Sequence[int] = 0
+    top_p: float | Sequence[float] = 1.0
     top_p_first: bool = False
     keep_crossing: bool = True
     distribution: str = "raw"
@@ -281,8 +285,18 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
 
     @property
     def samples(self) -> bool:
-        """Whether tokens are drawn, and not the likeliest ones taken."""
-        return self.temperature > 0 or self.rule.temperature(0, 1) is not None
+        """Whether tokens are drawn, and not the likeliest ones taken, in any request."""
+        return any(t > 0 for t in each(self.temperature)) or self.rule.temperature(0, 1) is not None
+
+    @property
+    def filters(self) -> bool:
+        """Whether top-k or top-p leave something out, in any request."""
+        return any(k > 0 for k in each(self.top_k)) or any(p < 1 for p in each(self.top_p))
+
+    @property
+    def longest(self) -> int:
+        """`max_new_tokens` of the request that may get most."""
+        return max(each(self.max_new_tokens))
 
     def replace(self, **changes) -> DecodingConfig:
         """A copy with some fields changed; an unknown field is a TypeError that lists the known ones.

@@ -292,7 +292,7 @@ def _length(config, criteria, prompt_length: int, ours: DecodingConfig) -> int:
     if config is not None and config.max_length is not None:
         lengths.append(config.max_length)
     if not lengths:
-        return ours.max_new_tokens
+        return ours.longest
     length = min(lengths) - prompt_length
     is_default = config is not None and config.max_new_tokens is None and length == DEFAULT_LENGTH
     if is_default and "max_new_tokens" in ours.asked and ours.max_new_tokens != length:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from .checks import each
 from .config import APPROXIMATE, DecodingConfig
 from .rules import VariableLength
 from .scores import Random, score_named
@@ -40,10 +41,12 @@ NEEDS: dict[str, Need] = {
                   "forwards as they need)"),
     "top_k": Need(_filters, FILTERED),
     "top_p": Need(_filters, FILTERED),
-    "top_p_first": Need(lambda c: _filters(c) and c.top_k > 0 and c.top_p < 1, "top_k, top_p and " + FILTERED),
-    "keep_crossing": Need(lambda c: _filters(c) and c.top_p < 1, "top_p below 1 and " + FILTERED),
+    "top_p_first": Need(
+        lambda c: _filters(c) and max(each(c.top_k)) > 0 and min(each(c.top_p)) < 1, "top_k, top_p and " + FILTERED
+    ),
+    "keep_crossing": Need(lambda c: _filters(c) and min(each(c.top_p)) < 1, "top_p below 1 and " + FILTERED),
     "distribution": Need(
-        lambda c: c.samples or (c.distribution == "filtered" and (c.top_k > 0 or c.top_p < 1)),
+        lambda c: c.samples or (c.distribution == "filtered" and c.filters),
         "temperature above 0 ('filtered': or top_k or top_p)",
     ),
     "order_temperature": Need(

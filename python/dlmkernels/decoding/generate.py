@@ -12,6 +12,7 @@ from .config import DecodingConfig
 from .guidance import pair_prompts
 from .inputs import filler, read_canvases, read_options, read_prompts
 from .output import DecodingOutput
+from .parameters import lengths_of, parameters_of
 from .programs import Task, program_of, run
 from .resolve import ConfigLike, prepare
 from .rules import SelfSpeculative, Strided, VariableLength
@@ -102,13 +103,14 @@ def generate(
     pair = pair_prompts(tokens, origin, negative_prompt, tokenizer, config, special, model.vocab_size)
     prompt, tokens, origin = tokens, pair.tokens, pair.origin
     batch, prompt_length = tokens.shape
-    end = prompt_length + config.max_new_tokens
+    end = prompt_length + config.longest
+    ends = prompt_length + lengths_of(config, batch, tokens.device)
     grows = config.block_grid == "absolute" or model.family.whole_blocks
-    grid = Grid.of(config, origin, prompt_length, end, grows)
+    grid = Grid.of(config, origin, prompt_length, ends, grows)
     length = grid.width
     if model.max_length is not None and length > model.max_length:
         raise ValueError(
-            f"input_ids ({prompt_length} tokens) and max_new_tokens ({config.max_new_tokens}) make a canvas of {length}"
+            f"input_ids ({prompt_length} tokens) and max_new_tokens ({config.longest}) make a canvas of {length}"
             f", longer than the model's max_position_embeddings of {model.max_length}"
         )
     masks = tokens.new_full((batch, length - prompt_length), max(special.mask, 0))
@@ -116,11 +118,13 @@ def generate(
     is_open = (columns >= prompt_length) & (columns < grid.ends[:, None])
     if given is not None:
         given = check_given(model, given, batch, config, special)
-        masks[:, : config.max_new_tokens] = torch.where(given >= 0, given, masks[:, : config.max_new_tokens])
+        masks[:, : config.longest] = torch.where(given >= 0, given, masks[:, : config.longest])
         is_open[:, prompt_length:end] &= given < 0
+    masks.masked_fill_(columns[prompt_length:] >= grid.ends[:, None], special.pad)
     check_streamer(streamer, batch)
     seeds = seeds_of(config.seed, batch, tokens.device)
-    state = State.of(torch.cat((tokens, masks), 1), is_open, origin, grid.ends, pair.negative, seeds)
+    parameters = parameters_of(config, batch, tokens.device)
+    state = State.of(torch.cat((tokens, masks), 1), is_open, origin, grid.ends, pair.negative, seeds, parameters)
     if streamer is not None:
         streamer.put(prompt[0].cpu())
     task = Task(model, state, config, special, grid, prompt_length, end, pair.widened(inputs_embeds))
@@ -164,12 +168,11 @@ def infill(
     varies, width, grown = isinstance(config.rule, VariableLength), length, ""
     if varies:
         least, most = is_open.sum(1).aminmax()
-        if most > config.max_new_tokens:
+        if most > config.longest:
             raise ValueError(
-                f"max_new_tokens must be at least the number of masks of any row, {int(most)}; "
-                f"got {config.max_new_tokens}"
+                f"max_new_tokens must be at least the number of masks of any row, {int(most)}; got {config.longest}"
             )
-        width += config.max_new_tokens - int(least)
+        width += config.longest - int(least)
         grown = f" and may become {width} long"
     if model.max_length is not None and width > model.max_length:
         raise ValueError(
@@ -178,7 +181,9 @@ def infill(
     more = (0, width - length)
     check_streamer(streamer, batch)
     seeds = seeds_of(config.seed, batch, tokens.device)
-    state = State.of(pad(tokens, more, value=special.pad), pad(is_open, more), origin, length, seed=seeds)
+    parameters = parameters_of(config, batch, tokens.device)
+    canvas = pad(tokens, more, value=special.pad)
+    state = State.of(canvas, pad(is_open, more), origin, length, seed=seeds, parameters=parameters)
     grid = Grid.of(config, state.origin, 0, width, grows=False)
     program = program_of(config.rule)(Task(model, state, config, special, grid, 0, length))
     return run(program, streamer).known_by(tokenizer)

@@ -72,11 +72,13 @@ class Unfinished:
 
 
 def output_of(
-    canvas: State, prompt_length: int, end: int, unfinished: Unfinished, length: Tensor | None = None
-) -> DecodingOutput:
+    canvas: State, prompt_length: int, end: int, unfinished: Unfinished, length: Tensor | None = None,
+    asked: Tensor | None = None, pad: int = 0,
+) -> DecodingOutput:  # fmt: skip
     """The first `end` columns of a canvas as the result; a warning says where masks are left, and why.
 
-    `length` int32 `[B]` says at which column each row ends. None: behind its last token that is not padding.
+    `length` int32 `[B]` says at which column each row ends. None: behind its last token that is not padding. What
+    stands from column `asked` int32 `[B]` on was not asked for: `pad` stands in its place.
     """
     is_open = canvas.is_open[:, :end]
     complete = ~is_open.any(1)
@@ -89,4 +91,8 @@ def output_of(
     tokens, steps, confidence = (x[:, :end] for x in (canvas.tokens, canvas.commit_step, canvas.confidence))
     if length is None:
         length = canvas.length(end)
+    if asked is not None:
+        behind = torch.arange(end, device=asked.device) >= asked[:, None]
+        tokens, steps = tokens.masked_fill(behind, pad), steps.masked_fill(behind, -1)
+        confidence, length = confidence.masked_fill(behind, 0.0), torch.minimum(length, asked)
     return DecodingOutput(tokens, canvas.step, steps, confidence, complete, prompt_length, length, canvas.origin)

@@ -28,28 +28,34 @@ class Proposer:
         self.rule = config.rule
         device = state.tokens.device
 
-        def scalar(value, dtype, wanted):
-            return torch.full((1,), value, dtype=dtype, device=device) if wanted else None
+        def number(value, dtype, is_wanted):
+            if isinstance(value, Tensor):  # one for each request
+                return value
+            return torch.full((1,), value, dtype=dtype, device=device) if is_wanted(value) else None
 
         needs = config.rule.needs | score_named(config.score).needs
         self.never = torch.tensor(special.banned, dtype=torch.int64, device=device)
         self.ends = torch.tensor(special.eos, dtype=torch.int64, device=device)
         #: whether the rule says at what temperature each step samples
         self.has_temperature = config.rule.temperature(0, 1) is not None
-        sampled = config.temperature > 0 or self.has_temperature
+        temperature = number(config.temperature, torch.float32, lambda t: t > 0 or self.has_temperature)
+        #: at what temperature steps sample, where the rule does not say: one number, or float32 [S]
+        self.temperature: Any = config.temperature
+        #: whether tokens are drawn, at least in some requests
+        self.samples = temperature is not None
         self.options: dict[str, Any] = {
-            "cfg_scale": scalar(config.cfg_scale, torch.float32, config.cfg_scale > 0),
+            "cfg_scale": number(config.cfg_scale, torch.float32, lambda s: s > 0),
             "banned": self.never if special.banned else None,
-            "temperature": scalar(config.temperature, torch.float32, sampled),
-            "top_k": scalar(config.top_k, torch.int32, config.top_k > 0),
-            "top_p": scalar(config.top_p, torch.float32, config.top_p < 1),
+            "temperature": temperature,
+            "top_k": number(config.top_k, torch.int32, lambda k: k > 0),
+            "top_p": number(config.top_p, torch.float32, lambda p: p < 1),
             "top_p_first": config.top_p_first,
             "keep_crossing": config.keep_crossing,
             "distribution": config.distribution,
             "with_margin": "margin" in needs,
             "with_entropy": "entropy" in needs,
         }
-        if sampled:
+        if self.samples:
             self.options |= {"seed": state.seed, "step": state.step}
         self.reads_current = "p_current" in needs
         self._numbers: dict[int, Tensor] = {}
@@ -127,7 +133,7 @@ class Proposer:
         stats = self(logits, window, row_map, temperature=temperature, allowed=allowed)
         return Step(
             stats=stats, window=window, eligible=eligible, standing=standing, raw_logits=logits, row_map=row_map,
-            sampling_temperature=self.config.temperature if temperature is None else temperature, allowed=allowed,
+            sampling_temperature=self.temperature if temperature is None else temperature, allowed=allowed,
             memory={} if memory is None else memory, room=room, **self._common,
         )  # fmt: skip
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -23,62 +24,105 @@ class Grid:
     ----------
     first : Tensor
         int32 `[B]`: column of the first block with something to decode.
-    length : int
-        L, of a block.
     ends : Tensor
         int32 `[B]`: column after a row's last block.
-    depth : int
-        Largest number of columns of any row left of its first block.
+    asked : Tensor
+        int32 `[B]`: column after the last that was asked for; what stands from there on completes a block.
+    length : int
+        L, of a block.
     width : int
         Columns of the canvas.
     span : tuple of int
         Smallest and largest `first`.
     count : int
         Blocks of the row that has most.
-    planned : int
-        Blocks that the columns to decode would fill, which is the same for every request.
+    last_lengths : tuple of int
+        How many columns the last block of a row may have.
+    start : int
+        Column after the prompts.
+    is_absolute, grows : bool
+        Whether blocks are counted from a request's first token; and whether the last one is decoded whole, and the
+        canvas is as long as that takes.
     """
 
     first: Tensor
-    length: int
     ends: Tensor
-    depth: int
+    asked: Tensor
+    length: int
     width: int
     span: tuple[int, int]
     count: int
-    planned: int
+    last_lengths: tuple[int, ...]
+    start: int
+    is_absolute: bool
+    grows: bool
 
     @classmethod
-    def of(cls, config: DecodingConfig, origin: Tensor, start: int, end: int, grows: bool) -> Grid:
-        """The grid for decoding the columns `[start, end)` of requests that start at `origin` int32 `[B]`.
-
-        `grows`: the last block is decoded whole, and the canvas is as long as that takes.
-        """
-        length = config.block_length or end - start
-        if config.block_grid == "absolute":
-            first = origin + (start - origin).clamp(min=0) // length * length
-        else:
-            first = torch.full_like(origin, start)
-        blocks = (end - first + length - 1) // length
-        ends = first + blocks * length if grows else torch.full_like(first, end)
-        low, high, count, depth, width = torch.stack(
-            [first.min(), first.max(), blocks.max(), (first - origin).max(), ends.max()]
+    def of(cls, config: DecodingConfig, origin: Tensor, start: int, end: int | Tensor, grows: bool) -> Grid:
+        """The grid for decoding the columns from `start` to `end` (one, or int32 `[B]`) of requests that start at
+        `origin` int32 `[B]`.
+        """  # fmt: skip
+        end = torch.zeros_like(origin) + end
+        length = config.block_length or int(end.max()) - start
+        is_absolute = config.block_grid == "absolute"
+        first, ends, asked = _blocks(origin, start, end, length, is_absolute, grows)
+        low, high, count, width = torch.stack(
+            [first.min(), first.max(), _ceil(ends - first, length).max(), torch.maximum(ends, end).max()]
         ).tolist()
-        planned = -(-(end - start) // length)
-        return cls(first, length, ends, max(depth, 0), max(width, end), (low, high), count, planned)
+        last = tuple(((ends - first - 1) % length + 1).unique().tolist())
+        return cls(first, ends, asked, length, width, (low, high), count, last, start, is_absolute, grows)
+
+    @classmethod
+    def for_any(
+        cls, config: DecodingConfig, rows: int, start: int, end: int, grows: bool, device: torch.device
+    ) -> Grid:  # fmt: skip
+        """A grid with room for any `rows` requests whose prompts end at column `start` and that end by `end`."""
+        origin = torch.arange(max(start, 1), dtype=torch.int32, device=device)
+        widest = cls.of(config, origin, start, end, grows)
+        tensors = {name: getattr(widest, name).new_zeros(rows) for name in _TENSORS}
+        grid = dataclasses.replace(widest, last_lengths=tuple(range(1, widest.length + 1)), **tensors)
+        grid.place(torch.arange(rows, device=device), grid.first, grid.first + end)
+        return grid
+
+    @property
+    def planned(self) -> Tensor:
+        """int32 `[B]`: blocks that the columns to decode would fill, wherever blocks begin."""
+        return _ceil(self.asked - self.start, self.length)
+
+    def place(self, rows: Tensor, origin: Tensor, end: Tensor) -> None:
+        """Let the blocks of `rows` int64 `[n]` be those of requests at `origin` that end at `end` int32 `[n]`."""
+        found = _blocks(origin, self.start, end, self.length, self.is_absolute, self.grows)
+        for name, values in zip(_TENSORS, found, strict=True):
+            getattr(self, name).index_copy_(0, rows, values)
+
+
+_TENSORS = ("first", "ends", "asked")
+
+
+def _blocks(
+    origin: Tensor, start: int, end: Tensor, length: int, is_absolute: bool, grows: bool
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`first`, `ends` and `asked` of a grid."""
+    own = (start - origin).clamp(min=0)  # length of a prompt
+    first = origin + own // length * length if is_absolute else torch.full_like(origin, start)
+    return first, first + _ceil(end - first, length) * length if grows else end.clone(), end
+
+
+def _ceil(columns: Tensor, length: int) -> Tensor:
+    """How many blocks hold so many columns."""
+    return (columns + length - 1) // length
 
 
 @dataclass(frozen=True)
 class Block:
     """Columns that are decoded together: a block of the grid, or a part of one. Columns count from the grid's first.
 
-    `num_steps` is what a fixed schedule divides the block's tokens by; `max_steps` ends the block even when rows
-    without one usable logit leave masks behind.
-
     Attributes
     ----------
     start, length : int
         Its first column, and how many it has.
+    num_steps : int
+        What a fixed schedule divides its tokens by.
     outer, outer_length : int
         The same of the block of the grid that it is part of.
     behind : int
@@ -88,7 +132,6 @@ class Block:
     start: int
     length: int
     num_steps: int
-    max_steps: int
     outer: int
     outer_length: int
     behind: int
@@ -102,12 +145,19 @@ def plan_blocks(config: DecodingConfig, grid: Grid) -> list[Block]:
     """
     part = config.sub_block_length or grid.length
     in_block = -(-grid.length // part)
-    steps = config.steps if config.rule.uses_steps else None
-    if steps is not None and steps < grid.planned * in_block:
-        raise ValueError(
-            f"steps must be at least the number of blocks, {grid.planned * in_block} (of {part} tokens): each takes a "
-            f"forward; got {steps}"
-        )
+    steps, planned = config.steps if config.rule.uses_steps else None, 0
+    if steps is not None:
+        least, planned = (int(x) * in_block for x in grid.planned.aminmax())
+        if steps < planned:
+            raise ValueError(
+                f"steps must be at least the number of blocks, {planned} (of {part} tokens): each takes a forward; got "
+                f"{steps}"
+            )
+        if least != planned:
+            raise ValueError(
+                "steps are divided among the blocks of all requests alike; leave it out where each has a "
+                "max_new_tokens of its own"
+            )
     blocks: list[Block] = []
     behind = 0
     for outer in range(0, grid.count * grid.length, grid.length):
@@ -115,9 +165,8 @@ def plan_blocks(config: DecodingConfig, grid: Grid) -> list[Block]:
         for inner in range(0, outer_length, part):
             length = num_steps = min(part, outer_length - inner)
             if steps is not None:
-                least, rest = divmod(steps, grid.planned * in_block)
+                least, rest = divmod(steps, planned)
                 num_steps = least + (len(blocks) < rest)
-            most = config.rule.max_steps(length, num_steps)
-            blocks.append(Block(outer + inner, length, num_steps, most, outer, outer_length, behind))
+            blocks.append(Block(outer + inner, length, num_steps, outer, outer_length, behind))
             behind += num_steps
     return blocks

@@ -67,10 +67,10 @@ class Standing:
         Open positions of the block when the row came into it.
     width : int
         How many columns the longest block has.
+    planned : Tensor
+        Steps planned for all of a row's blocks.
     tables : Tables
         What depends on the number of a step alone.
-    planned : int
-        Steps planned for all blocks.
     """
 
     step: Tensor
@@ -81,8 +81,8 @@ class Standing:
     behind: Tensor
     open_at_start: Tensor
     width: int
+    planned: Tensor
     tables: Tables
-    planned: int = 1
 
     @classmethod
     def in_one_block(cls, start: Tensor, width: int, step: Tensor, entered: Tensor | None = None) -> Standing:
@@ -90,10 +90,10 @@ class Standing:
 
         `entered`: see above; None: as though every step were the first.
         """
-        nothing = torch.zeros_like(start)
+        nothing, one = torch.zeros_like(start), torch.ones_like(start)
         return cls(
-            step, step if entered is None else entered, start, nothing + width, nothing + 1, nothing, nothing, width,
-            tables=Tables((1,), 1, -step),
+            step, step if entered is None else entered, start, one * width, one, nothing, nothing, width, one,
+            Tables((1,), 1, -step),
         )  # fmt: skip
 
     @property

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from ..window import TokenWindow
 from .calls import remask_
 
 OPEN, FROZEN = ops.STATE_OPEN, ops.STATE_FROZEN
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ class State:
         int32 `[S]`: number of the block it is in, -1 before the first; and `step` when it came there.
     epoch : Tensor
         int32 `[S]`: how many requests the row has been given, so that a late answer can be told from one of today.
+    parameters : dict
+        Tensors `[S]` of what each request says for itself: see `decoding.parameters`.
     negative : NegativePrompt, optional
         With guidance by a prompt of its own.
     """
@@ -90,24 +95,27 @@ class State:
     block: Tensor
     entered: Tensor
     epoch: Tensor
+    parameters: dict[str, Tensor]
     negative: NegativePrompt | None = None
 
     @classmethod
     def of(
         cls, tokens: Tensor, is_open: Tensor, origin: Tensor, end: Tensor | int | None = None,
         negative: NegativePrompt | None = None, seed: Tensor | None = None,
+        parameters: Mapping[str, Tensor] = NOTHING,
     ) -> State:  # fmt: skip
         """One row for each request: int64 `tokens` and bool `is_open` `[S, T]`, int32 `origin` and `end` `[S]`."""
         rows = torch.arange(len(tokens), device=tokens.device)
-        new = cls.empty(len(tokens), tokens.shape[1], tokens.device, negative)
-        new.admit(rows, tokens, is_open, origin, tokens.shape[1] if end is None else end, seed)
+        new = cls.empty(len(tokens), tokens.shape[1], tokens.device, negative, parameters)
+        new.admit(rows, tokens, is_open, origin, tokens.shape[1] if end is None else end, seed, parameters)
         return new
 
     @classmethod
     def empty(
-        cls, rows: int, columns: int, device: torch.device, negative: NegativePrompt | None = None
+        cls, rows: int, columns: int, device: torch.device, negative: NegativePrompt | None = None,
+        parameters: Mapping[str, Tensor] = NOTHING,
     ) -> State:  # fmt: skip
-        """Rows without a request."""
+        """Rows without a request. Of the `parameters` names and dtypes are read."""
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -117,17 +125,22 @@ class State:
             origin=zeros(rows), end=zeros(rows), commit_step=zeros(rows, columns),
             confidence=zeros(rows, columns, dtype=torch.float32), step=zeros(rows),
             seed=zeros(rows, dtype=torch.int64), block=zeros(rows), entered=zeros(rows), epoch=zeros(rows),
-            negative=negative,
+            parameters={name: zeros(rows, dtype=value.dtype) for name, value in parameters.items()}, negative=negative,
         )  # fmt: skip
 
     def admit(
         self, rows: Tensor, tokens: Tensor, is_open: Tensor, origin: Tensor, end: Tensor | int,
-        seed: Tensor | None = None,
+        seed: Tensor | None = None, parameters: Mapping[str, Tensor] = NOTHING,
     ) -> None:  # fmt: skip
         """Give `rows` int64 `[n]` new requests: `tokens` and `is_open` `[n, T]`, the others `[n]`.
 
-        Positions that are not open are frozen. Of what stood there nothing is left but the count of requests.
+        Positions that are not open are frozen. Of what stood there nothing is left but the count of requests, so that
+        each of the state's parameters must be given.
         """
+        if parameters.keys() != self.parameters.keys():
+            raise ValueError(f"parameters must be {sorted(self.parameters)}; got {sorted(parameters)}")
+        for name, own in self.parameters.items():
+            own.index_copy_(0, rows, parameters[name])
         fresh = {
             "tokens": tokens, "state": torch.where(is_open, OPEN, FROZEN).to(torch.uint8), "origin": origin,
             "end": torch.zeros_like(rows) + end, "commit_step": -1, "confidence": 0, "step": 0,
@@ -152,7 +165,8 @@ class State:
         """
         is_token = ((self.state & (OPEN | FROZEN)) != 0) | (self.commit_step >= 0)
         number = torch.arange(1, end + 1, dtype=torch.int32, device=self.tokens.device)
-        return torch.where(is_token[:, :end], number, 0).amax(1)
+        is_token = is_token[:, :end] & (number <= self.end[:, None])
+        return torch.where(is_token, number, 0).amax(1)
 
     def columns(self, start: Tensor, length: int) -> Columns:
         """The columns `start[b]` … `start[b] + length` of each row; start int32 `[S]`."""

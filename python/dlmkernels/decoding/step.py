@@ -385,7 +385,7 @@ class Step:
 
 
 def _per_request(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return value.to(dtype) if isinstance(value, Tensor) else constant(value, dtype, device)
+    return value.flatten().to(dtype) if isinstance(value, Tensor) else constant(value, dtype, device)
 
 
 @lru_cache(maxsize=512)

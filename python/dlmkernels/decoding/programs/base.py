@@ -20,6 +20,7 @@ from ...models.adapt import DiffusionModel
 from ..config import DecodingConfig, SpecialTokens
 from ..outcome import Unfinished, output_of
 from ..output import DecodingOutput
+from ..parameters import with_parameters
 from ..poll import OpenCount
 from ..propose import Proposer
 from ..schedule import Grid
@@ -50,8 +51,9 @@ class Program:
 
     def __init__(self, task: Task):
         self.task = task
-        self.model, self.state, self.config, self.special = task.model, task.state, task.config, task.special
-        self.rule, self.grid, self.start, self.end = task.config.rule, task.grid, task.start, task.end
+        self.model, self.state, self.special = task.model, task.state, task.special
+        self.config = with_parameters(task.config, task.state.parameters)
+        self.rule, self.grid, self.start, self.end = self.config.rule, task.grid, task.start, task.end
         self.propose = Proposer(self.model, self.state, self.config, self.special)
         self.unfinished = Unfinished(self.state, self.rule)
         #: what the rule keeps from step to step
@@ -124,7 +126,9 @@ class Program:
 
     def output(self) -> DecodingOutput:
         """The result, when there is nothing left to do."""
-        return output_of(self.state, self.start, self.end, self.unfinished)
+        return output_of(
+            self.state, self.start, self.end, self.unfinished, asked=self.grid.asked, pad=self.special.pad
+        )  # fmt: skip
 
 
 @torch.no_grad()

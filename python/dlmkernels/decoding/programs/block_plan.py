@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
@@ -12,7 +15,11 @@ from ..standing import Standing, Tables
 from ..state import State
 
 # lines of the plan
-START, LENGTH, NUM_STEPS, PLAN, BEHIND, MAX_STEPS, LIMIT, OUTER, OUTER_LENGTH = range(9)
+START, LENGTH, OUTER, OUTER_LENGTH, BEHIND, NUM_STEPS, PLAN, MAX_STEPS, LIMIT = range(9)
+
+
+#: of a block's length and planned steps: how many steps a rule has in it, and after how many it ends in any case
+Limits: TypeAlias = Callable[[int, int], tuple[int, int]]
 
 
 class BlockPlan:
@@ -30,17 +37,32 @@ class BlockPlan:
         int32 `[1]`: the last block that rows may come into.
     """
 
-    def __init__(self, state: State, grid: Grid, blocks: list[Block], most_steps: list[int], listing: Tensor):
-        rows, width, device = *state.tokens.shape, state.tokens.device
+    def __init__(self, state: State, grid: Grid, blocks: list[Block], limits: Limits, listing: Tensor):
+        rows, device = len(state.tokens), state.tokens.device
         self.state, self.grid, self.count = state, grid, len(blocks)
-        plans = sorted({b.num_steps for b in blocks})
-        self._table = torch.tensor([
-            [b.start, b.length, b.num_steps, plans.index(b.num_steps), b.behind, b.max_steps, most, b.outer,
-             b.outer_length] for b, most in zip(blocks, most_steps)
-        ], dtype=torch.int32, device="cpu").to(device)  # fmt: skip
-        # number of the block in which every column stands, [S, T], -1 left of all
-        column = torch.arange(width, dtype=torch.int32, device=device) - grid.first[:, None]
-        self.owner = torch.searchsorted(self._table[:, START].contiguous(), column, right=True, out_int32=True) - 1
+        width = max(b.length for b in blocks)
+        #: whether a schedule divides a number of steps among the blocks, so that requests are equally long
+        self._is_shared = any(b.num_steps != b.length for b in blocks)
+        # lengths of blocks, or parts, that end with their request
+        last = set() if self._is_shared else {(n - 1) % width + 1 for n in grid.last_lengths}
+        plans = sorted({b.num_steps for b in blocks} | last)
+
+        def table(lines: Iterable[list[int]]) -> Tensor:
+            return torch.tensor(list(lines), dtype=torch.int32, device="cpu").to(device)
+
+        def steps(length: int, num_steps: int) -> list[int]:
+            return [num_steps, plans.index(num_steps), *limits(length, num_steps)]
+
+        self._table = table(
+            [b.start, b.length, b.outer, b.outer_length, b.behind, *steps(b.length, b.num_steps)] for b in blocks
+        )
+        #: what of it depends on the length of such a block, by its length; None where all are as long as the table says
+        self._short = None
+        if last - {b.length for b in blocks} or len(last) > 1:
+            self._short = table(steps(n, n) if n in last else [0] * 4 for n in range(width + 1))
+        most_steps = max(limits(b.length, b.num_steps)[1] for b in blocks)
+        self._starts = self._table[:, START].contiguous()
+        self._column = torch.arange(state.tokens.shape[1], dtype=torch.int32, device=device)
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
@@ -50,11 +72,23 @@ class BlockPlan:
         self.standing = Standing(
             step=state.step, entered=state.entered, block_start=zeros(rows), block_length=self._plan[LENGTH],
             num_steps=self._plan[NUM_STEPS], behind=self._plan[BEHIND], open_at_start=zeros(rows),
-            width=max(b.length for b in blocks), tables=Tables(plans, max(most_steps), zeros(rows)),
-            planned=sum(b.num_steps for b in blocks if b.outer < grid.planned * grid.length),
+            width=width, tables=Tables(plans, most_steps, zeros(rows)), planned=zeros(rows),
         )  # fmt: skip
         self.place = Place(zeros(rows), zeros(rows), zeros(rows), listing)
         self.frontier = zeros(1)
+        #: number of the block in which every column stands, int32 `[S, T]`, -1 left of all
+        self.owner = zeros(rows, len(self._column))
+
+    def begin(self) -> None:
+        """Find out where the blocks of the requests stand that the state holds now."""
+        grid, column = self.grid, self._column - self.grid.first[:, None]
+        self.owner.copy_(torch.searchsorted(self._starts, column, right=True, out_int32=True) - 1)
+        if self._is_shared:
+            behind = self._table[:, BEHIND] + self._table[:, NUM_STEPS]
+            last = torch.searchsorted(self._table[:, OUTER].contiguous(), grid.planned * grid.length) - 1
+            self.standing.planned.copy_(behind[last])
+        else:
+            self.standing.planned.copy_(torch.minimum(grid.planned * grid.length, grid.ends - grid.first))
 
     def enter(self, works: Tensor, together: bool) -> tuple[Tensor, Tensor]:
         """Rows that do not work, bool `[S]`, come into the next block with something open, as far as the frontier.
@@ -68,7 +102,7 @@ class BlockPlan:
         following = self.owner.gather(1, later.int().argmax(1, keepdim=True))[:, 0]
         enters = ~works & has_later & (following <= self.frontier)
         state.block.copy_(torch.where(enters, following, state.block))
-        self._plan.copy_(self._table.index_select(0, state.block.clamp(min=0)).T)
+        self._look_up()
         self.count_from_here(enters)
         forwarded = self._plan
         if together:
@@ -78,6 +112,19 @@ class BlockPlan:
         torch.add(self.grid.first, forwarded[OUTER], out=self.place.outer)
         self.place.outer_length.copy_(forwarded[OUTER_LENGTH])
         return enters, has_later
+
+    def _look_up(self) -> None:
+        """Write down each row's line of the table."""
+        plan, left = self._plan, self.grid.ends - self.grid.first
+        plan.copy_(self._table.index_select(0, self.state.block.clamp(min=0)).T)
+        if self._short is None:
+            return
+        # a row's last block ends with it
+        length, outer = (left - plan[START]).clamp(min=0), (left - plan[OUTER]).clamp(min=0)
+        steps = self._short.index_select(0, torch.minimum(plan[LENGTH], length)).T
+        plan[NUM_STEPS:].copy_(torch.where(length < plan[LENGTH], steps, plan[NUM_STEPS:]))
+        plan[LENGTH].clamp_(max=length)
+        plan[OUTER_LENGTH].clamp_(max=outer)
 
     def count_from_here(self, rows: Tensor) -> None:
         """Let the next step be the first in its block, in rows bool `[S]`."""

@@ -50,7 +50,13 @@ class BlockAfterBlock(Program):
         self.fills_at_end = config.eos_policy != "none" and not self.fills_at_once
         blocks = plan_blocks(config, self.grid)
         # what a constraint has kept open when the rule has done its steps gets more, as long as they help
-        most_steps = [b.max_steps + self.constrained.may_leave_open * b.length for b in blocks]
+        extra = int(self.constrained.may_leave_open)
+
+        def limits(length: int, num_steps: int) -> tuple[int, int]:
+            most = rule.max_steps(length, num_steps)
+            return most, most + extra * length
+
+        most_steps = [limits(b.length, b.num_steps)[1] for b in blocks]
         self.forms = BlockForms(config, blocks, most_steps, self.forward, self.together, self.fills_at_end)
 
         slots = self._most_slots([b.start for b in blocks], max(b.length for b in blocks))
@@ -61,7 +67,7 @@ class BlockAfterBlock(Program):
         self._valid = torch.zeros(rows, slots, dtype=torch.uint8, device=device)
         self._works = torch.zeros(rows, dtype=torch.bool, device=device)  # which rows are in a block
         self._nothing = torch.full((), -1, dtype=torch.int32, device=device)
-        self.plan = BlockPlan(state, self.grid, blocks, most_steps, self._listing)
+        self.plan = BlockPlan(state, self.grid, blocks, limits, self._listing)
         self.standing = self.plan.standing
         self._columns = torch.arange(self.standing.width, dtype=torch.int32, device=device)
         self._row_map = torch.zeros(rows * slots + 1, dtype=torch.int32, device=device)
@@ -111,6 +117,7 @@ class BlockAfterBlock(Program):
             self.state.renoise(self.model.vocab_size)
         self.forward.begin()
         self.forms.begin(len(self._works))
+        self.plan.begin()
         self.constrained.enter(torch.ones_like(self._works))
         self._works.fill_(False)
         self._valid.fill_(0)
@@ -129,6 +136,7 @@ class BlockAfterBlock(Program):
         self._works.masked_fill_(is_new, False)
         self._valid.masked_fill_(is_new[:, None], 0)
         self.constrained.enter(is_new)
+        self.plan.begin()
         self.forward.look()
         self.forward.forget(is_new)
 

@@ -53,7 +53,7 @@ class SpeculativeProgram(Program):
         columns, next_columns = last[:, None] + self.offset, last[:, None] + 1 + self.offset
         block_end = torch.minimum(last + self.grid.length, self.forward.ends)
         block = {"columns": columns, "end": block_end, "used": working[:, None].expand_as(columns)}
-        is_next = working[:, None] & (next_columns < self.end)
+        is_next = working[:, None] & (next_columns < self.forward.ends.clamp(max=self.end)[:, None])
         window = TokenWindow(torch.where(is_next, next_columns, -1), state.origin)
 
         tokens = torch.full_like(columns, mask, dtype=torch.int64)

@@ -34,7 +34,7 @@ class StridedProgram(Program):
             )
         if config.cfg_scale > 0:
             raise ValueError("cfg_scale cannot be used with rule Strided")
-        if config.logit_bias is not None and rule.leniency is not None and config.temperature > 0:
+        if config.logit_bias is not None and rule.leniency is not None and self.propose.samples:
             raise ValueError(
                 "logit_bias cannot be used with rule Strided where drafts are tested by a ratio (leniency)"
             )
@@ -95,7 +95,7 @@ class Verifier:
     def __init__(self, canvas: State, config: DecodingConfig, propose: Proposer):
         assert isinstance(config.rule, Strided)
         self.canvas, self.rule, self.propose = canvas, config.rule, propose
-        self.by_ratio = config.rule.leniency is not None and config.temperature > 0
+        self.by_ratio = config.rule.leniency is not None and propose.samples
         self.draft_logits: Tensor | None = None  # those of the drafts, and their logsumexp, when they are compared
         self.draft_logsumexp: Tensor | None = None
 
@@ -141,7 +141,8 @@ class Verifier:
             }  # fmt: skip
         accepted, tokens = ops.verify_drafts(drafts, target, **compared)
         z = logits[:, :verified].gather(2, tokens.clamp(min=0)[:, :, None])[:, :, 0].float()
-        p = (z * (1 / options["temperature"]) - sums).exp()
+        temperature = options["temperature"]
+        p = (z / torch.where(temperature > 0, temperature, 1.0)[:, None] - sums).exp()
         masks = row_map[:, verified:].flatten()
         self._remember(flat[masks.long()], logsumexp[:, verified:])
         return accepted, tokens, p, best[:, verified:].contiguous()

@@ -33,7 +33,7 @@ class VariableProgram(Program):
         assert isinstance(rule, VariableLength)
         _check(config, self.special)
         self.varying = rule
-        self.most = most = config.max_new_tokens
+        self.most = most = config.longest
         # Behind `length` a row is padding; it may not become longer than `limit`. Nothing moves left of `first`.
         self.length = length = state.end
         self.continues = rule.decodes == "continuations"
@@ -161,6 +161,8 @@ def _check(config: DecodingConfig, special: SpecialTokens) -> None:
         raise ValueError(
             f"rule {name} needs attention='full' and cache='none'; got {config.attention!r} and {config.cache!r}"
         )
+    if isinstance(config.max_new_tokens, tuple):
+        raise ValueError(f"max_new_tokens must be one number with rule {name}; got {config.max_new_tokens}")
     for option in ("cfg_scale", "sub_block_length"):
         if getattr(config, option):
             raise ValueError(f"{option} cannot be used with rule {name}; got {getattr(config, option)!r}")

@@ -96,7 +96,8 @@ class Rule:
     reads_ends : bool
         Whether it asks which tokens are end tokens (`Step.is_end`).
     limits : dict
-        What its numbers may be: name of a field to a check of `decoding.checks`, which is done when it is made.
+        What its numbers may be: name of a field to a check of `decoding.checks`, which is done when it is made. A field
+        whose check is a `PerRequest` may have a value for each request; in a step it is then a tensor `[B, 1]`.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"margin", "entropy"})

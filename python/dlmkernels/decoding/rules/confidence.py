@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import Check, flag, integer, number, one_of
+from ..checks import Check, PerRequest, flag, integer, number, one_of
 from ..shares import ROUNDINGS, Schedule, check_schedule, counts, shares_after
 from ..step import Step
 from .base import SHARE, Rule
@@ -143,7 +143,9 @@ class Threshold(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    limits: ClassVar[Mapping[str, Check]] = {"threshold": number(), "strict": flag, "tie": number(0, optional=True)}
+    limits: ClassVar[Mapping[str, Check]] = {
+        "threshold": PerRequest(number()), "strict": flag, "tie": number(0, optional=True),
+    }  # fmt: skip
 
     threshold: float = 0.9
     strict: bool = False
@@ -152,7 +154,7 @@ class Threshold(Rule):
     def select(self, step: Step) -> Tensor:
         threshold: float | Tensor = self.threshold
         if self.tie is not None:
-            threshold = (step.candidates.amax(1) - self.tie).clamp(max=threshold)
+            threshold = (step.candidates.amax(1, keepdim=True) - self.tie).clamp(max=threshold)
         return step.select("threshold", parameter=threshold, strict=self.strict, need=1, fill=1)
 
 
@@ -165,7 +167,7 @@ class DynamicThreshold(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    limits: ClassVar[Mapping[str, Check]] = {"threshold": number(), "strict": flag}
+    limits: ClassVar[Mapping[str, Check]] = {"threshold": PerRequest(number()), "strict": flag}
 
     threshold: float = 0.9
     strict: bool = True
@@ -187,7 +189,7 @@ class Factor(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    limits: ClassVar[Mapping[str, Check]] = {"factor": number(0)}
+    limits: ClassVar[Mapping[str, Check]] = {"factor": PerRequest(number(0))}
 
     factor: float = 1.0
 
@@ -203,7 +205,7 @@ class EntropyBound(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
-    limits: ClassVar[Mapping[str, Check]] = {"bound": number(0)}
+    limits: ClassVar[Mapping[str, Check]] = {"bound": PerRequest(number(0))}
 
     bound: float = 0.1
 
@@ -226,7 +228,7 @@ class EntropySum(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
-    limits: ClassVar[Mapping[str, Check]] = {"budget": number(0)}
+    limits: ClassVar[Mapping[str, Check]] = {"budget": PerRequest(number(0))}
 
     budget: float = 0.35
 
@@ -247,7 +249,7 @@ class HierarchicalThreshold(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    limits: ClassVar[Mapping[str, Check]] = {"threshold": number(), "low": number()}
+    limits: ClassVar[Mapping[str, Check]] = {"threshold": PerRequest(number()), "low": PerRequest(number())}
 
     threshold: float = 0.9
     low: float = 0.4
@@ -274,7 +276,9 @@ class LocalThreshold(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    limits: ClassVar[Mapping[str, Check]] = {"threshold": number(), "relaxed": number(), "radius": integer(0)}
+    limits: ClassVar[Mapping[str, Check]] = {
+        "threshold": PerRequest(number()), "relaxed": PerRequest(number()), "radius": integer(0),
+    }  # fmt: skip
 
     threshold: float = 0.9
     relaxed: float = 0.75

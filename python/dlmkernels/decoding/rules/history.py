@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import Check, amount, integer, number, several
+from ..checks import Check, PerRequest, amount, integer, number, several
 from ..step import Step
 from .base import Action, Rule, row_mean
 from .confidence import Quota
@@ -28,7 +28,9 @@ class StableThreshold(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    limits: ClassVar[Mapping[str, Check]] = {"threshold": number(), "divergence": number(0), "history": integer(1)}
+    limits: ClassVar[Mapping[str, Check]] = {
+        "threshold": PerRequest(number()), "divergence": PerRequest(number(0)), "history": integer(1),
+    }  # fmt: skip
 
     threshold: float = 0.9
     divergence: float = 0.01
@@ -65,7 +67,7 @@ class CreditThreshold(Rule):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     limits: ClassVar[Mapping[str, Check]] = {
-        "threshold": number(), "weight": amount, "exponent": amount, "decay": amount,
+        "threshold": PerRequest(number()), "weight": amount, "exponent": amount, "decay": amount,
     }  # fmt: skip
 
     threshold: float = 0.9

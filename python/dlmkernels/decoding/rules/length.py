@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import Check, integer, number
+from ..checks import Check, PerRequest, integer, number
 from ..step import Step
 from .base import Action, Rule, row_sum
 
@@ -123,7 +123,8 @@ class Lengthening(VariableLength):
     slots: ClassVar[str] = "canvas"
     decodes: ClassVar[str] = "continuations"
     limits: ClassVar[Mapping[str, Check]] = {
-        **{name: number() for name in ("threshold", "doubt", "end_enough", "end_certain")},
+        **{name: PerRequest(number()) for name in ("threshold", "doubt")},
+        **{name: number() for name in ("end_enough", "end_certain")},
         **{name: integer(1) for name in ("first_length", "growth", "end_window")},
     }  # fmt: skip
     reads_ends: ClassVar[bool] = True

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import Check, amount, flag, integer, number, one_of, temperature
+from ..checks import Check, PerRequest, amount, flag, integer, number, one_of, temperature
 from ..step import Step
 from .ancestral import TimeGrid
 from .base import SHARE, Action, Rule, row_mean
@@ -33,7 +33,7 @@ class TokenEditing(Rule):
     needs: ClassVar[frozenset[str]] = frozenset()
     slots: ClassVar[str] = "block"
     limits: ClassVar[Mapping[str, Check]] = {
-        "threshold": number(), "edit_threshold": number(), "max_post_steps": integer(0),
+        "threshold": PerRequest(number()), "edit_threshold": PerRequest(number()), "max_post_steps": integer(0),
     }  # fmt: skip
 
     threshold: float = 0.95
@@ -66,7 +66,9 @@ class RunEditing(Rule):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     slots: ClassVar[str] = "block"
-    limits: ClassVar[Mapping[str, Check]] = {"threshold": number(), "sure": number(), "soft": flag}
+    limits: ClassVar[Mapping[str, Check]] = {
+        "threshold": PerRequest(number()), "sure": PerRequest(number()), "soft": flag,
+    }  # fmt: skip
 
     threshold: float = 0.5
     sure: float = 0.9
@@ -144,7 +146,9 @@ class WideInNarrowOut(Rule):
     needs: ClassVar[frozenset[str]] = frozenset({"p_current"})
     slots: ClassVar[str] = "block"
     shadow: ClassVar[bool] = True
-    limits: ClassVar[Mapping[str, Check]] = {"threshold": number(), "back_threshold": number()}
+    limits: ClassVar[Mapping[str, Check]] = {
+        name: PerRequest(number()) for name in ("threshold", "back_threshold")
+    }  # fmt: skip
 
     threshold: float = 0.6
     back_threshold: float = 0.9
@@ -173,7 +177,7 @@ class PathPlanning(Rule):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     slots: ClassVar[str] = "block"
-    limits: ClassVar[Mapping[str, Check]] = {"stickiness": amount}
+    limits: ClassVar[Mapping[str, Check]] = {"stickiness": PerRequest(amount)}
 
     stickiness: float = 1.0
 
@@ -277,7 +281,7 @@ class RenoisedEntropyBound(Rule):
     noise: ClassVar[str] = "uniform"
     draws: ClassVar[bool] = True
     limits: ClassVar[Mapping[str, Check]] = {
-        **{name: number(0) for name in ("bound", "entropy")}, "t_min": temperature, "t_max": temperature,
+        "bound": PerRequest(number(0)), "entropy": number(0), "t_min": temperature, "t_max": temperature,
         "stability": integer(0), "steps": integer(1),
     }  # fmt: skip
 

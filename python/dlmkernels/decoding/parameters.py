@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each request says for itself: the fields of a configuration that hold a value for each of them.
+
+In a decoding these are tensors of its state, written when a row is given a request, and read by every step.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import PerRequest
+from .config import DecodingConfig
+
+SAMPLER = {"temperature": torch.float32, "top_k": torch.int32, "top_p": torch.float32}
+OF_RULE = "rule."
+
+
+def parameters_of(config: DecodingConfig, batch: int, device: torch.device) -> dict[str, Tensor]:
+    """The fields of `config`, and of its rule ("rule.threshold"), that have a value for each of `batch` requests.
+
+    Tensors `[B]` by name. Raises a ValueError where one has another number of values.
+    """
+    given = _given(config).items()
+    return {name: _values(name, values, batch, dtype, device) for name, (values, dtype) in given}
+
+
+def lengths_of(config: DecodingConfig, batch: int, device: torch.device) -> Tensor:
+    """How many tokens each of `batch` requests gets at most, int32 `[B]`."""
+    lengths = config.max_new_tokens
+    values = lengths if isinstance(lengths, tuple) else (lengths,) * batch
+    return _values("max_new_tokens", values, batch, torch.int32, device)
+
+
+def with_parameters(config: DecodingConfig, parameters: dict[str, Tensor]) -> DecodingConfig:
+    """The configuration that a program reads: those fields are the tensors.
+
+    A rule's are `[B, 1]`, so that they can be compared with what there is of each slot.
+    """
+    if not parameters:
+        return config
+    of_rule = {name.removeprefix(OF_RULE): x[:, None] for name, x in parameters.items() if name.startswith(OF_RULE)}
+    of_config = {name: x for name, x in parameters.items() if not name.startswith(OF_RULE)}
+    return _changed(config, of_config | {"rule": _changed(config.rule, of_rule)})
+
+
+def _values(name: str, values: tuple, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if len(values) != batch:
+        raise ValueError(f"{name} must have one value for each of the {batch} requests; got {len(values)}")
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def _given(config: DecodingConfig) -> dict[str, tuple[tuple[Any, ...], torch.dtype]]:
+    fields = {name: (getattr(config, name), dtype) for name, dtype in SAMPLER.items()}
+    for name, check in config.rule.limits.items():
+        if isinstance(check, PerRequest):
+            fields[OF_RULE + name] = (getattr(config.rule, name), torch.float32)
+    return {name: (values, dtype) for name, (values, dtype) in fields.items() if isinstance(values, tuple)}
+
+
+def _changed(owner: Any, fields: dict[str, Any]) -> Any:
+    """A copy of a frozen dataclass with other fields, unchecked."""
+    changed = copy.copy(owner)
+    for name, value in fields.items():
+        object.__setattr__(changed, name, value)
+    return changed
