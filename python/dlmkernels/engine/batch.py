@@ -79,7 +79,7 @@ def generate_batch(
     wanted, special = resolve(model, config, options, "continuations")
     prompts = _prompts(inputs, tokenizer, filler(special))
     count = len(prompts)
-    lengths = _one_each("max_new_tokens", max_new_tokens, count, wanted.max_new_tokens)
+    lengths = _one_each("max_new_tokens", max_new_tokens, count, wanted.longest)
     seeds, stand = _one_each("seed", seed, count, None), _one_each("given", given, count, None)
     behind = of_request.get("suffix")
     width = max(

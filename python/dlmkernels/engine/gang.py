@@ -13,25 +13,27 @@ from collections.abc import Sequence
 
 import torch
 
-from ..decoding.config import DecodingConfig, SpecialTokens
+from ..decoding.config import SpecialTokens
+from ..decoding.parameters import lengths_of, parameters_of
 from ..decoding.poll import OpenCount
 from ..decoding.processing import RequestProposer
 from ..decoding.programs import Task, program_of
 from ..decoding.schedule import Grid
 from ..decoding.state import State
 from ..models.adapt import DiffusionModel
+from .alike import together
 from .lane import Lane, StepsOf
 from .request import Request
 
 
 class GangLane(Lane):
-    """One batch after the other, each of requests of one configuration and length."""
+    """One batch after the other, each of requests that are decoded alike."""
 
     def __init__(
-        self, model: DiffusionModel, config: DecodingConfig, special: SpecialTokens, rows: int, steps_of: StepsOf
+        self, model: DiffusionModel, special: SpecialTokens, rows: int, steps_of: StepsOf
     ):  # fmt: skip
         super().__init__(rows)
-        self.model, self.config, self.special, self._steps_of = model, config, special, steps_of
+        self.model, self.special, self._steps_of = model, special, steps_of
         self._most = rows
         self._is_over = True
         self._prompt_length = 0
@@ -42,27 +44,29 @@ class GangLane(Lane):
         return self._most if self.busy == 0 else 0
 
     def admit(self, requests: Sequence[Request]) -> None:
-        rows, length = len(requests), len(requests[0].answer)
+        rows, lengths = len(requests), [len(request.answer) for request in requests]
+        config = together([request.config for request in requests], lengths)
         start = self._prompt_length = max(len(request.prompt) for request in requests)
         device = self.model.device
         origin = torch.tensor([start - len(request.prompt) for request in requests], dtype=torch.int32, device="cpu")
-        grows = self.config.block_grid == "absolute" or self.model.family.whole_blocks
-        grid = Grid.of(self.config, origin.to(device), start, start + length, grows)
+        grows = config.block_grid == "absolute" or self.model.family.whole_blocks
+        grid = Grid.of(config, origin.to(device), start, start + lengths_of(config, rows, device), grows)
         tokens = torch.full((rows, grid.width), self.special.pad, dtype=torch.int64, device="cpu")
-        tokens[:, start:] = max(self.special.mask, 0)
         columns = torch.arange(grid.width, device="cpu")
         is_open = (columns >= start) & (columns < grid.ends.cpu()[:, None])
-        for k, request in enumerate(requests):
+        tokens[is_open] = max(self.special.mask, 0)
+        for k, (request, length) in enumerate(zip(requests, lengths)):
             answer = torch.tensor(request.answer, dtype=torch.int64, device="cpu")
             tokens[k, int(origin[k]) : start] = torch.tensor(request.prompt, dtype=torch.int64, device="cpu")
             tokens[k, start : start + length] = torch.where(answer < 0, max(self.special.mask, 0), answer)
             is_open[k, start : start + length] &= answer < 0
         seeds = torch.tensor([request.seed for request in requests], dtype=torch.int64, device="cpu")
         state = State.of(
-            tokens.to(device), is_open.to(device), origin.to(device), grid.ends, seed=seeds.to(device)
+            tokens.to(device), is_open.to(device), origin.to(device), grid.ends, seed=seeds.to(device),
+            parameters=parameters_of(config, rows, device),
         )  # fmt: skip
-        task = Task(self.model, state, self.config, self.special, grid, start, start + length)
-        self.program = program_of(self.config.rule)(task)
+        task = Task(self.model, state, config, self.special, grid, start, start + max(lengths))
+        self.program = program_of(config.rule)(task)
         wishes = [request.wishes for request in requests]
         self.processed = RequestProposer.install(self.program, wishes) if any(wishes) else None
         self.steps = self._steps_of(self.program)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Hashable, Mapping, Sequence
 from numbers import Integral
@@ -22,9 +21,10 @@ from ..decoding.rules import SelfSpeculative, Strided
 from ..decoding.schedule import plan_blocks
 from ..decoding.stops import check_stop_strings
 from ..models.adapt import DiffusionModel
+from .alike import check_one_request, common, has_fixed_length
 from .pool import Size
 from .request import Request
-from .slots import grid_of, has_plan
+from .slots import grid_of
 
 #: how many configurations are remembered
 REMEMBERED = 256
@@ -37,15 +37,15 @@ class Known(NamedTuple):
     ----------
     config, special : DecodingConfig, SpecialTokens
     key : hashable
-        The same for configurations that differ in seed and length alone.
-    has_plan : bool
-        Whether what steps do depends on the length.
+        The same for those by which requests are decoded alike.
+    has_fixed_length : bool
+        Whether only requests with equally long answers are.
     """
 
     config: DecodingConfig
     special: SpecialTokens
     key: Hashable
-    has_plan: bool
+    has_fixed_length: bool
 
 
 class Intake:
@@ -78,8 +78,8 @@ class Intake:
 
     def _resolved(self, options: Mapping[str, Any]) -> Known:
         config, special = resolve(self.model, self.config, options, "continuations")
-        key = dataclasses.replace(config, seed=None, max_new_tokens=1)
-        return Known(config, special, key, has_plan(config))
+        check_one_request(config)
+        return Known(config, special, common(config), has_fixed_length(config))
 
     def requests(
         self, request_id: str, input_ids: Any, *, max_new_tokens: int | None, given: Any, suffix: Any, seed: int | None,
@@ -91,7 +91,7 @@ class Intake:
         known = self.known(options)
         prompt = self._prompt(input_ids, known.special)
         answer, suffix_length = self._answer(prompt, known, max_new_tokens, given, suffix)
-        if known.has_plan or known.config.cache != "none":
+        if known.has_fixed_length:
             known = self.known(options | {"max_new_tokens": len(answer)})
         self._check_fit(known, prompt, answer, wishes)
         count = integer(1)("num_return_sequences", num_return_sequences)
@@ -104,7 +104,7 @@ class Intake:
         return [
             Request(
                 request_id if k == 0 else f"{request_id}__child#{k - 1}", prompt, answer, suffix_length,
-                seed_of_copy(seed, k), known.config, known.special, known.key, known.has_plan, wishes, stops, **flags,
+                seed_of_copy(seed, k), known.config, known.special, known.key, known.has_fixed_length, wishes, stops, **flags,
             )
             for k in range(count)
         ]  # fmt: skip
@@ -152,7 +152,7 @@ class Intake:
         if length is None and given is not None:
             length = len(given)
         if length is None:
-            length = known.config.max_new_tokens
+            length = known.config.longest
             if "max_new_tokens" not in known.config.asked:
                 length = max(min(length, room), 1)
         answer = [-1] * length if given is None else _ids("given", given)
@@ -172,7 +172,7 @@ class Intake:
                 f"input_ids ({len(prompt)} tokens) and the answer ({len(answer)}) take {grid.width} columns; max_length "
                 f"of this engine is {self.size.columns}"
             )
-        if known.has_plan:
+        if known.has_fixed_length:
             plan_blocks(config, grid)
         if not prompt and (isinstance(config.rule, (Strided, SelfSpeculative)) or config.cfg_scale > 0):
             raise ValueError("input_ids must hold at least one token with this configuration")

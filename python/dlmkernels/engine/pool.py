@@ -79,7 +79,7 @@ class Pool:
         if request.alone:
             return request.request_id
         records = request.wishes.top_logprobs if request.wishes else None
-        length = None if self._goes_by_itself(request) and not request.has_plan else len(request.answer)
+        length = len(request.answer) if request.has_fixed_length else None
         return request.config_key, records, length
 
     def _goes_by_itself(self, request: Request) -> bool:
@@ -87,13 +87,12 @@ class Pool:
 
     def make(self, request: Request) -> Lane:
         """A lane for a request and those like it."""
-        model, size, config, special = self.model, self.size, request.config, request.special
+        model, size = self.model, self.size
         if not self._goes_by_itself(request):
             rows = 1 if request.alone or getattr(model, "_by_length", False) else size.slots
-            return GangLane(model, config, special, rows, self._steps_of)
-        length = len(request.answer) if request.has_plan else size.columns
+            return GangLane(model, request.special, rows, self._steps_of)
         records = request.wishes.top_logprobs if request.wishes else None
-        return SlotLane(model, config, special, size.slots, size.columns, length, self._steps_of, records)
+        return SlotLane(model, request, size.slots, size.columns, self._steps_of, records)
 
     # --- admission ----------------------------------------------------------------------------------------------------
 

@@ -115,9 +115,9 @@ class Request:
     config, special : DecodingConfig, SpecialTokens
         How it is decoded, apart from its seed; nothing is left open.
     config_key : hashable
-        The same for requests that are decoded alike, whatever their length.
-    has_plan : bool
-        Whether what its steps do depends on its length.
+        The same for requests that are decoded alike.
+    has_fixed_length : bool
+        Whether only requests with equally long answers are decoded alike.
     wishes : Wishes
         What it asks for beyond a configuration.
     stop_strings : tuple of str
@@ -138,7 +138,7 @@ class Request:
     config: DecodingConfig
     special: SpecialTokens
     config_key: Hashable
-    has_plan: bool
+    has_fixed_length: bool
     wishes: Wishes
     stop_strings: tuple[str, ...] = ()
     streaming: bool = False

@@ -6,38 +6,25 @@ All that is known of the inside of `BlockAfterBlock` here is how a row is given 
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ..decoding.config import DecodingConfig, SpecialTokens
+from ..decoding.config import DecodingConfig
+from ..decoding.parameters import parameters_of
 from ..decoding.poll import OpenCount
 from ..decoding.processing import RequestProposer, Wishes
 from ..decoding.programs import Task
 from ..decoding.programs.blocks import BlockAfterBlock
-from ..decoding.rules import (
-    CreditThreshold,
-    EntropyBound,
-    EntropySum,
-    Factor,
-    HierarchicalThreshold,
-    LocalThreshold,
-    StableThreshold,
-    Threshold,
-)
-from ..decoding.schedule import Grid, plan_blocks
+from ..decoding.schedule import Grid
 from ..decoding.state import State
 from ..models.adapt import DiffusionModel, EncoderDecoderModel
+from .alike import has_fixed_length, together
 from .lane import Lane, StepsOf
 from .request import Request
-
-#: Rules that take as many steps as they need and ask nothing of the plan: their requests may differ in length.
-WITHOUT_A_PLAN = (
-    Threshold, Factor, EntropyBound, EntropySum, HierarchicalThreshold, LocalThreshold, StableThreshold, CreditThreshold,
-)  # fmt: skip
-
 
 def goes_by_itself(model: DiffusionModel, config: DecodingConfig) -> bool:
     """Whether the rows of such a decoding can come and go by themselves."""
@@ -56,11 +43,6 @@ def goes_by_itself(model: DiffusionModel, config: DecodingConfig) -> bool:
     )
 
 
-def has_plan(config: DecodingConfig) -> bool:
-    """Whether requests of other lengths have other steps in the same block."""
-    return type(config.rule) not in WITHOUT_A_PLAN or config.steps is not None
-
-
 def grid_of(model: DiffusionModel, config: DecodingConfig, prompt: int, length: int) -> Grid:
     """The grid of one request whose prompt begins in the first column, as `generate` would make it."""
     origin = torch.zeros(1, dtype=torch.int32, device="cpu")
@@ -73,33 +55,31 @@ class SlotLane(Lane):
 
     Parameters
     ----------
-    config, special : DecodingConfig, SpecialTokens
-        How all of them are decoded, apart from seed, and from length where the rule has no plan.
+    like : Request
+        One of those that are to come: they differ from it in what `alike` names.
     rows, columns : int
         How many slots there are, and how long each is.
-    length : int
-        Of the answers, where the rule has a plan; else of the longest.
     most_logprobs : int, optional
         How many of the likeliest tokens are recorded; None: no row's request has wishes (see `processing.Wishes`).
     """
 
     def __init__(
-        self, model: DiffusionModel, config: DecodingConfig, special: SpecialTokens, rows: int, columns: int,
-        length: int, steps_of: StepsOf, most_logprobs: int | None = None,
+        self, model: DiffusionModel, like: Request, rows: int, columns: int, steps_of: StepsOf,
+        most_logprobs: int | None = None,
     ):  # fmt: skip
         super().__init__(rows)
-        self.model, self.config, self.special = model, config, special
+        self.model, self.special = model, like.special
+        self.config = together([like.config] * rows)
         device = model.device
+        self.grid = self._plan(len(like.answer), columns, device)
         # A spare column: no request fills its row, so that what forwards may see is always said by a tensor.
-        self._columns = columns + 1
-        self.state = State.empty(rows, self._columns, device)
-        self.grid = self._plan(length, device)
-        self._starts = torch.tensor([b.start for b in plan_blocks(config, self.grid)], dtype=torch.int32, device=device)
-        self._numbers = torch.arange(self._columns, dtype=torch.int32, device=device)
-        everywhere = torch.zeros(rows, self._columns, dtype=torch.bool, device=device)
-        everywhere[:, : -(-length // self.grid.length) * self.grid.length] = True  # windows have room for any request
-        self._fill(range(rows), torch.zeros_like(everywhere, dtype=torch.int64), everywhere, [0] * rows, [columns] * rows)
-        self.program = BlockAfterBlock(Task(model, self.state, config, special, self.grid, 0, columns))
+        self._columns = max(columns, self.grid.width) + 1
+        parameters = parameters_of(self.config, rows, device)
+        self.state = State.empty(rows, self._columns, device, parameters=parameters)
+        everywhere = torch.ones(rows, self._columns, dtype=torch.bool, device=device)
+        everywhere[:, self.grid.width :] = False  # a window must have room for any request
+        self._fill(range(rows), torch.zeros_like(everywhere).long(), everywhere, [(0, columns, columns)] * rows, parameters)
+        self.program = BlockAfterBlock(Task(model, self.state, self.config, self.special, self.grid, 0, columns))
         if most_logprobs is not None:
             wishes = [Wishes(top_logprobs=most_logprobs)] * rows
             self.processed = RequestProposer.install(self.program, wishes)
@@ -111,24 +91,20 @@ class SlotLane(Lane):
         self._is_in_block = [False] * rows
         self._counted_done: set[int] = set()
         self._empty(range(rows))
-        self._set_owners(range(rows))
         self.counts = OpenCount(*self.program.begin().tolist())
 
-    def _plan(self, length: int, device: torch.device) -> Grid:
-        """The grid by which all rows are planned; where each row's begins is written at its admission."""
-        config, rows = self.config, len(self.state.tokens)
-        first = torch.zeros(rows, dtype=torch.int32, device=device)
-        if has_plan(config):
-            one = grid_of(self.model, config, 0, length)
-            # counted from the first token of a request, its blocks may hold the end of its prompt
-            count = one.count + (config.block_grid == "absolute")
-            block, planned, width = one.length, one.planned, one.width
-            width = max(width, count * block) if count > one.count else width
-        else:
-            block = config.block_length or length
-            count = planned = -(-self._columns // block)
-            width = count * block
-        return Grid(first, block, first.clone(), 0, width, (0, 0), count, planned)
+    def _plan(self, length: int, columns: int, device: torch.device) -> Grid:
+        """The grid by which all rows are planned; where each row's blocks stand is written at its admission."""
+        config, rows = self.config, len(self.owner)
+        grows = config.block_grid == "absolute" or self.model.family.whole_blocks
+        if not has_fixed_length(config):
+            return Grid.for_any(config, rows, 0, columns, grows, device)
+        origin = torch.zeros(rows, dtype=torch.int32, device=device)
+        grid = Grid.of(config, origin, 0, length, grows)
+        if config.block_grid == "absolute":  # the first block may hold the end of the prompt
+            count = grid.count + 1
+            grid = dataclasses.replace(grid, count=count, width=count * grid.length)
+        return grid
 
     # --- requests come and go -----------------------------------------------------------------------------------------
 
@@ -140,7 +116,7 @@ class SlotLane(Lane):
         rows = [row for row, owner in enumerate(self.owner) if owner is None][: len(requests)]
         tokens = torch.full((len(rows), self._columns), self.special.pad, dtype=torch.int64, device="cpu")
         is_open = torch.zeros(tokens.shape, dtype=torch.bool, device="cpu")
-        firsts, ends = [], []
+        places = []
         for k, request in enumerate(requests):
             start, length = len(request.prompt), len(request.answer)
             grid = grid_of(self.model, self.config, start, length)
@@ -151,15 +127,16 @@ class SlotLane(Lane):
             tokens[k, start : start + length] = torch.where(answer < 0, max(self.special.mask, 0), answer)
             is_open[k, start:end] = True
             is_open[k, start : start + length] &= answer < 0
-            firsts.append(first)
-            ends.append(end)
+            # its end is counted from that of the prompt, as everything is that is planned
+            places.append((first, end, length))
             self._starts_at[rows[k]] = start
             self.owner[rows[k]] = request
             if self.processed is not None:
                 self.processed.set(rows[k], request.wishes)
         device = self.state.tokens.device
         seeds = torch.tensor([request.seed for request in requests], dtype=torch.int64, device="cpu")
-        self._fill(rows, tokens.to(device), is_open.to(device), firsts, ends, seeds.to(device))
+        parameters = parameters_of(together([request.config for request in requests]), len(requests), device)
+        self._fill(rows, tokens.to(device), is_open.to(device), places, parameters, seeds.to(device))
         self._renew(rows)
 
     def release(self, row: int, is_done: bool) -> None:
@@ -175,35 +152,31 @@ class SlotLane(Lane):
         """Nothing is to be decoded in some rows, and next to nothing to be seen."""
         rows = list(rows)
         tokens = torch.full((len(rows), self._columns), self.special.pad, device=self.state.tokens.device)
-        self._fill(rows, tokens, torch.zeros_like(tokens, dtype=torch.bool), [0] * len(rows), [1] * len(rows))
+        index = torch.tensor(rows, device=self.state.tokens.device)
+        parameters = {name: values[index] for name, values in self.state.parameters.items()}
+        self._fill(rows, tokens, torch.zeros_like(tokens, dtype=torch.bool), [(0, 1, 1)] * len(rows), parameters)
 
     def _fill(
-        self, rows: Iterable[int], tokens: Tensor, is_open: Tensor, firsts: list[int], ends: list[int],
-        seeds: Tensor | None = None,
+        self, rows: Iterable[int], tokens: Tensor, is_open: Tensor, places: Sequence[tuple[int, int, int]],
+        parameters: Mapping[str, Tensor], seeds: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Write what the rows hold from now on."""
+        """Write what the rows hold from now on; of their grids, the places are `first`, `ends` and `asked`."""
         device = self.state.tokens.device
-        index, first, end = torch.tensor([list(rows), firsts, ends], dtype=torch.int64, device="cpu").to(device)
-        self.grid.first.index_copy_(0, index, first.int())
-        self.grid.ends.index_copy_(0, index, end.int())
-        self.state.admit(index, tokens, is_open, torch.zeros_like(first), end, seeds)
+        index = torch.tensor(list(rows), dtype=torch.int64, device="cpu").to(device)
+        place = torch.tensor(places, dtype=torch.int32, device="cpu").to(device)
+        for own, values in zip((self.grid.first, self.grid.ends, self.grid.asked), place.T):
+            own.index_copy_(0, index, values)
+        nothing = torch.zeros_like(index, dtype=torch.int32)
+        self.state.admit(index, tokens, is_open, nothing, place[:, 1], seeds, parameters)
 
     def _renew(self, rows: Sequence[int]) -> None:
         """Let the program take notice of rows that hold something else."""
-        self.program.renew(self._set_owners(rows))
+        self.program.renew(torch.tensor(rows, dtype=torch.int64, device="cpu").to(self.state.tokens.device))
         for row in rows:
             self._known_from[row], self._is_in_block[row] = self._submitted, False
             if row in self._counted_done:
                 self._counted_done.discard(row)
                 self.program.forms.num_done -= 1
-
-    def _set_owners(self, rows: Iterable[int]) -> Tensor:
-        """Write down in which block every column of the rows stands; the rows as a tensor."""
-        index = torch.tensor(list(rows), dtype=torch.int64, device="cpu").to(self.state.tokens.device)
-        column = self._numbers - self.grid.first[index][:, None]
-        owner = torch.searchsorted(self._starts, column.contiguous(), right=True, out_int32=True) - 1
-        self.program.plan.owner.index_copy_(0, index, owner)
-        return index
 
     # --- steps --------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which requests are decoded alike, so that they can share forwards, and what each of them says for itself."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..decoding.checks import PerRequest
+from ..decoding.config import DecodingConfig
+from ..decoding.rules import Rule, VariableLength
+
+#: fields of a configuration in which requests that share forwards may differ, beside those of the rule
+OWN = ("temperature", "top_k", "top_p")
+
+
+def own_fields(rule: Rule) -> list[str]:
+    """Fields of a rule in which requests may differ."""
+    return [name for name, check in rule.limits.items() if isinstance(check, PerRequest)]
+
+
+def has_fixed_length(config: DecodingConfig) -> bool:
+    """Whether requests that share forwards must have equally long answers."""
+    return (config.steps is not None and config.rule.uses_steps) or isinstance(config.rule, VariableLength)
+
+
+def common(config: DecodingConfig) -> DecodingConfig:
+    """A configuration without what its request says for itself: equal for all that may share forwards."""
+    rule = _changed(config.rule, dict.fromkeys(own_fields(config.rule)))
+    own = dict.fromkeys((*OWN, "seed", "max_new_tokens"))
+    return _changed(config, own | {"rule": rule})
+
+
+def together(configs: Sequence[DecodingConfig], lengths: Sequence[int] | None = None) -> DecodingConfig:
+    """One configuration for several requests, with a value for each of them.
+
+    `lengths`: of their answers; None: the first configuration's.
+    """
+    first = configs[0]
+    fields: dict[str, Any] = {name: tuple(getattr(config, name) for config in configs) for name in OWN}
+    names = own_fields(first.rule)
+    of_rule = {name: tuple(getattr(config.rule, name) for config in configs) for name in names}
+    rule = dataclasses.replace(first.rule, **of_rule) if names else first.rule  # type: ignore[type-var]
+    if lengths is not None:
+        fields["max_new_tokens"] = lengths[0] if has_fixed_length(first) else tuple(lengths)
+    return dataclasses.replace(first, seed=None, rule=rule, **fields).as_preset()
+
+
+def check_one_request(config: DecodingConfig) -> None:
+    """Refuse a configuration that has values for several requests."""
+    fields = {name: getattr(config, name) for name in (*OWN, "max_new_tokens")}
+    fields |= {f"rule.{name}": getattr(config.rule, name) for name in own_fields(config.rule)}
+    for name, value in fields.items():
+        if isinstance(value, tuple):
+            raise ValueError(f"{name} of an engine must be one number: each request has its own; got {value!r}")
+
+
+def _changed(owner: Any, fields: Mapping[str, Any]) -> Any:
+    """A copy of a frozen dataclass with other fields, unchecked."""
+    changed = copy.copy(owner)
+    for name, value in fields.items():
+        object.__setattr__(changed, name, value)
+    return changed
