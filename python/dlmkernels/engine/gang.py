@@ -35,7 +35,7 @@ class GangLane(Lane):
         super().__init__(rows)
         self.model, self.special, self._steps_of = model, special, steps_of
         self._most = rows
-        self._is_over = True
+        self.is_over = True
         self._prompt_length = 0
         self._lengths: list[int] = []
 
@@ -71,7 +71,7 @@ class GangLane(Lane):
         self.processed = RequestProposer.install(self.program, wishes) if any(wishes) else None
         self.steps = self._steps_of(self.program)
         self.owner = list(requests)
-        self._is_over, self._lengths = False, []
+        self.is_over, self._lengths = False, []
         self.program.unfinished.begin()
         self.counts = OpenCount(*self.program.begin().tolist())
 
@@ -85,16 +85,16 @@ class GangLane(Lane):
         return self._lengths[row] if self._lengths else None
 
     def poll(self) -> list[int]:
-        return [row for row, owner in enumerate(self.owner) if owner is not None] if self._is_over else []
+        return [row for row, owner in enumerate(self.owner) if owner is not None] if self.is_over else []
 
     def advance(self) -> bool:
         self.seconds = 0.0
-        if self._is_over:
+        if self.is_over:
             return False
         program = self.program
         form = program.form(self.counts.latest(), self.counts.behind) if self.busy else None
         if form is None:
-            self._is_over = True
+            self.is_over = True
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of masks that are left the requests' outputs speak
                 self._lengths = (program.output().length - self._prompt_length).tolist()

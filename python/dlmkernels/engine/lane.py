@@ -15,6 +15,7 @@ from ..decoding.capture import Steps
 from ..decoding.poll import OpenCount
 from ..decoding.processing import RequestProposer
 from ..decoding.programs import Program
+from ..decoding.programs.blocks import BlockAfterBlock
 from ..decoding.state import FROZEN, OPEN
 from .request import Answer, Request
 
@@ -33,6 +34,8 @@ class Lane(ABC):
         How many forwards there have been; and how many rows were in a block in the last of them.
     seconds : float
         How long the host took to make the last step.
+    is_over : bool
+        Whether all that there is in the program is done.
     """
 
     def __init__(self, rows: int):
@@ -40,6 +43,7 @@ class Lane(ABC):
         self.denoised = 0
         self.working = 0
         self.seconds = 0.0
+        self.is_over = False
         self.processed: RequestProposer | None = None
         self.program: Program
         self.steps: Steps
@@ -93,7 +97,14 @@ class Lane(ABC):
     def _finished(self, is_open: Tensor, rows: Tensor) -> Tensor:
         """Up to which column each of the rows int64 `[n]` is final, `[n]`; `is_open` bool `[n, T]` is theirs."""
         columns = torch.arange(is_open.shape[1], device=is_open.device)
-        return torch.where(is_open, columns, is_open.shape[1]).amin(1)
+        final = torch.where(is_open, columns, is_open.shape[1]).amin(1)
+        if self.is_over or self.program.rule.slots == "open":
+            return final
+        if not isinstance(self.program, BlockAfterBlock):
+            return torch.zeros_like(final)
+        # what a rule may still take back is final when its block is
+        start = self.program.standing.block_start[rows].long()
+        return torch.where(self.program._works[rows], torch.minimum(final, start), final)
 
     def read(self, rows: Sequence[int]) -> list[Answer]:
         """What stands in some rows, which all have a request; waits for the device."""

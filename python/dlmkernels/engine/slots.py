@@ -78,7 +78,8 @@ class SlotLane(Lane):
         self.state = State.empty(rows, self._columns, device, parameters=parameters)
         everywhere = torch.ones(rows, self._columns, dtype=torch.bool, device=device)
         everywhere[:, self.grid.width :] = False  # a window must have room for any request
-        self._fill(range(rows), torch.zeros_like(everywhere).long(), everywhere, [(0, columns, columns)] * rows, parameters)
+        places = torch.stack((self.grid.first, self.grid.ends, self.grid.asked), 1).tolist()
+        self._fill(range(rows), torch.zeros_like(everywhere).long(), everywhere, places, parameters)
         self.program = BlockAfterBlock(Task(model, self.state, self.config, self.special, self.grid, 0, columns))
         if most_logprobs is not None:
             wishes = [Wishes(top_logprobs=most_logprobs)] * rows
@@ -157,7 +158,7 @@ class SlotLane(Lane):
         self._fill(rows, tokens, torch.zeros_like(tokens, dtype=torch.bool), [(0, 1, 1)] * len(rows), parameters)
 
     def _fill(
-        self, rows: Iterable[int], tokens: Tensor, is_open: Tensor, places: Sequence[tuple[int, int, int]],
+        self, rows: Iterable[int], tokens: Tensor, is_open: Tensor, places: Sequence[Sequence[int]],
         parameters: Mapping[str, Tensor], seeds: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Write what the rows hold from now on; of their grids, the places are `first`, `ends` and `asked`."""
@@ -213,11 +214,3 @@ class SlotLane(Lane):
         self.make(form)
         self._submitted += 1
         return True
-
-    def _finished(self, is_open: Tensor, rows: Tensor) -> Tensor:
-        final = super()._finished(is_open, rows)
-        if self.config.rule.slots == "open":
-            return final
-        # what a rule may still take back is final when its block is
-        start = self.program.standing.block_start[rows].long()
-        return torch.where(self.program._works[rows], torch.minimum(final, start), final)
