@@ -51,10 +51,15 @@ class Steps:
     def __init__(self, program: Program, is_widest: bool = False):
         """`is_widest`: steps have the forms that serve any rows, so that what they compute depends on no other row."""
         self.program, self.is_widest = program, is_widest or program.model.is_compiled
+        self._step = program.step
 
     def __call__(self, form: Any) -> Tensor:
         """Make a step of that form; its report."""
-        return self.program.step(self.program.widest(form) if self.is_widest else form)
+        return self._step(self.program.widest(form) if self.is_widest else form)
+
+    def install(self) -> None:
+        """Let whoever runs the program run these steps."""
+        self.program.__dict__["step"] = self
 
 
 class RecordedSteps(Steps):
@@ -73,6 +78,7 @@ class RecordedSteps(Steps):
         super().__init__(program, True)
         self._recorder, self._must = recorder, must
         self._recordings: dict[Any, Recording] = {}
+        self._looked_at: dict[Any, Any] = {}
         self._seen: dict[Any, int] = {}
         self.replayed = self.made = 0
         self.refusal: str | None = None
@@ -85,9 +91,9 @@ class RecordedSteps(Steps):
             return self._replay(form)
         self._seen[form] = self._seen.get(form, 0) + 1
         if self.refusal is not None or self._seen[form] <= WARM_UP:
-            return self.program.step(form)
+            return self._step(form)
         try:
-            recording, was_run = self._recorder.record(lambda: self.program.step(form))
+            recording, was_run = self._recorder.record(lambda: self._step(form))
         except Exception as error:
             self.refusal = " ".join(str(error).split())[:200] or type(error).__name__
             if self._must:
@@ -97,13 +103,15 @@ class RecordedSteps(Steps):
                 RuntimeWarning,
                 stacklevel=2,
             )
-            return self.program.step(form)
+            return self._step(form)
         self._recordings[form] = recording
+        self._looked_at[form] = self.program.unfinished.last
         return recording.report if was_run else self._replay(form)
 
     def _replay(self, form: Any) -> Tensor:
         recording = self._recordings[form]
         recording.replay()
+        self.program.unfinished.last = self._looked_at[form]
         return recording.report
 
 
@@ -129,7 +137,8 @@ class CudaRecorder:
         with torch.cuda.device(self._device):
             graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # other threads may use the device meanwhile
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 report = step()
             self._pool = graph.pool() if self._pool is None else self._pool
         return CudaRecording(graph, report), False

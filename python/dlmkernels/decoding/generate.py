@@ -3,21 +3,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .arguments import check_embeds, check_given, check_prompt, check_streamer, check_tokens, seeds_of
+from .arguments import check_embeds, check_prompt, check_streamer, check_tokens, seeds_of
 from .config import DecodingConfig
+from .copies import seeds_of_copies
+from .extras import check_copies, check_given_tokens, listeners_of, put_prompts, run_with
 from .guidance import pair_prompts
 from .inputs import filler, read_canvases, read_options, read_prompts
 from .output import DecodingOutput
 from .parameters import lengths_of, parameters_of
+from .processing import Wishes
 from .programs import Task, program_of, run
 from .resolve import ConfigLike, prepare
 from .rules import SelfSpeculative, Strided, VariableLength
 from .schedule import Grid
 from .state import State
+from .streaming import StepReport
 
 
 def generate(
@@ -31,6 +38,14 @@ def generate(
     negative_prompt=None,
     inputs_embeds: Tensor | None = None,
     given: Tensor | None = None,
+    suffix: Tensor | None = None,
+    num_return_sequences: int = 1,
+    stop_strings: str | Sequence[str] | None = None,
+    repetition_penalty: float = 1.0,
+    logits_processor=None,
+    top_logprobs: int = 0,
+    on_step: Callable[[StepReport], Any] | None = None,
+    graphs: bool | str = "auto",
     **overrides,
 ) -> DecodingOutput:
     """Decode `max_new_tokens` tokens after each prompt, in parallel.
@@ -51,9 +66,9 @@ def generate(
     config : DecodingConfig, str or dict, optional
         How to decode: a configuration, the name of a preset, or fields of a configuration. None: the decoder that the
         model's family was published with.
-    streamer : transformers streamer, optional
-        Receives the prompt, each finished block, and (if it has `put_draft`) the canvas after each step. One request
-        only. Reading the canvas for it costs a device synchronisation a step.
+    streamer : transformers streamer, or list of them, optional
+        Receives the prompt, each finished block, and (if it has `put_draft`) the canvas after each step. For several
+        requests a list with one for each, or None. Reading the canvas for it costs a device synchronisation a step.
     tokenizer : PreTrainedTokenizer, optional
         Reads text; names the mask token where the model does not; and is what `DecodingOutput.text` uses.
     negative_prompt : optional
@@ -100,35 +115,44 @@ def generate(
         check_prompt(tokens, attention_mask, special)
     if tokens.shape[1] == 0:
         _check_without_prompt(config, given, negative_prompt)
+    wishes = Wishes.of(repetition_penalty, logits_processor, top_logprobs)
+    wishes.check(config, model.vocab_size)
+    copies, requests = check_copies(num_return_sequences, config), len(tokens)
+    lengths = lengths_of(config, requests, tokens.device)
+    given, lengths = check_given_tokens(model, given, suffix, lengths, config, special)
+    tokens, origin, lengths, given, inputs_embeds = (
+        None if x is None else x.repeat_interleave(copies, 0) for x in (tokens, origin, lengths, given, inputs_embeds)
+    )  # type: ignore[assignment]
     pair = pair_prompts(tokens, origin, negative_prompt, tokenizer, config, special, model.vocab_size)
-    prompt, tokens, origin = tokens, pair.tokens, pair.origin
+    prompt, starts, tokens, origin = tokens, origin, pair.tokens, pair.origin
     batch, prompt_length = tokens.shape
-    end = prompt_length + config.longest
-    ends = prompt_length + lengths_of(config, batch, tokens.device)
+    ends = prompt_length + lengths
+    end = int(ends.max())
     grows = config.block_grid == "absolute" or model.family.whole_blocks
     grid = Grid.of(config, origin, prompt_length, ends, grows)
     length = grid.width
     if model.max_length is not None and length > model.max_length:
         raise ValueError(
-            f"input_ids ({prompt_length} tokens) and max_new_tokens ({config.longest}) make a canvas of {length}"
+            f"input_ids ({prompt_length} tokens) and max_new_tokens ({end - prompt_length}) make a canvas of {length}"
             f", longer than the model's max_position_embeddings of {model.max_length}"
         )
     masks = tokens.new_full((batch, length - prompt_length), max(special.mask, 0))
     columns = torch.arange(length, device=tokens.device)
     is_open = (columns >= prompt_length) & (columns < grid.ends[:, None])
     if given is not None:
-        given = check_given(model, given, batch, config, special)
-        masks[:, : config.longest] = torch.where(given >= 0, given, masks[:, : config.longest])
+        masks[:, : end - prompt_length] = torch.where(given >= 0, given, masks[:, : end - prompt_length])
         is_open[:, prompt_length:end] &= given < 0
     masks.masked_fill_(columns[prompt_length:] >= grid.ends[:, None], special.pad)
-    check_streamer(streamer, batch)
-    seeds = seeds_of(config.seed, batch, tokens.device)
-    parameters = parameters_of(config, batch, tokens.device)
+    listeners = listeners_of(streamer, batch, on_step, stop_strings, tokenizer)
+    seeds = seeds_of_copies(seeds_of(config.seed, requests, tokens.device), copies)
+    parameters = {
+        name: values.repeat_interleave(copies)
+        for name, values in parameters_of(config, requests, tokens.device).items()
+    }
     state = State.of(torch.cat((tokens, masks), 1), is_open, origin, grid.ends, pair.negative, seeds, parameters)
-    if streamer is not None:
-        streamer.put(prompt[0].cpu())
+    put_prompts(listeners, prompt, starts)
     task = Task(model, state, config, special, grid, prompt_length, end, pair.widened(inputs_embeds))
-    out = run(program_of(config.rule)(task), streamer)
+    out = run_with(program_of(config.rule)(task), listeners, wishes, graphs, special.pad)
     return out.without_columns(pair.added).known_by(tokenizer)
 
 

@@ -38,6 +38,10 @@ class DecodingOutput:
         int32 `[B]`: column at which each row starts, behind its padding on the left. None: at 0.
     tokenizer : optional
         The one that was given to `generate` or `infill`: what `text` uses.
+    top_ids, top_log_probability : Tensor, optional
+        With `top_logprobs=k`, int64 and float32 `[B, T, k]`: the likeliest tokens of each position when it was last
+        looked at before its token was committed, the likeliest first, and the logarithms of their probabilities; -1 and
+        0 where `decoded` is False.
     """
 
     sequences: Tensor
@@ -49,6 +53,8 @@ class DecodingOutput:
     length: Tensor
     origin: Tensor | None = None
     tokenizer: Any = None
+    top_ids: Tensor | None = None
+    top_log_probability: Tensor | None = None
 
     def __repr__(self) -> str:
         batch, committed = len(self.sequences), int((self.commit_step >= 0).sum())
@@ -124,7 +130,8 @@ class DecodingOutput:
         """The same without the first `count` columns, which must be padding in all rows."""
         if count == 0:
             return self
-        cut = {name: getattr(self, name)[:, count:] for name in ("sequences", "commit_step", "confidence")}
+        names = ("sequences", "commit_step", "confidence", "top_ids", "top_log_probability")
+        cut = {name: value[:, count:] for name in names if (value := getattr(self, name)) is not None}
         origin = None if self.origin is None else self.origin - count
         return replace(
             self, **cut, prompt_length=self.prompt_length - count, length=self.length - count, origin=origin

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from ..window import TokenWindow
 from .checks import integer, number
 from .config import DecodingConfig
+from .output import DecodingOutput
 from .programs import Program
 from .propose import Proposer
 from .resolve import check_block_by_block
@@ -96,6 +97,8 @@ class RequestProposer(Proposer):
     ----------
     errors : dict
         What a row's processors have raised: its request has failed, and no other.
+    raises : bool
+        Whether what a processor raises is raised at once instead.
     top_ids, top_logprobs : Tensor
         int64 and float32 `[S, T + 1, k]`: the likeliest tokens of each position, when a step last could decide it; the
         last column stands for none.
@@ -107,6 +110,7 @@ class RequestProposer(Proposer):
         device = self.state.tokens.device
         self.wishes: list[Wishes] = [Wishes()] * rows
         self.errors: dict[int, Exception] = {}
+        self.raises = False
         self.penalty = torch.ones(rows, device=device)
         self.has_penalty = False
         self.top_ids = torch.zeros(rows, columns + 1, most_logprobs, dtype=torch.int64, device=device)
@@ -157,6 +161,8 @@ class RequestProposer(Proposer):
                 try:
                     logits[where] = self._ask(row, logits[where]).to(logits.dtype)
                 except Exception as error:  # a stranger's function: whatever it raises is its request's
+                    if self.raises:
+                        raise
                     self.errors[row] = error
         return logits
 
@@ -194,6 +200,16 @@ class RequestProposer(Proposer):
         penalty = self.penalty[owner][:, None]
         changed = torch.where(logits > 0, logits / penalty, logits * penalty).to(logits.dtype)
         return torch.where(seen[owner, :vocab], changed, logits)
+
+    def recorded(self, out: DecodingOutput) -> DecodingOutput:
+        """The result with what was recorded of the tokens that are decoded."""
+        if not self.top_ids.shape[2]:
+            return out
+        width, decoded = out.sequences.shape[1], out.decoded[..., None]
+        return replace(
+            out, top_ids=torch.where(decoded, self.top_ids[:, :width], -1),
+            top_log_probability=torch.where(decoded, self.top_logprobs[:, :width], 0.0),
+        )  # fmt: skip
 
     # --- records ------------------------------------------------------------------------------------------------------
 

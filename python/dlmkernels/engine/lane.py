@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..decoding.capture import Steps
+from ..decoding.finality import finished_columns
 from ..decoding.poll import OpenCount
 from ..decoding.processing import RequestProposer
 from ..decoding.programs import Program
-from ..decoding.programs.blocks import BlockAfterBlock
 from ..decoding.state import FROZEN, OPEN
 from .request import Answer, Request
 
@@ -94,24 +93,15 @@ class Lane(ABC):
         """What the processors of a row's request have raised."""
         return {} if self.processed is None else dict(self.processed.errors)
 
-    def _finished(self, is_open: Tensor, rows: Tensor) -> Tensor:
-        """Up to which column each of the rows int64 `[n]` is final, `[n]`; `is_open` bool `[n, T]` is theirs."""
-        columns = torch.arange(is_open.shape[1], device=is_open.device)
-        final = torch.where(is_open, columns, is_open.shape[1]).amin(1)
-        if self.is_over or self.program.rule.slots == "open":
-            return final
-        if not isinstance(self.program, BlockAfterBlock):
-            return torch.zeros_like(final)
-        # what a rule may still take back is final when its block is
-        start = self.program.standing.block_start[rows].long()
-        return torch.where(self.program._works[rows], torch.minimum(final, start), final)
-
     def read(self, rows: Sequence[int]) -> list[Answer]:
         """What stands in some rows, which all have a request; waits for the device."""
         state, top = self.program.state, self.processed
         index = torch.tensor(rows, dtype=torch.int64, device="cpu").to(state.tokens.device)
         bits = state.state[index]
-        final = self._finished((bits & OPEN) != 0, index).tolist()
+        is_open = (bits & OPEN) != 0
+        final = [is_open.shape[1]] * len(rows)
+        if not self.is_over:
+            final = finished_columns(self.program, is_open, index).tolist()
         values = (state.tokens[index], state.commit_step[index], state.confidence[index], bits)
         tokens, steps, confidence, bits = (value.cpu() for value in values)
         forwards = state.step[index].tolist()
