@@ -92,7 +92,7 @@ class Listeners:
         state = self._state
         is_open = state.is_open
         finished = self._finished(is_open).tolist()
-        tokens = state.tokens[:, :end].cpu()
+        tokens = state.tokens[:, :end].to("cpu", copy=True)
         self._stop(tokens, [min(column, end) for column in finished])
         for row, streamer in enumerate(self.streamers):
             if streamer is None or self._has_ended[row]:
@@ -101,11 +101,11 @@ class Listeners:
                 streamer.put_draft(tokens[row, self._start :])
             self._show(row, tokens, min(finished[row], end))
         if self.on_step is not None:
-            self.on_step(StepReport(tokens, is_open[:, :end].cpu(), state.step.cpu(), self._start))
+            self.on_step(StepReport(tokens, is_open[:, :end].cpu(), state.step.to("cpu", copy=True), self._start))
 
     def finish(self, end: int) -> None:
         """After the last step: all the rest."""
-        tokens = self._state.tokens[:, :end].cpu()
+        tokens = self._state.tokens[:, :end].to("cpu", copy=True)
         self._stop(tokens, [end] * len(tokens))
         for row, streamer in enumerate(self.streamers):
             if streamer is not None and not self._has_ended[row]:
