@@ -93,3 +93,21 @@ class Player:
         recorder, report = self.records[form]
         recorder.replay()
         return report
+
+
+class Replays:
+    """Takes the place of `capture.CudaRecorder`: a recording is a list of calls, made again one by one.
+
+    Recording a step runs it, which capturing a graph does not.
+    """
+
+    def __init__(self):
+        self.recordings = []
+
+    def record(self, step):
+        recorder = Recorder()
+        with recorder:
+            report = step()
+        recorder.report = report
+        self.recordings.append(recorder)
+        return recorder, True

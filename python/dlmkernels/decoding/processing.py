@@ -71,6 +71,11 @@ class Wishes:
         return self.changes_logits or self.top_logprobs > 0
 
     @property
+    def kind(self) -> tuple[int, bool, bool]:
+        """What a step has to do for it: how many tokens are recorded; whether there is a penalty; and processors."""
+        return self.top_logprobs, self.repetition_penalty != 1.0, bool(self.processors)
+
+    @property
     def changes_logits(self) -> bool:
         return self.repetition_penalty != 1.0 or bool(self.processors)
 
@@ -104,7 +109,8 @@ class RequestProposer(Proposer):
         last column stands for none.
     """
 
-    def __init__(self, program: Program, most_logprobs: int):
+    def __init__(self, program: Program, most_logprobs: int, has_penalty: bool):
+        """`has_penalty`: whether any request may have one: steps that are recorded do the same every time."""
         super().__init__(program.model, program.state, program.config, program.special)
         rows, columns = self.state.tokens.shape
         device = self.state.tokens.device
@@ -112,14 +118,15 @@ class RequestProposer(Proposer):
         self.errors: dict[int, Exception] = {}
         self.raises = False
         self.penalty = torch.ones(rows, device=device)
-        self.has_penalty = False
+        self.has_penalty = has_penalty
         self.top_ids = torch.zeros(rows, columns + 1, most_logprobs, dtype=torch.int64, device=device)
         self.top_logprobs = torch.zeros(rows, columns + 1, most_logprobs, dtype=torch.float32, device=device)
 
     @classmethod
     def install(cls, program: Program, wishes: Sequence[Wishes]) -> RequestProposer:
         """Let a program that has not begun heed the wishes of its rows' requests."""
-        new = cls(program, max(w.top_logprobs for w in wishes))
+        kinds = [one.kind for one in wishes]
+        new = cls(program, max(records for records, *_ in kinds), any(penalty for _, penalty, _ in kinds))
         for row, one in enumerate(wishes):
             new.set(row, one)
         program.propose = new
@@ -130,7 +137,6 @@ class RequestProposer(Proposer):
         self.wishes[row] = wishes
         self.errors.pop(row, None)
         self.penalty[row] = wishes.repetition_penalty
-        self.has_penalty = self.has_penalty or wishes.repetition_penalty != 1.0
 
     def step(
         self, logits: Tensor, window: TokenWindow, standing: Any, row_map: Tensor | None = None, *args: Any,

@@ -20,7 +20,7 @@ from ..decoding.resolve import ConfigLike, configuration
 from ..models.adapt import adapt
 from .delivery import Deliveries
 from .intake import Intake, check_flags
-from .lane import Lane, StepsOf
+from .lane import Lane
 from .metrics import EngineMetrics, Meter
 from .pool import Pool, Size
 from .reading import final_output, interim_output, seen_stop
@@ -105,8 +105,12 @@ class Engine:
         wanted = configuration(self.model, config).replace(**overrides)
         self._intake = Intake(self.model, wanted, tokenizer, size)
         is_widest = flag("deterministic", deterministic)
-        self._steps_of: StepsOf = lambda program: steps_of(program, graphs, is_widest)
-        self._pool = Pool(self.model, size, lambda program: self._steps_of(program))
+        # what is decoded in batches is a program each, which is gone before recordings of it could be worth their while
+        of_gangs = graphs if graphs is True else False
+        self._pool = Pool(
+            self.model, size, lambda program: steps_of(program, graphs, is_widest),
+            lambda program: steps_of(program, of_gangs, is_widest),
+        )  # fmt: skip
         self._deliveries, self._meter = Deliveries(), Meter()
         self._lock = threading.Lock()  # of what follows, which other threads write
         self._live: dict[str, Request] = {}

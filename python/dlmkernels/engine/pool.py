@@ -54,8 +54,8 @@ class Pool:
     there are slots.
     """
 
-    def __init__(self, model: DiffusionModel, size: Size, steps_of: StepsOf):
-        self.model, self.size, self._steps_of = model, size, steps_of
+    def __init__(self, model: DiffusionModel, size: Size, steps_of: StepsOf, steps_of_gangs: StepsOf):
+        self.model, self.size, self._steps_of, self._steps_of_gangs = model, size, steps_of, steps_of_gangs
         self.waiting: deque[Request] = deque()
         self.lanes: dict[Hashable, Lane] = {}
         #: the lane that is never given up
@@ -78,9 +78,8 @@ class Pool:
         """Requests of the same key can share a lane."""
         if request.alone:
             return request.request_id
-        records = request.wishes.top_logprobs if request.wishes else None
         length = len(request.answer) if request.has_fixed_length else None
-        return request.config_key, records, length
+        return request.config_key, request.wishes.kind, length
 
     def _goes_by_itself(self, request: Request) -> bool:
         return self.size.slots > 1 and not request.alone and goes_by_itself(self.model, request.config)
@@ -90,9 +89,8 @@ class Pool:
         model, size = self.model, self.size
         if not self._goes_by_itself(request):
             rows = 1 if request.alone or getattr(model, "_by_length", False) else size.slots
-            return GangLane(model, request.special, rows, self._steps_of)
-        records = request.wishes.top_logprobs if request.wishes else None
-        return SlotLane(model, request, size.slots, size.columns, self._steps_of, records)
+            return GangLane(model, request.special, rows, self._steps_of_gangs)
+        return SlotLane(model, request, size.slots, size.columns, self._steps_of)
 
     # --- admission ----------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..decoding.capture import Steps
 from ..decoding.config import DecodingConfig
 from ..decoding.parameters import parameters_of
 from ..decoding.poll import OpenCount
@@ -59,13 +60,10 @@ class SlotLane(Lane):
         One of those that are to come: they differ from it in what `alike` names.
     rows, columns : int
         How many slots there are, and how long each is.
-    most_logprobs : int, optional
-        How many of the likeliest tokens are recorded; None: no row's request has wishes (see `processing.Wishes`).
     """
 
     def __init__(
-        self, model: DiffusionModel, like: Request, rows: int, columns: int, steps_of: StepsOf,
-        most_logprobs: int | None = None,
+        self, model: DiffusionModel, like: Request, rows: int, columns: int, steps_of: StepsOf
     ):  # fmt: skip
         super().__init__(rows)
         self.model, self.special = model, like.special
@@ -81,10 +79,11 @@ class SlotLane(Lane):
         places = torch.stack((self.grid.first, self.grid.ends, self.grid.asked), 1).tolist()
         self._fill(range(rows), torch.zeros_like(everywhere).long(), everywhere, places, parameters)
         self.program = BlockAfterBlock(Task(model, self.state, self.config, self.special, self.grid, 0, columns))
-        if most_logprobs is not None:
-            wishes = [Wishes(top_logprobs=most_logprobs)] * rows
-            self.processed = RequestProposer.install(self.program, wishes)
-        self.steps = steps_of(self.program)
+        if like.wishes:
+            self.processed = RequestProposer.install(self.program, [like.wishes] * rows)
+            for row in range(rows):
+                self.processed.set(row, Wishes())
+        self.steps = Steps(self.program) if like.wishes.processors else steps_of(self.program)
         self._starts_at = [0] * rows
         #: number of the report from which on each row's number speaks of its request
         self._known_from = [-1] * rows
