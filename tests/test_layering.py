@@ -162,7 +162,9 @@ def test_decoding_goes_through_the_ops(path):
     assert not [module for module in imports(path) if re.search(r"(^|\.)_C(\.|$)", module)]
 
 
-@pytest.mark.parametrize("path", DECODING, ids=lambda p: p.relative_to(PYTHON).as_posix())
+@pytest.mark.parametrize(
+    "path", DECODING + sorted((PYTHON / "engine").glob("*.py")), ids=lambda p: p.relative_to(PYTHON).as_posix()
+)
 def test_decoding_is_made_of_small_modules(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
 
@@ -228,6 +230,13 @@ def test_layers_of_a_decoding():
                 seen.add(layer(name))
                 assert layer(other) <= layer(name), f"{name} imports {other}"
     assert len(seen) > 6
+
+
+def test_nothing_knows_the_engine_but_what_is_above_it():
+    below = ("ops", "reference", "models", "decoding")
+    for name, others in import_graph().items():
+        if name.split(".")[1:2] and name.split(".")[1] in below:
+            assert not [other for other in others if other.startswith("dlmkernels.engine")], name
 
 
 def test_there_is_one_loop():

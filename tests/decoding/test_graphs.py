@@ -95,7 +95,7 @@ def test_the_engine_by_replayed_steps(models, record, device, options):
     rest = [k for k in range(14) if found[ids[k]].status == dk.RequestStatus.FINISHED]
     assert len(rest) >= 13
     (steps,) = record
-    (lane,) = engine._pool.lanes.values()
+    (lane,) = engine._rounds.pool.lanes.values()
     assert isinstance(lane, SlotLane) and steps.replayed > 30
     assert steps.made - steps.replayed == 3 * len(steps._recordings)
     assert engine.metrics().replayed_share > 0.5

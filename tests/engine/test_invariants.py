@@ -2,6 +2,7 @@
 """What holds of the engine whatever it is asked: one class for each promise."""
 
 import gc
+import itertools
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def ten():
 
 
 def slot_lane(engine):
-    (lane,) = engine._pool.lanes.values()
+    (lane,) = engine._rounds.pool.lanes.values()
     assert isinstance(lane, SlotLane)
     return lane
 
@@ -108,7 +109,7 @@ class TestEquality:
         options = RULES[name]
         engine = engine_for(model, slots=3, **options)
         assert_as_alone(model, requests, serve(model, requests, engine), **options)
-        continuous = all(isinstance(lane, SlotLane) for lane in engine._pool.lanes.values())
+        continuous = all(isinstance(lane, SlotLane) for lane in engine._rounds.pool.lanes.values())
         assert continuous == (name not in TOGETHER)
 
     def test_with_parameters_of_their_own(self, model):
@@ -144,7 +145,9 @@ class TestSlotHygiene:
         for name in ("first", "ends", "asked"):
             getattr(lane.grid, name)[row] = 1
 
-    @pytest.mark.parametrize("options", [{}, {"rule": dk.CreditThreshold(0.4)}, {"rule": dk.StableThreshold(0.3, 0.5, 1)}])
+    @pytest.mark.parametrize(
+        "options", [{}, {"rule": dk.CreditThreshold(0.4)}, {"rule": dk.StableThreshold(0.3, 0.5, 1)}]
+    )
     def test_poisoned_tenants(self, model, ten, monkeypatch, options):
         admit, seen = SlotLane.admit, []
 
@@ -220,7 +223,7 @@ class TestFinality:
             told[output.request_id].append(output)
         for outputs in told.values():
             assert [out.is_finished() for out in outputs] == [False] * (len(outputs) - 1) + [True]
-            for earlier, later in zip(outputs, outputs[1:]):
+            for earlier, later in itertools.pairwise(outputs):
                 n = len(earlier.generated_tokens)
                 assert later.generated_tokens[:n] == earlier.generated_tokens
                 assert later.commit_step[:n] == earlier.commit_step
@@ -253,7 +256,7 @@ class TestLag:
     @pytest.mark.parametrize("lag", [1, 2, 4])
     def test_late_counts(self, model, ten, monkeypatch, lag):
         class Late(poll.OpenCount):
-            lag_on = {"cpu": lag}  # noqa: RUF012
+            lag_on = {"cpu": lag}
 
         wanted = serve(model, ten, deterministic=True)
         monkeypatch.setattr(slots_module, "OpenCount", Late)
@@ -315,16 +318,16 @@ class TestFairness:
         engine = engine_for(model, slots=8, prefill_budget=20)
         for ask in ten:
             ask.to(engine)
-        admitted, budget = [], engine._pool.admit
+        admitted, budget = [], engine._rounds.pool.admit
 
         def counted():
-            before = {request for _, _, request in engine._pool.rows()}
+            before = {request for _, _, request in engine._rounds.pool.rows()}
             failures = budget()
-            now = {request for _, _, request in engine._pool.rows()} - before
+            now = {request for _, _, request in engine._rounds.pool.rows()} - before
             admitted.append([len(request.prompt) for request in now])
             return failures
 
-        engine._pool.admit = counted
+        engine._rounds.pool.admit = counted
         outputs = list(engine)
         assert len(outputs) == len(ten) and sum(map(len, admitted)) == len(ten)
         assert all(sum(lengths) <= 20 or len(lengths) == 1 for lengths in admitted)
@@ -340,7 +343,7 @@ class TestFairness:
         for _ in range(600):
             next(supply).to(engine)
             engine.step()
-            while (output := engine._deliveries.take()) is not None:
+            while (output := engine._rounds.deliveries.take()) is not None:
                 done.append(output.request_id)
             if odd in done:
                 break
@@ -453,7 +456,7 @@ class TestDelivery:
     def test_a_fault_of_the_engine_itself(self, model, ten):
         engine = engine_for(model, slots=2)
         ids = [ask.to(engine) for ask in ten]
-        engine._pool.admit = lambda: 1 / 0
+        engine._rounds.pool.admit = lambda: 1 / 0
         engine.start()
         outputs = list(engine)
         engine.join()
@@ -514,7 +517,7 @@ class TestNoDeadlock:
             [dk.Quota(), dk.Threshold(0.4), dk.CreditThreshold(0.4), dk.TokenEditing(0.4, 0.3), dk.Factor()])})  # fmt: skip
         engine = engine_for(model, max_lanes=2)
         assert_as_alone(model, requests, serve(model, requests, engine))
-        assert len(engine._pool.lanes) <= 2
+        assert len(engine._rounds.pool.lanes) <= 2
 
     def test_memory_does_not_grow(self, model):
         engine = engine_for(model)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `generate` takes for its requests beyond a configuration: several answers, a suffix, who follows, what is noted."""
+"""What `generate` takes for its requests beyond a configuration: more answers, a suffix, who follows, what is noted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .config import DecodingConfig, SpecialTokens
 from .finality import finished_columns
 from .output import DecodingOutput
 from .processing import RequestProposer, Wishes
-from .programs import Program, run
+from .programs import Program
 from .programs.blocks import BlockAfterBlock
 from .resolve import check_block_by_block
 from .stops import check_stop_strings
@@ -113,21 +113,23 @@ def put_prompts(listeners: Any, prompts: Tensor, origin: Tensor) -> None:
             streamer.put(prompts[row, int(origin[row]) if len(prompts) > 1 else 0 :].cpu())
 
 
-def run_with(
-    program: Program, listeners: Any, wishes: Wishes, graphs: bool | str, pad: int
-) -> DecodingOutput:  # fmt: skip
-    """Run a program to its end, with all that its requests ask for."""
+def equip(program: Program, listeners: Any, wishes: Wishes, graphs: bool | str) -> RequestProposer | None:
+    """Let a program that has not begun do all that its requests ask for; what heeds their wishes, if they have any."""
     proposer = None
     if wishes:
         proposer = RequestProposer.install(program, [wishes] * len(program.state.tokens))
         proposer.raises = True
     steps_of(program, False if wishes.processors else graphs).install()
-    if not isinstance(listeners, Listeners):
-        out = run(program, listeners)
-    else:
+    if isinstance(listeners, Listeners):
         listeners.attend(
             program.state, program.start, lambda is_open: finished_columns(program, is_open),
             isinstance(program, BlockAfterBlock),
         )  # fmt: skip
-        out = listeners.cut(run(program, listeners), pad)
+    return proposer
+
+
+def completed(out: DecodingOutput, listeners: Any, proposer: RequestProposer | None, pad: int) -> DecodingOutput:
+    """The result as the requests have asked for it."""
+    if isinstance(listeners, Listeners):
+        out = listeners.cut(out, pad)
     return out if proposer is None else proposer.recorded(out)

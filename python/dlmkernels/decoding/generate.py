@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from .arguments import check_embeds, check_prompt, check_streamer, check_tokens, seeds_of
 from .config import DecodingConfig
 from .copies import seeds_of_copies
-from .extras import check_copies, check_given_tokens, listeners_of, put_prompts, run_with
+from .extras import check_copies, check_given_tokens, completed, equip, listeners_of, put_prompts
 from .guidance import pair_prompts
 from .inputs import filler, read_canvases, read_options, read_prompts
 from .output import DecodingOutput
@@ -120,9 +120,8 @@ def generate(
     copies, requests = check_copies(num_return_sequences, config), len(tokens)
     lengths = lengths_of(config, requests, tokens.device)
     given, lengths = check_given_tokens(model, given, suffix, lengths, config, special)
-    tokens, origin, lengths, given, inputs_embeds = (
-        None if x is None else x.repeat_interleave(copies, 0) for x in (tokens, origin, lengths, given, inputs_embeds)
-    )  # type: ignore[assignment]
+    tokens, origin, lengths = (x.repeat_interleave(copies, 0) for x in (tokens, origin, lengths))
+    given, inputs_embeds = (None if x is None else x.repeat_interleave(copies, 0) for x in (given, inputs_embeds))
     pair = pair_prompts(tokens, origin, negative_prompt, tokenizer, config, special, model.vocab_size)
     prompt, starts, tokens, origin = tokens, origin, pair.tokens, pair.origin
     batch, prompt_length = tokens.shape
@@ -152,7 +151,9 @@ def generate(
     state = State.of(torch.cat((tokens, masks), 1), is_open, origin, grid.ends, pair.negative, seeds, parameters)
     put_prompts(listeners, prompt, starts)
     task = Task(model, state, config, special, grid, prompt_length, end, pair.widened(inputs_embeds))
-    out = run_with(program_of(config.rule)(task), listeners, wishes, graphs, special.pad)
+    program = program_of(config.rule)(task)
+    proposer = equip(program, listeners, wishes, graphs)
+    out = completed(run(program, listeners), listeners, proposer, special.pad)
     return out.without_columns(pair.added).known_by(tokenizer)
 
 

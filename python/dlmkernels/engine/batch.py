@@ -23,8 +23,9 @@ SLOTS = 16
 
 def generate_batch(
     model, inputs: Any, generation_config=None, continuous_batching_config=None, record_timestamps: bool = False, *,
-    config: ConfigLike = None, tokenizer=None, slots: int | None = None, max_new_tokens: int | Sequence[int] | None = None,
-    seed: int | Sequence[int] | None = None, given: Sequence[Any] | None = None, **options: Any,
+    config: ConfigLike = None, tokenizer=None, slots: int | None = None,
+    max_new_tokens: int | Sequence[int] | None = None, seed: int | Sequence[int] | None = None,
+    given: Sequence[Any] | None = None, **options: Any,
 ) -> dict[str, RequestOutput]:  # fmt: skip
     """Decode answers to any number of prompts, of any lengths, as many at a time as there are slots.
 
@@ -109,7 +110,7 @@ def _prompts(inputs: Any, tokenizer, pad: int) -> list[list[int]]:
         inputs = list(inputs[None] if inputs.dim() == 1 else inputs)
     if isinstance(inputs, str) or not isinstance(inputs, Sequence):
         raise TypeError(f"inputs must be a list of prompts; got {type(inputs).__name__}")
-    found = []
+    found: list[list[int]] = []
     for number, one in enumerate(inputs):
         if isinstance(one, Tensor) or hasattr(one, "tolist"):
             one = one.tolist()
@@ -186,4 +187,3 @@ def _from_transformers(
         if generation_config.top_p is not None and generation_config.top_p < 1:
             found["top_p"] = generation_config.top_p
     return slots, found | options
-

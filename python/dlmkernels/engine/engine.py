@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -18,13 +17,11 @@ from ..decoding.inputs import read_options
 from ..decoding.processing import Wishes
 from ..decoding.resolve import ConfigLike, configuration
 from ..models.adapt import adapt
-from .delivery import Deliveries
 from .intake import Intake, check_flags
-from .lane import Lane
-from .metrics import EngineMetrics, Meter
+from .metrics import EngineMetrics
 from .pool import Pool, Size
-from .reading import final_output, interim_output, seen_stop
-from .request import Request, RequestOutput, RequestStatus
+from .request import Request, RequestOutput
+from .rounds import Rounds
 
 #: columns of a slot where neither the caller nor the model says how many
 DEFAULT_LENGTH = 2048
@@ -107,14 +104,11 @@ class Engine:
         is_widest = flag("deterministic", deterministic)
         # what is decoded in batches is a program each, which is gone before recordings of it could be worth their while
         of_gangs = graphs if graphs is True else False
-        self._pool = Pool(
+        pool = Pool(
             self.model, size, lambda program: steps_of(program, graphs, is_widest),
             lambda program: steps_of(program, of_gangs, is_widest),
         )  # fmt: skip
-        self._deliveries, self._meter = Deliveries(), Meter()
-        self._lock = threading.Lock()  # of what follows, which other threads write
-        self._live: dict[str, Request] = {}
-        self._inbox: deque[Request | str] = deque()
+        self._rounds = Rounds(pool, tokenizer)
         self._count = 0
         self._is_closed = self._is_stopping = self._must_stop = False
         self._fatal: BaseException | None = None
@@ -190,7 +184,7 @@ class Engine:
         RuntimeError
             When the engine has been stopped.
         """
-        with self._lock:
+        with self._rounds.lock:
             if request_id is None:
                 request_id = f"req_{self._count}"
                 self._count += 1
@@ -211,18 +205,18 @@ class Engine:
         return request_id
 
     def _accept(self, requests: Sequence[Request], handler: Callable[[RequestOutput], Any] | None) -> None:
-        with self._lock:
+        with self._rounds.lock:
             if self._is_closed or self._is_stopping or self._must_stop:
                 raise RuntimeError("the engine has been stopped, and takes no requests any more")
             for request in requests:
-                if request.request_id in self._live:
+                if request.request_id in self._rounds.live:
                     raise ValueError(f"request_id '{request.request_id}' is in use by a request that is not done yet")
             if handler is not None:
                 for request in requests:
-                    self._deliveries.register(request.request_id, handler)
+                    self._rounds.deliveries.register(request.request_id, handler)
             for request in requests:
-                self._live[request.request_id] = request
-                self._inbox.append(request)
+                self._rounds.live[request.request_id] = request
+                self._rounds.inbox.append(request)
         self._wake.set()
 
     def add_requests(
@@ -240,8 +234,8 @@ class Engine:
 
     def cancel_request(self, request_id: str) -> None:
         """Let a request end now: it is delivered as cancelled, with what is final of it. Nothing if it is unknown."""
-        with self._lock:
-            self._inbox.append(request_id)
+        with self._rounds.lock:
+            self._rounds.inbox.append(request_id)
         self._wake.set()
 
     def register_result_handler(self, request_id: str, callback: Callable[[RequestOutput], Any]) -> None:
@@ -249,7 +243,7 @@ class Engine:
 
         It is called in the event loop that is running here, if there is one, else in the engine's thread.
         """
-        self._deliveries.register(request_id, callback)
+        self._rounds.deliveries.register(request_id, callback)
 
     # --- results ------------------------------------------------------------------------------------------------------
 
@@ -260,16 +254,16 @@ class Engine:
         """
         if not self.is_running():
             until = None if timeout is None else time.monotonic() + timeout
-            while (found := self._deliveries.take(request_id)) is None and self._may_come(request_id):
+            while (found := self._rounds.deliveries.take(request_id)) is None and self._may_come(request_id):
                 if until is not None and time.monotonic() >= until:
                     return None
                 self.step()
-            return found if found is not None else self._deliveries.take(request_id)
-        return self._deliveries.wait(request_id, timeout, lambda: self._may_come(request_id))
+            return found if found is not None else self._rounds.deliveries.take(request_id)
+        return self._rounds.deliveries.wait(request_id, timeout, lambda: self._may_come(request_id))
 
     def _may_come(self, request_id: str | None) -> bool:
-        with self._lock:
-            return bool(self._live) if request_id is None else request_id in self._live
+        with self._rounds.lock:
+            return bool(self._rounds.live) if request_id is None else request_id in self._rounds.live
 
     def __iter__(self) -> Iterator[RequestOutput]:
         """Outputs as they come, until no request is left."""
@@ -316,7 +310,7 @@ class Engine:
         hard_stop : bool
             Let requests that are not done fail instead; they are delivered as failed.
         """
-        with self._lock:
+        with self._rounds.lock:
             self._is_stopping, self._must_stop = True, self._must_stop or hard_stop
         self._wake.set()
         if not self.is_running():
@@ -339,7 +333,7 @@ class Engine:
             while not self._must_stop:
                 self._wake.clear()
                 if not self.step():
-                    if self._is_stopping and not self._inbox:
+                    if self._is_stopping and not self._rounds.inbox:
                         break
                     self._wake.wait(1.0)
         except BaseException as error:  # whoever waits for a result has to hear of it
@@ -355,22 +349,14 @@ class Engine:
 
     def _close(self) -> None:
         """Nothing is decoded any more: what is left fails."""
-        with self._lock:
+        with self._rounds.lock:
             self._is_closed = True
-            left = list(self._live.values())
-        reason = "the engine was stopped" if self._fatal is None else f"the engine failed: {self._fatal!r}"
-        for request in left:
-            self._deliver(request, request.output(RequestStatus.FAILED, error=reason, finish_reason="error"))
-        self._pool.waiting.clear()
-        self._pool.lanes.clear()
-        self._deliveries.wake()
+        self._rounds.end("the engine was stopped" if self._fatal is None else f"the engine failed: {self._fatal!r}")
 
     @property
     def background_thread_status(self) -> SimpleNamespace:
         """With `fatal_error`, as servers of transformers ask: why the thread has ended, None if it has not failed."""
         return SimpleNamespace(fatal_error=self._fatal)
-
-    # --- one visit ----------------------------------------------------------------------------------------------------
 
     def step(self) -> bool:
         """Look after everything once: requests that have come, that are done, that are admitted; and one step of each.
@@ -381,147 +367,22 @@ class Engine:
             Whether anything is left to do.
         """
         with self._stepping, torch.inference_mode(False), torch.no_grad():
-            if self._is_closed:
-                return False
-            started = time.perf_counter()
-            self._take_in()
-            self._deliver_done()
-            for failure in self._pool.admit():
-                self._fail(failure.request, failure.error)
-            self._mark_started()
-            steps = self._advance()
-            self._watch()
-            self._meter.visit(started, steps)
-            return bool(self._pool.busy or self._pool.waiting or self._inbox)
-
-    def _take_in(self) -> None:
-        """Requests and cancellations that have come."""
-        with self._lock:
-            inbox, self._inbox = self._inbox, deque()
-        for one in inbox:
-            if isinstance(one, Request):
-                self._pool.waiting.append(one)
-            else:
-                self._cancel(one)
-
-    def _cancel(self, request_id: str) -> None:
-        request = self._live.get(request_id)
-        if request is None:
-            return
-        fields: dict[str, Any] = {"error": "cancelled", "finish_reason": "cancelled"}
-        for lane, row, other in self._pool.rows():
-            if other is request:
-                (answer,) = lane.read([row])
-                self._deliver(request, final_output(request, answer, self._intake.tokenizer, **fields))
-                lane.release(row, False)
-                return
-        self._pool.waiting.remove(request)
-        self._deliver(request, request.output(RequestStatus.CANCELLED, **fields))
-
-    def _deliver_done(self) -> None:
-        for lane in list(self._pool.lanes.values()):
-            rows = list(lane.poll())
-            if not rows:
-                continue
-            errors = lane.errors()
-            for row, answer in zip(rows, lane.read(rows)):
-                request = lane.owner[row]
-                assert request is not None
-                lane.release(row, True)
-                if row in errors:
-                    self._fail(request, errors[row])
-                else:
-                    self._deliver(request, final_output(request, answer, self._intake.tokenizer))
-
-    def _mark_started(self) -> None:
-        now = time.perf_counter()
-        for _, _, request in self._pool.rows():
-            if request.started < 0:
-                request.started, request.status = now, RequestStatus.DECODING
-
-    def _advance(self) -> int:
-        """A step of every lane that has requests; how many were made."""
-        made = 0
-        for key, lane in list(self._pool.lanes.items()):
-            if lane.busy == 0:
-                continue
-            denoised, replayed = lane.denoised, getattr(lane.steps, "replayed", 0)
-            try:
-                made += lane.advance()
-            except Exception as error:
-                for request in self._pool.part(key):
-                    self._fail(request, error)
-                continue
-            self._meter.step(
-                len(lane.owner), lane.busy, lane.working, lane.denoised - denoised, lane.seconds,
-                getattr(lane.steps, "replayed", 0) > replayed,
-            )  # fmt: skip
-        return made
-
-    def _watch(self) -> None:
-        """Look at what is final of requests whose owners want to hear of it, or that may have come to a stop string."""
-        for lane in list(self._pool.lanes.values()):
-            for row in lane.errors():
-                request = lane.owner[row]
-                if request is not None:
-                    self._fail(request, lane.errors()[row])
-                    lane.release(row, False)
-            rows = [row for row, request in enumerate(lane.owner) if request is not None and request.is_watched]
-            if rows:
-                for row, answer in zip(rows, lane.read(rows)):
-                    self._tell(lane, row, answer)
-
-    def _tell(self, lane: Lane, row: int, answer) -> None:
-        """What the owner of a row's request is told of it now."""
-        request, tokenizer = lane.owner[row], self._intake.tokenizer
-        assert request is not None
-        stop = seen_stop(request, answer, tokenizer)
-        if stop is not None:
-            lane.release(row, False)
-            self._deliver(request, final_output(request, answer, tokenizer))
-            return
-        output = interim_output(request, answer)
-        try:
-            if request.on_step is not None:
-                request.on_step(output)
-        except Exception as error:
-            lane.release(row, False)
-            self._fail(request, error)
-            return
-        grew = len(output.generated_tokens) > request.shown
-        request.shown = len(output.generated_tokens)
-        if request.drafts or (request.streaming and grew):
-            self._deliveries.put(output)
-
-    def _fail(self, request: Request, error: BaseException) -> None:
-        text = f"{type(error).__name__}: {error}"
-        self._deliver(request, request.output(RequestStatus.FAILED, error=text, finish_reason="error"))
-
-    def _deliver(self, request: Request, output: RequestOutput) -> None:
-        """Deliver a request's last output, once."""
-        assert output.is_finished() and not request.is_delivered
-        request.is_delivered = True
-        self._meter.delivered(output)
-        self._deliveries.put(output)
-        with self._lock:
-            self._live.pop(request.request_id, None)
-        self._deliveries.wake()
+            return not self._is_closed and self._rounds.make()
 
     # --- what is known of it ------------------------------------------------------------------------------------------
 
     @property
     def slots(self) -> int:
         """How many requests are decoded at once."""
-        return self._pool.size.slots
+        return self._rounds.pool.size.slots
 
     @property
     def max_length(self) -> int:
         """How many tokens a prompt, its answer and a suffix may have together."""
-        return self._pool.size.columns
+        return self._rounds.pool.size.columns
 
     def metrics(self) -> EngineMetrics:
         """What has been done so far."""
-        with self._lock:
-            waiting = len(self._inbox) + len(self._pool.waiting)
-        return self._meter.metrics(waiting, self._pool.busy)
-
+        with self._rounds.lock:
+            waiting = len(self._rounds.inbox) + len(self._rounds.pool.waiting)
+        return self._rounds.meter.metrics(waiting, self._rounds.pool.busy)

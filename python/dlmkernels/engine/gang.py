@@ -104,4 +104,3 @@ class GangLane(Lane):
         self.working = self.busy
         self.make(form)
         return True
-

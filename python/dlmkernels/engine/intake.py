@@ -104,16 +104,16 @@ class Intake:
         return [
             Request(
                 request_id if k == 0 else f"{request_id}__child#{k - 1}", prompt, answer, suffix_length,
-                seed_of_copy(seed, k), known.config, known.special, known.key, known.has_fixed_length, wishes, stops, **flags,
+                seed_of_copy(seed, k), known.config, known.special, known.key, known.has_fixed_length, wishes, stops,
+                **flags,
             )
             for k in range(count)
         ]  # fmt: skip
 
     def _prompt(self, input_ids: Any, special: SpecialTokens) -> list[int]:
         if isinstance(input_ids, Tensor):
-            if input_ids.dtype != torch.int64 or input_ids.dim() not in (1, 2) or len(input_ids.shape[:-1]) != (
-                input_ids.dim() == 2 and len(input_ids) == 1
-            ):
+            is_one = input_ids.dim() == 1 or (input_ids.dim() == 2 and len(input_ids) == 1)
+            if input_ids.dtype != torch.int64 or not is_one:
                 raise ValueError(
                     "input_ids must be the ids of one prompt, int64 [P] or [1, P]; got "
                     f"{input_ids.dtype} of shape {list(input_ids.shape)}"
@@ -169,8 +169,8 @@ class Intake:
         grid = grid_of(self.model, config, len(prompt), len(answer))
         if grid.width > self.size.columns:
             raise ValueError(
-                f"input_ids ({len(prompt)} tokens) and the answer ({len(answer)}) take {grid.width} columns; max_length "
-                f"of this engine is {self.size.columns}"
+                f"input_ids ({len(prompt)} tokens) and the answer ({len(answer)}) take {grid.width} columns; "
+                f"max_length of this engine is {self.size.columns}"
             )
         if known.has_fixed_length:
             plan_blocks(config, grid)

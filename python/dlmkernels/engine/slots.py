@@ -27,6 +27,7 @@ from .alike import has_fixed_length, together
 from .lane import Lane, StepsOf
 from .request import Request
 
+
 def goes_by_itself(model: DiffusionModel, config: DecodingConfig) -> bool:
     """Whether the rows of such a decoding can come and go by themselves."""
     rule = config.rule
@@ -78,7 +79,8 @@ class SlotLane(Lane):
         everywhere[:, self.grid.width :] = False  # a window must have room for any request
         places = torch.stack((self.grid.first, self.grid.ends, self.grid.asked), 1).tolist()
         self._fill(range(rows), torch.zeros_like(everywhere).long(), everywhere, places, parameters)
-        self.program = BlockAfterBlock(Task(model, self.state, self.config, self.special, self.grid, 0, columns))
+        task = Task(model, self.state, self.config, self.special, self.grid, 0, columns)
+        self.program = self._blocks = BlockAfterBlock(task)
         if like.wishes:
             self.processed = RequestProposer.install(self.program, [like.wishes] * rows)
             for row in range(rows):
@@ -171,12 +173,12 @@ class SlotLane(Lane):
 
     def _renew(self, rows: Sequence[int]) -> None:
         """Let the program take notice of rows that hold something else."""
-        self.program.renew(torch.tensor(rows, dtype=torch.int64, device="cpu").to(self.state.tokens.device))
+        self._blocks.renew(torch.tensor(rows, dtype=torch.int64, device="cpu").to(self.state.tokens.device))
         for row in rows:
             self._known_from[row], self._is_in_block[row] = self._submitted, False
             if row in self._counted_done:
                 self._counted_done.discard(row)
-                self.program.forms.num_done -= 1
+                self._blocks.forms.num_done -= 1
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
@@ -201,7 +203,7 @@ class SlotLane(Lane):
         return done
 
     def advance(self) -> bool:
-        report, forms = self._report(), self.program.forms
+        report, forms = self._report(), self._blocks.forms
         is_entry = forms.reports - self.counts.behind == forms.entered
         form = self.program.form(report, self.counts.behind)
         if is_entry:

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the engine does again and again: requests come in, leave, are admitted, and move on by a step."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from typing import Any
+
+from .delivery import Deliveries
+from .lane import Lane
+from .metrics import Meter
+from .pool import Pool
+from .reading import final_output, interim_output, seen_stop
+from .request import Answer, Request, RequestOutput, RequestStatus
+
+
+class Rounds:
+    """All requests between their coming and their delivery. One thread at a time makes rounds; any may hand in.
+
+    Attributes
+    ----------
+    live : dict
+        Requests that are not delivered yet, by id.
+    inbox : deque
+        Requests that have come, and ids of those that are to be cancelled, since the last round.
+    lock : Lock
+        Of these two.
+    """
+
+    def __init__(self, pool: Pool, tokenizer) -> None:
+        self.pool, self._tokenizer = pool, tokenizer
+        self.deliveries, self.meter = Deliveries(), Meter()
+        self.lock = threading.Lock()
+        self.live: dict[str, Request] = {}
+        self.inbox: deque[Request | str] = deque()
+
+    def make(self) -> bool:
+        """One round; whether anything is left to do."""
+        started = time.perf_counter()
+        self._take_in()
+        self._deliver_done()
+        for failure in self.pool.admit():
+            self._fail(failure.request, failure.error)
+        self._mark_started()
+        steps = self._advance()
+        self._watch()
+        self.meter.visit(started, steps)
+        return bool(self.pool.busy or self.pool.waiting or self.inbox)
+
+    def end(self, reason: str) -> None:
+        """Nothing is decoded any more: what is left fails."""
+        with self.lock:
+            left = list(self.live.values())
+        for request in left:
+            self._deliver(request, request.output(RequestStatus.FAILED, error=reason, finish_reason="error"))
+        self.pool.waiting.clear()
+        self.pool.lanes.clear()
+        self.deliveries.wake()
+
+    def _take_in(self) -> None:
+        """Requests and cancellations that have come."""
+        with self.lock:
+            inbox, self.inbox = self.inbox, deque()
+        for one in inbox:
+            if isinstance(one, Request):
+                self.pool.waiting.append(one)
+            else:
+                self._cancel(one)
+
+    def _cancel(self, request_id: str) -> None:
+        request = self.live.get(request_id)
+        if request is None:
+            return
+        fields: dict[str, Any] = {"error": "cancelled", "finish_reason": "cancelled"}
+        for lane, row, other in self.pool.rows():
+            if other is request:
+                (answer,) = lane.read([row])
+                self._deliver(request, final_output(request, answer, self._tokenizer, **fields))
+                lane.release(row, False)
+                return
+        self.pool.waiting.remove(request)
+        self._deliver(request, request.output(RequestStatus.CANCELLED, **fields))
+
+    def _deliver_done(self) -> None:
+        for lane in list(self.pool.lanes.values()):
+            rows = list(lane.poll())
+            if not rows:
+                continue
+            errors = lane.errors()
+            for row, answer in zip(rows, lane.read(rows)):
+                request = lane.owner[row]
+                assert request is not None
+                lane.release(row, True)
+                if row in errors:
+                    self._fail(request, errors[row])
+                else:
+                    self._deliver(request, final_output(request, answer, self._tokenizer))
+
+    def _mark_started(self) -> None:
+        now = time.perf_counter()
+        for _, _, request in self.pool.rows():
+            if request.started < 0:
+                request.started, request.status = now, RequestStatus.DECODING
+
+    def _advance(self) -> int:
+        """A step of every lane that has requests; how many were made."""
+        made = 0
+        for key, lane in list(self.pool.lanes.items()):
+            if lane.busy == 0:
+                continue
+            denoised, replayed = lane.denoised, getattr(lane.steps, "replayed", 0)
+            try:
+                made += lane.advance()
+            except Exception as error:
+                for request in self.pool.part(key):
+                    self._fail(request, error)
+                continue
+            self.meter.step(
+                len(lane.owner), lane.busy, lane.working, lane.denoised - denoised, lane.seconds,
+                getattr(lane.steps, "replayed", 0) > replayed,
+            )  # fmt: skip
+        return made
+
+    def _watch(self) -> None:
+        """Look at what is final of requests whose owners want to hear of it, or that may have come to a stop string."""
+        for lane in list(self.pool.lanes.values()):
+            for row in lane.errors():
+                request = lane.owner[row]
+                if request is not None:
+                    self._fail(request, lane.errors()[row])
+                    lane.release(row, False)
+            rows = [row for row, request in enumerate(lane.owner) if request is not None and request.is_watched]
+            if rows:
+                for row, answer in zip(rows, lane.read(rows)):
+                    self._tell(lane, row, answer)
+
+    def _tell(self, lane: Lane, row: int, answer: Answer) -> None:
+        """What the owner of a row's request is told of it now."""
+        request, tokenizer = lane.owner[row], self._tokenizer
+        assert request is not None
+        stop = seen_stop(request, answer, tokenizer)
+        if stop is not None:
+            lane.release(row, False)
+            self._deliver(request, final_output(request, answer, tokenizer))
+            return
+        output = interim_output(request, answer)
+        try:
+            if request.on_step is not None:
+                request.on_step(output)
+        except Exception as error:
+            lane.release(row, False)
+            self._fail(request, error)
+            return
+        grew = len(output.generated_tokens) > request.shown
+        request.shown = len(output.generated_tokens)
+        if request.drafts or (request.streaming and grew):
+            self.deliveries.put(output)
+
+    def _fail(self, request: Request, error: BaseException) -> None:
+        text = f"{type(error).__name__}: {error}"
+        self._deliver(request, request.output(RequestStatus.FAILED, error=text, finish_reason="error"))
+
+    def _deliver(self, request: Request, output: RequestOutput) -> None:
+        """Deliver a request's last output, once."""
+        assert output.is_finished() and not request.is_delivered
+        request.is_delivered = True
+        self.meter.delivered(output)
+        self.deliveries.put(output)
+        with self.lock:
+            self.live.pop(request.request_id, None)
+        self.deliveries.wake()
