@@ -139,3 +139,15 @@ def test_every_preset_is_explained():
 def test_table_of_rules_names_presets():
     rows = re.findall(r"^[|-] `([^`]+)`", (ROOT / "docs/rules.md").read_text(), re.M)
     assert len(rows) > 50 and len(set(rows)) == len(rows) and set(rows) <= dk.PRESETS.keys()
+
+
+def test_the_engine(capsys):
+    names = {"model": build()}
+    exec(block_with("docs/engine.md", "dk.Engine(model, slots=4"), names)
+    for name, prompt, options in (
+        ("first", [5, 6, 7], {"max_new_tokens": 24}), ("second", [8, 9], {"max_new_tokens": 10, "temperature": 0.7, "seed": 1}),
+    ):  # fmt: skip
+        want = dk.generate(names["model"], [prompt], rule=dk.Threshold(0.9), block_length=8, **options)
+        output = names["outputs"][names[name]]
+        assert output.generated_tokens == want.generated[0, : int(want.length[0]) - want.prompt_length].tolist()
+    assert capsys.readouterr().out.startswith("[")

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine beside static batches of `generate`, and beside the scheduler of I-DLM restated.
+
+The model is the demonstration's, and answers are compared before anything is timed. Two loads:
+
+- mixed: additions (17 tokens), running sums (32) and Sudokus (49 blanks of 81), all there at once.
+- closed: C clients, each of which sends its next request when it has the answer to its last; blocks of four tokens.
+"""
+
+import functools
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import dlmkernels as dk
+from dlmkernels.decoding.resolve import prepare
+from dlmkernels.demo import MODEL_DIR
+from dlmkernels.demo.tasks import MASK_ID, TASKS
+from dlmkernels.window import AttentionWindow
+
+THRESHOLD = 0.95
+LENGTH = 82  # columns of the longest task
+
+
+@dataclass(frozen=True)
+class Case:
+    load: str
+    requests: int
+    slots: int
+
+    def __str__(self):
+        clients = "all at once" if self.load == "mixed" else f"{self.slots} clients"
+        return f"{self.load}: {self.requests} requests, {clients}, {self.slots} slots"
+
+
+QUICK = [Case("mixed", 48, 16), Case("closed", 24, 8)]
+SMALLEST = [Case("mixed", 6, 4), Case("closed", 4, 2)]
+FULL = [Case("mixed", 200, 16), *(Case("closed", max(24, 4 * c), c) for c in (1, 8, 32))]
+
+
+@functools.cache
+def model():
+    return dk.adapt(dk.load(MODEL_DIR, dtype=torch.float32).to(torch.get_default_device()))
+
+
+@functools.cache
+def requests(count):
+    """Prompts, and what stands in their answers: -1 where a token is to be decoded."""
+    kinds = (("addition", None), ("running-sum", None), ("sudoku", 32))
+    problems = [p for name, hard in kinds for p in TASKS[name].make(count // 3 + 1, seed=5, difficulty=hard)]
+    random.Random(0).shuffle(problems)
+    found = []
+    for problem in problems[:count]:
+        ids = problem.ids.tolist()
+        answer = [i if i != MASK_ID else -1 for i in ids[problem.prompt_length :]]
+        found.append((ids[: problem.prompt_length], answer))
+    return found
+
+
+def options(case):
+    return {"rule": dk.Threshold(THRESHOLD), "eos_policy": "none", "block_length": 4 if case.load == "closed" else None}
+
+
+def by_engine(case):
+    """Answers, forwards of one row each, and the engine's metrics."""
+    engine = dk.Engine(model(), slots=case.slots, max_length=LENGTH, **options(case))
+    queue = list(enumerate(requests(case.requests)))
+    names, answers = {}, {}
+    at_once = len(queue) if case.load == "mixed" else case.slots
+
+    def send():
+        number, (prompt, answer) = queue.pop(0)
+        names[engine.add_request(prompt, given=answer)] = number
+
+    for _ in range(min(at_once, len(queue))):
+        send()
+    for output in engine:
+        answers[names[output.request_id]] = output.generated_tokens
+        if queue:
+            send()
+    metrics = engine.metrics()
+    return [answers[k] for k in range(case.requests)], metrics.forwards * case.slots, metrics
+
+
+def by_batches(case, by_length=False):
+    """Static batches of `generate`, in the order of arrival or of length; answers and forwards of one row each."""
+    asked = requests(case.requests)
+    order = sorted(range(len(asked)), key=lambda k: len(asked[k][1])) if by_length else list(range(len(asked)))
+    answers, rows = {}, 0
+    for begin in range(0, len(order), case.slots):
+        part = order[begin : begin + case.slots]
+        lengths = [len(asked[k][1]) for k in part]
+        given = torch.tensor([asked[k][1] + [-1] * (max(lengths) - len(asked[k][1])) for k in part])
+        out = dk.generate(
+            model(), [asked[k][0] for k in part], max_new_tokens=tuple(lengths), given=given, **options(case)
+        )  # fmt: skip
+        rows += int(out.num_forwards.max()) * len(part)
+        answers |= {k: out.generated[row, : len(asked[k][1])].tolist() for row, k in enumerate(part)}
+    return [answers[k] for k in range(len(asked))], rows
+
+
+class StationaryBatch:
+    """I-DLM's scheduler as its published code has it: one batch that lives on (thuEcstasy/I-DLM, scheduler.py).
+
+    A round takes in what has come, drops rows that are done, forwards the rows that are there, new ones with the
+    prompt alone, which decides nothing, and then the host reads what each row's block has become and decides.
+    """
+
+    def __init__(self, case):
+        self.case, self.config = case, options(case)
+        _, _, special = prepare(model(), None, self.config, "continuations")
+        self.banned = torch.tensor(special.banned)
+        self.queue, self.running = list(enumerate(requests(case.requests))), []
+        self.answers, self.rows, self.idle = {}, 0, 0
+
+    def absorb(self):
+        most = self.case.slots if self.case.load == "closed" else len(self.queue)
+        while self.queue and len(self.running) < min(most, self.case.slots):
+            number, (prompt, answer) = self.queue.pop(0)
+            tokens = torch.tensor(prompt + answer)
+            self.running.append({
+                "number": number, "start": len(prompt), "block": len(prompt), "end": len(tokens), "is_new": True,
+                "open": tokens < 0, "tokens": tokens.masked_fill(tokens < 0, MASK_ID),
+            })  # fmt: skip
+
+    @torch.no_grad()
+    def round(self):
+        self.absorb()
+        rows = self.running
+        width = max(row["end"] for row in rows)
+        tokens = torch.stack([torch.nn.functional.pad(row["tokens"], (0, width - row["end"])) for row in rows])
+        ends = torch.tensor([row["end"] for row in rows], dtype=torch.int32)
+        window = AttentionWindow(kv_range=torch.stack((torch.zeros_like(ends), ends), 1))
+        hidden = model().hidden(tokens, torch.arange(width).expand(len(rows), -1), window)
+        size = self.config["block_length"] or width
+        place = torch.stack([torch.arange(size) + row["block"] for row in rows]).clamp(max=width - 1)
+        logits = model().logits(hidden.gather(1, place[..., None].expand(-1, -1, hidden.shape[2])).flatten(0, 1))
+        p, token = logits.float().softmax(-1).index_fill(1, self.banned, 0.0).max(-1)
+        p, token = p.view(len(rows), size).tolist(), token.view(len(rows), size).tolist()
+        self.rows += len(rows)
+        for row, chances, proposed in zip(rows, p, token):
+            if row["is_new"]:
+                row["is_new"], self.idle = False, self.idle + 1
+                continue
+            self.decide(row, chances, proposed, size)
+        self.running = [row for row in rows if not self.finish(row)]
+
+    def decide(self, row, chances, proposed, size):
+        """Commit what is sure, at least the best, and go to the next block when this one is full."""
+        here = range(row["block"], min(row["block"] + size, row["end"]))
+        is_open = [k for k in here if row["open"][k]]
+        if is_open:
+            best = max(is_open, key=lambda k: (chances[k - row["block"]], -k))
+            for k in is_open:
+                if k == best or chances[k - row["block"]] >= THRESHOLD:
+                    row["tokens"][k], row["open"][k] = proposed[k - row["block"]], False
+        while row["block"] < row["end"] and not row["open"][row["block"] : row["block"] + size].any():
+            row["block"] += size
+
+    def finish(self, row):
+        is_done = row["block"] >= row["end"]
+        if is_done:
+            self.answers[row["number"]] = row["tokens"][row["start"] :].tolist()
+        return is_done
+
+    def run(self):
+        while self.queue or self.running:
+            self.round()
+        return [self.answers[k] for k in range(self.case.requests)], self.rows
+
+
+def test_engine(benchmark, harness, case):
+    answers, rows, metrics = by_engine(case)
+    alone = [
+        dk.generate(model(), [prompt], max_new_tokens=len(answer), given=torch.tensor(answer), **options(case))
+        for prompt, answer in requests(case.requests)
+    ]
+    assert answers == [out.generated[0].tolist() for out in alone]
+    theirs = StationaryBatch(case)
+    loop_answers, loop_rows = theirs.run()
+    same = sum(a == b for a, b in zip(answers, loop_answers))
+    assert same >= 0.95 * case.requests  # near ties fall otherwise in a softmax of all logits
+    batch_answers, batch_rows = by_batches(case)
+    assert batch_answers == answers
+    tokens = sum(answer.count(-1) for _, answer in requests(case.requests))
+    counts = {"engine": rows, "I-DLM's loop": loop_rows, "static batches": batch_rows}
+    benchmark.extra_info["tokens per forward of a row"] = {name: tokens / n for name, n in counts.items()}
+    benchmark.extra_info["idle share of rows"] = {
+        "engine": metrics.idle_row_share, "I-DLM's loop": theirs.idle / loop_rows,
+        "static batches": 1 - sum(int(out.num_forwards[0]) for out in alone) / batch_rows,
+    }  # fmt: skip
+    benchmark.extra_info["host microseconds a step"] = metrics.host_microseconds
+    print(f"\n{case}: {benchmark.extra_info}")
+    harness.compare(
+        benchmark, f"engine, {case}", lambda: by_engine(case),
+        {
+            "static batches of generate": lambda: by_batches(case),
+            "static batches, sorted by length": lambda: by_batches(case, by_length=True),
+            "stationary batch (I-DLM)": lambda: StationaryBatch(case).run(),
+        },
+        work=tokens, unit="tokens/s",
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _one_model():
+    model()
