@@ -81,7 +81,7 @@ def by_engine(case):
         if queue:
             send()
     metrics = engine.metrics()
-    return [answers[k] for k in range(case.requests)], metrics.forwards * case.slots, metrics
+    return [answers[k] for k in range(case.requests)], metrics.rows, metrics
 
 
 def by_batches(case, by_length=False):

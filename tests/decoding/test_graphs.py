@@ -43,7 +43,7 @@ def record(monkeypatch):
         elif graphs is False:
             return Steps(program, is_widest)
         else:
-            steps = RecordedSteps(program, Replays(), must=graphs is True)
+            steps = RecordedSteps(program, Replays(), graphs is True, is_widest)
         made.append(steps)
         return steps
 
@@ -79,12 +79,13 @@ def test_generate_by_replayed_steps(models, record, device, name):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.8}, {"rule": dk.TokenEditing(0.4, 0.3)}], ids=str)
-def test_the_engine_by_replayed_steps(models, record, device, options):
+def test_the_engine_by_replayed_steps(models, record, device, options, deterministic):
     """Requests come, go and are cancelled between replays."""
     model = models(device)
     requests = asks(14, seed=21)
-    engine = engine_for(model, graphs=True, **options)
+    engine = engine_for(model, graphs=True, deterministic=deterministic, **options)
     ids = []
     for number, ask in enumerate(requests):
         ids.append(ask.to(engine))
@@ -96,14 +97,16 @@ def test_the_engine_by_replayed_steps(models, record, device, options):
     assert len(rest) >= 13
     (steps,) = record
     (lane,) = engine._rounds.pool.lanes.values()
-    assert isinstance(lane, SlotLane) and steps.replayed > 30
-    assert steps.made - steps.replayed == 3 * len(steps._recordings)
+    assert isinstance(lane, SlotLane) and steps.replayed > 20
+    assert {variant for _, variant in steps._recordings} <= ({None} if deterministic else {None, 1, 2, 4})
+    seen_seldom = sum(min(count, WARM_UP + 1) for key, count in steps._seen.items())
+    assert steps.made == steps.replayed + seen_seldom
     assert engine.metrics().replayed_share > 0.5
     if device == "cpu":
         assert_as_alone(model, [requests[k] for k in rest], [found[ids[k]] for k in rest], **options)
     again = serve(model, requests, engine_for(model, graphs=False, deterministic=True, **options))
     assert all(found[ids[k]].generated_tokens == again[k].generated_tokens for k in rest)
-    if device == "cpu":
+    if device == "cpu" and deterministic:
         assert all(same(found[ids[k]], again[k]) for k in rest)
 
 

@@ -190,7 +190,9 @@ def test_generate_batch_of_an_adapted_model(model, ten):
     found = model.generate_batch(prompts_, max_new_tokens=9, seed=4, **COMMON)
     want = dk.generate_batch(model, prompts_, max_new_tokens=9, seed=4, **COMMON)
     assert [a.generated_tokens for a in found.values()] == [b.generated_tokens for b in want.values()]
-    copies = model.generate_batch(prompts_[:2], max_new_tokens=9, seed=4, num_return_sequences=2, temperature=1.0, **COMMON)
+    copies = model.generate_batch(
+        prompts_[:2], max_new_tokens=9, seed=4, num_return_sequences=2, temperature=1.0, **COMMON
+    )
     assert list(copies) == ["req_0", "req_0__child#0", "req_1", "req_1__child#0"]
 
 
@@ -267,9 +269,26 @@ def test_metrics(model):
     m = engine.metrics()
     assert (m.finished, m.failed, m.cancelled, m.waiting, m.running) == (3, 0, 1, 0, 0)
     assert m.tokens == 15 and m.forwards == 6 and m.tokens_per_forward == 1.0
-    assert m.idle_row_share == pytest.approx(1 - 15 / 18) and m.occupancy >= 15 / 18
+    assert m.rows == 15 and m.idle_row_share == 0 and 15 / 18 <= m.occupancy < 1
     assert m.tokens_per_second == pytest.approx(15 / m.seconds)
     assert 0 < m.queue_seconds <= m.time_to_first_block and m.host_microseconds > 0 and m.replayed_share == 0
+
+
+def test_forwards_take_the_rows_that_work(model):
+    """And in an engine whose forwards all have the same shapes, every row."""
+    shapes = []
+    watched = dk.adapt(lively())
+    hidden = watched.hidden
+    watched.hidden = lambda tokens, *args: shapes.append(tuple(tokens.shape)) or hidden(tokens, *args)
+    for deterministic in (False, True):
+        shapes.clear()
+        engine = engine_for(watched, slots=4, max_length=60, rule=dk.Threshold(2.0), deterministic=deterministic)
+        for new in (3, 6, 9):
+            engine.add_request([5, 6, 7], max_new_tokens=new)
+        list(engine)
+        wanted = [(3, 12)] * 3 + [(2, 12)] * 3 + [(1, 12)] * 3
+        assert shapes == ([(4, 61)] * 9 if deterministic else wanted)
+        assert engine.metrics().idle_row_share == (0.5 if deterministic else 0)
 
 
 def test_what_an_engine_is_made_with(model):

@@ -72,7 +72,10 @@ class Soak:
         self.done[output.request_id] = output
         if what == "broken":
             failed = dk.RequestStatus.FAILED
-            assert output.status == dk.RequestStatus.CANCELLED or (output.status, "broken" in output.error) == (failed, True)
+            assert output.status == dk.RequestStatus.CANCELLED or (output.status, "broken" in output.error) == (
+                failed,
+                True,
+            )
         elif output.status == dk.RequestStatus.CANCELLED:
             assert self.wanted[kind][: len(output.generated_tokens)] == output.generated_tokens
         else:

@@ -9,7 +9,7 @@ forward does not can still be decoded with, step by step.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 import torch
@@ -46,16 +46,23 @@ class Recorder(Protocol):
 
 
 class Steps:
-    """Runs the steps of a program as they are."""
+    """Runs the steps of a program as they are.
+
+    Attributes
+    ----------
+    is_fixed : bool
+        Whether all steps are to have the same shapes, so that what they compute depends on no other row.
+    """
 
     def __init__(self, program: Program, is_widest: bool = False):
-        """`is_widest`: steps have the forms that serve any rows, so that what they compute depends on no other row."""
-        self.program, self.is_widest = program, is_widest or program.model.is_compiled
+        """`is_widest`: steps have the forms that serve any rows."""
+        self.program, self.is_fixed = program, is_widest
+        self._is_widest = is_widest or program.model.is_compiled
         self._step = program.step
 
-    def __call__(self, form: Any) -> Tensor:
-        """Make a step of that form; its report."""
-        return self._step(self.program.widest(form) if self.is_widest else form)
+    def __call__(self, form: Any, variant: Hashable = None) -> Tensor:
+        """Make a step of that form; its report. Steps of another `variant` may make other calls for the same form."""
+        return self._step(self.program.widest(form) if self._is_widest else form)
 
     def install(self) -> None:
         """Let whoever runs the program run these steps."""
@@ -73,46 +80,52 @@ class RecordedSteps(Steps):
         Why nothing is recorded any more.
     """
 
-    def __init__(self, program: Program, recorder: Recorder, must: bool = False):
+    def __init__(self, program: Program, recorder: Recorder, must: bool = False, is_fixed: bool = False):
         """`must`: a step that cannot be recorded is an error, and not run as it is."""
         super().__init__(program, True)
+        self.is_fixed = is_fixed
         self._recorder, self._must = recorder, must
-        self._recordings: dict[Any, Recording] = {}
-        self._looked_at: dict[Any, Any] = {}
-        self._seen: dict[Any, int] = {}
+        self._recordings: dict[Hashable, Recording] = {}
+        self._looked_at: dict[Hashable, Any] = {}
+        self._seen: dict[Hashable, int] = {}
         self.replayed = self.made = 0
         self.refusal: str | None = None
 
-    def __call__(self, form: Any) -> Tensor:
+    def __call__(self, form: Any, variant: Hashable = None) -> Tensor:
         form = self.program.widest(form)
+        key = form, variant
         self.made += 1
-        if form in self._recordings:
+        if key in self._recordings:
             self.replayed += 1
-            return self._replay(form)
-        self._seen[form] = self._seen.get(form, 0) + 1
-        if self.refusal is not None or self._seen[form] <= WARM_UP:
+            return self._replay(key)
+        self._seen[key] = self._seen.get(key, 0) + 1
+        if self.refusal is not None or self._seen[key] <= WARM_UP:
             return self._step(form)
         try:
             recording, was_run = self._recorder.record(lambda: self._step(form))
         except Exception as error:
-            self.refusal = " ".join(str(error).split())[:200] or type(error).__name__
-            if self._must:
-                raise ValueError(f"graphs=True: a step of this decoding cannot be captured: {self.refusal}") from error
-            warnings.warn(
-                f"steps run without CUDA graphs, since one could not be captured: {self.refusal}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            self._refuse(error)
             return self._step(form)
-        self._recordings[form] = recording
-        self._looked_at[form] = self.program.unfinished.last
-        return recording.report if was_run else self._replay(form)
+        self._recordings[key] = recording
+        self._looked_at[key] = self.program.unfinished.last
+        return recording.report if was_run else self._replay(key)
 
-    def _replay(self, form: Any) -> Tensor:
-        recording = self._recordings[form]
+    def _replay(self, key: Hashable) -> Tensor:
+        recording = self._recordings[key]
         recording.replay()
-        self.program.unfinished.last = self._looked_at[form]
+        self.program.unfinished.last = self._looked_at[key]
         return recording.report
+
+    def _refuse(self, error: Exception) -> None:
+        """Record nothing any more."""
+        self.refusal = " ".join(str(error).split())[:200] or type(error).__name__
+        if self._must:
+            raise ValueError(f"graphs=True: a step of this decoding cannot be captured: {self.refusal}") from error
+        warnings.warn(
+            f"steps run without CUDA graphs, since one could not be captured: {self.refusal}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 class CudaRecording:
@@ -164,7 +177,7 @@ def steps_of(program: Program, graphs: Any = "auto", is_widest: bool = False) ->
         return Steps(program, is_widest)
     if reason is not None:
         raise ValueError(f"graphs=True: steps cannot be captured, since {reason}")
-    return RecordedSteps(program, CudaRecorder(program.state.tokens.device), must=graphs is True)
+    return RecordedSteps(program, CudaRecorder(program.state.tokens.device), graphs is True, is_widest)
 
 
 def why_not(program: Program) -> str | None:

@@ -48,8 +48,8 @@ class Engine:
     slots : int
         How many requests are decoded at once.
     max_length : int, optional
-        How many tokens a prompt, its answer and a suffix may have together. Without a cache every forward takes so
-        many columns of every slot. None: what the model can encode, at most 2048.
+        How many tokens a prompt, its answer and a suffix may have together. None: what the model can encode, at most
+        2048.
     config : DecodingConfig, str or dict, optional
         How to decode what says nothing else, as in `generate`; None: the decoder of the model's family.
     tokenizer : PreTrainedTokenizer, optional
@@ -64,8 +64,8 @@ class Engine:
         Whether every forward has the same shapes, whatever is in the other slots: answers are then the same bit for
         bit under any load. Otherwise they are the same up to what matrix products of another size round differently.
     graphs : {"auto", True, False}
-        Whether steps are captured as CUDA graphs and replayed (implies `deterministic`). "auto": where that is
-        possible; a warning says where it turns out not to be.
+        Whether steps are captured as CUDA graphs and replayed. "auto": where that is possible; a warning says where it
+        turns out not to be.
     **overrides
         Fields of `DecodingConfig`.
 

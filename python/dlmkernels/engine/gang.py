@@ -101,6 +101,6 @@ class GangLane(Lane):
             return False
         if program.may_leave(form):
             program.unfinished.settle()
-        self.working = self.busy
+        self.working, self.width = self.busy, len(self.owner)
         self.make(form)
         return True

@@ -26,14 +26,14 @@ class EngineMetrics:
     seconds : float
         Time in which there was work.
     tokens_per_second : float
-    forwards : int
-        Forwards of the model, each of all slots of a program.
+    forwards, rows : int
+        Forwards of the model; and how many rows they took in all.
     tokens_per_forward : float
         Tokens of a request over the forwards that it took part in, the mean over requests.
     occupancy : float
         Mean share of the slots that had a request when a forward ran.
     idle_row_share : float
-        Share of all forwarded rows that were in no block: slots without a request, or between two blocks.
+        Share of all forwarded rows that were in no block.
     time_to_first_block, queue_seconds : float
         Means over requests: from coming to the end of the first block, and to a slot.
     host_microseconds : float
@@ -51,6 +51,7 @@ class EngineMetrics:
     seconds: float
     tokens_per_second: float
     forwards: int
+    rows: int
     tokens_per_forward: float
     occupancy: float
     idle_row_share: float
@@ -65,18 +66,23 @@ class Meter:
 
     def __init__(self) -> None:
         self.ended = dict.fromkeys((RequestStatus.FINISHED, RequestStatus.FAILED, RequestStatus.CANCELLED), 0)
-        self.tokens = self.forwards = self.rows = self.owned = self.working = self.steps = self.replayed = 0
+        self.tokens = self.forwards = self.rows = self.slots = self.owned = self.working = self.steps = (
+            self.replayed
+        ) = 0
         self.seconds = self._per_forward = self._first_block = self._queued = 0.0
         self._with_forwards = self._with_block = self._with_slot = 0
         self.host: deque[float] = deque(maxlen=10_000)
         self.in_steps = 0.0  # seconds of the visit going on that went into making steps
 
-    def step(self, rows: int, owned: int, working: int, forwards: int, seconds: float, was_replayed: bool) -> None:
-        """A program of so many rows has made a step."""
+    def step(
+        self, slots: int, rows: int, owned: int, working: int, forwards: int, seconds: float, was_replayed: bool
+    ) -> None:  # fmt: skip
+        """A program of so many slots has made a step, which forwarded so many rows."""
         self.in_steps += seconds
         self.steps += 1
         self.replayed += was_replayed
         self.forwards += forwards
+        self.slots += slots * forwards
         self.rows += rows * forwards
         self.owned += owned * forwards
         self.working += working * forwards
@@ -109,8 +115,8 @@ class Meter:
         return EngineMetrics(
             finished=self.ended[RequestStatus.FINISHED], failed=self.ended[RequestStatus.FAILED],
             cancelled=self.ended[RequestStatus.CANCELLED], waiting=waiting, running=running, tokens=self.tokens,
-            seconds=self.seconds, tokens_per_second=self.tokens / seconds, forwards=self.forwards,
-            tokens_per_forward=self._per_forward / max(self._with_forwards, 1), occupancy=self.owned / rows,
+            seconds=self.seconds, tokens_per_second=self.tokens / seconds, forwards=self.forwards, rows=self.rows,
+            tokens_per_forward=self._per_forward / max(self._with_forwards, 1), occupancy=self.owned / max(self.slots, 1),
             idle_row_share=1 - self.working / rows if self.rows else 0.0,
             time_to_first_block=self._first_block / max(self._with_block, 1),
             queue_seconds=self._queued / max(self._with_slot, 1),

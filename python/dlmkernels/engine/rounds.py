@@ -118,7 +118,7 @@ class Rounds:
                     self._fail(request, error)
                 continue
             self.meter.step(
-                len(lane.owner), lane.busy, lane.working, lane.denoised - denoised, lane.seconds,
+                len(lane.owner), lane.width, lane.busy, lane.working, lane.denoised - denoised, lane.seconds,
                 getattr(lane.steps, "replayed", 0) > replayed,
             )  # fmt: skip
         return made

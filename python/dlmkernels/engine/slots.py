@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..decoding.capture import Steps
+from ..decoding.capture import RecordedSteps, Steps
 from ..decoding.config import DecodingConfig
 from ..decoding.parameters import parameters_of
 from ..decoding.poll import OpenCount
@@ -25,6 +26,7 @@ from ..decoding.state import State
 from ..models.adapt import DiffusionModel, EncoderDecoderModel
 from .alike import has_fixed_length, together
 from .lane import Lane, StepsOf
+from .narrow import NarrowModel, bucket, can_be_narrowed
 from .request import Request
 
 
@@ -79,14 +81,18 @@ class SlotLane(Lane):
         everywhere[:, self.grid.width :] = False  # a window must have room for any request
         places = torch.stack((self.grid.first, self.grid.ends, self.grid.asked), 1).tolist()
         self._fill(range(rows), torch.zeros_like(everywhere).long(), everywhere, places, parameters)
-        task = Task(model, self.state, self.config, self.special, self.grid, 0, columns)
+        self._narrow = NarrowModel(model, rows, self._columns) if can_be_narrowed(model) else None
+        forwarded: Any = model if self._narrow is None else self._narrow
+        task = Task(forwarded, self.state, self.config, self.special, self.grid, 0, columns)
         self.program = self._blocks = BlockAfterBlock(task)
         if like.wishes:
             self.processed = RequestProposer.install(self.program, [like.wishes] * rows)
             for row in range(rows):
                 self.processed.set(row, Wishes())
         self.steps = Steps(self.program) if like.wishes.processors else steps_of(self.program)
-        self._starts_at = [0] * rows
+        if self.steps.is_fixed:
+            self._narrow = None
+        self._starts_at, self._ends_at = [0] * rows, [1] * rows
         #: number of the report from which on each row's number speaks of its request
         self._known_from = [-1] * rows
         self._submitted = 0
@@ -131,7 +137,7 @@ class SlotLane(Lane):
             is_open[k, start : start + length] &= answer < 0
             # its end is counted from that of the prompt, as everything is that is planned
             places.append((first, end, length))
-            self._starts_at[rows[k]] = start
+            self._starts_at[rows[k]], self._ends_at[rows[k]] = start, end
             self.owner[rows[k]] = request
             if self.processed is not None:
                 self.processed.set(rows[k], request.wishes)
@@ -212,6 +218,21 @@ class SlotLane(Lane):
             self.seconds = 0.0
             return False
         self.working = sum(n > 0 for n in report)
-        self.make(form)
+        self.make(form, self._choose(report) if self.program.denoises(form) else None)
         self._submitted += 1
         return True
+
+    def _choose(self, report: tuple[int, ...]) -> Hashable:
+        """Let the next forward take the rows that may have something to decode; how many there are."""
+        self.width = len(self.owner)
+        if self._narrow is None:
+            return None
+        rows = [row for row, n in enumerate(report) if n >= 0 and self.owner[row] is not None]
+        columns = max((self._ends_at[row] for row in rows), default=1)
+        if isinstance(self.steps, RecordedSteps):
+            others = [row for row in range(len(self.owner)) if row not in rows]
+            rows += others[: bucket(len(rows), len(self.owner)) - len(rows)]
+            columns = self._columns
+        self._narrow.take(sorted(rows), columns)
+        self.width = self._narrow.width
+        return self.width
