@@ -58,10 +58,12 @@ class NarrowModel:
         is_whole = self._now is None and self._columns == self._shape[1]
         if is_whole or tokens.shape != self._shape or window.shadow is not None or window.cache is not None:
             return self._model.hidden(tokens, positions, window, embeds, opinion)
-        part = replace(window, **{
-            f.name: self._cut(value, f.name != "kv_range") for f in fields(window)
+        cut: dict[str, Any] = {
+            f.name: self._cut(value, f.name != "kv_range")
+            for f in fields(window)
             if f.init and isinstance(value := getattr(window, f.name), Tensor)
-        })  # fmt: skip
+        }
+        part = replace(window, **cut)
         assert opinion is None
         hidden = self._model.hidden(
             self._cut(tokens), self._cut(positions), part, None if embeds is None else self._cut(embeds)
