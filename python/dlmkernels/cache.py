@@ -20,18 +20,20 @@ class KVCache:
     ----------
     num_slots : int
         S, the number of canvas positions.
+    num_rows : int, optional
+        B. None: as many as there are in the first `k` of a layer.
     """
 
-    def __init__(self, num_slots: int):
-        self.num_slots = num_slots
+    def __init__(self, num_slots: int, num_rows: int | None = None):
+        self.num_slots, self.num_rows = num_slots, num_rows
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layer(self, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Buffers of one layer; shape, dtype and device follow the first `k`, `v` `[B, Q, G, D]` seen."""
+        """Buffers of one layer; shape, dtype and device follow the first `k`, `v` `[n, Q, G, D]` seen."""
         if index not in self._layers:
             self._layers[index] = tuple(  # type: ignore[assignment]
                 torch.empty(
-                    (x.shape[0], x.shape[2], self.num_slots, x.shape[3]), dtype=x.dtype, device=x.device
+                    (self.num_rows or len(x), x.shape[2], self.num_slots, x.shape[3]), dtype=x.dtype, device=x.device
                 ).transpose(1, 2)
                 for x in (k, v)
             )

@@ -14,6 +14,51 @@ from .cache import KVCache
 
 
 @dataclass(frozen=True)
+class Rows:
+    """The n of S rows that a forward takes, in which some may be unused.
+
+    Attributes
+    ----------
+    index : Tensor
+        int64 `[n]`: which they are; any for an unused one.
+    cache : Tensor
+        int32 `[n]`: the same, but -1 for an unused one.
+    taken, place : Tensor
+        bool and int64 `[S]`: which of the S rows are among them, and where (any place for one that is not).
+    """
+
+    index: Tensor
+    cache: Tensor
+    taken: Tensor
+    place: Tensor
+
+    @classmethod
+    def chosen(cls, rows: Tensor, count: int) -> Rows:
+        """The first `count` of the chosen rows bool `[S]`, or all if there are fewer."""
+        index = torch.nonzero_static(rows, size=count, fill_value=-1)[:, 0]
+        place = rows.cumsum(0) - 1
+        return cls(index.clamp(min=0), index.int(), rows & (place < count), place.clamp(0, count - 1))
+
+    def twice(self) -> Rows:
+        """The same rows of both halves of a batch of 2 S."""
+        half, count = len(self.place), len(self.index)
+        other = torch.where(self.cache >= 0, self.cache + half, -1)
+        return Rows(
+            torch.cat((self.index, self.index + half)), torch.cat((self.cache, other)),
+            torch.cat((self.taken, self.taken)), torch.cat((self.place, self.place + count)),
+        )  # fmt: skip
+
+    def of(self, x: Tensor) -> Tensor:
+        """`x` `[S, …]` in these rows, `[n, …]`."""
+        return x.index_select(0, self.index)
+
+    def write(self, to: Tensor, values: Tensor) -> None:
+        """Let `values` `[n, …]` stand in these rows of `to` `[S, …]`; the others stay what they are."""
+        taken = self.taken.view(-1, *[1] * (to.dim() - 1))
+        to.copy_(torch.where(taken, values.index_select(0, self.place), to))
+
+
+@dataclass(frozen=True)
 class AttentionWindow:
     """The rows of one forward and what they may see; handed to every layer as the keyword argument `dlm_window`.
 
@@ -38,6 +83,8 @@ class AttentionWindow:
     shadow : Tensor, optional
         int32 `[B, n]`: the slots that the last n rows stand for a second time. Such a row sees all that `kv_range`
         says but this slot, and the last n rows; the other rows do not see those. Full attention without a cache only.
+    cache_rows : Tensor, optional
+        int32 `[B]`: row of the cache that each row of the batch reads and writes, -1 for an unused one. None: its own.
     rotations : object, optional
         What `DiffusionModel.rotations` made of the requests' lengths, for models whose rotary embedding depends on
         them. None: each row of the batch is as long as the largest of its positions says.
@@ -52,6 +99,7 @@ class AttentionWindow:
     k_order: Tensor | None = None
     context_end: Tensor | None = None
     shadow: Tensor | None = None
+    cache_rows: Tensor | None = None
     rotations: Any = None
     #: the layers that have attended so far
     attended: set[int] = field(default_factory=set, init=False, repr=False, compare=False)
@@ -62,6 +110,15 @@ class AttentionWindow:
     def __post_init__(self):
         tensors = (value for f in fields(self) if isinstance(value := getattr(self, f.name, None), Tensor))
         object.__setattr__(self, "_home", next((tensor.device for tensor in tensors), None))
+
+    def of(self, rows: Rows) -> AttentionWindow:
+        """The window of some of its rows."""
+        chosen: dict[str, Any] = {
+            f.name: rows.of(value)
+            for f in fields(self)
+            if f.init and isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **chosen, cache_rows=None if self.cache is None else rows.cache)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> AttentionWindow:
         """The same window with its tensors on `device`: itself, or a copy that is made once for each device.

@@ -114,7 +114,7 @@ class TestStrided:
         canvas = SimpleNamespace(origin=zeros, step=zeros, seed=seeds)
         verify = Verifier(
             canvas, SimpleNamespace(rule=dk.Strided(2, leniency), temperature=temperature),
-            SimpleNamespace(options=options),
+            SimpleNamespace(options=options, samples=True),
         )  # fmt: skip
         nothing = torch.full((draws, 1), -1)
         none, first, _, drafts = verify(

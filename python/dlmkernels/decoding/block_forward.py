@@ -7,16 +7,20 @@ so that a step finds it there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..window import AttentionWindow, TokenWindow
+from ..window import AttentionWindow, Rows, TokenWindow
 from .forward import Forward, rows_at
 from .schedule import Block
 from .standing import Standing
+
+#: What a row needs of its next forward: its context to be appended to the cache, all of the canvas (with cache="block",
+#: all of the block), or the rest, that is, what the cache does not hold.
+APPEND, WHOLE, REST = range(3)
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,8 @@ class Place:
 
     Attributes
     ----------
-    start : Tensor
-        First column of each row's block, or part of one.
+    start, length : Tensor
+        First column of each row's block, or part of one, and how many it has.
     outer, outer_length : Tensor
         The same of the block of the grid that it is a part of; and how many columns that has.
     window : Tensor
@@ -34,6 +38,7 @@ class Place:
     """
 
     start: Tensor
+    length: Tensor
     outer: Tensor
     outer_length: Tensor
     window: Tensor
@@ -53,20 +58,26 @@ class BlockForward(Forward):
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         config = self.config
+        self._longest = config.sub_block_length or self.grid.length
         #: whether the context of a block is forwarded before the block, and not with it
         self.commits_apart = bool(config.seeded) or (
             config.cache == "block" and (not config.fuse_commit or config.attention == "causal-context")
         )
         self._carried: Tensor | None = None  # hidden state of the last of a block's context, [S, hidden]
+        #: with cache="block": column up to which what is decided is in the cache, -1 if nothing is, int32 [S]
+        self.kept = torch.full_like(self.state.origin, -1)
         #: with cache="delayed": what was open before the last step, bool [S, T]
         self.was_open = self.state.is_open
         # what a block's forwards need, and the same for blocks of other lengths, too
         self._buffers: dict[str, Tensor] = {}
         self._all_buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._windows: dict[str, AttentionWindow] = {}
+        self._spread: dict[str, int] = {}  # how many hidden states a row has where all of a part are forwarded
         self._before: dict[str, int] = {}  # how many rows of the context stand before those of a part
         self._place: Place
         self._row = torch.arange(len(self.state.tokens), device=self.origin.device)[:, None]
+        #: whether a forward may take some rows, and not all
+        self.takes_rows = False
 
     def _keep(self, name: str, value: Tensor) -> Tensor:
         """The buffer of that name, with this value; there is one for each shape."""
@@ -76,9 +87,63 @@ class BlockForward(Forward):
         self._buffers[name] = self._all_buffers[key]
         return self._buffers[name].copy_(value)
 
+    def _keep_place(self, part: str, row: Tensor, width: int) -> None:
+        """Where what speaks of the slots stands among `width` hidden states of each row, and of all rows together."""
+        self._spread[part] = width
+        self._keep(f"{part} rows", row)
+        self._keep(f"{part} index", (row + self._row * width).flatten())
+
     def begin(self) -> None:
         super().begin()
         self.was_open.copy_(self.state.is_open)
+        self.kept.fill_(-1)
+
+    def renew(self, rows: Tensor) -> None:
+        """Rows bool `[S]` hold other requests now, of which nothing has been forwarded."""
+        self.look(rows)
+        self.forget(rows)
+        self.was_open.copy_(torch.where(rows[:, None], self.state.is_open, self.was_open))
+        self.kept.masked_fill_(rows, -1)
+
+    def look(self, rows: Tensor | None = None) -> None:
+        super().look(rows)
+        plain = not self.config.rule.shadow and self.config.attention != "reordered"
+        self.takes_rows = plain and self.rotations is None and self._given_embeds is None
+
+    # --- what rows need, where each goes by itself --------------------------------------------------------------------
+
+    @property
+    def usual_phase(self) -> int:
+        """The phase of rows in the middle of a block."""
+        cache = self.config.cache
+        return WHOLE if cache == "none" or (cache == "block" and not self.config.sub_block_cache) else REST
+
+    def part_of(self, phase: int) -> str:
+        """Which columns are forwarded of rows in a phase."""
+        rest = {"delayed": "open", "block": "inner"}.get(self.config.cache, "part")
+        return {APPEND: "append", WHOLE: "block" if self.config.cache == "block" else "whole", REST: rest}[phase]
+
+    def phases(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Each row's phase, and how many columns besides the block's own a forward in it takes, int32 `[S]` each.
+
+        `index` int32 `[S]`: number of its next step in the block.
+        """
+        config, nothing = self.config, torch.zeros_like(index)
+        phase = nothing + WHOLE
+        if self.usual_phase == REST:
+            is_first = index < config.warmup
+            if config.refresh_interval is not None:
+                is_first = is_first | (index % config.refresh_interval == 0)
+            phase = torch.where(is_first, WHOLE, REST).int()
+        if config.cache == "delayed":
+            return phase, torch.where(phase == REST, self.was_open.sum(1, dtype=torch.int32), nothing)
+        if config.cache != "block" and not self.commits_apart:
+            return phase, nothing
+        lowest = self.state.origin
+        if self.unconditional is not None:
+            lowest = torch.minimum(lowest, self.unconditional.origin)
+        pending = (self._place.outer - torch.where(self.kept < 0, lowest, self.kept)).clamp(min=0)
+        return torch.where(pending > 0, APPEND, phase).int(), pending
 
     # --- a block is entered -------------------------------------------------------------------------------------------
 
@@ -86,7 +151,7 @@ class BlockForward(Forward):
         """Write down what the steps of a block need. `block`: the one all rows are in, None where they differ."""
         self._place = place
         speaker = torch.maximum(place.window - self.shift, self.state.origin[:, None]).clamp(min=0).long()
-        self._keep("whole rows", (speaker + self._row * self.length).flatten())
+        self._keep_place("whole", speaker, self.length)
         self._windows["whole"] = AttentionWindow(
             self.slots.contiguous() if "whole" not in self._windows else self._windows["whole"].slots,
             self.kv_range, self.cache, rotations=self.rotations, **self._visibility(False),
@@ -96,41 +161,50 @@ class BlockForward(Forward):
             self._keep("speaker", speaker)
         elif cache in ("prefix", "dual"):
             lead = max(self.config.vicinity[0], self.shift)
-            self._prepare("part", speaker, place.start - lead, columns[0], self.kv_range)
+            stop = place.start + place.length + self.config.vicinity[1] if cache == "dual" else None
+            self._prepare("part", speaker, place.start - lead, columns[0], self.kv_range, stop=stop)
         elif cache == "block":
             end = torch.minimum(self.twice(place.outer + place.outer_length), self.ends)
             kv_range = self._keep("kv range", torch.stack((self.origin, end), 1))
             self._prepare("block", speaker, place.outer, columns[0], kv_range, self.shift)
             if self.config.sub_block_cache:
-                lead = columns[2]
-                self._prepare("inner", speaker, place.start - lead, columns[1], kv_range, self.shift - lead)
+                lead, stop = columns[2], place.start + place.length
+                self._prepare("inner", speaker, place.start - lead, columns[1], kv_range, self.shift - lead, stop)
 
     def columns_of(self, block: Block | None) -> tuple[int, ...]:
-        """How many columns of a block are forwarded, by the cache that there is.
+        """How many columns of a block are forwarded, by the cache that there is; None: of any block.
 
         With "prefix" and "dual" those of "part". With "block", and without a cache, those of "block" and "inner", and
         how many of the latter stand left of the part.
         """
         cache, (left, right) = self.config.cache, self.config.vicinity
-        if block is None or cache == "delayed":
+        if cache == "delayed":
             return ()
+        start, length, outer_length = 0, self._longest, self.grid.length
+        if block is not None:
+            start, length, outer_length = block.start, block.length, block.outer_length
         if cache in ("none", "block"):
-            lead = self.shift if block.start > block.outer else 0
-            return block.outer_length, lead + block.length, lead
+            lead = self.shift if block is None or block.start > block.outer else 0
+            return outer_length, lead + length, lead
         lead = max(left, self.shift)
         if cache == "dual":
-            return (lead + block.length + right,)
-        return (self.length - (self.grid.span[0] + block.start - lead),)
+            return (lead + length + right,)
+        return (self.length - (self.grid.span[0] + start - lead),)
 
     def _prepare(
-        self, part: str, speaker: Tensor, first: Tensor, width: int, kv_range: Tensor | None, before: int = 0
-    ) -> None:
-        """Buffers for forwards of `width` columns from `first` int32 `[S]` on, with `before` rows put before them."""
+        self, part: str, speaker: Tensor, first: Tensor, width: int, kv_range: Tensor | None, before: int = 0,
+        stop: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Buffers for forwards of `width` columns from `first` int32 `[S]` on, with `before` rows put before them.
+
+        From column `stop` int32 `[S]` on they are unused.
+        """
         self._before[part] = before
         row = (speaker - first[:, None] + before).clamp(0, width + before - 1)
-        self._keep(f"{part} rows", (row + self._row * (width + before)).flatten())
+        self._keep_place(part, row, width + before)
         columns = self.twice(first)[:, None] + torch.arange(width, dtype=torch.int32, device=first.device)
-        outside = (columns < self.origin[:, None]) | (columns >= self.ends[:, None])
+        ends = self.ends if stop is None else torch.minimum(self.ends, self.twice(stop))
+        outside = (columns < self.origin[:, None]) | (columns >= ends[:, None])
         index = self._keep(f"{part} columns", columns.clamp(0, self.length - 1).long())
         self._keep(f"{part} positions", self.positions.gather(1, index))
         slots = self._keep(f"{part} slots", torch.where(outside, -1, columns))
@@ -159,33 +233,37 @@ class BlockForward(Forward):
     # --- steps --------------------------------------------------------------------------------------------------------
 
     def __call__(
-        self, part: str, window: TokenWindow, standing: Standing, pick: Tensor | None = None, pending: int = 0
+        self, part: str, window: TokenWindow, standing: Standing, pick: Tensor | None = None, pending: int = 0,
+        width: int | None = None, rows: Rows | None = None,
     ) -> Tensor:  # fmt: skip
         """Hidden states `[R, hidden]` (2 R under guidance) of the window's slots, or of those that `pick` `[R]` names.
 
-        `pending`: with "append", how many columns before the block are to be appended; with "open", how many are
-        forwarded of each row.
+        `pending`: with "append", how many columns before the block are to be appended, at most; with "open", how many
+        are forwarded of each row. `width`: with "whole", how many columns; None: all. `rows`: the rows that are
+        forwarded, of S; None: all.
         """
         moment = self._moment(standing)
         if self.config.rule.shadow:
             return self._with_shadow(window, pick, moment)
+        both = rows.twice() if rows is not None and self.is_guided else rows
         if part == "open":
-            return self._in_part(pending, window, pick)
+            return self._in_part(pending, pick, rows, both)
         if self.config.cache == "delayed":
-            self.was_open.copy_(self.state.is_open)
+            self._note_open(rows)
         if part == "append":
-            hidden = self._append_with_block(pending, moment)
+            hidden = self._append_with_block(pending, moment, rows, both)
             part = "block"
         elif part == "whole":
-            hidden = self._whole(moment)
+            hidden = self._whole(moment, width, both)
         else:
             columns, positions = self._buffers[f"{part} columns"], self._buffers[f"{part} positions"]
-            hidden = self.run(columns, positions, self._windows[part], moment=moment)
+            hidden = self.run(columns, positions, self._windows[part], moment=moment, rows=both)
         if self._before.get(part):
             if self._carried is None:  # of a first block without a context, which asks for none of it
-                self._carry(torch.zeros_like(hidden[:, 0]))
-            hidden = torch.cat((self.last_of_context()[:, None], hidden), 1)
-        return self._select(hidden, self._buffers[f"{part} rows"], pick)
+                self._carried = hidden.new_zeros(len(self.origin), hidden.shape[2])
+            before = self._carried if both is None else both.of(self._carried)
+            hidden = torch.cat((before[:, None], hidden), 1)
+        return self._select(hidden, part, pick, rows)
 
     def _moment(self, standing: Standing) -> dict[str, Tensor]:
         if not self.takes_time:
@@ -196,15 +274,27 @@ class BlockForward(Forward):
             "progress": standing.progress_before.float(),
         }
 
-    def _select(self, hidden: Tensor, rows: Tensor, pick: Tensor | None) -> Tensor:
-        """Rows numbered int64 `[N]` through `hidden` `[S, Q, hidden]`; and those of a guided batch's other half."""
-        if pick is not None:
-            rows = rows.index_select(0, pick)
-        if self.is_guided:
-            rows = torch.cat((rows, rows + len(self._row) * hidden.shape[1]))
-        return hidden.flatten(0, 1).index_select(0, rows)
+    def _select(self, hidden: Tensor, place: Tensor | str, pick: Tensor | None, rows: Rows | None) -> Tensor:
+        """What speaks of the slots: rows at `place` int64 `[S, W]` of each row's part of `hidden` `[n, Q, hidden]`.
 
-    def _whole(self, moment: dict[str, Tensor] | None = None) -> Tensor:
+        And those of a guided batch's other half. `place` may be the name of a part.
+        """
+        count = len(self._row) if rows is None else len(rows.index)
+        if isinstance(place, str) and rows is None and hidden.shape[1] == self._spread[place]:
+            index = self._buffers[f"{place} index"]
+        else:
+            place = self._buffers[f"{place} rows"] if isinstance(place, str) else place
+            row = self._row if rows is None else rows.place[:, None]
+            index = (place.clamp(max=hidden.shape[1] - 1) + row * hidden.shape[1]).flatten()
+        if pick is not None:
+            index = index.index_select(0, pick)
+        if self.is_guided:
+            index = torch.cat((index, index + count * hidden.shape[1]))
+        return hidden.flatten(0, 1).index_select(0, index)
+
+    def _whole(
+        self, moment: dict[str, Tensor] | None = None, width: int | None = None, both: Rows | None = None
+    ) -> Tensor:  # fmt: skip
         window = self._windows["whole"]
         if self.config.attention == "reordered":
             order = self.reading_order()
@@ -212,52 +302,86 @@ class BlockForward(Forward):
                 self.slots.contiguous(), self.kv_range, self.cache, rotations=self.rotations, q_limit=order,
                 k_order=order,
             )  # fmt: skip
-        return self.run(None, self.positions, window, moment=moment)
+        if width is None or width >= self.length:
+            return self.run(None, self.positions, window, moment=moment, rows=both)
+        assert window.slots is not None and window.kv_range is not None
+        slots = window.slots[:, :width].contiguous()
+        narrow = replace(window, slots=slots, kv_range=window.kv_range.clamp(max=width))
+        if self.cache is None and window.k_order is not None and window.q_limit is not None:
+            narrow = replace(narrow, **{x: getattr(window, x)[:, :width].contiguous() for x in ("k_order", "q_limit")})
+        columns = self._columns[:width].expand(len(self.positions), width)
+        return self.run(columns, self.positions[:, :width].contiguous(), narrow, moment=moment, rows=both)
 
-    def _carry(self, hidden: Tensor) -> None:
+    def _note_open(self, rows: Rows | None) -> None:
+        now = self.state.is_open
+        self.was_open.copy_(now if rows is None else torch.where(rows.taken[:, None], now, self.was_open))
+
+    def _carry(self, hidden: Tensor, both: Rows | None) -> None:
+        """Keep hidden states `[n, hidden]` of the last of each row's context."""
         if self._carried is None:
-            self._carried = torch.empty_like(hidden)
-        self._carried.copy_(hidden)
+            self._carried = hidden.new_zeros(len(self.origin), hidden.shape[1])
+        if both is None:
+            self._carried.copy_(hidden)
+        else:
+            both.write(self._carried, hidden)
 
-    def _append_with_block(self, pending: int, moment: dict[str, Tensor]) -> Tensor:
+    def _append_with_block(
+        self, pending: int, moment: dict[str, Tensor], rows: Rows | None, both: Rows | None
+    ) -> Tensor:  # fmt: skip
         """Hidden states of the block in one forward with what comes before it and is not in the cache yet."""
         first = self.twice(self._place.outer) - pending
-        hidden = self._rows(first, pending + self._buffers["block columns"].shape[1], False)
+        hidden = self._rows(first, pending + self._buffers["block columns"].shape[1], False, rows, both)
         if pending:
-            self._carry(hidden[:, pending - 1])
+            self._carry(hidden[:, pending - 1], both)
         return hidden[:, pending:]
 
-    def append_context(self, pending: int) -> Tensor:
-        """Forward what is decided left of the block and not in the cache; bool `[S]`: which rows have some."""
+    def append_context(self, pending: int, rows: Rows | None = None) -> Tensor:
+        """Forward what is decided left of the block and not in the cache; bool `[S]`: which rows have some.
+
+        `pending` and `rows` as above.
+        """
         outer = self.twice(self._place.outer)
+        both = rows.twice() if rows is not None and self.is_guided else rows
         if self.cache is not None:
-            self._carry(self._rows(outer - pending, pending, True)[:, -1])
+            self._carry(self._rows(outer - pending, pending, True, rows, both)[:, -1], both)
         else:
-            self._carry(rows_at(self._whole(), (outer - 1)[:, None])[:, 0])
-        return self._place.outer > self.state.origin
+            last = (outer - 1)[:, None] if both is None else both.of(outer - 1)[:, None]
+            self._carry(rows_at(self._whole(both=both), last)[:, 0], both)
+            self._keep_up(rows)
+        has_some = self._place.outer > self.state.origin
+        return has_some if rows is None else has_some & rows.taken
 
     def last_of_context(self) -> Tensor:
         """Hidden states `[S, hidden]` (twice under guidance) of the last row of what `append_context` has appended."""
         assert self._carried is not None
         return self._carried
 
-    def _rows(self, first: Tensor, width: int, decided: bool) -> Tensor:
+    def _rows(self, first: Tensor, width: int, decided: bool, rows: Rows | None, both: Rows | None) -> Tensor:
         columns = first[:, None] + torch.arange(width, dtype=torch.int32, device=first.device)
+        is_new = None
+        if rows is not None:
+            is_new = columns >= self.twice(self.kept)[:, None]
+            self._keep_up(rows)
         # beyond the block nothing has been written
-        return self.at(columns, self._buffers["kv range"][:, 1], **self._visibility(decided))
+        return self.at(columns, self._buffers["kv range"][:, 1], is_new, rows=both, **self._visibility(decided))
 
-    def _in_part(self, at_most: int, window: TokenWindow, pick: Tensor | None) -> Tensor:
+    def _keep_up(self, rows: Rows | None) -> None:
+        """In these rows what stands left of the block has been forwarded."""
+        if rows is not None:
+            self.kept.copy_(torch.where(rows.taken, self._place.outer, self.kept))
+
+    def _in_part(self, at_most: int, pick: Tensor | None, rows: Rows | None, both: Rows | None) -> Tensor:
         """A forward for what was open before the last step, of which no request has more than `at_most`."""
         pending = self.was_open.clone()
-        self.was_open.copy_(self.state.is_open)
+        self._note_open(rows)
         slots, origin = self.slots[: len(pending)], self.state.origin[:, None]
         if self.shift:
             before = torch.nn.functional.pad(pending[:, 1:], (0, 1))
             pending = (before & (slots >= origin)) | (pending & (slots == origin))
         columns = torch.where(pending, slots, self.length).topk(at_most, 1, largest=False).values
-        hidden = self.at(self.twice(columns), self.ends)
+        hidden = self.at(self.twice(columns), self.ends, rows=both)
         place = (pending.cumsum(1) - 1).clamp(0, at_most - 1).gather(1, self._buffers["speaker"])
-        return self._select(hidden, (place + self._row * at_most).flatten(), pick)
+        return self._select(hidden, place, pick, rows)
 
     def _with_shadow(self, window: TokenWindow, pick: Tensor | None, moment: dict[str, Tensor]) -> Tensor:
         """A forward of all the canvas and of the block's shadow, from which decided positions are read."""
@@ -272,4 +396,4 @@ class BlockForward(Forward):
         kv_range = torch.stack((self.origin, self.ends), 1)
         seen = AttentionWindow(kv_range=kv_range, shadow=columns.contiguous(), rotations=self.rotations)
         hidden = self.run(everywhere, self.positions.gather(1, everywhere), seen, tokens, moment)
-        return self._select(hidden, (row + self._row * hidden.shape[1]).flatten(), pick)
+        return self._select(hidden, row, pick, None)

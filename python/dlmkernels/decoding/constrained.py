@@ -70,12 +70,13 @@ class Constrained:
         return torch.nn.functional.pad(bitmask, (0, words - shape[-1])).to(window.positions.device).contiguous()
 
     def act(
-        self, step: Step, is_extra: Tensor | None, act: Callable[[Step], Action] | None = None
+        self, step: Step, is_extra: Tensor | None, act: Callable[[Step], Action] | None = None,
+        taken: Tensor | None = None,
     ) -> tuple[Step, Action]:  # fmt: skip
         """What the rule, or `act`, does of the step, as far as it is accepted; and the step with the proposals used.
 
         In rows `is_extra` bool `[B]` (None: in no row) the rule's plan has come to its end: what is left open is
-        committed one by one.
+        committed one by one. `taken` bool `[B]`: the rows that take part in the step; None: all.
         One host round trip for each time that it decides.
         """
         act = self.rule.act if act is None else act
@@ -106,6 +107,7 @@ class Constrained:
         # in these the best that there is was tried, and this canvas would only be tried again
         tries_all = is_extra if self.rule.draws else torch.ones_like(is_extra)
         nothing = ~(written | _mask(action.remask, step)).any(1)
+        nothing = nothing if taken is None else nothing & taken
         self.is_stuck = self.is_stuck | (tries_all & was_behind & nothing)
         self.is_behind = self.is_behind | (step.eligible & ~written & (step.token < 0)).any(1)
         return step, action

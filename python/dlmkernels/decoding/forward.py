@@ -11,11 +11,11 @@ from torch import Tensor
 from ..cache import KVCache
 from ..models.adapt import DiffusionModel, EncoderDecoderModel
 from ..models.backbone import Backbone, Moment
-from ..window import AttentionWindow, TokenWindow
+from ..window import AttentionWindow, Rows, TokenWindow
 from .config import DecodingConfig, SpecialTokens
 from .guidance import Unconditional
 from .schedule import Grid
-from .state import State
+from .state import State, put
 
 
 class Forward:
@@ -35,9 +35,11 @@ class Forward:
 
     def __init__(
         self, model: DiffusionModel, state: State, config: DecodingConfig, special: SpecialTokens, grid: Grid,
-        prompt_embeds: Tensor | None = None, ends: Tensor | None = None,
+        prompt_embeds: Tensor | None = None, ends: Tensor | None = None, rows_change: bool = False,
     ):  # fmt: skip
-        """`ends` int32 `[S]`: how far each request may reach where that is less than the grid's end."""
+        """`ends` int32 `[S]`: how far each request may reach where that is less than the grid's end. `rows_change`:
+        whether rows are given other requests while others are decoded.
+        """  # fmt: skip
         self.model, self.state, self.config, self.special, self.grid = model, state, config, special, grid
         self.shift = 1 if config.logit_alignment == "shift" else 0
         self.is_guided = config.cfg_scale > 0
@@ -48,7 +50,8 @@ class Forward:
         self.slots = self._columns.int().expand(rows, self.length)
         self.positions = torch.zeros(rows, self.length, dtype=torch.int64, device=self.origin.device)
         self.kv_range: Tensor | None = None
-        self.cache = KVCache(self.length) if config.cache != "none" else None
+        self.cache = KVCache(self.length, rows) if config.cache != "none" else None
+        self.rows_change = rows_change
         #: whether the model is told where its decoding stands
         self.takes_time = isinstance(model, Backbone)
         # Guidance doubles the batch: the second half sees something else where tokens were given.
@@ -64,19 +67,21 @@ class Forward:
         self.look()
         self.forget(torch.ones_like(self.state.origin, dtype=torch.bool))
 
-    def look(self) -> None:
-        """Find out where the requests stand that the state holds now."""
+    def look(self, rows: Tensor | None = None) -> None:
+        """Find out where the requests stand that the state holds now, new ones in rows bool `[S]`; None: in all."""
         state, grid = self.state, self.grid
-        #: the largest number of columns that any row has left of its first block
-        self.depth = max(int((grid.first - state.origin).max()), 0)
+        #: the largest number of columns that any row has left of its first block; where rows change, that there may be
+        self.depth = grid.span[1] if self.rows_change else max(int((grid.first - state.origin).max()), 0)
         if self.is_guided:
             if self.unconditional is None:
                 self.unconditional = Unconditional(state, self.special.mask)
                 self.origin, self.ends = self.origin.repeat(2), grid.ends.repeat(2)
             other = self.unconditional
-            other.look()
+            other.look(rows)
             self.origin.copy_(torch.cat((state.origin, other.origin)))
-            self.depth = max(self.depth, int((grid.first - other.origin).max()))
+            self.ends.copy_(torch.cat((grid.ends, grid.ends)))
+            if not self.rows_change:
+                self.depth = max(self.depth, int((grid.first - other.origin).max()))
             if self._given_embeds is not None:
                 blind = self.model.embed(other.tokens[:, : self._given_embeds.shape[1]])
                 self.prompt_embeds = torch.cat((self._given_embeds, blind))
@@ -84,12 +89,16 @@ class Forward:
         ends = self.ends if self._given_ends is None else self.twice(self._given_ends)
         self.rotations = self.model.rotations(ends - self.origin)
         self.positions.copy_((self._columns - self.origin[:, None]).clamp(min=0))
-        if bool(((self.origin > 0) | (self.ends < self.length)).any()):
+        if self.rows_change or bool(((self.origin > 0) | (self.ends < self.length)).any()):
             kv_range = torch.stack((self.origin, self.ends), 1)
             self.kv_range = kv_range if self.kv_range is None else self.kv_range.copy_(kv_range)
         else:
             self.kv_range = None
-        self._to_decode = state.is_open.sum(1).clamp(min=1)
+        to_decode = state.is_open.sum(1).clamp(min=1)
+        if rows is None:
+            self._to_decode = to_decode
+        else:
+            put(self._to_decode, to_decode, rows)
 
     @property
     def length(self) -> int:
@@ -109,8 +118,13 @@ class Forward:
         if self.opinion is not None:
             self.opinion.masked_fill_(self.twice(rows)[:, None, None], 0)
 
-    def condition_next(self, window: TokenWindow, logits: Tensor, temperature: float | Tensor) -> None:
-        """In the next forward, let the model know the distributions of the window's slots, of logits `[N or 2N, V]`."""
+    def condition_next(
+        self, window: TokenWindow, logits: Tensor, temperature: float | Tensor, rows: Tensor | None = None
+    ) -> None:
+        """In the next forward, let the model know the distributions of the window's slots, of logits `[N or 2N, V]`.
+
+        Here and below in some rows, bool `[S]`, and what was set for the others stays; None: in all.
+        """
         assert isinstance(self.model, EncoderDecoderModel)
         positions = self.twice(window.positions)
         if isinstance(temperature, Tensor):
@@ -120,10 +134,10 @@ class Forward:
         nothing = soft.new_zeros(len(soft), self.length + 1, soft.shape[2])  # one more column, for the other slots
         opinion = nothing.scatter(1, column, soft)[:, :-1]
         if self.opinion is None:
-            self.opinion = torch.empty_like(opinion)
-        self.opinion.copy_(opinion)
+            self.opinion = torch.zeros_like(opinion)
+        put(self.opinion, opinion, rows if rows is None else self.twice(rows))
 
-    def embed_next(self, window: TokenWindow, embeds: Tensor, where: Tensor) -> None:
+    def embed_next(self, window: TokenWindow, embeds: Tensor, where: Tensor, rows: Tensor | None = None) -> None:
         """In the next forward, let `embeds` `[S, W, hidden]` stand in for the tokens' where `where` says so."""
         if not self.model.embeds_by_token:
             raise ValueError(
@@ -139,19 +153,21 @@ class Forward:
         if (other := self.unconditional) is not None:
             embedded = embedded & ~torch.cat((torch.zeros_like(other.replaced), other.replaced))
         if self.embeds is None or self.embedded is None:
-            self.embeds, self.embedded = torch.empty_like(own), torch.empty_like(embedded)
-        self.embeds.copy_(own)
-        self.embedded.copy_(embedded)
+            self.embeds, self.embedded = torch.zeros_like(own), torch.zeros_like(embedded)
+        rows = rows if rows is None else self.twice(rows)
+        put(self.embeds, own, rows)
+        put(self.embedded, embedded, rows)
 
     # --- forwards -----------------------------------------------------------------------------------------------------
 
     def at(
-        self, columns: Tensor, end: Tensor, used: Tensor | None = None, tokens: Tensor | None = None, **visibility: Any
-    ) -> Tensor:
+        self, columns: Tensor, end: Tensor, used: Tensor | None = None, tokens: Tensor | None = None,
+        rows: Rows | None = None, **visibility: Any,
+    ) -> Tensor:  # fmt: skip
         """Hidden states `[S, Q, hidden]` of the canvas columns int32 `[S, Q]`, which see nothing from `end` `[S]` on.
 
         Columns outside of the request, and those not `used` bool `[S, Q]`, are unused slots. `tokens` int64 `[S, Q]`
-        stand in for what the canvas holds there.
+        stand in for what the canvas holds there. `rows`: see `run`.
         """
         outside = (columns < self.origin[:, None]) | (columns >= self.ends[:, None])
         inside = columns.clamp(0, self.length - 1).long()
@@ -159,15 +175,16 @@ class Forward:
         window = AttentionWindow(
             slots, torch.stack((self.origin, end), 1), self.cache, rotations=self.rotations, **visibility
         )  # fmt: skip
-        return self.run(inside, self.positions.gather(1, inside), window, tokens)
+        return self.run(inside, self.positions.gather(1, inside), window, tokens, rows=rows)
 
     def run(
         self, columns: Tensor | None, positions: Tensor, window: AttentionWindow, tokens: Tensor | None = None,
-        moment: dict[str, Tensor] | None = None,
+        moment: dict[str, Tensor] | None = None, rows: Rows | None = None,
     ) -> Tensor:  # fmt: skip
         """Hidden states `[S, Q, hidden]` of the columns int64 `[S, Q]`, or of all (None), at `positions` `[S, Q]`.
 
-        `moment`: arguments of `Moment`, for backbones that may take the time.
+        `moment`: arguments of `Moment`, for backbones that may take the time. `rows`: which are forwarded (of both
+        halves of a guided batch), the only ones of the result, then `[n, Q, hidden]`; None: all.
         """
         if tokens is None:
             tokens = self.tokens()
@@ -175,12 +192,17 @@ class Forward:
                 tokens = tokens.gather(1, columns)
         embeds = self._embeds(tokens, columns)
         opinion = None if self.opinion is None else _at(self.opinion, columns)
+        told = {}
+        if self.takes_time:
+            masked = (self.state.is_open.sum(1) / self._to_decode).clamp(max=1)
+            told = {name: self.twice(value) for name, value in {"masked": masked, **(moment or {})}.items()}
+        if rows is not None:
+            tokens, positions, window = rows.of(tokens), rows.of(positions), window.of(rows)
+            embeds, opinion = (None if x is None else rows.of(x) for x in (embeds, opinion))
+            told = {name: rows.of(value) for name, value in told.items()}
         if not self.takes_time:
             return self.model.hidden(tokens, positions, window, embeds, opinion)
-        masked = (self.state.is_open.sum(1) / self._to_decode).clamp(max=1)
-        told = {name: self.twice(value) for name, value in (moment or {}).items()}
-        now = Moment(self.twice(masked), **told)
-        return self.model.hidden(tokens, positions, window, embeds, opinion, now)  # type: ignore[call-arg]
+        return self.model.hidden(tokens, positions, window, embeds, opinion, Moment(**told))  # type: ignore[call-arg]
 
     def tokens(self) -> Tensor:
         """What stands on the canvas, int64 `[S, T]`, for both halves of a guided batch."""

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from .config import DecodingConfig, SpecialTokens
 from .inputs import filler, read_prompts
-from .state import NegativePrompt, State
+from .state import NegativePrompt, State, put
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,10 @@ class Unconditional:
             self.replaced = torch.zeros_like(canvas.is_open)
             self.replaced[:, : width - behind] = True
 
-    def look(self) -> None:
-        """Find out what is given now."""
+    def look(self, rows: Tensor | None = None) -> None:
+        """Find out what is given now in rows bool `[B]`; None: in all."""
         if self._canvas.negative is None:
-            self.replaced.copy_(~self._canvas.is_open)
+            put(self.replaced, ~self._canvas.is_open, rows)
 
     def see(self, tokens: Tensor) -> Tensor:
         """The canvas' tokens int64 `[B, T]` with what was given replaced."""

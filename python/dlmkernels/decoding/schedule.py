@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +21,10 @@ class Grid:
 
     Attributes
     ----------
-    first : Tensor
-        int32 `[B]`: column of the first block with something to decode.
-    ends : Tensor
-        int32 `[B]`: column after a row's last block.
+    begun : Tensor
+        int32 `[B]`: column after each prompt.
+    first, ends : Tensor
+        int32 `[B]`: column of the first block with something to decode, and after the last.
     asked : Tensor
         int32 `[B]`: column after the last that was asked for; what stands from there on completes a block.
     length : int
@@ -38,13 +37,12 @@ class Grid:
         Blocks of the row that has most.
     last_lengths : tuple of int
         How many columns the last block of a row may have.
-    start : int
-        Column after the prompts.
     is_absolute, grows : bool
         Whether blocks are counted from a request's first token; and whether the last one is decoded whole, and the
         canvas is as long as that takes.
     """
 
+    begun: Tensor
     first: Tensor
     ends: Tensor
     asked: Tensor
@@ -53,7 +51,6 @@ class Grid:
     span: tuple[int, int]
     count: int
     last_lengths: tuple[int, ...]
-    start: int
     is_absolute: bool
     grows: bool
 
@@ -62,50 +59,54 @@ class Grid:
         """The grid for decoding the columns from `start` to `end` (one, or int32 `[B]`) of requests that start at
         `origin` int32 `[B]`.
         """  # fmt: skip
-        end = torch.zeros_like(origin) + end
-        length = config.block_length or int(end.max()) - start
-        is_absolute = config.block_grid == "absolute"
-        first, ends, asked = _blocks(origin, start, end, length, is_absolute, grows)
+        begun, asked = torch.zeros_like(origin) + start, torch.zeros_like(origin) + end
+        length = config.block_length or int(asked.max()) - start
+        first, ends = _bounds(origin, begun, asked, length, config.block_grid == "absolute", grows)
         low, high, count, width = torch.stack(
-            [first.min(), first.max(), _ceil(ends - first, length).max(), torch.maximum(ends, end).max()]
+            [first.min(), first.max(), _ceil(ends - first, length).max(), torch.maximum(ends, asked).max()]
         ).tolist()
         last = tuple(((ends - first - 1) % length + 1).unique().tolist())
-        return cls(first, ends, asked, length, width, (low, high), count, last, start, is_absolute, grows)
+        is_absolute = config.block_grid == "absolute"
+        return cls(begun, first, ends, asked, length, width, (low, high), count, last, is_absolute, grows)
 
     @classmethod
     def for_any(
-        cls, config: DecodingConfig, rows: int, start: int, end: int, grows: bool, device: torch.device
+        cls, config: DecodingConfig, rows: int, columns: int, grows: bool, device: torch.device
     ) -> Grid:  # fmt: skip
-        """A grid with room for any `rows` requests whose prompts end at column `start` and that end by `end`."""
-        origin = torch.arange(max(start, 1), dtype=torch.int32, device=device)
-        widest = cls.of(config, origin, start, end, grows)
-        tensors = {name: getattr(widest, name).new_zeros(rows) for name in _TENSORS}
-        grid = dataclasses.replace(widest, last_lengths=tuple(range(1, widest.length + 1)), **tensors)
-        grid.place(torch.arange(rows, device=device), grid.first, grid.first + end)
+        """A grid on which any requests that fit into so many columns can be placed, `rows` at a time."""
+        length = config.block_length or config.longest
+        width = columns + (length - 1) * grows
+        begun, first, ends, asked = (torch.zeros(rows, dtype=torch.int32, device=device) for _ in range(4))
+        grid = cls(
+            begun, first, ends, asked, length, width, (0, columns), -(-width // length), tuple(range(1, length + 1)),
+            config.block_grid == "absolute", grows,
+        )  # fmt: skip
+        nothing = torch.zeros_like(begun)
+        grid.place(torch.arange(rows, device=device), nothing, nothing, nothing + config.longest)
         return grid
 
     @property
     def planned(self) -> Tensor:
         """int32 `[B]`: blocks that the columns to decode would fill, wherever blocks begin."""
-        return _ceil(self.asked - self.start, self.length)
+        return _ceil(self.asked - self.begun, self.length)
 
-    def place(self, rows: Tensor, origin: Tensor, end: Tensor) -> None:
-        """Let the blocks of `rows` int64 `[n]` be those of requests at `origin` that end at `end` int32 `[n]`."""
-        found = _blocks(origin, self.start, end, self.length, self.is_absolute, self.grows)
-        for name, values in zip(_TENSORS, found, strict=True):
-            getattr(self, name).index_copy_(0, rows, values)
+    def place(self, rows: Tensor, origin: Tensor, start: Tensor, end: Tensor) -> None:
+        """Let the blocks of `rows` int64 `[n]` be those of requests in columns `origin` to `end` int32 `[n]`.
+
+        What is decoded begins at column `start` int32 `[n]`.
+        """
+        first, ends = _bounds(origin, start, end, self.length, self.is_absolute, self.grows)
+        for own, values in ((self.begun, start), (self.first, first), (self.ends, ends), (self.asked, end)):
+            own.index_copy_(0, rows, values)
 
 
-_TENSORS = ("first", "ends", "asked")
-
-
-def _blocks(
-    origin: Tensor, start: int, end: Tensor, length: int, is_absolute: bool, grows: bool
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`first`, `ends` and `asked` of a grid."""
+def _bounds(
+    origin: Tensor, start: Tensor, end: Tensor, length: int, is_absolute: bool, grows: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`first` and `ends` of a grid."""
     own = (start - origin).clamp(min=0)  # length of a prompt
-    first = origin + own // length * length if is_absolute else torch.full_like(origin, start)
-    return first, first + _ceil(end - first, length) * length if grows else end.clone(), end
+    first = origin + own // length * length if is_absolute else start.clone()
+    return first, first + _ceil(end - first, length) * length if grows else end.clone()
 
 
 def _ceil(columns: Tensor, length: int) -> Tensor:

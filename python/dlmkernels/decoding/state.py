@@ -238,6 +238,11 @@ class State:
         )  # fmt: skip
 
 
+def put(to: Tensor, values: Tensor, rows: Tensor | None) -> None:
+    """Let `values` `[S, …]` stand in `to`, in the rows bool `[S]`; None: in all."""
+    to.copy_(values if rows is None else torch.where(rows.view(-1, *[1] * (to.dim() - 1)), values, to))
+
+
 def listed(columns: Columns, chosen: Tensor, capacity: int, behind: int) -> Tensor:
     """The chosen ones bool `[S, W]` of some columns, ascending, int32 `[S, capacity]`; -1 where a row has no more.
 

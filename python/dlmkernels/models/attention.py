@@ -76,7 +76,7 @@ def attention_forward(
     tensors = q, k_new, v_new, k_cache, v_cache, window.slots, kv_range
     visibility: dict[str, Any] = {
         "causal_block": window.causal_block, "block_origin": window.block_origin, "q_limit": window.q_limit,
-        "k_order": window.k_order, "window_left": reach, "window_right": reach,
+        "k_order": window.k_order, "window_left": reach, "window_right": reach, "cache_rows": window.cache_rows,
     }  # fmt: skip
     out, lse = ops.block_attention(*tensors, softcap=softcap or 0.0, scale=scaling, **visibility)
     if s_aux is not None:

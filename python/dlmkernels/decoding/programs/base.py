@@ -24,7 +24,7 @@ from ..parameters import with_parameters
 from ..poll import OpenCount
 from ..propose import Proposer
 from ..schedule import Grid
-from ..state import State
+from ..state import State, put
 from ..step import Step
 from ..streaming import Stream
 
@@ -33,7 +33,9 @@ from ..streaming import Stream
 class Task:
     """What is to be decoded, and how: the arguments that all programs have in common.
 
-    Columns `[start, end)` of the state are decoded, and those that complete the last block of the grid.
+    Columns `[start, end)` of the state are decoded, and those that complete the last block of the grid. Where
+    `rows_change`, rows are given other requests while others are decoded (see `Grid.for_any`). `may_be_few`: whether a
+    forward may take the rows alone that need it; False pins the width of its matrix products.
     """
 
     model: DiffusionModel
@@ -44,6 +46,8 @@ class Task:
     start: int
     end: int
     prompt_embeds: Tensor | None = None
+    rows_change: bool = False
+    may_be_few: bool = True
 
 
 class Program:
@@ -103,12 +107,12 @@ class Program:
             fill_token_id=self.special.pad,
         )  # fmt: skip
 
-    def remember(self, step: Step) -> None:
-        """Write down what the rule keeps of the step."""
+    def remember(self, step: Step, taken: Tensor | None = None) -> None:
+        """Write down what the rule keeps of the step, in the rows that took part, bool `[S]`; None: in all."""
         for name, value in step.kept.items():
             if name not in self.memory:
-                self.memory[name] = torch.empty_like(value, memory_format=torch.contiguous_format)
-            self.memory[name].copy_(value)
+                self.memory[name] = torch.zeros_like(value, memory_format=torch.contiguous_format)
+            put(self.memory[name], value, taken)
 
     # --- what comes out -----------------------------------------------------------------------------------------------
 

@@ -74,7 +74,7 @@ class BlockPlan:
             num_steps=self._plan[NUM_STEPS], behind=self._plan[BEHIND], open_at_start=zeros(rows),
             width=width, tables=Tables(plans, most_steps, zeros(rows)), planned=zeros(rows),
         )  # fmt: skip
-        self.place = Place(zeros(rows), zeros(rows), zeros(rows), listing)
+        self.place = Place(zeros(rows), zeros(rows), zeros(rows), zeros(rows), listing)
         self.frontier = zeros(1)
         #: number of the block in which every column stands, int32 `[S, T]`, -1 left of all
         self.owner = zeros(rows, len(self._column))
@@ -110,6 +110,7 @@ class BlockPlan:
         torch.add(self.grid.first, self._plan[START], out=self.standing.block_start)
         torch.add(self.grid.first, forwarded[START], out=self.place.start)
         torch.add(self.grid.first, forwarded[OUTER], out=self.place.outer)
+        self.place.length.copy_(forwarded[LENGTH])
         self.place.outer_length.copy_(forwarded[OUTER_LENGTH])
         return enters, has_later
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The program of most rules: block after block, from left to right, each until the rule is done with it.
 
-Every row has its own block, step and end. Without a cache a row enters its next block as soon as it is done with one.
-With a cache, what enters needs another form of forward than what goes on, and the rows of a batch enter together.
+Every row has its own block, step and end. Without a cache, and where rows are given other requests on the way, a row
+enters its next block as soon as it is done with one. In a batch with a cache what enters needs another form of forward
+than what goes on, and the rows enter together.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ...window import TokenWindow
+from ...window import Rows, TokenWindow
 from ..block_forward import BlockForward
 from ..constrained import Constrained
 from ..outcome import Unfinished
@@ -24,27 +25,27 @@ from ..state import listed
 from .base import Program, Task
 from .block_forms import BlockForms, Form
 from .block_plan import BlockPlan
+from .row_forms import RowForms
 
 #: Multiplications of a language-model head that take as long as finding out for which slots it need not run.
 COMPACTING = 500_000
 
 
 class BlockAfterBlock(Program):
-    """A report holds a number for each row: how many positions of its block are open, at least 1 while it is in one;
-    0 if it waits to enter another; -1 if nothing is left. With cache="delayed" twice as many, the others being the
-    numbers of all open positions.
-    """
+    """What a report holds: see `BlockForms` and `RowForms`."""
 
     def __init__(self, task: Task):
         super().__init__(task)
         config, state, rule = self.config, self.state, self.rule
         rows, device = len(state.tokens), state.tokens.device
-        self.forward = BlockForward(self.model, state, config, self.special, self.grid, task.prompt_embeds)
+        self.forward = BlockForward(
+            self.model, state, config, self.special, self.grid, task.prompt_embeds, rows_change=task.rows_change
+        )  # fmt: skip
         self.constrained = Constrained(config.constraint, rule, state, self.start, self.end, self.special.mask)
         self.unfinished = Unfinished(state, rule, self.constrained)
         self.reads_open = rule.slots == "open"
-        #: whether the host knows which block the rows are in
-        self.together = rows == 1 or config.cache != "none" or self.forward.commits_apart
+        #: whether rows enter their blocks together, so that the host knows which one they are in
+        self.together = not task.rows_change and (rows == 1 or config.cache != "none" or self.forward.commits_apart)
         # A rule that takes tokens back may also take back an end token: that counts once its block is finished.
         self.fills_at_once = config.eos_policy == "fill" and self.reads_open
         self.fills_at_end = config.eos_policy != "none" and not self.fills_at_once
@@ -57,15 +58,17 @@ class BlockAfterBlock(Program):
             return most, most + extra * length
 
         most_steps = [limits(b.length, b.num_steps)[1] for b in blocks]
-        self.forms = BlockForms(config, blocks, most_steps, self.forward, self.together, self.fills_at_end)
-
         slots = self._most_slots([b.start for b in blocks], max(b.length for b in blocks))
+        self.forms = BlockForms(config, blocks, most_steps, self.forward, self.fills_at_end)
+        self.row_forms = RowForms(config, most_steps, self.forward, slots, task.may_be_few)
         #: positions that a window may hold until its row enters another block, -1 for none, int32 [S, W]; the same as
         #: an index; where there is one in a row that works, uint8
         self._listing = torch.zeros(rows, slots, dtype=torch.int32, device=device)
         self._index = torch.zeros(rows, slots, dtype=torch.int64, device=device)
         self._valid = torch.zeros(rows, slots, dtype=torch.uint8, device=device)
         self._works = torch.zeros(rows, dtype=torch.bool, device=device)  # which rows are in a block
+        #: the last report, where rows go by themselves
+        self._open, self._phase, self._pending = (torch.zeros_like(state.origin) for _ in range(3))
         self._nothing = torch.full((), -1, dtype=torch.int32, device=device)
         self.plan = BlockPlan(state, self.grid, blocks, limits, self._listing)
         self.standing = self.plan.standing
@@ -83,7 +86,7 @@ class BlockAfterBlock(Program):
         """How many slots a window has: one for each position that a step can decide, in the row that has most."""
         if self.rule.slots == "canvas":
             return self.state.tokens.shape[1] - self.start
-        if not self.reads_open:
+        if not self.reads_open or self.forward.rows_change:
             return longest
         is_open = self.state.is_open
         column = torch.arange(is_open.shape[1], device=is_open.device) - self.grid.first[:, None]
@@ -95,17 +98,19 @@ class BlockAfterBlock(Program):
     # --- the host's part ----------------------------------------------------------------------------------------------
 
     def form(self, report: tuple[int, ...], behind: int) -> Form | None:
-        form = self.forms.next(report, behind, self._listing.numel())
+        slots = self._listing.numel()
+        form = self.forms.next(report, behind, slots) if self.together else self.row_forms.next(report, behind)
         if form is None or (self.reads_open and not self.model.self_conditions):
             return form
-        return replace(form, head=self._listing.numel())
+        return replace(form, head=slots)
 
     def may_leave(self, form: Form) -> bool:
         return not self.reads_open or form.kind == "enter" or form.is_limited
 
     def widest(self, form: Form) -> Form:
-        pending = self.forward.length if form.part == "open" else form.pending
-        return replace(form, pending=pending, head=self._listing.numel(), is_limited=True)
+        is_any = form.part == "open" or (not self.together and form.part == "append")
+        pending = self.forward.length if is_any else form.pending
+        return replace(form, pending=pending, head=self._listing.numel(), is_limited=True, width=None)
 
     # --- the device's part --------------------------------------------------------------------------------------------
 
@@ -117,6 +122,7 @@ class BlockAfterBlock(Program):
             self.state.renoise(self.model.vocab_size)
         self.forward.begin()
         self.forms.begin(len(self._works))
+        self.row_forms.begin(self.grid.ends.tolist())
         self.plan.begin()
         self.constrained.enter(torch.ones_like(self._works))
         self._works.fill_(False)
@@ -127,20 +133,23 @@ class BlockAfterBlock(Program):
     def renew(self, rows: Tensor) -> None:
         """Take notice that `rows` int64 `[n]`, which had nothing left to do, hold other requests (see `State.admit`).
 
-        They wait for their first block, so that in the report they stand at 0 from now on. What is to be decoded of
-        them lies in the grid's columns. Only where each row enters its blocks by itself.
+        The grid holds them already (see `Grid.place`). They wait for their first block, so that in the report they
+        stand at 0 from now on. Only in tasks whose rows change.
         """
-        if self.together:
-            raise ValueError("rows can be given other requests where there are several, with cache='none' alone")
+        if not self.forward.rows_change:
+            raise ValueError("rows can be given other requests where the task has rows_change alone")
         is_new = torch.zeros_like(self._works).index_fill_(0, rows, True)
         self._works.masked_fill_(is_new, False)
+        self._open.masked_fill_(is_new, 0)
         self._valid.masked_fill_(is_new[:, None], 0)
         self.constrained.enter(is_new)
         self.plan.begin()
-        self.forward.look()
-        self.forward.forget(is_new)
+        self.forward.renew(is_new)
+        self.row_forms.renew(rows.tolist(), self.grid.ends[rows].tolist())
 
     def step(self, form: Form) -> Tensor:
+        if form.kind == "look":
+            return self._reported(self._open, None)
         if form.kind == "enter":
             return self.enter()
         return self.append(form) if form.kind == "append" else self.denoise(form)
@@ -159,10 +168,10 @@ class BlockAfterBlock(Program):
         self._works.copy_(works | enters)
         count = self._list_positions()
         self.standing.open_at_start.copy_(torch.where(enters, count, self.standing.open_at_start))
-        self.forward.enter(plan.place, self.forms.block)
+        self.forward.enter(plan.place, self.forms.block if self.together else None)
         self.forward.forget(enters)
         self.constrained.enter(enters)
-        return self._reported(torch.where(self._works, count.clamp(min=1), torch.where(has_later, 0, -1)))
+        return self._reported(torch.where(self._works, count.clamp(min=1), torch.where(has_later, 0, -1)), None)
 
     def _open_in_block(self) -> Tensor:
         """Open positions of each row's block, bool `[S, columns]`."""
@@ -186,7 +195,21 @@ class BlockAfterBlock(Program):
         self._valid.copy_((listing >= 0) & self._works[:, None])
         return is_open.sum(1, dtype=torch.int32)
 
-    def _window(self, is_limited: bool) -> TokenWindow:
+    def _taking(self, form: Form) -> Rows | None:
+        """The rows that this step takes; None: all.
+
+        Not those that have come into another phase than the host knew, or for which the form has not the shapes.
+        """
+        if form.rows is None:
+            return None
+        takes = (self._open > 0) & (self._phase == form.phase)
+        if form.part in ("append", "open"):
+            takes = takes & (self._pending <= form.pending)
+        if form.width is not None:
+            takes = takes & (self.grid.ends <= form.width)
+        return Rows.chosen(takes, form.rows)
+
+    def _window(self, is_limited: bool, rows: Rows | None = None) -> TokenWindow:
         """The positions that this step may decide."""
         if self.reads_open:
             used = (self.state.state.gather(1, self._index) & self._valid).bool()
@@ -196,6 +219,8 @@ class BlockAfterBlock(Program):
             used = self._valid.bool() & self._works[:, None]
         if self.constrained.may_leave_open:
             used = used & ~self.constrained.is_stuck[:, None]
+        if rows is not None:
+            used = used & rows.taken[:, None]
         return TokenWindow.of(torch.where(used, self._listing, self._nothing), self.state.origin, used)
 
     def _compacted(self, used: Tensor, head: int) -> tuple[Tensor | None, Tensor | None]:
@@ -212,9 +237,9 @@ class BlockAfterBlock(Program):
 
     def append(self, form: Form) -> Tensor:
         """Forward what is decided left of the block, and decide its first token by it if the model's family does so."""
-        state = self.state
+        state, rows = self.state, self._taking(form)
         in_block = state.columns(self.plan.place.outer, form.columns[0])
-        took_part = self.forward.append_context(form.pending) & state.open_in(in_block).any(1)
+        took_part = self.forward.append_context(form.pending, rows) & state.open_in(in_block).any(1)
         if self.config.seeded:
             first = torch.where(took_part, self.plan.place.outer, state.tokens.shape[1])
             window = state.window(state.columns(first, 1), 1)
@@ -228,26 +253,28 @@ class BlockAfterBlock(Program):
             self.commit(window.positions, step.token, action.commit, step.confidence, self.fills_at_once)
             took_part = took_part & (window.positions[:, 0] < 0)  # the others have been counted
         state.step.add_(took_part)
-        self.plan.count_from_here(self._works)
+        taken = self._works if rows is None else self._works & rows.taken
+        self.plan.count_from_here(taken)
         open_now = self._open_in_block().sum(1, dtype=torch.int32).masked_fill(~self._works, 0)
-        self.standing.open_at_start.copy_(torch.where(self._works, open_now, self.standing.open_at_start))
-        self._works.copy_(open_now > 0)
-        return self._reported(open_now)
+        self.standing.open_at_start.copy_(torch.where(taken, open_now, self.standing.open_at_start))
+        self._works.copy_(self._works & ((open_now > 0) | ~taken))
+        return self._reported(open_now, rows)
 
     def denoise(self, form: Form) -> Tensor:
         """A step of the rule."""
-        state, constrained = self.state, self.constrained
-        window = self._window(form.is_limited)
+        state, constrained, rows = self.state, self.constrained, self._taking(form)
+        window = self._window(form.is_limited, rows)
         pick, row_map = self._compacted(window.used, form.head)
-        hidden = self.forward(form.part, window, self.standing, pick, form.pending)
+        hidden = self.forward(form.part, window, self.standing, pick, form.pending, form.width, rows)
         logits = self.model.logits(hidden)
         self._row_cost = 0 if logits is hidden else hidden.shape[1] * logits.shape[1]
         step = self.propose.step(
             logits, window, self.standing, row_map, self.memory, constrained.allowed(window, logits.shape[1])
         )
         is_extra = step.index >= self.plan.max_steps if constrained.may_leave_open else None
-        step, action = constrained.act(step, is_extra)
-        self.remember(step)
+        taken = None if rows is None else rows.taken
+        step, action = constrained.act(step, is_extra, taken=taken)
+        self.remember(step, taken)
         self.unfinished.see(step)
         info = state.write(
             window.positions, _or(action.token, step.token), commit=action.commit, edit=action.edit,
@@ -256,35 +283,49 @@ class BlockAfterBlock(Program):
         )  # fmt: skip
         if action.insert is not None:
             block_end = (self.standing.block_start + self.standing.block_length).clamp(max=state.tokens.shape[1])
+            takes_part = self._works if taken is None else self._works & taken
             ops.splice_(
-                state.tokens, torch.where(self._works, self.standing.block_start, -1), insert=action.insert,
+                state.tokens, torch.where(takes_part, self.standing.block_start, -1), insert=action.insert,
                 remove=action.remove, end=block_end, state=state.state, commit_step=state.commit_step,
                 commit_confidence=state.confidence, fill_token_id=self.special.mask,
             )  # fmt: skip
         if action.embeds is not None and action.embedded is not None:
-            self.forward.embed_next(window, action.embeds, action.embedded)
+            self.forward.embed_next(window, action.embeds, action.embedded, taken)
         if self.model.self_conditions:
-            self.forward.condition_next(window, logits, step.sampling_temperature)
-        return self._advance(info, action)
+            self.forward.condition_next(window, logits, step.sampling_temperature, taken)
+        return self._advance(info, action, rows)
 
-    def _advance(self, info: Tensor, action: Action) -> Tensor:
+    def _advance(self, info: Tensor, action: Action, rows: Rows | None) -> Tensor:
         """Find out which rows are done with their block; what there is to report."""
         if self.reads_open:
-            if self.forms.is_delayed:
+            if self.together and self.forms.is_delayed:
                 return info[:, :2].flatten()
             open_now = info[:, 0]
-            return open_now.masked_fill(self.constrained.is_stuck, 0) if self.constrained.may_leave_open else open_now
+            if self.constrained.may_leave_open:
+                open_now = open_now.masked_fill(self.constrained.is_stuck, 0)
+            return open_now if self.together else self._reported(open_now, rows)
         has_open = self._open_in_block().any(1)
         wanted = has_open if action.working is None else action.working
         if self.constrained.may_leave_open:
             wanted = has_open | (wanted & (self.standing.index < self.plan.max_steps))
             wanted = wanted & ~self.constrained.is_stuck
-        works = self._works & wanted & self.plan.has_steps()
+        goes_on = wanted & self.plan.has_steps()
+        works = self._works & (goes_on if rows is None else goes_on | ~rows.taken)
         self._works.copy_(works)
-        return works.int()
+        return works.int() if self.together else self._reported(works.int(), rows)
 
-    def _reported(self, open_now: Tensor) -> Tensor:
-        """The report with these numbers int32 `[S]`."""
+    def _reported(self, open_now: Tensor, rows: Rows | None) -> Tensor:
+        """The report with these numbers of open positions int32 `[S]`, of which those of some rows have changed.
+
+        None: of all.
+        """
+        if not self.together:
+            if rows is not None:
+                open_now = torch.where(rows.taken, open_now, self._open)
+            phase, pending = self.forward.phases(self.standing.index)
+            for own, value in ((self._open, open_now), (self._phase, phase), (self._pending, pending)):
+                own.copy_(value)
+            return torch.cat((open_now, phase, pending))
         if not self.forms.is_delayed:
             return open_now
         return torch.stack((open_now, self.state.is_open.sum(1, dtype=torch.int32)), 1).flatten()
@@ -296,6 +337,12 @@ class BlockAfterBlock(Program):
 
     def finished_columns(self) -> int:
         return int(self.standing.block_start[0]) if bool(self._works[0]) else self.start
+
+    def finished(self) -> Tensor:
+        """Up to which column each row is finished, int32 `[S]`."""
+        standing = self.standing
+        reached = standing.block_start + torch.where(self._works, 0, standing.block_length)
+        return torch.where(self.state.block < 0, self.grid.begun, reached)
 
 
 def _or(value: Tensor | None, otherwise: Tensor) -> Tensor:

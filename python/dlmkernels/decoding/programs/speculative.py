@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -52,7 +54,7 @@ class SpeculativeProgram(Program):
         working = state.is_open.any(1)
         columns, next_columns = last[:, None] + self.offset, last[:, None] + 1 + self.offset
         block_end = torch.minimum(last + self.grid.length, self.forward.ends)
-        block = {"columns": columns, "end": block_end, "used": working[:, None].expand_as(columns)}
+        block: dict[str, Any] = {"columns": columns, "end": block_end, "used": working[:, None].expand_as(columns)}
         is_next = working[:, None] & (next_columns < self.forward.ends.clamp(max=self.end)[:, None])
         window = TokenWindow(torch.where(is_next, next_columns, -1), state.origin)
 
