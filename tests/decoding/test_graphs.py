@@ -43,7 +43,7 @@ def record(monkeypatch):
         elif graphs is False:
             return Steps(program, is_widest)
         else:
-            steps = RecordedSteps(program, Replays(), graphs is True, is_widest)
+            steps = RecordedSteps(program, Replays(), graphs is True)
         made.append(steps)
         return steps
 
@@ -98,7 +98,7 @@ def test_the_engine_by_replayed_steps(models, record, device, options, determini
     (steps,) = record
     (lane,) = engine._rounds.pool.lanes.values()
     assert isinstance(lane, SlotLane) and steps.replayed > 20
-    assert {variant for _, variant in steps._recordings} <= ({None} if deterministic else {None, 1, 2, 4})
+    assert {form.rows for form in steps._recordings} <= ({None} if deterministic else {None, 1, 2, 4})
     seen_seldom = sum(min(count, WARM_UP + 1) for key, count in steps._seen.items())
     assert steps.made == steps.replayed + seen_seldom
     assert engine.metrics().replayed_share > 0.5

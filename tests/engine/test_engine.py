@@ -286,9 +286,9 @@ def test_forwards_take_the_rows_that_work(model):
         for new in (3, 6, 9):
             engine.add_request([5, 6, 7], max_new_tokens=new)
         list(engine)
-        wanted = [(3, 12)] * 3 + [(2, 12)] * 3 + [(1, 12)] * 3
-        assert shapes == ([(4, 61)] * 9 if deterministic else wanted)
-        assert engine.metrics().idle_row_share == (0.5 if deterministic else 0)
+        wanted = [(4, 16)] * 3 + [(2, 16)] * 3 + [(1, 16)] * 3
+        assert shapes == ([(4, 60)] * 9 if deterministic else wanted)
+        assert engine.metrics().idle_row_share == pytest.approx(1 - 18 / (36 if deterministic else 21))
 
 
 def test_what_an_engine_is_made_with(model):

@@ -46,22 +46,15 @@ class Recorder(Protocol):
 
 
 class Steps:
-    """Runs the steps of a program as they are.
-
-    Attributes
-    ----------
-    is_fixed : bool
-        Whether all steps are to have the same shapes, so that what they compute depends on no other row.
-    """
+    """Runs the steps of a program as they are."""
 
     def __init__(self, program: Program, is_widest: bool = False):
-        """`is_widest`: steps have the forms that serve any rows."""
-        self.program, self.is_fixed = program, is_widest
-        self._is_widest = is_widest or program.model.is_compiled
+        """`is_widest`: steps have the forms that serve any rows, so that what they compute depends on no other row."""
+        self.program, self._is_widest = program, is_widest or program.model.is_compiled
         self._step = program.step
 
-    def __call__(self, form: Any, variant: Hashable = None) -> Tensor:
-        """Make a step of that form; its report. Steps of another `variant` may make other calls for the same form."""
+    def __call__(self, form: Any) -> Tensor:
+        """Make a step of that form; its report."""
         return self._step(self.program.widest(form) if self._is_widest else form)
 
     def install(self) -> None:
@@ -80,10 +73,9 @@ class RecordedSteps(Steps):
         Why nothing is recorded any more.
     """
 
-    def __init__(self, program: Program, recorder: Recorder, must: bool = False, is_fixed: bool = False):
+    def __init__(self, program: Program, recorder: Recorder, must: bool = False):
         """`must`: a step that cannot be recorded is an error, and not run as it is."""
         super().__init__(program, True)
-        self.is_fixed = is_fixed
         self._recorder, self._must = recorder, must
         self._recordings: dict[Hashable, Recording] = {}
         self._looked_at: dict[Hashable, Any] = {}
@@ -91,9 +83,8 @@ class RecordedSteps(Steps):
         self.replayed = self.made = 0
         self.refusal: str | None = None
 
-    def __call__(self, form: Any, variant: Hashable = None) -> Tensor:
-        form = self.program.widest(form)
-        key = form, variant
+    def __call__(self, form: Any) -> Tensor:
+        form = key = self.program.widest(form)
         self.made += 1
         if key in self._recordings:
             self.replayed += 1
@@ -177,7 +168,7 @@ def steps_of(program: Program, graphs: Any = "auto", is_widest: bool = False) ->
         return Steps(program, is_widest)
     if reason is not None:
         raise ValueError(f"graphs=True: steps cannot be captured, since {reason}")
-    return RecordedSteps(program, CudaRecorder(program.state.tokens.device), graphs is True, is_widest)
+    return RecordedSteps(program, CudaRecorder(program.state.tokens.device), graphs is True)
 
 
 def why_not(program: Program) -> str | None:

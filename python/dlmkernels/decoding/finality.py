@@ -22,7 +22,5 @@ def finished_columns(program: Program, is_open: Tensor, rows: Tensor | None = No
         return final
     if not isinstance(program, BlockAfterBlock):
         return torch.zeros_like(final)
-    start, works = program.standing.block_start.long(), program._works
-    if rows is not None:
-        start, works = start[rows], works[rows]
-    return torch.where(works, torch.minimum(final, start), final)
+    finished = program.finished().long()
+    return torch.minimum(final, finished if rows is None else finished[rows])

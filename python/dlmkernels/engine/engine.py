@@ -97,16 +97,15 @@ class Engine:
             raise ValueError(f"max_length is {columns}, longer than the model's max_position_embeddings of {limit}")
         size = Size(
             integer(1)("slots", slots), columns, integer(1)("prefill_budget", prefill_budget),
-            integer(1)("max_lanes", max_lanes),
+            integer(1)("max_lanes", max_lanes), not flag("deterministic", deterministic),
         )  # fmt: skip
         wanted = configuration(self.model, config).replace(**overrides)
         self._intake = Intake(self.model, wanted, tokenizer, size)
-        is_widest = flag("deterministic", deterministic)
         # what is decoded in batches is a program each, which is gone before recordings of it could be worth their while
         of_gangs = graphs if graphs is True else False
         pool = Pool(
-            self.model, size, lambda program: steps_of(program, graphs, is_widest),
-            lambda program: steps_of(program, of_gangs, is_widest),
+            self.model, size, lambda program: steps_of(program, graphs, deterministic),
+            lambda program: steps_of(program, of_gangs, deterministic),
         )  # fmt: skip
         self._rounds = Rounds(pool, tokenizer)
         self._count = 0

@@ -102,5 +102,5 @@ class GangLane(Lane):
         if program.may_leave(form):
             program.unfinished.settle()
         self.working, self.width = self.busy, len(self.owner)
-        self.make(form)
+        self.make(form, program.denoises(form) or getattr(form, "kind", "") == "append")
         return True

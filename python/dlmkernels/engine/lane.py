@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class Lane(ABC):
     ----------
     owner : list of Request or None
         Of each row.
-    denoised, width, working : int
+    forwards, width, working : int
         How many forwards there have been; how many rows the last of them took, and how many of these were in a block.
     seconds : float
         How long the host took to make the last step.
@@ -39,7 +39,7 @@ class Lane(ABC):
 
     def __init__(self, rows: int):
         self.owner: list[Request | None] = [None] * rows
-        self.denoised = 0
+        self.forwards = 0
         self.working, self.width = 0, rows
         self.seconds = 0.0
         self.is_over = False
@@ -74,12 +74,12 @@ class Lane(ABC):
     def advance(self) -> bool:
         """Make one step; whether there was one to make."""
 
-    def make(self, form: Any, variant: Hashable = None) -> None:
-        """Make a step of that form, and of that variant of it."""
+    def make(self, form: Any, is_forward: bool) -> None:
+        """Make a step of that form, which forwards the model or not."""
         started = time.perf_counter()
-        self.counts.submit(self.steps(form, variant))
+        self.counts.submit(self.steps(form))
         self.seconds = time.perf_counter() - started
-        self.denoised += self.program.denoises(form)
+        self.forwards += is_forward
 
     @abstractmethod
     def start(self, row: int) -> int:

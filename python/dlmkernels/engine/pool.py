@@ -39,12 +39,15 @@ class Size:
         How many tokens of prompts are admitted between two steps, one request in any case.
     lanes : int
         How many configurations are decoded at the same time.
+    may_be_few : bool
+        Whether a forward may take the rows alone that need it.
     """
 
     slots: int
     columns: int
     prompt_tokens: int
     lanes: int
+    may_be_few: bool
 
 
 class Pool:
@@ -82,7 +85,7 @@ class Pool:
         return request.config_key, request.wishes.kind, length
 
     def _goes_by_itself(self, request: Request) -> bool:
-        return self.size.slots > 1 and not request.alone and goes_by_itself(self.model, request.config)
+        return not request.alone and goes_by_itself(self.model, request.config)
 
     def make(self, request: Request) -> Lane:
         """A lane for a request and those like it."""
@@ -90,7 +93,7 @@ class Pool:
         if not self._goes_by_itself(request):
             rows = 1 if request.alone or getattr(model, "_by_length", False) else size.slots
             return GangLane(model, request.special, rows, self._steps_of_gangs)
-        return SlotLane(model, request, size.slots, size.columns, self._steps_of)
+        return SlotLane(model, request, size.slots, size.columns, self._steps_of, size.may_be_few)
 
     # --- admission ----------------------------------------------------------------------------------------------------
 

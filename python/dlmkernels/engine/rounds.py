@@ -110,7 +110,7 @@ class Rounds:
         for key, lane in list(self.pool.lanes.items()):
             if lane.busy == 0:
                 continue
-            denoised, replayed = lane.denoised, getattr(lane.steps, "replayed", 0)
+            forwards, replayed = lane.forwards, getattr(lane.steps, "replayed", 0)
             try:
                 made += lane.advance()
             except Exception as error:
@@ -118,7 +118,7 @@ class Rounds:
                     self._fail(request, error)
                 continue
             self.meter.step(
-                len(lane.owner), lane.width, lane.busy, lane.working, lane.denoised - denoised, lane.seconds,
+                len(lane.owner), lane.width, lane.busy, lane.working, lane.forwards - forwards, lane.seconds,
                 getattr(lane.steps, "replayed", 0) > replayed,
             )  # fmt: skip
         return made

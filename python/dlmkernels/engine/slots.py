@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A program whose rows come and go: a slot is given the next request as soon as its own is done.
-
-All that is known of the inside of `BlockAfterBlock` here is how a row is given another request.
-"""
+"""A program whose rows come and go: a slot is given the next request as soon as its own is done."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ..decoding.capture import RecordedSteps, Steps
+from ..decoding.capture import Steps
 from ..decoding.config import DecodingConfig
 from ..decoding.parameters import parameters_of
 from ..decoding.poll import OpenCount
@@ -26,23 +22,17 @@ from ..decoding.state import State
 from ..models.adapt import DiffusionModel, EncoderDecoderModel
 from .alike import has_fixed_length, together
 from .lane import Lane, StepsOf
-from .narrow import NarrowModel, bucket, can_be_narrowed
 from .request import Request
 
 
 def goes_by_itself(model: DiffusionModel, config: DecodingConfig) -> bool:
     """Whether the rows of such a decoding can come and go by themselves."""
-    rule = config.rule
     return (
-        rule.by_block
-        and config.cache == "none"
-        and not config.seeded
-        and config.cfg_scale == 0
+        config.rule.by_block
+        and config.rule.noise == "mask"
         and config.constraint is None
-        and rule.noise == "mask"
-        and rule.slots != "canvas"
-        and not rule.token_ids
         and not isinstance(model, EncoderDecoderModel)
+        and not getattr(model, "_rotaries", None)
         and not getattr(model, "_by_length", False)
     )
 
@@ -50,8 +40,11 @@ def goes_by_itself(model: DiffusionModel, config: DecodingConfig) -> bool:
 def grid_of(model: DiffusionModel, config: DecodingConfig, prompt: int, length: int) -> Grid:
     """The grid of one request whose prompt begins in the first column, as `generate` would make it."""
     origin = torch.zeros(1, dtype=torch.int32, device="cpu")
-    grows = config.block_grid == "absolute" or model.family.whole_blocks
-    return Grid.of(config, origin, prompt, prompt + length, grows)
+    return Grid.of(config, origin, prompt, prompt + length, _grows(model, config))
+
+
+def _grows(model: DiffusionModel, config: DecodingConfig) -> bool:
+    return config.block_grid == "absolute" or model.family.whole_blocks
 
 
 class SlotLane(Lane):
@@ -66,49 +59,43 @@ class SlotLane(Lane):
     """
 
     def __init__(
-        self, model: DiffusionModel, like: Request, rows: int, columns: int, steps_of: StepsOf
+        self, model: DiffusionModel, like: Request, rows: int, columns: int, steps_of: StepsOf, may_be_few: bool
     ):  # fmt: skip
         super().__init__(rows)
         self.model, self.special = model, like.special
-        self.config = together([like.config] * rows)
+        length = len(like.answer) if has_fixed_length(like.config) else columns
+        self.config = together([like.config] * rows, [length] * rows)
         device = model.device
-        self.grid = self._plan(len(like.answer), columns, device)
-        # A spare column: no request fills its row, so that what forwards may see is always said by a tensor.
-        self._columns = max(columns, self.grid.width) + 1
+        self.grid = self._plan(length, columns, device)
+        self._columns = columns + self.grid.length * self.grid.grows
         parameters = parameters_of(self.config, rows, device)
         self.state = State.empty(rows, self._columns, device, parameters=parameters)
-        everywhere = torch.ones(rows, self._columns, dtype=torch.bool, device=device)
-        everywhere[:, self.grid.width :] = False  # a window must have room for any request
-        places = torch.stack((self.grid.first, self.grid.ends, self.grid.asked), 1).tolist()
-        self._fill(range(rows), torch.zeros_like(everywhere).long(), everywhere, places, parameters)
-        self._narrow = NarrowModel(model, rows, self._columns) if can_be_narrowed(model) else None
-        forwarded: Any = model if self._narrow is None else self._narrow
-        task = Task(forwarded, self.state, self.config, self.special, self.grid, 0, columns)
+        self._starts_at = [0] * rows
+        task = Task(
+            model, self.state, self.config, self.special, self.grid, 0, columns, rows_change=True, may_be_few=may_be_few
+        )
         self.program = self._blocks = BlockAfterBlock(task)
         if like.wishes:
             self.processed = RequestProposer.install(self.program, [like.wishes] * rows)
             for row in range(rows):
                 self.processed.set(row, Wishes())
         self.steps = Steps(self.program) if like.wishes.processors else steps_of(self.program)
-        if self.steps.is_fixed:
-            self._narrow = None
-        self._starts_at, self._ends_at = [0] * rows, [1] * rows
-        #: number of the report from which on each row's number speaks of its request
+        #: number of the report from which on each row's numbers speak of its request
         self._known_from = [-1] * rows
         self._submitted = 0
         self._is_in_block = [False] * rows
-        self._counted_done: set[int] = set()
         self._empty(range(rows))
         self.counts = OpenCount(*self.program.begin().tolist())
 
     def _plan(self, length: int, columns: int, device: torch.device) -> Grid:
         """The grid by which all rows are planned; where each row's blocks stand is written at its admission."""
         config, rows = self.config, len(self.owner)
-        grows = config.block_grid == "absolute" or self.model.family.whole_blocks
+        grows = _grows(self.model, config)
         if not has_fixed_length(config):
-            return Grid.for_any(config, rows, 0, columns, grows, device)
-        origin = torch.zeros(rows, dtype=torch.int32, device=device)
-        grid = Grid.of(config, origin, 0, length, grows)
+            return Grid.for_any(config, rows, columns, grows, device)
+        # a schedule is divided among the blocks of this length
+        grid = Grid.of(config, torch.zeros(rows, dtype=torch.int32, device=device), 0, length, grows)
+        grid = dataclasses.replace(grid, span=(0, columns))
         if config.block_grid == "absolute":  # the first block may hold the end of the prompt
             count = grid.count + 1
             grid = dataclasses.replace(grid, count=count, width=count * grid.length)
@@ -122,26 +109,23 @@ class SlotLane(Lane):
 
     def admit(self, requests: Sequence[Request]) -> None:
         rows = [row for row, owner in enumerate(self.owner) if owner is None][: len(requests)]
+        mask, device = max(self.special.mask, 0), self.state.tokens.device
         tokens = torch.full((len(rows), self._columns), self.special.pad, dtype=torch.int64, device="cpu")
         is_open = torch.zeros(tokens.shape, dtype=torch.bool, device="cpu")
         places = []
-        for k, request in enumerate(requests):
-            start, length = len(request.prompt), len(request.answer)
-            grid = grid_of(self.model, self.config, start, length)
-            first, end = int(grid.first), int(grid.ends)
+        for k, (row, request) in enumerate(zip(rows, requests)):
+            start, end = len(request.prompt), len(request.prompt) + len(request.answer)
             answer = torch.tensor(request.answer, dtype=torch.int64, device="cpu")
+            whole = int(grid_of(self.model, request.config, start, end - start).ends)
             tokens[k, :start] = torch.tensor(request.prompt, dtype=torch.int64, device="cpu")
-            tokens[k, start:end] = max(self.special.mask, 0)
-            tokens[k, start : start + length] = torch.where(answer < 0, max(self.special.mask, 0), answer)
-            is_open[k, start:end] = True
-            is_open[k, start : start + length] &= answer < 0
-            # its end is counted from that of the prompt, as everything is that is planned
-            places.append((first, end, length))
-            self._starts_at[rows[k]], self._ends_at[rows[k]] = start, end
-            self.owner[rows[k]] = request
+            tokens[k, start:whole] = mask
+            tokens[k, start:end] = torch.where(answer < 0, mask, answer)
+            is_open[k, start:whole] = True
+            is_open[k, start:end] = answer < 0
+            places.append((start, end))
+            self._starts_at[row], self.owner[row] = start, request
             if self.processed is not None:
-                self.processed.set(rows[k], request.wishes)
-        device = self.state.tokens.device
+                self.processed.set(row, request.wishes)
         seeds = torch.tensor([request.seed for request in requests], dtype=torch.int64, device="cpu")
         parameters = parameters_of(together([request.config for request in requests]), len(requests), device)
         self._fill(rows, tokens.to(device), is_open.to(device), places, parameters, seeds.to(device))
@@ -157,42 +141,45 @@ class SlotLane(Lane):
         return self._starts_at[row]
 
     def _empty(self, rows: Iterable[int]) -> None:
-        """Nothing is to be decoded in some rows, and next to nothing to be seen."""
+        """Nothing is to be decoded in some rows."""
         rows = list(rows)
         tokens = torch.full((len(rows), self._columns), self.special.pad, device=self.state.tokens.device)
         index = torch.tensor(rows, device=self.state.tokens.device)
         parameters = {name: values[index] for name, values in self.state.parameters.items()}
-        self._fill(rows, tokens, torch.zeros_like(tokens, dtype=torch.bool), [(0, 1, 1)] * len(rows), parameters)
+        self._fill(rows, tokens, torch.zeros_like(tokens, dtype=torch.bool), [(0, 1)] * len(rows), parameters)
 
     def _fill(
-        self, rows: Iterable[int], tokens: Tensor, is_open: Tensor, places: Sequence[Sequence[int]],
+        self, rows: Iterable[int], tokens: Tensor, is_open: Tensor, places: Sequence[tuple[int, int]],
         parameters: Mapping[str, Tensor], seeds: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Write what the rows hold from now on; of their grids, the places are `first`, `ends` and `asked`."""
+        """Write what the rows hold from now on; what is decoded of each is between its two places."""
         device = self.state.tokens.device
         index = torch.tensor(list(rows), dtype=torch.int64, device="cpu").to(device)
-        place = torch.tensor(places, dtype=torch.int32, device="cpu").to(device)
-        for own, values in zip((self.grid.first, self.grid.ends, self.grid.asked), place.T):
-            own.index_copy_(0, index, values)
-        nothing = torch.zeros_like(index, dtype=torch.int32)
-        self.state.admit(index, tokens, is_open, nothing, place[:, 1], seeds, parameters)
+        start, end = torch.tensor(places, dtype=torch.int32, device="cpu").to(device).T
+        origin = torch.zeros_like(start)
+        self.grid.place(index, origin, start, end)
+        self.state.admit(index, tokens, is_open, origin, self.grid.ends[index], seeds, parameters)
 
     def _renew(self, rows: Sequence[int]) -> None:
         """Let the program take notice of rows that hold something else."""
         self._blocks.renew(torch.tensor(rows, dtype=torch.int64, device="cpu").to(self.state.tokens.device))
         for row in rows:
             self._known_from[row], self._is_in_block[row] = self._submitted, False
-            if row in self._counted_done:
-                self._counted_done.discard(row)
-                self._blocks.forms.num_done -= 1
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
     def _report(self) -> tuple[int, ...]:
-        """The newest report that may be read; 0, for waiting, where it speaks of a request that is no more."""
+        """The newest report that may be read, of the requests that there are now.
+
+        Where it speaks of another request, or of none, the row waits, or has nothing to do.
+        """
         report = self.counts.latest()
-        number = self._submitted - self.counts.behind
-        return tuple(n if number > known else 0 for n, known in zip(report, self._known_from))
+        number, rows = self._submitted - self.counts.behind, len(self.owner)
+        own = tuple(
+            -1 if owner is None else n if number > known else 0
+            for n, owner, known in zip(report, self.owner, self._known_from)
+        )
+        return own + report[rows:]
 
     def poll(self) -> list[int]:
         done = []
@@ -209,30 +196,14 @@ class SlotLane(Lane):
         return done
 
     def advance(self) -> bool:
-        report, forms = self._report(), self._blocks.forms
-        is_entry = forms.reports - self.counts.behind == forms.entered
+        report, rows = self._report(), len(self.owner)
         form = self.program.form(report, self.counts.behind)
-        if is_entry:
-            self._counted_done = {row for row, n in enumerate(report) if n == -1}
         if form is None:
             self.seconds = 0.0
             return False
-        self.working = sum(n > 0 for n in report)
-        self.make(form, self._choose(report) if self.program.denoises(form) else None)
+        self.width = rows if form.rows is None else form.rows
+        works = [n > 0 and (form.rows is None or phase == form.phase) for n, phase in zip(report[:rows], report[rows:])]
+        self.working = min(sum(works), self.width)
+        self.make(form, form.kind in ("append", "denoise"))
         self._submitted += 1
         return True
-
-    def _choose(self, report: tuple[int, ...]) -> Hashable:
-        """Let the next forward take the rows that may have something to decode; how many there are."""
-        self.width = len(self.owner)
-        if self._narrow is None:
-            return None
-        rows = [row for row, n in enumerate(report) if n >= 0 and self.owner[row] is not None]
-        columns = max((self._ends_at[row] for row in rows), default=1)
-        if isinstance(self.steps, RecordedSteps):
-            others = [row for row in range(len(self.owner)) if row not in rows]
-            rows += others[: bucket(len(rows), len(self.owner)) - len(rows)]
-            columns = self._columns
-        self._narrow.take(sorted(rows), columns)
-        self.width = self._narrow.width
-        return self.width
