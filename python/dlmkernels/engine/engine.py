@@ -76,9 +76,9 @@ class Engine:
 
     Notes
     -----
-    Continuous: block after block with cache="none". With other programs, with a cache, guidance, a constraint or
-    `seeded`, requests of the same configuration and length are decoded in batches, each of which begins when the one
-    before has ended.
+    Continuous: block after block, with any cache. Other programs, noise that is other tokens, constraints, models with
+    an encoder of their own and those whose rotary frequencies depend on the length are decoded in batches, each of
+    which begins when the one before has ended.
     """
 
     def __init__(

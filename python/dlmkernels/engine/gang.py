@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests that begin and end together: for decodings whose rows cannot come and go.
+"""Requests that begin and end together: for decodings whose rows cannot come and go (see `slots.goes_by_itself`).
 
-These are all programs but block after block, and block after block with a cache, with guidance, with a constraint, or
-with noise that is other tokens. A gang is decoded as `generate` decodes a batch; while it is, its requests can be
-cancelled, but no other request takes their place.
+A gang is decoded as `generate` decodes a batch; while it is, its requests can be cancelled, but no other request takes
+their place.
 """
 
 from __future__ import annotations
