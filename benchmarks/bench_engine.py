@@ -11,7 +11,6 @@ import functools
 import random
 from dataclasses import dataclass
 
-import pytest
 import torch
 
 import dlmkernels as dk
@@ -42,7 +41,13 @@ FULL = [Case("mixed", 200, 16), *(Case("closed", max(24, 4 * c), c) for c in (1,
 
 @functools.cache
 def model():
-    return dk.adapt(dk.load(MODEL_DIR, dtype=torch.float32).to(torch.get_default_device()))
+    with torch.device("cpu"):
+        loaded = dk.load(MODEL_DIR, dtype=torch.float32)
+    return dk.adapt(loaded.to(torch.get_default_device()))
+
+
+def tensor(values):
+    return torch.tensor(values, device=model().device)
 
 
 @functools.cache
@@ -92,7 +97,7 @@ def by_batches(case, by_length=False):
     for begin in range(0, len(order), case.slots):
         part = order[begin : begin + case.slots]
         lengths = [len(asked[k][1]) for k in part]
-        given = torch.tensor([asked[k][1] + [-1] * (max(lengths) - len(asked[k][1])) for k in part])
+        given = tensor([asked[k][1] + [-1] * (max(lengths) - len(asked[k][1])) for k in part])
         out = dk.generate(
             model(), [asked[k][0] for k in part], max_new_tokens=tuple(lengths), given=given, **options(case)
         )  # fmt: skip
@@ -111,7 +116,7 @@ class StationaryBatch:
     def __init__(self, case):
         self.case, self.config = case, options(case)
         _, _, special = prepare(model(), None, self.config, "continuations")
-        self.banned = torch.tensor(special.banned)
+        self.banned = tensor(special.banned)
         self.queue, self.running = list(enumerate(requests(case.requests))), []
         self.answers, self.rows, self.idle = {}, 0, 0
 
@@ -119,7 +124,7 @@ class StationaryBatch:
         most = self.case.slots if self.case.load == "closed" else len(self.queue)
         while self.queue and len(self.running) < min(most, self.case.slots):
             number, (prompt, answer) = self.queue.pop(0)
-            tokens = torch.tensor(prompt + answer)
+            tokens = tensor(prompt + answer)
             self.running.append({
                 "number": number, "start": len(prompt), "block": len(prompt), "end": len(tokens), "is_new": True,
                 "open": tokens < 0, "tokens": tokens.masked_fill(tokens < 0, MASK_ID),
@@ -131,11 +136,11 @@ class StationaryBatch:
         rows = self.running
         width = max(row["end"] for row in rows)
         tokens = torch.stack([torch.nn.functional.pad(row["tokens"], (0, width - row["end"])) for row in rows])
-        ends = torch.tensor([row["end"] for row in rows], dtype=torch.int32)
+        ends = tensor([row["end"] for row in rows]).int()
         window = AttentionWindow(kv_range=torch.stack((torch.zeros_like(ends), ends), 1))
-        hidden = model().hidden(tokens, torch.arange(width).expand(len(rows), -1), window)
+        hidden = model().hidden(tokens, tensor(range(width)).expand(len(rows), -1), window)
         size = self.config["block_length"] or width
-        place = torch.stack([torch.arange(size) + row["block"] for row in rows]).clamp(max=width - 1)
+        place = tensor([[row["block"] + k for k in range(size)] for row in rows]).clamp(max=width - 1)
         logits = model().logits(hidden.gather(1, place[..., None].expand(-1, -1, hidden.shape[2])).flatten(0, 1))
         p, token = logits.float().softmax(-1).index_fill(1, self.banned, 0.0).max(-1)
         p, token = p.view(len(rows), size).tolist(), token.view(len(rows), size).tolist()
@@ -174,7 +179,7 @@ class StationaryBatch:
 def test_engine(benchmark, harness, case):
     answers, rows, metrics = by_engine(case)
     alone = [
-        dk.generate(model(), [prompt], max_new_tokens=len(answer), given=torch.tensor(answer), **options(case))
+        dk.generate(model(), [prompt], max_new_tokens=len(answer), given=tensor(answer), **options(case))
         for prompt, answer in requests(case.requests)
     ]
     assert answers == [out.generated[0].tolist() for out in alone]
@@ -202,8 +207,3 @@ def test_engine(benchmark, harness, case):
         },
         work=tokens, unit="tokens/s",
     )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _one_model():
-    model()
