@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from steps import Run, Step, missing  # noqa: E402
 
 BUDGET = 570.0  # seconds
+DECODING = ("tests/test_cuda.py", "tests/decoding/test_graphs.py")
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
 # gpu_tests rounds as the host does; gpu_tests_shipped is compiled as the library is.
 NATIVE_PROGRAMS = {"native": "gpu_tests", "native-shipped": "gpu_tests_shipped"}  # by the step that runs it
@@ -66,7 +67,7 @@ def plan(about: dict, logs: Path, quick: bool) -> list[list[Step]]:
         [Step("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 150, programs=("cmake", "c++", "nvcc")),
          Step("build-native", make, 150, "configure-native", ON_CARD)],
         [Step("ops", ops, 140, "build", packages=("pytest",)),
-         Step("decoding", [*PYTEST, "tests/test_cuda.py"], 140, "build", packages=OF_MODELS),
+         Step("decoding", [*PYTEST, *DECODING], 140, "build", packages=OF_MODELS),
          *(Step(step, [str(program), *golden.get(step, [])], 140, "configure-native")
            for step, program in programs.items())],
         [benchmarks(logs, ["--device", "cuda", *size])],

@@ -141,6 +141,13 @@ def test_bans(model):
     assert (theirs(model, ids, forced_eos_token_id=EOS, eos_token_id=None)[:, -1] == EOS).all()
 
 
+def test_repetition_penalty(model):
+    ids = prompts(2, 6)
+    out = theirs(model, ids, repetition_penalty=3.0)
+    assert torch.equal(out, dk.generate(model, ids, max_new_tokens=N, repetition_penalty=3.0).sequences)
+    assert not torch.equal(out, theirs(model, ids))
+
+
 def test_shortest_answer():
     """End tokens are banned in so many positions, and in no other."""
     model = build(seed=4)
@@ -158,7 +165,7 @@ def test_shortest_answer():
 
 
 @pytest.mark.parametrize("options,match", [
-    ({"num_beams": 2}, "num_beams=2"), ({"repetition_penalty": 1.2}, "repetition_penalty=1.2"),
+    ({"num_beams": 2}, "num_beams=2"), ({"encoder_repetition_penalty": 1.2}, "encoder_repetition_penalty=1.2"),
     ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size=2"), ({"max_time": 1.0}, "max_time=1.0"),
     ({"output_scores": True, "return_dict_in_generate": True}, "output_scores=True.*confidence"),
     ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
@@ -196,11 +203,11 @@ def test_cache_of_the_user(model):
 
 
 def test_what_the_checkpoint_asks_for():
-    """Of its own accord a checkpoint's penalty makes no error of every call, but a warning."""
+    """Of its own accord a checkpoint's option makes no error of every call, but a warning."""
     model = build()
     expected = theirs(model, prompts(1, 6))
-    model.generation_config.repetition_penalty = 1.3
-    with pytest.warns(UserWarning, match="repetition_penalty=1.3 of the model's generation config is left out"):
+    model.generation_config.no_repeat_ngram_size = 3
+    with pytest.warns(UserWarning, match="no_repeat_ngram_size=3 of the model's generation config is left out"):
         out = theirs(model, prompts(1, 6))
     assert torch.equal(out, expected)
 

@@ -231,8 +231,13 @@ def test_init_continuous_batching(model):
     want = dk.generate(model, torch.tensor([5, 6, 7]), max_new_tokens=7, temperature=0.7, top_k=5, eos_token_id=EOS,
                        rule=dk.Threshold(0.4), seed=3)  # fmt: skip
     assert out.generated_tokens == want.generated[0, : int(want.length[0]) - 3].tolist()
-    with pytest.raises(ValueError, match="num_beams=4 cannot be used with dlmkernels"):
-        model.init_continuous_batching(generation_config=transformers.GenerationConfig(num_beams=4))
+    for options, message in [
+        ({"num_beams": 4}, "num_beams=4 cannot be used with dlmkernels"),
+        ({"repetition_penalty": 2.0}, "repetition_penalty=2.0 cannot be used here.*said to add_request"),
+        ({"min_new_tokens": 3}, "min_new_tokens=3 cannot be used here"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model.init_continuous_batching(generation_config=transformers.GenerationConfig(**options))
 
 
 def test_a_model_without_kv_reuse():

@@ -29,7 +29,7 @@ from .resolve import ConfigLike, configuration
 HONOURED = frozenset({
     "max_length", "max_new_tokens", "min_length", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p",
     "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id", "num_return_sequences",
-    "return_dict_in_generate", "pad_token_id", "eos_token_id", "token_healing",
+    "return_dict_in_generate", "pad_token_id", "eos_token_id", "token_healing", "repetition_penalty",
 })  # fmt: skip
 #: Those that make no difference to the tokens: speed and memory; what belongs to methods of decoding that are refused
 #: (assistants); what our distributions do by themselves (they are normalised, and never choose a NaN); records.
@@ -63,7 +63,6 @@ REFUSED: dict[str, Refused] = {
     "min_p": Refused((), "MinPLogitsWarper"), "top_h": Refused((), "TopHLogitsWarper"),
     "typical_p": Refused((1,), "TypicalLogitsWarper"), "epsilon_cutoff": Refused((0,), "EpsilonLogitsWarper"),
     "eta_cutoff": Refused((0,), "EtaLogitsWarper"),
-    "repetition_penalty": Refused((1,), "RepetitionPenaltyLogitsProcessor"),
     "encoder_repetition_penalty": Refused((1,), "EncoderRepetitionPenaltyLogitsProcessor"),
     "no_repeat_ngram_size": Refused((0,), "NoRepeatNGramLogitsProcessor"),
     "encoder_no_repeat_ngram_size": Refused((0,), "EncoderNoRepeatNGramLogitsProcessor"),
@@ -112,11 +111,11 @@ def custom_generate(
 
     Honoured are the lengths (`max_new_tokens`, `max_length`, `min_new_tokens`, `min_length`), `eos_token_id`,
     `pad_token_id`, `suppress_tokens`, `begin_suppress_tokens`, `bad_words_ids` of one token each,
-    `forced_eos_token_id`, `num_return_sequences`, `return_dict_in_generate`, `streamer`, `attention_mask`,
-    `inputs_embeds`, and with `do_sample=True` temperature, top_k and top_p; logits processors and stopping criteria of
-    transformers' own classes that say the same. Everything else that would change the tokens (beams, penalties, other
-    processors and criteria, an assistant …) is refused by name; where it comes from the checkpoint's generation
-    config, and not from the call, a warning says that it is left out.
+    `forced_eos_token_id`, `repetition_penalty`, `num_return_sequences`, `return_dict_in_generate`, `streamer`,
+    `attention_mask`, `inputs_embeds`, and with `do_sample=True` temperature, top_k and top_p; logits processors and
+    stopping criteria of transformers' own classes that say the same. Everything else that would change the tokens
+    (beams, other penalties, other processors and criteria, an assistant …) is refused by name; where it comes from the
+    checkpoint's generation config, and not from the call, a warning says that it is left out.
 
     Parameters
     ----------

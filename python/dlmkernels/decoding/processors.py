@@ -105,6 +105,7 @@ PROCESSORS: dict[str, Callable[[Any, dict[str, Any], Bans], Any]] = {
         "min_new_tokens", p.eos_token_id, 0, p.prompt_length_to_skip + p.min_new_tokens - bans.prompt_length),
     "ForcedEOSTokenLogitsProcessor": lambda p, options, bans: bans.force(
         "forced_eos_token_id", p.eos_token_id, bans.length - 1),
+    "RepetitionPenaltyLogitsProcessor": lambda p, options, bans: options.update(repetition_penalty=p.penalty),
     "InfNanRemoveLogitsProcessor": lambda p, options, bans: None,
     "LogitNormalization": lambda p, options, bans: None,
 }  # fmt: skip

@@ -19,6 +19,11 @@ from .slots import grid_of
 
 #: how many requests are decoded at once where nobody says
 SLOTS = 16
+#: what of a generation config belongs to requests, or to positions of an answer, and the value that switches it off
+OF_REQUESTS = {
+    "min_length": 0, "min_new_tokens": None, "bad_words_ids": None, "begin_suppress_tokens": None,
+    "forced_eos_token_id": None, "repetition_penalty": 1.0, "num_return_sequences": 1,
+}  # fmt: skip
 
 
 def generate_batch(
@@ -148,9 +153,9 @@ def init_continuous_batching(
     Parameters
     ----------
     generation_config : GenerationConfig, optional
-        Of transformers. Honoured are `max_new_tokens`, `eos_token_id`, `pad_token_id`, and with `do_sample=True`
-        temperature, top_k and top_p; what else would change the tokens is refused by name. None: the decoder of the
-        model's family.
+        Of transformers. Honoured are `max_new_tokens`, `eos_token_id`, `pad_token_id`, `suppress_tokens`, and with
+        `do_sample=True` temperature, top_k and top_p; what else would change the tokens is refused by name. None: the
+        decoder of the model's family.
     continuous_batching_config : ContinuousBatchingConfig, optional
         Of transformers. Honoured is `max_requests_per_batch`, the number of slots; the rest is about a cache of pages,
         which is not used.
@@ -175,7 +180,16 @@ def _from_transformers(
     if generation_config is None:
         return slots, dict(options)
     refuse_others(model.model, generation_config)
+    for name, off in OF_REQUESTS.items():
+        value = getattr(generation_config, name, None)
+        if value not in (None, off):
+            raise ValueError(
+                f"generation_config: {name}={value!r} cannot be used here: what requests ask for beyond a "
+                "configuration is said to add_request or generate_batch"
+            )
     found: dict[str, Any] = {}
+    if generation_config.suppress_tokens:
+        found["suppress_token_ids"] = tuple(generation_config.suppress_tokens)
     for name in ("max_new_tokens", "eos_token_id", "pad_token_id"):
         value = getattr(generation_config, name, None)
         if value is not None and value != -1:
