@@ -13,7 +13,7 @@ from ..models.adapt import DiffusionModel, EncoderDecoderModel, LogitsModel, ada
 from .config import APPROXIMATE, DecodingConfig, SpecialTokens, check_names
 from .effects import check_effects
 from .presets import default_config, preset
-from .rules import Reordered, Rule
+from .rules import Reordered, Rule, VariableLength
 
 #: what a caller may pass as `config`
 ConfigLike = DecodingConfig | str | Mapping[str, Any] | None
@@ -118,8 +118,8 @@ def _check_combination(model: DiffusionModel, config: DecodingConfig) -> None:
             f"cache='{cache}' needs a model of a known type whose rows can be forwarded in parts; "
             f"{type(model.model).__name__} (of unknown type, or with token_dropout) decodes with cache='none'"
         )
-    if config.constraint is not None:
-        check_block_by_block("constraint", config.rule)
+    if config.constraint is not None and (isinstance(config.rule, VariableLength) or config.rule.token_ids):
+        raise ValueError(f"constraint cannot be used with rule {rule}, which moves tokens about")
     if attention != "full" and isinstance(model, LogitsModel):
         raise ValueError(
             f"attention='{attention}' needs a model of a known type; {type(model.model).__name__} attends by itself"
