@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..cache import KVCache
 from ..models.adapt import DiffusionModel, EncoderDecoderModel
-from ..models.backbone import Backbone, Moment
+from ..models.moment import Moment
 from ..window import AttentionWindow, TokenWindow
 from .config import DecodingConfig, SpecialTokens
 from .guidance import Unconditional
@@ -50,7 +50,7 @@ class Forward:
         self.kv_range: Tensor | None = None
         self.cache = KVCache(self.length) if config.cache != "none" else None
         #: whether the model is told where its decoding stands
-        self.takes_time = isinstance(model, Backbone)
+        self.takes_time = model.takes_time
         # Guidance doubles the batch: the second half sees something else where tokens were given.
         self.unconditional: Unconditional | None = None
         #: input embeddings of all the canvas `[S, T, hidden]` (twice), where a rule has set some; and which of them

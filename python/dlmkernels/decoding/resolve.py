@@ -118,6 +118,11 @@ def _check_combination(model: DiffusionModel, config: DecodingConfig) -> None:
             f"cache='{cache}' needs a model of a known type whose rows can be forwarded in parts; "
             f"{type(model.model).__name__} (of unknown type, or with token_dropout) decodes with cache='none'"
         )
+    if family.noise != "mask" and config.rule.noise != family.noise:
+        raise ValueError(
+            f"rule {rule} decodes masks, and models of family '{family.name}' know none: use the rule of the preset "
+            f"'{family.preset}'"
+        )
     if config.constraint is not None:
         check_block_by_block("constraint", config.rule)
     if attention != "full" and isinstance(model, LogitsModel):
@@ -181,13 +186,13 @@ def special_tokens(model: DiffusionModel, config: DecodingConfig) -> SpecialToke
 
 
 def _mask_token(model: DiffusionModel, config: DecodingConfig) -> int | None:
-    """The id of the mask token; None for a model whose noise is uniform, which has none."""
+    """The id of the mask token; None for a model whose noise is something else and which has none."""
     mask = config.mask_token_id
     if mask is None:
         mask = _from_model(model, "mask_token_id")
     if mask is not None:
         return mask
-    if config.rule.noise != "uniform":
+    if config.rule.noise == "mask":
         raise ValueError(
             "mask_token_id is not in the model's configuration: pass mask_token_id=… (tokenizer.mask_token_id)"
         )

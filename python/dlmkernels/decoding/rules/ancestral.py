@@ -81,6 +81,9 @@ class TimeGrid(Rule):
         t, s = (1 - (1 - self.eps) * i / intervals for i in (index, index + 1))
         return round(t, 12), round(max(s, self.eps), 12)
 
+    def time(self, index: int, num_steps: int) -> float:
+        return self.times(index, num_steps)[0]
+
 
 @dataclass(frozen=True)
 class Ancestral(TimeGrid):
@@ -181,6 +184,11 @@ class UniformState(TimeGrid):
     def alpha(self, t: float) -> float:
         """Share of tokens that the forward process leaves at time t."""
         return 1 - (1 - self.noise_eps) * t
+
+    def time(self, index: int, num_steps: int) -> float:
+        """The time at which the log-linear process has the step's alpha."""
+        t = super().time(index, num_steps)
+        return t if self.noise_eps == 1 else (1 - self.alpha(t)) / (1 - self.noise_eps)
 
     def posterior_share(self, t: float, a: float, b: float) -> float:
         """Share of the posterior in the step from alpha a, at time t, to alpha b; the rest is the corrector's."""

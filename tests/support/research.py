@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The time-conditioned research models: small random checkpoints as published, and the transformer restated plainly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+VOCAB, HIDDEN, COND, LAYERS, HEADS, LENGTH, BLOCK = 40, 48, 24, 2, 3, 64, 4
+PUBLISHED = {
+    "vocab_size": VOCAB, "model_length": LENGTH, "hidden_dim": HIDDEN, "cond_dim": COND, "n_blocks": LAYERS,
+    "n_heads": HEADS, "dropout": 0.1, "return_dict": False, "torch_dtype": "float32", "transformers_version": "4.38.2",
+}  # fmt: skip
+#: `config.json` of each, as published
+CONFIGS = {
+    "mdlm": PUBLISHED | {
+        "architectures": ["MDLM"], "model_type": "mdlm", "time_conditioning": False,
+        "auto_map": {"AutoConfig": "configuration_mdlm.MDLMConfig", "AutoModelForMaskedLM": "modeling_mdlm.MDLM"},
+    },
+    "bd3-lm": PUBLISHED | {
+        "architectures": ["BD3LM"], "model_type": "bd3lm", "block_size": BLOCK, "cross_attn": True,
+        "attn_backend": "sdpa", "time_conditioning": False, "var_min": True, "sampling_eps_min": 1e-3,
+        "sampling_eps_max": 0.999,
+    },
+    "duo": PUBLISHED | {"architectures": ["DUO"], "model_type": "DUO", "causal": False, "var_min": True},
+    "sedd": {
+        "ngpus": 8, "tokens": VOCAB - 1, "training": {"batch_size": 512, "weight": "standard", "ema": 0.9999},
+        "data": {"train": "openwebtext", "valid": "wikitext103", "cache_dir": "data"},
+        "graph": {"type": "absorb", "file": "data", "report_all": False},
+        "noise": {"type": "loglinear", "sigma_min": 1e-4, "sigma_max": 20},
+        "sampling": {"predictor": "euler", "steps": 128, "noise_removal": True},
+        "eval": {"batch_size": 512, "perplexity": True}, "optim": {"lr": 3e-4, "eps": 1e-8}, "wandb_name": None,
+        "model": {
+            "name": "small", "type": "ddit", "hidden_size": HIDDEN, "cond_dim": COND, "length": LENGTH,
+            "n_blocks": LAYERS, "n_heads": HEADS, "scale_by_sigma": True, "dropout": 0.1,
+        },
+    },
+    "langflow": {
+        "architectures": ["LangFlow"], "model_type": "LangFlow", "vocab_size": VOCAB, "hidden_size": HIDDEN,
+        "cond_dim": COND, "n_blocks": LAYERS, "n_heads": HEADS, "dropout": 0.1, "model_length": LENGTH,
+        "use_normalized_embedding": True, "embedding_norm_method": "layernorm", "self_conditioning": True,
+        "use_bias": True, "gumbel_loc": 4.723, "gumbel_scale": 0.852, "gumbel_cutoff": 1e-5, "gumbel_entropy": 7.02,
+        "torch_dtype": "float32",
+    },
+}  # fmt: skip
+
+
+def shapes(name: str, vocab: int = VOCAB) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights in their published order, without a prefix."""
+    out = {
+        "vocab_embed.embedding": (vocab, HIDDEN), "sigma_map.mlp.0.weight": (COND, 256), "sigma_map.mlp.0.bias": (COND,),
+        "sigma_map.mlp.2.weight": (COND, COND), "sigma_map.mlp.2.bias": (COND,),
+    }  # fmt: skip
+    for i in range(LAYERS):
+        block = {
+            "norm1.weight": (HIDDEN,), "attn_qkv.weight": (3 * HIDDEN, HIDDEN), "attn_out.weight": (HIDDEN, HIDDEN),
+            "norm2.weight": (HIDDEN,), "mlp.0.weight": (4 * HIDDEN, HIDDEN), "mlp.0.bias": (4 * HIDDEN,),
+            "mlp.2.weight": (HIDDEN, 4 * HIDDEN), "mlp.2.bias": (HIDDEN,),
+            "adaLN_modulation.weight": (6 * HIDDEN, COND), "adaLN_modulation.bias": (6 * HIDDEN,),
+        }  # fmt: skip
+        out |= {f"blocks.{i}.{leaf}": shape for leaf, shape in block.items()}
+    out |= {
+        "output_layer.norm_final.weight": (HIDDEN,), "output_layer.linear.weight": (vocab, HIDDEN),
+        "output_layer.linear.bias": (vocab,), "output_layer.adaLN_modulation.weight": (2 * HIDDEN, COND),
+        "output_layer.adaLN_modulation.bias": (2 * HIDDEN,),
+    }  # fmt: skip
+    if name == "langflow":
+        out["self_cond_proj.weight"] = (HIDDEN, 2 * HIDDEN)
+    return out
+
+
+def weights(name: str, seed: int = 0, vocab: int = VOCAB) -> dict[str, Tensor]:
+    """Random weights of unit gain and more, so that logits depend on much; without a prefix.
+
+    Of a small vocabulary everything is likely enough to be counted.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    out = {}
+    for leaf, shape in shapes(name, vocab).items():
+        x = torch.randn(shape, generator=generator)
+        if leaf.endswith("bias"):
+            out[leaf] = 0.2 * x
+        elif len(shape) == 1:
+            out[leaf] = 1 + 0.2 * x
+        else:
+            head = 4.0 if vocab == VOCAB else 1.0
+            gain = shape[-1] ** 0.5 if leaf.startswith("vocab_embed") else head if "linear" in leaf else 1.5
+            out[leaf] = gain / shape[-1] ** 0.5 * x
+    return out
+
+
+def write(name: str, folder: Path, seed: int = 0, vocab: int = VOCAB, **config) -> dict[str, Tensor]:
+    """A checkpoint in its published form; its weights without a prefix."""
+    plain = weights(name, seed, vocab)
+    config |= {"tokens": vocab - 1} if name == "sedd" else {"vocab_size": vocab}
+    prefix = "" if name == "sedd" else "backbone."
+    stored = {prefix + leaf: w for leaf, w in plain.items()}
+    # what is in the published files as well
+    stored[f"{prefix}rotary_emb.inv_freq"] = 1e4 ** (-torch.arange(HIDDEN // HEADS // 2) / (HIDDEN // HEADS // 2))
+    if name == "bd3-lm":
+        stored |= {"backbone.sampling_eps_min": torch.tensor(1e-3), "backbone.sampling_eps_max": torch.tensor(0.999)}
+    if name == "langflow":
+        learnt = {"proposal.loc": 4.1, "proposal.scale": 0.7, "proposal.entropy": 6.5}
+        stored |= {leaf: torch.tensor(value) for leaf, value in learnt.items()}
+        plain |= {leaf: stored[leaf] for leaf in learnt}
+    (folder / "config.json").write_text(json.dumps(CONFIGS[name] | config))
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    return plain
+
+
+# --- the transformer, restated ---------------------------------------------------------------------------------------
+
+
+def _norm(x: Tensor, weight: Tensor) -> Tensor:
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+
+
+def _silu(x: Tensor) -> Tensor:
+    return x / (1 + (-x).exp())
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+def _turn(x: Tensor, positions: Tensor) -> Tensor:
+    """Each pair (i, i + D / 2) of `[T, H, D]` as one complex number, multiplied by a unit one."""
+    half = x.shape[-1] // 2
+    angle = positions.to(x.dtype)[:, None] * 1e4 ** (-torch.arange(half, dtype=x.dtype) / half)
+    unit = torch.complex(angle.cos(), angle.sin())[:, None]
+    z = torch.complex(x[..., :half].contiguous(), x[..., half:].contiguous()) * unit
+    return torch.cat((z.real, z.imag), -1)
+
+
+def dit(
+    w: dict[str, Tensor], x: Tensor, level: float, visible: Tensor | None = None, positions: Tensor | None = None
+) -> Tensor:
+    """Raw logits `[T, V]` of one row of input embeddings `[T, HIDDEN]` at noise `level`, in the dtype of the weights.
+
+    `visible` bool `[T, T]`: which columns each row sees; None: all.
+    """
+    dtype = w["blocks.0.attn_qkv.weight"].dtype
+    positions = torch.arange(len(x)) if positions is None else positions
+    k = torch.arange(128, dtype=dtype)
+    angle = level * 10000 ** (-k / 128)
+    s = torch.cat((angle.cos(), angle.sin()))
+    c = w["sigma_map.mlp.2.weight"] @ _silu(w["sigma_map.mlp.0.weight"] @ s + w["sigma_map.mlp.0.bias"])
+    c = _silu(c + w["sigma_map.mlp.2.bias"])
+    for i in range(LAYERS):
+        b = {leaf.removeprefix(f"blocks.{i}."): v for leaf, v in w.items() if leaf.startswith(f"blocks.{i}.")}
+        m = (b["adaLN_modulation.weight"] @ c + b["adaLN_modulation.bias"]).split(HIDDEN)
+        h = _norm(x, b["norm1.weight"]) * (1 + m[1]) + m[0]
+        q, k_, v = (part.unflatten(-1, (HEADS, -1)) for part in (h @ b["attn_qkv.weight"].T).chunk(3, -1))
+        q, k_ = _turn(q, positions), _turn(k_, positions)
+        scores = torch.einsum("qhd,khd->hqk", q, k_) / q.shape[-1] ** 0.5
+        if visible is not None:
+            scores = scores.masked_fill(~visible, -torch.inf)
+        o = torch.einsum("hqk,khd->qhd", torch.softmax(scores, -1), v).flatten(1)
+        x = x + m[2] * (o @ b["attn_out.weight"].T)
+        h = _norm(x, b["norm2.weight"]) * (1 + m[4]) + m[3]
+        h = _gelu(h @ b["mlp.0.weight"].T + b["mlp.0.bias"]) @ b["mlp.2.weight"].T + b["mlp.2.bias"]
+        x = x + m[5] * h
+    shift, scale = (w["output_layer.adaLN_modulation.weight"] @ c + w["output_layer.adaLN_modulation.bias"]).chunk(2)
+    x = _norm(x, w["output_layer.norm_final.weight"]) * (1 + scale) + shift
+    return x @ w["output_layer.linear.weight"].T + w["output_layer.linear.bias"]
+
+
+def double(w: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: v.double() for name, v in w.items()}
+
+
+def sedd(w: dict[str, Tensor], tokens: Tensor, sigma: float) -> Tensor:
+    """Logarithms of the concrete score `[T, V]`."""
+    z = dit(w, w["vocab_embed.embedding"][tokens], sigma)
+    z = z - torch.log(torch.expm1(torch.tensor(sigma, dtype=z.dtype))) - torch.log(torch.tensor(z.shape[1] - 1.0))
+    return z.scatter(1, tokens[:, None], 0.0)
+
+
+def table(w: dict[str, Tensor]) -> Tensor:
+    """LangFlow's embedding table `[V, HIDDEN]`: rows of length sqrt(HIDDEN)."""
+    e = w["vocab_embed.embedding"]
+    return e / e.pow(2).sum(1, keepdim=True).sqrt() * HIDDEN**0.5
+
+
+def langflow(w: dict[str, Tensor], z: Tensor, gamma: float, opinion: Tensor | None = None) -> Tensor:
+    """Logits `[T, V]` of noisy embeddings `[T, HIDDEN]`; alpha^2 = 1 / (1 + e^gamma), sigma^2 = 1 - alpha^2."""
+    opinion = torch.zeros_like(z) if opinion is None else opinion
+    x = z + torch.cat((z, opinion), 1) @ w["self_cond_proj.weight"].T
+    power = torch.sigmoid(-torch.tensor(gamma, dtype=z.dtype))
+    return dit(w, x, gamma) + power.sqrt() / (1 - power) * (z @ table(w).T)
+
+
+def blocks_visible(length: int, block: int = BLOCK) -> Tensor:
+    """Which columns each row of a block-causal canvas sees, bool `[T, T]`."""
+    number = [i // block for i in range(length)]
+    return torch.tensor([[b >= a for a in number] for b in number])
