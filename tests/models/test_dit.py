@@ -250,6 +250,88 @@ class TestLoading:
         assert not model(torch.tensor([[1, 2, 3]]), torch.ones(1)).logits.any()
 
 
+class Settings:
+    """What a training's file holds beside its weights: an object of a class of its own."""
+
+    ran = False
+
+    def __init__(self, names):
+        self.names = names
+
+    def __reduce__(self):
+        return _run, (self.names,)
+
+
+def _run(names):
+    Settings.ran = True
+    return Settings(names)
+
+
+class TestTrainingFiles:
+    def write(self, path, name="mdlm", prefix="backbone.", averages=True, **more):
+        w = research.weights(name)
+        state = {prefix + leaf: 0 * x for leaf, x in w.items()} if averages else {prefix + k: x for k, x in w.items()}
+        if "without_frequencies" not in more:
+            state[prefix + "rotary_emb.inv_freq"] = torch.ones(HIDDEN // research.HEADS // 2)
+        content = {
+            "state_dict" if name != "sedd" else "model": state, "epoch": 3, "hyper_parameters": Settings(["a", {"b": 1}])
+        }  # fmt: skip
+        if averages:
+            content["ema"] = {
+                "decay": 0.9999,
+                "num_updates": 7,
+                "shadow_params": list(w.values()),
+                **more.get("ema", {}),
+            }
+        torch.save(content, path)
+        Settings.ran = False
+        return w
+
+    @pytest.mark.parametrize(
+        "name,prefix", [("mdlm", "backbone."), ("duo", "backbone._orig_mod."), ("sedd", "module.")]
+    )
+    @pytest.mark.parametrize("averages", [True, False])
+    def test_weights_are_read_and_nothing_else(self, name, prefix, averages, tmp_path, made):
+        path = tmp_path / "last.ckpt"
+        self.write(path, name, prefix, averages)
+        model = dk.load(path, family=name, allow_pickle=True)
+        assert not Settings.ran and adapt(model).family.name == name
+        levels = torch.tensor(LEVELS)
+        assert torch.equal(model(texts(), levels).logits, made(name)[1](texts(), levels).logits)
+
+    def test_blocks(self, tmp_path, made):
+        path = tmp_path / "last.ckpt"
+        self.write(path, "bd3-lm")
+        with pytest.raises(ValueError, match=r"does not show how long its blocks are: pass block_size=…"):
+            dk.load(path, family="bd3-lm", allow_pickle=True)
+        model = dk.load(path, family="bd3-lm", allow_pickle=True, block_size=BLOCK)
+        assert torch.equal(model(texts()).logits, made("bd3-lm")[1](texts()).logits)
+
+    def test_what_is_refused(self, tmp_path):
+        path = tmp_path / "last.pth"
+        self.write(path)
+        with pytest.raises(ValueError, match=r"is a pickle: pass allow_pickle=True"):
+            dk.load(path, family="mdlm")
+        with pytest.raises(ValueError, match=r"family must be one of mdlm, bd3-lm, duo, sedd .*; got None"):
+            dk.load(path, allow_pickle=True)
+        self.write(path, ema={"shadow_params": [torch.ones(3)]})
+        with pytest.raises(ValueError, match=r"its moving averages \(ema\) are not those of the parameters"):
+            dk.load(path, family="mdlm", allow_pickle=True)
+        self.write(path, without_frequencies=True)
+        with pytest.raises(ValueError, match=r"how many heads there are: pass num_attention_heads=…"):
+            dk.load(path, family="mdlm", allow_pickle=True)
+        assert dk.load(path, family="mdlm", allow_pickle=True, num_attention_heads=research.HEADS)
+        torch.save([1, 2], path)
+        with pytest.raises(ValueError, match=r"holds no dict but a list"):
+            dk.load(path, family="mdlm", allow_pickle=True)
+        path.write_bytes(b"\x80\x02nonsense")
+        with pytest.raises(ValueError, match=r"cannot be loaded: it cannot be read"):
+            dk.load(path, family="mdlm", allow_pickle=True)
+        torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
+        with pytest.raises(ValueError, match=r"holds a program \(TorchScript\)"):
+            dk.load(path, family="mdlm", allow_pickle=True)
+
+
 class TestCalls:
     @pytest.mark.parametrize("name", TIMED)
     def test_missing_time(self, name, made):

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that trainings of SEDD, MDLM, BD3-LM and Duo have left: pickles of weights and of their moving averages.
+
+Such a file has no configuration: the sizes are those of its weights. Beside them it holds objects of the programs that
+wrote it (settings, a tokenizer), so that torch's own safe loading refuses it. Here tensors, numbers, text, lists and
+dicts are read; in place of everything else stands an object that does nothing, and no code is found or called by name.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import types
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .published import Plan, plan
+
+SUFFIXES = (".ckpt", ".pth", ".pt")
+#: `model_type` of the published form whose fields say the same
+MODEL_TYPES = {"mdlm": "mdlm", "bd3-lm": "bd3lm", "duo": "DUO", "sedd": None}
+PREFIX = re.compile(r"^(backbone\.|module\.|_orig_mod\.)+")
+
+
+class Nothing:
+    """Stands for an object of a class that is not read. It takes whatever a pickle does with it."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Nothing:
+        return object.__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Nothing:
+        return Nothing()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, item: Any) -> None:
+        pass
+
+    def extend(self, items: Any) -> None:
+        pass
+
+    def add(self, item: Any) -> None:
+        pass
+
+
+#: The functions and classes that tensors are made with.
+READ = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch", "Size"): torch.Size,
+    ("torch", "device"): torch.device,
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Finds what tensors are made with, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "bool"):
+            return getattr(torch, name)
+        return READ.get((module, name), Nothing)
+
+
+def _pickle_module() -> types.ModuleType:
+    """What `torch.load` takes for the module pickle."""
+    module = types.ModuleType("pickle")
+    module.Unpickler = _Unpickler  # type: ignore[attr-defined]
+    module.load = lambda file, **options: _Unpickler(file, **options).load()  # type: ignore[attr-defined]
+    return module
+
+
+def read_training_file(path: str) -> dict[str, Any]:
+    """The dict in such a file, its tensors in memory of the CPU.
+
+    Raises
+    ------
+    ValueError
+        When it holds something else, or cannot be read.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith(("/constants.pkl", ".py")) for name in archive.namelist()):
+                raise ValueError("it holds a program (TorchScript), which is not read")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_pickle_module())
+    except Exception as error:  # of whatever kind a damaged pickle has
+        raise ValueError(f"it cannot be read: {' '.join(str(error).split()) or type(error).__name__}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds no dict but a {type(content).__name__}")
+    return content
+
+
+def weights_of(content: Mapping[str, Any], averaged: bool = True) -> dict[str, Tensor]:
+    """The weights by their names without a prefix; with `averaged`, the moving averages where the file has them.
+
+    Raises
+    ------
+    ValueError
+        When there are no weights, or the averages are not those of all parameters.
+    """
+    named = content.get("state_dict", content.get("model", content))
+    if not isinstance(named, Mapping) or not any(isinstance(w, Tensor) for w in named.values()):
+        raise ValueError("it holds no weights: expected them under 'state_dict' or 'model'")
+    tensors = {PREFIX.sub("", str(name)): w for name, w in named.items() if isinstance(w, Tensor)}
+    weights = {name: w for name, w in tensors.items() if re.match("vocab_embed|sigma_map|blocks|output_layer", name)}
+    ema = content.get("ema")
+    if not averaged or not isinstance(ema, Mapping):
+        return weights | {name: w for name, w in tensors.items() if name == "rotary_emb.inv_freq"}
+    averages = ema.get("shadow_params")
+    if not isinstance(averages, list) or [w.shape for w in averages] != [w.shape for w in weights.values()]:
+        raise ValueError("its moving averages (ema) are not those of the parameters, one for each in their order")
+    return dict(zip(weights, averages)) | {n: w for n, w in tensors.items() if n == "rotary_emb.inv_freq"}
+
+
+def plan_of(weights: Mapping[str, Tensor], family: str | None, changes: Mapping[str, Any]) -> Plan:
+    """How weights are loaded whose sizes are all that is known, and what the user adds in `changes`.
+
+    Raises
+    ------
+    ValueError
+        When the family is none of theirs, or something is needed that no weight shows.
+    """
+    if family not in MODEL_TYPES:
+        raise ValueError(f"family must be one of {', '.join(MODEL_TYPES)} for a training's file; got {family!r}")
+    table, inner = weights.get("vocab_embed.embedding"), weights.get("sigma_map.mlp.2.weight")
+    if table is None or inner is None:
+        raise ValueError(
+            "it lacks vocab_embed.embedding or sigma_map.mlp.2.weight (its model is none of these families)"
+        )
+    vocab, hidden = table.shape
+    frequencies = weights.get("rotary_emb.inv_freq")
+    heads = None if frequencies is None else hidden // (2 * len(frequencies))
+    heads = changes.get("num_attention_heads", changes.get("n_heads", heads))
+    if heads is None:
+        raise ValueError("it does not show how many heads there are: pass num_attention_heads=…")
+    if family == "bd3-lm" and changes.get("block_size") is None:
+        raise ValueError("it does not show how long its blocks are: pass block_size=…")
+    layers = 1 + max((int(found[1]) for name in weights if (found := re.match(r"blocks\.(\d+)\.", name))), default=-1)
+    length = changes.get("max_position_embeddings", 1024)
+    if family == "sedd":
+        model = {"hidden_size": hidden, "cond_dim": len(inner), "n_blocks": layers, "n_heads": heads, "length": length}
+        raw = {
+            "tokens": vocab - 1, "model": model | {"scale_by_sigma": True}, "graph": {"type": "absorb"},
+            "noise": {"type": "loglinear"},
+        }  # fmt: skip
+    else:
+        raw = {
+            "model_type": MODEL_TYPES[family], "vocab_size": vocab, "hidden_dim": hidden, "cond_dim": len(inner),
+            "n_blocks": layers, "n_heads": heads, "model_length": length, "block_size": changes.get("block_size"),
+            "time_conditioning": False,
+        }  # fmt: skip
+    return plan(raw, family, changes)
