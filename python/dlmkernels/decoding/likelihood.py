@@ -15,6 +15,7 @@ from ..window import AttentionWindow
 from .arguments import check_tokens, seeds_of
 from .bounds import Bound
 from .config import DecodingConfig, SpecialTokens
+from .flow_bound import FlowBound
 from .presets import default_config
 from .resolve import prepare
 from .state import State
@@ -60,6 +61,7 @@ def log_likelihood(
     mask_token_id: int | None = None,
     logit_alignment: str | None = None,
     block_length: int | None = None,
+    ode_steps: int = 128,
     gradients: bool = False,
 ) -> LogLikelihood:
     """Estimate ``ln p(answer | prompt)`` of a diffusion language model.
@@ -76,7 +78,7 @@ def log_likelihood(
     prompt_mask, answer_mask : Tensor, optional
         `[B, P]` and `[B, L]`, 0 for padding.
     method : {"monte-carlo", "mean-field", "coupled", "bound"}, optional
-        None: "bound" for models of MDLM, SEDD, Duo and those with blocks, else "monte-carlo".
+        None: "bound" for models of MDLM, SEDD, Duo, LangFlow and those with blocks, else "monte-carlo".
 
         - "monte-carlo": the bound of LLaDA (Nie et al., arXiv:2502.09992, equation 6). A sample masks l tokens of the
           answer's L, drawn without replacement, and counts ``(L / l) sum ln p(token)`` over them. The l of the samples
@@ -90,9 +92,11 @@ def log_likelihood(
         - "bound": the evidence lower bound by the noise that the model was trained with (see `bounds`): a sample draws
           a time and puts noise on the answer until then. Models with blocks (BD3-LM, Arriola et al., arXiv:2503.09573)
           have a time for each block, which sees the clean blocks before it; with blocks of one token it is the
-          log-likelihood itself. The first three need a model with full attention that knows masks.
+          log-likelihood itself. Of LangFlow it is the bound by its probability flow (see `flow_bound`), of which a
+          sample takes `ode_steps` steps of Heun's method, four forwards and two backward passes each. The first three
+          methods need a model with full attention that knows masks.
     num_samples : int, optional
-        128, 1, 1 and 128 for the four methods.
+        128, 1, 1 and 128 for the four methods; 1 for LangFlow's bound.
     seed : int or Tensor, optional
         As for `generate`: a request's masks depend on its seed alone.
     prompt_mask_probability : float
@@ -101,6 +105,8 @@ def log_likelihood(
         Sequences in a forward. The masks do not depend on it.
     mask_token_id, logit_alignment, block_length
         As in `DecodingConfig`.
+    ode_steps : int
+        Of LangFlow's bound.
     gradients : bool
         Whether `total` and `per_token` have gradients with respect to the model's parameters. Attention is then
         computed by torch in float32, and of a model with blocks each block is forwarded with all that stands before it.
@@ -119,13 +125,17 @@ def log_likelihood(
     model = adapt(model)
     if method is None:
         method = "bound" if _has_bound(model) else "monte-carlo"
-    samples = num_samples if num_samples is not None else 128 if method in ("monte-carlo", "bound") else 1
-    for name, value in (("num_samples", samples), ("batch_size", batch_size)):
+    is_flow = model.family.noise == "continuous"
+    default = 128 if method in ("monte-carlo", "bound") and not is_flow else 1
+    samples = default if num_samples is None else num_samples
+    for name, value in (("num_samples", samples), ("batch_size", batch_size), ("ode_steps", ode_steps)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
     if not 0 <= prompt_mask_probability <= 1:
         raise ValueError(f"prompt_mask_probability must be a number from 0 to 1; got {prompt_mask_probability!r}")
     _check_method(model, method, prompt_mask_probability, block_length)
+    if is_flow and gradients:
+        raise ValueError(f"gradients cannot be had of the bound of family '{model.family.name}'")
     has_blocks = model.family.attention == "block"
     config = DecodingConfig(
         rule=default_config(model.family.preset).rule, mask_token_id=mask_token_id, logit_alignment=logit_alignment,
@@ -142,7 +152,10 @@ def log_likelihood(
         )
     seeds = seeds_of(seed, len(tokens), tokens.device)
     weighted: Iterator[Tensor]
-    if method == "bound":
+    if is_flow:
+        flow = FlowBound(model, config, special, tokens, origin, prompt.shape[1], lengths, seeds, ode_steps)
+        weighted = flow.samples(samples, batch_size)
+    elif method == "bound":
         bound = Bound(model, config, special, tokens, origin, prompt.shape[1], lengths, seeds)
         weighted = bound.samples(samples, batch_size, gradients)
     else:
@@ -155,7 +168,7 @@ def log_likelihood(
 
 
 def _has_bound(model: DiffusionModel) -> bool:
-    return model.family.name in ("mdlm", "sedd", "duo") or model.family.attention == "block"
+    return model.family.name in ("mdlm", "sedd", "duo", "langflow") or model.family.attention == "block"
 
 
 def _check_method(model: DiffusionModel, method: str, prompt_mask_probability: float, block_length: int | None) -> None:

@@ -12,6 +12,7 @@ from .rules import (
     DilatedSchedule,
     DynamicThreshold,
     EarlyAnswer,
+    EmbeddingFlow,
     EntropyBound,
     EntropyPipeline,
     EntropySum,
@@ -126,6 +127,8 @@ PRESETS: dict[str, DecodingConfig] = {
     "mdlm": MDLM,
     "sedd": MDLM.replace(rule=ScoreAncestral()),
     "duo": MDLM.replace(rule=UniformState()),
+    # LangFlow, arXiv:2604.11748
+    "langflow": DecodingConfig(rule=EmbeddingFlow(), eos_policy="none"),
     # Ψ-samplers, arXiv:2602.21185, as its scripts have them: three for text, one for images
     "psi": PSI,
     "psi-rescale": PSI.replace(rule=PredictorCorrector(denoise=False, strategy="rescale", eta=0.05)),

@@ -118,10 +118,13 @@ def _check_combination(model: DiffusionModel, config: DecodingConfig) -> None:
             f"cache='{cache}' needs a model of a known type whose rows can be forwarded in parts; "
             f"{type(model.model).__name__} (of unknown type, or with token_dropout) decodes with cache='none'"
         )
-    if family.noise != "mask" and config.rule.noise != family.noise:
+    noise = config.rule.noise
+    is_other = noise != family.noise and "continuous" in (noise, family.noise)
+    if is_other or (noise, family.noise) == ("mask", "uniform"):
+        what = {"mask": "masks", "uniform": "tokens out of others", "continuous": "noisy vectors"}[noise]
         raise ValueError(
-            f"rule {rule} decodes masks, and models of family '{family.name}' know none: use the rule of the preset "
-            f"'{family.preset}'"
+            f"rule {rule} decodes {what}, and models of family '{family.name}' know none"
+            + (f": use the rule of the preset '{family.preset}'" if family.preset else "")
         )
     if config.constraint is not None:
         check_block_by_block("constraint", config.rule)

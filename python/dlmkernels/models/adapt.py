@@ -281,17 +281,28 @@ class TimedModel(DiffusionModel):
         twin: Any = self._twin
         return twin.level(moment.masked if moment.time is None else moment.time)
 
+    def gamma(self, time: Tensor) -> Tensor:
+        """Of continuous models: the logarithm of noise power over signal power at times float64 of `[0, 1]`."""
+        twin: Any = self._twin
+        return twin.gamma(time)
+
+    def latent_table(self) -> Tensor:
+        """Of continuous models: what each token is in the space that noise is added in, float32 `[V, width]`."""
+        twin: Any = self._twin
+        return twin.latent_table().float().contiguous()
+
     def hidden(
         self, tokens: Tensor, positions: Tensor, window: AttentionWindow, embeds: Tensor | None = None,
         opinion: Tensor | None = None, moment: Moment | None = None, level: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """As `DiffusionModel.hidden`, with what the noise level adds to the logits in further columns.
 
-        `moment` says where the decoding stands, or `level` float32 `[B]` what the model is told.
+        `moment` says where the decoding stands, or `level` float32 `[B]` what the model is told. `embeds` and `opinion`
+        of continuous models are noisy vectors `[B, Q, width]` and the last forward's mean of what they come from.
         """
         twin: Any = self._twin
         level = self.level(tokens, moment) if level is None else level
-        x = self.embed(tokens) if embeds is None else embeds
+        x = self.embed(tokens) if embeds is None else embeds.to(twin.dtype)
         window.attended.clear()
         out = twin.base_model(x, level, positions, opinion=opinion, dlm_window=window).last_hidden_state
         self._check_attended(window, self.config.num_hidden_layers)

@@ -247,7 +247,8 @@ class GumbelSchedule(nn.Module):
 
     def forward(self, q: Tensor) -> Tensor:
         """gamma at quantiles q, in their dtype; beyond the cutoff at either end it rests."""
-        q = q.clamp(self.cutoff, 1 - self.cutoff)
+        # the published program takes quantiles of torch's Gumbel distribution, whose uniform numbers end before 1
+        q = q.clamp(self.cutoff, 1 - self.cutoff) * (1 - torch.finfo(torch.float32).eps)
         gamma = self.loc.to(q.dtype) - self.scale.to(q.dtype) * (-q.log()).log()
         # what the published program takes for the quantile 1 - cutoff
         most = self.loc.to(q.dtype) - self.scale.to(q.dtype) * math.log(self.cutoff)
@@ -361,6 +362,14 @@ class DiTForDiffusionLM(PreTrainedModel):
         if self.config.time == "none":
             return torch.zeros_like(time, dtype=torch.float32)
         return -torch.log1p(-(1 - self.config.noise_eps) * time.double()).float()
+
+    def gamma(self, time: Tensor) -> Tensor:
+        """The logarithm of noise power over signal power at quantiles `time`, in their dtype."""
+        return self.proposal(time)
+
+    def latent_table(self) -> Tensor:
+        """What each token is in the space that noise is added in, `[V, hidden]`."""
+        return self.backbone.vocab_embed.weight
 
     def readable(self, hidden: Tensor, level: Tensor, inputs_embeds: Tensor) -> Tensor:
         """What `head` reads: the hidden states `[B, Q, hidden]`, and beside them what the noise level adds to logits.
