@@ -10,8 +10,8 @@ import dlmkernels as dk
 import numerics
 import research
 from decodings import ragged
-from dlmkernels.decoding.flow_bound import FlowBound
 from dlmkernels.decoding.programs.continuous import ContinuousProgram
+from dlmkernels.decoding.vector_bounds import FlowBound
 from dlmkernels.models.dit import DiTConfig, DiTForDiffusionLM
 from dlmkernels.reference import normals
 from research import HIDDEN, VOCAB

@@ -368,7 +368,7 @@ class TestDecoding:
         _, model = made(name, vocab=self.SMALL + (name != "duo"))
         prompt = torch.ones(self.ROWS, 1, dtype=torch.int64)
         out = dk.generate(
-            model, prompt, max_new_tokens=self.LENGTH, seed=torch.arange(self.ROWS), steps=steps, **options
+            model, prompt, max_new_tokens=self.LENGTH, seed=torch.arange(self.ROWS), steps=steps, config=name, **options
         )
         number = sum(out.generated[:, i] * self.SMALL ** (self.LENGTH - 1 - i) for i in range(self.LENGTH))
         expected = follow(first, steps, choices)
@@ -499,7 +499,7 @@ class TestDecoding:
         _, model = made(name)
         rows, ids, valid = ragged((5, 9, 2))
         rows, ids = [r % (VOCAB - 1) for r in rows], (ids % (VOCAB - 1)) * valid
-        how = {"max_new_tokens": 12, "config": "bd3-lm" if name == "bd3-lm" else None, "eos_policy": "none"}
+        how = {"max_new_tokens": 12, "config": name, "eos_policy": "none"}
         how |= {} if name == "bd3-lm" else {"steps": 9}
         out = dk.generate(model, ids, valid, seed=torch.tensor((3, 4, 5)), **how)
         assert out.complete.all()
@@ -531,7 +531,7 @@ class TestDecoding:
         told = []
         hook = model.backbone.register_forward_pre_hook(lambda module, args: told.append(args[1].tolist()))
         try:
-            dk.generate(model, texts(), steps=4, max_new_tokens=6, eos_policy="none", seed=1)
+            dk.generate(model, texts(), config="mdlm", steps=4, max_new_tokens=6, seed=1)
             grid = [1 - (1 - 1e-5) * i / 3 for i in range(4)]
             expected = [-math.log1p(-(1 - 1e-3) * t) for t in grid]
             assert 2 < len(told) <= 4  # the last is left out where nothing is open any more

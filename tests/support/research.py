@@ -199,3 +199,94 @@ def blocks_visible(length: int, block: int = BLOCK) -> Tensor:
     """Which columns each row of a block-causal canvas sees, bool `[T, T]`."""
     number = [i // block for i in range(length)]
     return torch.tensor([[b >= a for a in number] for b in number])
+
+
+# --- Plaid -----------------------------------------------------------------------------------------------------------
+
+LATENT = 6
+
+
+def plaid_shapes() -> dict[str, tuple[int, ...]]:
+    """Names of the weights in Plaid's four files, behind the names of the files."""
+    out = {
+        "noise_schedule.W1": (1024, 1), "noise_schedule.b1": (1024,), "noise_schedule.W2": (1, 1024),
+        "gamma_bounds.gamma_0": (), "gamma_bounds.gamma_1": (), "embedding_matrix.matrix": (VOCAB, LATENT),
+        "model.input_linear.weight": (HIDDEN, LATENT), "model.selfcond_linear.weight": (HIDDEN, LATENT),
+        "model.gamma_linear.weight": (HIDDEN, 64),
+    }  # fmt: skip
+    for i in range(LAYERS):
+        block = {
+            "rmsnorm1.weight": (HIDDEN,), "attn_qkv.weight": (3 * HIDDEN, HIDDEN), "attn_out.weight": (HIDDEN, HIDDEN),
+            "rmsnorm2.weight": (HIDDEN,), "mlp.fc1.weight": (4 * HIDDEN, HIDDEN), "mlp.fc2.weight": (HIDDEN, 4 * HIDDEN),
+        }  # fmt: skip
+        out |= {f"model.blocks.{i}.{leaf}": shape for leaf, shape in block.items()}
+    return out | {
+        "model.output_norm.weight": (HIDDEN,), "model.output_linear.weight": (VOCAB, HIDDEN),
+        "model.output_linear.bias": (VOCAB,),
+    }  # fmt: skip
+
+
+def write_plaid(folder: Path, seed: int = 0) -> dict[str, Tensor]:
+    """A small Plaid as published: four pickles of plain state dicts."""
+    generator = torch.Generator().manual_seed(seed)
+    w = {}
+    for name, shape in plaid_shapes().items():
+        x = torch.randn(shape, generator=generator)
+        if name.startswith("model.") and len(shape) == 1:
+            x = 0.2 * x if name.endswith("bias") else 1 + 0.2 * x
+        elif name.startswith("model."):
+            x = x * {"output_linear": 0.5, "selfcond_linear": 0.5}.get(name.split(".")[1], 1.5) / shape[-1] ** 0.5
+        w[name] = x
+    w |= {"gamma_bounds.gamma_0": torch.tensor(-2.6), "gamma_bounds.gamma_1": torch.tensor(5.5)}
+    for file in ("noise_schedule", "gamma_bounds", "embedding_matrix", "model"):
+        content = {name.removeprefix(f"{file}."): x for name, x in w.items() if name.startswith(f"{file}.")}
+        if file == "model":
+            content["rotary_emb.inv_freq"] = torch.ones(HIDDEN // HEADS // 2)
+        torch.save(content, folder / f"{file}.pt")
+    return w
+
+
+def plaid_gamma(w: dict[str, Tensor], t: float) -> float:
+    """Plaid's noise level at a time of [0, 1]."""
+
+    def softplus(x):
+        return (1 + x.double().exp()).log()
+
+    def g(t):
+        inner = torch.tanh(softplus(w["noise_schedule.W1"])[:, 0] * (t - 0.5) + w["noise_schedule.b1"].double())
+        return (0.01 * softplus(w["noise_schedule.W2"])[0] * inner).sum()
+
+    first, last = w["gamma_bounds.gamma_0"].double(), w["gamma_bounds.gamma_1"].double()
+    return (first + (last - first) * (g(t) - g(0.0)) / (g(1.0) - g(0.0))).item()
+
+
+def plaid_table(w: dict[str, Tensor]) -> Tensor:
+    e = w["embedding_matrix.matrix"]
+    return e / (e.pow(2).sum(1, keepdim=True).sqrt() + 1e-8)
+
+
+def plaid(w: dict[str, Tensor], z: Tensor, gamma: float, opinion: Tensor | None = None) -> Tensor:
+    """Logits `[T, V]` of noisy vectors `[T, LATENT]`."""
+    dtype, positions = z.dtype, torch.arange(len(z))
+
+    def rms(x, name):
+        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * w[name]
+
+    alpha2 = 1 / (1 + torch.tensor(gamma, dtype=dtype).exp())
+    x = (z / (alpha2 / LATENT + 1 - alpha2).sqrt()) @ w["model.input_linear.weight"].T
+    if opinion is not None:
+        x = x + (LATENT**0.5 * opinion) @ w["model.selfcond_linear.weight"].T
+    angle = torch.linspace(-5, 5, 32, dtype=dtype).exp() * gamma
+    x = x + torch.cat((angle.sin(), angle.cos())) @ w["model.gamma_linear.weight"].T
+    for i in range(LAYERS):
+        b = f"model.blocks.{i}."
+        h = rms(x, b + "rmsnorm1.weight") @ w[b + "attn_qkv.weight"].T
+        q, k, v = (part.unflatten(-1, (HEADS, -1)) for part in h.chunk(3, -1))
+        scores = torch.einsum("qhd,khd->hqk", _turn(q, positions), _turn(k, positions)) / q.shape[-1] ** 0.5
+        o = torch.einsum("hqk,khd->qhd", torch.softmax(scores, -1), v).flatten(1)
+        x = x + LAYERS**-0.5 * (o @ w[b + "attn_out.weight"].T)
+        h = _gelu(rms(x, b + "rmsnorm2.weight") @ w[b + "mlp.fc1.weight"].T) @ w[b + "mlp.fc2.weight"].T
+        x = x + LAYERS**-0.5 * h
+    x = _norm(x, w["model.output_norm.weight"]) * (256 / HIDDEN)
+    logits = x @ w["model.output_linear.weight"].T + w["model.output_linear.bias"]
+    return logits + alpha2.sqrt() / (1 - alpha2) * (z @ plaid_table(w).T)

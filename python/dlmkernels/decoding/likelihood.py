@@ -15,10 +15,10 @@ from ..window import AttentionWindow
 from .arguments import check_tokens, seeds_of
 from .bounds import Bound
 from .config import DecodingConfig, SpecialTokens
-from .flow_bound import FlowBound
 from .presets import default_config
 from .resolve import prepare
 from .state import State
+from .vector_bounds import FlowBound, NoiseBound
 
 METHODS = ("monte-carlo", "mean-field", "coupled", "bound")
 
@@ -78,7 +78,7 @@ def log_likelihood(
     prompt_mask, answer_mask : Tensor, optional
         `[B, P]` and `[B, L]`, 0 for padding.
     method : {"monte-carlo", "mean-field", "coupled", "bound"}, optional
-        None: "bound" for models of MDLM, SEDD, Duo, LangFlow and those with blocks, else "monte-carlo".
+        None: "bound" for models of MDLM, SEDD, Duo, LangFlow, Plaid and those with blocks, else "monte-carlo".
 
         - "monte-carlo": the bound of LLaDA (Nie et al., arXiv:2502.09992, equation 6). A sample masks l tokens of the
           answer's L, drawn without replacement, and counts ``(L / l) sum ln p(token)`` over them. The l of the samples
@@ -92,7 +92,7 @@ def log_likelihood(
         - "bound": the evidence lower bound by the noise that the model was trained with (see `bounds`): a sample draws
           a time and puts noise on the answer until then. Models with blocks (BD3-LM, Arriola et al., arXiv:2503.09573)
           have a time for each block, which sees the clean blocks before it; with blocks of one token it is the
-          log-likelihood itself. Of LangFlow it is the bound by its probability flow (see `flow_bound`), of which a
+          log-likelihood itself. Of LangFlow it is the bound by its probability flow, of which a
           sample takes `ode_steps` steps of Heun's method, four forwards and two backward passes each. The first three
           methods need a model with full attention that knows masks.
     num_samples : int, optional
@@ -126,7 +126,7 @@ def log_likelihood(
     if method is None:
         method = "bound" if _has_bound(model) else "monte-carlo"
     is_flow = model.family.noise == "continuous"
-    default = 128 if method in ("monte-carlo", "bound") and not is_flow else 1
+    default = 128 if method in ("monte-carlo", "bound") and model.family.name != "langflow" else 1
     samples = default if num_samples is None else num_samples
     for name, value in (("num_samples", samples), ("batch_size", batch_size), ("ode_steps", ode_steps)):
         if not isinstance(value, int) or value < 1:
@@ -153,8 +153,9 @@ def log_likelihood(
     seeds = seeds_of(seed, len(tokens), tokens.device)
     weighted: Iterator[Tensor]
     if is_flow:
-        flow = FlowBound(model, config, special, tokens, origin, prompt.shape[1], lengths, seeds, ode_steps)
-        weighted = flow.samples(samples, batch_size)
+        about = (model, config, special, tokens, origin, prompt.shape[1], lengths, seeds)
+        is_plaid = model.family.name == "plaid"
+        weighted = (NoiseBound(*about) if is_plaid else FlowBound(*about, steps=ode_steps)).samples(samples)
     elif method == "bound":
         bound = Bound(model, config, special, tokens, origin, prompt.shape[1], lengths, seeds)
         weighted = bound.samples(samples, batch_size, gradients)
@@ -168,7 +169,7 @@ def log_likelihood(
 
 
 def _has_bound(model: DiffusionModel) -> bool:
-    return model.family.name in ("mdlm", "sedd", "duo", "langflow") or model.family.attention == "block"
+    return model.family.name in ("mdlm", "sedd", "duo", "langflow", "plaid") or model.family.attention == "block"
 
 
 def _check_method(model: DiffusionModel, method: str, prompt_mask_probability: float, block_length: int | None) -> None:

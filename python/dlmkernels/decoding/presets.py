@@ -19,6 +19,7 @@ from .rules import (
     Expanding,
     Factor,
     HierarchicalThreshold,
+    LearnedNoise,
     Lengthening,
     LocalThreshold,
     PathPlanning,
@@ -129,6 +130,8 @@ PRESETS: dict[str, DecodingConfig] = {
     "duo": MDLM.replace(rule=UniformState()),
     # LangFlow, arXiv:2604.11748
     "langflow": DecodingConfig(rule=EmbeddingFlow(), eos_policy="none"),
+    # Plaid, arXiv:2305.18619
+    "plaid": DecodingConfig(rule=LearnedNoise(), eos_policy="none"),
     # Ψ-samplers, arXiv:2602.21185, as its scripts have them: three for text, one for images
     "psi": PSI,
     "psi-rescale": PSI.replace(rule=PredictorCorrector(denoise=False, strategy="rescale", eta=0.05)),

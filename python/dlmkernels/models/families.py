@@ -149,6 +149,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         "DiTForDiffusionLM", _timed_head, family="mdlm", timed=True, module=".dit",
         only=("mdlm", "sedd", "duo", "bd3-lm", "langflow"),
     ),
+    "dlm_plaid": Architecture(
+        "PlaidForDiffusionLM", _timed_head, family="plaid", timed=True, module=".plaid", only=("plaid",)
+    ),
     "diffusion_gemma": Architecture(
         "DiffusionGemmaForBlockDiffusion", _soft_capped_head, family="diffusion-gemma", two_stacks=True
     ),
@@ -193,8 +196,8 @@ class Family:
         What the model takes noise away from: masks, tokens drawn uniformly, or noisy embeddings.
     preset : str, optional
         What `generate` does by default: the decoder the family was published with, one of `PRESETS`. None where that is
-        a fixed schedule of one token a forward (LLaDA, Dream, RND1, DiffuLLaMA): there the default is that of
-        `DecodingConfig`, and the published decoder is asked for by its name.
+        a fixed schedule (LLaDA, Dream, RND1, DiffuLLaMA, MDLM, SEDD): there the default is that of `DecodingConfig`,
+        and the published decoder is asked for by its name.
     """
 
     name: str
@@ -241,11 +244,13 @@ FAMILIES: dict[str, Family] = {
         # RND1, github.com/RadicalNumerics/RND1
         Family("rnd1", logit_alignment="shift", **QWEN3_IDS),
         # MDLM, arXiv:2406.07524; SEDD, arXiv:2310.16834; Duo, arXiv:2506.10892
-        Family("mdlm", mask_token_id=50257, **GPT2_IDS, preset="mdlm"),
-        Family("sedd", mask_token_id=50257, **GPT2_IDS, preset="sedd"),
+        Family("mdlm", mask_token_id=50257, **GPT2_IDS),
+        Family("sedd", mask_token_id=50257, **GPT2_IDS),
         Family("duo", noise="uniform", **GPT2_IDS, preset="duo"),
         # LangFlow, arXiv:2604.11748
         Family("langflow", noise="continuous", eos_token_ids=(50256,), vocab_size=50257, preset="langflow"),
+        # Plaid, arXiv:2305.18619
+        Family("plaid", noise="continuous", preset="plaid"),
         # BD3-LM, arXiv:2503.09573: any model that denoises a block after clean ones
         Family("bd3-lm", attention="block", block_grid="absolute"),
         # the same as trained by github.com/ZHZisZZ/dllm, which pads prompts to whole blocks

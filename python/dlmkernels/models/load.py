@@ -53,7 +53,8 @@ def load(
         transformers model, or a LoRA adapter in PEFT's format, which is merged into its base (PEFT is not needed).
         "demo" is the small model that comes with the package ("./demo": a folder of that name). Or a file that a
         training of MDLM, BD3-LM, Duo or SEDD has left (`.ckpt`, `.pth`), whose moving averages are taken; this needs
-        `family`, `allow_pickle`, and `block_size` or `num_attention_heads` where nothing in the file shows them.
+        `family`, `allow_pickle`, and `block_size` or `num_attention_heads` where nothing in the file shows them. Or a
+        folder with the four files of Plaid, which need `allow_pickle`.
     family : str, optional
         How it is decoded (a key of `FAMILIES`), where its configuration does not tell: a `LlamaForCausalLM` may have
         been trained as anything.
@@ -98,6 +99,8 @@ def load(
     if str(path_or_id).endswith(training_files.SUFFIXES) and os.path.isfile(os.path.expanduser(path_or_id)):
         return _load_training_file(os.path.expanduser(path_or_id), family, allow_pickle, kwargs)
     path, where = locate(path_or_id, {name: kwargs[name] for name in WHERE if name in kwargs})
+    if family in (None, "plaid") and training_files.is_plaid(path):
+        return _load_training_file(path, family, allow_pickle, kwargs)
     raw, where = _read(path, CONFIG_NAME, where)
     adapter, where = _read(path, ADAPTER_CONFIG, where)
     if adapter is not None:
@@ -111,11 +114,14 @@ def _load_training_file(path: str | PathLike, family: str | None, allow_pickle: 
         raise ValueError(f"path_or_id: '{path}' is a pickle: pass allow_pickle=True, with which its tensors are read")
     changes = {name: value for name, value in kwargs.items() if name not in _passed_on()}
     try:
-        weights = training_files.weights_of(training_files.read_training_file(os.fspath(path)))
-        how = training_files.plan_of(weights, family, changes)
+        if os.path.isdir(path):
+            how, state = training_files.read_plaid(os.fspath(path), changes)
+        else:
+            weights = training_files.weights_of(training_files.read_training_file(os.fspath(path)))
+            how = training_files.plan_of(weights, family, changes)
+            state = {f"backbone.{name}": weight for name, weight in weights.items()}
         with torch.device("meta"):
             empty = how.model_class(how.config)
-        state = {f"backbone.{name}": weight for name, weight in weights.items()}
         shapes = {name: tuple(weight.shape) for name, weight in state.items()}
         fields.check_model(empty, how.raw, {name: name for name in state}, shapes)
     except UnknownField:

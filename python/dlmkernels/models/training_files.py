@@ -8,6 +8,7 @@ dicts are read; in place of everything else stands an object that does nothing, 
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import types
@@ -163,3 +164,45 @@ def plan_of(weights: Mapping[str, Tensor], family: str | None, changes: Mapping[
             "time_conditioning": False,
         }  # fmt: skip
     return plan(raw, family, changes)
+
+
+# --- Plaid: four files ------------------------------------------------------------------------------------------------
+
+#: The files that Plaid's weights are published in, and the prefix of their names here.
+PLAID_FILES = {
+    "model.pt": "backbone.", "noise_schedule.pt": "noise_schedule.", "gamma_bounds.pt": "gamma_bounds.",
+    "embedding_matrix.pt": "embedding_matrix.",
+}  # fmt: skip
+
+
+def is_plaid(folder: str) -> bool:
+    """Whether a folder holds Plaid's four files, and no configuration."""
+    return all(os.path.isfile(os.path.join(folder, name)) for name in PLAID_FILES)
+
+
+def read_plaid(folder: str, changes: Mapping[str, Any]) -> tuple[Plan, dict[str, Tensor]]:
+    """How Plaid's weights are loaded, and the weights.
+
+    Raises
+    ------
+    ValueError
+        When a file cannot be read, a weight that shows a size is missing, or no weight shows how many heads there are.
+    """
+    weights: dict[str, Tensor] = {}
+    for name, prefix in PLAID_FILES.items():
+        content = read_training_file(os.path.join(folder, name))
+        weights |= {f"{prefix}{leaf}": w for leaf, w in content.items() if isinstance(w, Tensor)}
+    frequencies = weights.pop("backbone.rotary_emb.inv_freq", None)
+    inner, head = weights.get("backbone.input_linear.weight"), weights.get("backbone.output_linear.weight")
+    if inner is None or head is None:
+        raise ValueError("model.pt lacks input_linear.weight or output_linear.weight")
+    heads = None if frequencies is None else len(inner) // (2 * len(frequencies))
+    layers = [int(found[1]) for name in weights if (found := re.match(r"backbone\.blocks\.(\d+)\.", name))]
+    raw = {
+        "model_type": "dlm_plaid", "vocab_size": len(head), "hidden_size": len(inner), "embed_dim": inner.shape[1],
+        "num_hidden_layers": 1 + max(layers, default=-1),
+        "num_attention_heads": changes.get("num_attention_heads", heads),
+    }  # fmt: skip
+    if raw["num_attention_heads"] is None:
+        raise ValueError("it does not show how many heads there are: pass num_attention_heads=…")
+    return plan(raw, "plaid", changes), weights

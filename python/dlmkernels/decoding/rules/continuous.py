@@ -49,6 +49,7 @@ class ContinuousRule(Rule):
 
     by_block: ClassVar[bool] = False
     noise: ClassVar[str] = "continuous"
+    draws: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset()
 
     @property
@@ -99,8 +100,9 @@ class EmbeddingFlow(ContinuousRule):
 class LearnedNoise(ContinuousRule):
     """The sampler of Plaid (Gulrajani and Hashimoto, arXiv:2305.18619) along a noise schedule that was learnt.
 
-    N forwards at times evenly spaced from 1 to 0, each but the last followed by a step of 1 / N; gamma is the model's
-    own function of the time. The noise that x implies is divided by `score_temperature`, which moves x away from z.
+    N + 1 forwards: at N times evenly spaced from 1 to 0, each followed by a step of 1 / N, but at time 0, where nothing
+    moves and a second forward decides. gamma is the model's own function of the time. The noise that x implies is
+    divided by `score_temperature`, which moves x away from z.
     Then, with c = 1 - exp(gamma' - gamma), ``z' = alpha' / alpha (1 - c) z + c alpha' x + sqrt(c (1 - alpha'^2)) n``;
     with ``ddim`` as in `EmbeddingFlow`.
     """
@@ -111,8 +113,10 @@ class LearnedNoise(ContinuousRule):
     ddim: bool = False
 
     def walk(self, gamma: Callable[[Tensor], Tensor], steps: int, device: torch.device) -> Walk:
-        t = torch.linspace(1.0, 0.0, steps, device=device, dtype=torch.float64)
-        now, then = gamma(t), gamma((t - 1 / steps).clamp(min=0))
+        count = max(steps - 1, 1)
+        t = torch.linspace(1.0, 0.0, count, device=device, dtype=torch.float32)
+        t = torch.cat((t, torch.zeros_like(t[:1])))[:steps].double()
+        now, then = gamma(t), gamma((t - 1 / count).clamp(min=0))
         alpha, alpha_then = signal(now), signal(then)
         if self.ddim:
             kept = signal(-then) / signal(-now)
@@ -124,4 +128,6 @@ class LearnedNoise(ContinuousRule):
         # x is made of what the model says and of z
         inverse = 1 / self.score_temperature
         weights = torch.stack((a + b * (1 - inverse) / alpha, b * inverse, c), 1)
+        rests = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64, device=device)
+        weights = torch.where((t > 0)[:, None], weights, rests)
         return Walk(now, weights, torch.stack((signal(now[0]), signal(-now[0]))))
