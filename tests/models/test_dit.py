@@ -207,7 +207,9 @@ class TestLoading:
         q = torch.tensor([1 - 1e-5, 0.5, 1e-5], dtype=torch.float64)
         loc, scale = (w[f"proposal.{name}"].double() for name in ("loc", "scale"))
         assert loc != model.config.gumbel_loc
-        torch.testing.assert_close(model.proposal(q), loc - scale * (-(q * (1 - 2**-23)).log()).log(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            model.proposal(q), loc - scale * (-(q * (1 - 2**-23)).log()).log(), rtol=1e-12, atol=0
+        )
 
     @pytest.mark.parametrize("name,change,match", [
         ("sedd", {"graph": {"type": "uniform"}}, r"type='uniform', which is not supported \(expected 'absorb'\)"),

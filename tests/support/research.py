@@ -290,3 +290,70 @@ def plaid(w: dict[str, Tensor], z: Tensor, gamma: float, opinion: Tensor | None 
     x = _norm(x, w["model.output_norm.weight"]) * (256 / HIDDEN)
     logits = x @ w["model.output_linear.weight"].T + w["model.output_linear.bias"]
     return logits + alpha2.sqrt() / (1 - alpha2) * (z @ plaid_table(w).T)
+
+
+# --- Diffusion-LM ----------------------------------------------------------------------------------------------------
+
+TIME = 16
+
+
+def write_diffusion_lm(path: Path, seed: int = 0) -> dict[str, Tensor]:
+    """A small Diffusion-LM as published: a pickle of a plain state dict."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        "word_embedding": (VOCAB, LATENT), "time_embed.0": (4 * TIME, TIME), "time_embed.2": (HIDDEN, 4 * TIME),
+        "input_up_proj.0": (HIDDEN, LATENT), "input_up_proj.2": (HIDDEN, HIDDEN),
+        "position_embeddings": (LENGTH, HIDDEN), "output_down_proj.0": (HIDDEN, HIDDEN),
+        "output_down_proj.2": (LATENT, HIDDEN),
+    }  # fmt: skip
+    for i in range(LAYERS):
+        layer = f"input_transformers.layer.{i}."
+        for name in ("query", "key", "value"):
+            shapes[f"{layer}attention.self.{name}"] = (HIDDEN, HIDDEN)
+        shapes |= {
+            layer + "attention.output.dense": (HIDDEN, HIDDEN), layer + "intermediate.dense": (2 * HIDDEN, HIDDEN),
+            layer + "output.dense": (HIDDEN, 2 * HIDDEN),
+        }  # fmt: skip
+    w = {}
+    for name, shape in shapes.items():
+        gain = {"word_embedding": 2.5, "position_embeddings": HIDDEN**0.5, "output_down_proj.2": 3.0}.get(name, 1.5)
+        w[f"{name}.weight"] = gain / shape[1] ** 0.5 * torch.randn(shape, generator=generator)
+        if not name.endswith(("word_embedding", "position_embeddings")):
+            w[f"{name}.bias"] = 0.2 * torch.randn(shape[0], generator=generator)
+    norms = [
+        f"input_transformers.layer.{i}.{part}output.LayerNorm" for i in range(LAYERS) for part in ("attention.", "")
+    ]
+    for name in ["LayerNorm", *norms]:
+        w[f"{name}.weight"] = 1 + 0.2 * torch.randn(HIDDEN, generator=generator)
+        w[f"{name}.bias"] = 0.2 * torch.randn(HIDDEN, generator=generator)
+    w |= {"lm_head.weight": w["word_embedding.weight"], "lm_head.bias": 0.2 * torch.randn(VOCAB, generator=generator)}
+    torch.save(w | {"position_ids": torch.arange(LENGTH)[None]}, path)
+    return w
+
+
+def diffusion_lm(w: dict[str, Tensor], z: Tensor, time: float) -> Tensor:
+    """Clean vectors `[T, LATENT]` of noisy ones at a time of [0, 1000)."""
+
+    def linear(x, name):
+        return x @ w[name + ".weight"].T + w[name + ".bias"]
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-12).sqrt() * w[name + ".weight"] + w[name + ".bias"]
+
+    angle = time * torch.exp(-torch.tensor(1e4, dtype=z.dtype).log() * torch.arange(TIME // 2) / (TIME // 2))
+    told = linear(_silu(linear(torch.cat((angle.cos(), angle.sin())), "time_embed.0")), "time_embed.2")
+    x = linear(torch.tanh(linear(z, "input_up_proj.0")), "input_up_proj.2")
+    x = norm(w["position_embeddings.weight"][: len(z)] + x + told, "LayerNorm")
+    for i in range(LAYERS):
+        layer = f"input_transformers.layer.{i}."
+        q, k, v = (
+            linear(x, f"{layer}attention.self.{name}").unflatten(-1, (HEADS, -1)) for name in ("query", "key", "value")
+        )
+        p = torch.softmax(torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5, -1)
+        o = torch.einsum("hqk,khd->qhd", p, v).flatten(1)
+        x = norm(x + linear(o, layer + "attention.output.dense"), layer + "attention.output.LayerNorm")
+        h = linear(x, layer + "intermediate.dense")
+        h = h * 0.5 * (1 + torch.erf(h / 2**0.5))
+        x = norm(x + linear(h, layer + "output.dense"), layer + "output.LayerNorm")
+    return linear(torch.tanh(linear(x, "output_down_proj.0")), "output_down_proj.2")

@@ -169,15 +169,22 @@ def log_likelihood(
 
 
 def _has_bound(model: DiffusionModel) -> bool:
-    return model.family.name in ("mdlm", "sedd", "duo", "langflow", "plaid") or model.family.attention == "block"
+    return (
+        model.family.name in ("mdlm", "sedd", "duo", "langflow", "plaid", "diffusion-lm")
+        or model.family.attention == "block"
+    )
 
 
 def _check_method(model: DiffusionModel, method: str, prompt_mask_probability: float, block_length: int | None) -> None:
     """Refuse a method that is not for models of this family."""
     family = model.family
     if method == "bound":
+        if family.name == "diffusion-lm":
+            raise ValueError("model: there is no bound here for models of family 'diffusion-lm'")
         if prompt_mask_probability > 0:
             raise ValueError("prompt_mask_probability has no meaning with method='bound', whose noise is the answer's")
+    elif family.noise == "continuous":
+        raise ValueError(f"method='{method}' is for models that know masks; those of family '{family.name}' do not")
     elif family.attention != "full" or family.noise != "mask" or family.name == "sedd":
         needed = "full attention" if family.attention != "full" else "logits of what masks hide"
         raise ValueError(

@@ -39,6 +39,7 @@ from .rules import (
     TimeQuota,
     TokenEditing,
     UniformState,
+    VectorDenoising,
     WideInNarrowOut,
 )
 from .scores import DensityWeighted, PositionWeighted
@@ -130,6 +131,8 @@ PRESETS: dict[str, DecodingConfig] = {
     "duo": MDLM.replace(rule=UniformState()),
     # LangFlow, arXiv:2604.11748
     "langflow": DecodingConfig(rule=EmbeddingFlow(), eos_policy="none"),
+    # Diffusion-LM, arXiv:2205.14217
+    "diffusion-lm": DecodingConfig(rule=VectorDenoising(), eos_policy="none"),
     # Plaid, arXiv:2305.18619
     "plaid": DecodingConfig(rule=LearnedNoise(), eos_policy="none"),
     # Ψ-samplers, arXiv:2602.21185, as its scripts have them: three for text, one for images

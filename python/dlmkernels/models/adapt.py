@@ -286,6 +286,16 @@ class TimedModel(DiffusionModel):
         twin: Any = self._twin
         return twin.gamma(time)
 
+    def told(self, time: Tensor) -> Tensor:
+        """Of continuous models: what they are told at times float64 of `[0, 1]`; most of them gamma."""
+        twin: Any = self._twin
+        return twin.told(time) if hasattr(twin, "told") else twin.gamma(time)
+
+    @property
+    def says_vectors(self) -> bool:
+        """Whether the model says clean vectors, off which tokens are read, and not logits."""
+        return getattr(self.config, "says_vectors", False)
+
     def latent_table(self) -> Tensor:
         """Of continuous models: what each token is in the space that noise is added in, float32 `[V, width]`."""
         twin: Any = self._twin

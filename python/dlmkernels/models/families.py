@@ -152,6 +152,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "dlm_plaid": Architecture(
         "PlaidForDiffusionLM", _timed_head, family="plaid", timed=True, module=".plaid", only=("plaid",)
     ),
+    "dlm_diffusion_lm": Architecture(
+        "DiffusionLM", _timed_head, family="diffusion-lm", timed=True, module=".diffusion_lm", only=("diffusion-lm",)
+    ),
     "diffusion_gemma": Architecture(
         "DiffusionGemmaForBlockDiffusion", _soft_capped_head, family="diffusion-gemma", two_stacks=True
     ),
@@ -249,6 +252,8 @@ FAMILIES: dict[str, Family] = {
         Family("duo", noise="uniform", **GPT2_IDS, preset="duo"),
         # LangFlow, arXiv:2604.11748
         Family("langflow", noise="continuous", eos_token_ids=(50256,), vocab_size=50257, preset="langflow"),
+        # Diffusion-LM, arXiv:2205.14217
+        Family("diffusion-lm", noise="continuous", preset="diffusion-lm"),
         # Plaid, arXiv:2305.18619
         Family("plaid", noise="continuous", preset="plaid"),
         # BD3-LM, arXiv:2503.09573: any model that denoises a block after clean ones

@@ -52,9 +52,9 @@ def load(
         A local folder or a hub id, in Hugging Face format: the published form of any known family, a stock
         transformers model, or a LoRA adapter in PEFT's format, which is merged into its base (PEFT is not needed).
         "demo" is the small model that comes with the package ("./demo": a folder of that name). Or a file that a
-        training of MDLM, BD3-LM, Duo or SEDD has left (`.ckpt`, `.pth`), whose moving averages are taken; this needs
-        `family`, `allow_pickle`, and `block_size` or `num_attention_heads` where nothing in the file shows them. Or a
-        folder with the four files of Plaid, which need `allow_pickle`.
+        training of MDLM, BD3-LM, Duo, SEDD or Diffusion-LM has left (`.ckpt`, `.pth`, `.pt`), whose moving averages are
+        taken; this needs `family`, `allow_pickle`, and `block_size` or `num_attention_heads` where nothing in the file
+        shows them. Or a folder with the four files of Plaid, which need `allow_pickle`.
     family : str, optional
         How it is decoded (a key of `FAMILIES`), where its configuration does not tell: a `LlamaForCausalLM` may have
         been trained as anything.
@@ -116,6 +116,9 @@ def _load_training_file(path: str | PathLike, family: str | None, allow_pickle: 
     try:
         if os.path.isdir(path):
             how, state = training_files.read_plaid(os.fspath(path), changes)
+        elif family == "diffusion-lm":
+            content = training_files.read_training_file(os.fspath(path))
+            how, state = training_files.read_diffusion_lm(content, changes)
         else:
             weights = training_files.weights_of(training_files.read_training_file(os.fspath(path)))
             how = training_files.plan_of(weights, family, changes)

@@ -166,6 +166,37 @@ def plan_of(weights: Mapping[str, Tensor], family: str | None, changes: Mapping[
     return plan(raw, family, changes)
 
 
+# --- Diffusion-LM ----------------------------------------------------------------------------------------------------
+
+
+def read_diffusion_lm(content: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Plan, dict[str, Tensor]]:
+    """How the weights of a file of Diffusion-LM are loaded, and the weights.
+
+    Raises
+    ------
+    ValueError
+        When a weight that shows a size is missing.
+    """
+    weights = {name: w for name, w in content.items() if isinstance(w, Tensor) and name != "position_ids"}
+    sizes = {
+        "word_embedding.weight": 0, "position_embeddings.weight": 0, "time_embed.0.weight": 1,
+        "input_transformers.layer.0.intermediate.dense.weight": 0,
+    }  # fmt: skip
+    if absent := [name for name in sizes if name not in weights]:
+        raise ValueError(f"it lacks {', '.join(absent)} (its model is no Diffusion-LM)")
+    vocab, positions, time, inner = (weights[name].shape[axis] for name, axis in sizes.items())
+    layers = [int(f[1]) for name in weights if (f := re.match(r"input_transformers\.layer\.(\d+)\.", name))]
+    raw = {
+        "model_type": "dlm_diffusion_lm", "vocab_size": vocab, "max_position_embeddings": positions, "time_dim": time,
+        "intermediate_size": inner, "hidden_size": weights["position_embeddings.weight"].shape[1],
+        "embed_dim": weights["word_embedding.weight"].shape[1], "num_hidden_layers": 1 + max(layers),
+        "num_attention_heads": 12, "noise_steps": 2000,
+    }  # fmt: skip
+    outside = ("word_embedding.", "lm_head.")
+    named = {name if name.startswith(outside) else f"backbone.{name}": w for name, w in weights.items()}
+    return plan(raw, "diffusion-lm", changes), named
+
+
 # --- Plaid: four files ------------------------------------------------------------------------------------------------
 
 #: The files that Plaid's weights are published in, and the prefix of their names here.

@@ -56,7 +56,9 @@ class ContinuousProgram(Program):
         self.since = torch.zeros_like(state.commit_step)
         self.walk = rule.walk(model.gamma, self.steps, state.tokens.device)
         self.is_random = bool(self.walk.weights[:, 2].any())
-        self.levels, self.weights = self.walk.level.float(), self.walk.weights.float()
+        self.levels, self.weights = model.told(self.walk.time).float(), self.walk.weights.float()
+        # of the nearest vector e of a token, e . x - |e|^2 / 2 is largest
+        self.half_squares = self.table.pow(2).sum(1) / 2
 
     def form(self, report: tuple[int, ...], behind: int) -> str | None:
         if self.taken == self.steps or report[0] == 0:
@@ -88,16 +90,24 @@ class ContinuousProgram(Program):
         now = state.step.long()
         window = AttentionWindow(forward.slots.contiguous(), forward.kv_range, rotations=forward.rotations)
         model: Any = self.model
-        hidden = model.hidden(
+        said = model.hidden(
             state.tokens, forward.positions, window, self.z, self.opinion, level=self.levels.index_select(0, now)
-        )  # fmt: skip
-        logits = self._cleaned(model.logits(hidden[:, self.start : self.end]).flatten(0, 1))
+        )[:, self.start : self.end].flatten(0, 1)  # fmt: skip
+        mean: Tensor | None = None
+        if model.says_vectors:
+            said = mean = self._clamped(said) if self.rule.clamps else said  # type: ignore[attr-defined]
+        logits = self._cleaned(model.logits(said))
         self._draft(logits)
         if form == "step":
-            self._move(logits, now)
+            self._move(ops.soft_embedding(logits, self.table) if mean is None else mean, now)
             state.step.add_(1)
             return state.is_open.sum(1, dtype=torch.int32).amax().view(1)
         return self._decide(logits)
+
+    def _clamped(self, vectors: Tensor) -> Tensor:
+        """The vectors of tokens `[N, width]` that are nearest, the first of them where several are."""
+        nearest = (vectors.float() @ self.table.T - self.half_squares).argmax(1)
+        return self.table.index_select(0, nearest)
 
     def _cleaned(self, logits: Tensor) -> Tensor:
         """The logits with what the configuration adds and excludes."""
@@ -114,15 +124,16 @@ class ContinuousProgram(Program):
         self.draft[:, here] = likeliest
         self.state.tokens[:, here] = torch.where(self.is_given[:, here], self.state.tokens[:, here], likeliest)
 
-    def _move(self, logits: Tensor, now: Tensor) -> None:
-        """Take the vectors to the next noise level."""
-        mean = ops.soft_embedding(logits, self.table).view(len(self.z), -1, self.z.shape[2]).float()
-        self.opinion[:, self.start : self.end] = mean
+    def _move(self, mean: Tensor, now: Tensor) -> None:
+        """Take the vectors to the next noise level, by what the model says that they come from, `[N, width]`."""
+        self.opinion[:, self.start : self.end] = mean.view(len(self.z), -1, self.z.shape[2]).float()
         self.opinion.copy_(torch.where(self.is_given[..., None], self.given, self.opinion))
         a, b, c = self.weights.index_select(0, now).T[..., None, None]
         z = a * self.z + b * self.opinion
         if self.is_random:
             z = z + c * self._normals(now)
+        if self.rule.clean_context:  # type: ignore[attr-defined]
+            z = torch.where(self.is_given[..., None], self.given, z)
         self.z.copy_(z)
 
     def _decide(self, logits: Tensor) -> Tensor:

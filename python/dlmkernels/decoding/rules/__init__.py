@@ -15,7 +15,7 @@ from .confidence import (
     Threshold,
     TimeQuota,
 )
-from .continuous import ContinuousRule, EmbeddingFlow, LearnedNoise
+from .continuous import ContinuousRule, EmbeddingFlow, LearnedNoise, VectorDenoising
 from .drafting import Reordered, SelfSpeculative, Strided
 from .history import CreditThreshold, EarlyAnswer, SmoothedThreshold, StableThreshold
 from .length import Expanding, Lengthening, VariableLength
@@ -37,5 +37,6 @@ __all__ = [
     "EntropySum", "Expanding", "Factor", "HierarchicalThreshold", "LearnedNoise", "Lengthening", "LocalThreshold",
     "PathPlanning", "Pipeline", "PredictorCorrector", "Quota", "RenoisedEntropyBound", "Reordered", "Rule",
     "RunEditing", "ScoreAncestral", "SelfSpeculative", "SmoothedThreshold", "SplitEditing", "StableThreshold",
-    "Strided", "Threshold", "TimeQuota", "TokenEditing", "UniformState", "VariableLength", "WideInNarrowOut",
+    "Strided", "Threshold", "TimeQuota", "TokenEditing", "UniformState", "VariableLength", "VectorDenoising",
+    "WideInNarrowOut",
 ]  # fmt: skip

@@ -30,23 +30,33 @@ class Walk(NamedTuple):
 
     Attributes
     ----------
-    level : Tensor
-        float64 `[N]`: what the model is told.
+    time : Tensor
+        float64 `[N]`, of `[0, 1]`.
     weights : Tensor
         float64 `[N, 3]`: a, b and c of the step after each forward; the last row has no meaning.
     first : Tensor
         float64 `[2]`: what the vectors of given tokens, and noise, are multiplied by before the first forward.
     """
 
-    level: Tensor
+    time: Tensor
     weights: Tensor
     first: Tensor
 
 
 @dataclass(frozen=True)
 class ContinuousRule(Rule):
-    """Base of the samplers of continuous models."""
+    """Base of the samplers of continuous models.
 
+    Attributes
+    ----------
+    clean_context : bool
+        Whether given tokens are vectors without noise at all times; False: they have as much noise as the others.
+    clamps : bool
+        Whether what the model says is moved to the nearest vector of a token. For models that say vectors.
+    """
+
+    clean_context: ClassVar[bool] = False
+    clamps: ClassVar[bool] = False
     by_block: ClassVar[bool] = False
     noise: ClassVar[str] = "continuous"
     draws: ClassVar[bool] = True
@@ -93,7 +103,7 @@ class EmbeddingFlow(ContinuousRule):
         # in float32, as the published program has them
         q = torch.linspace(1.0 - self.eps, self.eps, steps, device=device, dtype=torch.float32)
         levels = gamma(q.double()).float().double()
-        return Walk(levels, toward(levels), torch.stack((signal(levels[0]), signal(-levels[0]))))
+        return Walk(q.double(), toward(levels), torch.stack((signal(levels[0]), signal(-levels[0]))))
 
 
 @dataclass(frozen=True)
@@ -114,8 +124,8 @@ class LearnedNoise(ContinuousRule):
 
     def walk(self, gamma: Callable[[Tensor], Tensor], steps: int, device: torch.device) -> Walk:
         count = max(steps - 1, 1)
-        t = torch.linspace(1.0, 0.0, count, device=device, dtype=torch.float32)
-        t = torch.cat((t, torch.zeros_like(t[:1])))[:steps].double()
+        t = torch.linspace(1.0, 0.0, count, device=device, dtype=torch.float64)
+        t = torch.cat((t, torch.zeros_like(t[:1])))[:steps]
         now, then = gamma(t), gamma((t - 1 / count).clamp(min=0))
         alpha, alpha_then = signal(now), signal(then)
         if self.ddim:
@@ -130,4 +140,40 @@ class LearnedNoise(ContinuousRule):
         weights = torch.stack((a + b * (1 - inverse) / alpha, b * inverse, c), 1)
         rests = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64, device=device)
         weights = torch.where((t > 0)[:, None], weights, rests)
-        return Walk(now, weights, torch.stack((signal(now[0]), signal(-now[0]))))
+        return Walk(t, weights, torch.stack((signal(now[0]), signal(-now[0]))))
+
+
+@dataclass(frozen=True)
+class VectorDenoising(ContinuousRule):
+    """The samplers of Diffusion-LM (Li et al., arXiv:2205.14217), whose model says clean vectors and not logits.
+
+    N forwards at N of the steps that the model was trained with, evenly spaced, the last and the first among them. What
+    the model says, x, is moved to the nearest vector of a token (`clamp`); then z is drawn from the posterior of the
+    step before, given x, or, with `eta`, from that of DDIM, whose noise is `eta` times the posterior's. The tokens are
+    read off the last x. Given tokens have no noise at any time.
+    """
+
+    clean_context: ClassVar[bool] = True
+    limits: ClassVar[Mapping[str, Check]] = {"clamp": flag, "eta": number(0.0, 1.0, optional=True)}
+
+    clamp: bool = True
+    eta: float | None = None
+
+    @property
+    def clamps(self) -> bool:  # type: ignore[override]
+        return self.clamp
+
+    def walk(self, gamma: Callable[[Tensor], Tensor], steps: int, device: torch.device) -> Walk:
+        t = torch.linspace(1.0, 0.0, steps, device=device, dtype=torch.float64)
+        kept = torch.sigmoid(-gamma(t))
+        before = torch.cat((kept[1:], torch.ones_like(kept[:1])))
+        if self.eta is None:
+            share = 1 - kept / before
+            a = (1 - before) * (1 - share).sqrt() / (1 - kept)
+            b = share * before.sqrt() / (1 - kept)
+            c = (share * (1 - before) / (1 - kept)).sqrt()
+        else:
+            c = self.eta * ((1 - before) / (1 - kept) * (1 - kept / before)).sqrt()
+            a = ((1 - before - c**2).clamp(min=0) / (1 - kept)).sqrt()
+            b = before.sqrt() - a * kept.sqrt()
+        return Walk(t, torch.stack((a, b, c), 1), torch.tensor([1.0, 0.0], dtype=torch.float64, device=device))
