@@ -357,3 +357,33 @@ def diffusion_lm(w: dict[str, Tensor], z: Tensor, time: float) -> Tensor:
         h = h * 0.5 * (1 + torch.erf(h / 2**0.5))
         x = norm(x + linear(h, layer + "output.dense"), layer + "output.LayerNorm")
     return linear(torch.tanh(linear(x, "output_down_proj.0")), "output_down_proj.2")
+
+
+# --- SSD-LM ----------------------------------------------------------------------------------------------------------
+
+
+def write_ssd_lm(folder: Path, seed: int = 0) -> dict[str, Tensor]:
+    """A small SSD-LM as published: a RoBERTa's folder with a pickle, and two files of layers."""
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.RobertaConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        intermediate_size=2 * HIDDEN, max_position_embeddings=LENGTH + 2, type_vocab_size=1, layer_norm_eps=1e-5,
+    )  # fmt: skip
+    model = transformers.RobertaForMaskedLM(config)
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            p.data.add_(0.2 * torch.randn_like(p))
+        else:
+            p.data.normal_(std=(2.0 if "embeddings" in name else 1.5) / p.shape[-1] ** 0.5)
+    config.save_pretrained(folder)
+    w = dict(model.state_dict())
+    extra = {
+        "embed_sum_layer": {"weight": 2.0 / HIDDEN**0.5 * torch.randn(HIDDEN, VOCAB)},
+        "timestep_layer": {"weight": torch.randn(HIDDEN, 1) / HIDDEN**0.5, "bias": 0.1 * torch.randn(HIDDEN)},
+    }
+    torch.save({f"module.{name}": x for name, x in w.items()}, folder / "pytorch_model.bin")
+    for file, content in extra.items():
+        torch.save({f"module.{name}": x for name, x in content.items()}, folder / f"{file}.pt")
+    return w | {f"{file}.{name}": x for file, content in extra.items() for name, x in content.items()}

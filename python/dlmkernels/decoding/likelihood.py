@@ -169,18 +169,16 @@ def log_likelihood(
 
 
 def _has_bound(model: DiffusionModel) -> bool:
-    return (
-        model.family.name in ("mdlm", "sedd", "duo", "langflow", "plaid", "diffusion-lm")
-        or model.family.attention == "block"
-    )
+    family = model.family
+    return family.noise != "mask" or family.attention == "block" or family.name in ("mdlm", "sedd")
 
 
 def _check_method(model: DiffusionModel, method: str, prompt_mask_probability: float, block_length: int | None) -> None:
     """Refuse a method that is not for models of this family."""
     family = model.family
     if method == "bound":
-        if family.name == "diffusion-lm":
-            raise ValueError("model: there is no bound here for models of family 'diffusion-lm'")
+        if family.name in ("diffusion-lm", "ssd-lm"):
+            raise ValueError(f"model: there is no bound here for models of family '{family.name}'")
         if prompt_mask_probability > 0:
             raise ValueError("prompt_mask_probability has no meaning with method='bound', whose noise is the answer's")
     elif family.noise == "continuous":

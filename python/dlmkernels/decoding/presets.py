@@ -31,6 +31,7 @@ from .rules import (
     RunEditing,
     ScoreAncestral,
     SelfSpeculative,
+    SimplexDenoising,
     SmoothedThreshold,
     SplitEditing,
     StableThreshold,
@@ -133,6 +134,8 @@ PRESETS: dict[str, DecodingConfig] = {
     "langflow": DecodingConfig(rule=EmbeddingFlow(), eos_policy="none"),
     # Diffusion-LM, arXiv:2205.14217
     "diffusion-lm": DecodingConfig(rule=VectorDenoising(), eos_policy="none"),
+    # SSD-LM, arXiv:2210.17432
+    "ssd-lm": DecodingConfig(rule=SimplexDenoising(), eos_policy="none"),
     # Plaid, arXiv:2305.18619
     "plaid": DecodingConfig(rule=LearnedNoise(), eos_policy="none"),
     # Ψ-samplers, arXiv:2602.21185, as its scripts have them: three for text, one for images

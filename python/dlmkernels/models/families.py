@@ -155,6 +155,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "dlm_diffusion_lm": Architecture(
         "DiffusionLM", _timed_head, family="diffusion-lm", timed=True, module=".diffusion_lm", only=("diffusion-lm",)
     ),
+    "dlm_ssd_lm": Architecture(
+        "SSDLMForDiffusion", _lm_head, position_offset=_after_padding, family="ssd-lm", module=".ssd_lm",
+        only=("ssd-lm",),
+    ),
     "diffusion_gemma": Architecture(
         "DiffusionGemmaForBlockDiffusion", _soft_capped_head, family="diffusion-gemma", two_stacks=True
     ),
@@ -254,6 +258,8 @@ FAMILIES: dict[str, Family] = {
         Family("langflow", noise="continuous", eos_token_ids=(50256,), vocab_size=50257, preset="langflow"),
         # Diffusion-LM, arXiv:2205.14217
         Family("diffusion-lm", noise="continuous", preset="diffusion-lm"),
+        # SSD-LM, arXiv:2210.17432
+        Family("ssd-lm", noise="continuous", preset="ssd-lm"),
         # Plaid, arXiv:2305.18619
         Family("plaid", noise="continuous", preset="plaid"),
         # BD3-LM, arXiv:2503.09573: any model that denoises a block after clean ones

@@ -54,7 +54,7 @@ def load(
         "demo" is the small model that comes with the package ("./demo": a folder of that name). Or a file that a
         training of MDLM, BD3-LM, Duo, SEDD or Diffusion-LM has left (`.ckpt`, `.pth`, `.pt`), whose moving averages are
         taken; this needs `family`, `allow_pickle`, and `block_size` or `num_attention_heads` where nothing in the file
-        shows them. Or a folder with the four files of Plaid, which need `allow_pickle`.
+        shows them. Or a folder with the files of Plaid or SSD-LM, which need `allow_pickle`.
     family : str, optional
         How it is decoded (a key of `FAMILIES`), where its configuration does not tell: a `LlamaForCausalLM` may have
         been trained as anything.
@@ -99,7 +99,8 @@ def load(
     if str(path_or_id).endswith(training_files.SUFFIXES) and os.path.isfile(os.path.expanduser(path_or_id)):
         return _load_training_file(os.path.expanduser(path_or_id), family, allow_pickle, kwargs)
     path, where = locate(path_or_id, {name: kwargs[name] for name in WHERE if name in kwargs})
-    if family in (None, "plaid") and training_files.is_plaid(path):
+    folders = {"plaid": training_files.is_plaid, "ssd-lm": training_files.is_ssd_lm}
+    if any(family in (None, name) and is_one(path) for name, is_one in folders.items()):
         return _load_training_file(path, family, allow_pickle, kwargs)
     raw, where = _read(path, CONFIG_NAME, where)
     adapter, where = _read(path, ADAPTER_CONFIG, where)
@@ -115,7 +116,8 @@ def _load_training_file(path: str | PathLike, family: str | None, allow_pickle: 
     changes = {name: value for name, value in kwargs.items() if name not in _passed_on()}
     try:
         if os.path.isdir(path):
-            how, state = training_files.read_plaid(os.fspath(path), changes)
+            read = training_files.read_plaid if training_files.is_plaid(os.fspath(path)) else training_files.read_ssd_lm
+            how, state = read(os.fspath(path), changes)
         elif family == "diffusion-lm":
             content = training_files.read_training_file(os.fspath(path))
             how, state = training_files.read_diffusion_lm(content, changes)

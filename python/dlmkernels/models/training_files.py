@@ -8,6 +8,7 @@ dicts are read; in place of everything else stands an object that does nothing, 
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
@@ -195,6 +196,42 @@ def read_diffusion_lm(content: Mapping[str, Any], changes: Mapping[str, Any]) ->
     outside = ("word_embedding.", "lm_head.")
     named = {name if name.startswith(outside) else f"backbone.{name}": w for name, w in weights.items()}
     return plan(raw, "diffusion-lm", changes), named
+
+
+# --- SSD-LM: a RoBERTa and two files ----------------------------------------------------------------------------------
+
+#: The layers that SSD-LM's weights have beside a RoBERTa's, by the files they are in.
+SSD_FILES = {"embed_sum_layer.pt": "embed_sum.", "timestep_layer.pt": "timestep."}
+
+
+def is_ssd_lm(folder: str) -> bool:
+    """Whether a folder holds the two files that SSD-LM has beside a RoBERTa."""
+    return all(os.path.isfile(os.path.join(folder, name)) for name in SSD_FILES)
+
+
+def read_ssd_lm(folder: str, changes: Mapping[str, Any]) -> tuple[Plan, dict[str, Tensor]]:
+    """How SSD-LM's weights are loaded, and the weights.
+
+    Raises
+    ------
+    ValueError
+        When a file is missing or cannot be read, or the configuration is none of a RoBERTa.
+    """
+    weights: dict[str, Tensor] = {}
+    for name, prefix in {"pytorch_model.bin": "", **SSD_FILES}.items():
+        content = read_training_file(os.path.join(folder, name))
+        tensors = {leaf.removeprefix("module."): w for leaf, w in content.items() if isinstance(w, Tensor)}
+        weights |= {f"{prefix}{leaf}": w for leaf, w in tensors.items()}
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as stream:
+        raw = json.load(stream)
+    if not isinstance(raw, dict) or raw.get("model_type") != "roberta":
+        raise ValueError("its configuration is none of a RoBERTa")
+    if raw.get("vocab_size") != weights["embed_sum.weight"].shape[1]:
+        raise ValueError(
+            f"embed_sum_layer.pt is of {weights['embed_sum.weight'].shape[1]} tokens, and its configuration has "
+            f"vocab_size={raw.get('vocab_size')}"
+        )
+    return plan({**raw, "model_type": "dlm_ssd_lm"}, "ssd-lm", changes), weights
 
 
 # --- Plaid: four files ------------------------------------------------------------------------------------------------

@@ -36,12 +36,7 @@ class ContinuousProgram(Program):
         super().__init__(task)
         config, state, rule = self.config, self.state, self.rule
         assert isinstance(rule, ContinuousRule)
-        for name, is_asked in (
-            ("cfg_scale", config.cfg_scale > 0), ("constraint", config.constraint is not None),
-            ("inputs_embeds", task.prompt_embeds is not None), ("cache", config.cache != "none"),
-        ):  # fmt: skip
-            if is_asked:
-                raise ValueError(f"{name} cannot be used with rule {type(rule).__name__}")
+        rule.check_task(config, task.prompt_embeds)
         self.forward = Forward(self.model, state, config, self.special, self.grid)
         self.steps = config.steps or self.end - self.start
         rows, columns = state.tokens.shape

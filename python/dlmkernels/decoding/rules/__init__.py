@@ -15,7 +15,7 @@ from .confidence import (
     Threshold,
     TimeQuota,
 )
-from .continuous import ContinuousRule, EmbeddingFlow, LearnedNoise, VectorDenoising
+from .continuous import ContinuousRule, EmbeddingFlow, LearnedNoise, SimplexDenoising, VectorDenoising
 from .drafting import Reordered, SelfSpeculative, Strided
 from .history import CreditThreshold, EarlyAnswer, SmoothedThreshold, StableThreshold
 from .length import Expanding, Lengthening, VariableLength
@@ -36,7 +36,7 @@ __all__ = [
     "DilatedSchedule", "DynamicThreshold", "EarlyAnswer", "EmbeddingFlow", "EntropyBound", "EntropyPipeline",
     "EntropySum", "Expanding", "Factor", "HierarchicalThreshold", "LearnedNoise", "Lengthening", "LocalThreshold",
     "PathPlanning", "Pipeline", "PredictorCorrector", "Quota", "RenoisedEntropyBound", "Reordered", "Rule",
-    "RunEditing", "ScoreAncestral", "SelfSpeculative", "SmoothedThreshold", "SplitEditing", "StableThreshold",
-    "Strided", "Threshold", "TimeQuota", "TokenEditing", "UniformState", "VariableLength", "VectorDenoising",
-    "WideInNarrowOut",
+    "RunEditing", "ScoreAncestral", "SelfSpeculative", "SimplexDenoising", "SmoothedThreshold", "SplitEditing",
+    "StableThreshold", "Strided", "Threshold", "TimeQuota", "TokenEditing", "UniformState", "VariableLength",
+    "VectorDenoising", "WideInNarrowOut",
 ]  # fmt: skip

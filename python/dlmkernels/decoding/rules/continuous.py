@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checks import Check, flag, number
-from .base import Rule
+from .base import SHARE, Rule
 
 #: Fields of a configuration about the order and the sampling of tokens, and about blocks.
 UNUSED = frozenset((
@@ -69,6 +69,15 @@ class ContinuousRule(Rule):
     @property
     def ignores(self) -> frozenset[str]:
         return UNUSED
+
+    def check_task(self, config: Any, prompt_embeds: Tensor | None) -> None:
+        """Refuse what has no meaning where vectors are decoded."""
+        for name, is_asked in (
+            ("cfg_scale", config.cfg_scale > 0), ("constraint", config.constraint is not None),
+            ("inputs_embeds", prompt_embeds is not None), ("cache", config.cache != "none"),
+        ):  # fmt: skip
+            if is_asked:
+                raise ValueError(f"{name} cannot be used with rule {type(self).__name__}")
 
     def walk(self, gamma: Callable[[Tensor], Tensor], steps: int, device: torch.device) -> Walk:
         """The plan of `steps` forwards; `gamma` gives the model's noise levels at times of `[0, 1]`, float64."""
@@ -177,3 +186,26 @@ class VectorDenoising(ContinuousRule):
             a = ((1 - before - c**2).clamp(min=0) / (1 - kept)).sqrt()
             b = before.sqrt() - a * kept.sqrt()
         return Walk(t, torch.stack((a, b, c), 1), torch.tensor([1.0, 0.0], dtype=torch.float64, device=device))
+
+
+@dataclass(frozen=True)
+class SimplexDenoising(ContinuousRule):
+    """The sampler of SSD-LM (Han, Kumar and Tsvetkov, arXiv:2210.17432), block after block.
+
+    A position is a vector of V numbers, at first K times noise. Each forward says logits; the tokens of their nucleus
+    become K, all others -K, and as much noise is put on that as one step less has. A block takes its share of `steps`,
+    and its tokens are the likeliest of its last forward.
+
+    Attributes
+    ----------
+    nucleus : float
+        Probability of the tokens that become K: the likeliest that sum to it, the one that crosses it included.
+    """
+
+    limits: ClassVar[Mapping[str, Check]] = {"nucleus": SHARE}
+
+    nucleus: float = 0.2
+
+    @property
+    def ignores(self) -> frozenset[str]:
+        return UNUSED - {"block_length"}
