@@ -127,13 +127,14 @@ Process = Masking | Absorbing | Uniform
 def process_of(model: DiffusionModel, special: SpecialTokens) -> Process | None:
     """The noise that models of a family were trained with, None where there is no bound by it here."""
     name = model.family.name
-    if name == "sedd":
-        return Absorbing(special.mask)
-    if name == "duo":
-        return Uniform()
     if model.family.attention == "block":
         return Masking(special.mask, 0.0)
-    return Masking(special.mask) if name == "mdlm" else None
+    if name not in ("mdlm", "sedd", "duo"):
+        return None
+    eps = model.config.noise_eps
+    if name == "duo":
+        return Uniform(eps)
+    return (Absorbing if name == "sedd" else Masking)(special.mask, eps)
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ class Forward:
         self.slots = self._columns.int().expand(rows, self.length)
         self.positions = torch.zeros(rows, self.length, dtype=torch.int64, device=self.origin.device)
         self.kv_range: Tensor | None = None
+        self._to_decode = torch.ones_like(self.origin)  # positions of each row that are open at first
         self.cache = KVCache(self.length) if config.cache != "none" else None
         #: whether the model is told where its decoding stands
         self.takes_time = model.takes_time
@@ -89,7 +90,7 @@ class Forward:
             self.kv_range = kv_range if self.kv_range is None else self.kv_range.copy_(kv_range)
         else:
             self.kv_range = None
-        self._to_decode = state.is_open.sum(1).clamp(min=1)
+        self._to_decode.copy_(state.is_open.sum(1).clamp(min=1))
 
     @property
     def length(self) -> int:

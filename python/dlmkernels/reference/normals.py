@@ -14,7 +14,8 @@ from .randomness import philox
 
 def uniforms(seed: Tensor, position: Tensor, step: Tensor, stream: str, index: Tensor) -> Tensor:
     """Numbers strictly between 0 and 1, float64, one for each element of the broadcast int64 arguments of `philox`."""
-    return (philox(seed, position, step, stream, index).double() + 0.5) * 2.0**-32
+    nothing = torch.zeros((), dtype=torch.int64, device=seed.device)  # no redraw; a number would come from the host
+    return (philox(seed, position, step, stream, index, nothing).double() + 0.5) * 2.0**-32
 
 
 def normals(seed: Tensor, position: Tensor, step: Tensor, width: int) -> Tensor:

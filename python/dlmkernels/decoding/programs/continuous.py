@@ -40,10 +40,11 @@ class ContinuousProgram(Program):
         self.forward = Forward(self.model, state, config, self.special, self.grid)
         self.steps = config.steps or self.end - self.start
         rows, columns = state.tokens.shape
-        self.columns = torch.arange(self.start, self.end, dtype=torch.int32, device=state.tokens.device)
         model: Any = self.model
         self.table: Tensor = model.latent_table()
         self.z = torch.zeros(rows, columns, self.table.shape[1], device=state.tokens.device)
+        #: the vectors of given tokens, and which are given, `[S, T, 1]`
+        self.given, self.is_given = torch.zeros_like(self.z), torch.zeros_like(state.is_open)[..., None]
         #: what the last forward said, `[S, T, width]`
         self.opinion = torch.zeros_like(self.z)
         #: the likeliest tokens of the columns so far, and since which forward
@@ -65,11 +66,11 @@ class ContinuousProgram(Program):
         state = self.state
         self.taken = 0
         self.forward.begin()
-        self.given = self.table.float()[state.tokens]
-        self.is_given = ~state.is_open
+        self.given.copy_(self.table[state.tokens])
+        self.is_given.copy_(~state.is_open[..., None])
         noise = self._normals(torch.full_like(state.seed, BEFORE_THE_FIRST))
         signal, spread = self.walk.first.float().unbind()
-        self.z.copy_(torch.where(self.is_given[..., None], signal * self.given + spread * noise, noise))
+        self.z.copy_(torch.where(self.is_given, signal * self.given + spread * noise, noise))
         self.opinion.zero_()
         self.draft.fill_(-1)
         self.since.zero_()
@@ -117,18 +118,18 @@ class ContinuousProgram(Program):
         is_new = likeliest != self.draft[:, here]
         self.since[:, here] = torch.where(is_new, self.state.step[:, None], self.since[:, here])
         self.draft[:, here] = likeliest
-        self.state.tokens[:, here] = torch.where(self.is_given[:, here], self.state.tokens[:, here], likeliest)
+        self.state.tokens[:, here] = torch.where(self.is_given[:, here, 0], self.state.tokens[:, here], likeliest)
 
     def _move(self, mean: Tensor, now: Tensor) -> None:
         """Take the vectors to the next noise level, by what the model says that they come from, `[N, width]`."""
         self.opinion[:, self.start : self.end] = mean.view(len(self.z), -1, self.z.shape[2]).float()
-        self.opinion.copy_(torch.where(self.is_given[..., None], self.given, self.opinion))
+        self.opinion.copy_(torch.where(self.is_given, self.given, self.opinion))
         a, b, c = self.weights.index_select(0, now).T[..., None, None]
         z = a * self.z + b * self.opinion
         if self.is_random:
             z = z + c * self._normals(now)
         if self.rule.clean_context:  # type: ignore[attr-defined]
-            z = torch.where(self.is_given[..., None], self.given, z)
+            z = torch.where(self.is_given, self.given, z)
         self.z.copy_(z)
 
     def _decide(self, logits: Tensor) -> Tensor:

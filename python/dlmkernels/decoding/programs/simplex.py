@@ -126,8 +126,7 @@ class SimplexProgram(Program):
         """K at the tokens of the nucleus, the one that crosses it among them, and -K elsewhere, `[N, V]`."""
         p, order = logits.float().softmax(-1).sort(-1, descending=True)
         before = p.cumsum(-1) - p
-        inside = before < self.nucleus
-        inside[:, 0] = True
+        inside = torch.cat((torch.ones_like(order[:, :1], dtype=torch.bool), before[:, 1:] < self.nucleus), 1)
         return torch.zeros_like(inside).scatter(1, order, inside) * (2 * self.scale) - self.scale
 
     def _decide(self, logits: Tensor, form: Form, is_open: Tensor) -> Tensor:
