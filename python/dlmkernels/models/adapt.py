@@ -267,6 +267,22 @@ class TimedModel(DiffusionModel):
 
     takes_time = True
 
+    def _build(self) -> None:
+        super()._build()
+        #: a head that is put together from others, once for every decoding
+        self._matrix: tuple[Tensor, Tensor] | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits `[…, V]` of what `hidden` returned."""
+        twin: Any = self._twin
+        if self._matrix is None and hasattr(twin, "head_matrix"):
+            with torch.no_grad():
+                self._matrix = twin.head_matrix()
+        if self._matrix is None:
+            return super().logits(hidden)
+        weight, bias = self._matrix
+        return torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias)
+
     def level(self, tokens: Tensor, moment: Moment | None) -> Tensor:
         """What the model is told of a forward of `tokens` `[B, Q]`, float32 `[B]`.
 

@@ -385,6 +385,13 @@ class DiTForDiffusionLM(PreTrainedModel):
             return torch.cat((hidden, (factor * inputs_embeds).to(hidden.dtype)), -1)
         return hidden
 
+    def head_matrix(self) -> tuple[Tensor, Tensor] | None:
+        """The head as one matrix for all that `readable` returns, and its bias; None where it is no such thing."""
+        if self.config.head != "flow":
+            return None
+        linear = self.backbone.output_layer.linear
+        return torch.cat((linear.weight, self.backbone.vocab_embed.weight), 1), linear.bias
+
     def head(self, readable: Tensor) -> Tensor:
         """Logits `[…, V]` of what `readable` returns."""
         linear, width = self.backbone.output_layer.linear, self.config.hidden_size

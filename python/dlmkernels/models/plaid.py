@@ -246,6 +246,12 @@ class PlaidForDiffusionLM(PreTrainedModel):
         factor = (torch.sigmoid(-level).sqrt() / torch.sigmoid(level))[:, None, None]
         return torch.cat((hidden, (factor * inputs_embeds).to(hidden.dtype)), -1)
 
+    def head_matrix(self) -> tuple[Tensor, Tensor]:
+        """The head as one matrix for all that `readable` returns, and its bias, float32."""
+        readout = self.backbone.output_linear
+        own, table = readout.scale * readout.weight.float(), self.embedding_matrix.weight.float()
+        return torch.cat((own, table), 1), readout.bias.float()
+
     def head(self, readable: Tensor) -> Tensor:
         """Logits `[…, V]` of what `readable` returns."""
         width, readout = self.config.hidden_size, self.backbone.output_linear
