@@ -443,7 +443,9 @@ class TestDecoding:
         self.run(made, "sedd", steps, choices, {(mask,) * self.LENGTH: 1.0})
 
     @pytest.mark.parametrize("steps", [2, 5])
-    def test_duo(self, steps, made):
+    @pytest.mark.parametrize("draws", [True, False])
+    def test_duo(self, steps, draws, made):
+        """With both of its ends: the likeliest tokens, and a draw from the posterior without noise."""
         says, n = self.says(made, "duo"), self.SMALL
 
         def alpha(t):
@@ -453,9 +455,9 @@ class TestDecoding:
             width = (1 - 1e-5) / (steps - 1)
             t = 1 - width * step if step < steps - 1 else 1e-5
             p = says(state, numerics_float(-math.log(alpha(t))))[i]
-            if step == steps - 1:
+            if step == steps - 1 and not draws:
                 return {p.index(max(p)): 1.0}
-            a, b, x = alpha(t), alpha(t - width), state[i]
+            a, b, x = alpha(t), 1.0 if step == steps - 1 else alpha(t - width), state[i]
             out = {}
             for v in range(n):
                 here = float(v == x)
@@ -464,7 +466,9 @@ class TestDecoding:
             return out
 
         every = itertools.product(range(n), repeat=self.LENGTH)
-        self.run(made, "duo", steps, choices, {s: 1 / n**self.LENGTH for s in every})
+        self.run(
+            made, "duo", steps, choices, {s: 1 / n**self.LENGTH for s in every}, rule=dk.UniformState(draw_last=draws)
+        )
 
     def test_bd3_lm_is_first_hitting(self, made):
         """One random position of a block at a time, drawn from what the model says of it; the blocks from left to
