@@ -141,6 +141,15 @@ class TestSampler:
             assert torch.equal(alone.generated[0], out.generated[i])
         assert (out.commit_step[:, 3:7] < 6).all() and (out.commit_step[:, 7:] >= 6).all()
 
+    def test_rules_of_other_models(self, made, tmp_path):
+        with pytest.raises(
+            ValueError, match="rule EmbeddingFlow needs a model whose noise is on embeddings .* got SSDLM"
+        ):
+            dk.generate(made[1], torch.tensor([[5]]), max_new_tokens=4, rule=dk.EmbeddingFlow())
+        research.write("langflow", tmp_path)
+        with pytest.raises(ValueError, match="rule SimplexDenoising needs a model that reads distributions .* got DiT"):
+            dk.generate(dk.load(tmp_path), torch.tensor([[5]]), max_new_tokens=4, rule=dk.SimplexDenoising())
+
     def test_errors(self, made):
         with pytest.raises(ValueError, match="nucleus must be a number from 0 to 1; got 2"):
             dk.SimplexDenoising(2)

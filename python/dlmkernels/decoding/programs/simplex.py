@@ -40,6 +40,11 @@ class SimplexProgram(Program):
         rule = self.rule
         assert isinstance(rule, SimplexDenoising)
         rule.check_task(config, task.prompt_embeds)
+        if not hasattr(model.model, "simplex_table"):
+            raise ValueError(
+                f"rule {type(rule).__name__} needs a model that reads distributions over tokens (SSD-LM); got "
+                f"{type(model.model).__name__}"
+            )
         self.nucleus = rule.nucleus
         self.forward = Forward(model, self.state, config, self.special, self.grid)
         self.length = min(config.block_length or model.block_length or self.end, self.end - self.start)

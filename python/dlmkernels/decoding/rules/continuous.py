@@ -119,9 +119,9 @@ class EmbeddingFlow(ContinuousRule):
 class LearnedNoise(ContinuousRule):
     """The sampler of Plaid (Gulrajani and Hashimoto, arXiv:2305.18619) along a noise schedule that was learnt.
 
-    N + 1 forwards: at N times evenly spaced from 1 to 0, each followed by a step of 1 / N, but at time 0, where nothing
-    moves and a second forward decides. gamma is the model's own function of the time. The noise that x implies is
-    divided by `score_temperature`, which moves x away from z.
+    N + 1 forwards: at N times evenly spaced from 1 to 0, and again at 0. Each of the first N - 1 is followed by a step of
+    1 / N; at time 0 nothing moves, and the last forward decides. gamma is the model's own function of the time. The
+    noise that x implies is divided by `score_temperature`, which moves x away from z.
     Then, with c = 1 - exp(gamma' - gamma), ``z' = alpha' / alpha (1 - c) z + c alpha' x + sqrt(c (1 - alpha'^2)) n``;
     with ``ddim`` as in `EmbeddingFlow`.
     """
@@ -157,9 +157,9 @@ class VectorDenoising(ContinuousRule):
     """The samplers of Diffusion-LM (Li et al., arXiv:2205.14217), whose model says clean vectors and not logits.
 
     N forwards at N of the steps that the model was trained with, evenly spaced, the last and the first among them. What
-    the model says, x, is moved to the nearest vector of a token (`clamp`); then z is drawn from the posterior of the
-    step before, given x, or, with `eta`, from that of DDIM, whose noise is `eta` times the posterior's. The tokens are
-    read off the last x. Given tokens have no noise at any time.
+    the model says, x, is moved to the nearest vector of a token (`clamp`). Then z is drawn from what it was one step
+    before, given x and z now (DDPM's posterior). With `eta` the step is DDIM's, whose noise is `eta` times that of the
+    posterior. The tokens are read off the last x. Given tokens have no noise at any time.
     """
 
     clean_context: ClassVar[bool] = True
