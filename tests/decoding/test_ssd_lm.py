@@ -143,11 +143,13 @@ class TestSampler:
 
     def test_rules_of_other_models(self, made, tmp_path):
         with pytest.raises(
-            ValueError, match="rule EmbeddingFlow needs a model whose noise is on embeddings .* got SSDLM"
+            ValueError, match=r"rule EmbeddingFlow needs a model whose noise is on embeddings .* got SSDLM"
         ):
             dk.generate(made[1], torch.tensor([[5]]), max_new_tokens=4, rule=dk.EmbeddingFlow())
         research.write("langflow", tmp_path)
-        with pytest.raises(ValueError, match="rule SimplexDenoising needs a model that reads distributions .* got DiT"):
+        with pytest.raises(
+            ValueError, match=r"rule SimplexDenoising needs a model that reads distributions .* got DiT"
+        ):
             dk.generate(dk.load(tmp_path), torch.tensor([[5]]), max_new_tokens=4, rule=dk.SimplexDenoising())
 
     def test_errors(self, made):

@@ -39,8 +39,8 @@ class ContinuousProgram(Program):
         rule.check_task(config, task.prompt_embeds)
         if not hasattr(self.model, "latent_table"):
             raise ValueError(
-                f"rule {type(rule).__name__} needs a model whose noise is on embeddings (LangFlow, Plaid, Diffusion-LM); "
-                f"got {type(self.model.model).__name__}"
+                f"rule {type(rule).__name__} needs a model whose noise is on embeddings (LangFlow, Plaid, "
+                f"Diffusion-LM); got {type(self.model.model).__name__}"
             )
         self.forward = Forward(self.model, state, config, self.special, self.grid)
         self.steps = config.steps or self.end - self.start

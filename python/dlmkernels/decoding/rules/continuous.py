@@ -119,8 +119,8 @@ class EmbeddingFlow(ContinuousRule):
 class LearnedNoise(ContinuousRule):
     """The sampler of Plaid (Gulrajani and Hashimoto, arXiv:2305.18619) along a noise schedule that was learnt.
 
-    N + 1 forwards: at N times evenly spaced from 1 to 0, and again at 0. Each of the first N - 1 is followed by a step of
-    1 / N; at time 0 nothing moves, and the last forward decides. gamma is the model's own function of the time. The
+    N + 1 forwards: at N times evenly spaced from 1 to 0, and again at 0. Each of the first N - 1 is followed by a step
+    of 1 / N; at time 0 nothing moves, and the last forward decides. gamma is the model's own function of the time. The
     noise that x implies is divided by `score_temperature`, which moves x away from z.
     Then, with c = 1 - exp(gamma' - gamma), ``z' = alpha' / alpha (1 - c) z + c alpha' x + sqrt(c (1 - alpha'^2)) n``;
     with ``ddim`` as in `EmbeddingFlow`.
