@@ -5,9 +5,9 @@
 
 LLaVA-like diffusion models (LLaDA-V, LaViDa) read an image as some hundred vectors: a vision tower's patches, brought
 to the width of the language model by a small projector. `generate` takes them as `inputs_embeds`, among the embeddings
-of the tokens before and after. Here the tower is a CLIP of transformers, and all weights are random: what is printed shows
-that the image matters, and says nothing of it. For a real model, load its language model with `dlmkernels.load` (which
-leaves the weights that read images out), and its tower and projector with the classes that they were saved from.
+of the tokens before and after. Here the tower is a CLIP of transformers, and all weights are random: what is printed
+shows that the image matters, and says nothing of it. For a real model, load its language model with `dlmkernels.load`
+(which leaves the weights that read images out), and its tower and projector with the classes that they were saved from.
 """
 
 from __future__ import annotations
