@@ -7,6 +7,8 @@ the tolerance policy of the tests.
 
 from .block_attention import block_attention as block_attention
 from .block_attention import block_attention_mask as block_attention_mask
+from .normals import normals as normals
+from .normals import uniforms as uniforms
 from .randomness import STREAMS as STREAMS
 from .randomness import bernoulli as bernoulli
 from .randomness import exponential as exponential
