@@ -38,10 +38,10 @@ struct BlockAttentionParams {
   void* out;                      // [B,Q,H,D] contiguous
   float* lse;                     // [B,Q,H] contiguous
   int64_t q_stride[3], k_new_stride[3], v_new_stride[3], k_cache_stride[3],
-      v_cache_stride[3];    // batch, row, head
+      v_cache_stride[3];      // batch, row, head
   const int32_t* cache_rows;  // [B] row of the caches, others: unused batch row; null: b
-  const int32_t* slots;     // [B,Q]; null: row i has slot i
-  const int32_t* kv_range;  // [B,N,2] half-open, ascending; null: [0,S)
+  const int32_t* slots;       // [B,Q]; null: row i has slot i
+  const int32_t* kv_range;    // [B,N,2] half-open, ascending; null: [0,S)
   int64_t N;
   int64_t causal_block;               // 0: full; 1: causal; n: block-causal
   PerRow<int32_t> block_origin;       // slot at which block 0 starts; slots before it form block -1
@@ -195,6 +195,17 @@ struct SpliceParams {
   int64_t fill_token_id, pad_token_id;
   int32_t* source;  // [B,T] where each position's content was, -1: nowhere
   int32_t* info;    // [B,kSpliceColumns]
+};
+
+// The most ids that top_candidates gives for a row.
+constexpr int64_t kMostCandidates = 64;
+
+struct TopCandidatesParams {
+  TokenConfidenceParams rows;  // logits, row map, banned, bitmask; without outputs
+  int64_t k;
+  int64_t* ids;      // [N,k], -1: fewer than k have a logit above -inf
+  float* values;     // [N,k]
+  float* logsumexp;  // [N]
 };
 
 struct SoftEmbeddingParams {

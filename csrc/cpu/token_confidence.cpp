@@ -35,7 +35,6 @@ constexpr ForIsa<Chosen> kTable[] = {
     {Isa::kAvx512, {avx512::token_confidence, 32768}},
 #endif
 };
-TokenConfidenceKernels kernels_in_use() { return best_for(isa(), kTable).kernels.kernels(); }
 
 int64_t chunks_of(int64_t V) { return (V + kRaceChunk - 1) / kRaceChunk; }
 
@@ -54,17 +53,7 @@ const T* shared(const T* data, int64_t n, int64_t rows, int64_t size) {
 // What output row n reads and asks for.
 struct Task {
   Task(const TokenConfidenceParams& p, int64_t n)
-      : source(p.row_map ? p.row_map[n] : n),
-        row{p.dtype,
-            p.V,
-            row_of(p.logits, std::max<int64_t>(source, 0), p.logits_stride, p.dtype),
-            row_of(p.uncond_logits, std::max<int64_t>(source, 0), p.uncond_stride, p.dtype),
-            p.cfg_scale.at(n, 0.0f) + 1.0f,
-            shared(p.bias, n, p.bias_rows_per_value, p.V),
-            shared(p.banned, n, p.banned_rows_per_value, p.banned_count),
-            p.banned_count,
-            shared(p.bitmask, n, p.bitmask_rows_per_value, p.bitmask_words),
-            -kInfinity} {
+      : source(p.row_map ? p.row_map[n] : n), row(logits_row(p, n, std::max<int64_t>(source, 0))) {
     const float asked = p.temperature.at(n, 0.0f);
     samples = asked > 0.0f;
     temperature = samples ? asked : 1.0f;
@@ -369,6 +358,23 @@ class Few {
 
 }  // namespace
 
+LogitsRow logits_row(const TokenConfidenceParams& p, int64_t n, int64_t source) {
+  return {p.dtype,
+          p.V,
+          row_of(p.logits, source, p.logits_stride, p.dtype),
+          row_of(p.uncond_logits, source, p.uncond_stride, p.dtype),
+          p.cfg_scale.at(n, 0.0f) + 1.0f,
+          shared(p.bias, n, p.bias_rows_per_value, p.V),
+          shared(p.banned, n, p.banned_rows_per_value, p.banned_count),
+          p.banned_count,
+          shared(p.bitmask, n, p.bitmask_rows_per_value, p.bitmask_words),
+          -kInfinity};
+}
+
+TokenConfidenceKernels token_confidence_kernels() {
+  return best_for(isa(), kTable).kernels.kernels();
+}
+
 Isa token_confidence_isa(Isa isa) { return best_for(isa, kTable).isa; }
 
 int64_t token_confidence_grain() { return best_for(isa(), kTable).kernels.grain; }
@@ -379,7 +385,7 @@ int64_t token_confidence_scratch(int64_t V) { return FloorScratch::bytes(V); }
 
 void token_confidence(const TokenConfidenceParams& p, float* sums, void* scratch, int64_t begin,
                       int64_t end) {
-  const TokenConfidenceKernels kernels = kernels_in_use();
+  const TokenConfidenceKernels kernels = token_confidence_kernels();
   const Rows rows{kernels, p, sums, scratch};
   if (kernels.measure_rows && p.V <= kFewLogits) {
     Few few(rows);
@@ -395,7 +401,7 @@ void token_confidence(const TokenConfidenceParams& p, float* sums, void* scratch
 
 void token_confidence_scan(const TokenConfidenceParams& p, float* sums, int64_t begin,
                            int64_t end) {
-  const TokenConfidenceKernels kernels = kernels_in_use();
+  const TokenConfidenceKernels kernels = token_confidence_kernels();
   const int64_t parts = token_confidence_parts(p.V), chunks = chunks_of(p.V);
   constexpr int64_t kChunks = kPart / kRaceChunk;
   for (int64_t i = begin; i < end; ++i) {
@@ -411,7 +417,7 @@ void token_confidence_scan(const TokenConfidenceParams& p, float* sums, int64_t 
 
 void token_confidence_finish(const TokenConfidenceParams& p, float* sums, void* scratch,
                              int64_t begin, int64_t end) {
-  const TokenConfidenceKernels kernels = kernels_in_use();
+  const TokenConfidenceKernels kernels = token_confidence_kernels();
   for (int64_t n = begin; n < end; ++n) {
     Task task(p, n);
     const RowSums own(sums, n, p.V, task);

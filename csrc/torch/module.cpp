@@ -13,6 +13,7 @@
 #include "cpu/isa.h"
 #include "cpu/soft_embedding.h"
 #include "cpu/token_confidence.h"
+#include "cpu/top_candidates.h"
 
 namespace py = pybind11;
 
@@ -30,6 +31,7 @@ std::map<std::string, std::map<std::string, std::string>> cpu_kernels() {
       {"verify_drafts", generic},
       {"splice_", generic},
       {"soft_embedding", dlm::cpu::soft_embedding_isa},
+      {"top_candidates", dlm::cpu::top_candidates_isa},
   };
   std::map<std::string, std::map<std::string, std::string>> kernels;
   for (const auto& [op, used_for] : ops) {

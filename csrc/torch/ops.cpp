@@ -64,6 +64,10 @@ STABLE_TORCH_LIBRARY(dlmkernels, m) {
           "soft_embedding(Tensor logits, Tensor weight, *, Tensor? row_map=None, Tensor? "
           "temperature=None, Tensor? top_k=None, int mask_token_id=-1) -> Tensor",
           dlm::soft_embedding);
+  DLM_DEF(m,
+          "top_candidates(Tensor logits, int k, *, Tensor? row_map=None, Tensor? banned=None, "
+          "Tensor? bitmask=None) -> (Tensor ids, Tensor values, Tensor logsumexp)",
+          dlm::top_candidates);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CPU, m) {
@@ -74,6 +78,7 @@ STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CPU, m) {
   m.impl("verify_drafts", TORCH_BOX(&dlm::verify_drafts));
   m.impl("splice_", TORCH_BOX(&dlm::splice_));
   m.impl("soft_embedding", TORCH_BOX(&dlm::soft_embedding));
+  m.impl("top_candidates", TORCH_BOX(&dlm::top_candidates));
 }
 
 #ifdef DLM_WITH_CUDA
@@ -85,5 +90,6 @@ STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CUDA, m) {
   m.impl("verify_drafts", TORCH_BOX(&dlm::verify_drafts));
   m.impl("splice_", TORCH_BOX(&dlm::splice_));
   m.impl("soft_embedding", TORCH_BOX(&dlm::soft_embedding));
+  m.impl("top_candidates", TORCH_BOX(&dlm::top_candidates));
 }
 #endif

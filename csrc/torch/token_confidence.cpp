@@ -14,22 +14,6 @@
 namespace dlm {
 namespace {
 
-// A [V]-like vector shared by all rows, or [P, V] with a row for each group of N / P consecutive
-// rows.
-template <class T>
-const T* shared_rows(const Check& check, const char* name, const MaybeTensor& t, int64_t columns,
-                     int64_t N, int64_t* rows_per_value) {
-  *rows_per_value = std::max<int64_t>(N, 1);
-  if (!t) return nullptr;
-  if (t->dim() == 2) {
-    check.dense<T>(name, *t, {-1, columns});
-    *rows_per_value = check.rows_per_value(name, t->size(0), N);
-  } else {
-    check.dense<T>(name, *t, {columns});
-  }
-  return static_cast<const T*>(t->const_data_ptr());
-}
-
 // Checks each value of a per-row parameter of `count` values.
 template <class T, class Fact>
 void check_values(const Check& check, const char* name, const MaybeTensor& t, const char* expected,
@@ -118,11 +102,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
                        : "cfg_scale is required by uncond_logits; got None");
 
   p.bias = shared_rows<float>(check, "bias", bias, V, N, &p.bias_rows_per_value);
-  p.banned = shared_rows<int64_t>(check, "banned", banned, -1, N, &p.banned_rows_per_value);
-  p.banned_count = banned ? banned->size(banned->dim() - 1) : 0;
-  p.bitmask_words = (V + 31) / 32;
-  p.bitmask = shared_rows<int32_t>(check, "bitmask", bitmask, p.bitmask_words, N,
-                                   &p.bitmask_rows_per_value);
+  check_bans(check, banned, bitmask, p);
 
   p.temperature = check.per_row<float>("temperature", temperature, N);
   p.top_k = check.per_row<int32_t>("top_k", top_k, N);

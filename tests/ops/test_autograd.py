@@ -7,7 +7,7 @@ import torch
 import op_calls
 from dlmkernels import ops
 
-FLOAT_RESULTS = ["block_attention", "token_confidence", "remask_", "splice_", "soft_embedding"]
+FLOAT_RESULTS = ["block_attention", "token_confidence", "remask_", "splice_", "soft_embedding", "top_candidates"]
 GRADIENTS = [
     (op, name)
     for op, call in op_calls.CALLS.items()

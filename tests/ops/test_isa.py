@@ -132,6 +132,7 @@ KERNELS = {
     "verify_drafts": ["generic"],
     "splice_": ["generic"],
     "soft_embedding": ["generic", "avx2", "avx512"],
+    "top_candidates": ["generic", "avx2", "avx512"],
 }
 ALL = KERNELS["block_attention"]
 

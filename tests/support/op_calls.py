@@ -87,7 +87,15 @@ def soft_embedding():
     )  # fmt: skip
 
 
-CALLS = {f.__name__: f for f in (block_attention, token_confidence, select_tokens, remask_, verify_drafts, splice_, soft_embedding)}  # fmt: skip
+def top_candidates():
+    R, N, V = 5, 4, 37
+    return dict(
+        logits=torch.randn(R, V), k=6, row_map=i32([3, -1, 4, 1]), banned=torch.tensor([[1, -1], [7, 3]]),
+        bitmask=torch.randint(-(2**31), 2**31, (N, 2)).int(),
+    )  # fmt: skip
+
+
+CALLS = {f.__name__: f for f in (block_attention, token_confidence, select_tokens, remask_, verify_drafts, splice_, soft_embedding, top_candidates)}  # fmt: skip
 
 
 def registered(op):

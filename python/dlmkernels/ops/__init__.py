@@ -26,5 +26,7 @@ from .token_confidence import FLAG_NOTHING_ALLOWED as FLAG_NOTHING_ALLOWED
 from .token_confidence import FLAG_POSITIVE_INFINITY as FLAG_POSITIVE_INFINITY
 from .token_confidence import TokenConfidence as TokenConfidence
 from .token_confidence import token_confidence as token_confidence
+from .top_candidates import TopCandidates as TopCandidates
+from .top_candidates import top_candidates as top_candidates
 from .verify_drafts import VerifiedDrafts as VerifiedDrafts
 from .verify_drafts import verify_drafts as verify_drafts

@@ -22,4 +22,5 @@ from .token_confidence import FLAG_NAN as FLAG_NAN
 from .token_confidence import FLAG_NOTHING_ALLOWED as FLAG_NOTHING_ALLOWED
 from .token_confidence import FLAG_POSITIVE_INFINITY as FLAG_POSITIVE_INFINITY
 from .token_confidence import token_confidence as token_confidence
+from .top_candidates import top_candidates as top_candidates
 from .verify_drafts import verify_drafts as verify_drafts
