@@ -12,7 +12,8 @@ STABLE_TORCH_LIBRARY(dlmkernels, m) {
           "block_origin=None, "
           "Tensor? q_limit=None, Tensor? k_order=None, int window_left=-1, int window_right=-1, "
           "float softcap=0.0, "
-          "float? scale=None, Tensor? cache_rows=None) -> (Tensor out, Tensor lse)",
+          "float? scale=None, Tensor? cache_rows=None, Tensor? k_slots=None, Tensor? visible=None) "
+          "-> (Tensor out, Tensor lse)",
           dlm::block_attention);
   DLM_DEF(
       m,

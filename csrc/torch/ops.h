@@ -20,7 +20,8 @@ std::tuple<Tensor, Tensor> block_attention(
     const Tensor& v_cache, const MaybeTensor& slots, const MaybeTensor& kv_range,
     int64_t causal_block, const MaybeTensor& block_origin, const MaybeTensor& q_limit,
     const MaybeTensor& k_order, int64_t window_left, int64_t window_right, double softcap,
-    std::optional<double> scale, const MaybeTensor& cache_rows);
+    std::optional<double> scale, const MaybeTensor& cache_rows, const MaybeTensor& k_slots,
+    const MaybeTensor& visible);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_confidence(
     const Tensor& logits, const MaybeTensor& row_map, const MaybeTensor& given,
