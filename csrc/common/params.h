@@ -208,6 +208,14 @@ struct SpliceParams {
   int32_t* info;    // [B,kSpliceColumns]
 };
 
+struct LmHeadConfidenceParams {
+  TokenConfidenceParams rows;  // of hidden states; without logits, which have the dtype `dtype`
+  int64_t D;
+  const void *hidden, *uncond_hidden;  // [R,D], last dimension contiguous
+  const void* weight;                  // [V,D]
+  int64_t hidden_stride, uncond_stride, weight_stride;
+};
+
 // The most ids that top_candidates gives for a row.
 constexpr int64_t kMostCandidates = 64;
 

@@ -181,8 +181,8 @@ inline AttendParams attend_params(const BlockAttentionParams& op, AttendForm for
   const bool split = p.form != AttendForm::kWide && op.S > kSplitSlots;
   p.splits = split ? int32_t((op.S + kSplitSlots - 1) / kSplitSlots) : 1;
   p.spread = split && op.B * op.G * p.row_tiles < kEnoughBlocks;
-  // Words that hold the slots from any one of them on: two more than hold all.
-  p.hidden_words = op.visible ? int32_t((op.S + 31) / 32 + 2) : 0;
+  // Three words are read from that of a slot on, which a part of a tile may have beyond the last.
+  p.hidden_words = op.visible ? int32_t((op.S + 31) / 32 + 4) : 0;
   const AttendScratch scratch = attend_scratch(p);
   p.partial = workspace;
   if (op.visible && workspace) {

@@ -69,6 +69,21 @@ STABLE_TORCH_LIBRARY(dlmkernels, m) {
           "top_candidates(Tensor logits, int k, *, Tensor? row_map=None, Tensor? banned=None, "
           "Tensor? bitmask=None) -> (Tensor ids, Tensor values, Tensor logsumexp)",
           dlm::top_candidates);
+  DLM_DEF(
+      m,
+      "lm_head_confidence(Tensor hidden, Tensor weight, *, Tensor? row_map=None, Tensor? "
+      "given=None, Tensor? "
+      "uncond_hidden=None, "
+      "Tensor? cfg_scale=None, Tensor? bias=None, Tensor? banned=None, Tensor? bitmask=None, "
+      "Tensor? temperature=None, Tensor? top_k=None, Tensor? top_p=None, bool top_p_first=False, "
+      "bool keep_crossing=True, str distribution=\"raw\", Tensor? seed=None, Tensor? step=None, "
+      "Tensor? position=None, Tensor? redraw=None, bool with_margin=True, bool with_entropy=True) "
+      "-> "
+      "(Tensor token, "
+      "Tensor argmax, "
+      "Tensor confidence, Tensor margin, Tensor entropy, Tensor logsumexp, Tensor p_given, Tensor "
+      "flags)",
+      dlm::lm_head_confidence);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CPU, m) {
@@ -80,6 +95,7 @@ STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CPU, m) {
   m.impl("splice_", TORCH_BOX(&dlm::splice_));
   m.impl("soft_embedding", TORCH_BOX(&dlm::soft_embedding));
   m.impl("top_candidates", TORCH_BOX(&dlm::top_candidates));
+  m.impl("lm_head_confidence", TORCH_BOX(&dlm::lm_head_confidence));
 }
 
 #ifdef DLM_WITH_CUDA
@@ -92,5 +108,6 @@ STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CUDA, m) {
   m.impl("splice_", TORCH_BOX(&dlm::splice_));
   m.impl("soft_embedding", TORCH_BOX(&dlm::soft_embedding));
   m.impl("top_candidates", TORCH_BOX(&dlm::top_candidates));
+  m.impl("lm_head_confidence", TORCH_BOX(&dlm::lm_head_confidence));
 }
 #endif

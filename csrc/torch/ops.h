@@ -72,4 +72,13 @@ std::tuple<Tensor, Tensor, Tensor> top_candidates(const Tensor& logits, int64_t 
                                                   const MaybeTensor& banned,
                                                   const MaybeTensor& bitmask);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lm_head_confidence(
+    const Tensor& hidden, const Tensor& weight, const MaybeTensor& row_map,
+    const MaybeTensor& given, const MaybeTensor& uncond_hidden, const MaybeTensor& cfg_scale,
+    const MaybeTensor& bias, const MaybeTensor& banned, const MaybeTensor& bitmask,
+    const MaybeTensor& temperature, const MaybeTensor& top_k, const MaybeTensor& top_p,
+    bool top_p_first, bool keep_crossing, const std::string& distribution, const MaybeTensor& seed,
+    const MaybeTensor& step, const MaybeTensor& position, const MaybeTensor& redraw,
+    bool with_margin, bool with_entropy);
+
 }  // namespace dlm

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include <algorithm>
+#include <string>
+#include <tuple>
 
 #include "common/params.h"
 #include "torch/check.h"
@@ -32,6 +34,32 @@ inline void check_bans(const Check& check, const MaybeTensor& banned, const Mayb
   p.bitmask = shared_rows<int32_t>(check, "bitmask", bitmask, p.bitmask_words, p.N,
                                    &p.bitmask_rows_per_value);
 }
+
+// The arguments that every op with token_confidence's results takes.
+struct ConfidenceArguments {
+  const MaybeTensor &row_map, &given, &cfg_scale, &bias, &banned, &bitmask, &temperature, &top_k,
+      &top_p;
+  bool top_p_first, keep_crossing;
+  const std::string& distribution;
+  const MaybeTensor &seed, &step, &position, &redraw;
+};
+// Fills in `p`, whose R and V are known. `uncond`: the argument that guidance needs, whose name is
+// given.
+// `on_cpu`: values are looked at.
+void check_confidence_arguments(const Check& check, const ConfidenceArguments& a, bool on_cpu,
+                                const MaybeTensor& uncond, const char* uncond_name,
+                                TokenConfidenceParams& p);
+
+struct ConfidenceResults {
+  Tensor token, argmax, confidence, margin, entropy, logsumexp, p_given, flags;
+
+  // Of `p`, whose pointers to results are set.
+  ConfidenceResults(const Check& check, bool with_margin, bool with_entropy,
+                    TokenConfidenceParams& p);
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> all() const {
+    return {token, argmax, confidence, margin, entropy, logsumexp, p_given, flags};
+  }
+};
 
 // The rows of checked parameters, in torch's threads and memory.
 void token_confidence_on_cpu(const Check& check, const TokenConfidenceParams& p);

@@ -96,7 +96,14 @@ def top_candidates():
     )  # fmt: skip
 
 
-CALLS = {f.__name__: f for f in (block_attention, token_confidence, select_tokens, remask_, verify_drafts, splice_, soft_embedding, top_candidates)}  # fmt: skip
+def lm_head_confidence():
+    call = token_confidence()
+    (R, V), D = call["logits"].shape, 6
+    own = dict(hidden=torch.randn(R, D), weight=torch.randn(V, D), uncond_hidden=torch.randn(R, D))
+    return own | {name: value for name, value in call.items() if name not in ("logits", "uncond_logits")}
+
+
+CALLS = {f.__name__: f for f in (block_attention, token_confidence, select_tokens, remask_, verify_drafts, splice_, soft_embedding, top_candidates, lm_head_confidence)}  # fmt: skip
 
 
 def registered(op):
