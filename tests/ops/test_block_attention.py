@@ -552,6 +552,31 @@ def test_a_chain_is_causal():
         assert same_bits(got, expected)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_accepted_rows_move_to_the_front(dtype):
+    """As the op's documentation does it; of the second request nothing was accepted but the root."""
+    c = make(2, 7, 74, D=64, dtype=dtype, slots=torch.arange(67, 74).int().expand(2, 7).contiguous())
+    ops.block_attention(**c)
+    k_cache, v_cache = c["k_cache"], c["v_cache"]
+    before = [k_cache.clone(), v_cache.clone()]
+    accepted, first, depth = ints([[67, 69, 72], [67, -1, -1]]), ints([[67], [67]]), 3
+    rows = accepted.clamp(min=0).long()[:, :, None, None].expand(-1, -1, *k_cache.shape[2:])
+    front = torch.where(accepted < 0, -1, first + torch.arange(depth)).int()
+    ops.block_attention(
+        c["q"][:, :0],
+        k_cache.gather(1, rows),
+        v_cache.gather(1, rows),
+        k_cache,
+        v_cache,
+        accepted[:, :0],
+        k_slots=front,
+    )
+    for cache, old in zip((k_cache, v_cache), before):
+        assert same_bits(cache[0, 67:70], old[0, [67, 69, 72]])
+        old[0, 67:70] = cache[0, 67:70]
+        assert same_bits(cache, old)
+
+
 def test_context_without_queries():
     """What a drafter injects: keys and values are written, and there is no row to attend."""
     c = make(2, 0, 70, k_slots=ints([[3, 9, -1], [60, 5, 7]]), slots=torch.empty(2, 0, dtype=torch.int32))

@@ -116,6 +116,15 @@ def block_attention(
     of the same rows in a full forward. NaN in a row of `q` stays in that row. A visible logit of -inf weighs nothing,
     one of +inf makes its row NaN.
 
+    Rows of a tree that were accepted move to the front of its slots by two calls of fixed shape, which a captured step
+    may hold: a gather of the cache at the accepted slots, padded to the depth of the tree, and this op without queries::
+
+        # accepted: int32 [B, depth], slots or -1; first: [B, 1]
+        rows = accepted.clamp(min=0).long()[:, :, None, None].expand(-1, -1, *k_cache.shape[2:])
+        front = torch.where(accepted < 0, -1, first + torch.arange(depth)).int()
+        k, v = k_cache.gather(1, rows), v_cache.gather(1, rows)
+        block_attention(q[:, :0], k, v, k_cache, v_cache, accepted[:, :0], k_slots=front)
+
     Online softmax: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018. Query heads that share
     a key head: Ainslie et al., "GQA", 2023. Block-causal order: Arriola et al., "Block Diffusion", 2025.
     """
