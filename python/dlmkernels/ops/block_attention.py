@@ -117,7 +117,7 @@ def block_attention(
     one of +inf makes its row NaN.
 
     Rows of a tree that were accepted move to the front of its slots by two calls of fixed shape, which a captured step
-    may hold: a gather of the cache at the accepted slots, padded to the depth of the tree, and this op without queries::
+    may hold: a gather of the cache at the accepted slots, padded to the depth of the tree, and this op, no queries::
 
         # accepted: int32 [B, depth], slots or -1; first: [B, 1]
         rows = accepted.clamp(min=0).long()[:, :, None, None].expand(-1, -1, *k_cache.shape[2:])
