@@ -17,7 +17,7 @@ from dlmkernels.decoding.resolve import prepare
 from dlmkernels.decoding.schedule import Grid
 from dlmkernels.decoding.state import State
 from recorder import Player, Recorder
-from small_models import build
+from small_models import MASK, build
 
 NEW = 24
 BLOCKS = {"cache": "block", "attention": "block"}
@@ -158,6 +158,41 @@ def test_recorded_calls_of_models_that_take_time(name, tmp_path):
     assert player.run("replayed") > 1
     want, out = dk.generate(model, *batches[-1], config=config, **options), program.output()
     assert torch.equal(out.sequences, want.sequences) and torch.equal(out.commit_step, want.commit_step)
+
+
+@torch.no_grad()
+def test_recorded_calls_fill_in(model):
+    """Masks that become several tokens, or none."""
+    rule, most, length = dk.Expanding(90, 91, 2), 9, 12
+    options = {"rule": rule, "max_new_tokens": most, "eos_policy": "none"}
+
+    def canvas_of(seed):
+        g = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(3, 90, (3, length), generator=g)
+        for row in tokens:
+            row[torch.randperm(length, generator=g)[:4]] = MASK
+        return tokens
+
+    def admit(tokens):
+        canvas = torch.nn.functional.pad(tokens, (0, most - 4), value=special.pad)
+        ends = torch.full((3,), length, dtype=torch.int32)
+        state.admit(torch.arange(3), canvas, canvas == MASK, torch.zeros_like(ends), ends)
+
+    adapted, config, special = prepare(model, None, options, "infillings")
+    state = State.empty(3, length + most - 4, torch.device("cpu"))
+    admit(canvas_of(0))
+    grid = Grid.of(config, state.origin, 0, length + most - 4, grows=False)
+    program = program_of(rule)(Task(adapted, state, config, special, grid, 0, length))
+    player = Player(program)
+    player.run("as it is")
+    for seed in (1, 2, 3):
+        admit(canvas_of(seed))
+        player.run("recorded")
+    admit(canvas_of(4))
+    assert player.run("replayed") > 2
+    want, out = dk.infill(model, canvas_of(4), **options), program.output()
+    assert torch.equal(out.sequences, want.sequences) and torch.equal(out.commit_step, want.commit_step)
+    assert torch.equal(out.length, want.length) and torch.equal(out.num_forwards, want.num_forwards)
 
 
 class TestRecorder:

@@ -80,10 +80,13 @@ def attention_forward(
     tensors = q, k_new, v_new, k_cache, v_cache, window.slots, kv_range
     visibility: dict[str, Any] = {
         "causal_block": window.causal_block, "block_origin": window.block_origin, "q_limit": window.q_limit,
-        "k_order": window.k_order, "window_left": reach, "window_right": reach, "cache_rows": window.cache_rows,
+        "k_order": window.k_order, "window_left": reach, "window_right": reach,
     }  # fmt: skip
-    attend = _with_gradients if is_traced else ops.block_attention
-    out, lse = attend(*tensors, softcap=softcap or 0.0, scale=scaling, **visibility)
+    options = visibility | {"softcap": softcap or 0.0, "scale": scaling}
+    if is_traced:
+        out, lse = _with_gradients(*tensors, **options)
+    else:
+        out, lse = ops.block_attention(*tensors, **options, cache_rows=window.cache_rows)
     if s_aux is not None:
         # the share of the sum of exponentials that is not the sink's
         out = (out * torch.sigmoid(lse - s_aux.float())[..., None]).to(dtype)
