@@ -92,6 +92,30 @@ def test_block_attention(benchmark, harness, case):
     harness.compare(benchmark, f"block_attention: {case}", ours, baselines, **t.timing)
 
 
+@pytest.mark.parametrize("keys", [1024, 4096])
+def test_tree_of_drafts(benchmark, harness, keys):
+    """32 drafts in a binary tree behind the context, each of which sees its ancestors."""
+    t = Setting(Case(LLADA, 1, keys))
+    n = t.q.shape[1]
+    sees = torch.eye(n, dtype=torch.bool)
+    for node in range(1, n):
+        sees[node] |= sees[(node - 1) // 2]
+    visible = (sees.long() << torch.arange(n)).sum(1).int().view(1, n, 1)
+    slots = torch.arange(keys - n, keys, dtype=torch.int32)[None]
+    mask = torch.cat((torch.ones(n, keys - n, dtype=torch.bool), sees), 1)
+
+    def ours():
+        return ops.block_attention(t.q, t.k_new, t.v_new, t.k_cache, t.v_cache, slots, visible=visible)
+
+    def masked():
+        t.k_t[:, :, -n:], t.v_t[:, :, -n:] = t.k_new_t, t.v_new_t
+        return F.scaled_dot_product_attention(t.q_t, t.k_t, t.v_t, attn_mask=mask)
+
+    torch.testing.assert_close(ours().out.transpose(1, 2), masked(), **t.tolerance)
+    harness.compare(benchmark, f"block_attention, tree of {n} drafts, {keys} keys", ours,
+                    {"write + SDPA with a mask": masked}, **t.timing)  # fmt: skip
+
+
 def rotate(x, cos, sin):
     """Rotary embedding in fp32, as LLaDA's code does it."""
     left, right = x.float().chunk(2, -1)

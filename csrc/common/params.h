@@ -32,16 +32,18 @@ struct RandomKey {
 
 struct BlockAttentionParams {
   DType dtype;
-  int64_t B, C, Q, S, H, G, D;
-  const void *q, *k_new, *v_new;  // [B,Q,H,D], [B,Q,G,D] or null
-  void *k_cache, *v_cache;        // [C,S,G,D]
-  void* out;                      // [B,Q,H,D] contiguous
-  float* lse;                     // [B,Q,H] contiguous
+  int64_t B, C, Q, K, S, H, G, D;  // K: new rows
+  const void *q, *k_new, *v_new;   // [B,Q,H,D], [B,K,G,D] or null
+  void *k_cache, *v_cache;         // [C,S,G,D]
+  void* out;                       // [B,Q,H,D] contiguous
+  float* lse;                      // [B,Q,H] contiguous
   int64_t q_stride[3], k_new_stride[3], v_new_stride[3], k_cache_stride[3],
-      v_cache_stride[3];    // batch, row, head
+      v_cache_stride[3];      // batch, row, head
   const int32_t* cache_rows;  // [B] row of the caches, others: unused batch row; null: b
-  const int32_t* slots;     // [B,Q]; null: row i has slot i
-  const int32_t* kv_range;  // [B,N,2] half-open, ascending; null: [0,S)
+  const int32_t* slots;       // [B,Q]; null: row i has slot i
+  const int32_t* k_slots;     // [B,K] of the new rows; null: those of the query rows, K = Q
+  const int32_t* visible;     // [B,Q,ceil(K/32)], bit 0: a query does not see a new row; null: all
+  const int32_t* kv_range;    // [B,N,2] half-open, ascending; null: [0,S)
   int64_t N;
   int64_t causal_block;               // 0: full; 1: causal; n: block-causal
   PerRow<int32_t> block_origin;       // slot at which block 0 starts; slots before it form block -1
@@ -62,6 +64,15 @@ struct BlockAttentionParams {
   DLM_HD int64_t slot_of(int64_t b, int64_t row) const {
     if (!is_used(b)) return -1;
     return slots ? slots[b * Q + row] : row;
+  }
+  // Of a new row; -1: it is written nowhere.
+  DLM_HD int64_t new_slot_of(int64_t b, int64_t row) const {
+    if (!k_slots) return slot_of(b, row);
+    return is_used(b) ? k_slots[b * K + row] : -1;
+  }
+  // Whether `visible`, which is given, lets a query see a new row.
+  DLM_HD bool shows(int64_t b, int64_t query, int64_t row) const {
+    return visible[(b * Q + query) * ((K + 31) / 32) + row / 32] >> row % 32 & 1;
   }
 };
 
@@ -195,6 +206,25 @@ struct SpliceParams {
   int64_t fill_token_id, pad_token_id;
   int32_t* source;  // [B,T] where each position's content was, -1: nowhere
   int32_t* info;    // [B,kSpliceColumns]
+};
+
+struct LmHeadConfidenceParams {
+  TokenConfidenceParams rows;  // of hidden states; without logits, which have the dtype `dtype`
+  int64_t D;
+  const void *hidden, *uncond_hidden;  // [R,D], last dimension contiguous
+  const void* weight;                  // [V,D]
+  int64_t hidden_stride, uncond_stride, weight_stride;
+};
+
+// The most ids that top_candidates gives for a row.
+constexpr int64_t kMostCandidates = 64;
+
+struct TopCandidatesParams {
+  TokenConfidenceParams rows;  // logits, row map, banned, bitmask; without outputs
+  int64_t k;
+  int64_t* ids;      // [N,k], -1: fewer than k have a logit above -inf
+  float* values;     // [N,k]
+  float* logsumexp;  // [N]
 };
 
 struct SoftEmbeddingParams {

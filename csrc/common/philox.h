@@ -21,6 +21,7 @@ enum class Stream : uint32_t {
   kResidual = 5,
   kChunk = 6,
   kResidualChunk = 7
+  // 8 and 9 are drawn in torch alone: reference/randomness.py
 };
 
 // The stream of a position that is asked again within a step, since what it drew was refused:

@@ -180,6 +180,7 @@ void attend(const BlockAttentionParams& p, int64_t begin, int64_t end) {
     const T* v =
         static_cast<const T*>(p.v_cache) + cached * p.v_cache_stride[0] + g * p.v_cache_stride[2];
     const Ranges ranges(p, b);
+    const NewRows new_rows(p, b);
 
     int64_t first = p.S, last = 0;  // all that any row of the item may see
     for (int64_t r = 0; r < rows; ++r) {
@@ -212,6 +213,7 @@ void attend(const BlockAttentionParams& p, int64_t begin, int64_t end) {
         if (p.k_order && t.seen[r]) {
           t.seen[r] &= in_order(p, b, slot, p.q_limit[b * p.Q + query(r)]);
         }
+        if (new_rows.touch(slot)) t.seen[r] &= ~new_rows.hidden(query(r), slot);
         needed |= t.seen[r];
       }
       if (!needed) continue;
@@ -255,14 +257,15 @@ void scatter(const BlockAttentionParams& p, int64_t begin, int64_t end) {
     const int64_t b = item / p.G, g = item % p.G;
     auto copy_row = [&](const void* from, const int64_t* from_stride, void* to,
                         const int64_t* to_stride, int64_t row, int64_t slot) {
-      std::memcpy(static_cast<T*>(to) + p.cache_row(b) * to_stride[0] + slot * to_stride[1] + g * to_stride[2],
+      std::memcpy(static_cast<T*>(to) + p.cache_row(b) * to_stride[0] + slot * to_stride[1] +
+                      g * to_stride[2],
                   static_cast<const T*>(from) + b * from_stride[0] + row * from_stride[1] +
                       g * from_stride[2],
                   p.D * sizeof(T));
     };
     // One item walks all rows in order: of rows that name the same slot the last one stays.
-    for (int64_t row = 0; row < p.Q; ++row) {
-      const int64_t slot = p.slot_of(b, row);
+    for (int64_t row = 0; row < p.K; ++row) {
+      const int64_t slot = p.new_slot_of(b, row);
       if (slot < 0) continue;
       copy_row(p.k_new, p.k_new_stride, p.k_cache, p.k_cache_stride, row, slot);
       copy_row(p.v_new, p.v_new_stride, p.v_cache, p.v_cache_stride, row, slot);

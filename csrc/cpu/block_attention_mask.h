@@ -86,5 +86,33 @@ inline SlotMask in_order(const BlockAttentionParams& p, int64_t b, int64_t first
   return open;
 }
 
+// Slots of new rows that `visible` hides from a query: of several rows in one slot, any may.
+class NewRows {
+ public:
+  NewRows(const BlockAttentionParams& p, int64_t b) : p_(p), b_(b), first_(p.S), last_(0) {
+    for (int64_t row = 0; p.visible && row < p.K; ++row) {
+      const int64_t slot = p.new_slot_of(b, row);
+      if (slot < 0) continue;
+      first_ = std::min(first_, slot);
+      last_ = std::max(last_, slot + 1);
+    }
+  }
+  // Whether there may be any in the tile at `slot`.
+  bool touch(int64_t slot) const { return slot < last_ && slot + kKeys > first_; }
+  SlotMask hidden(int64_t query, int64_t first) const {
+    SlotMask bits = 0;
+    for (int64_t row = 0; row < p_.K; ++row) {
+      const int64_t j = p_.new_slot_of(b_, row) - first;
+      if (j >= 0 && j < kKeys && !p_.shows(b_, query, row)) bits |= SlotMask(1) << j;
+    }
+    return bits;
+  }
+
+ private:
+  const BlockAttentionParams& p_;
+  const int64_t b_;
+  int64_t first_, last_;  // all their slots, where there is `visible`
+};
+
 }  // namespace
 }  // namespace dlm::cpu

@@ -491,7 +491,8 @@ class Item {
         t_(t),
         item_(item),
         rows_(plan.rows_of(p, item)),
-        ranges_(p, rows_.b) {
+        ranges_(p, rows_.b),
+        new_rows_(p, rows_.b) {
     tiles_ = (rows_.count + kTileRows - 1) / kTileRows;
     const int64_t cached = p.cache_row(rows_.b);
     k_ = static_cast<const T*>(p.k_cache) + cached * p.k_cache_stride[0] +
@@ -658,8 +659,8 @@ class Item {
     for (int64_t slot = span_first_, tile = 0; slot < span_last_; slot += kKeys, ++tile) {
       if (slot >= last || slot + kKeys <= first) continue;
       const SlotMask attended = ranges_.tile(slot);
-      const bool all_see_all =
-          !~attended && slot >= all_from && slot + kKeys <= all_to && !p_.k_order;
+      const bool all_see_all = !~attended && slot >= all_from && slot + kKeys <= all_to &&
+                               !p_.k_order && !new_rows_.touch(slot);
       const SlotMask needed = all_see_all ? attended : see(rows, slot, attended, low, high);
       if (!needed) continue;
       const int64_t width = used(needed);
@@ -769,6 +770,7 @@ class Item {
       if (p_.k_order && t_.seen[r]) {
         t_.seen[r] &= in_order(p_, rows.b, slot, p_.q_limit[rows.b * p_.Q + rows.query(r)]);
       }
+      if (new_rows_.touch(slot)) t_.seen[r] &= ~new_rows_.hidden(rows.query(r), slot);
       needed |= t_.seen[r];
     }
     return needed;
@@ -781,6 +783,7 @@ class Item {
   const int64_t item_;
   const Rows rows_;
   const Ranges ranges_;
+  const NewRows new_rows_;
   int64_t tiles_;
   const T *k_, *v_;
   int64_t first_, last_, grid_;  // slots that any row may see; where spans start

@@ -15,13 +15,10 @@
 
 #include "common/math.h"
 #include "cpu/isa.h"
-#include "cpu/token_confidence_filter.h"
+#include "cpu/token_confidence_rows.h"
 
 namespace dlm::cpu {
 namespace {
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kLargest = std::numeric_limits<float>::max();
 
 struct Chosen {
   TokenConfidenceKernels (*kernels)();
@@ -35,11 +32,6 @@ constexpr ForIsa<Chosen> kTable[] = {
     {Isa::kAvx512, {avx512::token_confidence, 32768}},
 #endif
 };
-TokenConfidenceKernels kernels_in_use() { return best_for(isa(), kTable).kernels.kernels(); }
-
-int64_t chunks_of(int64_t V) { return (V + kRaceChunk - 1) / kRaceChunk; }
-
-int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 const void* row_of(const void* data, int64_t row, int64_t stride, DType dtype) {
   return data ? static_cast<const char*>(data) + row * stride * element_size(dtype) : nullptr;
@@ -50,250 +42,6 @@ template <class T>
 const T* shared(const T* data, int64_t n, int64_t rows, int64_t size) {
   return data ? data + n / rows * size : nullptr;
 }
-
-// What output row n reads and asks for.
-struct Task {
-  Task(const TokenConfidenceParams& p, int64_t n)
-      : source(p.row_map ? p.row_map[n] : n),
-        row{p.dtype,
-            p.V,
-            row_of(p.logits, std::max<int64_t>(source, 0), p.logits_stride, p.dtype),
-            row_of(p.uncond_logits, std::max<int64_t>(source, 0), p.uncond_stride, p.dtype),
-            p.cfg_scale.at(n, 0.0f) + 1.0f,
-            shared(p.bias, n, p.bias_rows_per_value, p.V),
-            shared(p.banned, n, p.banned_rows_per_value, p.banned_count),
-            p.banned_count,
-            shared(p.bitmask, n, p.bitmask_rows_per_value, p.bitmask_words),
-            -kInfinity} {
-    const float asked = p.temperature.at(n, 0.0f);
-    samples = asked > 0.0f;
-    temperature = samples ? asked : 1.0f;
-    draw.inverse_temperature = 1.0f / temperature;
-    if (samples) {
-      draw.seed = uint64_t(p.random.seed.at(n, 0));
-      draw.position = uint32_t(p.random.position[n]);
-      draw.step = uint32_t(p.random.step.at(n, 0));
-      draw.redraw = uint32_t(p.random.redraw.at(n, 0));
-    }
-    k = p.top_k.at(n, 0);
-    p_kept = p.top_p.at(n, 1.0f);
-    about_kept = p.distribution == Distribution::kFiltered;
-    filters = (k > 0 || p_kept < 1.0f) && (samples || about_kept);
-    scale = p.distribution == Distribution::kRaw ? 1.0f : draw.inverse_temperature;
-    entropy = p.entropy != nullptr;
-  }
-
-  // Top-p needs the whole mass at the row's temperature.
-  Wanted wanted() const {
-    const bool tempered = filters && p_kept < 1.0f && scale != draw.inverse_temperature;
-    return {entropy, tempered, scale, draw.inverse_temperature};
-  }
-
-  int64_t source;
-  LogitsRow row;
-  bool samples, filters, about_kept, entropy;
-  float temperature, scale;  // scale: of what the statistics are about
-  Draw draw{};
-  int32_t k;
-  float p_kept;
-};
-
-// --- rows --------------------------------------------------------------------------------------
-
-template <class T>
-float element(const void* data, int64_t at) {
-  return to_float(static_cast<const T*>(data)[at]);
-}
-float element(DType dtype, const void* data, int64_t at) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return element<float>(data, at);
-    case DType::kBFloat16:
-      return element<BFloat16>(data, at);
-    default:
-      return element<Float16>(data, at);
-  }
-}
-
-// One effective logit, by the same arithmetic as in the kernels.
-float logit_at(const LogitsRow& row, int64_t v) {
-  float z = element(row.dtype, row.logits, v);
-  if (row.uncond) {
-    const float u = element(row.dtype, row.uncond, v);
-    z = u + row.guidance * (z - u);
-  }
-  if (row.bias) z += row.bias[v];
-  if (!(z >= row.floor)) return -kInfinity;
-  for (int64_t i = 0; row.banned && i < row.banned_count; ++i) {
-    if (row.banned[i] == v) return -kInfinity;
-  }
-  if (row.bitmask && !(uint32_t(row.bitmask[v / 32]) >> v % 32 & 1)) return -kInfinity;
-  return std::min(z, kLargest);
-}
-
-// What a row works in: arrays over its chunks, then flags of its parts. Where nobody asks for the
-// weights at another temperature than the statistics', or they are the same, the array is the same.
-struct RowSums {
-  ChunkSums of_chunk;
-  float *key, *bound;  // of the race
-  float* flags;        // whole numbers
-
-  static int64_t floats(int64_t V) { return 6 * chunks_of(V) + token_confidence_parts(V); }
-  RowSums(float* sums, int64_t n, int64_t V, const Task& task) {
-    const int64_t chunks = chunks_of(V);
-    float* own = sums + n * floats(V);
-    float* weight = own + chunks;
-    of_chunk = {own, weight, weight + chunks,
-                task.wanted().tempered ? weight + 2 * chunks : weight};
-    key = own + 4 * chunks;
-    bound = key + chunks;
-    flags = bound + chunks;
-  }
-};
-
-// A row, from the sums of its chunks to its results.
-class Row {
- public:
-  Row(const TokenConfidenceKernels& kernels, const TokenConfidenceParams& p, int64_t n, Task& task,
-      const RowSums& memory, void* scratch)
-      : kernels_(kernels),
-        p_(p),
-        n_(n),
-        task_(task),
-        row_(task.row),
-        memory_(memory),
-        sums_(memory.of_chunk),
-        scratch_(scratch) {}
-
-  void finish(int32_t flags) {
-    Summary found = summarize();
-    Drawn drawn{-1, -kInfinity};
-    if (found.argmax >= 0) {
-      if (task_.filters) {
-        row_.floor = floor(found.max);
-        if (task_.about_kept) {
-          sum_kept();
-          found = summarize();
-        }
-      }
-      if (task_.samples) drawn = race();
-    }
-    if (p_.floor) p_.floor[n_] = row_.floor;
-    if (!task_.about_kept) row_.floor = -kInfinity;  // the statistics are about the whole row
-    if (found.argmax < 0 && task_.source >= 0) flags |= kFlagNothingAllowed;
-    write(found, drawn, flags);
-  }
-
- private:
-  Summary summarize() const {
-    if (task_.source < 0) return {};
-    return kernels_.summarize(row_, sums_, task_.entropy, task_.scale);
-  }
-
-  float floor(float max) const {
-    FloorScratch scratch(scratch_, row_.V);
-    FloorSearch search(kernels_, row_, sums_.largest, sums_.tempered, max,
-                       task_.draw.inverse_temperature, scratch);
-    float by_count = -kInfinity, by_mass = -kInfinity;
-    if (task_.k > 0 && task_.k < row_.V) by_count = search.of_count(task_.k);
-    if (task_.p_kept < 1.0f) {
-      by_mass = search.of_share(task_.p_kept, p_.top_p_first ? -kInfinity : by_count);
-      if (by_mass > -kInfinity && !p_.keep_crossing)
-        by_mass = std::min(ordered_value(ordered_bits(by_mass) + 1), max);
-    }
-    return std::max(by_count, by_mass);
-  }
-
-  // The sums become those of what the filters keep.
-  void sum_kept() {
-    const Wanted want{task_.entropy, false, task_.scale, task_.scale};
-    for (int64_t c = 0; c < chunks_of(row_.V); ++c) {
-      if (sums_.largest[c] >= row_.floor) {
-        kernels_.sum_chunks(row_, c, c + 1, want, sums_);
-      } else {
-        sums_.largest[c] = -kInfinity;
-        sums_.weight[c] = sums_.exponent[c] = 0.0f;
-      }
-    }
-  }
-
-  // Where the chunks' sums are not those that race (they are of another temperature, or of what the
-  // filters dropped, too), they bound them, and so the keys: sums are then taken anew, from the
-  // chunk with the highest bound on, until a key is above all other bounds.
-  Drawn race() const {
-    const Draw& draw = task_.draw;
-    const bool exact =
-        task_.scale == draw.inverse_temperature && (row_.floor == -kInfinity || task_.about_kept);
-    const int64_t chunks = chunks_of(row_.V);
-    float *const key = memory_.key, *const bound = memory_.bound;
-    if (exact) {
-      kernels_.chunk_keys(sums_.largest, sums_.weight, chunks, draw, key);
-    } else {
-      constexpr float kRounding = 1.0001f;
-      const bool known = task_.wanted().tempered, colder = draw.inverse_temperature >= task_.scale;
-      for (int64_t c = 0; c < chunks; ++c)
-        bound[c] = (known || colder ? sums_.tempered[c] : float(kRaceChunk)) * kRounding;
-      kernels_.chunk_keys(sums_.largest, bound, chunks, draw, key);
-      for (int64_t c = 0; c < chunks; ++c)
-        key[c] = sums_.largest[c] >= row_.floor ? key[c] : -kInfinity;
-    }
-    for (int64_t last = -1;;) {
-      const int64_t best = std::max_element(key, key + chunks) - key;
-      if (!(key[best] > -kInfinity)) return {-1, -kInfinity};
-      if (exact || best == last) return kernels_.race_tokens(row_, best, draw);
-      key[best] = key_of(best);
-      last = best;
-    }
-  }
-
-  float key_of(int64_t chunk) const {
-    const Draw& draw = task_.draw;
-    alignas(64) float z[kRaceChunk];
-    kernels_.load_chunk(row_, chunk, z);
-    const float largest = sums_.largest[chunk];
-    const float weight = kernels_.sum_chunk(z, largest, draw.inverse_temperature).weight;
-    const Philox4 random = philox(draw.seed, draw.position, draw.step,
-                                  redrawn(Stream::kChunk, draw.redraw), uint32_t(chunk / 4));
-    return chunk_key(largest, draw.inverse_temperature, weight, random.word[chunk % 4]);
-  }
-
-  void write(const Summary& found, const Drawn& drawn, int32_t flags) const {
-    int64_t token = -1;
-    double confidence = -kInfinity, margin = 0.0, entropy = 0.0, logsumexp = -kInfinity,
-           p_given = 0.0;
-    if (found.argmax >= 0) {
-      const bool sampled = drawn.token >= 0;
-      token = sampled ? drawn.token : found.argmax;
-      const double scale =
-          p_.distribution == Distribution::kRaw ? 1.0 : 1.0 / double(task_.temperature);
-      const double total = 1.0 + found.weight, log_total = std::log1p(found.weight);
-      const auto exponent = [&](float logit) { return (double(logit) - found.max) * scale; };
-      confidence = sampled ? std::exp(exponent(drawn.logit)) / total : 1.0 / total;
-      margin = -std::expm1(exponent(found.second)) / total;
-      entropy = log_total - found.exponent / total;
-      logsumexp = found.max * scale + log_total;
-      if (p_.given && p_.given[n_] >= 0)
-        p_given = std::exp(exponent(logit_at(row_, p_.given[n_]))) / total;
-    }
-    p_.token[n_] = token;
-    p_.argmax[n_] = found.argmax;
-    p_.flags[n_] = flags;
-    p_.confidence[n_] = float(confidence);
-    p_.logsumexp[n_] = float(logsumexp);
-    p_.p_given[n_] = float(p_given);
-    if (p_.margin) p_.margin[n_] = float(margin);
-    if (p_.entropy) p_.entropy[n_] = float(entropy);
-  }
-
-  const TokenConfidenceKernels& kernels_;
-  const TokenConfidenceParams& p_;
-  const int64_t n_;
-  Task& task_;
-  LogitsRow& row_;
-  const RowSums memory_;
-  const ChunkSums& sums_;
-  void* const scratch_;
-};
 
 // Rows, one after the other.
 struct Rows {
@@ -369,6 +117,23 @@ class Few {
 
 }  // namespace
 
+LogitsRow logits_row(const TokenConfidenceParams& p, int64_t n, int64_t source) {
+  return {p.dtype,
+          p.V,
+          row_of(p.logits, source, p.logits_stride, p.dtype),
+          row_of(p.uncond_logits, source, p.uncond_stride, p.dtype),
+          p.cfg_scale.at(n, 0.0f) + 1.0f,
+          shared(p.bias, n, p.bias_rows_per_value, p.V),
+          shared(p.banned, n, p.banned_rows_per_value, p.banned_count),
+          p.banned_count,
+          shared(p.bitmask, n, p.bitmask_rows_per_value, p.bitmask_words),
+          -kInfinity};
+}
+
+TokenConfidenceKernels token_confidence_kernels() {
+  return best_for(isa(), kTable).kernels.kernels();
+}
+
 Isa token_confidence_isa(Isa isa) { return best_for(isa, kTable).isa; }
 
 int64_t token_confidence_grain() { return best_for(isa(), kTable).kernels.grain; }
@@ -379,7 +144,7 @@ int64_t token_confidence_scratch(int64_t V) { return FloorScratch::bytes(V); }
 
 void token_confidence(const TokenConfidenceParams& p, float* sums, void* scratch, int64_t begin,
                       int64_t end) {
-  const TokenConfidenceKernels kernels = kernels_in_use();
+  const TokenConfidenceKernels kernels = token_confidence_kernels();
   const Rows rows{kernels, p, sums, scratch};
   if (kernels.measure_rows && p.V <= kFewLogits) {
     Few few(rows);
@@ -395,7 +160,7 @@ void token_confidence(const TokenConfidenceParams& p, float* sums, void* scratch
 
 void token_confidence_scan(const TokenConfidenceParams& p, float* sums, int64_t begin,
                            int64_t end) {
-  const TokenConfidenceKernels kernels = kernels_in_use();
+  const TokenConfidenceKernels kernels = token_confidence_kernels();
   const int64_t parts = token_confidence_parts(p.V), chunks = chunks_of(p.V);
   constexpr int64_t kChunks = kPart / kRaceChunk;
   for (int64_t i = begin; i < end; ++i) {
@@ -411,7 +176,7 @@ void token_confidence_scan(const TokenConfidenceParams& p, float* sums, int64_t 
 
 void token_confidence_finish(const TokenConfidenceParams& p, float* sums, void* scratch,
                              int64_t begin, int64_t end) {
-  const TokenConfidenceKernels kernels = kernels_in_use();
+  const TokenConfidenceKernels kernels = token_confidence_kernels();
   for (int64_t n = begin; n < end; ++n) {
     Task task(p, n);
     const RowSums own(sums, n, p.V, task);

@@ -106,6 +106,9 @@ struct FewRows {
       logsumexp[kRowsTogether], p_given[kRowsTogether];
 };
 
+// What output row n reads, if that is row `source` of the logits; all of it is kept.
+LogitsRow logits_row(const TokenConfidenceParams& p, int64_t n, int64_t source);
+
 struct TokenConfidenceKernels {
   // Sums of chunks [begin, end) of a row; returns flags.
   int32_t (*sum_chunks)(const LogitsRow& row, int64_t begin, int64_t end, const Wanted& want,
@@ -131,6 +134,8 @@ struct TokenConfidenceKernels {
   // null: rows of few logits are handled as others.
   void (*measure_rows)(FewRows& rows);
 };
+
+TokenConfidenceKernels token_confidence_kernels();  // of the instruction set in use
 
 namespace generic {
 TokenConfidenceKernels token_confidence();

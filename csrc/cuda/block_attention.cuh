@@ -27,10 +27,10 @@ inline const char* why_not_attend(const BlockAttentionParams& p) {
   if (!aligned(p.q, p.q_stride, p.B, p.Q, p.H)) {
     return "q must start every row at a multiple of 16 bytes";
   }
-  if (p.k_new && !aligned(p.k_new, p.k_new_stride, p.B, p.Q, p.G)) {
+  if (p.k_new && !aligned(p.k_new, p.k_new_stride, p.B, p.K, p.G)) {
     return "k_new must start every row at a multiple of 16 bytes";
   }
-  if (p.v_new && !aligned(p.v_new, p.v_new_stride, p.B, p.Q, p.G)) {
+  if (p.v_new && !aligned(p.v_new, p.v_new_stride, p.B, p.K, p.G)) {
     return "v_new must start every row at a multiple of 16 bytes";
   }
   if (!aligned(p.k_cache, p.k_cache_stride, p.C, p.S, p.G)) {
@@ -78,7 +78,7 @@ cudaError_t start_by_head_dim(const AttendParams& p, cudaStream_t stream) {
 inline cudaError_t start_block_attention(const AttendParams& p, float* workspace,
                                          cudaStream_t stream) {
   const cudaError_t error = start_scatter(p, workspace, stream);
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess || p.op.Q == 0) return error;
   switch (p.op.dtype) {
     case DType::kFloat32:
       return start_by_head_dim<float>(p, stream);

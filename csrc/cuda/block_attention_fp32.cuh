@@ -86,7 +86,8 @@ struct AttendFp32 {
   DLM_DEVICE bool sees(int row, const Tile& tile, int key) const {
     const int32_t slot = tile.slot + key;
     return (tile.bits >> key & 1) && slot >= limits.low[row] && slot < limits.high[row] &&
-           (!p.op.k_order || p.op.k_order[place.b * p.op.S + slot] <= limits.order[row]);
+           is_in_order(p.op, place.b, limits.query[row], slot) &&
+           !(p.hidden && (hidden_slots<uint32_t>(p, place.b, limits.query[row], slot) & 1));
   }
 
   DLM_DEVICE float logit(float dot) const {

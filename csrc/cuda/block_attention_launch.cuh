@@ -4,6 +4,7 @@
 // where the slots are split, block_attention_wide.cuh for many, block_attention_fp32.cuh in
 // float32.
 //   scatter: a warp for a row and 8 heads, 16 bytes a lane; bound by latency
+//   hide: where queries see some of the new rows alone, a warp a query
 // Nothing depends on the device, and no bit on the batch size: a request's result is the same
 // beside any others and on every GPU that rounds alike. Instructions: sm_80.
 #pragma once
@@ -30,6 +31,11 @@ struct ScatterParams {
 // these, the last one of each slot is found before.
 constexpr int64_t kMostRowsUnclaimed = 512;
 
+// Of the new rows, [B, K]; null: new row i has slot i.
+DLM_HD const int32_t* named_slots(const BlockAttentionParams& op) {
+  return op.k_slots ? op.k_slots : op.slots;
+}
+
 // One thread a row. First any row of a slot leaves its number, whatever there was before, then the
 // last one does.
 template <bool first>
@@ -37,9 +43,9 @@ __global__ void __launch_bounds__(kAttendThreads)
     claim_kernel(const __grid_constant__ ScatterParams p) {
   const BlockAttentionParams& op = p.op;
   const int64_t i = int64_t(blockIdx.x) * kAttendThreads + threadIdx.x;
-  if (i >= op.B * op.Q) return;
-  const int64_t b = i / op.Q;
-  const int32_t row = int32_t(i - b * op.Q), slot = int32_t(op.slot_of(b, row));
+  if (i >= op.B * op.K) return;
+  const int64_t b = i / op.K;
+  const int32_t row = int32_t(i - b * op.K), slot = int32_t(op.new_slot_of(b, row));
   if (slot < 0 || slot >= op.S) return;
   int32_t* claim = p.claims + b * op.S + slot;
   if (first) {
@@ -68,13 +74,14 @@ __global__ void __launch_bounds__(kAttendThreads)
   if (i >= p.warps) return;
   const int64_t first_head = i % p.head_groups * kScatterHeads;
   i /= p.head_groups;
-  const int64_t b = i / op.Q, row = i % op.Q;
-  const int32_t* slots = op.slots ? op.slots + b * op.Q : nullptr;
-  const int32_t slot = int32_t(op.slot_of(b, row));
+  const int64_t b = i / op.K, row = i % op.K;
+  const int32_t* all = named_slots(op);
+  const int32_t* slots = all ? all + b * op.K : nullptr;
+  const int32_t slot = int32_t(op.new_slot_of(b, row));
   if (slot < 0 || slot >= op.S) return;
   if (claimed) {
     if (p.claims[b * op.S + slot] != row) return;
-  } else if (slots && overwritten(slots, row, op.Q, slot)) {
+  } else if (slots && overwritten(slots, row, op.K, slot)) {
     return;
   }
 
@@ -96,6 +103,25 @@ __global__ void __launch_bounds__(kAttendThreads)
   };
   copy(op.k_new, op.k_new_stride, op.k_cache, op.k_cache_stride);
   copy(op.v_new, op.v_new_stride, op.v_cache, op.v_cache_stride);
+}
+
+// A warp a query: a bit for each slot with a new row that `visible` hides from it.
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads)
+    hide_kernel(const __grid_constant__ AttendParams p) {
+  const BlockAttentionParams& op = p.op;
+  const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / 32;
+  if (i >= op.B * op.Q) return;  // the whole warp
+  const int64_t b = i / op.Q;
+  const int32_t lane = int32_t(threadIdx.x) % 32;
+  uint32_t* words = p.hidden + i * p.hidden_words;
+  for (int32_t w = lane; w < p.hidden_words; w += 32) words[w] = 0;
+  __syncwarp();
+  for (int64_t row = lane; row < op.K; row += 32) {
+    const int64_t slot = op.new_slot_of(b, row);
+    if (slot < 0 || slot >= op.S || op.shows(b, i - b * op.Q, row)) continue;
+    atomicOr(&words[slot / 32], 1u << slot % 32);
+  }
 }
 
 // --- the host's part ---------------------------------------------------------------------------
@@ -129,16 +155,17 @@ inline int32_t tile_rows(const BlockAttentionParams& op, AttendForm form) {
 
 // Scratch, in floats, each part a multiple of 16 bytes.
 struct AttendScratch {
-  int64_t partial, norms, arrived, claims;
-  int64_t all() const { return partial + norms + arrived + claims; }
+  int64_t partial, norms, arrived, hidden, claims;
+  int64_t all() const { return partial + norms + arrived + hidden + claims; }
 };
 inline AttendScratch attend_scratch(const AttendParams& p) {
   const auto padded = [](int64_t floats) { return (floats + 3) / 4 * 4; };
   const BlockAttentionParams& op = p.op;
   const int64_t rows = op.B * op.Q * op.H, parts = p.spread ? p.splits : p.splits > 1;
-  const bool claims = op.k_new && op.slots && op.Q > kMostRowsUnclaimed;
+  const bool claims = op.k_new && named_slots(op) && op.K > kMostRowsUnclaimed;
   return {padded(rows * parts * op.D), p.spread ? padded(rows * parts * 2) : 0,
-          p.spread ? padded(op.B * op.G * p.row_tiles) : 0, claims ? padded(op.B * op.S) : 0};
+          p.spread ? padded(op.B * op.G * p.row_tiles) : 0,
+          op.visible ? padded(op.B * op.Q * p.hidden_words) : 0, claims ? padded(op.B * op.S) : 0};
 }
 
 inline AttendParams attend_params(const BlockAttentionParams& op, AttendForm form,
@@ -154,8 +181,14 @@ inline AttendParams attend_params(const BlockAttentionParams& op, AttendForm for
   const bool split = p.form != AttendForm::kWide && op.S > kSplitSlots;
   p.splits = split ? int32_t((op.S + kSplitSlots - 1) / kSplitSlots) : 1;
   p.spread = split && op.B * op.G * p.row_tiles < kEnoughBlocks;
+  // Three words are read from that of a slot on, which a part of a tile may have beyond the last.
+  p.hidden_words = op.visible ? int32_t((op.S + 31) / 32 + 4) : 0;
   const AttendScratch scratch = attend_scratch(p);
   p.partial = workspace;
+  if (op.visible && workspace) {
+    const int64_t before = scratch.partial + scratch.norms + scratch.arrived;
+    p.hidden = reinterpret_cast<uint32_t*>(workspace + before);
+  }
   if (p.spread && workspace) {
     p.partial_norm = reinterpret_cast<float2*>(workspace + scratch.partial);
     p.arrived = reinterpret_cast<uint32_t*>(workspace + scratch.partial + scratch.norms);
@@ -171,7 +204,7 @@ inline int64_t attend_workspace(const BlockAttentionParams& op) {
   return attend_scratch(attend_params(op, nullptr)).all();
 }
 
-// Writes the new rows, and clears the counters that the splits are counted by.
+// Writes the new rows, clears the counters that the splits are counted by, and finds what is hidden.
 inline cudaError_t start_scatter(const AttendParams& attend, float* workspace,
                                  cudaStream_t stream) {
   const BlockAttentionParams& op = attend.op;
@@ -180,20 +213,27 @@ inline cudaError_t start_scatter(const AttendParams& attend, float* workspace,
   p.op = op;
   p.row_chunks = int32_t(op.D / (op.dtype == DType::kFloat32 ? 4 : 8));
   p.head_groups = int32_t((op.G + kScatterHeads - 1) / kScatterHeads);
-  if (op.k_new) p.warps = op.B * op.Q * p.head_groups;
+  if (op.k_new) p.warps = op.B * op.K * p.head_groups;
   p.arrived = attend.arrived;
   p.arrived_count = attend.arrived ? scratch.arrived : 0;
-  const auto start = [&](auto kernel, int64_t threads) {
+  const auto start = [&](auto kernel, int64_t threads, const auto& params) {
     const int64_t blocks = (threads + kAttendThreads - 1) / kAttendThreads;
-    return launch(kernel, dim3(unsigned(blocks)), dim3(kAttendThreads), 0, stream, p);
+    return threads == 0 ? cudaSuccess
+                        : launch(kernel, dim3(unsigned(blocks)), dim3(kAttendThreads), 0, stream,
+                                 params);
   };
   const int64_t threads = p.warps * 32 > p.arrived_count ? p.warps * 32 : p.arrived_count;
-  if (threads == 0) return cudaSuccess;
-  if (scratch.claims == 0) return start(scatter_kernel<false>, threads);
-  p.claims = reinterpret_cast<int32_t*>(workspace + scratch.all() - scratch.claims);
-  cudaError_t error = start(claim_kernel<true>, op.B * op.Q);
-  if (error == cudaSuccess) error = start(claim_kernel<false>, op.B * op.Q);
-  return error == cudaSuccess ? start(scatter_kernel<true>, threads) : error;
+  cudaError_t error = cudaSuccess;
+  if (scratch.claims == 0) {
+    error = start(scatter_kernel<false>, threads, p);
+  } else {
+    p.claims = reinterpret_cast<int32_t*>(workspace + scratch.all() - scratch.claims);
+    error = start(claim_kernel<true>, op.B * op.K, p);
+    if (error == cudaSuccess) error = start(claim_kernel<false>, op.B * op.K, p);
+    if (error == cudaSuccess) error = start(scatter_kernel<true>, threads, p);
+  }
+  if (error != cudaSuccess || !attend.hidden) return error;
+  return start(hide_kernel<kAttendThreads>, op.B * op.Q * 32, attend);
 }
 
 // The attend kernels of one element type and padded head dimension; instantiated apart, since each

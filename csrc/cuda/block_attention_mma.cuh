@@ -93,10 +93,11 @@ struct Sight {
 
   // Order apart.
   DLM_DEVICE Mask of(int row) const {
-    return bits & bits_between<Mask>(limits.low[row] - slot, limits.high[row] - slot);
+    const Mask seen = bits & bits_between<Mask>(limits.low[row] - slot, limits.high[row] - slot);
+    return p.hidden ? seen & ~hidden_slots<Mask>(p, b, limits.query[row], slot) : seen;
   }
   DLM_DEVICE bool in_order(int row, int key) const {
-    return !p.op.k_order || p.op.k_order[b * p.op.S + slot + key] <= limits.order[row];
+    return is_in_order(p.op, b, limits.query[row], slot + key);
   }
 };
 

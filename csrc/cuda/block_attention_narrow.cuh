@@ -107,7 +107,7 @@ class AttendNarrow {
   DLM_DEVICE void attend(const Tile& tile, uint32_t k_tile, uint32_t v_tile) {
     // Must rows be told apart, or slots left out?
     if (tile.bits != Tile::kAll || tile.slot < bounds_.all_first ||
-        tile.slot + Tiling::kKeys > bounds_.all_last || p_.op.k_order) {
+        tile.slot + Tiling::kKeys > bounds_.all_last || p_.op.k_order || p_.hidden) {
       attend<true>(tile, k_tile, v_tile);
     } else {
       attend<false>(tile, k_tile, v_tile);

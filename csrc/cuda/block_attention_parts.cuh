@@ -33,6 +33,9 @@ struct AttendParams {
   float* partial;
   float2* partial_norm;  // spread: [B*Q*H, splits] maximum and sum of weights
   uint32_t* arrived;     // spread: [B*G*row_tiles] blocks whose splits are there, 0 at first
+  // [B*Q, hidden_words], bit j: the slots that `visible` hides from a query; null: none.
+  uint32_t* hidden;
+  int32_t hidden_words;
 };
 
 // Numerical splits of the slots: each has a softmax of its own, and they are folded together in
@@ -101,28 +104,41 @@ DLM_DEVICE Interval visible_interval(const BlockAttentionParams& p, int64_t b, i
 
 // Of the rows of a tile, in shared memory.
 struct RowLimits {
-  int32_t *low, *high, *order;  // order: q_limit
+  int32_t *low, *high, *query;
 
   DLM_DEVICE void take(SmemCarver& smem, int rows) {
     low = smem.take<int32_t>(rows);
     high = smem.take<int32_t>(rows);
-    order = smem.take<int32_t>(rows);
+    query = smem.take<int32_t>(rows);
   }
   DLM_DEVICE void fill(const AttendParams& p, const Place& place, int rows) {
     for (int row = int(threadIdx.x); row < rows; row += kAttendThreads) {
       Interval sees{0, 0};
-      int32_t limit = 0;
+      query[row] = 0;
       if (place.first_row + row < p.rows) {
-        const int32_t query = query_row(p, place, row).query;
-        sees = visible_interval(p.op, place.b, query);
-        if (p.op.q_limit) limit = p.op.q_limit[place.b * p.op.Q + query];
+        query[row] = query_row(p, place, row).query;
+        sees = visible_interval(p.op, place.b, query[row]);
       }
       low[row] = sees.low;
       high[row] = sees.high;
-      order[row] = limit;
     }
   }
 };
+
+// Whether k_order lets a query see a slot.
+DLM_DEVICE bool is_in_order(const BlockAttentionParams& p, int64_t b, int32_t query, int32_t slot) {
+  return !p.k_order || p.k_order[b * p.S + slot] <= p.q_limit[b * p.Q + query];
+}
+
+// Bit j: whether slot `first` + j is hidden from a query, where any may be.
+template <class Mask>
+DLM_DEVICE Mask hidden_slots(const AttendParams& p, int64_t b, int32_t query, int32_t first) {
+  const uint32_t* words = p.hidden + (b * p.op.Q + query) * p.hidden_words + first / 32;
+  uint64_t bits = uint64_t(words[1]) << 32 | words[0];
+  bits >>= first % 32;
+  if (sizeof(Mask) == 8 && first % 32 != 0) bits |= uint64_t(words[2]) << (64 - first % 32);
+  return Mask(bits);
+}
 
 // Of some rows: each sees within [first, last) alone, and all of [all_first, all_last); rows with
 // empty intervals do not count.

@@ -84,7 +84,7 @@ class AttendWide {
     if (tile.slot >= bounds.last || tile.slot + kKeys <= bounds.first) return;
     // Must rows be told apart, or slots left out?
     if (tile.bits != Tile::kAll || tile.slot < bounds.all_first ||
-        tile.slot + kKeys > bounds.all_last || p_.op.k_order) {
+        tile.slot + kKeys > bounds.all_last || p_.op.k_order || p_.hidden) {
       attend<true>(tile, k_tile, v_tile);
     } else {
       attend<false>(tile, k_tile, v_tile);
@@ -190,7 +190,7 @@ class AttendWide {
 #pragma unroll 1
       for (int32_t slot = low; slot < high; ++slot) {
         const Sight<uint32_t> sight{p_, limits_, place_.b, slot, 1};
-        if (!in_a_range(slot) || !sight.in_order(row, 0)) continue;
+        if (!in_a_range(slot) || !sight.of(row) || !sight.in_order(row, 0)) continue;
 #pragma unroll 1
         for (int column = lane_; column < int(op.D); column += 32) {
           const float x = to_float(v[slot * op.v_cache_stride[1] + column]);

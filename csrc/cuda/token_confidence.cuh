@@ -18,6 +18,9 @@ inline const char* why_not_token_confidence(const TokenConfidenceParams& p) {
 extern template cudaError_t start_rows<float>(ConfidenceLaunch, cudaStream_t);
 extern template cudaError_t start_rows<BFloat16>(ConfidenceLaunch, cudaStream_t);
 extern template cudaError_t start_rows<Float16>(ConfidenceLaunch, cudaStream_t);
+extern template cudaError_t start_scan<float, false>(const ConfidenceLaunch&, cudaStream_t);
+extern template cudaError_t start_scan<BFloat16, false>(const ConfidenceLaunch&, cudaStream_t);
+extern template cudaError_t start_scan<Float16, false>(const ConfidenceLaunch&, cudaStream_t);
 #endif
 
 // `workspace` has workspace_of(p) bytes, aligned to 16.

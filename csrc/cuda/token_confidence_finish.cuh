@@ -67,6 +67,16 @@ class RowFinish {
     if (threadIdx.x == 0) write(found, drawn, flags);
   }
 
+  // Of a row that is used and not filtered.
+  DLM_DEVICE float logsumexp() {
+    uint32_t top = 0;
+    each_chunk([&](uint32_t c) { top = max(top, ordered_bits(sums_.largest[c])); });
+    const float largest = ordered_value(reduce<Greatest>(top));
+    if (!(largest > -INFINITY)) return -INFINITY;
+    const Statistics found = describe(Row(job_.p, n_, plan_.source), largest);
+    return float(found.max * double(scale_) + log1p(found.weight));
+  }
+
  private:
   template <class Visit>
   DLM_DEVICE void each_chunk(Visit visit) const {

@@ -19,10 +19,12 @@ void copy_strides(const Tensor& t, int64_t* strides) {
   for (int i = 0; i < 3; ++i) strides[i] = t.stride(i);
 }
 
-void check_slots(const Check& check, const BlockAttentionParams& p) {
-  for (int64_t i = 0; p.slots && i < p.B * p.Q; ++i) {
-    check.that(p.slots[i] >= -1 && p.slots[i] < p.S, "slots must lie in [-1, ", p.S, "); got ",
-               p.slots[i], " at [", i / p.Q, ", ", i % p.Q, "]");
+// Of `rows` rows a batch row.
+void check_slots(const Check& check, const char* name, const int32_t* slots, int64_t rows,
+                 const BlockAttentionParams& p) {
+  for (int64_t i = 0; slots && i < p.B * rows; ++i) {
+    check.that(slots[i] >= -1 && slots[i] < p.S, name, " must lie in [-1, ", p.S, "); got ",
+               slots[i], " at [", i / rows, ", ", i % rows, "]");
   }
 }
 
@@ -46,15 +48,13 @@ void check_ranges(const Check& check, const BlockAttentionParams& p) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const MaybeTensor& k_new,
-                                           const MaybeTensor& v_new, const Tensor& k_cache,
-                                           const Tensor& v_cache, const MaybeTensor& slots,
-                                           const MaybeTensor& kv_range, int64_t causal_block,
-                                           const MaybeTensor& block_origin,
-                                           const MaybeTensor& q_limit, const MaybeTensor& k_order,
-                                           int64_t window_left, int64_t window_right,
-                                           double softcap, std::optional<double> scale,
-                                           const MaybeTensor& cache_rows) {
+std::tuple<Tensor, Tensor> block_attention(
+    const Tensor& q, const MaybeTensor& k_new, const MaybeTensor& v_new, const Tensor& k_cache,
+    const Tensor& v_cache, const MaybeTensor& slots, const MaybeTensor& kv_range,
+    int64_t causal_block, const MaybeTensor& block_origin, const MaybeTensor& q_limit,
+    const MaybeTensor& k_order, int64_t window_left, int64_t window_right, double softcap,
+    std::optional<double> scale, const MaybeTensor& cache_rows, const MaybeTensor& k_slots,
+    const MaybeTensor& visible) {
   const Check check("block_attention", "q", q);
   check.that(k_new.has_value() == v_new.has_value(),
              "k_new and v_new must be given together; got only ", k_new ? "k_new" : "v_new");
@@ -82,8 +82,14 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const MaybeTensor& k
   p.S = k_cache.size(1);
   p.G = k_cache.size(2);
   like_q("v_cache", v_cache, {p.C, p.S, p.G, p.D});
-  if (k_new) like_q("k_new", *k_new, {p.B, p.Q, p.G, p.D});
-  if (v_new) like_q("v_new", *v_new, {p.B, p.Q, p.G, p.D});
+  p.K = p.Q;
+  if (k_new) {
+    like_q("k_new", *k_new, {p.B, k_slots ? -1 : p.Q, p.G, p.D});
+    p.K = k_new->size(1);
+    like_q("v_new", *v_new, {p.B, p.K, p.G, p.D});
+  }
+  check.that(k_new || !k_slots, "k_new is required by k_slots; got None");
+  check.that(k_new || !visible, "k_new is required by visible; got None");
   check.that(p.G > 0 && p.H > 0 && p.H % p.G == 0, "q must have a multiple of k_cache's heads (",
              p.G, "); got ", p.H);
   check.that(p.D > 0 && p.D % 8 == 0 && p.D <= cpu::kMaxHeadDim,
@@ -93,6 +99,8 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const MaybeTensor& k
 
   p.cache_rows = check.dense<int32_t>("cache_rows", cache_rows, {p.B});
   p.slots = check.dense<int32_t>("slots", slots, {p.B, p.Q});
+  p.k_slots = check.dense<int32_t>("k_slots", k_slots, {p.B, p.K});
+  p.visible = check.dense<int32_t>("visible", visible, {p.B, p.Q, (p.K + 31) / 32});
   if (kv_range) {
     const bool one_range = kv_range->dim() == 2;
     p.N = one_range ? 1 : kv_range->dim() == 3 ? kv_range->size(1) : -1;
@@ -123,7 +131,8 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const MaybeTensor& k
              ") than k_cache has slots (", p.S, ")");
   if (q.is_cpu()) {
     check_cache_rows(check, p, k_new.has_value());
-    check_slots(check, p);
+    check_slots(check, "slots", p.slots, p.Q, p);
+    check_slots(check, "k_slots", p.k_slots, p.K, p);
     check_ranges(check, p);
   }
 
@@ -135,6 +144,8 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const MaybeTensor& k
                                                                  {"v_new", v_new},
                                                                  {"cache_rows", cache_rows},
                                                                  {"slots", slots},
+                                                                 {"k_slots", k_slots},
+                                                                 {"visible", visible},
                                                                  {"kv_range", kv_range},
                                                                  {"block_origin", block_origin},
                                                                  {"q_limit", q_limit},
@@ -143,7 +154,7 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const MaybeTensor& k
 
   Tensor out = check.empty("out", {p.B, p.Q, p.H, p.D}, q.scalar_type());
   Tensor lse = check.empty("lse", {p.B, p.Q, p.H}, ScalarType::Float);
-  if (p.B * p.Q == 0) return {out, lse};
+  if (p.B * std::max(p.Q, k_new ? p.K : 0) == 0) return {out, lse};
 
   p.q = q.const_data_ptr();
   p.k_cache = k_cache.mutable_data_ptr();
@@ -175,11 +186,13 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const MaybeTensor& k
 
   // Threads are worth waking for some tens of microseconds of work.
   if (k_new) {
-    const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 16) / (p.Q * p.D));
+    const int64_t grain =
+        std::max<int64_t>(1, (int64_t(1) << 16) / (std::max<int64_t>(p.K, 1) * p.D));
     torch::stable::parallel_for(0, p.B * p.G, grain, [&](int64_t begin, int64_t end) {
       cpu::scatter_new_rows(p, begin, end);
     });
   }
+  if (p.Q == 0) return {out, lse};
   const cpu::BlockAttentionKernels kernels = cpu::block_attention(p);
   const cpu::BlockAttentionWork work = kernels.work(p);
   Tensor workspace = check.empty("workspace", {work.workspace}, ScalarType::Float);

@@ -11,8 +11,10 @@
 
 #include "cpu/block_attention.h"
 #include "cpu/isa.h"
+#include "cpu/lm_head_confidence.h"
 #include "cpu/soft_embedding.h"
 #include "cpu/token_confidence.h"
+#include "cpu/top_candidates.h"
 
 namespace py = pybind11;
 
@@ -30,6 +32,8 @@ std::map<std::string, std::map<std::string, std::string>> cpu_kernels() {
       {"verify_drafts", generic},
       {"splice_", generic},
       {"soft_embedding", dlm::cpu::soft_embedding_isa},
+      {"top_candidates", dlm::cpu::top_candidates_isa},
+      {"lm_head_confidence", dlm::cpu::lm_head_confidence_isa},
   };
   std::map<std::string, std::map<std::string, std::string>> kernels;
   for (const auto& [op, used_for] : ops) {

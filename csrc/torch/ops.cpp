@@ -12,7 +12,8 @@ STABLE_TORCH_LIBRARY(dlmkernels, m) {
           "block_origin=None, "
           "Tensor? q_limit=None, Tensor? k_order=None, int window_left=-1, int window_right=-1, "
           "float softcap=0.0, "
-          "float? scale=None, Tensor? cache_rows=None) -> (Tensor out, Tensor lse)",
+          "float? scale=None, Tensor? cache_rows=None, Tensor? k_slots=None, Tensor? visible=None) "
+          "-> (Tensor out, Tensor lse)",
           dlm::block_attention);
   DLM_DEF(
       m,
@@ -64,6 +65,25 @@ STABLE_TORCH_LIBRARY(dlmkernels, m) {
           "soft_embedding(Tensor logits, Tensor weight, *, Tensor? row_map=None, Tensor? "
           "temperature=None, Tensor? top_k=None, int mask_token_id=-1) -> Tensor",
           dlm::soft_embedding);
+  DLM_DEF(m,
+          "top_candidates(Tensor logits, int k, *, Tensor? row_map=None, Tensor? banned=None, "
+          "Tensor? bitmask=None) -> (Tensor ids, Tensor values, Tensor logsumexp)",
+          dlm::top_candidates);
+  DLM_DEF(
+      m,
+      "lm_head_confidence(Tensor hidden, Tensor weight, *, Tensor? row_map=None, Tensor? "
+      "given=None, Tensor? "
+      "uncond_hidden=None, "
+      "Tensor? cfg_scale=None, Tensor? bias=None, Tensor? banned=None, Tensor? bitmask=None, "
+      "Tensor? temperature=None, Tensor? top_k=None, Tensor? top_p=None, bool top_p_first=False, "
+      "bool keep_crossing=True, str distribution=\"raw\", Tensor? seed=None, Tensor? step=None, "
+      "Tensor? position=None, Tensor? redraw=None, bool with_margin=True, bool with_entropy=True) "
+      "-> "
+      "(Tensor token, "
+      "Tensor argmax, "
+      "Tensor confidence, Tensor margin, Tensor entropy, Tensor logsumexp, Tensor p_given, Tensor "
+      "flags)",
+      dlm::lm_head_confidence);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CPU, m) {
@@ -74,6 +94,8 @@ STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CPU, m) {
   m.impl("verify_drafts", TORCH_BOX(&dlm::verify_drafts));
   m.impl("splice_", TORCH_BOX(&dlm::splice_));
   m.impl("soft_embedding", TORCH_BOX(&dlm::soft_embedding));
+  m.impl("top_candidates", TORCH_BOX(&dlm::top_candidates));
+  m.impl("lm_head_confidence", TORCH_BOX(&dlm::lm_head_confidence));
 }
 
 #ifdef DLM_WITH_CUDA
@@ -85,5 +107,7 @@ STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CUDA, m) {
   m.impl("verify_drafts", TORCH_BOX(&dlm::verify_drafts));
   m.impl("splice_", TORCH_BOX(&dlm::splice_));
   m.impl("soft_embedding", TORCH_BOX(&dlm::soft_embedding));
+  m.impl("top_candidates", TORCH_BOX(&dlm::top_candidates));
+  m.impl("lm_head_confidence", TORCH_BOX(&dlm::lm_head_confidence));
 }
 #endif

@@ -15,15 +15,13 @@ namespace dlm {
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const MaybeTensor& k_new,
-                                           const MaybeTensor& v_new, const Tensor& k_cache,
-                                           const Tensor& v_cache, const MaybeTensor& slots,
-                                           const MaybeTensor& kv_range, int64_t causal_block,
-                                           const MaybeTensor& block_origin,
-                                           const MaybeTensor& q_limit, const MaybeTensor& k_order,
-                                           int64_t window_left, int64_t window_right,
-                                           double softcap, std::optional<double> scale,
-                                           const MaybeTensor& cache_rows);
+std::tuple<Tensor, Tensor> block_attention(
+    const Tensor& q, const MaybeTensor& k_new, const MaybeTensor& v_new, const Tensor& k_cache,
+    const Tensor& v_cache, const MaybeTensor& slots, const MaybeTensor& kv_range,
+    int64_t causal_block, const MaybeTensor& block_origin, const MaybeTensor& q_limit,
+    const MaybeTensor& k_order, int64_t window_left, int64_t window_right, double softcap,
+    std::optional<double> scale, const MaybeTensor& cache_rows, const MaybeTensor& k_slots,
+    const MaybeTensor& visible);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_confidence(
     const Tensor& logits, const MaybeTensor& row_map, const MaybeTensor& given,
@@ -68,5 +66,19 @@ std::tuple<Tensor, Tensor> splice_(const Tensor& tokens, const Tensor& start,
 Tensor soft_embedding(const Tensor& logits, const Tensor& weight, const MaybeTensor& row_map,
                       const MaybeTensor& temperature, const MaybeTensor& top_k,
                       int64_t mask_token_id);
+
+std::tuple<Tensor, Tensor, Tensor> top_candidates(const Tensor& logits, int64_t k,
+                                                  const MaybeTensor& row_map,
+                                                  const MaybeTensor& banned,
+                                                  const MaybeTensor& bitmask);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lm_head_confidence(
+    const Tensor& hidden, const Tensor& weight, const MaybeTensor& row_map,
+    const MaybeTensor& given, const MaybeTensor& uncond_hidden, const MaybeTensor& cfg_scale,
+    const MaybeTensor& bias, const MaybeTensor& banned, const MaybeTensor& bitmask,
+    const MaybeTensor& temperature, const MaybeTensor& top_k, const MaybeTensor& top_p,
+    bool top_p_first, bool keep_crossing, const std::string& distribution, const MaybeTensor& seed,
+    const MaybeTensor& step, const MaybeTensor& position, const MaybeTensor& redraw,
+    bool with_margin, bool with_entropy);
 
 }  // namespace dlm

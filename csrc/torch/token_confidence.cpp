@@ -14,22 +14,6 @@
 namespace dlm {
 namespace {
 
-// A [V]-like vector shared by all rows, or [P, V] with a row for each group of N / P consecutive
-// rows.
-template <class T>
-const T* shared_rows(const Check& check, const char* name, const MaybeTensor& t, int64_t columns,
-                     int64_t N, int64_t* rows_per_value) {
-  *rows_per_value = std::max<int64_t>(N, 1);
-  if (!t) return nullptr;
-  if (t->dim() == 2) {
-    check.dense<T>(name, *t, {-1, columns});
-    *rows_per_value = check.rows_per_value(name, t->size(0), N);
-  } else {
-    check.dense<T>(name, *t, {columns});
-  }
-  return static_cast<const T*>(t->const_data_ptr());
-}
-
 // Checks each value of a per-row parameter of `count` values.
 template <class T, class Fact>
 void check_values(const Check& check, const char* name, const MaybeTensor& t, const char* expected,
@@ -82,6 +66,68 @@ void token_confidence_on_cpu(const Check& check, const TokenConfidenceParams& p)
   });
 }
 
+void check_confidence_arguments(const Check& check, const ConfidenceArguments& a, bool on_cpu,
+                                const MaybeTensor& uncond, const char* uncond_name,
+                                TokenConfidenceParams& p) {
+  p.row_map = check.dense<int32_t>("row_map", a.row_map, {-1});
+  const int64_t N = p.N = a.row_map ? a.row_map->numel() : p.R;
+  p.given = check.dense<int64_t>("given", a.given, {N});
+  p.cfg_scale = check.per_row<float>("cfg_scale", a.cfg_scale, N);
+  check.that(uncond || !a.cfg_scale, uncond_name, " is required by cfg_scale; got None");
+  check.that(a.cfg_scale || !uncond, "cfg_scale is required by ", uncond_name, "; got None");
+
+  p.bias = shared_rows<float>(check, "bias", a.bias, p.V, N, &p.bias_rows_per_value);
+  check_bans(check, a.banned, a.bitmask, p);
+
+  p.temperature = check.per_row<float>("temperature", a.temperature, N);
+  p.top_k = check.per_row<int32_t>("top_k", a.top_k, N);
+  p.top_p = check.per_row<float>("top_p", a.top_p, N);
+  p.top_p_first = a.top_p_first;
+  p.keep_crossing = a.keep_crossing;
+  p.distribution = distribution_named(check, a.distribution);
+  p.random.seed = check.per_row<int64_t>("seed", a.seed, N);
+  p.random.step = check.per_row<int32_t>("step", a.step, N);
+  p.random.position = check.dense<int32_t>("position", a.position, {N});
+  p.random.redraw = check.per_row<int32_t>("redraw", a.redraw, N);
+  check.that(a.seed || !a.temperature, "seed is required by temperature; got None");
+  check.that(a.position || !a.seed, "position is required by seed; got None");
+  check.that(a.seed || !a.redraw, "seed is required by redraw; got None");
+
+  if (on_cpu) {  // there, a look at the values would have the host wait for them
+    check.indices("row_map", p.row_map, N, p.R);
+    check.indices("given", p.given, N, p.V);
+    check.indices("banned", p.banned, a.banned ? a.banned->numel() : 0, p.V);
+    check.temperatures("temperature", a.temperature);
+    check_values<int32_t>(check, "top_k", a.top_k, "0 (off) or positive",
+                          [](int32_t k) { return k >= 0; });
+    check_values<float>(check, "top_p", a.top_p, "in [0, 1]",
+                        [](float q) { return q >= 0.0f && q <= 1.0f; });
+    check_values<int32_t>(check, "redraw", a.redraw, "at least 0",
+                          [](int32_t count) { return count >= 0; });
+  }
+}
+
+ConfidenceResults::ConfidenceResults(const Check& check, bool with_margin, bool with_entropy,
+                                     TokenConfidenceParams& p)
+    : token(check.empty("token", {p.N}, ScalarType::Long)),
+      argmax(check.empty("argmax", {p.N}, ScalarType::Long)),
+      confidence(check.empty("confidence", {p.N}, ScalarType::Float)),
+      margin(check.empty("margin", {with_margin ? p.N : 0}, ScalarType::Float)),
+      entropy(check.empty("entropy", {with_entropy ? p.N : 0}, ScalarType::Float)),
+      logsumexp(check.empty("logsumexp", {p.N}, ScalarType::Float)),
+      p_given(check.empty("p_given", {p.N}, ScalarType::Float)),
+      flags(check.empty("flags", {p.N}, ScalarType::Int)) {
+  const auto write = [](const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); };
+  p.token = static_cast<int64_t*>(token.mutable_data_ptr());
+  p.argmax = static_cast<int64_t*>(argmax.mutable_data_ptr());
+  p.confidence = write(confidence);
+  p.margin = with_margin ? write(margin) : nullptr;
+  p.entropy = with_entropy ? write(entropy) : nullptr;
+  p.logsumexp = write(logsumexp);
+  p.p_given = write(p_given);
+  p.flags = static_cast<int32_t*>(flags.mutable_data_ptr());
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_confidence(
     const Tensor& logits, const MaybeTensor& row_map, const MaybeTensor& given,
     const MaybeTensor& uncond_logits, const MaybeTensor& cfg_scale, const MaybeTensor& bias,
@@ -95,61 +141,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
   check.dtype("logits", logits, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
   check.sizes("logits", logits, {-1, -1});
   check.rows_dense("logits", logits);
-  const int64_t R = p.R = logits.size(0), V = p.V = logits.size(1);
-  if (V < 1) check.that(false, "logits must have at least one column; got ", Check::shape(logits));
+  p.R = logits.size(0), p.V = logits.size(1);
+  if (p.V < 1)
+    check.that(false, "logits must have at least one column; got ", Check::shape(logits));
   p.dtype = element_type(logits);
   p.logits = logits.const_data_ptr();
   p.logits_stride = logits.stride(0);
 
-  p.row_map = check.dense<int32_t>("row_map", row_map, {-1});
-  const int64_t N = p.N = row_map ? row_map->numel() : R;
-  p.given = check.dense<int64_t>("given", given, {N});
   if (uncond_logits) {
     check.device("uncond_logits", *uncond_logits);
     check.dtype("uncond_logits", *uncond_logits, {logits.scalar_type()});
-    check.sizes("uncond_logits", *uncond_logits, {R, V});
+    check.sizes("uncond_logits", *uncond_logits, {p.R, p.V});
     check.rows_dense("uncond_logits", *uncond_logits);
     p.uncond_logits = uncond_logits->const_data_ptr();
     p.uncond_stride = uncond_logits->stride(0);
   }
-  p.cfg_scale = check.per_row<float>("cfg_scale", cfg_scale, N);
-  check.that(cfg_scale.has_value() == uncond_logits.has_value(),
-             cfg_scale ? "uncond_logits is required by cfg_scale; got None"
-                       : "cfg_scale is required by uncond_logits; got None");
-
-  p.bias = shared_rows<float>(check, "bias", bias, V, N, &p.bias_rows_per_value);
-  p.banned = shared_rows<int64_t>(check, "banned", banned, -1, N, &p.banned_rows_per_value);
-  p.banned_count = banned ? banned->size(banned->dim() - 1) : 0;
-  p.bitmask_words = (V + 31) / 32;
-  p.bitmask = shared_rows<int32_t>(check, "bitmask", bitmask, p.bitmask_words, N,
-                                   &p.bitmask_rows_per_value);
-
-  p.temperature = check.per_row<float>("temperature", temperature, N);
-  p.top_k = check.per_row<int32_t>("top_k", top_k, N);
-  p.top_p = check.per_row<float>("top_p", top_p, N);
-  p.top_p_first = top_p_first;
-  p.keep_crossing = keep_crossing;
-  p.distribution = distribution_named(check, distribution);
-  p.random.seed = check.per_row<int64_t>("seed", seed, N);
-  p.random.step = check.per_row<int32_t>("step", step, N);
-  p.random.position = check.dense<int32_t>("position", position, {N});
-  p.random.redraw = check.per_row<int32_t>("redraw", redraw, N);
-  check.that(seed || !temperature, "seed is required by temperature; got None");
-  check.that(position || !seed, "position is required by seed; got None");
-  check.that(seed || !redraw, "seed is required by redraw; got None");
-
-  if (!logits.is_cuda()) {  // there, a look at the values would have the host wait for them
-    check.indices("row_map", p.row_map, N, R);
-    check.indices("given", p.given, N, V);
-    check.indices("banned", p.banned, banned ? banned->numel() : 0, V);
-    check.temperatures("temperature", temperature);
-    check_values<int32_t>(check, "top_k", top_k, "0 (off) or positive",
-                          [](int32_t k) { return k >= 0; });
-    check_values<float>(check, "top_p", top_p, "in [0, 1]",
-                        [](float q) { return q >= 0.0f && q <= 1.0f; });
-    check_values<int32_t>(check, "redraw", redraw, "at least 0",
-                          [](int32_t count) { return count >= 0; });
-  }
+  check_confidence_arguments(
+      check,
+      {row_map, given, cfg_scale, bias, banned, bitmask, temperature, top_k, top_p, top_p_first,
+       keep_crossing, distribution, seed, step, position, redraw},
+      !logits.is_cuda(), uncond_logits, "uncond_logits", p);
 
   check.not_differentiable({{"logits", logits},
                             {"uncond_logits", uncond_logits},
@@ -158,37 +169,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
                             {"temperature", temperature},
                             {"top_p", top_p}});
 
-  const auto write = [](const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); };
-  Tensor token = check.empty("token", {N}, ScalarType::Long);
-  Tensor argmax = check.empty("argmax", {N}, ScalarType::Long);
-  Tensor confidence = check.empty("confidence", {N}, ScalarType::Float);
-  Tensor margin = check.empty("margin", {with_margin ? N : 0}, ScalarType::Float);
-  Tensor entropy = check.empty("entropy", {with_entropy ? N : 0}, ScalarType::Float);
-  Tensor logsumexp = check.empty("logsumexp", {N}, ScalarType::Float);
-  Tensor p_given = check.empty("p_given", {N}, ScalarType::Float);
-  Tensor flags = check.empty("flags", {N}, ScalarType::Int);
-  p.token = static_cast<int64_t*>(token.mutable_data_ptr());
-  p.argmax = static_cast<int64_t*>(argmax.mutable_data_ptr());
-  p.confidence = write(confidence);
-  p.margin = with_margin ? write(margin) : nullptr;
-  p.entropy = with_entropy ? write(entropy) : nullptr;
-  p.logsumexp = write(logsumexp);
-  p.p_given = write(p_given);
-  p.flags = static_cast<int32_t*>(flags.mutable_data_ptr());
-
+  const ConfidenceResults results(check, with_margin, with_entropy, p);
 #ifdef DLM_WITH_CUDA
-  if (logits.is_cuda() && N > 0) {
+  if (logits.is_cuda() && p.N > 0) {
     const CudaCall call(check, logits);
     call.supports(cuda::unsupported_token_confidence(p));
     Tensor workspace =
         check.empty("workspace", {cuda::token_confidence_workspace(p)}, ScalarType::Byte);
     call.succeeded(cuda::run_token_confidence(p, workspace.mutable_data_ptr(), call.stream()));
-    return {token, argmax, confidence, margin, entropy, logsumexp, p_given, flags};
+    return results.all();
   }
 #endif
 
   token_confidence_on_cpu(check, p);
-  return {token, argmax, confidence, margin, entropy, logsumexp, p_given, flags};
+  return results.all();
 }
 
 }  // namespace dlm

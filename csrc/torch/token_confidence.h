@@ -1,9 +1,65 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include <algorithm>
+#include <string>
+#include <tuple>
+
 #include "common/params.h"
 #include "torch/check.h"
 
 namespace dlm {
+
+// A [V]-like vector shared by all rows, or [P, V] with a row for each group of N / P consecutive
+// rows.
+template <class T>
+const T* shared_rows(const Check& check, const char* name, const MaybeTensor& t, int64_t columns,
+                     int64_t N, int64_t* rows_per_value) {
+  *rows_per_value = std::max<int64_t>(N, 1);
+  if (!t) return nullptr;
+  if (t->dim() == 2) {
+    check.dense<T>(name, *t, {-1, columns});
+    *rows_per_value = check.rows_per_value(name, t->size(0), N);
+  } else {
+    check.dense<T>(name, *t, {columns});
+  }
+  return static_cast<const T*>(t->const_data_ptr());
+}
+
+// Fills in what of the vocabulary may be chosen, of `p` whose N and V are known.
+inline void check_bans(const Check& check, const MaybeTensor& banned, const MaybeTensor& bitmask,
+                       TokenConfidenceParams& p) {
+  p.banned = shared_rows<int64_t>(check, "banned", banned, -1, p.N, &p.banned_rows_per_value);
+  p.banned_count = banned ? banned->size(banned->dim() - 1) : 0;
+  p.bitmask_words = (p.V + 31) / 32;
+  p.bitmask = shared_rows<int32_t>(check, "bitmask", bitmask, p.bitmask_words, p.N,
+                                   &p.bitmask_rows_per_value);
+}
+
+// The arguments that every op with token_confidence's results takes.
+struct ConfidenceArguments {
+  const MaybeTensor &row_map, &given, &cfg_scale, &bias, &banned, &bitmask, &temperature, &top_k,
+      &top_p;
+  bool top_p_first, keep_crossing;
+  const std::string& distribution;
+  const MaybeTensor &seed, &step, &position, &redraw;
+};
+// Fills in `p`, whose R and V are known. `uncond`: the argument that guidance needs, whose name is
+// given.
+// `on_cpu`: values are looked at.
+void check_confidence_arguments(const Check& check, const ConfidenceArguments& a, bool on_cpu,
+                                const MaybeTensor& uncond, const char* uncond_name,
+                                TokenConfidenceParams& p);
+
+struct ConfidenceResults {
+  Tensor token, argmax, confidence, margin, entropy, logsumexp, p_given, flags;
+
+  // Of `p`, whose pointers to results are set.
+  ConfidenceResults(const Check& check, bool with_margin, bool with_entropy,
+                    TokenConfidenceParams& p);
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> all() const {
+    return {token, argmax, confidence, margin, entropy, logsumexp, p_given, flags};
+  }
+};
 
 // The rows of checked parameters, in torch's threads and memory.
 void token_confidence_on_cpu(const Check& check, const TokenConfidenceParams& p);

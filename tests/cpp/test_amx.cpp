@@ -392,6 +392,17 @@ TEST(many_rows_and_slots) {
   check_case({.B = 1, .Q = 1, .S = 1500, .H = 1, .G = 1, .mode = Shape::kOrder}, 204);
 }
 
+TEST(new_rows_and_who_sees_them) {
+  uint64_t seed = 250;
+  for (int mode = 0; mode < Shape::kModes; ++mode) {
+    check_case({.B = 2, .Q = 21, .S = 150, .H = 4, .G = 2, .mode = mode, .K = 40, .hides = true},
+               ++seed);
+    check_case(
+        {.B = 1, .Q = 5, .S = 90, .H = 2, .G = 1, .mode = mode, .infinite = true, .hides = true},
+        ++seed);
+  }
+}
+
 TEST(what_is_not_seen_is_not_multiplied) {
   uint64_t seed = 300;
   for (const int mode : {Shape::kFull, Shape::kCausal, Shape::kOrder}) {

@@ -101,6 +101,34 @@ TEST(cache_rows) {
   check_case<BFloat16>({.B = 2, .Q = 4, .S = 1100, .H = 2, .G = 1, .D = 64, .moved = true}, ++seed);
 }
 
+// New rows that are not the queries', or that some queries do not see.
+TEST(new_rows_and_who_sees_them) {
+  uint64_t seed = 80;
+  for_each_kernel([&]<class T>(T, int64_t D) {
+    const int mode = int(++seed % Shape::kModes);
+    check_case<T>({.B = 2, .Q = 5, .S = 75, .H = 4, .G = 2, .D = D, .mode = mode, .K = 13}, seed);
+    check_case<T>({.B = 3, .Q = 21, .S = 90, .H = 2, .G = 1, .D = D, .mode = mode,
+                   .moved = true, .infinite = true, .hides = true},
+                  seed);
+    check_case<T>({.B = 2, .Q = 9, .S = 90, .H = 2, .G = 1, .D = D, .mode = mode,
+                   .infinite = true, .shift = 7, .K = 40, .hides = true},
+                  seed);
+  });
+  for_each_wide_kernel([&]<class T>(T, int64_t D) {
+    for (const int mode : {Shape::kFull, Shape::kRanges, Shape::kOrder}) {
+      AttentionCase<T> c({.B = 1, .Q = 90, .S = 140, .H = 2, .G = 1, .D = D, .mode = mode,
+                          .infinite = true, .K = 70, .hides = true},
+                         ++seed);
+      check_case(c, AttendForm::kWide);
+    }
+  });
+  // Splits; claims; no query at all.
+  check_case<BFloat16>({.Q = 40, .S = 1100, .H = 2, .G = 1, .D = 64, .hides = true}, ++seed);
+  check_case<BFloat16>({.Q = 4, .S = 900, .H = 2, .G = 1, .D = 64, .K = 600, .hides = true}, ++seed);
+  check_case<float>({.Q = 0, .S = 40, .H = 2, .G = 1, .D = 32, .K = 9}, ++seed);
+  check_case<BFloat16>({.Q = 0, .S = 40, .H = 2, .G = 1, .D = 64, .K = 9, .hides = true}, ++seed);
+}
+
 TEST(shapes) {
   uint64_t seed = 100;
   for (const auto& [Q, H, G] : {std::tuple{1, 1, 1},

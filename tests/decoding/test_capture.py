@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import dlmkernels as dk
+import research
 from decodings import ragged
 from dlmkernels.decoding.arguments import check_tokens
 from dlmkernels.decoding.programs import Task, program_of
@@ -16,7 +17,7 @@ from dlmkernels.decoding.resolve import prepare
 from dlmkernels.decoding.schedule import Grid
 from dlmkernels.decoding.state import State
 from recorder import Player, Recorder
-from small_models import build
+from small_models import MASK, build
 
 NEW = 24
 BLOCKS = {"cache": "block", "attention": "block"}
@@ -87,7 +88,8 @@ def batch_of(seed):
 
 def program_for(model, ids, valid, options):
     """The program that `generate` runs, and a function that gives its state other requests."""
-    adapted, config, special = prepare(model, None, options, "continuations")
+    config, more = (None, options) if isinstance(options, dict) else (options, {})
+    adapted, config, special = prepare(model, config, more, "continuations")
     _, origin = check_tokens("ids", adapted, ids, valid, special)
     start = ids.shape[1]
     grid = Grid.of(config, origin, start, start + NEW, config.block_grid == "absolute" or adapted.family.whole_blocks)
@@ -123,6 +125,74 @@ def test_recorded_calls_decode(model, name):
     assert torch.equal(out.sequences, want.sequences)
     assert torch.equal(out.commit_step, want.commit_step) and torch.equal(out.num_forwards, want.num_forwards)
     assert out.complete.all() and steps > 2
+
+
+WRITE = {"plaid": research.write_plaid, "ssd-lm": research.write_ssd_lm}
+TIMED = {
+    "mdlm": {"steps": 12}, "sedd": {"steps": 12}, "duo": {"steps": 12}, "bd3-lm": {"steps": None},
+    "langflow": {"steps": 7}, "plaid": {"steps": 7}, "diffusion-lm": {"steps": 7}, "ssd-lm": {"steps": 9},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TIMED)
+@torch.no_grad()
+def test_recorded_calls_of_models_that_take_time(name, tmp_path):
+    """The same of time-conditioned and continuous models, with the sampler of each."""
+    if name == "diffusion-lm":
+        research.write_diffusion_lm(tmp_path / "ema.pt")
+        path, how = tmp_path / "ema.pt", {"family": name, "num_attention_heads": research.HEADS, "noise_steps": 40}
+    else:
+        WRITE.get(name, lambda folder: research.write(name, folder))(tmp_path)
+        path, how = tmp_path, {}
+    model = dk.load(path, allow_pickle=True, **how)
+    options = {"config": name, "max_new_tokens": NEW, "eos_policy": "none", "seed": 5} | TIMED[name]
+    batches = [(ids % (research.VOCAB - 1), valid) for ids, valid in (batch_of(seed) for seed in range(4))]
+    config = options.pop("config")
+    program, admit = program_for(model, *batches[0], dk.preset(config).replace(**options))
+    player = Player(program)
+    player.run("as it is")
+    for batch in batches[1:-1]:
+        admit(*batch)
+        player.run("recorded")
+    admit(*batches[-1])
+    assert player.run("replayed") > 1
+    want, out = dk.generate(model, *batches[-1], config=config, **options), program.output()
+    assert torch.equal(out.sequences, want.sequences) and torch.equal(out.commit_step, want.commit_step)
+
+
+@torch.no_grad()
+def test_recorded_calls_fill_in(model):
+    """Masks that become several tokens, or none."""
+    rule, most, length = dk.Expanding(90, 91, 2), 9, 12
+    options = {"rule": rule, "max_new_tokens": most, "eos_policy": "none"}
+
+    def canvas_of(seed):
+        g = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(3, 90, (3, length), generator=g)
+        for row in tokens:
+            row[torch.randperm(length, generator=g)[:4]] = MASK
+        return tokens
+
+    def admit(tokens):
+        canvas = torch.nn.functional.pad(tokens, (0, most - 4), value=special.pad)
+        ends = torch.full((3,), length, dtype=torch.int32)
+        state.admit(torch.arange(3), canvas, canvas == MASK, torch.zeros_like(ends), ends)
+
+    adapted, config, special = prepare(model, None, options, "infillings")
+    state = State.empty(3, length + most - 4, torch.device("cpu"))
+    admit(canvas_of(0))
+    grid = Grid.of(config, state.origin, 0, length + most - 4, grows=False)
+    program = program_of(rule)(Task(adapted, state, config, special, grid, 0, length))
+    player = Player(program)
+    player.run("as it is")
+    for seed in (1, 2, 3):
+        admit(canvas_of(seed))
+        player.run("recorded")
+    admit(canvas_of(4))
+    assert player.run("replayed") > 2
+    want, out = dk.infill(model, canvas_of(4), **options), program.output()
+    assert torch.equal(out.sequences, want.sequences) and torch.equal(out.commit_step, want.commit_step)
+    assert torch.equal(out.length, want.length) and torch.equal(out.num_forwards, want.num_forwards)
 
 
 class TestRecorder:

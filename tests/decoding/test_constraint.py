@@ -640,11 +640,16 @@ class TestErrors:
         ],
         ids=str,
     )
-    @pytest.mark.parametrize("what", ["constraint", "given"])
-    def test_rules_with_loops_of_their_own(self, model, rule, what):
-        value = {"constraint": Balanced(5), "given": torch.full((NEW,), -1)}[what]
-        with pytest.raises(ValueError, match=f"{what} cannot be used with rule {type(rule).__name__}"):
-            dk.generate(build(), prompts(2, 5), rule=rule, max_new_tokens=NEW, **{what: value})
+    def test_given_tokens_with_loops_of_their_own(self, rule):
+        with pytest.raises(ValueError, match=f"given cannot be used with rule {type(rule).__name__}"):
+            dk.generate(build(), prompts(2, 5), rule=rule, max_new_tokens=NEW, given=torch.full((NEW,), -1))
+
+    @pytest.mark.parametrize("rule", [
+        dk.Lengthening(), dk.SplitEditing(split_token_id=90, delete_token_id=91),
+    ], ids=str)  # fmt: skip
+    def test_rules_that_move_tokens(self, rule):
+        with pytest.raises(ValueError, match=f"constraint cannot be used with rule {type(rule).__name__}, which moves"):
+            dk.generate(build(), prompts(2, 5), rule=rule, max_new_tokens=NEW, constraint=Balanced(5), eos_token_id=EOS)
 
     @pytest.mark.parametrize("rule", UNIFORM_RULES, ids=str)
     def test_checkers_need_masks(self, model, rule):

@@ -249,8 +249,10 @@ def test_attention_must_be_full():
     """With blocks an answer's probability is a product over blocks, which these estimates are not."""
     model = build()
     model.config.dlm_family = "sdar"
-    with pytest.raises(ValueError, match="model must have full attention; that of family 'sdar' is 'block'"):
-        dk.log_likelihood(model, prompts(1, 4), prompts(1, 4))
+    with pytest.raises(
+        ValueError, match="model must have full attention for method='monte-carlo'; that of family 'sdar' is 'block'"
+    ):
+        dk.log_likelihood(model, prompts(1, 4), prompts(1, 4), method="monte-carlo")
 
 
 def test_log_probability_of_an_output(model):

@@ -134,14 +134,18 @@ def test_numbers_of_any_kind(model):
     assert outcome(banned) == outcome(dk.generate(model, ids, max_new_tokens=8, suppress_token_ids=(5, 6)))
 
 
-BAD = [True, "x", None, float("nan"), [1, 2], 1j, torch.zeros(2), object()]
+NO_NUMBERS = [True, "x", None, float("nan"), 1j, object()]
+BAD = [*NO_NUMBERS, [1, 2], torch.zeros(2)]
+#: where there may be one for each request
+EACH_BAD = [*NO_NUMBERS, [1, "x"], [1, -1], [], torch.zeros(2, 2), {1: 2}]
 
 
 @pytest.mark.parametrize("name,values", [
-    *((name, [*BAD, 0, -1, 2**40, 1.5]) for name in ("max_new_tokens", "warmup")),
+    ("max_new_tokens", [*EACH_BAD, 0, -1, 2**40, 1.5, [3, 1.5]]), ("warmup", [*BAD, 0, -1, 2**40, 1.5]),
     *((name, [*BAD, 0, 2**40]) for name in ("block_length", "sub_block_length", "steps", "refresh_interval")),
-    *((name, [*BAD, -1, float("inf"), 1e-40, 1e39]) for name in ("temperature", "order_temperature")),
-    ("top_k", [*BAD, -1, 2**31]), ("top_p", [*BAD, -0.1, 1.1]), ("cfg_scale", [*BAD, -1, float("inf"), 1e39]),
+    ("temperature", [*EACH_BAD, -1, float("inf"), 1e-40, 1e39, [1, 1e39]]),
+    ("order_temperature", [*BAD, -1, float("inf"), 1e-40, 1e39]),
+    ("top_k", [*EACH_BAD, -1, 2**31]), ("top_p", [*EACH_BAD, -0.1, 1.1]), ("cfg_scale", [*BAD, -1, float("inf"), 1e39]),
     ("vicinity", [True, "xy", 3, (1,), (1, -1), (1, 2.5)]), ("seed", [True, "a", 1.5, 2**63, -(2**63) - 1, ["a"]]),
     *((name, [1, "yes"]) for name in ("top_p_first", "keep_crossing", "sub_block_cache", "fuse_commit", "seeded")),
     *((name, [5, "such", ["none"]]) for name in (

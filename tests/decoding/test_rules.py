@@ -74,6 +74,7 @@ def random_step(seed=0, index=0, num_steps=5, rows=ROWS):
     standing = Standing(
         step=nothing + index, entered=nothing, block_start=nothing + START, block_length=nothing + LENGTH,
         num_steps=nothing + num_steps, behind=nothing, open_at_start=at_start, width=LENGTH,
+        planned=nothing + 1,
         tables=Tables((num_steps,), LENGTH, nothing),
     )  # fmt: skip
     return Step(

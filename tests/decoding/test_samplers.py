@@ -15,6 +15,7 @@ from torch import nn
 import dlmkernels as dk
 import numerics
 from joint_model import Joint
+from transitions import follow
 
 pytestmark = pytest.mark.filterwarnings("ignore:dlmkernels does not know:UserWarning")
 ROWS, VOCAB, LENGTH, MASK = 6000, 3, 2, 3
@@ -29,19 +30,6 @@ def _inference():
 @pytest.fixture(scope="module")
 def joint():
     return Joint(VOCAB, LENGTH, peak=1.2)
-
-
-def follow(states, steps, choices):
-    """Distribution over states after all steps: each position moves by itself, `choices(state, i, step)` says how."""
-    for step in range(steps):
-        after = {}
-        for state, p in states.items():
-            options = [choices(state, i, step) for i in range(len(state))]
-            for combination in itertools.product(*(o.items() for o in options)):
-                state_after = tuple(token for token, _ in combination)
-                after[state_after] = after.get(state_after, 0.0) + p * math.prod(q for _, q in combination)
-        states = after
-    return states
 
 
 def check(name, out, expected):

@@ -67,7 +67,10 @@ KINDS = {
     "xlm-roberta": {"type_vocab_size": 1},
 }
 #: Those that are compared in other files, with more that is theirs.
-ELSEWHERE = {"bert", "roberta", "modernbert", "esm", "llada2_moe", "diffusion_gemma"}
+ELSEWHERE = {
+    "bert", "roberta", "modernbert", "esm", "llada2_moe", "diffusion_gemma", "dlm_dit", "dlm_plaid", "dlm_diffusion_lm",
+    "dlm_ssd_lm",
+}  # fmt: skip
 #: Those whose every layer has the window, and one mask.
 ONE_MASK = {"ministral3", "mistral", "mixtral", "phi3", "starcoder2"}
 

@@ -62,7 +62,7 @@ def cut(path, end=-999):
     (lambda f: edit_config(f, dlm_family="nobody"), r"names the family 'nobody'; known families: masked, "),
     (lambda f: edit_config(f, block_size=0), r"its configuration has blocks of 0 tokens"),
     (lambda f: edit_config(f, model_type="llada3"), r"llada3"),
-    (lambda f: edit_config(f, model_type="t5"), r"model type 't5'; known types: Dream, .*llama"),
+    (lambda f: edit_config(f, model_type="t5"), r"model type 't5'; known types: DUO, Dream, .*llama"),
     (lambda f: (f / "model.safetensors").unlink(), r"cannot be loaded"),
     (lambda f: (f / "model.safetensors").write_bytes(b""), r"model\.safetensors cannot be read: .*header too small"),
     (lambda f: (f / "model.safetensors").write_bytes(b"\0" * 64), r"model\.safetensors cannot be read"),

@@ -149,7 +149,7 @@ def test_floats_that_float32_cannot_hold(op, name, through):
 
 
 @pytest.mark.on_cpu  # a GPU would have to wait for the values
-@pytest.mark.parametrize("op", ["token_confidence", "verify_drafts", "soft_embedding"])
+@pytest.mark.parametrize("op", ["token_confidence", "verify_drafts", "soft_embedding", "lm_head_confidence"])
 def test_temperatures_of_tensors(op):
     for value in (inf, nan, 1e-40, 1e-45, -1.0, -inf):
         call = op_calls.CALLS[op]() | {"temperature": torch.tensor([0.5, value])}

@@ -7,7 +7,15 @@ import torch
 import op_calls
 from dlmkernels import ops
 
-FLOAT_RESULTS = ["block_attention", "token_confidence", "remask_", "splice_", "soft_embedding"]
+FLOAT_RESULTS = [
+    "block_attention",
+    "token_confidence",
+    "remask_",
+    "splice_",
+    "soft_embedding",
+    "top_candidates",
+    "lm_head_confidence",
+]
 GRADIENTS = [
     (op, name)
     for op, call in op_calls.CALLS.items()
@@ -59,7 +67,7 @@ class TestVersions:
 
 
 def test_nothing_written_is_no_new_version():
-    call = op_calls.block_attention() | {"k_new": None, "v_new": None}
+    call = op_calls.block_attention() | {"k_new": None, "v_new": None, "k_slots": None, "visible": None}
     ops.block_attention(**call)
     assert call["k_cache"]._version == call["v_cache"]._version == 0
 

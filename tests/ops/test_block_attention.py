@@ -11,7 +11,7 @@ import numerics
 from dlmkernels import _C, ops, reference
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-MASKING = ("causal_block", "block_origin", "q_limit", "k_order", "window_left", "window_right")
+MASKING = ("causal_block", "block_origin", "q_limit", "k_order", "window_left", "window_right", "k_slots", "visible")
 nan, inf = math.nan, math.inf
 
 
@@ -44,12 +44,18 @@ def mask_of(c):
     return reference.block_attention_mask(B, Q, S, slots, c["kv_range"], **masking)
 
 
+def new_slots(c):
+    """The slots of the new rows."""
+    return c["slots"] if c.get("k_slots") is None else c["k_slots"]
+
+
 def make(B=2, Q=5, S=70, H=4, G=2, D=32, dtype=torch.float32, new=True, slots=None, kv_range=None, **options):
     """Arguments of one call, with NaN in every element that must not matter."""
+    K = Q if options.get("k_slots") is None else options["k_slots"].shape[1]
     c = {
         "q": torch.randn(B, Q, H, D).to(dtype),
-        "k_new": torch.randn(B, Q, G, D).to(dtype) if new else None,
-        "v_new": torch.randn(B, Q, G, D).to(dtype) if new else None,
+        "k_new": torch.randn(B, K, G, D).to(dtype) if new else None,
+        "v_new": torch.randn(B, K, G, D).to(dtype) if new else None,
         "k_cache": torch.randn(B, S, G, D).to(dtype),
         "v_cache": torch.randn(B, S, G, D).to(dtype),
         "slots": slots,
@@ -57,15 +63,17 @@ def make(B=2, Q=5, S=70, H=4, G=2, D=32, dtype=torch.float32, new=True, slots=No
         **options,
     }
     unread = ~mask_of(c).any(1)
+    at = torch.arange(K).expand(B, K) if new_slots(c) is None else new_slots(c)
     if new:
         for b in range(B):
-            rows = range(Q) if slots is None else slots[b].tolist()
-            unread[b, [slot for slot in rows if slot >= 0]] = True
+            for row, slot in enumerate(at[b].tolist()):
+                if slot < 0 or unread[b, slot]:
+                    c["k_new"][b, row], c["v_new"][b, row] = nan, nan
+        for b in range(B):
+            unread[b, [slot for slot in at[b].tolist() if slot >= 0]] = True
     c["k_cache"][unread], c["v_cache"][unread] = nan, nan
     if slots is not None:
-        for name in ("q", "k_new", "v_new"):
-            if c[name] is not None:
-                c[name][slots == -1] = nan
+        c["q"][slots == -1] = nan
     return c
 
 
@@ -83,8 +91,8 @@ def scattered(c):
     """Both caches with the new rows in their slots."""
     caches = c["k_cache"].clone(), c["v_cache"].clone()
     for cache, new in zip(caches, (c["k_new"], c["v_new"])):
-        for b, row in torch.cartesian_prod(*map(torch.arange, c["q"].shape[:2])).tolist() if new is not None else ():
-            slot = row if c["slots"] is None else int(c["slots"][b, row])
+        for b, row in torch.cartesian_prod(*map(torch.arange, new.shape[:2])).tolist() if new is not None else ():
+            slot = row if new_slots(c) is None else int(new_slots(c)[b, row])
             if slot >= 0:
                 cache[b, slot] = new[b, row]
     return caches
@@ -471,6 +479,111 @@ def test_cache_rows(new, dtype):
         assert same_bits(large[name][[0, 2, 3, 5]], before[name][[0, 2, 3, 5]])
 
 
+def bits_of(seen):
+    """Booleans [B, Q, K] as words of 32 bits [B, Q, ceil(K / 32)]."""
+    words = F.pad(seen.long(), (0, -seen.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    return (words << torch.arange(32)).sum(-1).to(torch.int32)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("dtype", "K"), [(torch.float32, 61), (torch.bfloat16, 7), (torch.float16, 33)])
+def test_new_rows_with_slots_of_their_own(mode, dtype, K):
+    """Every condition, with more and fewer new rows than queries, some of them written nowhere."""
+    slots, k_slots = permuted_slots(B, Q, S), permuted_slots(B, K, S)
+    check(make(B, Q, S, H=4, G=2, D=16, dtype=dtype, slots=slots, k_slots=k_slots, **MODES[mode]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("dtype", "K"), [(torch.float32, 61), (torch.bfloat16, 31), (torch.float16, 32)])
+def test_visible(mode, dtype, K):
+    """Every condition, and new rows that some queries do not see; some nobody sees, and they hold NaN."""
+    slots, k_slots = permuted_slots(B, Q, S), permuted_slots(B, K, S)
+    visible = bits_of((torch.rand(B, Q, K) < 0.5) & (torch.rand(B, 1, K) < 0.8))
+    check(make(B, Q, S, H=4, G=2, D=16, dtype=dtype, slots=slots, k_slots=k_slots, visible=visible, **MODES[mode]))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("Q", "H"), [(1, 1), (3, 1), (40, 1), (64, 4)])
+def test_visible_in_a_long_cache(Q, H, dtype):
+    """New rows in one place and all over the cache, for every number of rows that the kernels tell apart."""
+    for slots in (torch.arange(1000, 1000 + 2 * Q).view(2, Q).int() % 1100, permuted_slots(2, Q, 1100)):
+        c = make(2, Q, 1100, H=H, G=1, D=40, dtype=dtype, slots=slots, visible=bits_of(torch.rand(2, Q, Q) < 0.5))
+        check(c)
+
+
+def test_visible_without_slots():
+    check(make(2, 20, 70, visible=bits_of(torch.rand(2, 20, 20) < 0.5)))
+
+
+def test_several_new_rows_in_one_slot():
+    """The last one is written, and only who sees all of them sees it."""
+    k_slots = ints([[4, 9, 4, 4], [7, 7, -1, 3]])
+    check(make(2, 6, 70, k_slots=k_slots, visible=bits_of(torch.rand(2, 6, 4) < 0.7)))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_tree_of_drafts(dtype):
+    """Each node gets the bits of a sequence that holds its ancestors, itself and nothing else of the tree."""
+    context, parents = 67, [-1, 0, 0, 1, 1, 2, 5]
+    Q = len(parents)
+    seen = torch.eye(Q, dtype=torch.bool)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            seen[node] |= seen[parent]
+    slots = torch.arange(context, context + Q).int()[None]
+    c = make(1, Q, context + Q, H=4, G=2, D=64, dtype=dtype, slots=slots, visible=bits_of(seen[None]))
+    out, lse = check(c)
+    for node in range(Q):
+        path = seen[node].nonzero().flatten()
+        own = {name: c[name][:, path] for name in ("q", "k_new", "v_new")}
+        of_path = {"slots": slots[:, : len(path)].contiguous(), "visible": None, "causal_block": 1}
+        alone_out, alone_lse = ops.block_attention(**{**copied(c), **own, **of_path})
+        assert not numerics.far(alone_out[:, -1].float(), out[:, node].float())
+        assert not numerics.far(alone_lse[:, -1], lse[:, node])
+
+
+def test_a_chain_is_causal():
+    """Bits of a triangle give the bits of plain causal attention."""
+    slots = torch.arange(100, 130).int().expand(2, 30).contiguous()
+    c = make(2, 30, 140, H=4, G=2, D=64, slots=slots, kv_range=ints([[0, 130], [9, 130]]), causal_block=1)
+    causal = ops.block_attention(**copied(c))
+    triangle = bits_of(torch.ones(2, 30, 30, dtype=torch.bool).tril())
+    for got, expected in zip(ops.block_attention(**{**copied(c), "causal_block": 0, "visible": triangle}), causal):
+        assert same_bits(got, expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_accepted_rows_move_to_the_front(dtype):
+    """As the op's documentation does it; of the second request nothing was accepted but the root."""
+    c = make(2, 7, 74, D=64, dtype=dtype, slots=torch.arange(67, 74).int().expand(2, 7).contiguous())
+    ops.block_attention(**c)
+    k_cache, v_cache = c["k_cache"], c["v_cache"]
+    before = [k_cache.clone(), v_cache.clone()]
+    accepted, first, depth = ints([[67, 69, 72], [67, -1, -1]]), ints([[67], [67]]), 3
+    rows = accepted.clamp(min=0).long()[:, :, None, None].expand(-1, -1, *k_cache.shape[2:])
+    front = torch.where(accepted < 0, -1, first + torch.arange(depth)).int()
+    ops.block_attention(
+        c["q"][:, :0],
+        k_cache.gather(1, rows),
+        v_cache.gather(1, rows),
+        k_cache,
+        v_cache,
+        accepted[:, :0],
+        k_slots=front,
+    )
+    for cache, old in zip((k_cache, v_cache), before):
+        assert same_bits(cache[0, 67:70], old[0, [67, 69, 72]])
+        old[0, 67:70] = cache[0, 67:70]
+        assert same_bits(cache, old)
+
+
+def test_context_without_queries():
+    """What a drafter injects: keys and values are written, and there is no row to attend."""
+    c = make(2, 0, 70, k_slots=ints([[3, 9, -1], [60, 5, 7]]), slots=torch.empty(2, 0, dtype=torch.int32))
+    out, lse = check(c)
+    assert out.shape == (2, 0, 4, 32) and lse.shape == (2, 0, 4)
+
+
 def test_rows_do_not_depend_on_their_order():
     c = make(B=2, Q=45, S=140, H=3, G=1, D=64, slots=permuted_slots(2, 45, 140), causal_block=8, window_left=80)
     out, lse = ops.block_attention(**copied(c))
@@ -650,6 +763,17 @@ ERRORS = {
     "cache row too low": ({"cache_rows": ints([0, -2])}, r"cache_rows must lie in \[-1, 2\); got -2 at 1"),
     "cache row too high": ({"cache_rows": ints([2, 0])}, "cache_rows must lie in .*; got 2 at 0"),
     "cache row twice": ({"cache_rows": ints([1, 1])}, "cache_rows must be distinct .*; got 1 again at 1"),
+    "k_slots shape": (other("k_slots", 2, 4, dtype=torch.int32), r"k_slots must have shape \[2, 5\]; got \[2, 4\]"),
+    "k_slots dtype": (other("k_slots", 2, 5, dtype=torch.int64), "k_slots must have dtype Int; got Long"),
+    "k_slots alone": ({"k_slots": ints([[0] * 5] * 2), "k_new": None, "v_new": None},
+                      "k_new is required by k_slots; got None"),
+    "new slot too high": ({"k_slots": ints([[0, 1, 2, 3, 4], [0, 1, 2, 70, 4]])},
+                          r"k_slots must lie in \[-1, 70\); got 70 at \[1, 3\]"),
+    "new rows": (other("k_new", 2, 6, 2, 32) | other("v_new", 2, 6, 2, 32), r"k_new must have shape \[2, 5, 2, 32\]"),
+    "visible shape": (other("visible", 2, 5, 2, dtype=torch.int32), r"visible must have shape \[2, 5, 1\]"),
+    "visible dtype": (other("visible", 2, 5, 1, dtype=torch.bool), "visible must have dtype Int; got Bool"),
+    "visible alone": ({"visible": ints([[[1]] * 5] * 2), "k_new": None, "v_new": None},
+                      "k_new is required by visible; got None"),
     "causal_block": ({"causal_block": -1}, "causal_block must be"),
     "window_left": ({"window_left": -2}, "window_left must be"),
     "window_right": ({"window_right": -2}, "window_right must be"),
@@ -680,11 +804,13 @@ def test_errors(case):
 
 @pytest.mark.parametrize(
     "name",
-    ["k_new", "v_new", "k_cache", "v_cache", "slots", "kv_range", "block_origin", "q_limit", "k_order", "cache_rows"],
-)
+    ["k_new", "v_new", "k_cache", "v_cache", "slots", "kv_range", "block_origin", "q_limit", "k_order", "cache_rows",
+     "k_slots", "visible"],
+)  # fmt: skip
 def test_wrong_device(name):
     c = make(cache_rows=ints([1, 0]), slots=permuted_slots(2, 5, 70), kv_range=ints([[0, 70]] * 2), block_origin=ints([0, 3]),
-             q_limit=torch.zeros(2, 5, dtype=torch.int32), k_order=torch.zeros(2, 70, dtype=torch.int32))  # fmt: skip
+             q_limit=torch.zeros(2, 5, dtype=torch.int32), k_order=torch.zeros(2, 70, dtype=torch.int32),
+             k_slots=permuted_slots(2, 5, 70), visible=ints([[[-1]] * 5] * 2))  # fmt: skip
     with pytest.raises(RuntimeError, match=f"block_attention: {name} must be on the device of q"):
         ops.block_attention(**{**c, name: c[name].to("meta")})
 
@@ -741,6 +867,7 @@ OPCHECK = {
         "slots": ints([[4, 2, -1, 0, 9], [1, 2, 3, 4, 5]]), "kv_range": ints([[[0, 9], [10, 20]]] * 2),
         "causal_block": 4, "block_origin": ints([1, 2]), "q_limit": ints([[3] * 5] * 2),
         "k_order": ints([[1] * 20] * 2), "window_left": 9, "window_right": 3, "softcap": 5.0, "scale": 0.3,
+        "k_slots": ints([[4, 2, -1], [1, 2, 3]]), "visible": ints([[[5], [1], [7], [0], [2]]] * 2),
     },
 }  # fmt: skip
 

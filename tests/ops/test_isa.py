@@ -132,6 +132,8 @@ KERNELS = {
     "verify_drafts": ["generic"],
     "splice_": ["generic"],
     "soft_embedding": ["generic", "avx2", "avx512"],
+    "top_candidates": ["generic", "avx2", "avx512"],
+    "lm_head_confidence": ["generic", "avx2", "avx512", "avx512bf16"],
 }
 ALL = KERNELS["block_attention"]
 

@@ -13,11 +13,12 @@ def i32(values):
 def block_attention():
     B, Q, S, H, G, D = 2, 3, 7, 4, 2, 8
     return dict(
-        q=torch.randn(B, Q, H, D), k_new=torch.randn(B, Q, G, D), v_new=torch.randn(B, Q, G, D),
-        k_cache=torch.randn(B, S, G, D), v_cache=torch.randn(B, S, G, D), slots=i32([[4, 0, 6], [2, -1, 5]]),
+        q=torch.randn(B, Q, H, D), k_new=torch.randn(B, Q + 1, G, D), v_new=torch.randn(B, Q + 1, G, D),
+        k_cache=torch.randn(3, S, G, D), v_cache=torch.randn(3, S, G, D), slots=i32([[4, 0, 6], [2, -1, 5]]),
         kv_range=i32([[0, 6], [1, 7]]), causal_block=2, block_origin=i32([1, 3]), q_limit=i32([[5, 3, 6], [4, 1, 7]]),
         k_order=i32([[0, 1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1, 0]]), window_left=4, window_right=2, softcap=3.0,
-        scale=0.3,
+        scale=0.3, cache_rows=i32([2, 0]), k_slots=i32([[4, 0, 6, 1], [2, -1, 5, 3]]),
+        visible=i32([[[5], [-1], [14]], [[3], [9], [6]]]),
     )  # fmt: skip
 
 
@@ -87,7 +88,22 @@ def soft_embedding():
     )  # fmt: skip
 
 
-CALLS = {f.__name__: f for f in (block_attention, token_confidence, select_tokens, remask_, verify_drafts, splice_, soft_embedding)}  # fmt: skip
+def top_candidates():
+    R, N, V = 5, 4, 37
+    return dict(
+        logits=torch.randn(R, V), k=6, row_map=i32([3, -1, 4, 1]), banned=torch.tensor([[1, -1], [7, 3]]),
+        bitmask=torch.randint(-(2**31), 2**31, (N, 2)).int(),
+    )  # fmt: skip
+
+
+def lm_head_confidence():
+    call = token_confidence()
+    (R, V), D = call["logits"].shape, 6
+    own = dict(hidden=torch.randn(R, D), weight=torch.randn(V, D), uncond_hidden=torch.randn(R, D))
+    return own | {name: value for name, value in call.items() if name not in ("logits", "uncond_logits")}
+
+
+CALLS = {f.__name__: f for f in (block_attention, token_confidence, select_tokens, remask_, verify_drafts, splice_, soft_embedding, top_candidates, lm_head_confidence)}  # fmt: skip
 
 
 def registered(op):

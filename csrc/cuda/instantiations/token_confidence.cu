@@ -4,6 +4,7 @@
 namespace dlm::cuda {
 
 template cudaError_t start_rows<float>(ConfidenceLaunch, cudaStream_t);
+template cudaError_t start_scan<float, false>(const ConfidenceLaunch&, cudaStream_t);
 
 const char* unsupported_token_confidence(const TokenConfidenceParams& p) {
   return why_not_token_confidence(p);

@@ -3,4 +3,5 @@
 
 namespace dlm::cuda {
 template cudaError_t start_rows<BFloat16>(ConfidenceLaunch, cudaStream_t);
+template cudaError_t start_scan<BFloat16, false>(const ConfidenceLaunch&, cudaStream_t);
 }

@@ -3,4 +3,5 @@
 
 namespace dlm::cuda {
 template cudaError_t start_rows<Float16>(ConfidenceLaunch, cudaStream_t);
+template cudaError_t start_scan<Float16, false>(const ConfidenceLaunch&, cudaStream_t);
 }

@@ -268,11 +268,15 @@ class BlockForward(Forward):
     def _moment(self, standing: Standing) -> dict[str, Tensor]:
         if not self.takes_time:
             return {}
-        return {
+        moment = {
             "step": standing.index,
             "num_steps": standing.num_steps.clone(),
             "progress": standing.progress_before.float(),
         }
+        rule = self.config.rule
+        if rule.time(0, 1) is not None:
+            moment["time"] = standing.tables.look_up("time", rule.time, standing.step, torch.float32)
+        return moment
 
     def _select(self, hidden: Tensor, place: Tensor | str, pick: Tensor | None, rows: Rows | None) -> Tensor:
         """What speaks of the slots: rows at `place` int64 `[S, W]` of each row's part of `hidden` `[n, Q, hidden]`.

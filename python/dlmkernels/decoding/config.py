@@ -226,8 +226,8 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
         What the tokens must obey. A tensor says which tokens are allowed: bool `[V]`, or an int32 bitmask
         `[ceil(V / 32)]` (bit v % 32 of word v // 32), for all positions; `[N, …]` or `[B, N, …]`, one for each of the N
         = `max_new_tokens` positions of an answer (`infill`: of the canvas), B and N being that or 1. Fewer than V are
-        those of the first tokens, and the others are not allowed. Block by block only: not with rules that have a
-        program of their own.
+        those of the first tokens, and the others are not allowed. Not with rules that insert or remove tokens, nor
+        with a `Strided` that tests drafts by a ratio.
     logit_bias : dict or Tensor, optional
         Added to the logits of every position: `{id: value}`, or a float tensor `[V]`. It is added to the guided logits
         (after `cfg_scale`) and before temperature and filters. The model's distribution is the biased one for all that

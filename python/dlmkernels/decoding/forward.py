@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..cache import KVCache
 from ..models.adapt import DiffusionModel, EncoderDecoderModel
-from ..models.backbone import Backbone, Moment
+from ..models.moment import Moment
 from ..window import AttentionWindow, Rows, TokenWindow
 from .config import DecodingConfig, SpecialTokens
 from .guidance import Unconditional
@@ -50,10 +50,11 @@ class Forward:
         self.slots = self._columns.int().expand(rows, self.length)
         self.positions = torch.zeros(rows, self.length, dtype=torch.int64, device=self.origin.device)
         self.kv_range: Tensor | None = None
+        self._to_decode = torch.ones_like(self.origin)  # positions of each row that are open at first
         self.cache = KVCache(self.length, rows) if config.cache != "none" else None
         self.rows_change = rows_change
         #: whether the model is told where its decoding stands
-        self.takes_time = isinstance(model, Backbone)
+        self.takes_time = model.takes_time
         # Guidance doubles the batch: the second half sees something else where tokens were given.
         self.unconditional: Unconditional | None = None
         #: input embeddings of all the canvas `[S, T, hidden]` (twice), where a rule has set some; and which of them
@@ -94,11 +95,7 @@ class Forward:
             self.kv_range = kv_range if self.kv_range is None else self.kv_range.copy_(kv_range)
         else:
             self.kv_range = None
-        to_decode = state.is_open.sum(1).clamp(min=1)
-        if rows is None:
-            self._to_decode = to_decode
-        else:
-            put(self._to_decode, to_decode, rows)
+        put(self._to_decode, state.is_open.sum(1, dtype=torch.int32).clamp(min=1), rows)
 
     @property
     def length(self) -> int:

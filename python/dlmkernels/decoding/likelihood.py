@@ -13,11 +13,14 @@ from .. import ops
 from ..models.adapt import DiffusionModel, adapt
 from ..window import AttentionWindow
 from .arguments import check_tokens, seeds_of
+from .bounds import Bound
 from .config import DecodingConfig, SpecialTokens
+from .presets import default_config
 from .resolve import prepare
 from .state import State
+from .vector_bounds import FlowBound, NoiseBound
 
-METHODS = ("monte-carlo", "mean-field", "coupled")
+METHODS = ("monte-carlo", "mean-field", "coupled", "bound")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,6 @@ class LogLikelihood:
     num_forwards: int
 
 
-@torch.no_grad()
 def log_likelihood(
     model,
     prompt: Tensor,
@@ -51,15 +53,18 @@ def log_likelihood(
     prompt_mask: Tensor | None = None,
     answer_mask: Tensor | None = None,
     *,
-    method: str = "monte-carlo",
+    method: str | None = None,
     num_samples: int | None = None,
     seed: int | Tensor | None = None,
     prompt_mask_probability: float = 0.0,
     batch_size: int = 32,
     mask_token_id: int | None = None,
     logit_alignment: str | None = None,
+    block_length: int | None = None,
+    ode_steps: int = 128,
+    gradients: bool = False,
 ) -> LogLikelihood:
-    """Estimate ``ln p(answer | prompt)`` of a masked diffusion model with full attention.
+    """Estimate ``ln p(answer | prompt)`` of a diffusion language model.
 
     Parameters
     ----------
@@ -72,7 +77,9 @@ def log_likelihood(
         included if it holds one.
     prompt_mask, answer_mask : Tensor, optional
         `[B, P]` and `[B, L]`, 0 for padding.
-    method : {"monte-carlo", "mean-field", "coupled"}
+    method : {"monte-carlo", "mean-field", "coupled", "bound"}, optional
+        None: "bound" for models of MDLM, SEDD, Duo, LangFlow, Plaid and those with blocks, else "monte-carlo".
+
         - "monte-carlo": the bound of LLaDA (Nie et al., arXiv:2502.09992, equation 6). A sample masks l tokens of the
           answer's L, drawn without replacement, and counts ``(L / l) sum ln p(token)`` over them. The l of the samples
           are spread evenly over 1 … L from a random start. Unbiased for the evidence lower bound, which is the
@@ -82,16 +89,27 @@ def log_likelihood(
         - "coupled": a sample masks a random part of the answer in one forward and the rest of it in another, so that
           every token is scored once, half in view of the others; one more sample masks everything. The mean over
           `num_samples` pairs and that one (DiffuCoder, Gong et al., arXiv:2506.20639).
+        - "bound": the evidence lower bound by the noise that the model was trained with (see `bounds`): a sample draws
+          a time and puts noise on the answer until then. Models with blocks (BD3-LM, Arriola et al., arXiv:2503.09573)
+          have a time for each block, which sees the clean blocks before it; with blocks of one token it is the
+          log-likelihood itself. Of LangFlow it is the bound by its probability flow, of which a
+          sample takes `ode_steps` steps of Heun's method, four forwards and two backward passes each. The first three
+          methods need a model with full attention that knows masks.
     num_samples : int, optional
-        128, 1 and 1 for the three methods.
+        128, 1, 1 and 128 for the four methods; 1 for LangFlow's bound.
     seed : int or Tensor, optional
         As for `generate`: a request's masks depend on its seed alone.
     prompt_mask_probability : float
         Share of the prompt's tokens that each sample masks.
     batch_size : int
         Sequences in a forward. The masks do not depend on it.
-    mask_token_id, logit_alignment
+    mask_token_id, logit_alignment, block_length
         As in `DecodingConfig`.
+    ode_steps : int
+        Of LangFlow's bound.
+    gradients : bool
+        Whether `total` and `per_token` have gradients with respect to the model's parameters. Attention is then
+        computed by torch in float32, and of a model with blocks each block is forwarded with all that stands before it.
 
     Returns
     -------
@@ -102,20 +120,27 @@ def log_likelihood(
     ValueError
         When an argument has the wrong shape, dtype, device or range; the message names it.
     """
-    if method not in METHODS:
+    if method is not None and method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}; got {method!r}")
-    samples = num_samples if num_samples is not None else 128 if method == "monte-carlo" else 1
-    for name, value in (("num_samples", samples), ("batch_size", batch_size)):
+    model = adapt(model)
+    if method is None:
+        method = "bound" if _has_bound(model) else "monte-carlo"
+    is_flow = model.family.noise == "continuous"
+    default = 128 if method in ("monte-carlo", "bound") and model.family.name != "langflow" else 1
+    samples = default if num_samples is None else num_samples
+    for name, value in (("num_samples", samples), ("batch_size", batch_size), ("ode_steps", ode_steps)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
     if not 0 <= prompt_mask_probability <= 1:
         raise ValueError(f"prompt_mask_probability must be a number from 0 to 1; got {prompt_mask_probability!r}")
-    model = adapt(model)
-    if model.family.attention != "full":
-        raise ValueError(
-            f"model must have full attention; that of family '{model.family.name}' is '{model.family.attention}'"
-        )
-    config = DecodingConfig(mask_token_id=mask_token_id, logit_alignment=logit_alignment)
+    _check_method(model, method, prompt_mask_probability, block_length)
+    if is_flow and gradients:
+        raise ValueError(f"gradients cannot be had of the bound of family '{model.family.name}'")
+    has_blocks = model.family.attention == "block"
+    config = DecodingConfig(
+        rule=default_config(model.family.preset).rule, mask_token_id=mask_token_id, logit_alignment=logit_alignment,
+        block_length=block_length, cache="block" if has_blocks else "none",
+    )  # fmt: skip
     model, config, special = prepare(model, config, {})
     prompt, origin = check_tokens("prompt", model, prompt, prompt_mask, special)
     answer, lengths = _check_answer(model, answer, answer_mask, len(prompt), special)
@@ -125,24 +150,63 @@ def log_likelihood(
             f"prompt ({prompt.shape[1]} tokens) and answer ({answer.shape[1]}) are longer than the model's "
             f"max_position_embeddings of {model.max_length}"
         )
-    task = _Task(model, config, special.mask, tokens, origin, prompt.shape[1], lengths)
     seeds = seeds_of(seed, len(tokens), tokens.device)
-    draws = _Draws(task, seeds, prompt_mask_probability)
+    weighted: Iterator[Tensor]
+    if is_flow:
+        about = (model, config, special, tokens, origin, prompt.shape[1], lengths, seeds)
+        is_plaid = model.family.name == "plaid"
+        weighted = (NoiseBound(*about) if is_plaid else FlowBound(*about, steps=ode_steps)).samples(samples)
+    elif method == "bound":
+        bound = Bound(model, config, special, tokens, origin, prompt.shape[1], lengths, seeds)
+        weighted = bound.samples(samples, batch_size, gradients)
+    else:
+        task = _Task(model, config, special.mask, tokens, origin, prompt.shape[1], lengths)
+        weighted = task.score(_Draws(task, seeds, prompt_mask_probability).masks(method, samples), batch_size)
+    with torch.set_grad_enabled(gradients):
+        per_token, error, count = _averaged(weighted, answer)
+        total = per_token.sum(1)
+    return LogLikelihood(total, per_token, error, count + samples if method == "coupled" else count)
 
-    # Sums over the samples, of the tokens' shares and of the squared totals.
-    per_token = torch.zeros(answer.shape, dtype=torch.float64, device=tokens.device)
-    squares = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
-    weighted: Iterator[Tensor] = task.score(draws.masks(method, samples), batch_size)
+
+def _has_bound(model: DiffusionModel) -> bool:
+    family = model.family
+    return family.noise != "mask" or family.attention == "block" or family.name in ("mdlm", "sedd")
+
+
+def _check_method(model: DiffusionModel, method: str, prompt_mask_probability: float, block_length: int | None) -> None:
+    """Refuse a method that is not for models of this family."""
+    family = model.family
+    if method == "bound":
+        if family.name in ("diffusion-lm", "ssd-lm"):
+            raise ValueError(f"model: there is no bound here for models of family '{family.name}'")
+        if prompt_mask_probability > 0:
+            raise ValueError("prompt_mask_probability has no meaning with method='bound', whose noise is the answer's")
+    elif family.noise == "continuous":
+        raise ValueError(f"method='{method}' is for models that know masks; those of family '{family.name}' do not")
+    elif family.attention != "full" or family.noise != "mask" or family.name == "sedd":
+        needed = "full attention" if family.attention != "full" else "logits of what masks hide"
+        raise ValueError(
+            f"model must have {needed} for method='{method}'; that of family '{family.name}' "
+            + (f"is '{family.attention}'" if family.attention != "full" else "has others: use method='bound'")
+        )
+    if block_length is not None and family.attention != "block":
+        raise ValueError(f"block_length has no meaning for family '{family.name}', whose attention has no blocks")
+
+
+def _averaged(weighted: Iterator[Tensor], answer: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Mean float64 `[B, L]` of the samples, the standard error of its sum `[B]`, and how many there were."""
+    per_token = torch.zeros(answer.shape, dtype=torch.float64, device=answer.device)
+    squares = torch.zeros(len(answer), dtype=torch.float64, device=answer.device)
     count = 0
     for one in weighted:
-        per_token += one
-        squares += one.sum(1) ** 2
+        per_token = per_token + one
+        squares += one.detach().sum(1) ** 2
         count += 1
-    per_token /= count
-    total = per_token.sum(1)
-    spread = (squares / count - total**2).clamp(min=0)
-    error = (spread / (count - 1)).sqrt() if count > 1 else torch.full_like(total, torch.nan)
-    return LogLikelihood(total, per_token, error, count + samples if method == "coupled" else count)
+    per_token = per_token / count
+    if count == 1:
+        return per_token, torch.full_like(squares, torch.nan), count
+    spread = (squares / count - per_token.detach().sum(1) ** 2).clamp(min=0)
+    return per_token, (spread / (count - 1)).sqrt(), count
 
 
 def _check_answer(
@@ -227,14 +291,17 @@ class _Task:
         logits = self.model.logits(hidden.flatten(0, 1).index_select(0, row.flatten()))
         row_map = torch.where(at.flatten() >= 0, torch.arange(at.numel(), device=at.device), -1).int()
         banned = torch.tensor([self.mask], device=at.device)
-        lse = ops.token_confidence(
-            logits, row_map=row_map, banned=banned, with_margin=False, with_entropy=False
-        ).logsumexp.double()
+        if torch.is_grad_enabled():
+            lse = logits.index_fill(1, banned, -torch.inf).double().logsumexp(1)
+        else:
+            lse = ops.token_confidence(
+                logits, row_map=row_map, banned=banned, with_margin=False, with_entropy=False
+            ).logsumexp.double()
         given = true.gather(1, at.clamp(min=0)).flatten()
         z = logits.gather(1, given[:, None])[:, 0].double().masked_fill(given == self.mask, -torch.inf)
         logp = (z - lse).view(at.shape).masked_fill(at < 0, 0.0)
         out = torch.zeros((n * batch, length + 1), dtype=torch.float64, device=at.device)
-        out.scatter_(1, torch.where(at >= 0, at, length), logp)
+        out = out.scatter(1, torch.where(at >= 0, at, length), logp)
         return list(out[:, self.start : length].split(batch))
 
 

@@ -12,12 +12,14 @@ from .rules import (
     DilatedSchedule,
     DynamicThreshold,
     EarlyAnswer,
+    EmbeddingFlow,
     EntropyBound,
     EntropyPipeline,
     EntropySum,
     Expanding,
     Factor,
     HierarchicalThreshold,
+    LearnedNoise,
     Lengthening,
     LocalThreshold,
     PathPlanning,
@@ -29,6 +31,7 @@ from .rules import (
     RunEditing,
     ScoreAncestral,
     SelfSpeculative,
+    SimplexDenoising,
     SmoothedThreshold,
     SplitEditing,
     StableThreshold,
@@ -37,6 +40,7 @@ from .rules import (
     TimeQuota,
     TokenEditing,
     UniformState,
+    VectorDenoising,
     WideInNarrowOut,
 )
 from .scores import DensityWeighted, PositionWeighted
@@ -126,6 +130,14 @@ PRESETS: dict[str, DecodingConfig] = {
     "mdlm": MDLM,
     "sedd": MDLM.replace(rule=ScoreAncestral()),
     "duo": MDLM.replace(rule=UniformState()),
+    # LangFlow, arXiv:2604.11748
+    "langflow": DecodingConfig(rule=EmbeddingFlow(), eos_policy="none"),
+    # Diffusion-LM, arXiv:2205.14217
+    "diffusion-lm": DecodingConfig(rule=VectorDenoising(), eos_policy="none"),
+    # SSD-LM, arXiv:2210.17432
+    "ssd-lm": DecodingConfig(rule=SimplexDenoising(), eos_policy="none"),
+    # Plaid, arXiv:2305.18619
+    "plaid": DecodingConfig(rule=LearnedNoise(), eos_policy="none"),
     # Ψ-samplers, arXiv:2602.21185, as its scripts have them: three for text, one for images
     "psi": PSI,
     "psi-rescale": PSI.replace(rule=PredictorCorrector(denoise=False, strategy="rescale", eta=0.05)),

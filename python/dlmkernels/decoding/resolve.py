@@ -13,7 +13,7 @@ from ..models.adapt import DiffusionModel, EncoderDecoderModel, LogitsModel, ada
 from .config import APPROXIMATE, DecodingConfig, SpecialTokens, check_names
 from .effects import check_effects
 from .presets import default_config, preset
-from .rules import Reordered, Rule
+from .rules import Reordered, Rule, VariableLength
 
 #: what a caller may pass as `config`
 ConfigLike = DecodingConfig | str | Mapping[str, Any] | None
@@ -125,8 +125,21 @@ def _check_combination(model: DiffusionModel, config: DecodingConfig) -> None:
             f"cache='{cache}' needs a model of a known type whose rows can be forwarded in parts; "
             f"{type(model.model).__name__} (of unknown type, or with token_dropout) decodes with cache='none'"
         )
-    if config.constraint is not None:
-        check_block_by_block("constraint", config.rule)
+    noise = config.rule.noise
+    is_other = noise != family.noise and "continuous" in (noise, family.noise)
+    if is_other or (noise, family.noise) == ("mask", "uniform"):
+        what = {"mask": "masks", "uniform": "tokens out of others", "continuous": "noisy vectors"}[noise]
+        raise ValueError(
+            f"rule {rule} decodes {what}, and models of family '{family.name}' know none"
+            + (f": use the rule of the preset '{family.preset}'" if family.preset else "")
+        )
+    if config.constraint is not None and (isinstance(config.rule, VariableLength) or config.rule.token_ids):
+        raise ValueError(f"constraint cannot be used with rule {rule}, which moves tokens about")
+    if noise == "continuous":
+        if config.constraint is not None:
+            raise ValueError(f"constraint cannot be used with rule {rule}, which decides no token before the end")
+        if isinstance(config.max_new_tokens, tuple):
+            raise ValueError(f"max_new_tokens must be one number with rule {rule}; got {config.max_new_tokens}")
     if attention != "full" and isinstance(model, LogitsModel):
         raise ValueError(
             f"attention='{attention}' needs a model of a known type; {type(model.model).__name__} attends by itself"
@@ -188,13 +201,13 @@ def special_tokens(model: DiffusionModel, config: DecodingConfig) -> SpecialToke
 
 
 def _mask_token(model: DiffusionModel, config: DecodingConfig) -> int | None:
-    """The id of the mask token; None for a model whose noise is uniform, which has none."""
+    """The id of the mask token; None for a model whose noise is something else and which has none."""
     mask = config.mask_token_id
     if mask is None:
         mask = _from_model(model, "mask_token_id")
     if mask is not None:
         return mask
-    if config.rule.noise != "uniform":
+    if config.rule.noise == "mask":
         raise ValueError(
             "mask_token_id is not in the model's configuration: pass mask_token_id=… (tokenizer.mask_token_id)"
         )

@@ -65,6 +65,8 @@ def for_full_attention(config: dk.DecodingConfig) -> dk.DecodingConfig:
 
 def reason_against(config: dk.DecodingConfig) -> str | None:
     """Why the shipped model cannot be decoded by a published decoder; None where it can."""
+    if config.rule.noise == "continuous":
+        return "noise is on vectors; the model knows masks"
     if config.rule.noise != "mask":
         return "noise is other tokens; the model knows masks"
     if isinstance(config.rule, dk.ScoreAncestral):

@@ -22,6 +22,7 @@ from .devices import check_loaded, input_device
 from .families import ARCHITECTURES, FAMILIES, Architecture, Family
 from .fields import longest_canvas
 from .load import from_pretrained
+from .moment import Moment
 from .probe import is_causal, short_text
 from .published import FORMS, Question, form_of, known_types, plan
 from .twin import twin_of
@@ -48,11 +49,14 @@ class DiffusionModel:
         Whether its forward is compiled, which takes a while for every new shape.
     self_conditions : bool
         Whether a forward takes in what the one before it said of the same positions (`opinion` of `hidden`).
+    takes_time : bool
+        Whether a forward is told where its decoding stands (`moment` of `hidden`).
     """
 
     reuses_kv = True
     embeds_by_token = True
     self_conditions = False
+    takes_time = False
     is_compiled = False
 
     def __init__(self, model: PreTrainedModel, architecture: Architecture, family: Family):
@@ -267,6 +271,79 @@ class EncoderDecoderModel(DiffusionModel):
         return ops.soft_embedding(logits, table.weight, temperature=at) * table.embed_scale.to(table.weight.dtype)
 
 
+class TimedModel(DiffusionModel):
+    """A model of `models.dit`: every forward is told the noise level of each row."""
+
+    takes_time = True
+
+    def _build(self) -> None:
+        super()._build()
+        #: a head that is put together from others, once for every decoding
+        self._matrix: tuple[Tensor, Tensor] | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits `[…, V]` of what `hidden` returned."""
+        twin: Any = self._twin
+        if self._matrix is None and hasattr(twin, "head_matrix"):
+            with torch.no_grad():
+                self._matrix = twin.head_matrix()
+        if self._matrix is None:
+            return super().logits(hidden)
+        weight, bias = self._matrix
+        return torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias)
+
+    def level(self, tokens: Tensor, moment: Moment | None) -> Tensor:
+        """What the model is told of a forward of `tokens` `[B, Q]`, float32 `[B]`.
+
+        The time is that of the rule's grid; of rules without one, the share of what is decoded that is still open.
+        """
+        if moment is None:
+            if self.config.time != "none":
+                raise ValueError(
+                    f"model: {self.family.name} models are told the noise level, and this forward has none"
+                )
+            return torch.zeros(len(tokens), dtype=torch.float32, device=tokens.device)
+        twin: Any = self._twin
+        return twin.level(moment.masked if moment.time is None else moment.time)
+
+    def gamma(self, time: Tensor) -> Tensor:
+        """Of continuous models: the logarithm of noise power over signal power at times float64 of `[0, 1]`."""
+        twin: Any = self._twin
+        return twin.gamma(time)
+
+    def told(self, time: Tensor) -> Tensor:
+        """Of continuous models: what they are told at times float64 of `[0, 1]`; most of them gamma."""
+        twin: Any = self._twin
+        return twin.told(time) if hasattr(twin, "told") else twin.gamma(time)
+
+    @property
+    def says_vectors(self) -> bool:
+        """Whether the model says clean vectors, off which tokens are read, and not logits."""
+        return getattr(self.config, "says_vectors", False)
+
+    def latent_table(self) -> Tensor:
+        """Of continuous models: what each token is in the space that noise is added in, float32 `[V, width]`."""
+        twin: Any = self._twin
+        return twin.latent_table().float().contiguous()
+
+    def hidden(
+        self, tokens: Tensor, positions: Tensor, window: AttentionWindow, embeds: Tensor | None = None,
+        opinion: Tensor | None = None, moment: Moment | None = None, level: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As `DiffusionModel.hidden`, with what the noise level adds to the logits in further columns.
+
+        `moment` says where the decoding stands, or `level` float32 `[B]` what the model is told. `embeds` and `opinion`
+        of continuous models are noisy vectors `[B, Q, width]` and the last forward's mean of what they come from.
+        """
+        twin: Any = self._twin
+        level = self.level(tokens, moment) if level is None else level
+        x = self.embed(tokens) if embeds is None else embeds.to(twin.dtype)
+        window.attended.clear()
+        out = twin.base_model(x, level, positions, opinion=opinion, dlm_window=window).last_hidden_state
+        self._check_attended(window, self.config.num_hidden_layers)
+        return twin.readable(out, level, x).to(tokens.device)
+
+
 class LogitsModel(DiffusionModel):
     """Any model that returns `.logits`: the whole canvas is forwarded each time and its own attention is used.
 
@@ -460,9 +537,13 @@ def _adapt_known(model, family: str | None) -> DiffusionModel | None:
             )
         if isinstance(model, architecture.load_class()):
             name = family or getattr(config, "dlm_family", None) or architecture.family
-            kind = EncoderDecoderModel if architecture.two_stacks else DiffusionModel
-            return kind(model, architecture, FAMILIES[name])
+            return _adapted(model, architecture, FAMILIES[name])
     return None if form_of(config.to_dict()) is None else _restock(model, family)
+
+
+def _adapted(model: PreTrainedModel, architecture: Architecture, family: Family) -> DiffusionModel:
+    kind = EncoderDecoderModel if architecture.two_stacks else TimedModel if architecture.timed else DiffusionModel
+    return kind(model, architecture, family)
 
 
 def _family_named(model) -> str | None:
@@ -510,4 +591,4 @@ def _restock(model: PreTrainedModel, family: str | None) -> DiffusionModel | Non
         return None
     stock.generation_config = getattr(model, "generation_config", None)
     stock.train(model.training)
-    return DiffusionModel(stock, ARCHITECTURES[stock.config.model_type], how.family)
+    return _adapted(stock, ARCHITECTURES[stock.config.model_type], how.family)

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from .. import ops
+from ..reference import block_attention_mask
 from ..window import AttentionWindow
 
 NAME = "dlmkernels"
@@ -73,12 +74,19 @@ def attention_forward(
     else:
         k_new, v_new = k, v
         k_cache, v_cache = window.cache.layer(index, k, v)
+    is_traced = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if is_traced and window.cache is not None:
+        raise RuntimeError(f"attention implementation '{NAME}' has no gradient through a cache of keys and values")
     tensors = q, k_new, v_new, k_cache, v_cache, window.slots, kv_range
     visibility: dict[str, Any] = {
         "causal_block": window.causal_block, "block_origin": window.block_origin, "q_limit": window.q_limit,
-        "k_order": window.k_order, "window_left": reach, "window_right": reach, "cache_rows": window.cache_rows,
+        "k_order": window.k_order, "window_left": reach, "window_right": reach,
     }  # fmt: skip
-    out, lse = ops.block_attention(*tensors, softcap=softcap or 0.0, scale=scaling, **visibility)
+    options = visibility | {"softcap": softcap or 0.0, "scale": scaling}
+    if is_traced:
+        out, lse = _with_gradients(*tensors, **options)
+    else:
+        out, lse = ops.block_attention(*tensors, **options, cache_rows=window.cache_rows)
     if s_aux is not None:
         # the share of the sum of exponentials that is not the sink's
         out = (out * torch.sigmoid(lse - s_aux.float())[..., None]).to(dtype)
@@ -124,6 +132,27 @@ def _attend_with_shadow(q: Tensor, k: Tensor, v: Tensor, window: AttentionWindow
         for b in range(len(k))
     ]  # fmt: skip
     return torch.cat((*out, torch.stack([row[:, 0] for row in rows])), 1)
+
+
+def _with_gradients(
+    q: Tensor, k_new: Tensor | None, v_new: Tensor | None, k: Tensor, v: Tensor, slots: Tensor | None,
+    kv_range: Tensor | None, *, softcap: float = 0.0, scale: float | None = None, **visibility: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`ops.block_attention` without a cache in operations that autograd knows, in float32."""
+    (batch, rows, heads, width), groups = q.shape, k.shape[2]
+    if slots is None:
+        slots = torch.arange(rows, device=q.device).expand(batch, rows)
+    visible = block_attention_mask(batch, rows, k.shape[1], slots, kv_range, **visibility)[:, None]
+    k, v = (x.float().repeat_interleave(heads // groups, 2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), k) * (width**-0.5 if scale is None else scale)
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    # of a row that sees nothing, the softmax is of zeros, and counts for nothing
+    sees = visible.any(-1, keepdim=True)
+    scores = scores.masked_fill(~visible & sees, -torch.inf)
+    out = torch.einsum("bhqk,bkhd->bqhd", torch.softmax(scores, -1).masked_fill(~sees, 0.0), v)
+    lse = scores.logsumexp(-1).masked_fill(~sees[..., 0], -torch.inf)
+    return out.to(q.dtype), lse.transpose(1, 2)
 
 
 # No mask function is registered beside it: transformers then builds no mask at all.

@@ -13,27 +13,7 @@ from torch import Tensor, nn
 
 from ..window import AttentionWindow
 from .adapt import LogitsModel, _valid
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Where a decoding stands when it forwards the model.
-
-    Attributes
-    ----------
-    masked : Tensor
-        float32 `[B]`: share of what is to be decoded that is still open, from 1 to 0.
-    step, num_steps : Tensor, optional
-        int32 `[B]`: number of the step within the row's block, from 0, and how many are planned for the block. None
-        with rules that do not go block after block.
-    progress : Tensor, optional
-        float32 `[B]`: share of the steps planned for the whole generation that lies behind, from 0 to 1; None as above.
-    """
-
-    masked: Tensor
-    step: Tensor | None = None
-    num_steps: Tensor | None = None
-    progress: Tensor | None = None
+from .moment import Moment as Moment
 
 
 @dataclass(frozen=True)
@@ -61,9 +41,11 @@ class BackboneInput:
     def timesteps(self) -> Tensor:
         """Diffusion time t, float32 `[B]`, from 1 towards 0.
 
-        It is 1 - progress with a rule whose schedule is planned, and the share of masks with rules that do not go block
-        after block.
+        It is that of the rule's own grid where the rule walks one (`Ancestral`, `UniformState`, …); else 1 - progress
+        with rules that go block after block, and the share of masks with the others.
         """
+        if self.moment.time is not None:
+            return self.moment.time
         return self.moment.masked if self.moment.progress is None else 1 - self.moment.progress
 
     def sigma(self, eps: float = 1e-3) -> Tensor:
@@ -104,6 +86,7 @@ class Backbone(LogitsModel):
     """
 
     embeds_by_token = False
+    takes_time = True
 
     def __init__(
         self, module: nn.Module, call: Callable[[Any, BackboneInput], Any] | None = None, *,

@@ -32,6 +32,10 @@ class Architecture:
         no part of a canvas can be forwarded alone.
     two_stacks : bool
         Whether what is decided is read by an encoder and what is open by a decoder (see `adapt.EncoderDecoderModel`).
+    timed : bool
+        Whether a forward is told the noise level (see `adapt.TimedModel`).
+    only : tuple of str
+        The families that its models can be of, where that is not any.
     module : str
         Where the class is found.
     """
@@ -42,12 +46,17 @@ class Architecture:
     whole_canvas: Callable[[Any], bool] = lambda config: False
     family: str = "masked"
     two_stacks: bool = False
+    timed: bool = False
+    only: tuple[str, ...] = ()
     module: str = "transformers"
 
     def check_family(self, name: str) -> None:
         """Raise if models of this architecture cannot be decoded as this family."""
         if self.two_stacks and name != self.family:
             raise ValueError(f"family must be '{self.family}' for this model; got '{name}'")
+        if self.only and name not in self.only:
+            expected = " or ".join(f"'{family}'" for family in self.only)
+            raise ValueError(f"family must be {expected} for this model; got '{name}'")
 
     def load_class(self) -> Any:
         return getattr(importlib.import_module(self.module, __package__), self.model_class)
@@ -74,6 +83,10 @@ def _granite_head(model):
 
 def _cohere_head(model):
     return lambda hidden: model.lm_head(hidden) * model.logit_scale
+
+
+def _timed_head(model):
+    return model.head
 
 
 def _after_padding(config) -> int:
@@ -132,6 +145,20 @@ ARCHITECTURES: dict[str, Architecture] = {
         position_offset=lambda config: 0 if config.position_embedding_type == "rotary" else _after_padding(config),
         whole_canvas=lambda config: config.token_dropout,
     ),
+    "dlm_dit": Architecture(
+        "DiTForDiffusionLM", _timed_head, family="mdlm", timed=True, module=".dit",
+        only=("mdlm", "sedd", "duo", "bd3-lm", "langflow"),
+    ),
+    "dlm_plaid": Architecture(
+        "PlaidForDiffusionLM", _timed_head, family="plaid", timed=True, module=".plaid", only=("plaid",)
+    ),
+    "dlm_diffusion_lm": Architecture(
+        "DiffusionLM", _timed_head, family="diffusion-lm", timed=True, module=".diffusion_lm", only=("diffusion-lm",)
+    ),
+    "dlm_ssd_lm": Architecture(
+        "SSDLMForDiffusion", _lm_head, position_offset=_after_padding, family="ssd-lm", module=".ssd_lm",
+        only=("ssd-lm",),
+    ),
     "diffusion_gemma": Architecture(
         "DiffusionGemmaForBlockDiffusion", _soft_capped_head, family="diffusion-gemma", two_stacks=True
     ),
@@ -172,10 +199,12 @@ class Family:
         `vocab_size`. `num_tokens` is how many ids the tokenizer knows; the logits beyond them are never chosen.
     vocab_size : int, optional
         Number of logits of the published checkpoints.
+    noise : {"mask", "uniform", "continuous"}
+        What the model takes noise away from: masks, tokens drawn uniformly, or noisy embeddings.
     preset : str, optional
         What `generate` does by default: the decoder the family was published with, one of `PRESETS`. None where that is
-        a fixed schedule of one token a forward (LLaDA, Dream, RND1, DiffuLLaMA): there the default is that of
-        `DecodingConfig`, and the published decoder is asked for by its name.
+        a fixed schedule (LLaDA, Dream, RND1, DiffuLLaMA, MDLM, SEDD): there the default is that of `DecodingConfig`,
+        and the published decoder is asked for by its name.
     """
 
     name: str
@@ -189,6 +218,7 @@ class Family:
     eos_token_ids: tuple[int, ...] = ()
     num_tokens: int | None = None
     vocab_size: int | None = None
+    noise: str = "mask"
     preset: str | None = None
 
     def knows_ids_of(self, config) -> bool:
@@ -206,6 +236,8 @@ QWEN3_IDS: dict[str, Any] = {
 LLADA_IDS: dict[str, Any] = {"mask_token_id": 126336, "eos_token_ids": (126081, 126348), "vocab_size": 126464}
 LLADA2_IDS: dict[str, Any] = {"mask_token_id": 156895, "eos_token_ids": (156892,), "vocab_size": 157184}
 
+GPT2_IDS: dict[str, Any] = {"eos_token_ids": (50256,), "vocab_size": 50258}
+
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
@@ -218,6 +250,18 @@ FAMILIES: dict[str, Family] = {
         Family("dream", logit_alignment="shift", mask_token_id=151666, num_tokens=151667, **QWEN2_IDS),
         # RND1, github.com/RadicalNumerics/RND1
         Family("rnd1", logit_alignment="shift", **QWEN3_IDS),
+        # MDLM, arXiv:2406.07524; SEDD, arXiv:2310.16834; Duo, arXiv:2506.10892
+        Family("mdlm", mask_token_id=50257, **GPT2_IDS),
+        Family("sedd", mask_token_id=50257, **GPT2_IDS),
+        Family("duo", noise="uniform", **GPT2_IDS, preset="duo"),
+        # LangFlow, arXiv:2604.11748
+        Family("langflow", noise="continuous", eos_token_ids=(50256,), vocab_size=50257, preset="langflow"),
+        # Diffusion-LM, arXiv:2205.14217
+        Family("diffusion-lm", noise="continuous", preset="diffusion-lm"),
+        # SSD-LM, arXiv:2210.17432
+        Family("ssd-lm", noise="continuous", preset="ssd-lm"),
+        # Plaid, arXiv:2305.18619
+        Family("plaid", noise="continuous", preset="plaid"),
         # BD3-LM, arXiv:2503.09573: any model that denoises a block after clean ones
         Family("bd3-lm", attention="block", block_grid="absolute"),
         # the same as trained by github.com/ZHZisZZ/dllm, which pads prompts to whole blocks

@@ -30,19 +30,20 @@ LOCAL_QUANTIZERS = (
 )  # fmt: skip
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 
-LAYERS = {"num_hidden_layers", "n_layers", "n_layer"}
+LAYERS = {"num_hidden_layers", "n_layers", "n_layer", "n_blocks"}
 #: Numbers that are a dimension of some weight, or count what each has its share of one.
 SIZES = {
     "vocab_size", "embedding_size", "hidden_size", "d_model", "n_embd", "intermediate_size", "mlp_hidden_size",
     "n_inner", "num_attention_heads", "n_heads", "n_head", "num_key_value_heads", "n_kv_heads", "head_dim",
     "num_experts", "n_routed_experts", "num_local_experts", "num_shared_experts", "n_shared_experts",
     "moe_intermediate_size", "expert_intermediate_size", "dense_intermediate_size", "shared_expert_intermediate_size",
+    "hidden_dim", "cond_dim",
     "global_head_dim", "num_global_key_value_heads", "n_positions", "type_vocab_size", "first_k_dense_replace",
 }  # fmt: skip
 #: Numbers that no weight shows.
 COUNTS = {
-    "max_position_embeddings", "max_sequence_length", "num_experts_per_tok", "top_k_experts", "sliding_window",
-    "local_attention", "canvas_length", "decoder_sparse_step", "n_group", "topk_group",
+    "max_position_embeddings", "max_sequence_length", "model_length", "num_experts_per_tok", "top_k_experts",
+    "sliding_window", "local_attention", "canvas_length", "decoder_sparse_step", "n_group", "topk_group",
     "original_max_position_embeddings", "max_window_layers", "global_attn_every_n_layers",
 }  # fmt: skip
 REALS = {
@@ -50,7 +51,10 @@ REALS = {
     "initializer_range", "routed_scaling_factor", "partial_rotary_factor", "factor",
 }  # fmt: skip
 #: Those that cannot be zero, which elsewhere stands for "none".
-NEEDED = {"vocab_size", "hidden_size", "d_model", "n_embd", "num_attention_heads", "n_heads", "n_head"}
+NEEDED = {
+    "vocab_size", "hidden_size", "hidden_dim", "cond_dim", "d_model", "n_embd", "num_attention_heads", "n_heads",
+    "n_head",
+}  # fmt: skip
 MOST_LAYERS, MOST = 10_000, 2**31 - 1
 #: How many weights may be packed into one element of a quantised checkpoint: two bits each in 64.
 PACKED = 32

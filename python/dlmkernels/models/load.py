@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from . import adapters, fields
+from . import adapters, fields, training_files
 from .checkpoint import ADAPTER_CONFIG, WHERE, locate, read_object, weight_files, weight_shapes
 from .families import FAMILIES
 from .published import Plan, Question, UnknownField, plan, renamed
@@ -49,14 +51,18 @@ def load(
     path_or_id : str or path
         A local folder or a hub id, in Hugging Face format: the published form of any known family, a stock
         transformers model, or a LoRA adapter in PEFT's format, which is merged into its base (PEFT is not needed).
-        "demo" is the small model that comes with the package ("./demo": a folder of that name).
+        "demo" is the small model that comes with the package ("./demo": a folder of that name). Or a file that a
+        training of MDLM, BD3-LM, Duo, SEDD or Diffusion-LM has left (`.ckpt`, `.pth`, `.pt`), whose moving averages are
+        taken; this needs `family`, `allow_pickle`, and `block_size` or `num_attention_heads` where nothing in the file
+        shows them. Or a folder with the files of Plaid or SSD-LM, which need `allow_pickle`.
     family : str, optional
         How it is decoded (a key of `FAMILIES`), where its configuration does not tell: a `LlamaForCausalLM` may have
         been trained as anything.
     base : str or path, optional
         The model an adapter is for, where it is not where `adapter_config.json` says.
     allow_pickle : bool
-        Also read `pytorch_model.bin`, with `torch.load(weights_only=True)`. Off: safetensors alone.
+        Also read `pytorch_model.bin`, with `torch.load(weights_only=True)`, and files of trainings, of which nothing
+        but tensors is read. Off: safetensors alone.
     **kwargs
         Arguments of transformers' `from_pretrained` (`dtype`, `device_map`, `quantization_config`, `revision`,
         `attn_implementation`, …), and fields of the configuration in place of the checkpoint's
@@ -90,12 +96,45 @@ def load(
             "trust_remote_code is not supported: load runs no code from a checkpoint. Load the model yourself and "
             "pass it to dlmkernels.generate"
         )
+    if str(path_or_id).endswith(training_files.SUFFIXES) and os.path.isfile(os.path.expanduser(path_or_id)):
+        return _load_training_file(os.path.expanduser(path_or_id), family, allow_pickle, kwargs)
     path, where = locate(path_or_id, {name: kwargs[name] for name in WHERE if name in kwargs})
+    folders = {"plaid": training_files.is_plaid, "ssd-lm": training_files.is_ssd_lm}
+    if any(family in (None, name) and is_one(path) for name, is_one in folders.items()):
+        return _load_training_file(path, family, allow_pickle, kwargs)
     raw, where = _read(path, CONFIG_NAME, where)
     adapter, where = _read(path, ADAPTER_CONFIG, where)
     if adapter is not None:
         return _load_adapted(path, adapter, base, family, where, allow_pickle, kwargs)
     return _load(path, raw, family, where, allow_pickle, kwargs)
+
+
+def _load_training_file(path: str | PathLike, family: str | None, allow_pickle: bool, kwargs: dict[str, Any]):
+    """The model of a file that a training has left."""
+    if not allow_pickle:
+        raise ValueError(f"path_or_id: '{path}' is a pickle: pass allow_pickle=True, with which its tensors are read")
+    changes = {name: value for name, value in kwargs.items() if name not in _passed_on()}
+    try:
+        if os.path.isdir(path):
+            read = training_files.read_plaid if training_files.is_plaid(os.fspath(path)) else training_files.read_ssd_lm
+            how, state = read(os.fspath(path), changes)
+        elif family == "diffusion-lm":
+            content = training_files.read_training_file(os.fspath(path))
+            how, state = training_files.read_diffusion_lm(content, changes)
+        else:
+            weights = training_files.weights_of(training_files.read_training_file(os.fspath(path)))
+            how = training_files.plan_of(weights, family, changes)
+            state = {f"backbone.{name}": weight for name, weight in weights.items()}
+        with torch.device("meta"):
+            empty = how.model_class(how.config)
+        shapes = {name: tuple(weight.shape) for name, weight in state.items()}
+        fields.check_model(empty, how.raw, {name: name for name in state}, shapes)
+    except UnknownField:
+        raise
+    except Exception as error:
+        raise ValueError(f"path_or_id: '{path}' cannot be loaded: {_say(error)}") from error
+    passed = {name: value for name, value in kwargs.items() if name in _passed_on()}
+    return from_pretrained(replace(how, key_mapping={}), None, **{"dtype": torch.float32} | passed, state_dict=state)
 
 
 def _read(path: str, name: str, where: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any]]:

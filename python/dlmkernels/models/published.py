@@ -294,6 +294,93 @@ WRAPPED_KEYS = {
     "llama": {r"^denoise_model\.": "model.", r"^embed_tokens\.": "model.embed_tokens."},
 }
 
+
+def _dit(raw: Mapping, defaults: Mapping[str, Any], **fields: Any) -> tuple[str, dict[str, Any]]:
+    """One of the models of `models.dit` that were published for transformers; its class has these defaults."""
+    require(raw, causal=(False, None), adaln=True)
+    sizes = {
+        "vocab_size": "vocab_size", "hidden_size": "hidden_dim", "cond_dim": "cond_dim",
+        "num_hidden_layers": "n_blocks", "num_attention_heads": "n_heads", "max_position_embeddings": "model_length",
+    }  # fmt: skip
+    return "dlm_dit", {ours: raw.get(theirs, defaults.get(theirs)) for ours, theirs in sizes.items()} | fields
+
+
+#: What the configuration classes of MDLM, BD3-LM and Duo say of what is not in the file.
+DIT_DEFAULTS = {
+    "vocab_size": 50258, "hidden_dim": 768, "cond_dim": 129, "n_blocks": 12, "n_heads": 12, "model_length": 1024,
+}  # fmt: skip
+BERT_VOCABULARY, BERT_MASK = 30522, 103
+
+
+def _last_is_mask(raw: Mapping) -> dict[str, Any]:
+    """The mask token of MDLM and BD3-LM: their own last one, unless the tokenizer has one, as BERT's."""
+    vocab = raw.get("vocab_size", DIT_DEFAULTS["vocab_size"])
+    return {"mask_token_id": BERT_MASK if vocab == BERT_VOCABULARY else vocab - 1}
+
+
+def _mdlm(raw: Mapping):
+    time = "sigma" if raw.get("time_conditioning") else "none"
+    return _dit(raw, DIT_DEFAULTS, time=time, **_last_is_mask(raw) | pick(raw, "mask_token_id"))
+
+
+def _bd3lm(raw: Mapping):
+    """BD3-LM; without blocks in its attention (cross_attn), the model that it was trained from."""
+    require(raw, time_conditioning=False)
+    fields = _last_is_mask(raw) | pick(raw, "mask_token_id")
+    if not raw.get("cross_attn", True):
+        return _dit(raw, DIT_DEFAULTS, time="none", block_size=None, **fields)
+    return _dit(raw, DIT_DEFAULTS, time="none", block_size=raw.get("block_size", 1), **fields)
+
+
+def _bd3lm_family(raw: Mapping) -> str:
+    return "bd3-lm" if raw.get("cross_attn", True) else "mdlm"
+
+
+def _duo(raw: Mapping):
+    return _dit(raw, DIT_DEFAULTS | {"cond_dim": 128}, time="sigma")
+
+
+def _langflow(raw: Mapping):
+    require(raw, use_bias=True)
+    defaults = {
+        "vocab_size": 50257, "hidden_size": 768, "cond_dim": 128, "n_blocks": 12, "n_heads": 12, "model_length": 1024
+    }  # fmt: skip
+    names = {
+        "num_hidden_layers": "n_blocks",
+        "num_attention_heads": "n_heads",
+        "max_position_embeddings": "model_length",
+    }
+    sizes = {name: names.get(name, name) for name in ("vocab_size", "hidden_size", "cond_dim", *names)}
+    return "dlm_dit", {
+        **{ours: raw.get(theirs, defaults[theirs]) for ours, theirs in sizes.items()},
+        **pick(raw, "gumbel_loc", "gumbel_scale", "gumbel_cutoff"),
+        "self_conditioning": raw.get("self_conditioning", True),
+        "normalized_embedding": raw.get("use_normalized_embedding", True),
+        "time": "gamma", "head": "flow", "noise": "gumbel",
+    }  # fmt: skip
+
+
+def _sedd(raw: Mapping):
+    """SEDD: the tree of settings of its training. Its vocabulary is the tokenizer's and, last, the mask."""
+    (tokens,) = need(raw, "tokens")
+    model, graph, noise = (raw[name] for name in SEDD_PARTS)
+    require(graph, type="absorb")
+    require(noise, type="loglinear")
+    require(model, scale_by_sigma=True)
+    hidden, cond, layers, heads, length = need(model, "hidden_size", "cond_dim", "n_blocks", "n_heads", "length")
+    if not isinstance(tokens, int) or not 0 < tokens < config_fields.MOST:
+        raise ValueError(f"its configuration has tokens={tokens!r}; expected how many there are")
+    return "dlm_dit", {
+        "vocab_size": tokens + 1, "hidden_size": hidden, "cond_dim": cond, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "max_position_embeddings": length, "mask_token_id": tokens, "head": "score",
+    }  # fmt: skip
+
+
+#: Parts of SEDD's configuration, which has no model type.
+SEDD_PARTS = ("model", "graph", "noise")
+DIT_KEYS = {r"^backbone\._orig_mod\.": "backbone."}
+#: SEDD's weights have no prefix.
+SEDD_KEYS = {r"^(vocab_embed|sigma_map|rotary_emb|blocks|output_layer)\.": r"backbone.\1."}
 #: What LLaVA-like models hold beside their language model.
 VISION = r"(model\.)?(vision_tower|vision_resampler|mm_projector|image_newline)\b"
 
@@ -317,6 +404,11 @@ FORMS: dict[str, Form] = {
     "Fast_dLLM_Qwen": Form("fast-dllm-v2", _fast_dllm_v2),
     "wedlm": Form("wedlm", _wedlm),
     "nemotron_labs_diffusion": Form("nemotron", _nemotron, NEMOTRON_KEYS),
+    "mdlm": Form("mdlm", _mdlm, DIT_KEYS),
+    "bd3lm": Form(_bd3lm_family, _bd3lm, DIT_KEYS),
+    "DUO": Form("duo", _duo, DIT_KEYS),
+    "LangFlow": Form("langflow", _langflow, DIT_KEYS),
+    "sedd": Form("sedd", _sedd, SEDD_KEYS),
     "a2d-llama": Form(_a2d_family, _a2d("llama")),
     "a2d-qwen2": Form(_a2d_family, _a2d("qwen2")),
     "a2d-qwen3": Form(_a2d_family, _a2d("qwen3")),
@@ -326,6 +418,8 @@ FORMS: dict[str, Form] = {
 def form_of(raw: Mapping) -> Form | None:
     """The published form of a raw configuration, None if it is a stock one."""
     model_type = raw.get("model_type")
+    if model_type is None and all(isinstance(raw.get(part), Mapping) for part in SEDD_PARTS):
+        model_type = "sedd"
     if not isinstance(model_type, str):
         return None
     if raw.get("dlm_family") and model_type in ARCHITECTURES:

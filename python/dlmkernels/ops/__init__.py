@@ -9,6 +9,7 @@ its other arguments.
 from ..arguments import ArgumentError as ArgumentError
 from .block_attention import BlockAttention as BlockAttention
 from .block_attention import block_attention as block_attention
+from .lm_head_confidence import lm_head_confidence as lm_head_confidence
 from .remask import INFO_FIELDS as INFO_FIELDS
 from .remask import STATE_DIRTY as STATE_DIRTY
 from .remask import STATE_EDITED as STATE_EDITED
@@ -26,5 +27,7 @@ from .token_confidence import FLAG_NOTHING_ALLOWED as FLAG_NOTHING_ALLOWED
 from .token_confidence import FLAG_POSITIVE_INFINITY as FLAG_POSITIVE_INFINITY
 from .token_confidence import TokenConfidence as TokenConfidence
 from .token_confidence import token_confidence as token_confidence
+from .top_candidates import TopCandidates as TopCandidates
+from .top_candidates import top_candidates as top_candidates
 from .verify_drafts import VerifiedDrafts as VerifiedDrafts
 from .verify_drafts import verify_drafts as verify_drafts

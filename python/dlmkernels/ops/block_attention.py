@@ -35,6 +35,8 @@ def block_attention(
     softcap: float = 0.0,
     scale: float | None = None,
     cache_rows: Tensor | None = None,
+    k_slots: Tensor | None = None,
+    visible: Tensor | None = None,
 ) -> BlockAttention:
     """Scatter, then attend: write new K/V rows at given cache slots, then attend over given ranges of the cache.
 
@@ -51,8 +53,8 @@ def block_attention(
     q : Tensor
         [B, Q, H, D], float32, bfloat16 or float16; D a multiple of 8, at most 512.
     k_new, v_new : Tensor or None
-        [B, Q, G, D], dtype of `q`: keys and values of the query rows, to be written into the cache. Both or neither;
-        without them nothing is written.
+        [B, K, G, D], dtype of `q`: keys and values to be written into the cache, those of the query rows (K = Q) unless
+        `k_slots` says otherwise. Both or neither; without them nothing is written.
     k_cache, v_cache : Tensor
         [B, S, G, D] (see `cache_rows`), dtype of `q`; written at `slots` when `k_new` is given, and then not an
         expanded tensor. Slots that no row sees may hold anything, NaN included.
@@ -85,6 +87,16 @@ def block_attention(
         many are a batch without moving anything. Distinct where `k_new` is written. -1: an unused batch row, whose rows
         are all like those of slot -1. None: batch row b has cache row b, and C = B.
 
+    k_slots : Tensor or None
+        int32 [B, K]: the cache slot of each new row, where new rows are not those of the queries: context without
+        queries, which a drafter injects, alone (Q = 0) or before its queries' own rows. -1 is written nowhere, and of
+        two rows that name one slot the later is written. None: K = Q, and the new rows have the queries' `slots`.
+    visible : Tensor or None
+        int32 [B, Q, ceil(K / 32)]: bit i % 32 of word i / 32 tells whether a query sees new row i, in addition to the
+        other conditions: a tree of drafts, where each sees its ancestors and itself, or drafts beside masks. Slots that
+        no new row is written to are not concerned. A slot that several new rows name is seen only where all of them
+        are. None: all are seen.
+
     Returns
     -------
     BlockAttention
@@ -104,6 +116,15 @@ def block_attention(
     of the same rows in a full forward. NaN in a row of `q` stays in that row. A visible logit of -inf weighs nothing,
     one of +inf makes its row NaN.
 
+    Rows of a tree that were accepted move to the front of its slots by two calls of fixed shape, which a captured step
+    may hold: a gather of the cache at the accepted slots, padded to the depth of the tree, and this op, no queries::
+
+        # accepted: int32 [B, depth], slots or -1; first: [B, 1]
+        rows = accepted.clamp(min=0).long()[:, :, None, None].expand(-1, -1, *k_cache.shape[2:])
+        front = torch.where(accepted < 0, -1, first + torch.arange(depth)).int()
+        k, v = k_cache.gather(1, rows), v_cache.gather(1, rows)
+        block_attention(q[:, :0], k, v, k_cache, v_cache, accepted[:, :0], k_slots=front)
+
     Online softmax: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018. Query heads that share
     a key head: Ainslie et al., "GQA", 2023. Block-causal order: Arriola et al., "Block Diffusion", 2025.
     """
@@ -112,7 +133,7 @@ def block_attention(
             torch.ops.dlmkernels.block_attention.default, q, k_new, v_new, k_cache, v_cache, slots, kv_range,
             causal_block=causal_block, block_origin=one_value("block_origin", block_origin, q), q_limit=q_limit,
             k_order=k_order, window_left=window_left, window_right=window_right, softcap=softcap, scale=scale,
-            cache_rows=cache_rows,
+            cache_rows=cache_rows, k_slots=k_slots, visible=visible,
         )
     )  # fmt: skip
 

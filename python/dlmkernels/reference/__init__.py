@@ -7,6 +7,9 @@ the tolerance policy of the tests.
 
 from .block_attention import block_attention as block_attention
 from .block_attention import block_attention_mask as block_attention_mask
+from .lm_head_confidence import lm_head_confidence as lm_head_confidence
+from .normals import normals as normals
+from .normals import uniforms as uniforms
 from .randomness import STREAMS as STREAMS
 from .randomness import bernoulli as bernoulli
 from .randomness import exponential as exponential
@@ -22,4 +25,5 @@ from .token_confidence import FLAG_NAN as FLAG_NAN
 from .token_confidence import FLAG_NOTHING_ALLOWED as FLAG_NOTHING_ALLOWED
 from .token_confidence import FLAG_POSITIVE_INFINITY as FLAG_POSITIVE_INFINITY
 from .token_confidence import token_confidence as token_confidence
+from .top_candidates import top_candidates as top_candidates
 from .verify_drafts import verify_drafts as verify_drafts

@@ -20,8 +20,10 @@ def block_attention_mask(
     k_order: Tensor | None = None,
     window_left: int = -1,
     window_right: int = -1,
+    k_slots: Tensor | None = None,
+    visible: Tensor | None = None,
 ) -> Tensor:
-    """Which cache slot each query row sees: bool [B, Q, S]."""
+    """Which cache slot each query row sees: bool [B, Q, S]. `k_slots`: of the new rows, which `visible` is about."""
     i = slots.long().unsqueeze(-1)
     j = torch.arange(S, device=slots.device)
     in_range = torch.ones(B, S, dtype=torch.bool, device=slots.device)
@@ -33,18 +35,24 @@ def block_attention_mask(
             start, end = one_range[:, :1], one_range[:, 1:]
             in_range |= (j >= torch.maximum(start, reached)) & (j < end)
             reached = torch.maximum(reached, end)
-    visible = in_range.unsqueeze(1) & (i >= 0)
+    seen = in_range.unsqueeze(1) & (i >= 0)
     if causal_block > 0:
         origin = per_row(block_origin, B, 0).long().view(B, 1, 1)
         block_i, block_j = (torch.where(x < origin, -1, (x - origin) // causal_block) for x in (i, j))
-        visible = visible & (block_j <= block_i)
+        seen = seen & (block_j <= block_i)
     if q_limit is not None and k_order is not None:
-        visible = visible & (k_order.unsqueeze(1) <= q_limit.unsqueeze(2))
+        seen = seen & (k_order.unsqueeze(1) <= q_limit.unsqueeze(2))
     if window_left >= 0:
-        visible = visible & (j >= i - window_left)
+        seen = seen & (j >= i - window_left)
     if window_right >= 0:
-        visible = visible & (j <= i + window_right)
-    return visible
+        seen = seen & (j <= i + window_right)
+    if visible is not None:
+        new_slots = (slots if k_slots is None else k_slots).tolist()
+        for b, of_row in enumerate(new_slots):
+            for row, slot in enumerate(of_row):
+                if slot >= 0:
+                    seen[b, :, slot] &= (visible[b, :, row // 32] >> row % 32 & 1).bool()
+    return seen
 
 
 def block_attention(
@@ -65,21 +73,25 @@ def block_attention(
     softcap: float = 0.0,
     scale: float | None = None,
     cache_rows: Tensor | None = None,
+    k_slots: Tensor | None = None,
+    visible: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scatter, then attend: write the new K/V rows into the cache, then let every query row attend to what it sees.
 
     Batch row b reads and writes row ``cache_rows[b]`` of the caches (default: b), c below; where that is -1, all its
     slots are -1.
 
-    1. Row (b, i) has the cache slot ``slots[b, i]`` (default: i). If it is not -1 and new rows are given,
-       ``k_new[b, i]`` and ``v_new[b, i]`` are written there, in row c; of rows with the same slot the highest i wins.
+    1. Row (b, i) has the cache slot ``slots[b, i]`` (default: i), and new row (b, i) the slot ``k_slots[b, i]``
+       (default: ``slots[b, i]``). If that is not -1, ``k_new[b, i]`` and ``v_new[b, i]`` are written there, in row c;
+       of new rows with the same slot the highest i wins.
     2. The query in slot i sees slot j when all of these hold:
        - j lies in one of the half-open ranges ``kv_range[b]`` (default [0, S)); a range starts no earlier than the
          ranges before it end;
        - ``causal_block`` is 0 or block(j) <= block(i), block(x) = -1 before ``block_origin[b]`` (default 0) and
          (x - origin) // causal_block from there on;
        - ``k_order[b, j] <= q_limit[b, row]``, where these are given;
-       - i - window_left <= j <= i + window_right, a side of -1 being open.
+       - i - window_left <= j <= i + window_right, a side of -1 being open;
+       - of all new rows whose slot is j, the bit in ``visible[b, row]`` is 1, where it is given.
     3. s = scale * q.k over the visible slots (scale: 1/sqrt(D)), then softcap * tanh(s / softcap) if softcap > 0;
        out = softmax(s) . v, lse = log sum exp(s). A row that sees nothing (but logits of -inf), or has slot -1: zeros
        and -inf. What it does not see has no influence, NaN included.
@@ -90,22 +102,24 @@ def block_attention(
     if slots is None:
         slots = torch.arange(Q, device=q.device).expand(B, Q)
     rows = list(range(B)) if cache_rows is None else cache_rows.tolist()
-    slots = slots.masked_fill(torch.tensor(rows, device=q.device)[:, None] < 0, -1)
+    unused = torch.tensor(rows, device=q.device)[:, None] < 0
+    slots = slots.masked_fill(unused, -1)
+    new_slots = slots if k_slots is None else k_slots.masked_fill(unused, -1)
     if k_new is not None and v_new is not None:
         for b in range(B):
-            for row, slot in enumerate(slots[b].tolist()):
+            for row, slot in enumerate(new_slots[b].tolist()):
                 if slot >= 0:
                     k_cache[rows[b], slot], v_cache[rows[b], slot] = k_new[b, row], v_new[b, row]
 
-    visible = block_attention_mask(
+    sees = block_attention_mask(
         B, Q, S, slots, kv_range, causal_block=causal_block, block_origin=block_origin, q_limit=q_limit,
-        k_order=k_order, window_left=window_left, window_right=window_right,
+        k_order=k_order, window_left=window_left, window_right=window_right, k_slots=new_slots, visible=visible,
     )  # fmt: skip
     out = torch.zeros(B, Q, H, D, dtype=q.dtype, device=q.device)
     lse = torch.full((B, Q, H), -torch.inf, dtype=wide, device=q.device)
     for b in range(B):
         for row in range(Q):
-            seen = visible[b, row].nonzero().flatten()
+            seen = sees[b, row].nonzero().flatten()
             if seen.numel() == 0:
                 continue
             k = k_cache[rows[b], seen].to(wide).repeat_interleave(H // G, dim=1)

@@ -6,6 +6,8 @@ from torch import Tensor
 
 STREAMS = {
     "token": 0, "order": 1, "bernoulli": 2, "renoise": 3, "verify": 4, "residual": 5, "chunk": 6, "residual_chunk": 7,
+    # drawn in torch alone
+    "normal": 8, "time": 9,
 }  # fmt: skip
 _LOW32 = 0xFFFFFFFF
 

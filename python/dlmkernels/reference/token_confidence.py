@@ -10,7 +10,7 @@ from .rows import per_row
 FLAG_NAN, FLAG_POSITIVE_INFINITY, FLAG_NOTHING_ALLOWED = 1, 2, 4
 
 
-def _effective_logits(logits, row, uncond_logits, cfg_scale, bias, banned, bitmask):
+def effective_logits(logits, row, uncond_logits=None, cfg_scale=None, bias=None, banned=None, bitmask=None):
     """Logits that everything is computed from, float32 [N, V], and flags: guided, biased, sanitised, banned."""
     rows, vocabulary = len(row), logits.shape[1]
 
@@ -110,7 +110,7 @@ def token_confidence(
     device = logits.device
     row = torch.arange(len(logits), device=device) if row_map is None else row_map.long()
     rows = len(row)
-    z, flags = _effective_logits(logits, row, uncond_logits, cfg_scale, bias, banned, bitmask)
+    z, flags = effective_logits(logits, row, uncond_logits, cfg_scale, bias, banned, bitmask)
     empty = (flags & FLAG_NOTHING_ALLOWED != 0) | (row < 0)
 
     asked = per_row(temperature, rows, 0.0).to(device)

@@ -34,6 +34,8 @@ struct AttentionShape {
   bool moved = false;      // batch rows have other cache rows, of three the second none
   bool infinite = false;   // a V row that only some rows see holds NaN and infinities
   int64_t shift = 0;       // everything stands so many slots further right
+  int64_t K = 0;           // new rows in slots of their own; 0: those of the queries
+  bool hides = false;      // queries see some of the new rows
   int64_t gap = 1;         // gaps between rows are multiples of so many 16 bytes
 };
 
@@ -57,7 +59,7 @@ struct AttentionCase {
   dlm::BlockAttentionParams p{};
   Array<T> q, k_new, v_new, k_cache, v_cache, out;
   Array<float> lse, workspace;
-  Array<int32_t> cache_rows, slots, ranges, origin, limit, order;
+  Array<int32_t> cache_rows, slots, ranges, origin, limit, order, k_slots, visible;
   std::vector<T> k_expected, v_expected;
 
   explicit AttentionCase(const AttentionShape& shape, uint64_t seed)
@@ -69,16 +71,21 @@ struct AttentionCase {
         ranges(count(s.B, kRanges, 2, 1)),
         origin(size_t(s.B)),
         limit(count(s.B, s.Q, 1, 1)),
-        order(count(s.B, s.S, 1, 1)) {
+        order(count(s.B, s.S, 1, 1)),
+        k_slots(count(s.B, new_rows(), 1, 1)),
+        visible(count(s.B, s.Q, (new_rows() + 31) / 32, 1)) {
     Random random(seed);
     fill(q, p.q_stride, s.Q, s.H, random);
-    fill(k_new, p.k_new_stride, s.Q, s.G, random);
-    fill(v_new, p.v_new_stride, s.Q, s.G, random);
+    fill(k_new, p.k_new_stride, new_rows(), s.G, random);
+    fill(v_new, p.v_new_stride, new_rows(), s.G, random);
     fill(k_cache, p.k_cache_stride, s.S, s.G, random);
     fill(v_cache, p.v_cache_stride, s.S, s.G, random);
     set_params(random);
     for (int64_t b = 0; b < s.B; ++b) place(b, random);
     p.slots = slots.data();
+    if (s.K) p.k_slots = k_slots.data();
+    for (int32_t& word : visible) word = int32_t(random.word());
+    if (s.hides) p.visible = visible.data();
     for (int64_t b = 0; b < s.B; ++b) cache_rows[size_t(b)] = int32_t(s.B - 1 - b);
     if (s.B >= 3) cache_rows[1] = -1;
     p.C = s.B, p.cache_rows = s.moved ? cache_rows.data() : nullptr;
@@ -87,6 +94,8 @@ struct AttentionCase {
     expect_scatter();
     workspace = Array<float>(size_t(dlm::cuda::attend_workspace(p)), NAN);
   }
+
+  int64_t new_rows() const { return s.K ? s.K : s.Q; }
 
   // Where a head's row starts.
   static size_t at(const int64_t* stride, int64_t b, int64_t row, int64_t head) {
@@ -129,6 +138,9 @@ struct AttentionCase {
     }
     if (p.window_left >= 0 && slot < own - p.window_left) return false;
     if (p.window_right >= 0 && slot > own + p.window_right) return false;
+    for (int64_t row = 0; p.visible && row < p.K; ++row) {
+      if (p.new_slot_of(b, row) == slot && !p.shows(b, i, row)) return false;
+    }
     return !p.k_order || p.k_order[b * s.S + slot] <= p.q_limit[b * s.Q + i];
   }
 
@@ -160,7 +172,7 @@ struct AttentionCase {
 
   void set_params(Random& random) {
     p.dtype = kTypeOf<T>;
-    p.B = s.B, p.Q = s.Q, p.S = s.S, p.H = s.H, p.G = s.G, p.D = s.D;
+    p.B = s.B, p.Q = s.Q, p.K = new_rows(), p.S = s.S, p.H = s.H, p.G = s.G, p.D = s.D;
     p.q = q.data(), p.k_cache = k_cache.data(), p.v_cache = v_cache.data();
     if (s.fresh) p.k_new = k_new.data(), p.v_new = v_new.data();
     p.out = out.data(), p.lse = lse.data();
@@ -190,6 +202,10 @@ struct AttentionCase {
       slots[size_t(b * s.Q + i)] = slot < s.S ? int32_t(slot) : -1;
       limit[size_t(b * s.Q + i)] = int32_t(random.below(8));
     }
+    for (int64_t i = 0; i < s.K; ++i) {
+      const int64_t slot = s.shift + (first + 5 * i) % S;
+      k_slots[size_t(b * s.K + i)] = i % 6 == 4 ? -1 : int32_t(slot);
+    }
     if (s.twice) slots[size_t(b * s.Q + s.Q - 1)] = slots[size_t(b * s.Q)];
     for (int64_t j = 0; j < s.S; ++j) order[size_t(b * s.S + j)] = int32_t(random.below(10));
     origin[size_t(b)] = int32_t(s.shift + random.below(7));
@@ -206,12 +222,15 @@ struct AttentionCase {
     }
   }
 
-  // NaN and both infinities in a V row that is written, or is the last of all.
+  // NaN and both infinities in a V row that is written, or is the last of all; where queries see
+  // some of the new rows, NaN in a column of each.
   void spoil() {
     for (int64_t b = 0; b < s.B; ++b) {
-      T* row = s.fresh ? &v_new[at(p.v_new_stride, b, s.Q - 1, 0)]
+      T* row = s.fresh ? &v_new[at(p.v_new_stride, b, new_rows() - 1, 0)]
                        : &v_cache[at(p.v_cache_stride, p.cache_row(b), s.S - 1, 0)];
       row[0] = number(NAN), row[s.D - 1] = number(INFINITY), row[s.D / 2] = number(-INFINITY);
+      for (int64_t i = 0; s.hides && i < new_rows(); ++i)
+        v_new[at(p.v_new_stride, b, i, 0) + size_t(i % s.D)] = number(NAN);
     }
   }
 
@@ -219,10 +238,8 @@ struct AttentionCase {
     for (int64_t b = 0; b < s.B; ++b) {
       for (int64_t slot = 0; p.is_used(b) && slot < s.S; ++slot) {
         bool seen = false, written = false;
-        for (int64_t i = 0; i < s.Q; ++i) {
-          seen |= sees(b, i, slot);
-          written |= s.fresh && slots[size_t(b * s.Q + i)] == slot;
-        }
+        for (int64_t i = 0; i < s.Q; ++i) seen |= sees(b, i, slot);
+        for (int64_t i = 0; i < p.K; ++i) written |= s.fresh && p.new_slot_of(b, i) == slot;
         for (int64_t g = 0; (!seen || written) && g < s.G; ++g) {
           spoil(&k_cache[at(p.k_cache_stride, p.cache_row(b), slot, g)]);
           spoil(&v_cache[at(p.v_cache_stride, p.cache_row(b), slot, g)]);
@@ -240,8 +257,8 @@ struct AttentionCase {
     k_expected.assign(k_cache.begin(), k_cache.end());
     v_expected.assign(v_cache.begin(), v_cache.end());
     for (int64_t b = 0; s.fresh && b < s.B; ++b) {
-      for (int64_t i = 0; i < s.Q; ++i) {
-        const int64_t slot = p.slot_of(b, i);
+      for (int64_t i = 0; i < p.K; ++i) {
+        const int64_t slot = p.new_slot_of(b, i);
         if (slot < 0) continue;
         for (int64_t g = 0; g < s.G; ++g) {
           std::copy_n(&k_new[at(p.k_new_stride, b, i, g)], s.D,

@@ -38,6 +38,12 @@ std::string attempt(const Kernels& kernels) {
        false},
       {{.B = 1, .Q = 90, .S = 150, .H = 1, .G = 1}, kWide, false},
       {{.B = 1, .Q = 40, .S = 50, .H = 1, .G = 1, .twice = true}, kNarrow, false},
+      {{.B = 2, .Q = 40, .S = 90, .H = 2, .G = 1, .infinite = true, .shift = 7, .K = 50, .hides = true},
+       kNarrow,
+       false},
+      {{.B = 1, .Q = 90, .S = 150, .H = 1, .G = 1, .infinite = true, .shift = 7, .K = 70, .hides = true},
+       kWide,
+       false},
       {{.B = 1, .Q = 1, .S = 1030, .H = 1, .G = 1}, kNarrow, false},
       {{.B = 1, .Q = 1, .S = 600, .H = 1, .G = 1}, kNarrow, true},
       {{.B = 1, .Q = 513, .S = 520, .H = 1, .G = 1, .D = 8, .mode = Shape::kWindow, .twice = true},
@@ -56,7 +62,8 @@ std::string attempt(const Kernels& kernels) {
                    .G = 1,
                    .D = 32,
                    .mode = Shape::kCausal,
-                   .infinite = true};
+                   .infinite = true,
+                   .hides = true};
   return attempt_as<float>(kernels.fp32, fp32, kNarrow, false, ++seed);
 }
 

@@ -1,13 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoding programs: which columns each step forwards, which it decides, and where each row goes from there."""
 
-from ..rules import Pipeline, Reordered, Rule, SelfSpeculative, Strided, VariableLength
+from ..rules import (
+    ContinuousRule,
+    Pipeline,
+    Reordered,
+    Rule,
+    SelfSpeculative,
+    SimplexDenoising,
+    Strided,
+    VariableLength,
+)
 from .base import Program as Program
 from .base import Task as Task
 from .base import run as run
 from .blocks import BlockAfterBlock
+from .continuous import ContinuousProgram
 from .pipelined import PipelinedProgram
 from .reordered import ReorderedProgram
+from .simplex import SimplexProgram
 from .speculative import SpeculativeProgram
 from .strided import StridedProgram
 from .variable import VariableProgram
@@ -15,6 +26,7 @@ from .variable import VariableProgram
 #: the programs of the rules that are not decoded block after block
 PROGRAMS: dict[type[Rule], type[Program]] = {
     Strided: StridedProgram, SelfSpeculative: SpeculativeProgram, Reordered: ReorderedProgram,
+    SimplexDenoising: SimplexProgram, ContinuousRule: ContinuousProgram,
     Pipeline: PipelinedProgram, VariableLength: VariableProgram,
 }  # fmt: skip
 

@@ -10,20 +10,25 @@ time, and can be replayed as such.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...models.adapt import DiffusionModel
+from ...window import TokenWindow
 from ..config import DecodingConfig, SpecialTokens
+from ..constrained import Constrained
 from ..outcome import Unfinished, output_of
 from ..output import DecodingOutput
 from ..parameters import with_parameters
 from ..poll import OpenCount
 from ..propose import Proposer
+from ..rules import Action
 from ..schedule import Grid
+from ..standing import Standing
 from ..state import State, put
 from ..step import Step
 from ..streaming import Stream
@@ -59,7 +64,12 @@ class Program:
         self.config = with_parameters(task.config, task.state.parameters)
         self.rule, self.grid, self.start, self.end = self.config.rule, task.grid, task.start, task.end
         self.propose = Proposer(self.model, self.state, self.config, self.special)
-        self.unfinished = Unfinished(self.state, self.rule)
+        self.constrained = Constrained(
+            self.config.constraint, self.rule, self.state, self.start, self.end, self.special.mask
+        )  # fmt: skip
+        self.unfinished = Unfinished(self.state, self.rule, self.constrained)
+        #: after so many forwards what is open stays so; what a constraint has kept open gets forwards of its own
+        self.most_forwards = (self.end - self.start) * (2 if self.constrained.may_leave_open else 1)
         #: what the rule keeps from step to step
         self.memory: dict[str, Tensor] = {}
 
@@ -92,6 +102,28 @@ class Program:
     def step(self, form: Any) -> Tensor:
         """Plan, forward, propose, select, write, advance; what there is to report, int32 `[n]`."""
         raise NotImplementedError
+
+    def decide(
+        self, logits: Tensor, window: TokenWindow, standing: Standing, act: Callable[[Step], Action],
+        row_map: Tensor | None = None, first_alone: bool = False,
+    ) -> tuple[Step, Action]:  # fmt: skip
+        """The step that these logits `[R or 2R, V]` make, and what `act` does of it, as far as a constraint accepts it.
+
+        `first_alone`: of what a constraint has kept open, a window's first slot alone may be decided by itself.
+        """
+        constrained = self.constrained
+        step = self.propose.step(
+            logits, window, standing, row_map, allowed=constrained.allowed(window, logits.shape[1])
+        )  # fmt: skip
+        if first_alone:
+            step = replace(step, eligible=step.used & (step.used.cumsum(1) == 1))
+        step, action = constrained.act(step, None, act)
+        self.unfinished.see(step)
+        return step, action
+
+    def still_open(self, info: Tensor) -> Tensor:
+        """Open positions int32 `[S]` by the info of `ops.remask_`, 0 where a constraint accepts nothing more."""
+        return info[:, 1].masked_fill(self.constrained.is_stuck, 0)
 
     def commit(
         self, positions: Tensor, tokens: Tensor, chosen: Tensor, confidence: Tensor, fills: bool = True

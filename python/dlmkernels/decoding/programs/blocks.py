@@ -16,8 +16,6 @@ from torch import Tensor
 from ... import ops
 from ...window import Rows, TokenWindow
 from ..block_forward import BlockForward
-from ..constrained import Constrained
-from ..outcome import Unfinished
 from ..rules import Action
 from ..schedule import plan_blocks
 from ..standing import Standing
@@ -41,8 +39,6 @@ class BlockAfterBlock(Program):
         self.forward = BlockForward(
             self.model, state, config, self.special, self.grid, task.prompt_embeds, rows_change=task.rows_change
         )  # fmt: skip
-        self.constrained = Constrained(config.constraint, rule, state, self.start, self.end, self.special.mask)
-        self.unfinished = Unfinished(state, rule, self.constrained)
         self.reads_open = rule.slots == "open"
         #: whether rows enter their blocks together, so that the host knows which one they are in
         self.together = not task.rows_change and (rows == 1 or config.cache != "none" or self.forward.commits_apart)
@@ -121,6 +117,11 @@ class BlockAfterBlock(Program):
                 raise ValueError(f"{name} draws from the vocabulary, whose size the model does not say")
             self.state.renoise(self.model.vocab_size)
         self.forward.begin()
+        if self.forward.rows_change and self.forward.cache is not None and not self.forward.takes_rows:
+            raise ValueError(
+                f"cache='{self.config.cache}' cannot be used where requests come and go with a model whose rotary "
+                "embedding depends on their lengths; use cache='none'"
+            )
         self.forms.begin(len(self._works))
         self.row_forms.begin(self.grid.ends.tolist())
         self.plan.begin()

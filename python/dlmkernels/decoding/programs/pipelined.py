@@ -9,7 +9,7 @@ from torch import Tensor
 from ...window import TokenWindow
 from ..config import DecodingConfig
 from ..forward import Forward, rows_at
-from ..rules import EntropyPipeline, Pipeline
+from ..rules import Action, EntropyPipeline, Pipeline
 from ..schedule import Grid
 from ..standing import Standing
 from ..state import State
@@ -43,7 +43,7 @@ class PipelinedProgram(Program):
 
     def form(self, report: tuple[int, ...], behind: int) -> tuple[int, int] | None:
         rows, capacity = report
-        if capacity == 0 or self.taken == self.blocks.width:
+        if capacity == 0 or self.taken == self.most_forwards:
             return None
         self.taken += 1
         # A report that is late may lack a block for each step it is behind; and not know of a prefix to be renewed.
@@ -58,6 +58,7 @@ class PipelinedProgram(Program):
         self.taken = 0
         self.forward.begin()
         self.blocks.begin()
+        self.constrained.enter(torch.ones_like(self.state.origin, dtype=torch.bool))
         if self.config.attention == "block":
             self.reach.copy_(self.blocks.end)
         if self.config.cache == "block":
@@ -71,7 +72,8 @@ class PipelinedProgram(Program):
         state, blocks, first, reach = self.state, self.blocks, self.first, self.reach
         context = blocks.context
         columns = first[:, None] + torch.arange(rows, dtype=torch.int32, device=first.device)
-        used = (columns < reach[:, None]) & state.is_open.any(1, keepdim=True)
+        works = state.is_open.any(1) & ~self.constrained.is_stuck
+        used = (columns < reach[:, None]) & works[:, None]
         seen = reach.clamp(max=rows) if self.config.cache == "none" else reach
         hidden = self.forward.at(columns, seen, used, **self.visibility)
         # The row before the first forwarded one comes from the cached part; without one the first stands for it.
@@ -80,13 +82,14 @@ class PipelinedProgram(Program):
             has_context = (first > state.origin)[:, None, None]
             head = head if self.carried is None else torch.where(has_context, self.carried, head)
         hidden = torch.cat((head, hidden), 1)
-        window = blocks.window(capacity)
+        window = blocks.window(capacity, works)
         row = window.positions - first[:, None] + (0 if self.forward.shift else 1)
         logits = self.model.logits(rows_at(hidden, row).flatten(0, 1))
-        step = self.propose.step(logits, window, self.standing)
-        self.unfinished.see(step)
-        chosen = self.pipeline.select_by_block(step, blocks.is_active)
-        info = self.commit(window.positions, step.token, chosen, step.confidence)
+        step, action = self.decide(
+            logits, window, self.standing, lambda step: Action(self.pipeline.select_by_block(step, blocks.is_active))
+        )
+        assert action.commit is not None
+        info = self.commit(window.positions, step.token, action.commit, step.confidence)
         if self.config.cache == "block":
             self._carry(rows_at(hidden, (context - first)[:, None]))
             first.copy_(context)
@@ -98,8 +101,8 @@ class PipelinedProgram(Program):
             reach.copy_(blocks.end)
         if self.prefix is not None:
             first.copy_(self.prefix.advance(blocks.context))
-        has_open = blocks.num_open > 0
-        return torch.stack((((reach - first) * has_open).amax(), blocks.num_open.amax()))
+        num_open = blocks.num_open.masked_fill(self.constrained.is_stuck, 0)
+        return torch.stack((((reach - first) * (num_open > 0)).amax(), num_open.amax()))
 
     def _carry(self, hidden: Tensor) -> None:
         if self.carried is None:
@@ -158,10 +161,10 @@ class Blocks:
         """Blocks after one that is decided to the share that it takes, bool `[B, N]`; the prompt is decided."""
         return torch.nn.functional.pad(self._share[:, :-1] >= self.rule.activate_at, (1, 0), value=True)
 
-    def window(self, capacity: int) -> TokenWindow:
-        """The open positions of the opened blocks, of which no row has more than `capacity`."""
+    def window(self, capacity: int, works: Tensor) -> TokenWindow:
+        """The open positions of the opened blocks, no more than `capacity`, in the rows bool `[B]` that work."""
         window = self.canvas.window(self.columns, capacity)
-        positions = torch.where(window.positions < self.end[:, None], window.positions, -1)
+        positions = window.positions.masked_fill((window.positions >= self.end[:, None]) | ~works[:, None], -1)
         return TokenWindow(positions, window.origin)
 
     def advance(self, may_open: Tensor) -> None:

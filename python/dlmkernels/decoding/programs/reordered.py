@@ -35,7 +35,7 @@ class ReorderedProgram(Program):
         self.final = torch.zeros_like(self.state.origin)
 
     def form(self, report: tuple[int, ...], behind: int) -> int | None:
-        if report[1] == 0 or self.taken == self.end - self.start:
+        if report[1] == 0 or self.taken == self.most_forwards:
             return None
         self.taken += 1
         return self.start + self.width if self.taken == 1 else 2 * self.width
@@ -44,12 +44,13 @@ class ReorderedProgram(Program):
         self.taken = 0
         self.forward.begin()
         self.final.fill_(0)
+        self.constrained.enter(torch.ones_like(self.state.origin, dtype=torch.bool))
         return self.state.is_open.sum(1, dtype=torch.int32).amax().expand(2)
 
     def step(self, form: int) -> Tensor:
         state, final, width = self.state, self.final, self.width
         is_open = state.is_open
-        any_open = is_open.any(1)
+        any_open = is_open.any(1) & ~self.constrained.is_stuck
         first = torch.where(any_open, is_open.int().argmax(1), self.end).int()
         columns = final[:, None] + torch.arange(form, dtype=torch.int32, device=final.device)
         used = (columns < first[:, None] + width) & any_open[:, None]
@@ -58,10 +59,9 @@ class ReorderedProgram(Program):
         hidden = self.forward.at(columns, self.forward.ends, used, q_limit=limit, k_order=order)
         window = state.window(state.columns(first, width), width)
         picked = rows_at(hidden, window.positions - final[:, None]).flatten(0, 1)
-        step = self.propose.step(
-            self.model.logits(picked), window, Standing.in_one_block(first, width, state.step)
-        )  # fmt: skip
-        self.unfinished.see(step)
-        info = self.commit(window.positions, step.token, self.rule.select(step), step.confidence)
+        standing = Standing.in_one_block(first, width, state.step)
+        step, action = self.decide(self.model.logits(picked), window, standing, self.rule.act)
+        assert action.commit is not None
+        info = self.commit(window.positions, step.token, action.commit, step.confidence)
         final.copy_(first)
-        return info[:, 1].amax().expand(2)
+        return self.still_open(info).amax().expand(2)

@@ -96,7 +96,8 @@ class RowForms:
 
     def _form(self, phase: int, rows: list[int], num_open: int, pending: int) -> Form:
         count, self._was_special = len(self.ends), phase != self.usual
-        taking = min(1 << (len(rows) - 1).bit_length(), count) if self.may_be_few else count
+        may_be_few = self.may_be_few and self.forward.takes_rows
+        taking = min(1 << (len(rows) - 1).bit_length(), count) if may_be_few else count
         # What is not known yet of rows that have come into the phase may be as much as there can be.
         head = taking * self.slots if self._sent else min(num_open, count * self.slots)
         is_limited = any(self._taken[row] >= self.least_steps for row in rows)

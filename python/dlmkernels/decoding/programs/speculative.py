@@ -12,6 +12,9 @@ from ... import ops
 from ...window import TokenWindow
 from ..config import DecodingConfig
 from ..forward import Forward
+from ..rules import Action
+from ..standing import Standing
+from ..step import Step
 from .base import Program, Task
 
 
@@ -31,7 +34,7 @@ class SpeculativeProgram(Program):
         self.offset = torch.arange(self.grid.length, dtype=torch.int32, device=device)
 
     def form(self, report: tuple[int, ...], behind: int) -> bool | None:
-        if report[1] == 0 or self.taken == self.end - self.start:
+        if report[1] == 0 or self.taken == self.most_forwards:
             return None
         self.taken += 1
         return True
@@ -41,17 +44,21 @@ class SpeculativeProgram(Program):
         self.taken = 0
         self.forward.begin()
         self.last.fill_(self.start)
+        self.constrained.enter(torch.ones_like(self.last, dtype=torch.bool))
         columns = torch.arange(self.start, dtype=torch.int32, device=self.last.device).expand(len(self.last), -1)
         hidden = self.forward.at(columns, self.last, causal_block=1)
         window = TokenWindow(self.last[:, None].clone(), self.state.origin)
-        stats = self.propose(self.model.logits(hidden[:, -1]), window)
-        token = stats.token[:, None]
-        info = self.commit(window.positions, token, token >= 0, stats.confidence[:, None])
-        return info[:, 1].amax().expand(2)
+        standing = Standing.in_one_block(self.last, 1, self.state.step)
+        step, action = self.decide(
+            self.model.logits(hidden[:, -1]), window, standing, lambda step: Action(step.token >= 0)
+        )  # fmt: skip
+        assert action.commit is not None
+        info = self.commit(window.positions, step.token, action.commit, step.confidence)
+        return self.still_open(info).amax().expand(2)
 
     def step(self, form: bool) -> Tensor:
         state, last, mask = self.state, self.last, self.special.mask
-        working = state.is_open.any(1)
+        working = state.is_open.any(1) & ~self.constrained.is_stuck
         columns, next_columns = last[:, None] + self.offset, last[:, None] + 1 + self.offset
         block_end = torch.minimum(last + self.grid.length, self.forward.ends)
         block: dict[str, Any] = {"columns": columns, "end": block_end, "used": working[:, None].expand_as(columns)}
@@ -67,13 +74,22 @@ class SpeculativeProgram(Program):
 
         hidden = self.forward.at(**block, tokens=tokens, causal_block=1)
         # of the same step as the drafts: where something is drawn, from the same noise
-        stats = self.propose(self.model.logits(hidden.flatten(0, 1)), window)
-        verified = ops.verify_drafts(drafts, stats.token.view(len(last), -1))
+        standing = Standing.in_one_block(last + 1, self.grid.length, state.step)
+        step, action = self.decide(
+            self.model.logits(hidden.flatten(0, 1)), window, standing, lambda step: Action(verified(step, drafts)),
+            first_alone=True,
+        )  # fmt: skip
         state.step.add_(working)
-        chosen = (verified.tokens >= 0) & is_next
-        info = self.commit(window.positions, verified.tokens, chosen, stats.confidence.view(len(last), -1))
+        assert action.commit is not None
+        chosen = action.commit.cumprod(1).bool()
+        info = self.commit(window.positions, step.token, chosen, step.confidence)
         last.add_(chosen.sum(1, dtype=torch.int32))
-        return info[:, 1].amax().expand(2)
+        return self.still_open(info).amax().expand(2)
+
+
+def verified(step: Step, drafts: Tensor) -> Tensor:
+    """The step's tokens, bool `[B, W + 1]`, up to the first that the draft int64 `[B, W]` in its place is not."""
+    return (ops.verify_drafts(drafts, step.token.contiguous()).tokens >= 0) & step.used
 
 
 def _check(config: DecodingConfig, block_length: int) -> None:

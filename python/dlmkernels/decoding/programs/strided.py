@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from ... import ops
+from ...window import TokenWindow
 from ..config import DecodingConfig
 from ..forward import Forward
 from ..propose import Proposer
-from ..rules import Strided
+from ..rules import Action, Strided
+from ..standing import Standing
 from ..state import State
 from .base import Program, Task
+from .speculative import verified
 
 
 class StridedProgram(Program):
@@ -38,6 +41,10 @@ class StridedProgram(Program):
             raise ValueError(
                 "logit_bias cannot be used with rule Strided where drafts are tested by a ratio (leniency)"
             )
+        if config.constraint is not None and rule.leniency is not None and self.propose.samples:
+            raise ValueError(
+                "constraint cannot be used with rule Strided where drafts are tested by a ratio (leniency)"
+            )
         self.stride = rule.stride
         self.forward = Forward(self.model, state, config, self.special, self.grid, task.prompt_embeds)
         self.verify = Verifier(state, config, self.propose)
@@ -49,7 +56,7 @@ class StridedProgram(Program):
         self.prompt = torch.arange(self.start - 1, dtype=torch.int32, device=device).expand(batch, -1)
 
     def form(self, report: tuple[int, ...], behind: int) -> int | None:
-        if report[1] == 0 or self.taken == self.end - self.start:
+        if report[1] == 0 or self.taken == self.most_forwards:
             return None
         self.taken += 1
         return self.start - 1 if self.taken == 1 else 0
@@ -59,6 +66,7 @@ class StridedProgram(Program):
         self.forward.begin()
         self.last.fill_(self.start - 1)
         self.drafts.fill_(-1)
+        self.constrained.enter(torch.ones_like(self.last, dtype=torch.bool))
         return self.state.is_open.sum(1, dtype=torch.int32).amax().expand(2)
 
     def step(self, form: int) -> Tensor:
@@ -70,23 +78,44 @@ class StridedProgram(Program):
         tokens[:, 0] = state.tokens.gather(1, inside[:, :1])[:, 0]
         is_draft = offset[: stride - 1] < drafted[:, None]
         tokens[:, 1:stride] = torch.where(is_draft, self.drafts, self.special.mask)
-        used = (offset < stride + drafted[:, None]) & state.is_open.any(1, keepdim=True)
+        works = state.is_open.any(1) & ~self.constrained.is_stuck
+        used = (offset < stride + drafted[:, None]) & works[:, None]
         columns = last[:, None] + offset
         if form:
             columns = torch.cat((self.prompt, columns), 1)
             tokens = torch.cat((state.tokens[:, :form], tokens), 1)
             used = torch.cat((used[:, :1].expand(-1, form), used), 1)
         hidden = self.forward.at(columns, self.forward.ends, used, tokens, causal_block=1)[:, form:]
-        accepted, token, p, next_drafts = self.verify(self.model.logits(hidden), self.drafts, drafted, last)
-        count = accepted + 1
+        logits = self.model.logits(hidden)
+        accepted, token, p, next_drafts = self.verify(logits, self.drafts, drafted, last)
         window = last[:, None] + 1 + offset[:stride]
         is_open = state.is_open.gather(1, window.clamp(max=state.tokens.shape[1] - 1).long())
-        is_new = (offset[:stride] < count[:, None]) & is_open & (window < self.end)
+        may_come = is_open & (window < self.end) & works[:, None]
+        if self.constrained.constraint is not None:
+            token, p, accepted = self._constrained(logits, torch.where(may_come, window, -1), drafted)
+        count = accepted + 1
+        is_new = (offset[:stride] < count[:, None]) & may_come
         info = self.commit(torch.where(is_new, window, -1), token, is_new, p)
         # The masks stood behind all drafts: what they draft follows if none was rejected.
         self.drafts.copy_(torch.where((accepted == drafted)[:, None], next_drafts, -1))
         last.add_(count).clamp_(max=self.end - 1)
-        return info[:, 1].amax().expand(2)
+        return self.still_open(info).amax().expand(2)
+
+    def _constrained(self, logits: Tensor, window: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens int64 and probabilities float32 `[S, stride]` at the `window` int32 `[S, stride]`, by a constraint.
+
+        And how many of them follow one another, less one, int32 `[S]`.
+        """
+        state, stride = self.state, self.stride
+        has_row = self.offset[:stride] <= drafted[:, None]
+        positions = TokenWindow(torch.where(has_row, window, -1), state.origin)
+        rows = logits.shape[1] * torch.arange(len(window), dtype=torch.int32, device=window.device)[:, None]
+        step, action = self.decide(
+            logits.flatten(0, 1), positions, Standing.in_one_block(self.last + 1, stride, state.step),
+            lambda step: Action(verified(step, self.drafts)), (rows + self.offset[:stride]).flatten(), first_alone=True,
+        )  # fmt: skip
+        assert action.commit is not None
+        return step.token, step.confidence, action.commit.cumprod(1).sum(1, dtype=torch.int32) - 1
 
 
 class Verifier:

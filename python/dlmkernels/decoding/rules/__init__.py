@@ -15,6 +15,7 @@ from .confidence import (
     Threshold,
     TimeQuota,
 )
+from .continuous import ContinuousRule, EmbeddingFlow, LearnedNoise, SimplexDenoising, VectorDenoising
 from .drafting import Reordered, SelfSpeculative, Strided
 from .history import CreditThreshold, EarlyAnswer, SmoothedThreshold, StableThreshold
 from .length import Expanding, Lengthening, VariableLength
@@ -31,10 +32,11 @@ from .revision import (
 from .splitting import SplitEditing
 
 __all__ = [
-    "Action", "Ancestral", "AncestralRemask", "Backtracking", "CreditThreshold", "DilatedSchedule",
-    "DynamicThreshold", "EarlyAnswer", "EntropyBound", "EntropyPipeline", "EntropySum", "Expanding", "Factor",
-    "HierarchicalThreshold", "Lengthening", "LocalThreshold", "PathPlanning", "Pipeline", "PredictorCorrector",
-    "Quota", "RenoisedEntropyBound", "Reordered", "Rule", "RunEditing", "ScoreAncestral", "SelfSpeculative",
-    "SmoothedThreshold", "SplitEditing", "StableThreshold", "Strided", "Threshold", "TimeQuota", "TokenEditing",
-    "UniformState", "VariableLength", "WideInNarrowOut",
+    "Action", "Ancestral", "AncestralRemask", "Backtracking", "ContinuousRule", "CreditThreshold",
+    "DilatedSchedule", "DynamicThreshold", "EarlyAnswer", "EmbeddingFlow", "EntropyBound", "EntropyPipeline",
+    "EntropySum", "Expanding", "Factor", "HierarchicalThreshold", "LearnedNoise", "Lengthening", "LocalThreshold",
+    "PathPlanning", "Pipeline", "PredictorCorrector", "Quota", "RenoisedEntropyBound", "Reordered", "Rule",
+    "RunEditing", "ScoreAncestral", "SelfSpeculative", "SimplexDenoising", "SmoothedThreshold", "SplitEditing",
+    "StableThreshold", "Strided", "Threshold", "TimeQuota", "TokenEditing", "UniformState", "VariableLength",
+    "VectorDenoising", "WideInNarrowOut",
 ]  # fmt: skip

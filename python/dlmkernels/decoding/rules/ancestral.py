@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -81,6 +81,9 @@ class TimeGrid(Rule):
         t, s = (1 - (1 - self.eps) * i / intervals for i in (index, index + 1))
         return round(t, 12), round(max(s, self.eps), 12)
 
+    def time(self, index: int, num_steps: int) -> float:
+        return self.times(index, num_steps)[0]
+
 
 @dataclass(frozen=True)
 class Ancestral(TimeGrid):
@@ -140,14 +143,21 @@ class UniformState(TimeGrid):
     posterior is a mixture: it stays with probability ``(a V p + a / b - a) / Z``, takes a sample of the model's
     distribution with ``(b - a) / Z``, and a uniform token with ``(1 - a / b)(1 - b) / Z``. The last forward takes the
     likeliest tokens; without `denoise`, the last interval ends without noise.
+
+    Attributes
+    ----------
+    draw_last : bool
+        With `denoise`: the last forward draws, too, from the posterior of a last step that ends without noise (Duo's
+        "ancestral" end; its distilled models have the other, "greedy").
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"p_current"})
     slots: ClassVar[str] = "block"
     noise: ClassVar[str] = "uniform"
-    limits: ClassVar[Mapping[str, Check]] = {**TimeGrid.limits, "noise_eps": SHARE}
+    limits: ClassVar[Mapping[str, Check]] = {**TimeGrid.limits, "noise_eps": SHARE, "draw_last": flag}
 
     noise_eps: float = 1e-3
+    draw_last: bool = field(default=False, kw_only=True)
 
     def act(self, step: Step) -> Action:
         is_last = self.is_last(step)
@@ -162,7 +172,7 @@ class UniformState(TimeGrid):
         token = torch.where(drawn, step.token, step.current)
         confidence = torch.where(drawn, step.confidence, step.p_current)
         commit, edit = (drawn | is_last) & step.is_open, drawn & step.decided
-        if self.denoise:
+        if self.denoise and not self.draw_last:
             edit, renoise = torch.where(is_last, step.decided, edit), renoise & ~is_last
             token = torch.where(is_last, step.argmax, token)
             confidence = torch.where(is_last, step.argmax_confidence, confidence)
@@ -181,6 +191,11 @@ class UniformState(TimeGrid):
     def alpha(self, t: float) -> float:
         """Share of tokens that the forward process leaves at time t."""
         return 1 - (1 - self.noise_eps) * t
+
+    def time(self, index: int, num_steps: int) -> float:
+        """The time at which the log-linear process has the step's alpha."""
+        t = super().time(index, num_steps)
+        return t if self.noise_eps == 1 else (1 - self.alpha(t)) / (1 - self.noise_eps)
 
     def posterior_share(self, t: float, a: float, b: float) -> float:
         """Share of the posterior in the step from alpha a, at time t, to alpha b; the rest is the corrector's."""

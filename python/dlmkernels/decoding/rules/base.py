@@ -140,6 +140,10 @@ class Rule:
         """Sampling temperature of step `index`; None: the configured one."""
         return None
 
+    def time(self, index: int, num_steps: int) -> float | None:
+        """Diffusion time of step `index`, from 1 (noise) to 0, of rules that walk a time grid; None of the others."""
+        return None
+
 
 def row_sum(values: Tensor, where: Tensor) -> Tensor:
     """Sum of the chosen non-negative values of each row, float64 `[B]`.

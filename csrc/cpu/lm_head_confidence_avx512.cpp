@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/simd_avx512.h"
+#define DLM_NAMESPACE avx512
+#include "cpu/lm_head_confidence_vectors.h"
+
+namespace dlm::cpu::avx512 {
+
+LmHeadKernels lm_head_confidence(DType dtype) { return kernels_for(dtype); }
+
+}  // namespace dlm::cpu::avx512

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bounds on the log-likelihoods of continuous models.
+
+An answer is embedded as x, and the least noise is put on it: ``z = alpha x + sigma n`` at gamma_0. In the mean over
+that noise ``ln p(answer) >= ln p(answer | z) + ln p(z) - ln q(z | answer)``. The first term is the model's; the classes
+below have the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.adapt import DiffusionModel
+from ..reference import normals, uniforms
+from ..window import AttentionWindow
+from .config import DecodingConfig, SpecialTokens
+from .forward import Forward
+from .rules.continuous import signal
+from .schedule import Grid
+from .state import State
+
+#: Ends of the quantiles of gamma.
+EPS = 1e-5
+
+
+class VectorBound:
+    """Base: what a model says of noisy answers. The arguments are those of `bounds.Bound`."""
+
+    def __init__(
+        self, model: DiffusionModel, config: DecodingConfig, special: SpecialTokens, tokens: Tensor, origin: Tensor,
+        start: int, lengths: Tensor, seeds: Tensor,
+    ):  # fmt: skip
+        timed: Any = model
+        self.model = timed
+        self.tokens, self.start, self.seeds = tokens, start, seeds
+        self.origin, ends = origin.int(), (start + lengths).int()
+        columns = torch.arange(tokens.shape[1], device=tokens.device)
+        self.position = columns - self.origin[:, None]
+        self.in_answer = ((columns >= start) & (columns < ends[:, None]))[..., None]
+        grid = Grid.of(config, self.origin, start, tokens.shape[1], grows=False)
+        state = State.of(tokens, self.in_answer[..., 0], self.origin, ends)
+        self.forward = Forward(model, state, config, special, grid, ends=ends)
+        self.forward.begin()
+        self.kv_range = torch.stack((self.origin, ends), 1)
+        self.table: Tensor = self.model.latent_table()
+        self.embedded = self.table[tokens]
+        self.drawn = 0
+
+    def _normals(self) -> Tensor:
+        """The next normal numbers, float32 `[B, T, width]`."""
+        step = torch.full_like(self.position, self.drawn)
+        self.drawn += 1
+        return normals(self.seeds[:, None], self.position, step, self.table.shape[1])
+
+    def _log_probability(self, y: Tensor, gamma: Tensor) -> Tensor:
+        """ln p(token | z) `[B, T]` of z = sigma y at gamma."""
+        with torch.no_grad():
+            z = y * signal(-gamma).float()
+            logits = self._logits(z, gamma, self._opinion(z, gamma))
+            return logits.double().log_softmax(-1).gather(-1, self.tokens[..., None])[..., 0]
+
+    def _opinion(self, z: Tensor, gamma: Tensor) -> Tensor | None:
+        """With self-conditioning: what a forward without it says."""
+        if not getattr(self.model.config, "self_conditioning", True):
+            return None
+        with torch.no_grad():
+            return self._logits(z, gamma, None).float().softmax(-1) @ self.table
+
+    def _logits(self, z: Tensor, gamma: Tensor, opinion: Tensor | None) -> Tensor:
+        forward = self.forward
+        window = AttentionWindow(forward.slots.contiguous(), self.kv_range, rotations=forward.rotations)
+        level = gamma.float().expand(len(z)).contiguous()
+        hidden = self.model.hidden(self.tokens, forward.positions, window, z, opinion, level=level)
+        return self.model.logits(hidden)
+
+
+class FlowBound(VectorBound):
+    """LangFlow's: by how its probability flow stretches space (arXiv:2604.11748).
+
+    The flow brings z to pure noise, whose density is known; on the way ln p changes by the divergence of the flow. With
+    ``y = z / sigma`` and ``s = alpha / sigma`` the flow is ``dy / ds = x``, x being the mean embedding that the model
+    says. The divergence is estimated with one random vector u at each point (Hutchinson's estimator: the mean of ``u' J
+    u`` is the trace of J). As in the published program, the self-conditioning counts as given there.
+
+    Parameters
+    ----------
+    steps : int
+        Of the integration, by Heun's method: two evaluations each, at steps + 1 evenly spaced quantiles of gamma.
+    """
+
+    def __init__(self, *args: Any, steps: int = 128):
+        super().__init__(*args)
+        self.steps = steps
+        q = torch.linspace(0.0, 1.0, steps + 1, device=self.tokens.device).clamp(EPS, 1 - EPS)
+        gamma = self.model.gamma(q.double())
+        #: alpha / sigma at each end of a step, and gamma_0
+        self.ratio, self.least = torch.exp(-0.5 * gamma), gamma[0]
+
+    def samples(self, count: int) -> Iterator[Tensor]:
+        """Contributions to ln p of every token of the answers, float64 `[B, L]`, of `count` samples."""
+        for sample in range(count):
+            yield self.sample(sample * (2 * self.steps + 1))[:, self.start :]
+
+    def sample(self, first: int) -> Tensor:
+        """One sample, float64 `[B, T]`, with random numbers of the steps from `first` on."""
+        self.drawn = first
+        self.noise = self._normals()
+        y = self.ratio[0].float() * self.embedded + self.noise
+        total = self._log_probability(y, self.least) + self._flow(y)
+        return total.masked_fill(~self.in_answer[..., 0], 0.0)
+
+    def _flow(self, y: Tensor) -> Tensor:
+        """ln p(z) - ln q(z | answer) `[B, T]`: what the flow changes, and the noise that y becomes."""
+        change = torch.zeros(y.shape[:2], dtype=torch.float64, device=y.device)
+        for here, there in zip(self.ratio, self.ratio[1:]):
+            width = (there - here).float()
+            x, divergence = self._at(y, here)
+            x_there, divergence_there = self._at(self._placed(y + width * x, there), there)
+            y = self._placed(y + width / 2 * (x + x_there), there)
+            change += width.double() / 2 * (divergence + divergence_there)
+        return change - (0.5 * y.double() ** 2 - 0.5).sum(-1)
+
+    def _placed(self, y: Tensor, ratio: Tensor) -> Tensor:
+        """y with what is given at its own place on the way, which is known."""
+        return torch.where(self.in_answer, y, ratio.float() * self.embedded + self.noise)
+
+    def _at(self, y: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """The flow `[B, T, width]` at y, and an estimate of its divergence, token by token, float64 `[B, T]`."""
+        gamma = -2 * ratio.log()
+        spread = signal(-gamma).float()
+        u = self._normals() * self.in_answer
+        z = y * spread
+        opinion = self._opinion(z, gamma)
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            x = self._logits(z, gamma, opinion).float().softmax(-1) @ self.table
+            (gradient,) = torch.autograd.grad((u * x).sum(), z)
+        return x.detach(), (u * gradient).double().sum(-1) * spread.double()
+
+
+class NoiseBound(VectorBound):
+    """Plaid's: the bound of variational diffusion (Kingma et al., arXiv:2107.00630) at a random time.
+
+    ``ln p(z) - ln q(z | answer)`` is at least minus the divergence of the last noisy vectors from pure noise, and minus
+    ``-SNR'(t) |x - x(t)|^2 / 2`` in the mean over times t, where SNR = exp(-gamma) and x(t) is what the model says.
+    """
+
+    def samples(self, count: int) -> Iterator[Tensor]:
+        """Contributions to ln p of every token of the answers, float64 `[B, L]`, of `count` samples."""
+        for sample in range(count):
+            self.drawn = 2 * sample
+            yield self._sample(sample, count)[:, self.start :].masked_fill(~self.in_answer[:, self.start :, 0], 0.0)
+
+    def _sample(self, sample: int, count: int) -> Tensor:
+        """One sample, float64 `[B, T]`; the times of a request's samples are spread evenly."""
+        zero = torch.zeros_like(self.seeds)
+        time = (sample + uniforms(self.seeds, zero, zero + sample, "time", zero)) / count
+        with torch.enable_grad():
+            time = time.requires_grad_()
+            gamma = self.model.gamma(time)
+            (slope,) = torch.autograd.grad(gamma.sum(), time)
+        gamma = gamma.detach()[:, None, None]
+        least, most = self.model.gamma(torch.tensor([0.0, 1.0], dtype=torch.float64, device=time.device))
+        total = self._log_probability((-0.5 * least).exp().float() * self.embedded + self._normals(), least)
+        z = (signal(gamma) * self.embedded + signal(-gamma) * self._normals()).float()
+        with torch.no_grad():
+            x = self._logits(z, gamma[:, 0, 0], self._opinion(z, gamma[:, 0, 0])).float().softmax(-1) @ self.table
+        lost = (self.embedded - x).double().pow(2).sum(-1)
+        total = total - 0.5 * slope[:, None] * (-gamma[..., 0]).exp() * lost
+        alpha2, sigma2 = signal(most) ** 2, signal(-most) ** 2
+        return total - 0.5 * (sigma2 + alpha2 * self.embedded.double() ** 2 - 1 - sigma2.log()).sum(-1)

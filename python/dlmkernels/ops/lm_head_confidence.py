@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lm_head_confidence`: contract, call of torch.ops.dlmkernels, and what its results look like to torch.compile."""
+
+import torch
+from torch import Tensor
+
+from ..arguments import call, one_value
+from .fakes import check_devices, check_gradients
+from .token_confidence import TokenConfidence
+
+
+def lm_head_confidence(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    row_map: Tensor | None = None,
+    given: Tensor | None = None,
+    uncond_hidden: Tensor | None = None,
+    cfg_scale: Tensor | float | None = None,
+    bias: Tensor | None = None,
+    banned: Tensor | None = None,
+    bitmask: Tensor | None = None,
+    temperature: Tensor | float | None = None,
+    top_k: Tensor | int | None = None,
+    top_p: Tensor | float | None = None,
+    top_p_first: bool = False,
+    keep_crossing: bool = True,
+    distribution: str = "raw",
+    seed: Tensor | int | None = None,
+    step: Tensor | int | None = None,
+    position: Tensor | None = None,
+    redraw: Tensor | int | None = None,
+    with_margin: bool = True,
+    with_entropy: bool = True,
+) -> TokenConfidence:
+    """`token_confidence` of ``hidden @ weight.T``, the logits of an LM head, without the logits in memory.
+
+    ``lm_head_confidence(h, head.weight, ...)`` is ``token_confidence(torch.nn.functional.linear(h, head.weight), ...)``
+    in at most 8 MB of memory beyond its arguments and results, whatever the number of rows and tokens (for up to some
+    4,000 elements a row; wider rows need room of their own). The logits of a chunk of the vocabulary exist for some
+    rows at a time, in a cache of the processor. They are summed in float32 and rounded to the dtype of `hidden`, as the
+    linear layer rounds its result. So the tokens are the same, but for near ties: two programs add up in different
+    orders, and where a sum lies between two values of the dtype, they may round it to different ones.
+
+    Parameters
+    ----------
+    hidden : Tensor
+        float32, bfloat16 or float16 [R, d]: the hidden states that the LM head takes; stride 1 in the last dimension,
+        any row stride.
+    weight : Tensor
+        [V, d], dtype of `hidden`, V >= 1: the head's weights; strides likewise. In bfloat16 they are read where they
+        are if rows start at multiples of 4 bytes and d is even.
+    row_map : Tensor, optional
+        int32 [N]: the row of `hidden` that each output row takes, in [-1, R); -1 marks an unused row. Default: output
+        row n takes row n, N = R.
+    given : Tensor, optional
+        int64 [N]: the ids whose probabilities are wanted, -1 for none.
+    uncond_hidden : Tensor, optional
+        As `hidden`, same shape and dtype: those of the unconditional pass, for classifier-free guidance.
+    cfg_scale : Tensor, optional
+        float32, the guidance scale, required by and only with `uncond_hidden`.
+    bias : Tensor, optional
+        float32 [V] or [P, V], added to the rounded logits.
+    banned, bitmask : Tensor, optional
+        Ids that must not be chosen, and which may be.
+    temperature, top_k, top_p, top_p_first, keep_crossing
+        What tokens are drawn from. Filters need a row's whole logits: rows are then taken so few at a time that these
+        fit into the memory, and `weight` is read once for as many.
+    distribution : str
+        What the statistics describe: "raw", "tempered" or "filtered".
+    seed, step, position, redraw : Tensor, optional
+        What the random numbers depend on.
+    with_margin, with_entropy : bool
+        Whether these are wanted.
+
+    All that `token_confidence` has, too, has the same meaning, shape and dtype there, where it is explained.
+
+    Returns
+    -------
+    TokenConfidence
+        As `token_confidence` returns it.
+
+    Raises
+    ------
+    ArgumentError
+        For tensors on a GPU, for which there is no kernel; for a wrong device, dtype, shape or stride, an unknown
+        distribution, a missing `seed`, `position`, `cfg_scale` or `uncond_hidden`, and for a value out of range. The
+        message names the argument.
+
+    Notes
+    -----
+    A row's result has the same bits whatever the batch and the number of threads. With AVX512_BF16, products of
+    bfloat16 take subnormal numbers as zeros.
+    """
+    return TokenConfidence(
+        *call(
+            torch.ops.dlmkernels.lm_head_confidence.default,
+            hidden,
+            weight,
+            row_map=row_map,
+            given=given,
+            uncond_hidden=uncond_hidden,
+            cfg_scale=one_value("cfg_scale", cfg_scale, hidden),
+            bias=bias,
+            banned=banned,
+            bitmask=bitmask,
+            temperature=one_value("temperature", temperature, hidden),
+            top_k=one_value("top_k", top_k, hidden),
+            top_p=one_value("top_p", top_p, hidden),
+            top_p_first=top_p_first,
+            keep_crossing=keep_crossing,
+            distribution=distribution,
+            seed=one_value("seed", seed, hidden),
+            step=one_value("step", step, hidden),
+            position=position,
+            redraw=one_value("redraw", redraw, hidden),
+            with_margin=with_margin,
+            with_entropy=with_entropy,
+        )
+    )
+
+
+@torch.library.register_fake("dlmkernels::lm_head_confidence")
+def _fake(hidden, weight, *, row_map=None, with_margin=True, with_entropy=True, **optional):
+    check_devices("lm_head_confidence", {"hidden": hidden, "weight": weight}, {"row_map": row_map, **optional})
+    check_gradients("lm_head_confidence", hidden=hidden, weight=weight, **optional)
+    rows = hidden.shape[0] if row_map is None else row_map.shape[0]
+    lengths = [rows, rows, rows, rows if with_margin else 0, rows if with_entropy else 0, rows, rows, rows]
+    dtypes = [torch.int64] * 2 + [torch.float32] * 5 + [torch.int32]
+    return tuple(hidden.new_empty((n,), dtype=dtype) for n, dtype in zip(lengths, dtypes))

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`top_candidates`: contract, call of torch.ops.dlmkernels, and what its results look like to torch.compile."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..arguments import call
+from .fakes import check_devices, check_gradients
+
+
+class TopCandidates(NamedTuple):
+    """The best tokens of each row, best first."""
+
+    ids: Tensor
+    values: Tensor
+    logsumexp: Tensor
+
+
+def top_candidates(
+    logits: Tensor,
+    k: int,
+    *,
+    row_map: Tensor | None = None,
+    banned: Tensor | None = None,
+    bitmask: Tensor | None = None,
+) -> TopCandidates:
+    """The k tokens with the largest logits of each row, and what turns their logits into log-probabilities.
+
+    ``values - logsumexp[:, None]`` are the log-probabilities of the candidates. Drafters choose among them, trees of
+    drafts branch into them, and servers report them. The logits are read once.
+
+    Parameters
+    ----------
+    logits : Tensor
+        float32, bfloat16 or float16 [R, V], V >= 1; stride 1 in the last dimension, any row stride. NaN counts as
+        -inf, +inf as the largest finite float.
+    k : int
+        Candidates of a row, 1 to 64. It may be larger than V.
+    row_map : Tensor, optional
+        int32 [N]: the row of logits that each output row reads, in [-1, R); -1 marks an unused row. Default: output
+        row n reads row n, N = R.
+    banned : Tensor, optional
+        int64 [K] or [P, K], P dividing N: ids that are no candidates and have no probability, such as the mask token;
+        -1 is none. A row of them serves N / P consecutive output rows.
+    bitmask : Tensor, optional
+        int32 [ceil(V / 32)] or [P, ceil(V / 32)]: bit v % 32 of word v / 32 tells whether token v is allowed, as
+        grammar checkers make it.
+
+    Returns
+    -------
+    TopCandidates
+        ids : int64 [N, k], in descending order of their logits, equal ones in ascending order of ids; values : float32
+        [N, k], the logits; logsumexp : float32 [N], of all logits that are not banned. Where fewer than k tokens have
+        a logit above -inf, the other ids are -1 and the values -inf; so in unused rows, whose logsumexp is -inf, too.
+
+    Raises
+    ------
+    ArgumentError
+        For a wrong device, dtype, shape or stride, a k out of range; and, on the CPU, for a value out of range in
+        `row_map` or `banned`. The message names the argument. On CUDA, where values are not checked, a row or an id
+        out of range is none.
+
+    Notes
+    -----
+    A row's result has the same bits whatever the batch and the number of threads.
+    """
+    return TopCandidates(
+        *call(torch.ops.dlmkernels.top_candidates.default, logits, k, row_map=row_map, banned=banned, bitmask=bitmask)
+    )
+
+
+@torch.library.register_fake("dlmkernels::top_candidates")
+def _fake(logits, k, *, row_map=None, **optional):
+    check_devices("top_candidates", {"logits": logits}, {"row_map": row_map, **optional})
+    check_gradients("top_candidates", logits=logits)
+    rows = logits.shape[0] if row_map is None else row_map.shape[0]
+    return (
+        logits.new_empty((rows, k), dtype=torch.int64),
+        logits.new_empty((rows, k), dtype=torch.float32),
+        logits.new_empty((rows,), dtype=torch.float32),
+    )
