@@ -327,3 +327,26 @@ def test_times_are_noted_once(model):
     assert request.timestamps[:3] == first and len(request.timestamps) == 5
     reading._note_times(request, 2)
     assert request.timestamps == first[:2]
+
+
+def test_a_backbone_that_is_told_where_its_decoding_stands():
+    """Each request is told of its own, whatever is decoded beside it."""
+    inner = build()
+
+    def call(net, x):
+        told = x.moment.masked + x.moment.step / 7
+        logits = net(input_ids=x.tokens, attention_mask=x.attention_mask, use_cache=False).logits
+        return logits * (1 + told.to(logits.dtype)[:, None, None] / 2)
+
+    options = {"mask_token_id": 96, "pad_token_id": PAD, "eos_policy": "none", "rule": dk.Threshold(0.4)}
+    backbone = dk.Backbone(inner, call, vocab_size=97)
+    requests = asks(7, seed=9)
+    engine = dk.Engine(backbone, slots=3, max_length=40, block_length=8, **options)
+    ids = [ask.to(engine) for ask in requests]
+    found = {output.request_id: output for output in engine}
+    for ask, name in zip(requests, ids):
+        want = dk.generate(
+            backbone, torch.tensor([ask.prompt]), max_new_tokens=ask.new, block_length=8, **options
+        )  # fmt: skip
+        assert found[name].generated_tokens == want.generated[0].tolist(), found[name]
+        assert found[name].num_forwards == int(want.num_forwards[0])

@@ -76,7 +76,7 @@ class Engine:
 
     Notes
     -----
-    Continuous: block after block, with any cache. Other programs, noise that is other tokens, constraints, models with
+    Continuous: block after block, with any cache. Other programs, noise that is no mask, constraints, models with
     an encoder of their own and those whose rotary frequencies depend on the length are decoded in batches, each of
     which begins when the one before has ended.
     """
