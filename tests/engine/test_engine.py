@@ -35,6 +35,8 @@ def ten():
 def test_verbs_and_fields_are_those_of_transformers():
     verbs = ("start", "stop", "join", "destroy", "is_running", "add_request", "add_requests", "cancel_request",
              "get_result", "request_id_iter", "register_result_handler", "__iter__")  # fmt: skip
+    engine = dk.Engine(lively(), slots=2)
+    assert engine.background_thread_status.fatal_error is None and engine.batch_processor is None
     for verb in verbs:
         assert callable(getattr(ContinuousBatchingManager, verb)) and callable(getattr(dk.Engine, verb))
     theirs = {field.name for field in dataclasses.fields(GenerationOutput)}

@@ -357,6 +357,11 @@ class Engine:
         """With `fatal_error`, as servers of transformers ask: why the thread has ended, None if it has not failed."""
         return SimpleNamespace(fatal_error=self._fatal)
 
+    @property
+    def batch_processor(self) -> None:
+        """None: there is none of transformers' pages, whose state its servers show where there is."""
+        return None
+
     def step(self) -> bool:
         """Look after everything once: requests that have come, that are done, that are admitted; and one step of each.
 
