@@ -163,7 +163,7 @@ def test_recorded_calls_of_models_that_take_time(name, tmp_path):
 @torch.no_grad()
 def test_recorded_calls_fill_in(model):
     """Masks that become several tokens, or none."""
-    rule, most, length = dk.Expanding(90, 91, 2), 9, 12
+    rule, most, length = dk.Expanding(90, 91), 9, 12
     options = {"rule": rule, "max_new_tokens": most, "eos_policy": "none"}
 
     def canvas_of(seed):

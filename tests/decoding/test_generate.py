@@ -344,7 +344,7 @@ OWN_LOOP = (dk.Strided, dk.SelfSpeculative, dk.Reordered, dk.Pipeline, dk.Variab
     {"score": dk.scores.PositionWeighted(torch.ones(97))},
     {"rule": dk.Threshold(0.5), "constraint": torch.ones(16, 97, dtype=torch.bool)},
     *({"config": config, "block_length": 8, "cache": "none"} for config in dk.PRESETS.values()
-      if not isinstance(config.rule, OWN_LOOP) and not config.rule.token_ids),
+      if not isinstance(config.rule, OWN_LOOP) and not config.rule.token_ids and config.rule.noise != "continuous"),
     {"rule": dk.SplitEditing(0.5, 0.0, 4, 90, 91)},
 ], ids=lambda o: next((n for n, c in dk.PRESETS.items() if c is o.get("config")), None) or str(o))  # fmt: skip
 def test_step_loop_reads_nothing_on_the_host(model, options, monkeypatch):

@@ -7,7 +7,7 @@ so that a step finds it there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,32 +16,11 @@ from torch import Tensor
 from ..window import AttentionWindow, Rows, TokenWindow
 from .forward import Forward, rows_at
 from .schedule import Block
-from .standing import Standing
+from .standing import Place, Standing
 
 #: What a row needs of its next forward: its context to be appended to the cache, all of the canvas (with cache="block",
 #: all of the block), or the rest, that is, what the cache does not hold.
 APPEND, WHOLE, REST = range(3)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the rows of a forward stand: int32 tensors, `[S]` but for `window`.
-
-    Attributes
-    ----------
-    start, length : Tensor
-        First column of each row's block, or part of one, and how many it has.
-    outer, outer_length : Tensor
-        The same of the block of the grid that it is a part of; and how many columns that has.
-    window : Tensor
-        `[S, W]`: the columns that steps in the block ask for, -1 for none.
-    """
-
-    start: Tensor
-    length: Tensor
-    outer: Tensor
-    outer_length: Tensor
-    window: Tensor
 
 
 class BlockForward(Forward):

@@ -113,3 +113,24 @@ class Standing:
 
     def _share(self, steps: Tensor) -> Tensor:
         return (steps.double() / self.planned).clamp(max=1)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the rows of a forward stand: int32 tensors, `[S]` but for `window`.
+
+    Attributes
+    ----------
+    start, length : Tensor
+        First column of each row's block, or part of one, and how many it has.
+    outer, outer_length : Tensor
+        The same of the block of the grid that it is a part of; and how many columns that has.
+    window : Tensor
+        `[S, W]`: the columns that steps in the block ask for, -1 for none.
+    """
+
+    start: Tensor
+    length: Tensor
+    outer: Tensor
+    outer_length: Tensor
+    window: Tensor

@@ -9,9 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..block_forward import Place
 from ..schedule import Block, Grid
-from ..standing import Standing, Tables
+from ..standing import Place, Standing, Tables
 from ..state import State
 
 # lines of the plan

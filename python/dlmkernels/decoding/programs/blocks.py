@@ -54,15 +54,19 @@ class BlockAfterBlock(Program):
             return most, most + extra * length
 
         most_steps = [limits(b.length, b.num_steps)[1] for b in blocks]
-        slots = self._most_slots([b.start for b in blocks], max(b.length for b in blocks))
+        longest = max(b.length for b in blocks)
+        shortest = min((n - 1) % longest + 1 for n in self.grid.last_lengths)
+        least_steps = min(*most_steps, limits(shortest, shortest)[1])
+        slots = self._most_slots([b.start for b in blocks], longest)
         self.forms = BlockForms(config, blocks, most_steps, self.forward, self.fills_at_end)
-        self.row_forms = RowForms(config, most_steps, self.forward, slots, task.may_be_few)
+        self.row_forms = RowForms(config, least_steps, self.forward, slots, task.may_be_few)
         #: positions that a window may hold until its row enters another block, -1 for none, int32 [S, W]; the same as
         #: an index; where there is one in a row that works, uint8
         self._listing = torch.zeros(rows, slots, dtype=torch.int32, device=device)
         self._index = torch.zeros(rows, slots, dtype=torch.int64, device=device)
         self._valid = torch.zeros(rows, slots, dtype=torch.uint8, device=device)
         self._works = torch.zeros(rows, dtype=torch.bool, device=device)  # which rows are in a block
+        self._is_over = torch.zeros_like(self._works)  # which rows have nothing left to do
         #: the last report, where rows go by themselves
         self._open, self._phase, self._pending = (torch.zeros_like(state.origin) for _ in range(3))
         self._nothing = torch.full((), -1, dtype=torch.int32, device=device)
@@ -106,7 +110,10 @@ class BlockAfterBlock(Program):
     def widest(self, form: Form) -> Form:
         is_any = form.part == "open" or (not self.together and form.part == "append")
         pending = self.forward.length if is_any else form.pending
-        return replace(form, pending=pending, head=self._listing.numel(), is_limited=True, width=None)
+        rows = form.rows  # one form for each power of two, so that there are few
+        if rows is not None:
+            rows = min(1 << (rows - 1).bit_length(), len(self._works))
+        return replace(form, pending=pending, head=self._listing.numel(), is_limited=True, rows=rows, width=None)
 
     # --- the device's part --------------------------------------------------------------------------------------------
 
@@ -141,6 +148,7 @@ class BlockAfterBlock(Program):
             raise ValueError("rows can be given other requests where the task has rows_change alone")
         is_new = torch.zeros_like(self._works).index_fill_(0, rows, True)
         self._works.masked_fill_(is_new, False)
+        self._is_over.masked_fill_(is_new, False)
         self._open.masked_fill_(is_new, 0)
         self._valid.masked_fill_(is_new[:, None], 0)
         self.constrained.enter(is_new)
@@ -172,6 +180,7 @@ class BlockAfterBlock(Program):
         self.forward.enter(plan.place, self.forms.block if self.together else None)
         self.forward.forget(enters)
         self.constrained.enter(enters)
+        self._is_over.copy_(~self._works & ~has_later)
         return self._reported(torch.where(self._works, count.clamp(min=1), torch.where(has_later, 0, -1)), None)
 
     def _open_in_block(self) -> Tensor:
@@ -323,6 +332,7 @@ class BlockAfterBlock(Program):
         if not self.together:
             if rows is not None:
                 open_now = torch.where(rows.taken, open_now, self._open)
+            open_now = open_now.masked_fill(self._is_over, -1)
             phase, pending = self.forward.phases(self.standing.index)
             for own, value in ((self._open, open_now), (self._phase, phase), (self._pending, pending)):
                 own.copy_(value)

@@ -26,8 +26,8 @@ class RowForms:
 
     Parameters
     ----------
-    most_steps : list
-        After how many steps each block ends.
+    least_steps : int
+        After how many steps a block ends, of whatever length it is.
     forward : BlockForward
     slots : int
         How many slots the window of a row has.
@@ -36,11 +36,9 @@ class RowForms:
         its matrix products is always the same.
     """
 
-    def __init__(
-        self, config: DecodingConfig, most_steps: list[int], forward: BlockForward, slots: int, may_be_few: bool
-    ):
+    def __init__(self, config: DecodingConfig, least_steps: int, forward: BlockForward, slots: int, may_be_few: bool):
         self.forward, self.slots, self.may_be_few = forward, slots, may_be_few
-        self.least_steps = min(most_steps)
+        self.least_steps = least_steps
         self.caches = config.cache != "none"
         self.columns = forward.columns_of(None)
         #: the phase in which a row stays until its block is done, unless it is refreshed
@@ -97,7 +95,7 @@ class RowForms:
     def _form(self, phase: int, rows: list[int], num_open: int, pending: int) -> Form:
         count, self._was_special = len(self.ends), phase != self.usual
         may_be_few = self.may_be_few and self.forward.takes_rows
-        taking = min(1 << (len(rows) - 1).bit_length(), count) if may_be_few else count
+        taking = len(rows) if may_be_few else count
         # What is not known yet of rows that have come into the phase may be as much as there can be.
         head = taking * self.slots if self._sent else min(num_open, count * self.slots)
         is_limited = any(self._taken[row] >= self.least_steps for row in rows)
