@@ -83,7 +83,9 @@ def test_parameters_of_the_sampler(model, name):
     check_rows(model, options, own)
 
 
-@pytest.mark.parametrize("kind", [list, tuple, torch.tensor, lambda x: torch.tensor(x).numpy()], ids=str)
+@pytest.mark.parametrize(
+    "kind", [list, tuple, torch.tensor, lambda x: torch.tensor(x).numpy()], ids=["list", "tuple", "tensor", "array"]
+)
 def test_any_sequence_will_do(kind):
     config = dk.DecodingConfig(temperature=kind([0.0, 0.5]), rule=dk.Threshold(kind([0.5, 1.0])))
     assert config.temperature == (0.0, 0.5) and config.rule.threshold == (0.5, 1.0)
