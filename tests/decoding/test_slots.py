@@ -168,7 +168,7 @@ def test_requests_come_and_go(model, name):
     assert server.forwards < 0.75 * alone, (server.forwards, alone)
 
 
-SOME = ["dual", "block", "block, seeded", "parts alone", "delayed", "guided", "sampled"]
+SOME = ["dual", "block", "block, seeded", "parts alone", "delayed", "guided", "sampled", "causal context, no cache"]
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -177,6 +177,7 @@ def test_as_wide_as_ever(model, name):
     """Every forward takes as many rows as there are."""
     requests = Requests(model, CASES[name])
     requests.check(Server(requests, may_be_few=False).run())
+    requests.check(Server(requests, rows=1).run())
 
 
 @pytest.mark.parametrize("lag", [1, 2])

@@ -124,10 +124,11 @@ class BlockAfterBlock(Program):
                 raise ValueError(f"{name} draws from the vocabulary, whose size the model does not say")
             self.state.renoise(self.model.vocab_size)
         self.forward.begin()
-        if self.forward.rows_change and self.forward.cache is not None and not self.forward.takes_rows:
+        if self.forward.rows_change and self.row_forms.has_phases and not self.forward.takes_rows:
             raise ValueError(
-                f"cache='{self.config.cache}' cannot be used where requests come and go with a model whose rotary "
-                "embedding depends on their lengths; use cache='none'"
+                f"cache='{self.config.cache}' and attention='{self.config.attention}' cannot be used where requests "
+                "come and go with a model whose rotary embedding depends on their lengths; use cache='none' and "
+                "attention='full'"
             )
         self.forms.begin(len(self._works))
         self.row_forms.begin(self.grid.ends.tolist())

@@ -39,7 +39,8 @@ class RowForms:
     def __init__(self, config: DecodingConfig, least_steps: int, forward: BlockForward, slots: int, may_be_few: bool):
         self.forward, self.slots, self.may_be_few = forward, slots, may_be_few
         self.least_steps = least_steps
-        self.caches = config.cache != "none"
+        #: whether the rows are told apart by what they need, even where all are forwarded
+        self.has_phases = config.cache != "none" or forward.commits_apart
         self.columns = forward.columns_of(None)
         #: the phase in which a row stays until its block is done, unless it is refreshed
         self.usual = forward.usual_phase
@@ -103,7 +104,7 @@ class RowForms:
             self._taken[row] += 1
         width = -(-max(self.ends[row] for row in rows) // GRAIN) * GRAIN
         is_narrow = phase == WHOLE and self.forward.rows_change and width < self.forward.length
-        some = taking if self.caches or taking < count else None
+        some = taking if self.has_phases or taking < count else None
         kind = "append" if phase == APPEND and self.forward.commits_apart else "denoise"
         part = self.forward.part_of(phase)
         return Form(kind, part, pending, self.columns, head, is_limited, phase, some, width if is_narrow else None)
