@@ -81,8 +81,9 @@ class AttentionWindow:
         int32 `[B]`: where the open block starts. In layers with a sliding window all of its rows then see the block,
         and of what stands left of it the same slots as its first row. None: the window slides with each row.
     shadow : Tensor, optional
-        int32 `[B, n]`: the slots that the last n rows stand for a second time. Such a row sees all that `kv_range`
-        says but this slot, and the last n rows; the other rows do not see those. Full attention without a cache only.
+        int32 `[B, n]`: the slots that the last n rows stand for a second time, unused ones, with -1, behind the others.
+        Such a row sees all that `kv_range` says but this slot, and those of the last n rows that are used; the other
+        rows do not see these. Full attention without a cache only.
     cache_rows : Tensor, optional
         int32 `[B]`: row of the cache that each row of the batch reads and writes, -1 for an unused one. None: its own.
     rotations : object, optional

@@ -8,7 +8,7 @@ import dlmkernels as dk
 from decodings import lively, ragged
 from dlmkernels.decoding.parameters import parameters_of
 from dlmkernels.decoding.state import State
-from small_models import PAD, prompts
+from small_models import MASK, PAD, prompts
 
 SEEDS = torch.tensor([11, 12, 13])
 COMMON = {"max_new_tokens": 24, "block_length": 8, "eos_policy": "none"}
@@ -171,3 +171,39 @@ def test_lengths(model, name, lengths):
 def test_bad_lengths(model, options, message):
     with pytest.raises(ValueError, match=message):
         dk.generate(model, prompts(3, 4), **options)
+
+
+@pytest.mark.parametrize("rule", [
+    dk.AncestralRemask(eta=0.3), dk.PathPlanning(), dk.TimeQuota(), dk.DilatedSchedule(2), dk.Quota(spread=True),
+    dk.WideInNarrowOut(0.3, 0.4),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("lengths", [(2, 10), (6, 10), (3, 11), (11, 5), (8, 4)], ids=str)
+def test_lengths_with_equal_ends(model, lengths, rule):
+    """Answers that end at the same place of a block, in another one."""
+    options = {"rule": rule, "block_length": 4, "eos_policy": "none"}
+    options |= {"temperature": 1.0} if isinstance(rule, dk.AncestralRemask) else {}
+    ids = prompts(2, 6)
+    out = dk.generate(model, ids, seed=SEEDS[:2], max_new_tokens=lengths, **options)
+    for k, length in enumerate(lengths):
+        want = dk.generate(model, ids[k], seed=SEEDS[k : k + 1], max_new_tokens=length, **options)
+        assert torch.equal(out.generated[k, :length], want.generated[0]), k
+        assert out.num_forwards[k] == want.num_forwards[0]
+
+
+@pytest.mark.parametrize("block_length", [4, 16, None])
+@pytest.mark.parametrize("rule", [
+    dk.Threshold(0.3), dk.Quota(), dk.TimeQuota(), dk.PathPlanning(), dk.TokenEditing(0.4, 0.3, 4),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_canvases_of_other_lengths(model, cache, rule, block_length):
+    """Each is cut into blocks from its own first token on."""
+    options = {"rule": rule, "block_length": block_length, "eos_policy": "none", "cache": cache}
+    rows = [prompts(1, n, seed=n)[0] for n in (12, 9, 5, 11)]
+    for k, row in enumerate(rows):
+        row[torch.randperm(len(row), generator=torch.Generator().manual_seed(k))[: len(row) // 2 + 1]] = MASK
+    out = dk.infill(model, [row.tolist() for row in rows], seed=torch.arange(4), **options)
+    for k, row in enumerate(rows):
+        want = dk.infill(model, row, seed=torch.tensor([k]), **options)
+        assert torch.equal(out.sequences[k, -len(row) :], want.sequences[0]), k
+        assert torch.equal(out.commit_step[k, -len(row) :], want.commit_step[0])
+        assert out.num_forwards[k] == want.num_forwards[0]

@@ -369,14 +369,16 @@ class BlockForward(Forward):
     def _with_shadow(self, window: TokenWindow, pick: Tensor | None, moment: dict[str, Tensor]) -> Tensor:
         """A forward of all the canvas and of the block's shadow, from which decided positions are read."""
         start, length, width = self._place.start, self.length, window.positions.shape[1]
-        columns = start[:, None] + torch.arange(width, dtype=torch.int32, device=start.device)
-        columns = self.twice(columns.clamp(max=length - 1))
+        columns = self.twice(start)[:, None] + torch.arange(width, dtype=torch.int32, device=start.device)
+        is_there = columns < torch.minimum(self.ends, self.twice(start + self._place.length))[:, None]
+        columns = columns.clamp(max=length - 1)
         positions = window.positions.clamp(min=0)
         decided = ~self.state.is_open.gather(1, positions.long())
         row = torch.where(decided, length + positions - start[:, None], positions).clamp(0, length + width - 1)
         tokens, everywhere = self.tokens(), torch.cat((self.slots, columns), 1).long()
         tokens = torch.cat((tokens, torch.full_like(columns, self.special.mask, dtype=tokens.dtype)), 1)
         kv_range = torch.stack((self.origin, self.ends), 1)
-        seen = AttentionWindow(kv_range=kv_range, shadow=columns.contiguous(), rotations=self.rotations)
+        shadow = torch.where(is_there, columns, -1)
+        seen = AttentionWindow(kv_range=kv_range, shadow=shadow, rotations=self.rotations)
         hidden = self.run(everywhere, self.positions.gather(1, everywhere), seen, tokens, moment)
         return self._select(hidden, row, pick, None)

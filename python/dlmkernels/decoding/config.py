@@ -269,6 +269,8 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
             raise ValueError(f"score must be one of {tuple(SCORES)} or a Score; got {self.score!r}")
         if not isinstance(self.rule, Rule):
             raise TypeError(f"rule must be a Rule such as dlmkernels.Threshold(0.9); got {self.rule!r}")
+        if isinstance(self.constraint, Tensor) and self.constraint.dim() == 0:
+            raise ValueError("constraint must have a dimension of tokens; got a tensor of shape []")
         if self.constraint is not None and not isinstance(self.constraint, (Constraint, Tensor)):
             raise TypeError(f"constraint must be a Constraint or a tensor; got {self.constraint!r}")
         normalize(self, LIMITS)

@@ -43,7 +43,12 @@ def check_suffix(
     if suffix is None:
         return None
     if not isinstance(suffix, Tensor):
-        suffix = torch.tensor(suffix, dtype=torch.int64, device="cpu")
+        try:
+            suffix = torch.tensor(suffix, dtype=torch.int64, device="cpu")
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"suffix must be token ids, as many in each row: int64 [K] or [B, K]; got {suffix!r}"
+            ) from None
     if suffix.dtype != torch.int64 or suffix.dim() not in (1, 2) or suffix.numel() == 0:
         raise ValueError(
             f"suffix must hold at least one token id, int64 [K] or [B, K]; got {suffix.dtype} of shape "

@@ -18,7 +18,7 @@ def finished_columns(program: Program, is_open: Tensor, rows: Tensor | None = No
     """
     columns = torch.arange(is_open.shape[1], device=is_open.device)
     final = torch.where(is_open, columns, is_open.shape[1]).amin(1)
-    if program.rule.slots == "open":
+    if program.rule.slots == "open" and program.config.eos_policy != "block":
         return final
     if not isinstance(program, BlockAfterBlock):
         return torch.zeros_like(final)

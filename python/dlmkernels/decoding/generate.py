@@ -176,7 +176,8 @@ def infill(
         tokens (Duo) have no mask token: for them it is -1. Or one of the other forms in which `generate` takes prompts;
         in text, `tokenizer.mask_token` stands where a token is wanted.
 
-    The other parameters, the result and the errors are those of `generate`; `block_length` divides the whole canvas.
+    The other parameters, the result and the errors are those of `generate`; `block_length` divides each canvas from its
+    first token on.
     `max_new_tokens` has a meaning for rules that change the length alone (`Expanding`): it is what the masks of a row
     may become, and no less than there are.
     """
@@ -209,7 +210,7 @@ def infill(
     parameters = parameters_of(config, batch, tokens.device)
     canvas = pad(tokens, more, value=special.pad)
     state = State.of(canvas, pad(is_open, more), origin, length, seed=seeds, parameters=parameters)
-    grid = Grid.of(config, state.origin, 0, width, grows=False)
+    grid = Grid.of(config, state.origin, 0 if varies else state.origin, width, grows=False)
     program = program_of(config.rule)(Task(model, state, config, special, grid, 0, length))
     return run(program, streamer).known_by(tokenizer)
 

@@ -9,7 +9,7 @@ cannot be captured.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,7 +61,8 @@ class Wishes:
         if logits_processor is None:
             processors: Sequence[Any] = ()
         else:
-            processors = [logits_processor] if callable(logits_processor) else list(logits_processor)
+            is_several = isinstance(logits_processor, Iterable) and not callable(logits_processor)
+            processors = list(logits_processor) if is_several else [logits_processor]
         for one in processors:
             if not callable(one):
                 raise TypeError(f"logits_processor must hold functions of ids and scores; got {one!r}")

@@ -36,7 +36,7 @@ class Grid:
     count : int
         Blocks of the row that has most.
     last_lengths : tuple of int
-        How many columns the last block of a row may have.
+        How many columns the last block of a row may have; none where all rows have as many columns.
     is_absolute, grows : bool
         Whether blocks are counted from a request's first token; and whether the last one is decoded whole, and the
         canvas is as long as that takes.
@@ -55,17 +55,20 @@ class Grid:
     grows: bool
 
     @classmethod
-    def of(cls, config: DecodingConfig, origin: Tensor, start: int, end: int | Tensor, grows: bool) -> Grid:
+    def of(
+        cls, config: DecodingConfig, origin: Tensor, start: int | Tensor, end: int | Tensor, grows: bool
+    ) -> Grid:  # fmt: skip
         """The grid for decoding the columns from `start` to `end` (one, or int32 `[B]`) of requests that start at
         `origin` int32 `[B]`.
         """  # fmt: skip
         begun, asked = torch.zeros_like(origin) + start, torch.zeros_like(origin) + end
-        length = config.block_length or int(asked.max()) - start
+        length = config.block_length or max(int((asked - begun).max()), 1)
         first, ends = _bounds(origin, begun, asked, length, config.block_grid == "absolute", grows)
         low, high, count, width = torch.stack(
             [first.min(), first.max(), _ceil(ends - first, length).max(), torch.maximum(ends, asked).max()]
         ).tolist()
-        last = tuple(((ends - first - 1) % length + 1).unique().tolist())
+        columns = (ends - first).unique()
+        last = tuple(((columns - 1) % length + 1).unique().tolist()) if len(columns) > 1 else ()
         is_absolute = config.block_grid == "absolute"
         return cls(begun, first, ends, asked, length, width, (low, high), count, last, is_absolute, grows)
 

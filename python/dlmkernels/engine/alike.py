@@ -23,7 +23,9 @@ def own_fields(rule: Rule) -> list[str]:
 
 def has_fixed_length(config: DecodingConfig) -> bool:
     """Whether requests that share forwards must have equally long answers."""
-    return (config.steps is not None and config.rule.uses_steps) or isinstance(config.rule, VariableLength)
+    is_planned = config.steps is not None and config.rule.uses_steps
+    # continuous models take as many steps as their answers have tokens
+    return is_planned or config.rule.noise == "continuous" or isinstance(config.rule, VariableLength)
 
 
 def common(config: DecodingConfig) -> DecodingConfig:

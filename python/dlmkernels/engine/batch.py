@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..decoding.checks import integer
 from ..decoding.custom_generate import refuse_others
 from ..decoding.inputs import filler, read_options, read_prompts
 from ..decoding.resolve import ConfigLike, configuration, resolve
 from ..models.adapt import DiffusionModel, adapt
 from .engine import Engine
+from .intake import ids_of
 from .request import RequestOutput
 from .slots import grid_of
 
@@ -69,6 +71,8 @@ def generate_batch(
     ValueError, TypeError
         When any of the requests could not be decoded; then none has been.
     """
+    if isinstance(inputs, str) or not isinstance(inputs, Sequence | Tensor):
+        raise TypeError(f"inputs must be a list of prompts; got {type(inputs).__name__}")
     if len(inputs) == 0:
         return {}
     model = adapt(model)
@@ -85,14 +89,13 @@ def generate_batch(
     wanted, special = resolve(model, config, options, "continuations")
     prompts = _prompts(inputs, tokenizer, filler(special))
     count = len(prompts)
-    lengths = _one_each("max_new_tokens", max_new_tokens, count, wanted.longest)
+    lengths = [
+        integer(1)("max_new_tokens", n) or 1 for n in _one_each("max_new_tokens", max_new_tokens, count, wanted.longest)
+    ]
     seeds, stand = _one_each("seed", seed, count, None), _one_each("given", given, count, None)
-    behind = of_request.get("suffix")
-    width = max(
-        grid_of(model, wanted, len(prompt), int(n) + (0 if behind is None else len(behind))).width
-        for prompt, n in zip(prompts, lengths)
-    )
-    copies = int(of_request.get("num_return_sequences", 1))
+    behind = ids_of("suffix", of_request.get("suffix"))
+    width = max(grid_of(model, wanted, len(prompt), int(n) + len(behind)).width for prompt, n in zip(prompts, lengths))
+    copies = integer(1)("num_return_sequences", of_request.get("num_return_sequences", 1)) or 1
     engine = Engine(
         model, slots=min(SLOTS, count * copies) if slots is None else slots, max_length=max(width, 2),
         config=configuration(model, config).replace(**options), tokenizer=tokenizer, **of_engine,
@@ -113,12 +116,12 @@ def _prompts(inputs: Any, tokenizer, pad: int) -> list[list[int]]:
     """The inputs as lists of ids; those that are ids already as they are."""
     if isinstance(inputs, Tensor):
         inputs = list(inputs[None] if inputs.dim() == 1 else inputs)
-    if isinstance(inputs, str) or not isinstance(inputs, Sequence):
-        raise TypeError(f"inputs must be a list of prompts; got {type(inputs).__name__}")
     found: list[list[int]] = []
     for number, one in enumerate(inputs):
         if isinstance(one, Tensor) or hasattr(one, "tolist"):
             one = one.tolist()
+        if one is None:
+            raise TypeError(f"inputs[{number}] must be a prompt; got None")
         if isinstance(one, Sequence) and len(one) == 0 and not isinstance(one, str):
             found.append([])
             continue
@@ -134,7 +137,7 @@ def _one_each(name: str, value: Any, count: int, otherwise: Any) -> list[Any]:
     if value is None:
         return [otherwise] * count
     value = value.tolist() if hasattr(value, "tolist") else value
-    if not isinstance(value, Sequence):
+    if isinstance(value, str) or not isinstance(value, Sequence):
         return [value] * count
     if len(value) != count:
         raise ValueError(f"{name} must be one for all, or one for each of {count} prompts; got {len(value)}")

@@ -17,7 +17,7 @@ from ..decoding.inputs import read_options
 from ..decoding.processing import Wishes
 from ..decoding.resolve import ConfigLike, configuration
 from ..models.adapt import adapt
-from .intake import Intake, check_flags
+from .intake import Intake, check_flags, check_handler
 from .metrics import EngineMetrics
 from .pool import Pool, Size
 from .request import Request, RequestOutput
@@ -204,6 +204,8 @@ class Engine:
         return request_id
 
     def _accept(self, requests: Sequence[Request], handler: Callable[[RequestOutput], Any] | None) -> None:
+        if handler is not None:
+            check_handler("result_handler", handler)
         with self._rounds.lock:
             if self._is_closed or self._is_stopping or self._must_stop:
                 raise RuntimeError("the engine has been stopped, and takes no requests any more")
@@ -242,6 +244,7 @@ class Engine:
 
         It is called in the event loop that is running here, if there is one, else in the engine's thread.
         """
+        check_handler("callback", callback)
         self._rounds.deliveries.register(request_id, callback)
 
     # --- results ------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from ..decoding.config import DecodingConfig, SpecialTokens, check_names
 from ..decoding.copies import seed_of_copy
 from ..decoding.inputs import read_prompts
 from ..decoding.processing import Wishes
+from ..decoding.propose import bias_tensor
 from ..decoding.resolve import resolve
 from ..decoding.rules import SelfSpeculative, Strided
 from ..decoding.schedule import plan_blocks
@@ -119,6 +120,8 @@ class Intake:
                     f"{input_ids.dtype} of shape {list(input_ids.shape)}"
                 )
             prompt = input_ids.flatten().tolist()
+        elif input_ids is None:
+            raise TypeError("input_ids must be the ids of one prompt, or text with tokenizer=…; got None")
         elif isinstance(input_ids, Sequence) and len(input_ids) == 0 and not isinstance(input_ids, str):
             prompt = []
         else:
@@ -138,24 +141,25 @@ class Intake:
                 raise TypeError(f"{name} must hold token ids, which are integers; got {i!r}")
             if i < lowest or (vocab is not None and i >= vocab):
                 raise ValueError(f"{name} must hold ids from {lowest} to {vocab} - 1; got {i}")
-            if i == special.mask:
+            if i == special.mask and i >= 0:
                 raise ValueError(f"{name} holds the mask token ({special.mask})")
 
     def _answer(
         self, prompt: list[int], known: Known, max_new_tokens: int | None, given: Any, suffix: Any
     ) -> tuple[list[int], int]:  # fmt: skip
         """What stands behind the prompt from the start, -1 for what is to be decoded; how much of it is the suffix."""
-        behind = _ids("suffix", suffix)
+        behind = ids_of("suffix", suffix)
         self._check_ids("suffix", behind, known.special, 0)
         length = integer(1, optional=True)("max_new_tokens", max_new_tokens)
         room = self.size.columns - len(prompt) - len(behind)
+        given = None if given is None else ids_of("given", given)
         if length is None and given is not None:
             length = len(given)
         if length is None:
             length = known.config.longest
             if "max_new_tokens" not in known.config.asked:
                 length = max(min(length, room), 1)
-        answer = [-1] * length if given is None else _ids("given", given)
+        answer = [-1] * length if given is None else given
         self._check_ids("given", answer, known.special, -1)
         if len(answer) != length:
             raise ValueError(f"given must have max_new_tokens={length} ids, -1 where one is decoded; got {len(answer)}")
@@ -172,13 +176,30 @@ class Intake:
                 f"input_ids ({len(prompt)} tokens) and the answer ({len(answer)}) take {grid.width} columns; "
                 f"max_length of this engine is {self.size.columns}"
             )
-        if known.has_fixed_length:
+        if known.has_fixed_length and config.rule.by_block:
             plan_blocks(config, grid)
+        self._check_tensors(config, len(answer))
         if not prompt and (isinstance(config.rule, (Strided, SelfSpeculative)) or config.cfg_scale > 0):
             raise ValueError("input_ids must hold at least one token with this configuration")
         if any(i >= 0 for i in answer) and not config.rule.by_block:
             raise ValueError(f"given and suffix cannot be used with rule {type(config.rule).__name__}")
         wishes.check(config, self.model.vocab_size)
+
+    def _check_tensors(self, config: DecodingConfig, length: int) -> None:
+        """Refuse a bias or allowed tokens that no answer of this length can have."""
+        vocab, constraint = self.model.vocab_size, config.constraint
+        if vocab is not None and config.logit_bias is not None:
+            bias_tensor(config.logit_bias, vocab, torch.device("cpu"))
+        if isinstance(constraint, Tensor):
+            words = constraint.shape[-1] if constraint.dtype == torch.int32 else -(-constraint.shape[-1] // 32)
+            fits = constraint.dim() == 1 or (
+                constraint.shape[-2] in (1, length) and (constraint.dim() == 2 or constraint.shape[:-2] == (1,))
+            )
+            if not fits or (vocab is not None and words > -(-vocab // 32)):
+                raise ValueError(
+                    f"constraint must have shape [n], [{length}, n] or [1, {length}, n] for this request's answer, n words "
+                    f"of 32 tokens or n bools; got {list(constraint.shape)}"
+                )
 
     def _seed(self, seed: int | None) -> int:
         """A request's own seed, else the engine's, else one that is drawn."""
@@ -189,18 +210,27 @@ class Intake:
         return int(torch.randint(2**63 - 1, (1,), device="cpu")) if chosen is None else chosen
 
 
-def _ids(name: str, values: Any) -> list[int]:
+def ids_of(name: str, values: Any) -> list[int]:
+    """Token ids as a list; of None, none."""
     if values is None:
         return []
+    if getattr(values, "ndim", 1) != 1:
+        raise ValueError(f"{name} must be the ids of one answer, [n]; got shape {list(values.shape)}")
     values = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise TypeError(f"{name} must be a sequence of token ids; got {type(values).__name__}")
     return list(values)
 
 
+def check_handler(name: str, value: Any) -> None:
+    """Refuse what is no function of an output."""
+    if not callable(value):
+        raise TypeError(f"{name} must be a function of a RequestOutput; got {type(value).__name__}")
+
+
 def check_flags(**values: Any) -> dict[str, Any]:
     """What a request's owner wants to hear before its end, checked."""
     on_step = values.pop("on_step")
-    if on_step is not None and not callable(on_step):
-        raise TypeError(f"on_step must be a function of a RequestOutput; got {type(on_step).__name__}")
+    if on_step is not None:
+        check_handler("on_step", on_step)
     return {name: flag(name, value) for name, value in values.items()} | {"on_step": on_step}

@@ -112,8 +112,8 @@ def _common_dtype(window: AttentionWindow, index: int, value: Tensor) -> torch.d
 
 def _attend_with_shadow(q: Tensor, k: Tensor, v: Tensor, window: AttentionWindow, **options) -> Tensor:
     """Attention `[B, T + n, H, D]` of T rows and n of their shadows, which leave out what they are shadows of."""
-    slots, kv_range = window.shadow, window.kv_range
-    assert slots is not None and kv_range is not None and window.cache is None
+    assert window.shadow is not None and window.kv_range is not None and window.cache is None
+    slots, kv_range, used = window.shadow.clamp(min=0), window.kv_range, (window.shadow >= 0).sum(1, dtype=torch.int32)
     n, width = slots.shape[1], k.shape[1]
     length = width - n
     out = [ops.block_attention(q[:, :length], None, None, k, v, None, kv_range, **options).out]
@@ -121,8 +121,8 @@ def _attend_with_shadow(q: Tensor, k: Tensor, v: Tensor, window: AttentionWindow
     first, last = (bound.expand(-1, n) for bound in kv_range.split(1, dim=1))
     left = torch.stack((first, slots), 2)
     right = torch.stack((slots + 1, last), 2)
-    rest = torch.full((len(k), n, 2), width, dtype=torch.int32, device=k.device)
-    rest[..., 0].fill_(length)
+    rest = torch.full((len(k), n, 2), length, dtype=torch.int32, device=k.device)
+    rest[..., 1].add_(used[:, None])
     ranges = torch.stack((left, right, rest), 2)  # [B, n, 3, 2]
     rows = [
         ops.block_attention(

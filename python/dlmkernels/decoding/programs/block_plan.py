@@ -57,7 +57,7 @@ class BlockPlan:
         )
         #: what of it depends on the length of such a block, by its length; None where all are as long as the table says
         self._short = None
-        if last - {b.length for b in blocks} or len(last) > 1:
+        if last - {width}:
             self._short = table(steps(n, n) if n in last else [0] * 4 for n in range(width + 1))
         most_steps = max(limits(b.length, b.num_steps)[1] for b in blocks)
         self._starts = self._table[:, START].contiguous()

@@ -55,8 +55,8 @@ class BlockAfterBlock(Program):
 
         most_steps = [limits(b.length, b.num_steps)[1] for b in blocks]
         longest = max(b.length for b in blocks)
-        shortest = min((n - 1) % longest + 1 for n in self.grid.last_lengths)
-        least_steps = min(*most_steps, limits(shortest, shortest)[1])
+        shortest = min([(n - 1) % longest + 1 for n in self.grid.last_lengths], default=longest)
+        least_steps = min([*most_steps, limits(shortest, shortest)[1]])
         slots = self._most_slots([b.start for b in blocks], longest)
         self.forms = BlockForms(config, blocks, most_steps, self.forward, self.fills_at_end)
         self.row_forms = RowForms(config, least_steps, self.forward, slots, task.may_be_few)
@@ -351,9 +351,9 @@ class BlockAfterBlock(Program):
         return int(self.standing.block_start[0]) if bool(self._works[0]) else self.start
 
     def finished(self) -> Tensor:
-        """Up to which column each row is finished, int32 `[S]`."""
+        """Up to which column each row is finished, int32 `[S]`: an end token in its last block may count yet."""
         standing = self.standing
-        reached = standing.block_start + torch.where(self._works, 0, standing.block_length)
+        reached = standing.block_start + torch.where(self._is_over, standing.block_length, 0)
         return torch.where(self.state.block < 0, self.grid.begun, reached)
 
 
