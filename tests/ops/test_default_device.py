@@ -25,8 +25,16 @@ FACTORIES = {
 
 
 def without_device(path):
-    """Calls of the factories that name no device: `line: call`."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    """Calls of the factories that name no device: `line: call`.
+
+    Not those of parameters: transformers builds a model on the device that it has made the default.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    parameters = [id(x) for node in calls if ast.unparse(node.func) == "nn.Parameter" for x in node.args]
+    for node in calls:
+        if id(node) in parameters:
+            continue
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in FACTORIES:
             of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
             named = any(keyword.arg in ("device", None) for keyword in node.keywords)

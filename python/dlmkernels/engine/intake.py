@@ -197,8 +197,8 @@ class Intake:
             )
             if not fits or (vocab is not None and words > -(-vocab // 32)):
                 raise ValueError(
-                    f"constraint must have shape [n], [{length}, n] or [1, {length}, n] for this request's answer, n words "
-                    f"of 32 tokens or n bools; got {list(constraint.shape)}"
+                    f"constraint must have shape [n], [{length}, n] or [1, {length}, n] for this answer, n words of "
+                    f"32 tokens or n bools; got {list(constraint.shape)}"
                 )
 
     def _seed(self, seed: int | None) -> int:

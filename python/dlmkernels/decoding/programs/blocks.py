@@ -59,7 +59,9 @@ class BlockAfterBlock(Program):
         least_steps = min([*most_steps, limits(shortest, shortest)[1]])
         slots = self._most_slots([b.start for b in blocks], longest)
         self.forms = BlockForms(config, blocks, most_steps, self.forward, self.fills_at_end)
-        self.row_forms = RowForms(config, least_steps, self.forward, slots, task.may_be_few)
+        self.row_forms = RowForms(
+            config, least_steps, self.forward, slots, task.may_be_few and not self.model.is_compiled
+        )  # fmt: skip
         #: positions that a window may hold until its row enters another block, -1 for none, int32 [S, W]; the same as
         #: an index; where there is one in a row that works, uint8
         self._listing = torch.zeros(rows, slots, dtype=torch.int32, device=device)

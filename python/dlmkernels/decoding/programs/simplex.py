@@ -95,7 +95,8 @@ class SimplexProgram(Program):
         step = self.state.step[:, None].long()
         noise = self.scale * normals(self.state.seed[:, None], position, step, self.z.shape[2])
         if clean is not None:
-            noise = torch.as_tensor(kept) ** 0.5 * clean + (1 - torch.as_tensor(kept)) ** 0.5 * noise
+            share = torch.as_tensor(kept, device="cpu")
+            noise = share**0.5 * clean + (1 - share) ** 0.5 * noise
         self.z[:, :width] = noise
 
     def _logits(self, form: Form, is_open: Tensor) -> Tensor:
