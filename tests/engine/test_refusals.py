@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What strangers ask of an engine: refusals at once, what was told stays so, models without a mask token."""
+
+import pytest
+import torch
+
+import dlmkernels as dk
+import research
+from decodings import lively
+from engines import engine_for
+from small_models import VOCAB, prompts
+
+ENDS = tuple(range(10, 30))
+RULES = [dk.Threshold(0.3), dk.TokenEditing(0.4, 0.3, 4), dk.WideInNarrowOut(0.3, 0.4), dk.Backtracking(2)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return dk.adapt(lively())
+
+
+@pytest.mark.parametrize("policy", ["fill", "block"])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_what_has_been_told_stays(model, rule, policy):
+    """Also where an end token cuts a block that is done."""
+    engine = engine_for(model, rule=rule, eos_policy=policy, eos_token_id=ENDS, block_length=4)
+    told = {}
+    for k in range(6):
+        engine.add_request(prompts(1, 4, seed=k)[0].tolist(), str(k), max_new_tokens=8, streaming=True, seed=k)
+    for output in engine:
+        before = told.get(output.request_id, [])
+        assert output.generated_tokens[: len(before)] == before
+        told[output.request_id] = output.generated_tokens
+    assert len(told) == 6
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"result_handler": 5}, "result_handler must be a function of a RequestOutput; got int"),
+    ({"on_step": 5}, "on_step must be a function of a RequestOutput; got int"),
+    ({"logit_bias": {1000: 1.0}}, "logit_bias must name ids from 0 to 97 - 1; got 1000"),
+    ({"constraint": torch.ones(4, VOCAB, dtype=torch.bool)}, r"constraint must have shape \[n\], \[3, n\]"),
+    ({"constraint": torch.ones(2, 3, VOCAB, dtype=torch.bool)}, r"constraint must have shape .* got \[2, 3, 97\]"),
+    ({"constraint": torch.tensor(True)}, "constraint must have a dimension of tokens"),
+    ({"given": 5}, "given must be a sequence of token ids; got int"),
+    ({"given": torch.tensor([[-1, 5, 6]])}, r"given must be the ids of one answer, \[n\]; got shape \[1, 3\]"),
+    ({"logits_processor": 5}, "logits_processor must hold functions of ids and scores; got 5"),
+])  # fmt: skip
+def test_what_can_never_be_decoded(model, options, message):
+    engine = engine_for(model)
+    with pytest.raises((ValueError, TypeError), match=message):
+        engine.add_request([5, 6, 7], max_new_tokens=3, **options)
+    assert list(engine) == []
+
+
+@pytest.mark.parametrize(("inputs", "options", "message"), [
+    (None, {}, "inputs must be a list of prompts; got NoneType"), (5, {}, "inputs must be a list of prompts; got int"),
+    ([None], {}, r"inputs\[0\] must be a prompt; got None"),
+    ([[5]], {"num_return_sequences": 0}, "num_return_sequences must be an integer of at least 1; got 0"),
+    ([[5]], {"max_new_tokens": ["a"]}, "max_new_tokens must be an integer of at least 1; got 'a'"),
+    ([[5]], {"suffix": 5}, "suffix must be a sequence of token ids; got int"),
+], ids=str)  # fmt: skip
+def test_batches(model, inputs, options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        dk.generate_batch(model, inputs, **options)
+
+
+@pytest.mark.parametrize("kind", ["duo", "langflow"])
+def test_models_without_a_mask_token(kind, tmp_path):
+    """Answers of different lengths, each as alone: with as many steps as it has tokens."""
+    research.write(kind, tmp_path)
+    model = dk.adapt(dk.load(tmp_path))
+    rows, lengths = [[5, 6, 7], [8], [9, 10], [11, 12]], [6, 3, 3, 5]
+    found = dk.generate_batch(model, rows, max_new_tokens=lengths, seed=[1, 2, 3, 4], slots=3)
+    for output, row, length, seed in zip(found.values(), rows, lengths, (1, 2, 3, 4)):
+        want = dk.generate(model, [row], max_new_tokens=length, seed=seed)
+        end = int(want.length[0]) - want.prompt_length
+        assert output.generated_tokens == want.generated[0, :end].tolist(), output.error
+        assert output.num_forwards == int(want.num_forwards[0])
