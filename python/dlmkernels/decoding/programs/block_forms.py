@@ -69,8 +69,8 @@ class BlockForms:
         self.has_last_entry = has_last_entry
         self.is_delayed = config.cache == "delayed"
 
-    def begin(self, rows: int) -> None:
-        """Of a decoding of so many rows the host knows nothing yet, but that all have come into the first block."""
+    def begin(self) -> None:
+        """The host knows nothing yet, but that all rows have come into the first block."""
         #: how many reports there have been, and which of them was of rows that entered
         self.reports, self.entered = 0, 0
         #: number of the block, and of the step within it; how far what is final and forwarded reaches

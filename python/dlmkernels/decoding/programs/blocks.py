@@ -132,7 +132,7 @@ class BlockAfterBlock(Program):
                 "come and go with a model whose rotary embedding depends on their lengths; use cache='none' and "
                 "attention='full'"
             )
-        self.forms.begin(len(self._works))
+        self.forms.begin()
         self.row_forms.begin(self.grid.ends.tolist())
         self.plan.begin()
         self.constrained.enter(torch.ones_like(self._works))
@@ -353,7 +353,10 @@ class BlockAfterBlock(Program):
         return int(self.standing.block_start[0]) if bool(self._works[0]) else self.start
 
     def finished(self) -> Tensor:
-        """Up to which column each row is finished, int32 `[S]`: an end token in its last block may count yet."""
+        """Up to which column each row is final, int32 `[S]`.
+
+        A block counts when the row has left it: until then an end token in it may still cut it short.
+        """
         standing = self.standing
         reached = standing.block_start + torch.where(self._is_over, standing.block_length, 0)
         return torch.where(self.state.block < 0, self.grid.begun, reached)
