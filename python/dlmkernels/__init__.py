@@ -45,6 +45,8 @@ _LAZY = {
     "Backbone": ".models.backbone",
     "BackboneInput": ".models.backbone",
     "load": ".models.load",
+    "load_drafter": ".models.drafters",
+    "Drafter": ".models.drafters",
     "Engine": ".engine.engine",
     "EngineMetrics": ".engine.metrics",
     "RequestOutput": ".engine.request",

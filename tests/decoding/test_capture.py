@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import dlmkernels as dk
+import drafter_checkpoints
 import research
 from decodings import ragged
 from dlmkernels.decoding.arguments import check_tokens
@@ -125,6 +126,30 @@ def test_recorded_calls_decode(model, name):
     assert torch.equal(out.sequences, want.sequences)
     assert torch.equal(out.commit_step, want.commit_step) and torch.equal(out.num_forwards, want.num_forwards)
     assert out.complete.all() and steps > 2 and player.replays > steps / 2
+
+
+@pytest.mark.parametrize("form", [None, "dflash2", "dspark-rnn"])
+@torch.no_grad()
+def test_recorded_calls_of_causal_decodings(form, tmp_path):
+    """The same of one token a forward, and with drafters."""
+    model = build(seed=3, sharpness=3.0)
+    rule = dk.NextToken()
+    if form is not None:
+        path, _, _ = drafter_checkpoints.write(tmp_path, form, taps=(0,), target_layers=2)
+        rule = dk.Drafted(dk.load_drafter(path, model))
+    options = {"max_new_tokens": NEW, "eos_policy": "none", "rule": rule, "temperature": 1.0, "seed": 5}
+    first, *others, last = (batch_of(seed) for seed in range(3))
+    program, admit = program_for(model, *first, options)
+    player = Player(program)
+    player.run("as it is")
+    for batch in others:
+        admit(*batch)
+        player.run("recorded")
+    admit(*last)
+    steps = player.run("replayed")
+    want, out = dk.generate(model, *last, **options), program.output()
+    assert torch.equal(out.sequences, want.sequences) and torch.equal(out.num_forwards, want.num_forwards)
+    assert steps > 2 and player.replays > steps / 2
 
 
 WRITE = {"plaid": research.write_plaid, "ssd-lm": research.write_ssd_lm}

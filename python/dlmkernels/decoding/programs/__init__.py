@@ -3,6 +3,8 @@
 
 from ..rules import (
     ContinuousRule,
+    Drafted,
+    NextToken,
     Pipeline,
     Reordered,
     Rule,
@@ -16,6 +18,7 @@ from .base import Task as Task
 from .base import run as run
 from .blocks import BlockAfterBlock
 from .continuous import ContinuousProgram
+from .drafted import CausalProgram, DraftedProgram
 from .pipelined import PipelinedProgram
 from .reordered import ReorderedProgram
 from .simplex import SimplexProgram
@@ -27,7 +30,7 @@ from .variable import VariableProgram
 PROGRAMS: dict[type[Rule], type[Program]] = {
     Strided: StridedProgram, SelfSpeculative: SpeculativeProgram, Reordered: ReorderedProgram,
     SimplexDenoising: SimplexProgram, ContinuousRule: ContinuousProgram,
-    Pipeline: PipelinedProgram, VariableLength: VariableProgram,
+    Pipeline: PipelinedProgram, VariableLength: VariableProgram, Drafted: DraftedProgram, NextToken: CausalProgram,
 }  # fmt: skip
 
 

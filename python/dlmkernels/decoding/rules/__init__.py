@@ -16,6 +16,7 @@ from .confidence import (
     TimeQuota,
 )
 from .continuous import ContinuousRule, EmbeddingFlow, LearnedNoise, SimplexDenoising, VectorDenoising
+from .drafted import Drafted, NextToken
 from .drafting import Reordered, SelfSpeculative, Strided
 from .history import CreditThreshold, EarlyAnswer, SmoothedThreshold, StableThreshold
 from .length import Expanding, Lengthening, VariableLength
@@ -33,9 +34,9 @@ from .splitting import SplitEditing
 
 __all__ = [
     "Action", "Ancestral", "AncestralRemask", "Backtracking", "ContinuousRule", "CreditThreshold",
-    "DilatedSchedule", "DynamicThreshold", "EarlyAnswer", "EmbeddingFlow", "EntropyBound", "EntropyPipeline",
+    "DilatedSchedule", "Drafted", "DynamicThreshold", "EarlyAnswer", "EmbeddingFlow", "EntropyBound", "EntropyPipeline",
     "EntropySum", "Expanding", "Factor", "HierarchicalThreshold", "LearnedNoise", "Lengthening", "LocalThreshold",
-    "PathPlanning", "Pipeline", "PredictorCorrector", "Quota", "RenoisedEntropyBound", "Reordered", "Rule",
+    "NextToken", "PathPlanning", "Pipeline", "PredictorCorrector", "Quota", "RenoisedEntropyBound", "Reordered", "Rule",
     "RunEditing", "ScoreAncestral", "SelfSpeculative", "SimplexDenoising", "SmoothedThreshold", "SplitEditing",
     "StableThreshold", "Strided", "Threshold", "TimeQuota", "TokenEditing", "UniformState", "VariableLength",
     "VectorDenoising", "WideInNarrowOut",
