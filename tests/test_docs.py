@@ -2,6 +2,8 @@
 """The code that README and docs show must run as it stands."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -151,3 +153,19 @@ def test_the_engine(capsys):
         output = names["outputs"][names[name]]
         assert output.generated_tokens == want.generated[0, : int(want.length[0]) - want.prompt_length].tolist()
     assert capsys.readouterr().out.startswith("[")
+
+
+def test_watching_a_decoding(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL_DIR)
+    names = {"dk": dk, "model": dk.load(MODEL_DIR, dtype=torch.float32), "tokenizer": tokenizer}
+    (code,) = [x for x in re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "watch.html" in x]
+    code = code.replace('"…"', '"A1234567890123456+8765432109876544="').replace("trace=", "max_new_tokens=17, trace=")
+    exec(compile(code, "README.md", "exec"), names)
+    assert "<title>A decoding</title>" in (tmp_path / "watch.html").read_text("utf-8")
+
+
+def test_the_pictures_example_runs(tmp_path):
+    run = [sys.executable, ROOT / "examples" / "watch.py", tmp_path / "watch.html"]
+    assert "in a browser" in subprocess.run(run, check=True, capture_output=True, text=True).stdout
+    assert "One Sudoku" in (tmp_path / "watch.html").read_text("utf-8")
