@@ -24,12 +24,16 @@ def blocks(name):
 
 def block_with(name, text):
     """The one example that holds a text."""
+    return compile(block_text(name, text), name, "exec")
+
+
+def block_text(name, text):
     (code,) = [code for code in blocks(name) if text in code]
-    return compile(code, name, "exec")
+    return code
 
 
 def test_readme_example(capsys):
-    (code,) = blocks("README.md")
+    code = block_text("README.md", "AutoTokenizer")
     problems = TASKS["addition"].make(2, seed=3)
     code = code.replace("path/to/model", str(MODEL_DIR)).replace(
         '"…", "…"', ", ".join(repr(p.prompt) for p in problems)
@@ -159,8 +163,11 @@ def test_watching_a_decoding(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL_DIR)
     names = {"dk": dk, "model": dk.load(MODEL_DIR, dtype=torch.float32), "tokenizer": tokenizer}
-    (code,) = [x for x in re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "watch.html" in x]
-    code = code.replace('"…"', '"A1234567890123456+8765432109876544="').replace("trace=", "max_new_tokens=17, trace=")
+    code = (
+        block_text("README.md", "watch.html")
+        .replace('"…"', '"A1234567890123456+8765432109876544="')
+        .replace("trace=", "max_new_tokens=17, trace=")
+    )
     exec(compile(code, "README.md", "exec"), names)
     assert "<title>A decoding</title>" in (tmp_path / "watch.html").read_text("utf-8")
 

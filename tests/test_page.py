@@ -15,8 +15,7 @@ import torch
 
 import dlmkernels as dk
 from dlmkernels.cli import main
-from dlmkernels.page import text_of
-from dlmkernels.trace import Event, Recording, Trace
+from dlmkernels.trace import Event, Recording, Trace, text_of
 
 GOLDEN = Path(__file__).parent / "golden" / "page.json"
 HOSTILE = ["</script><script>alert(1)</script>", "<!--<script>", "\u2028</title>", '"&quot;', "a\nb", "▁", "{{data}}"]
