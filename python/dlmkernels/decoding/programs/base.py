@@ -70,6 +70,8 @@ class Program:
         self.unfinished = Unfinished(self.state, self.rule, self.constrained)
         #: after so many forwards what is open stays so; what a constraint has kept open gets forwards of its own
         self.most_forwards = (self.end - self.start) * (2 if self.constrained.may_leave_open else 1)
+        #: told of every insertion and removal where positions came from, int32 `[S, T]`, -1 for new ones
+        self.on_move: Callable[[Tensor], None] | None = None
         #: what the rule keeps from step to step
         self.memory: dict[str, Tensor] = {}
 

@@ -297,11 +297,13 @@ class BlockAfterBlock(Program):
         if action.insert is not None:
             block_end = (self.standing.block_start + self.standing.block_length).clamp(max=state.tokens.shape[1])
             takes_part = self._works if taken is None else self._works & taken
-            ops.splice_(
+            moved = ops.splice_(
                 state.tokens, torch.where(takes_part, self.standing.block_start, -1), insert=action.insert,
                 remove=action.remove, end=block_end, state=state.state, commit_step=state.commit_step,
                 commit_confidence=state.confidence, fill_token_id=self.special.mask,
             )  # fmt: skip
+            if self.on_move is not None:
+                self.on_move(moved.source)
         if action.embeds is not None and action.embedded is not None:
             self.forward.embed_next(window, action.embeds, action.embedded, taken)
         if self.model.self_conditions:
