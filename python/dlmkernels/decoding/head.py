@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _C
+from ..kernels import cpu_kernel
 from ..models.adapt import DiffusionModel, LogitsModel
 from .config import DecodingConfig
 from .hidden_rows import HiddenRows
@@ -96,8 +96,7 @@ def obstacle_to_fusion(model: DiffusionModel, config: DecodingConfig) -> str | N
 
 def prefers_fused(weight: Tensor, rows: int, filters: bool) -> bool:
     """Whether `ops.lm_head_confidence` is no slower than the linear layer of `weight` `[V, d]` on so many rows."""
-    kernel = _C.cpu_kernels()["lm_head_confidence"][_C.cpu_isa()]
-    if weight.dtype == torch.bfloat16 and kernel not in ("avx512bf16", "amx"):
+    if weight.dtype == torch.bfloat16 and cpu_kernel("lm_head_confidence") not in ("avx512bf16", "amx"):
         return False
     fits = not filters or rows * len(weight) * weight.itemsize <= FILTERED
     return fits and weight.numel() * weight.itemsize >= LARGE_WEIGHT and rows <= MOST_ROWS.get(weight.dtype, 0)
