@@ -19,6 +19,7 @@ from torch import Tensor
 from ..window import TokenWindow
 from .checks import integer, number
 from .config import DecodingConfig
+from .hidden_rows import Logits, whole
 from .output import DecodingOutput
 from .programs import Program
 from .propose import Proposer
@@ -143,10 +144,10 @@ class RequestProposer(Proposer):
         self.penalty[row] = wishes.repetition_penalty
 
     def step(
-        self, logits: Tensor, window: TokenWindow, standing: Any, row_map: Tensor | None = None, *args: Any,
+        self, logits: Logits, window: TokenWindow, standing: Any, row_map: Tensor | None = None, *args: Any,
         **options: Any,
     ) -> Step:  # fmt: skip
-        logits = self._processed(logits, window, row_map)
+        logits = self._processed(whole(logits), window, row_map)
         step = super().step(logits, window, standing, row_map, *args, **options)
         if self.top_ids.shape[2]:
             self._record(step)

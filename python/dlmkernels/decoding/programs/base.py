@@ -21,6 +21,7 @@ from ...models.adapt import DiffusionModel
 from ...window import TokenWindow
 from ..config import DecodingConfig, SpecialTokens
 from ..constrained import Constrained
+from ..hidden_rows import Logits
 from ..outcome import Unfinished, output_of
 from ..output import DecodingOutput
 from ..parameters import with_parameters
@@ -106,7 +107,7 @@ class Program:
         raise NotImplementedError
 
     def decide(
-        self, logits: Tensor, window: TokenWindow, standing: Standing, act: Callable[[Step], Action],
+        self, logits: Logits, window: TokenWindow, standing: Standing, act: Callable[[Step], Action],
         row_map: Tensor | None = None, first_alone: bool = False,
     ) -> tuple[Step, Action]:  # fmt: skip
         """The step that these logits `[R or 2R, V]` make, and what `act` does of it, as far as a constraint accepts it.

@@ -256,7 +256,7 @@ class BlockAfterBlock(Program):
         if self.config.seeded:
             first = torch.where(took_part, self.plan.place.outer, state.tokens.shape[1])
             window = state.window(state.columns(first, 1), 1)
-            logits = self.model.logits(self.forward.last_of_context())
+            logits = self.propose.head(self.forward.last_of_context())
             step = self.propose.step(
                 logits, window, Standing.in_one_block(first, 1, state.step),
                 allowed=self.constrained.allowed(window, logits.shape[1]),
@@ -279,7 +279,7 @@ class BlockAfterBlock(Program):
         window = self._window(form.is_limited, rows)
         pick, row_map = self._compacted(window.used, form.head)
         hidden = self.forward(form.part, window, self.standing, pick, form.pending, form.width, rows)
-        logits = self.model.logits(hidden)
+        logits = self.propose.head(hidden)
         self._row_cost = 0 if logits is hidden else hidden.shape[1] * logits.shape[1]
         step = self.propose.step(
             logits, window, self.standing, row_map, self.memory, constrained.allowed(window, logits.shape[1])
