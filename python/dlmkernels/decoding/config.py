@@ -45,12 +45,17 @@ DISTRIBUTIONS = ("raw", "tempered", "filtered")
 EOS_POLICIES = ("none", "fill", "block")
 
 
-def _token_ids(name: str, value: Any) -> int | tuple[int, ...] | None:
-    """Check of one id or several; which ids there are only the model knows."""
+def _token_ids(name: str, value: Any) -> int | tuple | None:
+    """Check of one id or several, or of several for each request; which ids there are only the model knows."""
     value = plain(value)
     if value is None:
         return None
-    return _token_id(name, value) if isinstance(value, int | float) else several(_token_id)(name, value)
+    if isinstance(value, int | float):
+        return _token_id(name, value)
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Sequence) and any(isinstance(one, Sequence) and not isinstance(one, str) for one in value):
+        return several(several(_token_id))(name, value)
+    return several(_token_id)(name, value)
 
 
 def _token_id(name: str, value: Any) -> Any:
@@ -112,7 +117,8 @@ class OfTheFamily:
     Attributes
     ----------
     mask_token_id, eos_token_id, pad_token_id : int
-        Taken from the model's configuration when None. Several eos ids may be given.
+        Taken from the model's configuration when None. Several eos ids may be given; a sequence of sequences has
+        those of each request.
     logit_alignment : {"same", "shift"}, optional
         Whether row i of the logits speaks of position i or of i + 1. None: what the model's family does.
     attention : {"full", "block", "causal", "causal-context", "reordered"}, optional
@@ -126,7 +132,7 @@ class OfTheFamily:
     """
 
     mask_token_id: int | None = None
-    eos_token_id: int | Sequence[int] | None = None
+    eos_token_id: int | Sequence[int] | Sequence[Sequence[int]] | None = None
     pad_token_id: int | None = None
     logit_alignment: str | None = None
     attention: str | None = None

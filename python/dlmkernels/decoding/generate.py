@@ -149,7 +149,7 @@ def generate(
     listeners = listeners_of(streamer, batch, on_step, stop_strings, tokenizer, trace)
     seeds = seeds_of_copies(seeds_of(config.seed, requests, tokens.device), copies)
     parameters = {
-        name: values.repeat_interleave(copies)
+        name: values.repeat_interleave(copies, 0)
         for name, values in parameters_of(config, requests, tokens.device).items()
     }
     state = State.of(torch.cat((tokens, masks), 1), is_open, origin, grid.ends, pair.negative, seeds, parameters)

@@ -14,6 +14,7 @@ from ..models.adapt import DiffusionModel
 from ..window import TokenWindow
 from .calls import token_confidence
 from .config import DecodingConfig, SpecialTokens
+from .ends import ENDS, is_end
 from .head import Head
 from .hidden_rows import HiddenRows, Logits
 from .scores import score_named
@@ -37,7 +38,8 @@ class Proposer:
 
         needs = config.rule.needs | score_named(config.score).needs
         self.never = torch.tensor(special.banned, dtype=torch.int64, device=device)
-        self.ends = torch.tensor(special.eos, dtype=torch.int64, device=device)
+        self._ends = torch.tensor(special.eos, dtype=torch.int64, device=device)
+        self._own_ends = state.parameters.get(ENDS)
         #: whether the rule says at what temperature each step samples
         self.has_temperature = config.rule.temperature(0, 1) is not None
         temperature = number(config.temperature, torch.float32, lambda t: t > 0 or self.has_temperature)
@@ -116,6 +118,10 @@ class Proposer:
         if self.config.cfg_scale > 0:
             logits, uncond = logits.chunk(2)
         return token_confidence(logits, row_map=row_map, uncond_logits=uncond, **options)
+
+    def is_end(self, tokens: Tensor) -> Tensor:
+        """Which of the tokens int64 `[B, W]` are end tokens, of their row where rows have their own."""
+        return torch.isin(tokens, self._ends) if self._own_ends is None else is_end(tokens, self._own_ends)
 
     def _rows(self, count: int) -> Tensor:
         """The numbers 0 … count, int32."""

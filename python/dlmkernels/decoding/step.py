@@ -285,8 +285,8 @@ class Step:
         return self.proposer.special.mask
 
     def is_end(self, tokens: Tensor) -> Tensor:
-        """Which of the tokens are end tokens, bool of the same shape."""
-        return torch.isin(tokens, self.proposer.ends)
+        """Which of the tokens int64 `[B, W]` are end tokens, bool `[B, W]`."""
+        return self.proposer.is_end(tokens)
 
     def everyone(self, value: bool) -> Tensor:
         """The same for every request, bool `[B]`."""

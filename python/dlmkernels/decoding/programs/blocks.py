@@ -102,7 +102,11 @@ class BlockAfterBlock(Program):
     def form(self, report: tuple[int, ...], behind: int) -> Form | None:
         slots = self._listing.numel()
         form = self.forms.next(report, behind, slots) if self.together else self.row_forms.next(report, behind)
-        if form is None or (self.reads_open and not self.model.self_conditions):
+        if form is None:
+            return None
+        if self.reads_own_ends:
+            form = replace(form, own_ends=True)
+        if self.reads_open and not self.model.self_conditions:
             return form
         return replace(form, head=slots)
 
@@ -175,7 +179,7 @@ class BlockAfterBlock(Program):
         if self.constrained.may_leave_open:
             works = works & ~self.constrained.is_stuck
         if self.fills_at_end:
-            state.fill_after_eos(~works, self.special.eos, self.special.pad)
+            state.fill_after_eos(~works, self.special.eos, self.special.pad, self.ends)
         enters, has_later = plan.enter(works, self.together)
         self._works.copy_(works | enters)
         count = self._list_positions()
@@ -290,7 +294,7 @@ class BlockAfterBlock(Program):
         self.remember(step, taken)
         self.unfinished.see(step)
         info = state.write(
-            window.positions, _or(action.token, step.token), commit=action.commit, edit=action.edit,
+            window.positions, _or(action.token, step.token), self.ends, commit=action.commit, edit=action.edit,
             remask=action.remask, renoise=action.renoise, confidence=_or(action.confidence, step.confidence),
             **self._how,
         )  # fmt: skip

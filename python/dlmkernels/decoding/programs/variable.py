@@ -31,7 +31,7 @@ class VariableProgram(Program):
         super().__init__(task)
         rule, config, state = self.rule, self.config, self.state
         assert isinstance(rule, VariableLength)
-        _check(config, self.special)
+        _check(config, self.special, self.own_ends)
         self.varying = rule
         self.most = most = config.longest
         # Behind `length` a row is padding; it may not become longer than `limit`. Nothing moves left of `first`.
@@ -156,7 +156,7 @@ def _close(canvas: State, length: Tensor, pad: int) -> None:
     canvas.state.masked_fill_(behind, FROZEN)
 
 
-def _check(config: DecodingConfig, special: SpecialTokens) -> None:
+def _check(config: DecodingConfig, special: SpecialTokens, own_ends: Tensor | None) -> None:
     name = type(config.rule).__name__
     if config.attention != "full" or config.cache != "none":
         raise ValueError(
@@ -172,5 +172,8 @@ def _check(config: DecodingConfig, special: SpecialTokens) -> None:
             f"rule {name} needs eos_policy='none', since text may stand behind what is filled in; got "
             f"{config.eos_policy!r}"
         )
-    if config.rule.decodes == "continuations" and not special.eos:
-        raise ValueError(f"eos_token_id is needed by rule {name}: the model's configuration has none")
+    if config.rule.decodes == "continuations":
+        if not special.eos:
+            raise ValueError(f"eos_token_id is needed by rule {name}: the model's configuration has none")
+        if own_ends is not None and bool((own_ends < 0).all(1).any()):
+            raise ValueError(f"eos_token_id must hold at least one token for each request with rule {name}")
