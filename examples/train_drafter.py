@@ -30,10 +30,14 @@ from dlmkernels.demo.tasks import EOS_ID, MASK_ID, PAD_ID, TASKS, encode
 VOCAB, WIDTH, INNER, HEADS, EPS, THETA = 32, 128, 256, 4, 1e-6, 10000.0
 LAYERS, DRAFT_LAYERS, BLOCK = 5, 2, 16
 TAPS = [1, 2, 3]  # the target's layers, from 0, whose outputs the drafter sees
+MASK = 18  # what blocks are made of: prompts of Sudokus hold the blank, whose embedding it shares
 DECAY = 7.0  # how fast the weight of a draft falls with its distance: exp(-(i - 1) / DECAY)
-ROWS = {"sudoku": 10, "addition": 20, "running-sum": 16}  # texts in a batch
+ROWS = {  # texts in a batch
+    "target": {"sudoku": 10, "addition": 20, "running-sum": 16},
+    "drafter": {"sudoku": 4, "addition": 8, "running-sum": 10},
+}
 CLUES = 36, 77  # the Sudokus of the training have that many
-BLOCKS = {"target": 1, "drafter": 3}  # blocks of masks in each text of a batch
+BLOCKS = {"target": 1, "drafter": 4}  # blocks of masks in each text of a batch
 
 
 class Texts(NamedTuple):
@@ -228,6 +232,7 @@ def train(args: argparse.Namespace) -> None:
     is_target = args.what == "target"
     model: nn.Module = Causal() if is_target else Drafter()
     if not is_target:
+        TASKS["sudoku"].pool_size = 4096  # each stands for its symmetries
         target = Causal()
         target.load_state_dict(load_file(Path(args.target) / "model.safetensors"))
         target = target.to(torch.float32).requires_grad_(False)
@@ -242,19 +247,20 @@ def train(args: argparse.Namespace) -> None:
     ]
     print(f"{sum(p.numel() for p in params.values()):,} parameters", flush=True)
     step, report, begun = 0, 0.0, time.monotonic()
-    sums: dict[str, list[tuple[float, float]]] = {name: [] for name in ROWS}
+    all_rows = ROWS[args.what]
+    sums: dict[str, list[tuple[float, float]]] = {name: [] for name in all_rows}
     while True:
         elapsed = time.monotonic() - begun
         progress = step / args.steps if args.steps else elapsed / (60 * args.minutes)
         if progress >= 1 or elapsed > report:
             text = "  ".join(f"{n} " + " ".join(f"{x:.4f}" for x in np.mean(s, 0)) for n, s in sums.items() if s)
             print(f"{elapsed / 60:.1f} min, step {step}: {text}", flush=True)
-            report, sums = elapsed + 30, {name: [] for name in ROWS}
+            report, sums = elapsed + 30, {name: [] for name in all_rows}
         if progress >= 1:
             break
         lr = args.lr * min(1, (step + 1) / 200, (1 - progress) / args.decay)
         rng = np.random.default_rng([args.seed, step])
-        for name, rows in ROWS.items():
+        for name, rows in all_rows.items():
             batch = texts(name, rows, BLOCKS[args.what], rng)
             with torch.autocast("cpu", torch.bfloat16):
                 losses = target_loss(compiled, batch) if is_target else drafter_loss(compiled, target, batch)
@@ -284,8 +290,12 @@ def export(state: dict[str, Tensor], what: str, folder: Path) -> None:
     )  # fmt: skip
     if what == "target":
         config |= dict(architectures=["LlamaForCausalLM"], model_type="llama", num_hidden_layers=LAYERS, mlp_bias=False)
+        config["mask_token_id"] = MASK
+        table = state["model.embed_tokens.weight"].clone()
+        table[MASK] = table[MASK_ID]
+        state = {**state, "model.embed_tokens.weight": table}
     else:
-        tapped = dict(block_size=BLOCK, target_layer_ids=TAPS, mask_token_id=MASK_ID, num_target_layers=LAYERS)
+        tapped = dict(block_size=BLOCK, target_layer_ids=TAPS, mask_token_id=MASK, num_target_layers=LAYERS)
         config |= dict(architectures=["DFlashDraftModel"], model_type="qwen3", num_hidden_layers=DRAFT_LAYERS)
         config |= dict(layer_types=["full_attention"] * DRAFT_LAYERS, dflash_config=tapped)
     folder.mkdir(parents=True, exist_ok=True)

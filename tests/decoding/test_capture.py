@@ -44,7 +44,8 @@ CASES = {
     "allowed tokens": {"rule": dk.Threshold(0.3), "constraint": torch.arange(97) % 3 > 0},
     # every rule that goes block after block
     **{type(rule).__name__: {"rule": rule} for rule in (
-        dk.Quota(), dk.TimeQuota(), dk.DynamicThreshold(0.3), dk.Factor(), dk.EntropyBound(1.0), dk.EntropySum(2.0),
+        dk.Quota(), dk.TimeQuota(), dk.DynamicThreshold(0.3), dk.Factor(), dk.Frechet(), dk.ReasonFirst(6, dk.Threshold(0.3)),
+        dk.EntropyBound(1.0), dk.EntropySum(2.0),
         dk.HierarchicalThreshold(0.5, 0.2), dk.LocalThreshold(0.5, 0.2, 2), dk.DilatedSchedule(2),
         dk.StableThreshold(0.2, 0.5, 1), dk.CreditThreshold(0.3), dk.SmoothedThreshold(0.4),
         dk.EarlyAnswer((2.5, 2.0, 1.5)), dk.TokenEditing(0.3, 0.2, 4), dk.RunEditing(0.3, 0.4), dk.Backtracking(2),
@@ -62,6 +63,7 @@ CASES = {
     "SelfSpeculative": {"rule": dk.SelfSpeculative(), "attention": "causal-context", "seeded": True, "cache": "block"},
     "Reordered": {"rule": dk.Reordered(4), "attention": "reordered", "cache": "block"},
     "Pipeline": {"rule": dk.Pipeline(0.3, 0.3, 0.5), **BLOCKS, "logit_alignment": "shift"},
+    "Pipeline, buffer": {"rule": dk.Pipeline(0.3, 0.3, 0.5, buffer=2), **BLOCKS, "logit_alignment": "shift"},
     "Pipeline, no cache": {"rule": dk.Pipeline(0.3, 0.3, 0.5), "attention": "block"},
     "EntropyPipeline": {"rule": dk.EntropyPipeline(1.0)},
     "EntropyPipeline, prefix": {"rule": dk.EntropyPipeline(1.0), "cache": "prefix", "refresh_interval": 3},

@@ -61,7 +61,7 @@ class CausalProgram(Program):
         window = TokenWindow(self.last[:, None].clone(), self.state.origin)
         standing = Standing.in_one_block(self.last, 1, self.state.step)
         step, action = self.decide(
-            self.model.logits(hidden[:, -1]), window, standing, lambda step: Action(step.token >= 0)
+            self.propose.head(hidden[:, -1]), window, standing, lambda step: Action(step.token >= 0)
         )  # fmt: skip
         assert action.commit is not None
         info = self.commit(window.positions, step.token, action.commit, step.confidence)
@@ -84,7 +84,7 @@ class CausalProgram(Program):
 
         standing = Standing.in_one_block(last + 1, len(self.offset), state.step)
         step, action = self.decide(
-            self.model.logits(hidden.flatten(0, 1)), window, standing,
+            self.propose.head(hidden.flatten(0, 1)), window, standing,
             lambda step: Action(verified(step, drafts) if self.drafts else step.token >= 0), first_alone=True,
         )  # fmt: skip
         assert action.commit is not None
