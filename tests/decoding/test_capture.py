@@ -140,7 +140,7 @@ def test_recorded_calls_of_causal_decodings(form, tmp_path):
     rule = dk.NextToken()
     if form is not None:
         path, _, _ = drafter_checkpoints.write(tmp_path, form, taps=(0,), target_layers=2)
-        rule = dk.Drafted(dk.load_drafter(path, model))
+        rule = dk.Drafted(dk.load_drafter(path, model), "auto" if form == "dflash2" else None)
     options = {"max_new_tokens": NEW, "eos_policy": "none", "rule": rule, "temperature": 1.0, "seed": 5}
     first, *others, last = (batch_of(seed) for seed in range(3))
     program, admit = program_for(model, *first, options)

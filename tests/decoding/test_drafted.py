@@ -111,8 +111,8 @@ def test_drafts(form, model, drafters, monkeypatch):
     drafter, config, weights = drafters(form)
     drafted, original = [], DraftedProgram.draft
 
-    def noted(self, anchor, working, window):
-        drafts = original(self, anchor, working, window)
+    def noted(self, anchor, used, window):
+        drafts = original(self, anchor, used, window)
         drafted.append((self.last.clone(), drafts.clone()))
         return drafts
 
@@ -221,7 +221,7 @@ def test_options(form, options, model, drafters):
     rows = [prompts(1, 3 + i, seed=i)[0].tolist() for i in range(4)]
     options = {"max_new_tokens": 20} | options
     plain = dk.generate(model, rows, rule=dk.NextToken(), **options)
-    for width in (None, 1, 3):
+    for width in (None, 1, 3, "auto"):
         out = dk.generate(model, rows, rule=dk.Drafted(drafter, width), **options)
         assert torch.equal(out.sequences, plain.sequences)
         assert torch.equal(out.complete, plain.complete)

@@ -105,14 +105,11 @@ class Markov(nn.Module):
 
 
 class Confidence(nn.Module):
-    """DSpark: an estimate of whether the target accepts a draft, given that it has accepted those before."""
+    """DSpark: an estimate of whether the target accepts a draft. It is read with the others, and not used."""
 
     def __init__(self, width: int):
         super().__init__()
         self.proj = nn.Linear(width, 1)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return torch.sigmoid(self.proj(features).float()[:, 0])
 
 
 class DraftModule(nn.Module):
@@ -176,6 +173,8 @@ class Drafter:
         self._ids: Tensor | None = None
         if form.draft_vocab is not None:
             self._ids = torch.arange(form.draft_vocab, device=device) + module.d2t
+        #: seconds of steps with so many rows and drafts, where they were measured
+        self.costs: dict[tuple[int, int], Tensor] = {}
         #: what stands in for the embedding of the mask, `[d]` or one for each row of the block
         self.mask_embedding: Tensor | None = None
 
@@ -269,15 +268,6 @@ class Drafter:
             full = torch.full((len(logits), self.vocab), -torch.inf, dtype=torch.float32, device=logits.device)
             return full.scatter_reduce(1, ids, scores, "amax"), None
         return self.of_all(logits), None
-
-    def accepted(self, hidden: Tensor, before: Tensor) -> Tensor | None:
-        """How likely the target is to accept a draft if it accepts those before, float32 `[B]`; None: not known."""
-        if self.form.confidence is None:
-            return None
-        features = hidden
-        if self.form.confidence == "markov":
-            features = torch.cat((hidden, self.module.markov_head.markov_w1(before).to(hidden.dtype)), -1)
-        return self.module.confidence_head(features)
 
 
 def _half_turned(x: Tensor) -> Tensor:

@@ -11,6 +11,14 @@ from ..checks import Check, integer
 from .base import Rule
 
 
+def _width(name: str, value: Any) -> int | str | None:
+    if isinstance(value, str):
+        if value != "auto":
+            raise ValueError(f"{name} must be None, 'auto' or an integer of at least 1; got {value!r}")
+        return value
+    return integer(1, optional=True)(name, value)
+
+
 @dataclass(frozen=True)
 class NextToken(Rule):
     """One token a forward, from left to right, as a causal model is decoded without further ado.
@@ -50,14 +58,18 @@ class Drafted(NextToken):
     drafter : Drafter
         What `dlmkernels.load_drafter` has loaded for the model. `generate(…, drafter=drafter)` says the same as
         `generate(…, rule=Drafted(drafter))`.
-    width : int, optional
-        How many tokens are drafted at once, at most as many as the drafter was trained for. None: that many.
+    width : int or "auto", optional
+        How many tokens are drafted at once, at most as many as the drafter was trained for. None: that many. "auto":
+        each request asks for the number that decides most tokens a second, by how many of its drafts have been
+        accepted lately and how long steps take on this machine, which is measured when a batch of so many requests is
+        first decoded with the drafter; where drafts are worth nothing, none. The text is the same, but how many
+        forwards it takes is not.
     """
 
-    limits: ClassVar[Mapping[str, Check]] = {"width": integer(1, optional=True)}
+    limits: ClassVar[Mapping[str, Check]] = {"width": _width}
 
     drafter: Any
-    width: int | None = None
+    width: int | str | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -66,5 +78,5 @@ class Drafted(NextToken):
             raise TypeError(
                 f"drafter must be what dlmkernels.load_drafter(path, target) returns; got {type(self.drafter).__name__}"
             )
-        if self.width is not None and self.width > drafts:
+        if isinstance(self.width, int) and self.width > drafts:
             raise ValueError(f"width must be at most the drafter's {drafts} drafts; got {self.width}")
