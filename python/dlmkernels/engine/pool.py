@@ -41,6 +41,8 @@ class Size:
         How many configurations are decoded at the same time.
     may_be_few : bool
         Whether a forward may take the rows alone that need it.
+    steps_per_poll : int
+        How many steps a lane makes between two looks at its report, at most.
     """
 
     slots: int
@@ -48,6 +50,7 @@ class Size:
     prompt_tokens: int
     lanes: int
     may_be_few: bool
+    steps_per_poll: int = 1
 
 
 class Pool:
