@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
+
 from ..decoding.capture import check_graphs, steps_of
 from ..decoding.checks import flag, integer
 from ..decoding.inputs import read_options
@@ -16,6 +18,7 @@ from ..decoding.resolve import ConfigLike, configuration
 from ..models.adapt import adapt
 from .intake import Intake, check_flags, check_handler
 from .life import Life
+from .memory import EngineMemory
 from .metrics import EngineMetrics
 from .pool import Pool, Size
 from .request import Request, RequestOutput
@@ -68,6 +71,9 @@ class Engine(Life):
         How many steps are made before the host looks at their reports, while no request waits or is followed. Answers
         do not depend on it. More than 1 spares the host work, and costs steps in which rows that are done do nothing:
         for small models, whose captured steps take a GPU less time than the host.
+    reserve : bool
+        Whether the memory for requests of the engine's own configuration is allocated now (see `memory`), so that what
+        does not fit is known before the first request; False: when one of them comes.
     **overrides
         Fields of `DecodingConfig`.
 
@@ -86,7 +92,7 @@ class Engine(Life):
     def __init__(
         self, model, *, slots: int = 16, max_length: int | None = None, config: ConfigLike = None, tokenizer=None,
         prefill_budget: int = 8192, max_lanes: int = 8, deterministic: bool = False, graphs: bool | str = "auto",
-        steps_per_poll: int = 1, **overrides: Any,
+        steps_per_poll: int = 1, reserve: bool = True, **overrides: Any,
     ):  # fmt: skip
         overrides = read_options(model, config, overrides, tokenizer)
         self.model = adapt(model)
@@ -111,7 +117,10 @@ class Engine(Life):
         )  # fmt: skip
         super().__init__(Rounds(pool, tokenizer))
         self._count = 0
-        self._intake.known({})  # what cannot be decoded with is refused now
+        like = self._intake.blank()  # what cannot be decoded with is refused now
+        if flag("reserve", reserve):
+            with torch.inference_mode(False), torch.no_grad():
+                self._rounds.pool.open(like)
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -287,6 +296,15 @@ class Engine(Life):
     def max_length(self) -> int:
         """How many tokens a prompt, its answer and a suffix may have together."""
         return self._rounds.pool.size.columns
+
+    def memory(self) -> EngineMemory:
+        """Bytes that are allocated for requests and stay so while they come and go, of all lanes that there are.
+
+        Before the first request: those of the engine's own configuration. A lane of another one takes as much again;
+        there are `max_lanes` at most.
+        """
+        with self._stepping:
+            return EngineMemory.of(self._rounds.pool.lanes.values())
 
     def metrics(self) -> EngineMetrics:
         """What has been done so far."""

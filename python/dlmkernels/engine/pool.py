@@ -98,6 +98,14 @@ class Pool:
             return GangLane(model, request.special, rows, self._steps_of_gangs)
         return SlotLane(model, request, size.slots, size.columns, self._steps_of, size.may_be_few)
 
+    def open(self, request: Request) -> None:
+        """Make the lane of a request that may come, and keep it; not where a lane has to know its requests."""
+        if self._goes_by_itself(request) and not request.has_fixed_length:
+            key = self.lane_key(request)
+            self.lanes[key] = self.make(request)
+            if self.size.lanes > 1:
+                self.first = key
+
     # --- admission ----------------------------------------------------------------------------------------------------
 
     def admit(self) -> list[Failure]:

@@ -90,6 +90,7 @@ class SlotLane(Lane):
         self._is_in_block = [False] * rows
         self._empty(range(rows))
         self.counts = OpenCount(*self.program.begin().tolist())
+        self._blocks.forward.reserve()
 
     def _plan(self, length: int, columns: int, device: torch.device) -> Grid:
         """The grid by which all rows are planned; where each row's blocks stand is written at its admission."""
