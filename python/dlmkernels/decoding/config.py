@@ -40,6 +40,7 @@ APPROXIMATE = ("prefix", "dual", "delayed")
 ALIGNMENTS = ("same", "shift")
 ATTENTIONS = ("full", "block", "causal", "causal-context", "reordered")
 GRIDS = ("absolute", "prompt", "both-ways")
+LM_HEADS = ("auto", "fused", "logits")
 DISTRIBUTIONS = ("raw", "tempered", "filtered")
 EOS_POLICIES = ("none", "fill", "block")
 
@@ -94,6 +95,7 @@ LIMITS: dict[str, Check] = {
     "temperature": PerRequest(temperature), "order_temperature": temperature, "vicinity": _vicinity, "seed": _seed,
     **{name: flag for name in ("top_p_first", "keep_crossing", "sub_block_cache", "fuse_commit")},
     "seeded": optional_flag, "cache": one_of(*CACHES), "distribution": one_of(*DISTRIBUTIONS),
+    "lm_head": one_of(*LM_HEADS), "logits_budget": integer(1),
     "eos_policy": one_of(*EOS_POLICIES), "logit_alignment": one_of(None, *ALIGNMENTS),
     "attention": one_of(None, *ATTENTIONS), "block_grid": one_of(None, *GRIDS),
     "mask_token_id": _optional_token_id, "pad_token_id": _optional_token_id, "eos_token_id": _token_ids,
@@ -242,6 +244,13 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
         fill: once an end token stands with nothing open before it, the rest of the request becomes padding and the
         request is done. block: the same, but only when its block is finished, as must be with rules that take
         committed tokens back. none: the full length is decoded.
+    lm_head : {"auto", "fused", "logits"}
+        What the head's results come from. logits: the model's head and `ops.token_confidence`. fused:
+        `ops.lm_head_confidence`, which makes no logits; an error where that cannot be. auto: fused where it can be and
+        is no slower (`decoding.head`). The two round differently, so that a near tie may fall differently.
+    logits_budget : int
+        Bytes that the logits of a step may take; rows are taken in slices where all of them would take more. Where
+        logits have to be kept for longer than a moment, this is exceeded (docs/decoding.md says where).
     """
 
     max_new_tokens: int | Sequence[int] = 128
@@ -266,6 +275,8 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
     constraint: Constraint | Tensor | None = None
     logit_bias: Mapping[int, float] | Tensor | None = None
     eos_policy: str = "fill"
+    lm_head: str = "auto"
+    logits_budget: int = 256 << 20
 
     def __post_init__(self):
         if self.rule is None:

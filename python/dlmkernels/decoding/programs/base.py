@@ -22,6 +22,7 @@ from ...window import TokenWindow
 from ..config import DecodingConfig, SpecialTokens
 from ..constrained import Constrained
 from ..ends import ENDS
+from ..hidden_rows import Logits
 from ..outcome import Unfinished, output_of
 from ..output import DecodingOutput
 from ..parameters import with_parameters
@@ -74,6 +75,8 @@ class Program:
         self.unfinished = Unfinished(self.state, self.rule, self.constrained)
         #: after so many forwards what is open stays so; what a constraint has kept open gets forwards of its own
         self.most_forwards = (self.end - self.start) * (2 if self.constrained.may_leave_open else 1)
+        #: told of every insertion and removal where positions came from, int32 `[S, T]`, -1 for new ones
+        self.on_move: Callable[[Tensor], None] | None = None
         #: what the rule keeps from step to step
         self.memory: dict[str, Tensor] = {}
 
@@ -108,7 +111,7 @@ class Program:
         raise NotImplementedError
 
     def decide(
-        self, logits: Tensor, window: TokenWindow, standing: Standing, act: Callable[[Step], Action],
+        self, logits: Logits, window: TokenWindow, standing: Standing, act: Callable[[Step], Action],
         row_map: Tensor | None = None, first_alone: bool = False,
     ) -> tuple[Step, Action]:  # fmt: skip
         """The step that these logits `[R or 2R, V]` make, and what `act` does of it, as far as a constraint accepts it.
