@@ -131,13 +131,15 @@ def shard_confidence(
 
     chunk = first // CHUNK + torch.arange(largest.shape[1], device=z.device)
     token = first + torch.arange(vocabulary, device=z.device)
-    key = tuple(per_row(x, rows, 0).long().unsqueeze(1) for x in (seed, position, step))
+    key, place, now = (per_row(x, rows, 0).long().unsqueeze(1) for x in (seed, position, step))
     again = per_row(redraw, rows, 0).long().unsqueeze(1)
     racing = sums(chunked, there, inverse)[0]
     chunk_key = tempered(there, inverse[:, None]) + plain_log(torch.where(largest > -INF, racing, 1.0))
-    chunk_key = (chunk_key + gumbel(philox(*key, "chunk", chunk, again))).masked_fill(largest == -INF, -INF)
+    chunk_key = (chunk_key + gumbel(philox(key, place, now, "chunk", chunk, again))).masked_fill(largest == -INF, -INF)
     winner = chunk_key.argmax(-1, keepdim=True)
-    token_key = tempered(torch.where(z > -INF, z, 0.0), inverse[:, None]) + gumbel(philox(*key, "token", token, again))
+    token_key = tempered(torch.where(z > -INF, z, 0.0), inverse[:, None]) + gumbel(
+        philox(key, place, now, "token", token, again)
+    )
     token_key = token_key.masked_fill((z == -INF) | (token // CHUNK - first // CHUNK != winner), -INF)
     drawn = token_key.argmax(-1)
 
@@ -155,9 +157,9 @@ def shard_confidence(
         if samples[n]:
             words[1] = first + int(drawn[n])
             words[6] = two_floats(float(chunk_key[n, winner[n, 0]]), float(z[n, drawn[n]]))
-        place = -1 if given is None else int(given[n]) - first
-        if 0 <= place < vocabulary:
-            words[7] = two_floats(float(z[n, place]), struct.unpack("<f", struct.pack("<i", 1))[0])
+        at = -1 if given is None else int(given[n]) - first
+        if 0 <= at < vocabulary:
+            words[7] = two_floats(float(z[n, at]), struct.unpack("<f", struct.pack("<i", 1))[0])
         s = 1.0 if distribution == "raw" else 1.0 / float(temper[n])
         far = not -FAR < best * s < FAR
         top = exact_exp(0.0 if far else best * s)[1] // 32
