@@ -48,6 +48,7 @@ _LAZY = {
     "load_drafter": ".models.drafters",
     "Drafter": ".models.drafters",
     "Engine": ".engine.engine",
+    "EngineMemory": ".engine.memory",
     "EngineMetrics": ".engine.metrics",
     "RequestOutput": ".engine.request",
     "RequestStatus": ".engine.request",

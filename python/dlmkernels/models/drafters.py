@@ -182,10 +182,10 @@ class Drafter:
         form = self.form
         return f"<{form.kind} drafter of {form.drafts} tokens for {type(self.target).__name__}, taps {form.taps}>"
 
-    def with_taps(self, taps: tuple[int, ...]) -> Drafter:
-        """The same that sees other layers of the target: for experiments, since it was trained with its own."""
+    def changed(self, **fields: Any) -> Drafter:
+        """The same with other fields of its form, such as `taps`: for experiments, as it was trained with its own."""
         other = object.__new__(Drafter)
-        other.__dict__.update(self.__dict__, form=replace(self.form, taps=taps))
+        other.__dict__.update(self.__dict__, form=replace(self.form, **fields), costs={})
         return other
 
     # --- forwards ---------------------------------------------------------------------------------------------------
