@@ -63,15 +63,19 @@ def forwards(model, drafter, name):
     return dk.generate(model, ids, drafter=drafter, max_new_tokens=lengths).num_forwards.float().mean().item()
 
 
-@pytest.mark.parametrize("name", ["sudoku", "addition"])
+@pytest.mark.parametrize("name", TASKS)
 def test_acceptance_tells_what_is_read_wrongly(name, pair):
-    """Nothing breaks with the layers or the mask of another drafter: the drafts are bad."""
+    """Nothing breaks with the layers or the mask of another drafter: the drafts are bad.
+
+    A Sudoku's clues are copied, for which any layers do.
+    """
     model, drafter = pair
     right = forwards(model, drafter, name)
-    assert right < {"sudoku": 20, "addition": 5}[name]
-    for change in ({"taps": (0, 1, 2)}, {"taps": (3, 2, 1)}, {"mask_token_id": 20}):
+    assert right < {"sudoku": 12, "addition": 4, "running-sum": 12}[name]
+    layers = [{"taps": taps} for taps in ((0, 1, 2), (2, 3, 4), (3, 2, 1))] if name == "addition" else []
+    for change in (*layers, {"mask_token_id": 20}, {"mask_token_id": 5}):
         wrong = drafter.changed(**change)
-        assert forwards(model, wrong, name) > 1.5 * right, change
+        assert forwards(model, wrong, name) > 1.8 * right, change
 
 
 def test_layers_are_counted_as_each_form_does(pair, tmp_path):

@@ -61,6 +61,7 @@ CASES = {
     "Strided": {"rule": dk.Strided(3), **CAUSAL},
     "Strided, by ratio": {"rule": dk.Strided(3, 1.0), **CAUSAL, "temperature": 1.0, "seed": 5},
     "SelfSpeculative": {"rule": dk.SelfSpeculative(), "attention": "causal-context", "seeded": True, "cache": "block"},
+    "S2D2": {"rule": dk.S2D2(), **BLOCKS},
     "Reordered": {"rule": dk.Reordered(4), "attention": "reordered", "cache": "block"},
     "Pipeline": {"rule": dk.Pipeline(0.3, 0.3, 0.5), **BLOCKS, "logit_alignment": "shift"},
     "Pipeline, buffer": {"rule": dk.Pipeline(0.3, 0.3, 0.5, buffer=2), **BLOCKS, "logit_alignment": "shift"},

@@ -2,6 +2,7 @@
 """Decoding programs: which columns each step forwards, which it decides, and where each row goes from there."""
 
 from ..rules import (
+    S2D2,
     ContinuousRule,
     Drafted,
     NextToken,
@@ -21,6 +22,7 @@ from .continuous import ContinuousProgram
 from .drafted import CausalProgram, DraftedProgram
 from .pipelined import PipelinedProgram
 from .reordered import ReorderedProgram
+from .self_verified import SelfVerifiedProgram
 from .simplex import SimplexProgram
 from .speculative import SpeculativeProgram
 from .strided import StridedProgram
@@ -30,7 +32,8 @@ from .variable import VariableProgram
 PROGRAMS: dict[type[Rule], type[Program]] = {
     Strided: StridedProgram, SelfSpeculative: SpeculativeProgram, Reordered: ReorderedProgram,
     SimplexDenoising: SimplexProgram, ContinuousRule: ContinuousProgram,
-    Pipeline: PipelinedProgram, VariableLength: VariableProgram, Drafted: DraftedProgram, NextToken: CausalProgram,
+    Pipeline: PipelinedProgram, VariableLength: VariableProgram, S2D2: SelfVerifiedProgram,
+    Drafted: DraftedProgram, NextToken: CausalProgram,
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from .confidence import (
 )
 from .continuous import ContinuousRule, EmbeddingFlow, LearnedNoise, SimplexDenoising, VectorDenoising
 from .drafted import Drafted, NextToken
-from .drafting import Reordered, SelfSpeculative, Strided
+from .drafting import S2D2, Reordered, SelfSpeculative, Strided
 from .history import CreditThreshold, EarlyAnswer, SmoothedThreshold, StableThreshold
 from .length import Expanding, Lengthening, VariableLength
 from .ordering import ReasonFirst
@@ -35,11 +35,11 @@ from .revision import (
 from .splitting import SplitEditing
 
 __all__ = [
-    "Action", "Ancestral", "AncestralRemask", "Backtracking", "ContinuousRule", "CreditThreshold", "DilatedSchedule",
-    "Drafted", "DynamicThreshold", "EarlyAnswer", "EmbeddingFlow", "EntropyBound", "EntropyPipeline", "EntropySum",
-    "Expanding", "Factor", "Frechet", "HierarchicalThreshold", "LearnedNoise", "Lengthening", "LocalThreshold",
-    "NextToken", "PathPlanning", "Pipeline", "PredictorCorrector", "Quota", "ReasonFirst", "RenoisedEntropyBound",
-    "Reordered", "Rule", "RunEditing", "ScoreAncestral", "SelfSpeculative", "SimplexDenoising", "SmoothedThreshold",
-    "SplitEditing", "StableThreshold", "Strided", "Threshold", "TimeQuota", "TokenEditing", "UniformState",
-    "VariableLength", "VectorDenoising", "WideInNarrowOut",
+    "S2D2", "Action", "Ancestral", "AncestralRemask", "Backtracking", "ContinuousRule", "CreditThreshold",
+    "DilatedSchedule", "Drafted", "DynamicThreshold", "EarlyAnswer", "EmbeddingFlow", "EntropyBound",
+    "EntropyPipeline", "EntropySum", "Expanding", "Factor", "Frechet", "HierarchicalThreshold", "LearnedNoise",
+    "Lengthening", "LocalThreshold", "NextToken", "PathPlanning", "Pipeline", "PredictorCorrector", "Quota",
+    "ReasonFirst", "RenoisedEntropyBound", "Reordered", "Rule", "RunEditing", "ScoreAncestral", "SelfSpeculative",
+    "SimplexDenoising", "SmoothedThreshold", "SplitEditing", "StableThreshold", "Strided", "Threshold", "TimeQuota",
+    "TokenEditing", "UniformState", "VariableLength", "VectorDenoising", "WideInNarrowOut",
 ]  # fmt: skip
