@@ -25,8 +25,8 @@ class ChunkScan {
   DLM_DEVICE explicit ChunkScan(const ConfidenceLaunch& job)
       : job_(job),
         blocks_((job.chunks + kScanChunks - 1) / kScanChunks),
-        n_(blockIdx.x / blocks_),
-        block_(blockIdx.x - n_ * blocks_),
+        n_(job.first + blockIdx.x / blocks_),
+        block_(blockIdx.x % blocks_),
         plan_(job.p, n_),
         sums_(job.sums_of(n_)),
         scale_((job.p.distribution == Distribution::kRaw ? 1.0f : plan_.inverse) * 1.44269504f) {}

@@ -6,6 +6,10 @@
 #include "torch/check.h"
 #include "torch/ops.h"
 #include "torch/token_confidence.h"
+#ifdef DLM_WITH_CUDA
+#include "cuda/lm_head_confidence.h"
+#include "torch/cuda_stream.h"
+#endif
 
 namespace dlm {
 namespace {
@@ -44,9 +48,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lm_he
     bool with_margin, bool with_entropy) {
   const Check check("lm_head_confidence", "hidden", hidden);
   LmHeadConfidenceParams p{};
-  check.that(!hidden.is_cuda(),
-             "hidden must be on the CPU: there is no CUDA kernel; on a GPU take ",
-             "token_confidence of the head's logits");
   check.dtype("hidden", hidden, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
   check.sizes("hidden", hidden, {-1, -1});
   check.rows_dense("hidden", hidden);
@@ -73,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lm_he
       check,
       {row_map, given, cfg_scale, bias, banned, bitmask, temperature, top_k, top_p, top_p_first,
        keep_crossing, distribution, seed, step, position, redraw},
-      true, uncond_hidden, "uncond_hidden", p.rows);
+      !hidden.is_cuda(), uncond_hidden, "uncond_hidden", p.rows);
 
   check.not_differentiable({{"hidden", hidden},
                             {"weight", weight},
@@ -84,7 +85,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lm_he
                             {"top_p", top_p}});
 
   const ConfidenceResults results(check, with_margin, with_entropy, p.rows);
-  if (p.rows.N > 0) run_on_cpu(check, p);
+  if (p.rows.N == 0) return results.all();
+#ifdef DLM_WITH_CUDA
+  if (hidden.is_cuda()) {
+    const CudaCall call(check, hidden);
+    call.supports(cuda::unsupported_lm_head_confidence(p));
+    Tensor workspace =
+        check.empty("workspace", {cuda::lm_head_confidence_workspace(p)}, ScalarType::Byte);
+    call.succeeded(cuda::run_lm_head_confidence(p, workspace.mutable_data_ptr(), call.stream()));
+    return results.all();
+  }
+#endif
+
+  run_on_cpu(check, p);
   return results.all();
 }
 
