@@ -91,8 +91,8 @@ def lm_head_confidence(
 
     Notes
     -----
-    A row's result has the same bits whatever the batch and the number of threads. With AVX512_BF16, products of
-    bfloat16 take subnormal numbers as zeros.
+    A row's result has the same bits whatever the batch and the number of threads. With AVX512_BF16 or
+    AMX, products of bfloat16 take subnormal numbers as zeros.
 
     On a GPU, tensor cores (`mma.sync`) make the products of 16-bit elements, for up to 128 rows at a time (64 with
     guidance); float32 elements are multiplied one by one, for up to 32 rows. Devices add in different orders, so their

@@ -9,8 +9,8 @@
 namespace check {
 
 struct HeadCase : ConfidenceCase {
-  // More of `with`: rows start anywhere; real numbers, whose sums depend on the order of additions, so
-  // that a result may only be compared with the same kernel's.
+  // More of `with`: rows start anywhere; real numbers, whose sums depend on the order of additions,
+  // so that a result may only be compared with the same kernel's.
   static constexpr unsigned kStrided = 1u << 20, kReal = 1u << 21;
 
   dlm::LmHeadConfidenceParams head{};
@@ -25,7 +25,9 @@ struct HeadCase : ConfidenceCase {
     const bool strided = with_ & kStrided;
     const int64_t start = strided ? 1 + random.below(6) : 0;
     head.D = D;
-    const auto strides = [&] { return strided ? D + 1 + random.below(9) : (D + 15) / 16 * 16 + 16; };
+    const auto strides = [&] {
+      return strided ? D + 1 + random.below(9) : (D + 15) / 16 * 16 + 16;
+    };
     head.hidden_stride = strides(), head.uncond_stride = strides(), head.weight_stride = strides();
     const auto make = [&](Array<uint8_t>& to, int64_t rows, int64_t stride, int most, double unit) {
       to = Array<uint8_t>(size_t(size * (start + stride * (rows - 1) + std::max<int64_t>(D, 1))));

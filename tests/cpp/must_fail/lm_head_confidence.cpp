@@ -29,7 +29,7 @@ std::string attempt(Kernel start) {
   return "";
 }
 
-#define ROW(NAME, ...)                                                                       \
+#define ROW(NAME, ...)                                                                         \
   {"head_" #NAME, [] { return attempt(dlm::cuda::mutants::NAME::start_head<dlm::BFloat16>); }, \
    __VA_ARGS__, kNotRun},
 const FaultTable kFaults({MUTANTS(ROW)});
