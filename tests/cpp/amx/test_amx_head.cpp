@@ -8,6 +8,7 @@
 #include "check.h"
 #include "cpu/lm_head_confidence.h"
 #include "reference.h"
+#include "simt/fiber.h"
 
 using namespace check;
 using amx::Slip;
@@ -190,6 +191,7 @@ TEST(slips_are_noticed) {
       {Slip::kSwappedOperands, "value"},
   };
   for (const auto& [slip, expected] : slips) {
+    if (simt::under_asan() && slip == Slip::kStridedLoad) continue;  // ends the process: an overrun
     HeadTiles tiles(20, 33, 96, 32, true, ++seed);
     const std::string wrong = tiles.wrong(slip), by = wrong.substr(0, wrong.find(':'));
     CHECK(by == expected, "slip %d: noticed by '%s', expected '%s'", int(slip), wrong.c_str(),
