@@ -118,6 +118,19 @@ cudaError_t start_kept_rows(const HeadLaunch& job, const HeadWorkspace& memory,
 }
 
 template <class T>
+cudaError_t start_head_finish(const HeadLaunch& job, const HeadWorkspace& memory,
+                              cudaStream_t stream) {
+  const dim3 grid(job.end - job.first), threads(kFinishThreads);
+  if (may_filter(job.p.rows)) return start_kept_rows<T>(job, memory, stream);
+  if (job.p.rows.partial) {
+    return launch(finish_head_shard_kernel<kFinishThreads>, grid, threads,
+                  HeadShardFinish::smem().bytes, stream, job);
+  }
+  return launch(finish_head_kernel<kFinishThreads>, grid, threads, HeadFinish::smem().bytes, stream,
+                job);
+}
+
+template <class T>
 cudaError_t start_head(const LmHeadConfidenceParams& p, void* workspace, cudaStream_t stream) {
   const int64_t N = p.rows.N, group = head_group(p);
   const HeadWorkspace memory(p, group, workspace);
@@ -133,10 +146,7 @@ cudaError_t start_head(const LmHeadConfidenceParams& p, void* workspace, cudaStr
     job.first = uint32_t(first), job.end = uint32_t(std::min(first + group, N));
     error = start_head_scan<T>(job, stream);
     if (error != cudaSuccess) break;
-    error = may_filter(p.rows)
-                ? start_kept_rows<T>(job, memory, stream)
-                : launch(finish_head_kernel<kFinishThreads>, dim3(job.end - job.first),
-                         dim3(kFinishThreads), HeadFinish::smem().bytes, stream, job);
+    error = start_head_finish<T>(job, memory, stream);
   }
   return error;
 }

@@ -3,7 +3,7 @@
 // (lm_head_confidence_scan.cuh). A block takes a row, a thread every kFinishThreads-th chunk.
 #pragma once
 #include "cuda/lm_head_confidence_scan.cuh"
-#include "cuda/token_confidence_finish.cuh"
+#include "cuda/token_confidence_shard.cuh"
 
 namespace dlm::cuda {
 
@@ -36,7 +36,7 @@ class HeadFinish {
     write(found, plan_.samples ? drawn() : Drawn{}, flags);
   }
 
- private:
+ protected:
   template <class Visit>
   DLM_DEVICE void each_chunk(Visit visit) const {
     for (uint32_t c = threadIdx.x; c < job_.chunks; c += kFinishThreads) visit(c);
@@ -49,12 +49,7 @@ class HeadFinish {
   }
 
   DLM_DEVICE RowStatistics describe(float largest) {
-    uint32_t first = kNoToken;
-    each_chunk([&](uint32_t c) {
-      if (chunks_.largest[c] == largest) first = min(first, c);
-    });
-    first = reduce<Least>(first);
-
+    const uint32_t first = first_with(largest);
     const bool raw = p_.distribution == Distribution::kRaw;
     const float scale = (raw ? 1.0f : plan_.inverse) * 1.44269504f;  // to powers of two
     double weight = 0.0, exponent = 0.0;
@@ -84,8 +79,16 @@ class HeadFinish {
     }
     found.exponent *= 0.693147181;
     found.max = largest;
-    found.argmax = first * kRaceChunk + HeadChunks::argmax_of(chunks_.marks[first]);
+    found.argmax = argmax_of(first);
     return found;
+  }
+
+  // Ids are those of the whole vocabulary.
+  DLM_DEVICE uint32_t begin_of(uint32_t chunk) const {
+    return (job_.first_chunk() + chunk) * kRaceChunk;
+  }
+  DLM_DEVICE uint32_t argmax_of(uint32_t chunk) const {
+    return begin_of(chunk) + HeadChunks::argmax_of(chunks_.marks[chunk]);
   }
 
   // The chunk with the largest key wins, the first of those that share it.
@@ -100,20 +103,29 @@ class HeadFinish {
       if (key_of(c) == best) winner = min(winner, c);
     });
     winner = reduce<Least>(winner);
-    return {winner * kRaceChunk + HeadChunks::drawn_of(chunks_.marks[winner]),
-            chunks_.drawn[winner]};
+    return {begin_of(winner) + HeadChunks::drawn_of(chunks_.marks[winner]), chunks_.drawn[winner],
+            best};
   }
 
   DLM_DEVICE void write(const RowStatistics& found, const Drawn& drawn, uint32_t flags) const {
     if (threadIdx.x != 0) return;
-    const bool is_given = plan_.used() && given_id(p_, n_) != kNoToken;
-    const float given = is_given && found.argmax != kNoToken ? given_logit() : -INFINITY;
+    const bool is_given = found.argmax != kNoToken && given_id(p_, n_) != kNoToken;
+    const float given = is_given ? given_logit() : -INFINITY;
     write_row(p_, n_, plan_, found, drawn, flags, -INFINITY, given);
   }
   // Of a chunk without any logit, the scan leaves none.
   DLM_DEVICE float given_logit() const {
-    const uint32_t chunk = given_id(p_, n_) / kRaceChunk;
+    const uint32_t chunk = given_id(p_, n_) / kRaceChunk - job_.first_chunk();
     return chunks_.largest[chunk] > -INFINITY ? job_.given[n_ - job_.first] : -INFINITY;
+  }
+
+  // The chunk of the row's largest logit.
+  DLM_DEVICE uint32_t first_with(float largest) {
+    uint32_t first = kNoToken;
+    each_chunk([&](uint32_t c) {
+      if (chunks_.largest[c] == largest) first = min(first, c);
+    });
+    return reduce<Least>(first);
   }
 
   const HeadLaunch& job_;
@@ -125,6 +137,64 @@ class HeadFinish {
   const HeadChunks chunks_;
   uint32_t turn_ = 0;
 };
+
+// The same of a shard of the vocabulary (token_confidence_shard.cuh).
+class HeadShardFinish : public HeadFinish {
+ public:
+  static constexpr SmemSize smem() { return HeadFinish::smem().take<int64_t>(ShardDigits::kWords); }
+  DLM_DEVICE HeadShardFinish(const HeadLaunch& job, SmemCarver& smem)
+      : HeadFinish(job, smem), digits_(smem.take<int64_t>(ShardDigits::kWords)) {}
+
+  DLM_DEVICE void run() {
+    int64_t* const words = p_.partial + int64_t(n_) * kShardWords;
+    ShardRow found;
+    found.flags = kFlagUnused;
+    if (plan_.used()) describe_shard(found);  // the whole block
+    digits_.write(words);
+    if (threadIdx.x == 0) write_shard(words, found, p_.entropy != nullptr);
+  }
+
+ private:
+  DLM_DEVICE void describe_shard(ShardRow& found) {
+    uint32_t top = 0, flags = 0, second = 0;
+    each_chunk([&](uint32_t c) {
+      top = max(top, ordered_bits(chunks_.largest[c]));
+      flags |= HeadChunks::flags_of(chunks_.marks[c]);
+    });
+    found.flags = reduce<Union>(flags);
+    const float largest = ordered_value(reduce<Greatest>(top));
+    if (!(largest > -INFINITY)) return;  // the whole block
+    const uint32_t own = first_with(largest);
+    const ShardSums sums(digits_.own(), largest, exact_scale(p_, plan_));
+    each_chunk([&](uint32_t c) {
+      const float z = chunks_.largest[c];
+      if (!(z > -INFINITY)) return;
+      second = max(second, ordered_bits(c == own ? chunks_.second[c] : z));
+      if (c != own) sums.add(z, weight_of(c), exponent_of(c));
+    });
+    found.second = ordered_value(reduce<Greatest>(second));
+    found.argmax = argmax_of(own), found.largest = largest;
+    found.weight = weight_of(own), found.rest = chunks_.weight[own];
+    found.exponent = found.rest_exponent = chunks_.exponent[own];
+    found.is_given = given_id(p_, n_) != kNoToken;
+    if (found.is_given) found.given = given_logit();
+    if (plan_.samples) found.drawn = drawn();
+  }
+  // With the chunk's largest logit.
+  DLM_DEVICE float weight_of(uint32_t chunk) const { return add_rn(chunks_.weight[chunk], 1.0f); }
+  DLM_DEVICE float exponent_of(uint32_t chunk) const {
+    return p_.entropy ? mul_rn(chunks_.exponent[chunk], 0.693147181f) : 0.0f;
+  }
+
+  const ShardDigits digits_;
+};
+
+template <uint32_t threads>
+__global__ void __launch_bounds__(threads, 4)
+    finish_head_shard_kernel(const __grid_constant__ HeadLaunch job) {
+  SmemCarver smem;
+  HeadShardFinish(job, smem).run();
+}
 
 template <uint32_t threads>
 __global__ void __launch_bounds__(threads, 4)

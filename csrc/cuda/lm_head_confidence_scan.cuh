@@ -35,7 +35,7 @@ static_assert(kRaceChunk == 256);
 struct HeadLaunch {
   LmHeadConfidenceParams p;
   uint32_t first, end;
-  uint32_t chunks, tiles;        // of the vocabulary; of these rows
+  uint32_t chunks, tiles;        // of the vocabulary, or of a shard of it; of these rows
   bool aligned;                  // all rows start at multiples of 16 bytes and have as many
   float* sums;                   // [end - first, kArrays, chunks]
   float* given;                  // [end - first] logits of given_id
@@ -43,6 +43,8 @@ struct HeadLaunch {
   int64_t logits_stride;         // a multiple of 16 bytes
   int32_t* row_map;              // [end - first] of the logits that are kept: which are used
 
+  // Chunks are counted from here on, of those of the whole vocabulary.
+  DLM_DEVICE uint32_t first_chunk() const { return uint32_t(p.rows.first) / kRaceChunk; }
   DLM_DEVICE HeadChunks chunks_of(uint32_t n) const {
     float* own = sums + int64_t(n - first) * HeadChunks::kArrays * chunks;
     const auto words = [&](uint32_t i) { return reinterpret_cast<uint32_t*>(own + i * chunks); };
@@ -69,7 +71,8 @@ class HeadScan {
         p_(job.p.rows),
         arena_(smem.take<unsigned char>(kArena)),
         hidden_(smem.take<const T*>(kRows)),
-        chunk_(blockIdx.x / job.tiles),
+        own_(blockIdx.x / job.tiles),
+        chunk_(job.first_chunk() + own_),
         uncond_(job.p.uncond_hidden ? kRows / 2 : 0),
         first_(job.first + blockIdx.x % job.tiles * (uncond_ ? uncond_ : kRows)),
         rows_(min(job.end - first_, uint32_t(uncond_ ? uncond_ : kRows))) {}
@@ -142,9 +145,9 @@ class HeadScan {
     float z[8];
     uint32_t flags = effective(r, plan, z);
     const float largest = ordered_value(over_warp(largest_of(z, kNoToken)));
-    if (lane_index() == 0) chunks.largest[chunk_] = largest;
+    if (lane_index() == 0) chunks.largest[own_] = largest;
     if (!(largest > -INFINITY)) {  // the whole warp
-      if (lane_index() == 0) chunks.marks[chunk_] = HeadChunks::mark(0, 0, flags);
+      if (lane_index() == 0) chunks.marks[own_] = HeadChunks::mark(0, 0, flags);
       return;
     }
     uint32_t argmax = kNoToken;
@@ -166,12 +169,12 @@ class HeadScan {
     }
     leave_given(n, z);
     if (lane_index() != 0) return;
-    chunks.weight[chunk_] = weight;
-    chunks.exponent[chunk_] = exponent;
-    chunks.second[chunk_] = second;
-    chunks.marks[chunk_] = HeadChunks::mark(argmax, drawn.token, flags);
-    chunks.key[chunk_] = key;
-    chunks.drawn[chunk_] = drawn.logit;
+    chunks.weight[own_] = weight;
+    chunks.exponent[own_] = exponent;
+    chunks.second[own_] = second;
+    chunks.marks[own_] = HeadChunks::mark(argmax, drawn.token, flags);
+    chunks.key[own_] = key;
+    chunks.drawn[own_] = drawn.logit;
   }
 
   // A lane's logits as token_confidence sees them; returns the warp's flags.
@@ -227,8 +230,8 @@ class HeadScan {
   const TokenConfidenceParams& p_;
   unsigned char* const arena_;
   const T** const hidden_;
-  const uint32_t chunk_;
-  const uint32_t uncond_;  // the first unconditional row of the block; 0: there are none
+  const uint32_t own_, chunk_;  // of the shard, and of the whole vocabulary
+  const uint32_t uncond_;       // the first unconditional row of the block; 0: there are none
   const uint32_t first_, rows_;
 };
 

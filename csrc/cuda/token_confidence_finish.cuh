@@ -65,7 +65,7 @@ class RowFinish {
     return float(found.max * double(scale_) + log1p(found.weight));
   }
 
- private:
+ protected:
   template <class Visit>
   DLM_DEVICE void each_chunk(Visit visit) const {
     for (uint32_t c = threadIdx.x; c < job_.chunks; c += kFinishThreads) visit(c);
@@ -80,7 +80,7 @@ class RowFinish {
   // A lane's logits of a chunk; without those below `floor`.
   DLM_DEVICE void load(const Row& row, uint32_t chunk, float floor, float (&z)[8]) const {
     uint32_t flags = 0;
-    row.effective(chunk, z, flags);
+    row.effective(job_.first_chunk() + chunk, z, flags);
 #pragma unroll
     for (uint32_t j = 0; j < 8; ++j) z[j] = z[j] >= floor ? z[j] : -INFINITY;
   }
@@ -118,29 +118,48 @@ class RowFinish {
       found.exponent += of_warp_[2 * w + 1];
     }
 
-    // The argmax's own chunk, without it.
+    const OwnChunk own = own_chunk(row, first, largest);
+    found.argmax = own.argmax;
+    found.second = ordered_value(max(second, ordered_bits(own.second)));
+    found.weight += own.weight;
+    found.exponent = 0.693147181 * (found.exponent + own.exponent);
+    return found;
+  }
+
+  // The chunk of the argmax, without it.
+  struct OwnChunk {
+    uint32_t argmax;
+    float second;
+    double weight, exponent;
+  };
+  DLM_DEVICE OwnChunk own_chunk(const Row& row, uint32_t chunk, float largest) const {
+    const float scale = scale_ * 1.44269504f;  // to powers of two
     float z[8];
-    load(row, first, plan_.about_kept ? floor_ : -INFINITY, z);
-    uint32_t argmax = kNoToken;
+    load(row, chunk, plan_.about_kept ? floor_ : -INFINITY, z);
+    OwnChunk own;
+    own.argmax = kNoToken;
 #pragma unroll
     for (uint32_t j = 0; j < 8; ++j) {
-      if (z[j] == largest) argmax = min(argmax, Row::id_of(first, j));
+      if (z[j] == largest) own.argmax = min(own.argmax, id_of(chunk, j));
     }
-    found.argmax = __reduce_min_sync(kAllLanes, argmax);
-    float own_weight = 0.0f, own_exponent = 0.0f, next = -INFINITY;
+    own.argmax = __reduce_min_sync(kAllLanes, own.argmax);
+    float weight = 0.0f, exponent = 0.0f, next = -INFINITY;
 #pragma unroll
     for (uint32_t j = 0; j < 8; ++j) {
-      if (Row::id_of(first, j) == found.argmax) continue;
+      if (id_of(chunk, j) == own.argmax) continue;
       next = fmaxf(next, z[j]);
       const float x = fmaxf((z[j] - largest) * scale, -127.0f), w = ptx::exp2_approx(x);
-      own_weight += w;
-      own_exponent = __fmaf_rn(x, w, own_exponent);
+      weight += w;
+      exponent = __fmaf_rn(x, w, exponent);
     }
-    second = max(second, __reduce_max_sync(kAllLanes, ordered_bits(next)));
-    found.second = ordered_value(second);
-    found.weight += sum_over_warp(own_weight);
-    found.exponent = 0.693147181 * (found.exponent + sum_over_warp(own_exponent));
-    return found;
+    own.second = ordered_value(__reduce_max_sync(kAllLanes, ordered_bits(next)));
+    own.weight = sum_over_warp(weight);
+    own.exponent = sum_over_warp(exponent);
+    return own;
+  }
+  // Of the whole vocabulary.
+  DLM_DEVICE uint32_t id_of(uint32_t chunk, uint32_t j) const {
+    return Row::id_of(job_.first_chunk() + chunk, j);
   }
 
   // A chunk's weight at the row's own temperature is bounded by that at a higher one, or by the
@@ -155,7 +174,7 @@ class RowFinish {
       const float top = sums_.largest[c];
       const bool races = top > -INFINITY && top >= floor_;
       const float most = colder ? sums_.weight[c] * kRounding : kRaceChunk * kRounding;
-      const uint32_t r = random.word(Stream::kChunk, c);
+      const uint32_t r = random.word(Stream::kChunk, job_.first_chunk() + c);
       bound[c] = races ? ordered_bits(chunk_key(top, plan_.inverse, most, r)) : 0;
     });
     uint32_t best = 0, winner = kNoToken;
@@ -175,7 +194,10 @@ class RowFinish {
         winner = at;
       }
     }
-    return winner == kNoToken ? Drawn{} : race_tokens_of(row, winner, random);
+    if (winner == kNoToken) return {};
+    Drawn drawn = race_tokens_of(row, winner, random);
+    drawn.key = best;
+    return drawn;
   }
 
   // Ordered bits.
@@ -183,13 +205,13 @@ class RowFinish {
     float z[8];
     load(row, chunk, floor_, z);
     return exact_chunk_key<Row::kTwoRuns>(z, sums_.largest[chunk], plan_.inverse,
-                                          random.word(Stream::kChunk, chunk));
+                                          random.word(Stream::kChunk, job_.first_chunk() + chunk));
   }
 
   DLM_DEVICE Drawn race_tokens_of(const Row& row, uint32_t chunk, const RowRandom& random) const {
     float z[8];
     load(row, chunk, floor_, z);
-    return race_tokens<Row>(z, chunk, plan_.inverse, random);
+    return race_tokens<Row>(z, job_.first_chunk() + chunk, plan_.inverse, random);
   }
 
   // By one thread.

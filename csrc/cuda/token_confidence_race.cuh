@@ -56,7 +56,7 @@ DLM_DEVICE Drawn race_tokens(const float (&z)[8], uint32_t chunk, float inverse,
   const uint32_t highest = __reduce_max_sync(kAllLanes, best);
   const uint32_t winner = __reduce_min_sync(kAllLanes, best == highest ? token : kNoToken);
   const uint32_t of_winner = winner == token ? ordered_bits(logit) : 0;
-  return {winner, ordered_value(__reduce_max_sync(kAllLanes, of_winner))};
+  return {winner, ordered_value(__reduce_max_sync(kAllLanes, of_winner)), 0};
 }
 
 }  // namespace dlm::cuda

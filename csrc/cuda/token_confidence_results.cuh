@@ -16,6 +16,7 @@ struct RowStatistics {
 struct Drawn {
   uint32_t token = kNoToken;
   float logit = -INFINITY;
+  uint32_t key = 0;  // of its chunk, in ordered bits
 };
 
 DLM_DEVICE double sum_over_warp(double x) {
@@ -24,10 +25,10 @@ DLM_DEVICE double sum_over_warp(double x) {
   return x;
 }
 
-// The id whose probability row n is asked for, or kNoToken.
+// The id whose probability row n is asked for, or kNoToken: also where it is another shard's.
 DLM_DEVICE uint32_t given_id(const TokenConfidenceParams& p, uint32_t n) {
   const int64_t given = p.given ? p.given[n] : -1;
-  return given >= 0 && given < p.V ? uint32_t(given) : kNoToken;
+  return given >= p.first && given < p.V ? uint32_t(given) : kNoToken;
 }
 
 // `given`: the logit of given_id, -inf without one. By one thread.

@@ -89,14 +89,14 @@ DLM_DEVICE uint4 across(uint4 a, uint4 b, uint32_t shift) {
   return make_uint4(w[0], w[1], w[2], w[3]);
 }
 
-// Sixteen bytes a lane: elements first + kPerChunk<T> * lane ... of a row of V. Vector loads stay
-// within the row. Where it starts between addresses of vector loads, lanes take the rest from their
-// neighbours.
+// Sixteen bytes a lane: elements first + kPerChunk<T> * lane ... of a row of [begin, V). Vector
+// loads stay within the row. Where it starts between addresses of vector loads, lanes take the rest
+// from their neighbours.
 template <class T>
-DLM_DEVICE uint4 load_run(const T* row, uint32_t first, uint32_t V) {
+DLM_DEVICE uint4 load_run(const T* row, uint32_t first, uint32_t V, uint32_t begin = 0) {
   constexpr uint32_t n = kPerChunk<T>;
   const uint32_t shift = uint32_t(reinterpret_cast<uintptr_t>(row) % 16), lane = lane_index();
-  if (shift != 0 && first > 0 && first + 33 * n <= V) {
+  if (shift != 0 && first > begin && first + 33 * n <= V) {
     const char* at = reinterpret_cast<const char*>(row + first) - shift + lane * 16;
     const uint4 own = ptx::ld_global_stream_16(at);
     uint4 next =
@@ -111,13 +111,13 @@ DLM_DEVICE uint4 load_run(const T* row, uint32_t first, uint32_t V) {
 }
 
 // The chunk of elements first, first + 1, ...; first is a multiple of kPerChunk<T>. Vector loads
-// stay within the row.
+// stay within the row, [begin, V).
 template <class T>
-DLM_DEVICE uint4 load_chunk(const T* row, uint32_t first, uint32_t V) {
+DLM_DEVICE uint4 load_chunk(const T* row, uint32_t first, uint32_t V, uint32_t begin = 0) {
   const T* at = row + first;
   const uint32_t shift = uint32_t(reinterpret_cast<uintptr_t>(at) % 16);
   if (shift == 0 && first + kPerChunk<T> <= V) return ptx::ld_global_stream_16(at);
-  if (shift != 0 && first > 0 && first + 2 * kPerChunk<T> <= V) {
+  if (shift != 0 && first > begin && first + 2 * kPerChunk<T> <= V) {
     const char* chunk = reinterpret_cast<const char*>(at) - shift;
     return across(ptx::ld_global_stream_16(chunk), ptx::ld_global_stream_16(chunk + 16), shift);
   }
@@ -152,11 +152,12 @@ class LogitsRow {
  public:
   DLM_DEVICE LogitsRow(const TokenConfidenceParams& p, uint32_t n, int64_t source)
       : V(uint32_t(p.V)),
+        begin_(uint32_t(p.first)),
         logits(static_cast<const T*>(p.logits) + source * p.logits_stride),
         uncond_(p.uncond_logits ? static_cast<const T*>(p.uncond_logits) + source * p.uncond_stride
                                 : nullptr),
         guidance_(add_rn(row_value(p.cfg_scale, n, 0.0f), 1.0f)),
-        bias_(shared_row(p.bias, n, p.bias_rows_per_value, p.V)),
+        bias_(shared_row(p.bias, n, p.bias_rows_per_value, p.columns())),
         banned_(shared_row(p.banned, n, p.banned_rows_per_value, p.banned_count)),
         banned_count_(uint32_t(p.banned_count)),
         bitmask_(shared_row(p.bitmask, n, p.bitmask_rows_per_value, p.bitmask_words)) {}
@@ -164,8 +165,8 @@ class LogitsRow {
   // kPerChunk<T> logits from `first` on, guided, biased, without NaN and +inf; -inf beyond the
   // row's end.
   DLM_DEVICE void values(uint32_t first, float* z, uint32_t& flags) const {
-    spread<T>(load_chunk(logits, first, V), z);
-    if (uncond_) guide(z, load_chunk(uncond_, first, V));
+    spread<T>(load_chunk(logits, first, V, begin_), z);
+    if (uncond_) guide(z, load_chunk(uncond_, first, V, begin_));
     adjust(first, z, flags);
   }
 
@@ -175,7 +176,7 @@ class LogitsRow {
     if (bias_) {
 #pragma unroll
       for (uint32_t c = 0; c < n; c += 4) {
-        const uint4 bias = load_chunk(bias_, first + c, V);
+        const uint4 bias = load_chunk(bias_, first + c, V, begin_);
         z[c] = add_rn(z[c], bits_to_float(bias.x));
         z[c + 1] = add_rn(z[c + 1], bits_to_float(bias.y));
         z[c + 2] = add_rn(z[c + 2], bits_to_float(bias.z));
@@ -236,7 +237,7 @@ class LogitsRow {
       if (uncond_ || bias_) {
         values(first, run, flags);
       } else {
-        spread<T>(load_run(logits, chunk * kRaceChunk + r * 128, V), run);
+        spread<T>(load_run(logits, chunk * kRaceChunk + r * 128, V, begin_), run);
 #pragma unroll
         for (uint32_t j = 0; j < n; ++j) run[j] = sanitised(run[j], flags);
       }
@@ -300,7 +301,8 @@ class LogitsRow {
     return z;
   }
 
-  const uint32_t V;
+  const uint32_t V;       // ids are those of the whole vocabulary,
+  const uint32_t begin_;  // of which this is the first that is there
   const T* const logits;
 
  private:

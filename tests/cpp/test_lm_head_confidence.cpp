@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "kernels/head_case.h"
+#include "kernels/shards.h"
 #ifdef DLM_SIMT
 #include "simt/fiber.h"
 #endif
@@ -131,6 +132,32 @@ TEST(rows_are_independent) {
           same &= !memcmp(&floats[size_t(k)], &c.statistics[size_t(k * N + n)], sizeof(float));
         CHECK(same, "row %d, type %d, with %x", int(n), int(dtype), with);
       }
+    }
+  }
+}
+
+// Shards of the weights say together what all weights say, with the same bits in any cut.
+TEST(shards) {
+  uint64_t seed = 7000;
+  for (const dlm::DType dtype : kTypes) {
+    for (const unsigned with : {C::kSample | 0u, C::kSample | C::kGuidance | C::kRowMap | 0u,
+                                C::kSample | C::kBias | C::kBanned | C::kBitmask | 0u,
+                                C::kTies | C::kStrided, C::kSample | C::kSpecial | C::kWild | 0u}) {
+      if (skipped(++seed)) continue;
+      C c(dtype, 4, 2100, 40, with, dlm::Distribution(seed % 3), seed);
+      const std::string wrong = wrong_in_shards(c, [&](int64_t first, int64_t end, int64_t* words) {
+        dlm::LmHeadConfidenceParams head = c.head;
+        // Rows [first, end) of the weights, as columns of one row.
+        const int64_t stride = head.weight_stride;
+        const Columns weight(head.weight, 1, 0, first * stride, (end - 1) * stride + head.D,
+                             dlm::element_size(dtype), with & C::kStrided ? 3 : 0);
+        head.weight = weight.begin();
+        const ShardOf own(c, first, end, head.rows);
+        head.rows.partial = words;
+        Array<uint8_t> workspace(size_t(dlm::cuda::head_workspace(head)), 0xff);
+        run(dlm::cuda::start_lm_head_confidence(head, workspace.data(), nullptr));
+      });
+      CHECK(wrong.empty(), "seed %d: %s", int(seed), wrong.c_str());
     }
   }
 }
