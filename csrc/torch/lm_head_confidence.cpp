@@ -38,6 +38,22 @@ void run_on_cpu(const Check& check, const LmHeadConfidenceParams& p) {
 
 }  // namespace
 
+void run_lm_head_confidence(const Check& check, const Tensor& anchor,
+                            const LmHeadConfidenceParams& p) {
+#ifdef DLM_WITH_CUDA
+  if (anchor.is_cuda()) {
+    const CudaCall call(check, anchor);
+    call.supports(cuda::unsupported_lm_head_confidence(p));
+    Tensor workspace =
+        check.empty("workspace", {cuda::lm_head_confidence_workspace(p)}, ScalarType::Byte);
+    call.succeeded(cuda::run_lm_head_confidence(p, workspace.mutable_data_ptr(), call.stream()));
+    return;
+  }
+#endif
+  (void)anchor;
+  run_on_cpu(check, p);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lm_head_confidence(
     const Tensor& hidden, const Tensor& weight, const MaybeTensor& row_map,
     const MaybeTensor& given, const MaybeTensor& uncond_hidden, const MaybeTensor& cfg_scale,
@@ -85,19 +101,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lm_he
                             {"top_p", top_p}});
 
   const ConfidenceResults results(check, with_margin, with_entropy, p.rows);
-  if (p.rows.N == 0) return results.all();
-#ifdef DLM_WITH_CUDA
-  if (hidden.is_cuda()) {
-    const CudaCall call(check, hidden);
-    call.supports(cuda::unsupported_lm_head_confidence(p));
-    Tensor workspace =
-        check.empty("workspace", {cuda::lm_head_confidence_workspace(p)}, ScalarType::Byte);
-    call.succeeded(cuda::run_lm_head_confidence(p, workspace.mutable_data_ptr(), call.stream()));
-    return results.all();
-  }
-#endif
-
-  run_on_cpu(check, p);
+  if (p.rows.N > 0) run_lm_head_confidence(check, hidden, p);
   return results.all();
 }
 
