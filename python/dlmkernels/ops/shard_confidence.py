@@ -88,9 +88,9 @@ def shard_confidence(
 
     Notes
     -----
-    On the CPU the words are those of the specification, to the bit. A GPU adds up a chunk's exponentials in its own way:
-    what is combined has the same bits however the vocabulary is divided among GPUs of one kind, with the ids that the
-    CPU gives for the same logits.
+    On the CPU the words are those of the specification, to the bit. A GPU adds up a chunk's exponentials in its own
+    way: what is combined has the same bits however the vocabulary is divided among GPUs of one kind, with the ids that
+    the CPU gives for the same logits.
     """
     return call(
         torch.ops.dlmkernels.shard_confidence.default,
