@@ -96,14 +96,13 @@ def test_layers_are_counted_as_each_form_does(pair, tmp_path):
     assert forwards(model, same, "addition") == forwards(model, drafter, "addition")
 
 
-@pytest.mark.parametrize("width", [None, 1])
-def test_drawn_text_is_the_models(width, pair):
+def test_drawn_text_is_the_models(pair):
     """The first two tokens of many requests against the product of the model's distributions."""
     model, drafter = pair
-    draws, temperature, few = 3000, 6.0, 5
+    draws, temperature, few = 1200, 6.0, 4
     ids = drafted.question(TASKS["addition"].make(1, seed=1)[0])
     out = dk.generate(
-        model, ids.expand(draws, -1), rule=dk.Drafted(drafter, width), max_new_tokens=2, eos_policy="none",
+        model, ids.expand(draws, -1), drafter=drafter, max_new_tokens=2, eos_policy="none",
         temperature=temperature, top_k=few, seed=torch.arange(draws),
     )  # fmt: skip
     accepted = (out.num_forwards == 2).float().mean()
@@ -119,20 +118,26 @@ def test_drawn_text_is_the_models(width, pair):
         expected[token] = first[token] * following(torch.cat((ids, token[None])))
     for a, b in out.generated.tolist():
         counts[a, b] += 1
-    numerics.assert_distribution("two tokens", counts.flatten().long(), expected.flatten())
+    # what is expected fewer than ten times counts as one outcome
+    often = expected * draws >= 10
+    assert often.sum() > 5
+    counts, expected = (torch.cat((x[often], x[~often].sum()[None])) for x in (counts.double(), expected))
+    if expected[-1] * draws < 5:
+        counts, expected = (torch.cat((x[:-2], x[-2:].sum()[None])) for x in (counts, expected))
+    numerics.assert_distribution("two tokens", counts.long(), expected)
 
 
 def test_first_drafts_are_drawn_like_the_model_draws(pair):
     """With the noise shared, a draft is the model's token far more often than two draws of one distribution agree."""
     model, drafter = pair
-    ids = drafted.question(TASKS["addition"].make(1, seed=1)[0]).expand(400, -1)
-    options = {"max_new_tokens": 3, "eos_policy": "none", "temperature": 6.0, "seed": torch.arange(400)}
+    ids = drafted.question(TASKS["addition"].make(1, seed=1)[0]).expand(200, -1)
+    options = {"max_new_tokens": 3, "eos_policy": "none", "temperature": 6.0, "seed": torch.arange(200)}
     out = dk.generate(model, ids, drafter=drafter, **options)
     plain = dk.generate(model, ids, rule=dk.NextToken(), **options)
     assert torch.equal(out.sequences, plain.sequences)
     agree = (out.num_forwards == 2).float().mean().item()
     # of independent draws, from what was seen at that place
-    share = torch.bincount(out.generated[:, 1], minlength=32).double() / 400
+    share = torch.bincount(out.generated[:, 1], minlength=32).double() / 200
     assert agree > 1.5 * float(share.square().sum())
 
 
