@@ -47,6 +47,8 @@ _LAZY = {
     "Backbone": ".models.backbone",
     "BackboneInput": ".models.backbone",
     "load": ".models.load",
+    "plan": ".planning",
+    "MemoryPlan": ".planning",
     "Engine": ".engine.engine",
     "EngineMemory": ".engine.memory",
     "EngineMetrics": ".engine.metrics",
