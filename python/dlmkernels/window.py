@@ -89,6 +89,9 @@ class AttentionWindow:
     rotations : object, optional
         What `DiffusionModel.rotations` made of the requests' lengths, for models whose rotary embedding depends on
         them. None: each row of the batch is as long as the largest of its positions says.
+    visible : Tensor, optional
+        int32 `[B, Q, words]`, with a cache: which of the other rows of this forward each row sees, as
+        `ops.block_attention` takes it. None: all that the other conditions let it see.
     """
 
     slots: Tensor | None = None
@@ -102,6 +105,7 @@ class AttentionWindow:
     shadow: Tensor | None = None
     cache_rows: Tensor | None = None
     rotations: Any = None
+    visible: Tensor | None = None
     #: the layers that have attended so far
     attended: set[int] = field(default_factory=set, init=False, repr=False, compare=False)
     #: where the tensors are, None without any; and the same window on other devices

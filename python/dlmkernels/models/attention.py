@@ -86,7 +86,7 @@ def attention_forward(
     if is_traced:
         out, lse = _with_gradients(*tensors, **options)
     else:
-        out, lse = ops.block_attention(*tensors, **options, cache_rows=window.cache_rows)
+        out, lse = ops.block_attention(*tensors, **options, cache_rows=window.cache_rows, visible=window.visible)
     if s_aux is not None:
         # the share of the sum of exponentials that is not the sink's
         out = (out * torch.sigmoid(lse - s_aux.float())[..., None]).to(dtype)
