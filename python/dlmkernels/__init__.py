@@ -24,6 +24,8 @@ from .decoding import rules as rules
 from .decoding import scores as scores
 from .decoding.config import DecodingConfig as DecodingConfig
 from .decoding.constraint import Constraint as Constraint
+from .decoding.features import DLLMCache as DLLMCache
+from .decoding.features import FeatureCache as FeatureCache
 from .decoding.presets import PRESETS as PRESETS
 from .decoding.presets import preset as preset
 from .decoding.rules import *  # noqa: F403
@@ -52,7 +54,7 @@ _LAZY = {
     "generate_batch": ".engine.batch",
 }
 __all__ = [
-    "PRESETS", "AttentionWindow", "Constraint", "DecodingConfig", "KVCache", "Score", "TokenWindow", "Trace", "ops",
+    "PRESETS", "AttentionWindow", "Constraint", "DLLMCache", "DecodingConfig", "FeatureCache", "KVCache", "Score", "TokenWindow", "Trace", "ops",
     "preset", "rules", "scores", *_LAZY,
 ]  # fmt: skip
 __all__ += rules.__all__

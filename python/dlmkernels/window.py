@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
@@ -89,6 +90,9 @@ class AttentionWindow:
     rotations : object, optional
         What `DiffusionModel.rotations` made of the requests' lengths, for models whose rotary embedding depends on
         them. None: each row of the batch is as long as the largest of its positions says.
+    layers : callable, optional
+        What each layer computes: a function of a `models.layerwise.LayerCall`, for models that
+        `DiffusionModel.by_layers` has made. None: every layer all rows.
     """
 
     slots: Tensor | None = None
@@ -102,6 +106,7 @@ class AttentionWindow:
     shadow: Tensor | None = None
     cache_rows: Tensor | None = None
     rotations: Any = None
+    layers: Callable[..., Tensor] | None = None
     #: the layers that have attended so far
     attended: set[int] = field(default_factory=set, init=False, repr=False, compare=False)
     #: where the tensors are, None without any; and the same window on other devices

@@ -32,7 +32,11 @@ class BlockForward(Forward):
     - "block": with cache="block", the block of the grid;
     - "append": the same, and before it what has been decided and is not in the cache;
     - "inner": with sub_block_cache, the part of the block alone.
+
+    Of the `counted` parts a form says how many columns of each row there are, no more than `most_columns`.
     """
+
+    counted: frozenset[str] = frozenset({"append", "open"})
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
@@ -57,6 +61,7 @@ class BlockForward(Forward):
         self._row = torch.arange(len(self.state.tokens), device=self.origin.device)[:, None]
         #: whether a forward may take some rows, and not all
         self.takes_rows = False
+        self.most_columns = self.length
 
     def _keep(self, name: str, value: Tensor) -> Tensor:
         """The buffer of that name, with this value; there is one for each shape."""
@@ -96,6 +101,10 @@ class BlockForward(Forward):
         """The phase of rows in the middle of a block."""
         cache = self.config.cache
         return WHOLE if cache == "none" or (cache == "block" and not self.config.sub_block_cache) else REST
+
+    def takes_canvas(self, phase: int) -> bool:
+        """Whether a forward in a phase takes the canvas, as far as its rows reach."""
+        return phase == WHOLE
 
     def part_of(self, phase: int) -> str:
         """Which columns are forwarded of rows in a phase."""

@@ -32,6 +32,7 @@ from .checks import (
     temperature,
 )
 from .constraint import Constraint
+from .features import FEATURE_CACHES, FeatureCache
 from .rules import Quota, Rule, Threshold
 from .scores import SCORES, Score
 
@@ -81,6 +82,10 @@ def _vicinity(name: str, value: Any) -> tuple[int, ...]:
         raise ValueError(f"{name} must be two integers of at least 0; got {value!r}") from None
 
 
+def _cache(name: str, value: Any) -> str | FeatureCache:
+    return value if isinstance(value, FeatureCache) else one_of(*CACHES, *FEATURE_CACHES)(name, value)
+
+
 #: what each field that is no object may be
 LIMITS: dict[str, Check] = {
     "max_new_tokens": PerRequest(integer(1)), "warmup": integer(1),
@@ -88,7 +93,7 @@ LIMITS: dict[str, Check] = {
     "top_k": PerRequest(integer(0)), "top_p": PerRequest(number(0.0, 1.0)), "cfg_scale": number(0.0, FLOAT32.max),
     "temperature": PerRequest(temperature), "order_temperature": temperature, "vicinity": _vicinity, "seed": _seed,
     **{name: flag for name in ("top_p_first", "keep_crossing", "sub_block_cache", "fuse_commit")},
-    "seeded": optional_flag, "cache": one_of(*CACHES), "distribution": one_of(*DISTRIBUTIONS),
+    "seeded": optional_flag, "cache": _cache, "distribution": one_of(*DISTRIBUTIONS),
     "eos_policy": one_of(*EOS_POLICIES), "logit_alignment": one_of(None, *ALIGNMENTS),
     "attention": one_of(None, *ATTENTIONS), "block_grid": one_of(None, *GRIDS),
     "mask_token_id": _optional_token_id, "pad_token_id": _optional_token_id, "eos_token_id": _token_ids,
@@ -190,7 +195,7 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
         Order of the filters, and whether the token that crosses `top_p` stays (see `ops.token_confidence`).
     distribution : {"raw", "tempered", "filtered"}
         Which distribution the scores are read from: before temperature, after it, or after the filters.
-    cache : {"none", "prefix", "dual", "delayed", "block"}
+    cache : {"none", "prefix", "dual", "delayed", "block"} or FeatureCache
         KV reuse. none: every forward takes the whole canvas (exact). prefix: keys and values left of the block are
         kept from the block's first forward. dual: also those right of it; a forward then takes the block alone
         (Fast-dLLM, arXiv:2505.22618). delayed: those of a token are kept from the forward after it was decided; a
@@ -198,7 +203,8 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
         rows that speak of it). All three are
         approximations, for models with full attention; with the rule `EntropyPipeline`, prefix is d3LLM's. block: for
         the other kinds of attention, under which a finished block never changes again: its keys and values are
-        appended once and a forward takes the open block alone (exact).
+        appended once and a forward takes the open block alone (exact). A `FeatureCache` keeps what layers compute,
+        too: `DLLMCache(…)`, or "dllm-cache" for its published setting (an approximation).
     sub_block_cache : bool
         With cache="block" and a `sub_block_length`: a forward takes the part alone, and finds what the rest of the
         block was when the part was begun (Fast-dLLM v2; an approximation).
@@ -248,7 +254,7 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
     top_p_first: bool = False
     keep_crossing: bool = True
     distribution: str = "raw"
-    cache: str = "none"
+    cache: str | FeatureCache = "none"
     sub_block_cache: bool = False
     warmup: int = 1
     refresh_interval: int | None = None
@@ -284,6 +290,11 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
         decoder was published with may lie idle with another model, or beside what is changed.
         """
         return self.__dict__["_asked"]
+
+    @property
+    def features(self) -> FeatureCache | None:
+        """The cache of features; None where `cache` is none."""
+        return FEATURE_CACHES.get(self.cache) if isinstance(self.cache, str) else self.cache
 
     @property
     def samples(self) -> bool:

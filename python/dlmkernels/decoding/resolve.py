@@ -145,7 +145,9 @@ def _check_combination(model: DiffusionModel, config: DecodingConfig) -> None:
             f"attention='{attention}' needs a model of a known type; {type(model.model).__name__} attends by itself"
         )
     allowed = ("none", *APPROXIMATE) if attention == "full" else ("none", "block")
-    if cache not in allowed:
+    if config.features is not None:
+        _check_features(model, config)
+    elif cache not in allowed:
         raise ValueError(f"cache must be one of {allowed} with attention='{attention}'; got '{cache}'")
     if attention == "reordered" and cache == "block" and not isinstance(config.rule, Reordered):
         raise ValueError("cache='block' with attention='reordered' needs the rule Reordered; use cache='none'")
@@ -168,6 +170,20 @@ def _check_combination(model: DiffusionModel, config: DecodingConfig) -> None:
         raise ValueError(f"rule {rule} reads all of the canvas: it needs cache='none'")
     if config.seeded and attention == "full":
         raise ValueError("seeded needs a context that later tokens do not change; attention is 'full'")
+
+
+def _check_features(model: DiffusionModel, config: DecodingConfig) -> None:
+    """Refuse what does not go together with a cache of features."""
+    assert config.features is not None
+    name, rule = config.features.name, config.rule
+    if config.attention != "full":
+        raise ValueError(f"cache='{name}' needs attention='full'; got attention='{config.attention}'")
+    if not rule.by_block or rule.token_ids or rule.shadow or isinstance(rule, VariableLength):
+        raise ValueError(
+            f"cache='{name}' needs a rule that is decoded block by block and moves no tokens about; got "
+            f"{type(rule).__name__}"
+        )
+    model.by_layers(name)
 
 
 def check_block_by_block(name: str, rule: Rule) -> None:

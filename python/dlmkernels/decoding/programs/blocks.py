@@ -9,6 +9,7 @@ than what goes on, and the rows enter together.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from ... import ops
 from ...window import Rows, TokenWindow
 from ..block_forward import BlockForward
+from ..layerwise_forward import LayerwiseForward
 from ..rules import Action
 from ..schedule import plan_blocks
 from ..standing import Standing
@@ -36,12 +38,15 @@ class BlockAfterBlock(Program):
         super().__init__(task)
         config, state, rule = self.config, self.state, self.rule
         rows, device = len(state.tokens), state.tokens.device
-        self.forward = BlockForward(
-            self.model, state, config, self.special, self.grid, task.prompt_embeds, rows_change=task.rows_change
-        )  # fmt: skip
+        what = self.model, state, config, self.special, self.grid, task.prompt_embeds
+        features = config.features
+        kind = BlockForward if features is None else partial(LayerwiseForward, features)
+        self.forward = kind(*what, rows_change=task.rows_change)
         self.reads_open = rule.slots == "open"
         #: whether rows enter their blocks together, so that the host knows which one they are in
-        self.together = not task.rows_change and (rows == 1 or config.cache != "none" or self.forward.commits_apart)
+        self.together = not task.rows_change and features is None and (
+            rows == 1 or config.cache != "none" or self.forward.commits_apart
+        )  # fmt: skip
         # A rule that takes tokens back may also take back an end token: that counts once its block is finished.
         self.fills_at_once = config.eos_policy == "fill" and self.reads_open
         self.fills_at_end = config.eos_policy != "none" and not self.fills_at_once
@@ -110,8 +115,8 @@ class BlockAfterBlock(Program):
         return not self.reads_open or form.kind == "enter" or form.is_limited
 
     def widest(self, form: Form) -> Form:
-        is_any = form.part == "open" or (not self.together and form.part == "append")
-        pending = self.forward.length if is_any else form.pending
+        is_any = form.part in self.forward.counted and not (self.together and form.part == "append")
+        pending = self.forward.most_columns if is_any else form.pending
         rows = form.rows  # one form for each power of two, so that there are few
         if rows is not None:
             rows = min(1 << (rows - 1).bit_length(), len(self._works))
@@ -216,7 +221,7 @@ class BlockAfterBlock(Program):
         if form.rows is None:
             return None
         takes = (self._open > 0) & (self._phase == form.phase)
-        if form.part in ("append", "open"):
+        if form.part in self.forward.counted:
             takes = takes & (self._pending <= form.pending)
         if form.width is not None:
             takes = takes & (self.grid.ends <= form.width)
