@@ -38,6 +38,7 @@ CASES = {
     "parts alone": {"rule": dk.Threshold(0.3), **BLOCKS, "sub_block_length": 4, "sub_block_cache": True},
     "guided": {"rule": dk.Threshold(0.3), "cache": "dual", "cfg_scale": 0.5},
     "features": {"rule": dk.Threshold(0.3), "cache": dk.DLLMCache(5, 3, 0.25)},
+    "evicted": {"rule": dk.Threshold(0.3), "cache": "sparse-dllm"},
     "features, guided": {"rule": dk.Quota(), "cache": dk.DLLMCache(3, 2, 0.5), "cfg_scale": 0.5},
     "to the end token": {"rule": dk.Threshold(0.3), "eos_policy": "fill", "eos_token_id": tuple(range(20, 40))},
     "allowed tokens": {"rule": dk.Threshold(0.3), "constraint": torch.arange(97) % 3 > 0},

@@ -9,7 +9,7 @@ import dlmkernels as dk
 import numerics
 import published
 from decodings import assert_rows_same, enliven, lively, ragged
-from restated_features import PlainDLLMCache
+from restated_features import PlainDLLMCache, PlainSparseCache
 from small_models import DECODER, MASK, build
 
 STOCK = {"llama": (hf.LlamaForCausalLM, hf.LlamaConfig), "qwen2": (hf.Qwen2ForCausalLM, hf.Qwen2Config)}
@@ -34,6 +34,20 @@ SETTINGS = {
     "often": (4, 2, 0.25), "published": (50, 7, 0.25), "prompt between": (3, 4, 0.5), "nothing between": (5, 3, 0.0),
     "everything between": (6, 4, 1.0),
 }  # fmt: skip
+
+
+def check_alone_and_in_a_batch(model, options):
+    rows, ids, valid = ragged()
+    out = dk.generate(model, ids, valid, **options)
+    for row, prompt in enumerate(rows):
+        lengths = options["max_new_tokens"]
+        length = lengths[row] if isinstance(lengths, tuple) else lengths
+        alone = dk.generate(model, prompt, **options | {"max_new_tokens": length})
+        pads = ids.shape[1] - len(prompt)
+        end = pads + alone.sequences.shape[1]
+        assert torch.equal(out.sequences[row, pads:end], alone.sequences[0])
+        assert torch.equal(out.commit_step[row, pads:end], alone.commit_step[0])
+        assert out.num_forwards[row] == alone.num_forwards[0]
 
 
 class TestDLLMCache:
@@ -95,19 +109,8 @@ class TestDLLMCache:
         {"rule": dk.Threshold(0.4), "eos_policy": "fill", "eos_token_id": tuple(range(20, 40))},
     ], ids=["guided", "sampled", "lengths", "ends"])  # fmt: skip
     def test_alone_and_in_a_batch(self, model, options):
-        rows, ids, valid = ragged()
         options = {"max_new_tokens": 16, "eos_policy": "none", "block_length": 8} | options
-        options["cache"] = dk.DLLMCache(5, 3, 0.25)
-        out = dk.generate(model, ids, valid, **options)
-        for row, prompt in enumerate(rows):
-            lengths = options["max_new_tokens"]
-            length = lengths[row] if isinstance(lengths, tuple) else lengths
-            alone = dk.generate(model, prompt, **options | {"max_new_tokens": length})
-            pads = ids.shape[1] - len(prompt)
-            end = pads + alone.sequences.shape[1]
-            assert torch.equal(out.sequences[row, pads:end], alone.sequences[0])
-            assert torch.equal(out.commit_step[row, pads:end], alone.commit_step[0])
-            assert out.num_forwards[row] == alone.num_forwards[0]
+        check_alone_and_in_a_batch(model, options | {"cache": dk.DLLMCache(5, 3, 0.25)})
 
     def test_infill(self, model):
         """Of a canvas with gaps all is response."""
@@ -148,7 +151,73 @@ class TestDLLMCache:
         assert torch.equal(model(prompt[0][None]).logits, before)
 
 
+class TestSparseCache:
+    @staticmethod
+    def evicting(model, keep, pool, decode, block=8, shift=False):
+        """`decode(model, canvas, start)` with the restated eviction, which must have chosen without near ties."""
+
+        def restated(canvas, start):
+            plain = PlainSparseCache(model, start, block, MASK, keep, pool, shift)
+            request = decode(plain, canvas, start)
+            request.note(plain.slack)
+            return request
+
+        return restated
+
+    @pytest.mark.parametrize("keep, pool", [(0.5, 3), (0.3, 1), (0.7, 5), (0.0, 3), (1.0, 3)])
+    def test_llada(self, model, keep, pool):
+        assert_rows_same(
+            model, self.evicting(model, keep, pool, lambda m, c, s: published.llada(m, c, s, MASK, block_length=8)),
+            16, config="llada", block_length=8, cache=dk.SparseCache(keep, pool),
+        )  # fmt: skip
+
+    def test_threshold(self, model):
+        """Rows come to their blocks at different forwards, and stay in them for different numbers of forwards."""
+        assert_rows_same(
+            model,
+            self.evicting(model, 0.5, 3, lambda m, c, s: published.fast_dllm(m, c, s, MASK, threshold=0.5, block_length=8)),
+            24, rule=dk.Threshold(0.5), block_length=8, cache="sparse-dllm",
+        )  # fmt: skip
+
+    def test_shifted(self, model):
+        assert_rows_same(
+            model,
+            self.evicting(
+                model, 0.5, 3,
+                lambda m, c, s: published.fast_dllm(m, c, s, MASK, threshold=0.5, block_length=8, shift=True), shift=True,
+            ),
+            24, rule=dk.Threshold(0.5), block_length=8, cache="sparse-dllm", logit_alignment="shift",
+        )  # fmt: skip
+
+    def test_everything_kept(self, model):
+        """Then it is a dual cache with a warm-up of two forwards."""
+        _, ids, valid = ragged()
+        options = {"rule": dk.Quota(), "max_new_tokens": 24, "block_length": 8, "eos_policy": "none"}
+        want = dk.generate(model, ids, valid, **options, cache="dual", warmup=2)
+        out = dk.generate(model, ids, valid, **options, cache=dk.SparseCache(keep=1.0))
+        assert torch.equal(out.sequences, want.sequences) and torch.equal(out.commit_step, want.commit_step)
+
+    @pytest.mark.parametrize("options", [
+        {"cfg_scale": 0.5}, {"temperature": 1.0, "seed": 3}, {"max_new_tokens": (9, 16, 5)}, {"sub_block_length": 3},
+    ], ids=["guided", "sampled", "lengths", "parts"])  # fmt: skip
+    def test_alone_and_in_a_batch(self, model, options):
+        options = {"rule": dk.Threshold(0.4), "max_new_tokens": 16, "eos_policy": "none", "block_length": 8} | options
+        check_alone_and_in_a_batch(model, options | {"cache": "sparse-dllm"})
+
+    def test_sliding_windows_are_refused(self):
+        torch.manual_seed(0)
+        config = hf.MistralConfig(**DECODER, sliding_window=8)
+        with pytest.raises(ValueError, match="MistralAttention has a sliding window"):
+            dk.generate(
+                hf.MistralForCausalLM(config).eval(), ragged((12,))[0][0], max_new_tokens=16, rule=dk.Quota(),
+                attention="full", cache="sparse-dllm",
+            )  # fmt: skip
+
+
 @pytest.mark.parametrize("make, message", [
+    (lambda: dk.SparseCache(keep=1.2), "keep must be a number from 0 to 1; got 1.2"),
+    (lambda: dk.SparseCache(pool=2), "pool must be an odd number; got 2"),
+    (lambda: dk.SparseCache(pool=0), "pool must be an integer of at least 1; got 0"),
     (lambda: dk.DLLMCache(prompt_interval=0), "prompt_interval must be an integer of at least 1; got 0"),
     (lambda: dk.DLLMCache(response_interval=2.5), "response_interval must be an integer of at least 1; got 2.5"),
     (lambda: dk.DLLMCache(share=1.5), "share must be a number from 0 to 1; got 1.5"),

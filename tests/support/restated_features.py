@@ -86,3 +86,59 @@ class PlainDLLMCache:
             last, following = (1 - float(cosine[order[i]]) for i in (count - 1, count))
             self.slack = min(self.slack, (last - following) / last)
         return [self.start + i for i in order[:count]]
+
+
+class PlainSparseCache:
+    """Sparse-dLLM's eviction (Song et al., arXiv:2508.02558, section 4, and its program for LLaDA).
+
+    A block's first two forwards take the whole canvas. In the second each layer scores the positions outside of the
+    block by their rotated key's product with the block's mean rotated query, averaged over the heads, takes the maximum
+    over `pool` neighbours (those left and right of the block being neighbours), and keeps the `floor(keep * n)` best of
+    n. Later forwards take the block alone, which sees itself and these.
+
+    `shift`: logits speak of the next position, so that forwards of the block take the position before it, too. `slack`:
+    by how little the last position was kept before the next, where they are not equal.
+    """
+
+    def __init__(
+        self, model, start: int, block: int, mask: int, keep: float, pool: int, shift: bool = False
+    ):  # fmt: skip
+        self.model, self.start, self.block, self.mask = plain(model), start, block, mask
+        self.keep, self.pool, self.lead = keep, pool, int(shift)
+        self.now, self.index, self.slack = -1, 0, math.inf
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        m = self.model
+        first_mask = tokens[0, self.start :].tolist().index(self.mask)
+        begin = self.start + first_mask // self.block * self.block
+        self.now, self.index = begin, self.index + 1 if begin == self.now else 0
+        end, first = min(begin + self.block, tokens.shape[1]), max(begin - self.lead, 0)
+        rows = list(range(tokens.shape[1])) if self.index < 2 else list(range(first, end))
+        x = m.w[m.names["embed"] + ".weight"][tokens[:, rows]]
+        for number in range(m.layers):
+            layer = m.names["layer"].format(number)
+            q, k, v = m.qkv(layer, m.norm(x, layer + m.names["first_norm"]))
+            q, k = m.rotate(q, torch.tensor(rows)), m.rotate(k, torch.tensor(rows))
+            if self.index == 1:
+                self._evict(number, q[:, begin:end], k, v, first, end)
+            elif self.index > 1:
+                k, v = (torch.cat(pair, 1) for pair in zip(self.kept[number], (k, v)))
+            x = x + m.linear(m.attend(q, k, v, None).flatten(2), layer + m.names["o"])
+            x = x + m.swiglu(m.norm(x, layer + m.names["second_norm"]), layer)
+        logits = m.linear(m.norm(x, m.names["norm"]), m.names["head"]).float()
+        out = torch.full((1, tokens.shape[1], logits.shape[2]), torch.nan)
+        out[:, rows] = logits
+        return out
+
+    def _evict(self, number: int, q: Tensor, k: Tensor, v: Tensor, first: int, end: int) -> None:
+        k, v = (torch.cat((x[:, :first], x[:, end:]), 1) for x in (k, v))
+        heads = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
+        score = torch.einsum("hd,nhd->n", q[0].mean(0), heads[0]) / q.shape[2]
+        half = self.pool // 2
+        pooled = [float(score[max(i - half, 0) : i + half + 1].max()) for i in range(len(score))]
+        order = sorted(range(len(pooled)), key=lambda i: (-pooled[i], i))
+        count = int(len(pooled) * self.keep)
+        if 0 < count < len(order) and (gap := pooled[order[count - 1]] - pooled[order[count]]) > 0:
+            self.slack = min(self.slack, gap)
+        self.kept[number] = k[:, order[:count]], v[:, order[:count]]

@@ -108,8 +108,9 @@ class BlockForward(Forward):
 
     def part_of(self, phase: int) -> str:
         """Which columns are forwarded of rows in a phase."""
-        rest = {"delayed": "open", "block": "inner"}.get(self.config.cache, "part")
-        return {APPEND: "append", WHOLE: "block" if self.config.cache == "block" else "whole", REST: rest}[phase]
+        cache = self.config.cache
+        rest = "open" if cache == "delayed" else "inner" if cache == "block" else "part"
+        return {APPEND: "append", WHOLE: "block" if cache == "block" else "whole", REST: rest}[phase]
 
     def phases(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Each row's phase, and how many columns besides the block's own a forward in it takes, int32 `[S]` each.

@@ -203,8 +203,9 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
         rows that speak of it). All three are
         approximations, for models with full attention; with the rule `EntropyPipeline`, prefix is d3LLM's. block: for
         the other kinds of attention, under which a finished block never changes again: its keys and values are
-        appended once and a forward takes the open block alone (exact). A `FeatureCache` keeps what layers compute,
-        too: `DLLMCache(…)`, or "dllm-cache" for its published setting (an approximation).
+        appended once and a forward takes the open block alone (exact). A `FeatureCache` looks into the layers:
+        `DLLMCache(…)`, `SparseCache(…)`, or "dllm-cache" and "sparse-dllm" for their published settings
+        (approximations).
     sub_block_cache : bool
         With cache="block" and a `sub_block_length`: a forward takes the part alone, and finds what the rest of the
         block was when the part was begun (Fast-dLLM v2; an approximation).

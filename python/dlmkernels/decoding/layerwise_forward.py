@@ -12,18 +12,18 @@ from torch import Tensor
 from ..cache import KVCache
 from ..window import AttentionWindow, Rows, TokenWindow
 from .block_forward import WHOLE, BlockForward
-from .features import FeatureCache
+from .features import LayerwiseCache
 from .features.base import Kept, Spans
 from .standing import Standing
 
 
 class LayerwiseForward(BlockForward):
-    """As `BlockForward`, with the parts that a `FeatureCache` has; a row's phase is the number of its part.
+    """As `BlockForward`, with the parts that a `LayerwiseCache` has; a row's phase is the number of its part.
 
     Phases are counted over the forwards of a request, so that what becomes of it does not depend on its batch.
     """
 
-    def __init__(self, features: FeatureCache, *args: Any, **options: Any):
+    def __init__(self, features: LayerwiseCache, *args: Any, **options: Any):
         super().__init__(*args, **options)
         self.model = self.model.by_layers(features.name)
         self.features = features
@@ -32,7 +32,7 @@ class LayerwiseForward(BlockForward):
         rows = len(self.slots)
         # a row more, which takes what unused rows write
         self.cache = KVCache(self.length, rows + 1)
-        #: what the layers have added to the rows of every request
+        #: what the layers have added to the rows of each request
         self.added = Kept(rows, self.length)
         self._all_rows = torch.arange(rows, dtype=torch.int32, device=self.origin.device)
         self._next = ("whole", 0)  # part and width of the forward that is under way
@@ -77,9 +77,8 @@ class LayerwiseForward(BlockForward):
         part, width = self._next
         cache = self._all_rows if rows is None else torch.where(rows.cache >= 0, rows.cache, len(self._all_rows))
         where = self.origin, self.twice(self.grid.first), self.ends
-        spans = Spans(
-            *(x if rows is None else rows.of(x) for x in where), cache.long(), min(width, positions.shape[1]),
-            positions.shape[1],
-        )  # fmt: skip
+        origin, first, ends = (x if rows is None else rows.of(x) for x in where)
+        total = positions.shape[1]
+        spans = Spans(origin, first, ends, cache.long(), min(width, total), total)
         window = replace(window, layers=self.features.layers(part, spans, self.added))
         return super().run(columns, positions, window, tokens, moment, rows)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from .config import DecodingConfig
+from .features import DLLMCache
 from .rules import (
     Ancestral,
     AncestralRemask,
@@ -101,6 +102,11 @@ PRESETS: dict[str, DecodingConfig] = {
     "dkv-cache": LLADA.replace(cache="delayed", warmup=2, refresh_interval=4, block_length=32),
     # and for Dream, whose program counts its forwards from the first
     "dkv-cache-dream": DREAM.replace(cache="delayed", refresh_interval=4),
+    # dLLM-Cache, arXiv:2506.06295, as its program has it for GSM8K: on LLaDA and on Dream
+    "dllm-cache": LLADA.replace(cache="dllm-cache", block_length=8),
+    "dllm-cache-dream": DREAM.replace(cache=DLLMCache(25, 2, 0.25)),
+    # Sparse-dLLM, arXiv:2508.02558
+    "sparse-dllm": LLADA.replace(cache="sparse-dllm", block_length=32),
     # KLASS, arXiv:2511.05664
     "klass": DecodingConfig(rule=StableThreshold(0.9, 0.01, 2), block_length=64, eos_policy="none"),
     # Prophet, arXiv:2508.19982

@@ -12,6 +12,7 @@ import torch
 from ..models.adapt import DiffusionModel, EncoderDecoderModel, LogitsModel, adapt
 from .config import APPROXIMATE, DecodingConfig, SpecialTokens, check_names
 from .effects import check_effects
+from .features import LayerwiseCache
 from .presets import default_config, preset
 from .rules import Reordered, Rule, VariableLength
 
@@ -183,7 +184,8 @@ def _check_features(model: DiffusionModel, config: DecodingConfig) -> None:
             f"cache='{name}' needs a rule that is decoded block by block and moves no tokens about; got "
             f"{type(rule).__name__}"
         )
-    model.by_layers(name)
+    if isinstance(config.features, LayerwiseCache):
+        model.by_layers(name)
 
 
 def check_block_by_block(name: str, rule: Rule) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..window import AttentionWindow
 
-#: `config.model_type` of the stock classes whose layers can be run in parts: pre-norm layers with a projection of values
-#: of their own
+#: `config.model_type` of the stock classes whose layers can be run in parts: those norm what comes in, and what they
+#: project it to are the values that are attended to
 TYPES = ("llama", "qwen2", "qwen3")
 
 
@@ -93,7 +93,7 @@ def check(twin: nn.Module, cache: str) -> None:
 
 def run_by_plan(twin: nn.Module) -> None:
     """Let the layers of a twin compute what `AttentionWindow.layers` says of a forward, where it says something."""
-    base: Any = twin.base_model  # type: ignore[attr-defined]
+    base: Any = twin.base_model
     for number, layer in enumerate(base.layers):
         layer.__dict__["forward"] = _Planned(number, layer, layer.forward)
 

@@ -70,7 +70,7 @@ class Kept:
 
 
 class FeatureCache:
-    """Base of the caches that keep what layers add to their rows; frozen dataclasses.
+    """Base of the caches that say for each layer what it computes or keeps; frozen dataclasses.
 
     Attributes
     ----------
@@ -85,6 +85,10 @@ class FeatureCache:
 
     def __post_init__(self):
         normalize(self, self.limits)
+
+
+class LayerwiseCache(FeatureCache):
+    """Base of those whose layers compute some rows, and add what they last added to the others."""
 
     def parts(self, step: Tensor) -> tuple[tuple[str, Tensor], ...]:
         """The parts that forwards may have, each with the rows bool `[S]` whose next forward it is.

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ...models.layerwise import LayerCall
 from ..checks import integer, number
-from .base import CHANGED, PROMPT, RESPONSE, WHOLE, FeatureCache, Kept, Layers, Spans
+from .base import CHANGED, PROMPT, RESPONSE, WHOLE, Kept, Layers, LayerwiseCache, Spans
 
 
 @dataclass(frozen=True)
-class DLLMCache(FeatureCache):
+class DLLMCache(LayerwiseCache):
     """dLLM-Cache (Liu et al., arXiv:2506.06295), for bidirectional models of Llama's and Qwen's architectures.
 
     What every layer but the first adds to a position is kept. Each forward computes the first layer for all positions.

@@ -17,6 +17,8 @@ from torch import Tensor
 from ... import ops
 from ...window import Rows, TokenWindow
 from ..block_forward import BlockForward
+from ..evicting_forward import EvictingForward
+from ..features import DLLMCache, SparseCache
 from ..layerwise_forward import LayerwiseForward
 from ..rules import Action
 from ..schedule import plan_blocks
@@ -26,6 +28,9 @@ from .base import Program, Task
 from .block_forms import BlockForms, Form
 from .block_plan import BlockPlan
 from .row_forms import RowForms
+
+#: the forwards of the caches that look into the layers
+FORWARDS: dict[type, type[BlockForward]] = {DLLMCache: LayerwiseForward, SparseCache: EvictingForward}
 
 #: Multiplications of a language-model head that take as long as finding out for which slots it need not run.
 COMPACTING = 500_000
@@ -40,8 +45,8 @@ class BlockAfterBlock(Program):
         rows, device = len(state.tokens), state.tokens.device
         what = self.model, state, config, self.special, self.grid, task.prompt_embeds
         features = config.features
-        kind = BlockForward if features is None else partial(LayerwiseForward, features)
-        self.forward = kind(*what, rows_change=task.rows_change)
+        kind = partial(FORWARDS[type(features)], features) if features is not None else BlockForward
+        self.forward: BlockForward = kind(*what, rows_change=task.rows_change)
         self.reads_open = rule.slots == "open"
         #: whether rows enter their blocks together, so that the host knows which one they are in
         self.together = not task.rows_change and features is None and (
