@@ -22,7 +22,7 @@ EVICT = REST + 1
 
 
 class EvictingForward(BlockForward):
-    """As `BlockForward`, with the parts "whole", "evict" (the same, and what is kept is chosen) and "part" (the block)."""
+    """As `BlockForward`, with the parts "whole", "evict" (whole, and what is kept is chosen) and "part" (the block)."""
 
     def __init__(self, sparse: SparseCache, *args: Any, **options: Any):
         super().__init__(*args, **options)

@@ -90,8 +90,8 @@ def attention_forward(
     if window.watch is not None:
         if sliding_window is not None:
             raise ValueError(
-                f"model: its {type(module).__name__} has a sliding window of {sliding_window}, which does not go with a "
-                "cache that evicts keys: use another one"
+                f"model: its {type(module).__name__} has a sliding window of {sliding_window}, which does not go with "
+                "a cache that evicts keys: use another one"
             )
         window.watch(index, q, k_cache, v_cache)
     if s_aux is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sparse-dLLM: of what stands outside of a block, every layer keeps the keys and values that the block asks for most."""
+"""Sparse-dLLM: of what stands outside of a block, every layer keeps the keys that the block asks for most."""
 
 from __future__ import annotations
 
