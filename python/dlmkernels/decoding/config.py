@@ -32,7 +32,7 @@ from .checks import (
     temperature,
 )
 from .constraint import Constraint
-from .features import FEATURE_CACHES, FeatureCache
+from .features import FeatureCache, cache_or
 from .rules import Quota, Rule, Threshold
 from .scores import SCORES, Score
 
@@ -41,16 +41,22 @@ APPROXIMATE = ("prefix", "dual", "delayed")
 ALIGNMENTS = ("same", "shift")
 ATTENTIONS = ("full", "block", "causal", "causal-context", "reordered")
 GRIDS = ("absolute", "prompt", "both-ways")
+LM_HEADS = ("auto", "fused", "logits")
 DISTRIBUTIONS = ("raw", "tempered", "filtered")
 EOS_POLICIES = ("none", "fill", "block")
 
 
-def _token_ids(name: str, value: Any) -> int | tuple[int, ...] | None:
-    """Check of one id or several; which ids there are only the model knows."""
+def _token_ids(name: str, value: Any) -> int | tuple | None:
+    """Check of one id or several, or of several for each request; which ids there are only the model knows."""
     value = plain(value)
     if value is None:
         return None
-    return _token_id(name, value) if isinstance(value, int | float) else several(_token_id)(name, value)
+    if isinstance(value, int | float):
+        return _token_id(name, value)
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Sequence) and any(isinstance(one, Sequence) and not isinstance(one, str) for one in value):
+        return several(several(_token_id))(name, value)
+    return several(_token_id)(name, value)
 
 
 def _token_id(name: str, value: Any) -> Any:
@@ -82,10 +88,6 @@ def _vicinity(name: str, value: Any) -> tuple[int, ...]:
         raise ValueError(f"{name} must be two integers of at least 0; got {value!r}") from None
 
 
-def _cache(name: str, value: Any) -> str | FeatureCache:
-    return value if isinstance(value, FeatureCache) else one_of(*CACHES, *FEATURE_CACHES)(name, value)
-
-
 #: what each field that is no object may be
 LIMITS: dict[str, Check] = {
     "max_new_tokens": PerRequest(integer(1)), "warmup": integer(1),
@@ -93,7 +95,8 @@ LIMITS: dict[str, Check] = {
     "top_k": PerRequest(integer(0)), "top_p": PerRequest(number(0.0, 1.0)), "cfg_scale": number(0.0, FLOAT32.max),
     "temperature": PerRequest(temperature), "order_temperature": temperature, "vicinity": _vicinity, "seed": _seed,
     **{name: flag for name in ("top_p_first", "keep_crossing", "sub_block_cache", "fuse_commit")},
-    "seeded": optional_flag, "cache": _cache, "distribution": one_of(*DISTRIBUTIONS),
+    "seeded": optional_flag, "cache": cache_or(*CACHES), "distribution": one_of(*DISTRIBUTIONS),
+    "lm_head": one_of(*LM_HEADS), "logits_budget": integer(1),
     "eos_policy": one_of(*EOS_POLICIES), "logit_alignment": one_of(None, *ALIGNMENTS),
     "attention": one_of(None, *ATTENTIONS), "block_grid": one_of(None, *GRIDS),
     "mask_token_id": _optional_token_id, "pad_token_id": _optional_token_id, "eos_token_id": _token_ids,
@@ -115,7 +118,8 @@ class OfTheFamily:
     Attributes
     ----------
     mask_token_id, eos_token_id, pad_token_id : int
-        Taken from the model's configuration when None. Several eos ids may be given.
+        Taken from the model's configuration when None. Several eos ids may be given; a sequence of sequences has
+        those of each request.
     logit_alignment : {"same", "shift"}, optional
         Whether row i of the logits speaks of position i or of i + 1. None: what the model's family does.
     attention : {"full", "block", "causal", "causal-context", "reordered"}, optional
@@ -129,7 +133,7 @@ class OfTheFamily:
     """
 
     mask_token_id: int | None = None
-    eos_token_id: int | Sequence[int] | None = None
+    eos_token_id: int | Sequence[int] | Sequence[Sequence[int]] | None = None
     pad_token_id: int | None = None
     logit_alignment: str | None = None
     attention: str | None = None
@@ -200,12 +204,10 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
         kept from the block's first forward. dual: also those right of it; a forward then takes the block alone
         (Fast-dLLM, arXiv:2505.22618). delayed: those of a token are kept from the forward after it was decided; a
         forward takes what is open and what the last step decided (dKV-Cache, arXiv:2505.15781; with shifted logits, the
-        rows that speak of it). All three are
+        rows that speak of it). `DLLMCache(…)`, "dllm-cache", `SparseCache(…)`, "sparse-dllm": see there. All these are
         approximations, for models with full attention; with the rule `EntropyPipeline`, prefix is d3LLM's. block: for
-        the other kinds of attention, under which a finished block never changes again: its keys and values are
-        appended once and a forward takes the open block alone (exact). A `FeatureCache` looks into the layers:
-        `DLLMCache(…)`, `SparseCache(…)`, or "dllm-cache" and "sparse-dllm" for their published settings
-        (approximations).
+        the other kinds, under which a finished block never changes again: it is appended once and a forward takes the
+        open block alone (exact).
     sub_block_cache : bool
         With cache="block" and a `sub_block_length`: a forward takes the part alone, and finds what the rest of the
         block was when the part was begun (Fast-dLLM v2; an approximation).
@@ -215,8 +217,8 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
     refresh_interval : int, optional
         With them: every so many forwards of a block (or part), one is like the first. None: none is.
     vicinity : tuple of int
-        With cache="prefix" and "dual": how many positions left and right of the block a forward takes as well
-        (vicinity refresh of dInfer, arXiv:2510.08666).
+        With cache="prefix" and "dual": positions left and right of the block that a forward takes, too (dInfer,
+        arXiv:2510.08666).
     fuse_commit : bool
         With cache="block": append a finished block in the same forward that takes the next block's first step, which
         saves a forward a block. It cannot be where the next block's first token comes from the finished one
@@ -243,6 +245,13 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
         fill: once an end token stands with nothing open before it, the rest of the request becomes padding and the
         request is done. block: the same, but only when its block is finished, as must be with rules that take
         committed tokens back. none: the full length is decoded.
+    lm_head : {"auto", "fused", "logits"}
+        What the head's results come from. logits: the model's head and `ops.token_confidence`. fused:
+        `ops.lm_head_confidence`, which makes no logits; an error where that cannot be. auto: fused where it can be and
+        is no slower (`decoding.head`). The two round differently, so that a near tie may fall differently.
+    logits_budget : int
+        Bytes that the logits of a step may take; rows are taken in slices where all of them would take more. Where
+        logits have to be kept for longer than a moment, this is exceeded (docs/decoding.md says where).
     """
 
     max_new_tokens: int | Sequence[int] = 128
@@ -267,6 +276,8 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
     constraint: Constraint | Tensor | None = None
     logit_bias: Mapping[int, float] | Tensor | None = None
     eos_policy: str = "fill"
+    lm_head: str = "auto"
+    logits_budget: int = 256 << 20
 
     def __post_init__(self):
         if self.rule is None:
@@ -291,11 +302,6 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
         decoder was published with may lie idle with another model, or beside what is changed.
         """
         return self.__dict__["_asked"]
-
-    @property
-    def features(self) -> FeatureCache | None:
-        """The cache of features; None where `cache` is none."""
-        return FEATURE_CACHES.get(self.cache) if isinstance(self.cache, str) else self.cache
 
     @property
     def samples(self) -> bool:

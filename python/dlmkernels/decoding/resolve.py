@@ -12,7 +12,8 @@ import torch
 from ..models.adapt import DiffusionModel, EncoderDecoderModel, LogitsModel, adapt
 from .config import APPROXIMATE, DecodingConfig, SpecialTokens, check_names
 from .effects import check_effects
-from .features import LayerwiseCache
+from .ends import end_ids
+from .features import FeatureCache, LayerwiseCache, features_of
 from .presets import default_config, preset
 from .rules import Reordered, Rule, VariableLength
 
@@ -146,8 +147,8 @@ def _check_combination(model: DiffusionModel, config: DecodingConfig) -> None:
             f"attention='{attention}' needs a model of a known type; {type(model.model).__name__} attends by itself"
         )
     allowed = ("none", *APPROXIMATE) if attention == "full" else ("none", "block")
-    if config.features is not None:
-        _check_features(model, config)
+    if (features := features_of(cache)) is not None:
+        _check_features(model, config, features)
     elif cache not in allowed:
         raise ValueError(f"cache must be one of {allowed} with attention='{attention}'; got '{cache}'")
     if attention == "reordered" and cache == "block" and not isinstance(config.rule, Reordered):
@@ -173,10 +174,9 @@ def _check_combination(model: DiffusionModel, config: DecodingConfig) -> None:
         raise ValueError("seeded needs a context that later tokens do not change; attention is 'full'")
 
 
-def _check_features(model: DiffusionModel, config: DecodingConfig) -> None:
-    """Refuse what does not go together with a cache of features."""
-    assert config.features is not None
-    name, rule = config.features.name, config.rule
+def _check_features(model: DiffusionModel, config: DecodingConfig, features: FeatureCache) -> None:
+    """Refuse what does not go together with a cache that looks into the layers."""
+    name, rule = features.name, config.rule
     if config.attention != "full":
         raise ValueError(f"cache='{name}' needs attention='full'; got attention='{config.attention}'")
     if not rule.by_block or rule.token_ids or rule.shadow or isinstance(rule, VariableLength):
@@ -184,7 +184,7 @@ def _check_features(model: DiffusionModel, config: DecodingConfig) -> None:
             f"cache='{name}' needs a rule that is decoded block by block and moves no tokens about; got "
             f"{type(rule).__name__}"
         )
-    if isinstance(config.features, LayerwiseCache):
+    if isinstance(features, LayerwiseCache):
         model.by_layers(name)
 
 
@@ -197,7 +197,7 @@ def check_block_by_block(name: str, rule: Rule) -> None:
 def special_tokens(model: DiffusionModel, config: DecodingConfig) -> SpecialTokens:
     """The ids that a decoding needs, from its configuration, else from the model."""
     eos = config.eos_token_id
-    stop = _stop_ids(model) if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    stop = _stop_ids(model) if eos is None else end_ids(eos)
     padding = config.pad_token_id
     if padding is None:
         padding = _from_model(model, "pad_token_id")
@@ -206,6 +206,8 @@ def special_tokens(model: DiffusionModel, config: DecodingConfig) -> SpecialToke
     pad = padding if padding is not None else stop[0] if stop else mask if mask is not None else 0
     vocab = model.vocab_size
     _check_ids(config, vocab, {"mask_token_id": masks, "eos_token_id": stop, "pad_token_id": [pad]})
+    if eos is not None and mask in stop:
+        raise ValueError(f"eos_token_id holds the mask token ({mask}), which is never generated")
     # Logits beyond the tokenizer's last id stand for nothing, unless the rule says what.
     known = model.family.num_tokens if model.family.knows_ids_of(model.config) else None
     unknown = set(range(known, vocab)) if known is not None and vocab is not None else set()
