@@ -21,6 +21,7 @@ from dlmkernels.demo.tasks import TASKS
 CACHES = {
     "none": {}, "prefix": {"cache": "prefix"}, "dual": {"cache": "dual"}, "delayed": {"cache": "delayed"},
     "dllm-cache": {"cache": "dllm-cache"}, "sparse-dllm": {"cache": "sparse-dllm"},
+    "d2cache": {"cache": "d2cache", "block_length": None, "score": dk.scores.DensityWeighted()},
 }  # fmt: skip
 
 
@@ -68,7 +69,12 @@ class Rows:
 def decode(model, ids, case, name):
     mask = model.config.vocab_size - 1
     return dk.generate(
-        model, ids, config="llada", max_new_tokens=case.new, block_length=case.block, mask_token_id=mask, **CACHES[name]
+        model,
+        ids,
+        config="llada",
+        mask_token_id=mask,
+        max_new_tokens=case.new,
+        **{"block_length": case.block} | CACHES[name],
     )
 
 

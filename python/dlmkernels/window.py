@@ -95,7 +95,8 @@ class AttentionWindow:
         `DiffusionModel.by_layers` has made. None: every layer all rows.
     watch : callable, optional
         Called in every layer when its keys and values have been written, with the layer's index, its queries
-        `[B, Q, H, D]`, and the layer's buffers of keys and values. Not in layers with a sliding window.
+        `[B, Q, H, D]`, the layer's buffers of keys and values, and what products of these are multiplied by. Not in
+        layers with a sliding window.
     """
 
     slots: Tensor | None = None
@@ -110,7 +111,7 @@ class AttentionWindow:
     cache_rows: Tensor | None = None
     rotations: Any = None
     layers: Callable[..., Tensor] | None = None
-    watch: Callable[[int, Tensor, Tensor, Tensor], None] | None = None
+    watch: Callable[[int, Tensor, Tensor, Tensor, float], None] | None = None
     #: the layers that have attended so far
     attended: set[int] = field(default_factory=set, init=False, repr=False, compare=False)
     #: where the tensors are, None without any; and the same window on other devices

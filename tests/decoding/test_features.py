@@ -9,7 +9,7 @@ import dlmkernels as dk
 import numerics
 import published
 from decodings import assert_rows_same, enliven, lively, ragged
-from restated_features import PlainDLLMCache, PlainSparseCache
+from restated_features import PlainDLLMCache, PlainSparseCache, d2cache
 from small_models import DECODER, MASK, build
 
 STOCK = {"llama": (hf.LlamaForCausalLM, hf.LlamaConfig), "qwen2": (hf.Qwen2ForCausalLM, hf.Qwen2Config)}
@@ -214,7 +214,60 @@ class TestSparseCache:
             )  # fmt: skip
 
 
+class TestD2Cache:
+    @pytest.mark.parametrize(
+        "rollout, candidates, steps", [(0.1, 6, None), (0.3, 4, None), (0.0, 1, None), (0.1, 32, 9)]
+    )
+    def test_quota(self, model, rollout, candidates, steps):
+        assert_rows_same(
+            model,
+            lambda c, s: d2cache(model, c, s, MASK, rollout=rollout, candidates=candidates, steps=steps),
+            24, rule=dk.Quota(), steps=steps, score=dk.scores.DensityWeighted(), cache=dk.D2Cache(rollout, candidates),
+        )  # fmt: skip
+
+    def test_shifted(self, model):
+        assert_rows_same(
+            model, lambda c, s: d2cache(model, c, s, MASK, rollout=0.1, candidates=6, shift=True), 24, rule=dk.Quota(),
+            score=dk.scores.DensityWeighted(), cache=dk.D2Cache(0.1, 6), logit_alignment="shift",
+        )  # fmt: skip
+
+    def test_without_approximation(self, model):
+        _, ids, valid = ragged()
+        options = {"rule": dk.Threshold(0.4), "max_new_tokens": 16, "eos_policy": "none"}
+        want = dk.generate(model, ids, valid, **options)
+        out = dk.generate(model, ids, valid, **options, cache=dk.D2Cache(1.0, 16))
+        assert torch.equal(out.sequences, want.sequences) and torch.equal(out.commit_step, want.commit_step)
+
+    @pytest.mark.parametrize("options", [
+        {"cfg_scale": 0.5}, {"temperature": 1.0, "seed": 3}, {"max_new_tokens": (9, 16, 5)},
+        {"eos_policy": "fill", "eos_token_id": tuple(range(20, 40))},
+    ], ids=["guided", "sampled", "lengths", "ends"])  # fmt: skip
+    def test_alone_and_in_a_batch(self, model, options):
+        options = {"rule": dk.Threshold(0.4), "max_new_tokens": 16, "eos_policy": "none"} | options
+        check_alone_and_in_a_batch(model, options | {"cache": dk.D2Cache(0.1, 4)})
+
+    @pytest.mark.parametrize("options, message", [
+        ({"block_length": 4}, "cache='d2cache' decodes the response as one block"),
+        ({"rule": dk.TokenEditing(0.4, 0.3, 4)}, "cache='d2cache' needs a rule that takes nothing back; got TokenEditing"),
+    ], ids=["blocks", "editing"])  # fmt: skip
+    def test_refused_with_it(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            dk.generate(build(), ragged((5,))[0][0], max_new_tokens=8, cache="d2cache", **options)
+
+    def test_in_the_engine(self, model):
+        """Its rows do not come and go: requests are decoded in batches, each as it is alone."""
+        options = {"rule": dk.Threshold(0.4), "max_new_tokens": 16, "eos_policy": "none", "cache": dk.D2Cache(0.1, 4)}
+        rows, *_ = ragged()
+        outputs = dk.generate_batch(model, [row.tolist() for row in rows], **options)
+        for row, output in zip(rows, outputs.values()):
+            want = dk.generate(model, row, **options).generated[0].tolist()
+            assert output.generated_tokens == want
+
+
 @pytest.mark.parametrize("make, message", [
+    (lambda: dk.D2Cache(rollout=-0.1), "rollout must be a number from 0 to 1; got -0.1"),
+    (lambda: dk.D2Cache(candidates=0), "candidates must be an integer of at least 1; got 0"),
+    (lambda: dk.D2Cache(sigma=0), "sigma must be a positive number to 1000; got 0"),
     (lambda: dk.SparseCache(keep=1.2), "keep must be a number from 0 to 1; got 1.2"),
     (lambda: dk.SparseCache(pool=2), "pool must be an odd number; got 2"),
     (lambda: dk.SparseCache(pool=0), "pool must be an integer of at least 1; got 0"),

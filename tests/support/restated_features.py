@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+import published
 from plain_models import PlainDecoder
 
 
@@ -142,3 +143,103 @@ class PlainSparseCache:
         if 0 < count < len(order) and (gap := pooled[order[count - 1]] - pooled[order[count]]) > 0:
             self.slack = min(self.slack, gap)
         self.kept[number] = k[:, order[:count]], v[:, order[:count]]
+
+
+def decided_around(decided: list[bool], sigma: float) -> list[float]:
+    """Mean of "is decided" under a Gaussian, what stands left being decided and what stands right like the last."""
+    reach, n = math.ceil(5 * sigma), len(decided)
+
+    def value(i: int) -> float:
+        return 1.0 if i < 0 else float(decided[min(i, n - 1)])
+
+    weights = [math.exp(-0.5 * (d / sigma) ** 2) for d in range(-reach, reach + 1)]
+    return [sum(w * value(i + d - reach) for d, w in enumerate(weights)) / sum(weights) for i in range(n)]
+
+
+class PlainD2Cache:
+    """d²Cache's forwards (Jiang et al., arXiv:2509.23094, section 4): keys and values of the given rows are renewed.
+
+    Attention rollout is the whole matrix, layer by layer.
+    """
+
+    def __init__(self, model):
+        self.model = plain(model)
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, tokens: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Logits `[n, V]` of these rows, and how much attention flows to each position, `[T]`."""
+        m, n = self.model, len(tokens)
+        x = m.w[m.names["embed"] + ".weight"][tokens[rows]][None]
+        rollout, one = torch.eye(n, dtype=x.dtype), torch.eye(n, dtype=x.dtype)
+        for number in range(m.layers):
+            layer = m.names["layer"].format(number)
+            q, k, v = m.qkv(layer, m.norm(x, layer + m.names["first_norm"]))
+            q, k = m.rotate(q, torch.tensor(rows)), m.rotate(k, torch.tensor(rows))
+            if number not in self.kept:
+                self.kept[number] = k.clone(), v.clone()
+            keys, values = self.kept[number]
+            keys[:, rows], values[:, rows] = k, v
+            x = x + m.linear(m.attend(q, keys, values, None).flatten(2), layer + m.names["o"])
+            x = x + m.swiglu(m.norm(x, layer + m.names["second_norm"]), layer)
+            heads = keys.repeat_interleave(q.shape[2] // keys.shape[2], 2)
+            weights = torch.softmax(torch.einsum("bqhd,bkhd->bhqk", q, heads) / q.shape[-1] ** 0.5, -1)
+            attention = one.clone()
+            attention[rows] = weights.mean(1)[0]
+            rollout = (attention + one) / 2 @ rollout
+        logits = m.linear(m.norm(x, m.names["norm"]), m.names["head"])[0].float()
+        return logits, rollout.sum(0)
+
+
+def d2cache(
+    model, canvas: Tensor, start: int, mask: int, *, rollout: float, candidates: int, sigma: float = 10.0,
+    steps: int | None = None, shift: bool = False, quirk: bool = False,
+) -> published.Request:  # fmt: skip
+    """Decoding with d²Cache in one block, most certain first: certainty is probability times density.
+
+    `quirk`: the program's confidences stay those of the first forward, since what updates them writes into a copy; and
+    positions that were not forwarded take part with a probability of 1 / V and token 0.
+    """
+    request, plain_model = published.Request(canvas, mask), PlainD2Cache(model)
+    length = len(canvas)
+    rows = readable = list(range(length))
+    certainty: dict[int, float] = {}
+    for count in published.linear_quota(len(request.open(start, length)), steps or length - start):
+        eligible = [i for i in request.open(start, length) if i in readable or quirk]
+        before = [t != mask for t in request.tokens.tolist()]
+        logits, importance = plain_model(request.tokens, rows)
+        whole = torch.zeros(length, logits.shape[1])
+        whole[rows] = logits
+        spoken = published.shifted(whole) if shift else whole
+        proposals = published.propose(spoken, eligible, mask, quirk)
+        score = [p * d for p, d in zip(proposals.probability, at(decided_around(before, sigma), eligible))]
+        published.take(request, proposals, score, count)
+        if not quirk or not certainty:
+            certainty |= dict(zip(eligible, proposals.probability))
+        after = [t != mask for t in request.tokens.tolist()]
+        around = decided_around(after, sigma)
+        order = sorted(request.open(start, length), key=lambda i: (-certainty[i] * around[i], i))
+        readable = order[:candidates]
+        if len(order) > candidates:
+            last, following = (certainty[i] * around[i] for i in order[candidates - 1 : candidates + 1])
+            request.note((last - following) / last)
+        chosen = {max(i - 1, 0) if shift else i for i in readable}
+        chosen |= {i for i in range(length) if after[i] and not before[i]}
+        rows = sorted(chosen | nucleus(request, importance, chosen, rollout))
+    return request
+
+
+def at(values: list[float], positions: list[int]) -> list[float]:
+    return [values[i] for i in positions]
+
+
+def nucleus(request: published.Request, importance: Tensor, others: set[int], share: float) -> set[int]:
+    """The largest that make up no more than the share of all that are not among the others, and at least one."""
+    values = {i: float(x) for i, x in enumerate(importance) if i not in others}
+    total, taken, chosen = sum(values.values()), 0.0, set()
+    for i in sorted(values, key=lambda i: (-values[i], i)):
+        taken += values[i] / total
+        if chosen and taken > share and share < 1:
+            request.note(taken - share)
+            break
+        chosen.add(i)
+    return chosen

@@ -17,6 +17,7 @@ from ..window import AttentionWindow, Rows, TokenWindow
 from .forward import Forward, rows_at
 from .schedule import Block
 from .standing import Place, Standing
+from .step import Step
 
 #: What a row needs of its next forward: its context to be appended to the cache, all of the canvas (with cache="block",
 #: all of the block), or the rest, that is, what the cache does not hold.
@@ -61,6 +62,8 @@ class BlockForward(Forward):
         self._row = torch.arange(len(self.state.tokens), device=self.origin.device)[:, None]
         #: whether a forward may take some rows, and not all
         self.takes_rows = False
+        #: which positions the next forward speaks of, bool [S, T]; None: any
+        self.readable: Tensor | None = None
         self.most_columns = self.length
 
     def _keep(self, name: str, value: Tensor) -> Tensor:
@@ -218,6 +221,9 @@ class BlockForward(Forward):
         if attention == "causal-context":
             return {"context_end": self._keep("context end", self.twice(self._place.outer))}
         return {}
+
+    def learn(self, step: Step, rows: Rows | None) -> None:
+        """Take notice of a step that has been written, in these rows; None: in all."""
 
     # --- steps --------------------------------------------------------------------------------------------------------
 

@@ -204,7 +204,7 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
         kept from the block's first forward. dual: also those right of it; a forward then takes the block alone
         (Fast-dLLM, arXiv:2505.22618). delayed: those of a token are kept from the forward after it was decided; a
         forward takes what is open and what the last step decided (dKV-Cache, arXiv:2505.15781; with shifted logits, the
-        rows that speak of it). `DLLMCache(…)`, "dllm-cache", `SparseCache(…)`, "sparse-dllm": see there. All these are
+        rows that speak of it). dllm-cache, sparse-dllm, d2cache: see `DLLMCache`, `SparseCache`, `D2Cache`. All are
         approximations, for models with full attention; with the rule `EntropyPipeline`, prefix is d3LLM's. block: for
         the other kinds, under which a finished block never changes again: it is appended once and a forward takes the
         open block alone (exact).

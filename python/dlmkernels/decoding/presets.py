@@ -113,8 +113,9 @@ PRESETS: dict[str, DecodingConfig] = {
     "prophet": LLADA.replace(rule=EarlyAnswer()),
     # PC-Sampler, arXiv:2508.13021; score=scores.PositionWeighted(frequency) adds the corpus' frequencies
     "pc-sampler": LLADA.replace(score=PositionWeighted()),
-    # d2Cache, arXiv:2509.23094: the order alone, not the cache
+    # d2Cache, arXiv:2509.23094: its order alone, and with the cache
     "d2cache-order": LLADA.replace(score=DensityWeighted()),
+    "d2cache": LLADA.replace(score=DensityWeighted(), cache="d2cache"),
     # LocalLeap, arXiv:2510.07081
     "localleap": DecodingConfig(rule=LocalThreshold(0.9, 0.75, 4), block_length=32, eos_policy="none"),
     # DUS, arXiv:2506.19037

@@ -13,7 +13,7 @@ from ..models.adapt import DiffusionModel, EncoderDecoderModel, LogitsModel, ada
 from .config import APPROXIMATE, DecodingConfig, SpecialTokens, check_names
 from .effects import check_effects
 from .ends import end_ids
-from .features import FeatureCache, LayerwiseCache, features_of
+from .features import D2Cache, FeatureCache, LayerwiseCache, features_of
 from .presets import default_config, preset
 from .rules import Reordered, Rule, VariableLength
 
@@ -184,7 +184,9 @@ def _check_features(model: DiffusionModel, config: DecodingConfig, features: Fea
             f"cache='{name}' needs a rule that is decoded block by block and moves no tokens about; got "
             f"{type(rule).__name__}"
         )
-    if isinstance(features, LayerwiseCache):
+    if isinstance(features, D2Cache) and rule.slots != "open":
+        raise ValueError(f"cache='{name}' needs a rule that takes nothing back; got {type(rule).__name__}")
+    if isinstance(features, (LayerwiseCache, D2Cache)):
         model.by_layers(name)
 
 

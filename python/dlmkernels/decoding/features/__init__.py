@@ -6,11 +6,12 @@ from typing import Any
 from ..checks import Check, one_of
 from .base import FeatureCache as FeatureCache
 from .base import LayerwiseCache as LayerwiseCache
+from .d2cache import D2Cache as D2Cache
 from .dllm_cache import DLLMCache as DLLMCache
 from .sparse import SparseCache as SparseCache
 
 #: the caches by the names of their published settings
-FEATURE_CACHES: dict[str, FeatureCache] = {kind.name: kind() for kind in (DLLMCache, SparseCache)}
+FEATURE_CACHES: dict[str, FeatureCache] = {kind.name: kind() for kind in (DLLMCache, SparseCache, D2Cache)}
 
 
 def cache_or(*names: str) -> Check:

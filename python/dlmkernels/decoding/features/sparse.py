@@ -72,7 +72,7 @@ class Eviction:
         self._how, self._to, self._rows = how, to, rows
         self._origin, self._ends, self._block, self._forwarded, self._width = origin, ends, block, forwarded, width
 
-    def __call__(self, index: int, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    def __call__(self, index: int, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float) -> None:
         """`q` `[B, Q, H, D]`; what the layer `index` has in its cache, `[rows, S, G, D]`."""
         device = q.device
         rows = self._rows.to(device)

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ... import ops
 from ...window import Rows, TokenWindow
+from ..active_forward import ActiveForward
 from ..block_forward import BlockForward
 from ..evicting_forward import EvictingForward
-from ..features import DLLMCache, SparseCache, features_of
+from ..features import D2Cache, DLLMCache, SparseCache, features_of
 from ..layerwise_forward import LayerwiseForward
 from ..rules import Action
 from ..schedule import plan_blocks
@@ -30,7 +31,9 @@ from .block_plan import BlockPlan
 from .row_forms import RowForms
 
 #: the forwards of the caches that look into the layers
-FORWARDS: dict[type, type[BlockForward]] = {DLLMCache: LayerwiseForward, SparseCache: EvictingForward}
+FORWARDS: dict[type, type[BlockForward]] = {
+    DLLMCache: LayerwiseForward, SparseCache: EvictingForward, D2Cache: ActiveForward,
+}  # fmt: skip
 
 #: Multiplications of a language-model head that take as long as finding out for which slots it need not run.
 COMPACTING = 500_000
@@ -246,6 +249,8 @@ class BlockAfterBlock(Program):
             used = self._valid.bool() & self._works[:, None]
         if self.constrained.may_leave_open:
             used = used & ~self.constrained.is_stuck[:, None]
+        if self.forward.readable is not None:
+            used = used & self.forward.readable.gather(1, self._index)
         if rows is not None:
             used = used & rows.taken[:, None]
         return TokenWindow.of(torch.where(used, self._listing, self._nothing), self.state.origin, used)
@@ -320,6 +325,7 @@ class BlockAfterBlock(Program):
                 self.on_move(moved.source)
         if action.embeds is not None and action.embedded is not None:
             self.forward.embed_next(window, action.embeds, action.embedded, taken)
+        self.forward.learn(step, rows)
         if self.model.self_conditions:
             self.forward.condition_next(window, logits, step.sampling_temperature, taken)
         return self._advance(info, action, rows)
@@ -329,7 +335,7 @@ class BlockAfterBlock(Program):
         if self.reads_open:
             if self.together and self.forms.is_delayed:
                 return info[:, :2].flatten()
-            open_now = info[:, 0]
+            open_now = info[:, 0] if self.forward.readable is None else info[:, 1]
             if self.constrained.may_leave_open:
                 open_now = open_now.masked_fill(self.constrained.is_stuck, 0)
             return open_now if self.together else self._reported(open_now, rows)
