@@ -38,6 +38,10 @@ CASES = {
     "parts": {"rule": dk.Threshold(0.3), **BLOCKS, "sub_block_length": 4},
     "parts alone": {"rule": dk.Threshold(0.3), **BLOCKS, "sub_block_length": 4, "sub_block_cache": True},
     "guided": {"rule": dk.Threshold(0.3), "cache": "dual", "cfg_scale": 0.5},
+    "features": {"rule": dk.Threshold(0.3), "cache": dk.DLLMCache(5, 3, 0.25)},
+    "active": {"rule": dk.Quota(), "cache": dk.D2Cache(0.1, 6), "block_length": NEW},
+    "evicted": {"rule": dk.Threshold(0.3), "cache": "sparse-dllm"},
+    "features, guided": {"rule": dk.Quota(), "cache": dk.DLLMCache(3, 2, 0.5), "cfg_scale": 0.5},
     "to the end token": {"rule": dk.Threshold(0.3), "eos_policy": "fill", "eos_token_id": tuple(range(20, 40))},
     "fused head": {"rule": dk.WideInNarrowOut(0.3, 0.4), "lm_head": "fused"},
     "logits in slices": {"rule": dk.WideInNarrowOut(0.3, 0.4), "lm_head": "logits", "logits_budget": 4000},
@@ -82,7 +86,7 @@ def model():
 def options_of(name):
     options = {"max_new_tokens": NEW, "eos_policy": "none"} | CASES[name]
     if not isinstance(options["rule"], OWN_LENGTH):
-        options["block_length"] = 8
+        options.setdefault("block_length", 8)
     return options
 
 

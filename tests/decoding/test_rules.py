@@ -518,6 +518,8 @@ def shipped():
 OF_EDITORS = (
     "llada2.1", "llada2.1-speed", "dmax", "diffusion-gemma", "duo", "psi", "psi-rescale", "psi-loop", "psi-constant",
 )  # fmt: skip
+# it drops half of the prompt, of which an addition needs every digit
+EVICTING = ("sparse-dllm",)
 # these need causal attention, and say so
 OF_CAUSAL_MODELS = ("i-dlm", "nemotron-speculative", "wedlm")
 # these need tokens that insert and delete, and say so
@@ -536,7 +538,7 @@ def test_every_preset_decodes_the_shipped_model(shipped, name):
     out = demo.decode(*shipped, problems, torch.arange(2), options)
     assert out.complete.all()
     for problem, text in zip(problems, shipped[1].batch_decode(out.sequences)):
-        assert name in OF_EDITORS or TASKS["addition"].check(problem, text)
+        assert name in OF_EDITORS + EVICTING or TASKS["addition"].check(problem, text)
 
 
 @pytest.mark.parametrize("name", OF_CAUSAL_MODELS)

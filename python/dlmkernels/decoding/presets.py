@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from .config import DecodingConfig
+from .features import DLLMCache
 from .rules import (
     Ancestral,
     AncestralRemask,
@@ -104,14 +105,20 @@ PRESETS: dict[str, DecodingConfig] = {
     "dkv-cache": LLADA.replace(cache="delayed", warmup=2, refresh_interval=4, block_length=32),
     # and for Dream, whose program counts its forwards from the first
     "dkv-cache-dream": DREAM.replace(cache="delayed", refresh_interval=4),
+    # dLLM-Cache, arXiv:2506.06295, as its program has it for GSM8K: on LLaDA and on Dream
+    "dllm-cache": LLADA.replace(cache="dllm-cache", block_length=8),
+    "dllm-cache-dream": DREAM.replace(cache=DLLMCache(25, 2, 0.25)),
+    # Sparse-dLLM, arXiv:2508.02558
+    "sparse-dllm": LLADA.replace(cache="sparse-dllm", block_length=32),
     # KLASS, arXiv:2511.05664
     "klass": DecodingConfig(rule=StableThreshold(0.9, 0.01, 2), block_length=64, eos_policy="none"),
     # Prophet, arXiv:2508.19982
     "prophet": LLADA.replace(rule=EarlyAnswer()),
     # PC-Sampler, arXiv:2508.13021; score=scores.PositionWeighted(frequency) adds the corpus' frequencies
     "pc-sampler": LLADA.replace(score=PositionWeighted()),
-    # d2Cache, arXiv:2509.23094: the order alone, not the cache
+    # d2Cache, arXiv:2509.23094: its order alone, and with the cache
     "d2cache-order": LLADA.replace(score=DensityWeighted()),
+    "d2cache": LLADA.replace(score=DensityWeighted(), cache="d2cache"),
     # LocalLeap, arXiv:2510.07081
     "localleap": DecodingConfig(rule=LocalThreshold(0.9, 0.75, 4), block_length=32, eos_policy="none"),
     # DUS, arXiv:2506.19037
