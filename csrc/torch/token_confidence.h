@@ -63,6 +63,6 @@ struct ConfidenceResults {
 
 // The rows of checked parameters, in torch's threads and memory.
 void token_confidence_on_cpu(const Check& check, const TokenConfidenceParams& p);
-void lm_head_confidence_on_cpu(const Check& check, const LmHeadConfidenceParams& p);
+void lm_head_confidence_on_cpu(const Check& check, LmHeadConfidenceParams p);
 
 }  // namespace dlm
