@@ -27,6 +27,9 @@ constexpr ForIsa<Kernels> kTable[] = {
     {Isa::kAvx512, avx512::lm_head_confidence},
     {Isa::kAvx512Bf16, avx512bf16::lm_head_confidence},
 #endif
+#ifdef DLM_AMX
+    {Isa::kAmx, amx::lm_head_confidence},
+#endif
 };
 
 int64_t tiles_of(int64_t V) { return (V + kTokens - 1) / kTokens; }
