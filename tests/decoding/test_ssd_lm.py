@@ -57,7 +57,7 @@ class TestModel:
         torch.save({"weight": torch.ones(4, 7)}, tmp_path / "embed_sum_layer.pt")
         with pytest.raises(ValueError, match=rf"embed_sum_layer\.pt is of 7 tokens, .* vocab_size={VOCAB}"):
             dk.load(tmp_path, allow_pickle=True)
-        with pytest.raises(ValueError, match="there is no bound here for models of family 'ssd-lm'"):
+        with pytest.raises(ValueError, match="there is no bound on the likelihood for models of family 'ssd-lm'"):
             dk.log_likelihood(made[1], torch.tensor([1]), torch.tensor([2]))
         with pytest.raises(ValueError, match="rule Threshold decodes masks, and models of family 'ssd-lm' know none"):
             dk.generate(made[1], torch.tensor([[5]]), rule=dk.Threshold(0.9), max_new_tokens=4)
