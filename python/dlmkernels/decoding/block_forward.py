@@ -38,9 +38,12 @@ class BlockForward(Forward):
         super().__init__(*args, **options)
         config = self.config
         self._longest = config.sub_block_length or self.grid.length
+        #: how many columns a block sees, itself included, of a canvas that is longer than that; None: all
+        self.reach = self.model.reach if config.cache == "block" and self.length > (self.model.reach or 0) else None
         #: whether the context of a block is forwarded before the block, and not with it
         self.commits_apart = bool(config.seeded) or (
-            config.cache == "block" and (not config.fuse_commit or config.attention == "causal-context")
+            config.cache == "block"
+            and (not config.fuse_commit or config.attention == "causal-context" or self.reach is not None)
         )
         self._carried: Tensor | None = None  # hidden state of the last of a block's context, [S, hidden]
         #: with cache="block": column up to which what is decided is in the cache, -1 if nothing is, int32 [S]
@@ -144,11 +147,16 @@ class BlockForward(Forward):
             self._prepare("part", speaker, place.start - lead, columns[0], self.kv_range, stop=stop)
         elif cache == "block":
             end = torch.minimum(self.twice(place.outer + place.outer_length), self.ends)
-            kv_range = self._keep("kv range", torch.stack((self.origin, end), 1))
+            whole = self.twice(place.outer + place.outer_length)
+            kv_range = self._keep("kv range", torch.stack((self._seen_from(whole), end), 1))
             self._prepare("block", speaker, place.outer, columns[0], kv_range, self.shift)
             if self.config.sub_block_cache:
                 lead, stop = columns[2], place.start + place.length
                 self._prepare("inner", speaker, place.start - lead, columns[1], kv_range, self.shift - lead, stop)
+
+    def _seen_from(self, end: Tensor) -> Tensor:
+        """The first column that a block sees which ends before column `end`, int32 `[S]`."""
+        return self.origin if self.reach is None else torch.maximum(self.origin, end - self.reach)
 
     def columns_of(self, block: Block | None) -> tuple[int, ...]:
         """How many columns of a block are forwarded, by the cache that there is; None: of any block.
@@ -346,7 +354,10 @@ class BlockForward(Forward):
             is_new = columns >= self.twice(self.kept)[:, None]
             self._keep_up(rows)
         # beyond the block nothing has been written
-        return self.at(columns, self._buffers["kv range"][:, 1], is_new, rows=both, **self._visibility(decided))
+        return self.at(
+            columns, self._buffers["kv range"][:, 1], is_new, rows=both, start=self._seen_from(first + width),
+            **self._visibility(decided),
+        )  # fmt: skip
 
     def _keep_up(self, rows: Rows | None) -> None:
         """In these rows what stands left of the block has been forwarded."""

@@ -159,18 +159,19 @@ class Forward:
 
     def at(
         self, columns: Tensor, end: Tensor, used: Tensor | None = None, tokens: Tensor | None = None,
-        rows: Rows | None = None, **visibility: Any,
+        rows: Rows | None = None, start: Tensor | None = None, **visibility: Any,
     ) -> Tensor:  # fmt: skip
         """Hidden states `[S, Q, hidden]` of the canvas columns int32 `[S, Q]`, which see nothing from `end` `[S]` on.
 
-        Columns outside of the request, and those not `used` bool `[S, Q]`, are unused slots. `tokens` int64 `[S, Q]`
+        And nothing before `start` `[S]`, where that is given. Columns outside of the request, and those not `used` bool `[S, Q]`, are unused slots. `tokens` int64 `[S, Q]`
         stand in for what the canvas holds there. `rows`: see `run`.
         """
         outside = (columns < self.origin[:, None]) | (columns >= self.ends[:, None])
         inside = columns.clamp(0, self.length - 1).long()
         slots = torch.where(outside if used is None else outside | ~used, -1, columns)
         window = AttentionWindow(
-            slots, torch.stack((self.origin, end), 1), self.cache, rotations=self.rotations, **visibility
+            slots, torch.stack((self.origin if start is None else start, end), 1), self.cache,
+            rotations=self.rotations, **visibility,
         )  # fmt: skip
         return self.run(inside, self.positions.gather(1, inside), window, tokens, rows=rows)
 

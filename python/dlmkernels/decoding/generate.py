@@ -130,11 +130,7 @@ def generate(
     grows = config.block_grid == "absolute" or model.family.whole_blocks
     grid = Grid.of(config, origin, prompt_length, ends, grows)
     length = grid.width
-    if model.max_length is not None and length > model.max_length:
-        raise ValueError(
-            f"input_ids ({prompt_length} tokens) and max_new_tokens ({end - prompt_length}) make a canvas of {length}"
-            f", longer than the model's max_position_embeddings of {model.max_length}"
-        )
+    _check_length(model, config, length, prompt_length, end)
     masks = tokens.new_full((batch, length - prompt_length), max(special.mask, 0))
     columns = torch.arange(length, device=tokens.device)
     is_open = (columns >= prompt_length) & (columns < grid.ends[:, None])
@@ -213,6 +209,25 @@ def infill(
     grid = Grid.of(config, state.origin, 0 if varies else state.origin, width, grows=False)
     program = program_of(config.rule)(Task(model, state, config, special, grid, 0, length))
     return run(program, streamer).known_by(tokenizer)
+
+
+def _check_length(model, config: DecodingConfig, length: int, prompt_length: int, end: int) -> None:
+    """Refuse canvases of `length` columns that are longer than what the model has positions for."""
+    longest = model.max_length
+    if longest is None or length <= longest:
+        return
+    slides = model.reach is not None and config.cache == "block"
+    if slides and prompt_length <= longest and not config.sub_block_cache and config.cfg_scale == 0:
+        return
+    raise ValueError(
+        f"input_ids ({prompt_length} tokens) and max_new_tokens ({end - prompt_length}) make a canvas of {length}"
+        f", longer than the model's max_position_embeddings of {longest}"
+        + (
+            "; beyond that only answers can go, with cache='block' and without guidance and sub_block_cache"
+            if model.reach is not None
+            else ""
+        )
+    )
 
 
 def _check_without_prompt(config: DecodingConfig, given: Tensor | None, negative_prompt) -> None:

@@ -136,6 +136,11 @@ class DiffusionModel:
         return None if length is None else length - self._offset
 
     @property
+    def reach(self) -> int | None:
+        """Of models with blocks that go on beyond `max_length`: how many positions a block sees, itself included."""
+        return None
+
+    @property
     def block_length(self) -> int | None:
         """Length of the blocks the model was trained with, None where it has none or does not say."""
         return getattr(self.config, "block_size", None) or self.family.block_length
@@ -280,6 +285,11 @@ class TimedModel(DiffusionModel):
         super()._build()
         #: a head that is put together from others, once for every decoding
         self._matrix: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def reach(self) -> int | None:
+        """BD3-LM's: positions are relative, so that its window of `max_length` moves on over a longer text."""
+        return self.max_length if getattr(self.config, "block_size", None) else None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[…, V]` of what `hidden` returned."""
