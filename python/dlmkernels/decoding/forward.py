@@ -163,8 +163,8 @@ class Forward:
     ) -> Tensor:  # fmt: skip
         """Hidden states `[S, Q, hidden]` of the canvas columns int32 `[S, Q]`, which see nothing from `end` `[S]` on.
 
-        And nothing before `start` `[S]`, where that is given. Columns outside of the request, and those not `used` bool `[S, Q]`, are unused slots. `tokens` int64 `[S, Q]`
-        stand in for what the canvas holds there. `rows`: see `run`.
+        And nothing before `start` `[S]`, where that is given. Columns outside of the request, and those not `used` bool
+        `[S, Q]`, are unused slots. `tokens` int64 `[S, Q]` stand in for what the canvas holds there. `rows`: see `run`.
         """
         outside = (columns < self.origin[:, None]) | (columns >= self.ends[:, None])
         inside = columns.clamp(0, self.length - 1).long()

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `dlmkernels demo` does: a Sudoku and a continuous model before your eyes, then rules compared on held-out problems.
-"""
+"""What `dlmkernels demo` does: two decodings before your eyes, then unmasking rules compared on held-out problems."""
 
 from __future__ import annotations
 
