@@ -4,10 +4,10 @@
     python examples/train_noise_models.py mdlm --minutes 45 --output /tmp/mdlm
     python examples/train_noise_models.py langflow --minutes 45 --output /tmp/langflow
 
-Both are `DiTForDiffusionLM`s of the sizes below, trained on two of the demonstration's three tasks. ``mdlm`` (Sahoo et
-al., arXiv:2406.07524) is a masked model that is told the time; ``langflow`` (arXiv:2604.11748) sees embeddings under
-Gaussian noise. Of a canvas only the answer gets noise, and the question is given without any (as in DiffuSeq,
-arXiv:2210.08933). In both cases the loss is the cross-entropy of the clean tokens.
+Both are `DiTForDiffusionLM`s of the sizes below, trained on Sudoku. ``mdlm`` (Sahoo et al., arXiv:2406.07524) is a
+masked model that is told the time; ``langflow`` (arXiv:2604.11748) sees embeddings under Gaussian noise. Of most boards
+some cells are given, and get no noise (as in DiffuSeq, arXiv:2210.08933). In both cases the loss is the cross-entropy of
+the clean tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dlmkernels.models.dit import DiTConfig, DiTForDiffusionLM
 
 SIZES = dict(
     vocab_size=len(TOKENS), hidden_size=80, cond_dim=16, num_hidden_layers=4, num_attention_heads=4,
-    max_position_embeddings=66,
+    max_position_embeddings=82,
 )  # fmt: skip
 KINDS = {
     "mdlm": dict(time="sigma", head="logits", noise="loglinear"),
@@ -35,8 +35,9 @@ KINDS = {
         clean_context=True, gumbel_loc=2.5, gumbel_scale=0.5,
     ),
 }  # fmt: skip
-ROWS = {"addition": 16, "running-sum": 16}  # canvases in a batch
-LENGTH = max(TASKS[name].length for name in ROWS)
+ROWS = 18  # boards in a batch
+TASK = TASKS["sudoku"]
+LENGTH = TASK.length
 
 
 def build(kind: str) -> DiTForDiffusionLM:
@@ -49,17 +50,13 @@ def build(kind: str) -> DiTForDiffusionLM:
 
 
 def make_batch(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Clean canvases int64 `[B, T]`, which of their tokens get noise bool `[B, T]`, and times float64 `[B]`."""
-    tokens = np.full((sum(ROWS.values()), LENGTH), PAD_ID, dtype=np.int64)
-    noisy = np.zeros(tokens.shape, dtype=bool)
-    times = np.empty(len(tokens))
-    start = 0
-    for name, rows in ROWS.items():
-        task, part = TASKS[name], slice(start, start + rows)
-        tokens[part, : task.length] = task.training_rows(rows, rng)
-        noisy[part, task.prompt_length : task.length] = True
-        times[part] = (rng.permutation(rows) + rng.random(rows)) / rows  # stratified
-        start += rows
+    """Solved boards int64 `[B, T]`, which of their cells get noise bool `[B, T]`, and times float64 `[B]`."""
+    tokens = TASK.training_rows(ROWS, rng)
+    # of two thirds of the boards some cells are given
+    share = np.maximum(0.0, 1.5 * rng.random((ROWS, 1)) - 0.5)
+    noisy = rng.random(tokens.shape) >= share
+    noisy[:, : TASK.prompt_length] = False
+    times = (rng.permutation(ROWS) + rng.random(ROWS)) / ROWS  # stratified
     return torch.from_numpy(tokens), torch.from_numpy(noisy), torch.from_numpy(times)
 
 
@@ -75,10 +72,7 @@ class Objective(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor, level: Tensor, opinion: Tensor | None) -> tuple[Tensor, Tensor]:
         """Cross-entropies `[B, T]` and logits `[B, T, V]` of input embeddings `[B, T, hidden]` at levels `[B]`."""
-        visible = (tokens != PAD_ID)[:, None, None, :]
-        logits = self.model(
-            inputs_embeds=x, timesteps=level, attention_mask=visible, self_condition=opinion
-        ).logits.float()
+        logits = self.model(inputs_embeds=x, timesteps=level, self_condition=opinion).logits.float()
         ban = torch.zeros(logits.shape[-1]).index_fill(0, torch.tensor([MASK_ID, PAD_ID]), -1e4)
         logits = logits + ban
         losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
@@ -104,7 +98,7 @@ class Objective(nn.Module):
                 mean = run(x, tokens, gamma, opinion)[1].softmax(-1) @ table
                 opinion = torch.where(noisy[..., None], mean, clean)
         losses = run(x, tokens, gamma, opinion)[0]
-        # LangFlow's schedule: the cross-entropy at gamma follows entropy times the distribution function
+        # the schedule, as in LangFlow: the cross-entropy at gamma follows entropy times the distribution function
         level = (losses.detach() * noisy).sum(1) / noisy.sum(1).clamp(min=1)
         proposal = self.model.proposal
         share = (-((proposal.loc - gamma) / proposal.scale).exp()).exp()
@@ -125,6 +119,7 @@ def optimizers_of(objective: Objective, lr: float) -> list[torch.optim.Optimizer
 
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
+    TASK.pool_size = args.grids  # type: ignore[attr-defined]
     objective = Objective(args.kind)
     model = objective.model
     run = torch.compile(objective, dynamic=False) if args.compile else objective
@@ -139,7 +134,7 @@ def train(args: argparse.Namespace) -> None:
             optimizer.load_state_dict(state)
         ema, step, elapsed, canvases = saved["ema"], saved["step"], saved["elapsed"], saved["canvases"]
 
-    last, report, save, sums = time.monotonic(), elapsed, elapsed + 120, np.zeros((2, len(ROWS)))
+    last, report, save, sums = time.monotonic(), elapsed, elapsed + 120, np.zeros(2)
     while True:
         progress = step / args.steps if args.steps else elapsed / (60 * args.minutes)
         if progress >= 1 or elapsed > save:
@@ -166,11 +161,9 @@ def train(args: argparse.Namespace) -> None:
 
         step, canvases = step + 1, canvases + len(tokens)
         elapsed, last = elapsed + time.monotonic() - last, time.monotonic()
-        of_task = zip((losses.detach() * counts).split([*ROWS.values()]), counts.split([*ROWS.values()]))
-        for i, (loss, count) in enumerate(of_task):
-            sums[:, i] += loss.sum().item(), count.sum().item()
+        sums += (losses.detach() * counts).sum().item(), counts.sum().item()
         if elapsed > report:
-            text = "  ".join(f"{name} {x:.4f}" for name, x in zip(ROWS, sums[0] / sums[1]))
+            text = f"{sums[0] / sums[1]:.4f}"
             if args.kind == "langflow":
                 fitted = model.proposal.loc, model.proposal.scale, objective.entropy
                 text += "  schedule " + " ".join(f"{x.item():.2f}" for x in fitted)
@@ -196,6 +189,7 @@ def main() -> None:
     parser.add_argument("--decay", type=float, default=0.4, help="last share of training with falling learning rate")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--grids", type=int, default=1024, help="Sudoku grids searched for; their symmetries are used")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--output", required=True, help="folder for the exported model")
     parser.add_argument("--checkpoint", help="file to save to every two minutes, and to continue from if it exists")

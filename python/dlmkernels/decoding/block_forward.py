@@ -38,8 +38,6 @@ class BlockForward(Forward):
         super().__init__(*args, **options)
         config = self.config
         self._longest = config.sub_block_length or self.grid.length
-        #: how many columns a block sees, itself included, of a canvas that is longer than that; None: all
-        self.reach = self.model.reach if config.cache == "block" and self.length > (self.model.reach or 0) else None
         #: whether the context of a block is forwarded before the block, and not with it
         self.commits_apart = bool(config.seeded) or (
             config.cache == "block"
@@ -148,15 +146,11 @@ class BlockForward(Forward):
         elif cache == "block":
             end = torch.minimum(self.twice(place.outer + place.outer_length), self.ends)
             whole = self.twice(place.outer + place.outer_length)
-            kv_range = self._keep("kv range", torch.stack((self._seen_from(whole), end), 1))
+            kv_range = self._keep("kv range", torch.stack((self.seen_from(whole), end), 1))
             self._prepare("block", speaker, place.outer, columns[0], kv_range, self.shift)
             if self.config.sub_block_cache:
                 lead, stop = columns[2], place.start + place.length
                 self._prepare("inner", speaker, place.start - lead, columns[1], kv_range, self.shift - lead, stop)
-
-    def _seen_from(self, end: Tensor) -> Tensor:
-        """The first column that a block sees which ends before column `end`, int32 `[S]`."""
-        return self.origin if self.reach is None else torch.maximum(self.origin, end - self.reach)
 
     def columns_of(self, block: Block | None) -> tuple[int, ...]:
         """How many columns of a block are forwarded, by the cache that there is; None: of any block.
@@ -354,9 +348,13 @@ class BlockForward(Forward):
             is_new = columns >= self.twice(self.kept)[:, None]
             self._keep_up(rows)
         # beyond the block nothing has been written
+        visibility = self._visibility(decided)
+        if decided and self.limit is not None:
+            limit = self.limit.gather(1, columns.clamp(0, self.length - 1).long())
+            visibility = {"q_limit": limit, "k_order": self.slots.contiguous()}
         return self.at(
-            columns, self._buffers["kv range"][:, 1], is_new, rows=both, start=self._seen_from(first + width),
-            **self._visibility(decided),
+            columns, self._buffers["kv range"][:, 1], is_new, rows=both, start=self.seen_from(first + width),
+            **visibility,
         )  # fmt: skip
 
     def _keep_up(self, rows: Rows | None) -> None:

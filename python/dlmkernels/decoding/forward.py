@@ -36,9 +36,11 @@ class Forward:
     def __init__(
         self, model: DiffusionModel, state: State, config: DecodingConfig, special: SpecialTokens, grid: Grid,
         prompt_embeds: Tensor | None = None, ends: Tensor | None = None, rows_change: bool = False,
+        prompt_limit: Tensor | None = None,
     ):  # fmt: skip
         """`ends` int32 `[S]`: how far each request may reach where that is less than the grid's end. `rows_change`:
-        whether rows are given other requests while others are decoded.
+        whether rows are given other requests while others are decoded. `prompt_limit` int32 `[S, P]`: the last column
+        that each column of the prompts sees where context is causal; None: its own.
         """  # fmt: skip
         self.model, self.state, self.config, self.special, self.grid = model, state, config, special, grid
         self.shift = 1 if config.logit_alignment == "shift" else 0
@@ -53,6 +55,13 @@ class Forward:
         self._to_decode = torch.ones_like(self.origin)  # positions of each row that are open at first
         self.cache = KVCache(self.length, rows) if config.cache != "none" else None
         self.rows_change = rows_change
+        #: how many columns a block sees, itself included, of a canvas that is longer than that; None: all
+        self.reach = model.reach if config.cache == "block" and self.length > (model.reach or 0) else None
+        #: `prompt_limit` for all columns of the canvas, int32 `[S, T]`
+        self.limit: Tensor | None = None
+        if prompt_limit is not None:
+            self.limit = self.slots.clone()
+            self.limit[:, : prompt_limit.shape[1]] = prompt_limit
         #: whether the model is told where its decoding stands
         self.takes_time = model.takes_time
         # Guidance doubles the batch: the second half sees something else where tokens were given.
@@ -236,6 +245,10 @@ class Forward:
         else:  # a negative prompt is cut into blocks from its end: what is decoded must be one block in both halves
             origin = first % self.grid.length
         return {"causal_block": self.grid.length, "block_origin": origin}
+
+    def seen_from(self, end: Tensor) -> Tensor:
+        """The first column that a block sees which ends before column `end`, int32 `[S]` (twice)."""
+        return self.origin if self.reach is None else torch.maximum(self.origin, end - self.reach)
 
     def reading_order(self) -> Tensor:
         """Place of every column if what is decided were read before what is open: int32 `[S, T]`."""

@@ -15,6 +15,7 @@ from .config import DecodingConfig
 from .copies import seeds_of_copies
 from .extras import check_copies, check_given_tokens, completed, equip, listeners_of, put_prompts
 from .guidance import pair_prompts
+from .images import embed_images, take_images
 from .inputs import filler, read_canvases, read_options, read_prompts
 from .output import DecodingOutput
 from .parameters import lengths_of, parameters_of
@@ -59,7 +60,7 @@ def generate(
         prompt `[B, 0]` is decoded after nothing: B samples of the model's own. Or text, a list of texts, a chat (a list
         of messages with "role" and "content") or a list of chats, which need the `tokenizer`; a list of ids, or of
         lists of ids of any lengths; or what a tokenizer returns (`input_ids` with `attention_mask`, padded on either
-        side). All of these are padded here, on the left.
+        side), or DiffusionGemma's processor, with images. All of these are padded here, on the left.
     attention_mask : Tensor, optional
         `[B, P]`, 0 for padding. Without it, the model's padding token (`pad_token_id`) on the left of a row is taken
         for padding where it is nothing else; a warning says so where it may be something else (an end token, say).
@@ -102,6 +103,7 @@ def generate(
     """
     overrides = read_options(model, config, overrides, tokenizer)
     model, config, special = prepare(model, config, overrides, "continuations")
+    input_ids, images = take_images(input_ids)
     input_ids, attention_mask = read_prompts(
         "input_ids", input_ids, attention_mask, tokenizer, model.device, filler(special)
     )  # fmt: skip
@@ -115,13 +117,18 @@ def generate(
         check_prompt(tokens, attention_mask, special)
     if tokens.shape[1] == 0:
         _check_without_prompt(config, given, negative_prompt)
+    limit = None
+    if images is not None:
+        inputs_embeds, limit = embed_images(model, config, tokens, origin, images)
     wishes = Wishes.of(repetition_penalty, logits_processor, top_logprobs)
     wishes.check(config, model.vocab_size)
     copies, requests = check_copies(num_return_sequences, config), len(tokens)
     lengths = lengths_of(config, requests, tokens.device)
     given, lengths = check_given_tokens(model, given, suffix, lengths, config, special)
     tokens, origin, lengths = (x.repeat_interleave(copies, 0) for x in (tokens, origin, lengths))
-    given, inputs_embeds = (None if x is None else x.repeat_interleave(copies, 0) for x in (given, inputs_embeds))
+    given, inputs_embeds, limit = (
+        None if x is None else x.repeat_interleave(copies, 0) for x in (given, inputs_embeds, limit)
+    )
     pair = pair_prompts(tokens, origin, negative_prompt, tokenizer, config, special, model.vocab_size)
     prompt, starts, tokens, origin = tokens, origin, pair.tokens, pair.origin
     batch, prompt_length = tokens.shape
@@ -146,7 +153,7 @@ def generate(
     }
     state = State.of(torch.cat((tokens, masks), 1), is_open, origin, grid.ends, pair.negative, seeds, parameters)
     put_prompts(listeners, prompt, starts)
-    task = Task(model, state, config, special, grid, prompt_length, end, pair.widened(inputs_embeds))
+    task = Task(model, state, config, special, grid, prompt_length, end, pair.widened(inputs_embeds), limit)
     program = program_of(config.rule)(task)
     proposer = equip(program, listeners, wishes, graphs)
     out = completed(run(program, listeners), listeners, proposer, special.pad)

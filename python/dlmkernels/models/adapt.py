@@ -203,7 +203,7 @@ class EncoderDecoderModel(DiffusionModel):
 
     The encoder is causal and reads what is decided, its keys and values are the context. The decoder reads the open
     block, which sees the context and all of itself. Only the decoder conditions on its own last opinion, and each has
-    its own scale for every layer, so that no one forward can be both. Images are not read.
+    its own scale for every layer, so that no one forward can be both. What images are read as comes in as embeddings.
     """
 
     self_conditions = True
@@ -250,7 +250,7 @@ class EncoderDecoderModel(DiffusionModel):
         self, tokens: Tensor, positions: Tensor, window: AttentionWindow, embeds: Tensor | None = None,
         opinion: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        is_context = window.causal_block == 1
+        is_context = window.causal_block == 1 or window.q_limit is not None
         stack = self._twin.model.encoder.language_model if is_context else self._twin.model.decoder
         if is_context and self._blank is not None:  # an image's place without the image
             tokens = tokens.masked_fill(tokens == self._blank, self.text_config.pad_token_id)

@@ -37,7 +37,8 @@ class BlockAfterBlock(Program):
         config, state, rule = self.config, self.state, self.rule
         rows, device = len(state.tokens), state.tokens.device
         self.forward = BlockForward(
-            self.model, state, config, self.special, self.grid, task.prompt_embeds, rows_change=task.rows_change
+            self.model, state, config, self.special, self.grid, task.prompt_embeds, rows_change=task.rows_change,
+            prompt_limit=task.prompt_limit,
         )  # fmt: skip
         self.reads_open = rule.slots == "open"
         #: whether rows enter their blocks together, so that the host knows which one they are in
