@@ -5,9 +5,9 @@
     python examples/train_noise_models.py langflow --minutes 45 --output /tmp/langflow
 
 Both are `DiTForDiffusionLM`s of the sizes below, trained on Sudoku. ``mdlm`` (Sahoo et al., arXiv:2406.07524) is a
-masked model that is told the time; ``langflow`` (arXiv:2604.11748) sees embeddings under Gaussian noise. Of most boards
-some cells are given, and get no noise (as in DiffuSeq, arXiv:2210.08933). In both cases the loss is the cross-entropy of
-the clean tokens.
+masked model that is told the time; ``langflow`` (arXiv:2604.11748) sees embeddings under Gaussian noise. Some cells of
+most boards are given, and get no noise (as in DiffuSeq, arXiv:2210.08933). In both cases the loss is the cross-entropy
+of the clean tokens.
 """
 
 from __future__ import annotations

@@ -66,7 +66,9 @@ def test_against_transformers(model, length):
 
 def test_what_images_are_matters(model):
     a, b = (
-        dk.generate(model, {**processed(1), "pixel_values": processed(s)["pixel_values"]}, max_new_tokens=CANVAS, seed=1)
+        dk.generate(
+            model, {**processed(1), "pixel_values": processed(s)["pixel_values"]}, max_new_tokens=CANVAS, seed=1
+        )
         for s in (1, 2)
     )
     assert not torch.equal(a.generated, b.generated)

@@ -62,6 +62,7 @@ def log_likelihood(
     logit_alignment: str | None = None,
     block_length: int | None = None,
     ode_steps: int = 128,
+    exact_divergence: bool = False,
     gradients: bool = False,
 ) -> LogLikelihood:
     """Estimate ``ln p(answer | prompt)`` of a diffusion language model.
@@ -109,6 +110,10 @@ def log_likelihood(
         As in `DecodingConfig`.
     ode_steps : int
         Of LangFlow's bound.
+    exact_divergence : bool
+        Of LangFlow's bound: whether the divergence of the flow is computed, by as many backward passes an evaluation as
+        the answer's vectors have numbers, and not estimated by one random vector. What is left of the spread of the
+        samples, which `standard_error` tells, is then that of the noise on the answer.
     gradients : bool
         Whether `total` and `per_token` have gradients with respect to the model's parameters. Attention is then
         computed by torch in float32, and of a model with blocks each block is forwarded with all that stands before it.
@@ -135,6 +140,8 @@ def log_likelihood(
     if not 0 <= prompt_mask_probability <= 1:
         raise ValueError(f"prompt_mask_probability must be a number from 0 to 1; got {prompt_mask_probability!r}")
     _check_method(model, method, prompt_mask_probability, block_length)
+    if not isinstance(exact_divergence, bool) or (exact_divergence and model.family.name != "langflow"):
+        raise ValueError(f"exact_divergence must be a bool, and is for LangFlow's bound; got {exact_divergence!r}")
     if is_flow and gradients:
         raise ValueError(f"gradients cannot be had of the bound of family '{model.family.name}'")
     has_blocks = model.family.attention == "block"
@@ -156,7 +163,7 @@ def log_likelihood(
     if is_flow:
         about = (model, config, special, tokens, origin, prompt.shape[1], lengths, seeds)
         if model.family.name == "langflow":
-            weighted = FlowBound(*about, steps=ode_steps).samples(samples)
+            weighted = FlowBound(*about, steps=ode_steps, exact=exact_divergence).samples(samples)
         else:
             weighted = (NoiseBound if model.family.name == "plaid" else DenoisingBound)(*about).samples(samples)
     elif method == "bound":

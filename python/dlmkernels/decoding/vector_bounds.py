@@ -109,11 +109,13 @@ class FlowBound(VectorBound):
     ----------
     steps : int
         Of the integration, by Heun's method: two evaluations each, at steps + 1 evenly spaced quantiles of gamma.
+    exact : bool
+        Whether the divergence is computed and not estimated: by one backward pass for each number of the vectors.
     """
 
-    def __init__(self, *args: Any, steps: int = 128):
+    def __init__(self, *args: Any, steps: int = 128, exact: bool = False):
         super().__init__(*args)
-        self.steps = steps
+        self.steps, self.exact = steps, exact
         q = torch.linspace(0.0, 1.0, steps + 1, device=self.tokens.device).clamp(EPS, 1 - EPS)
         gamma = self.model.gamma(q.double())
         #: alpha / sigma at each end of a step, and gamma_0
@@ -148,17 +150,31 @@ class FlowBound(VectorBound):
         return torch.where(self.in_answer, y, ratio.float() * self.embedded + self.noise)
 
     def _at(self, y: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
-        """The flow `[B, T, width]` at y, and an estimate of its divergence, token by token, float64 `[B, T]`."""
+        """The flow `[B, T, width]` at y, and its divergence or an estimate of it, token by token, float64 `[B, T]`."""
         gamma = -2 * ratio.log()
         spread = signal(-gamma).float()
-        u = self._normals() * self.in_answer
         z = y * spread
         opinion = self._opinion(z, gamma)
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             x = self._logits(z, gamma, opinion).float().softmax(-1) @ self.table
-            (gradient,) = torch.autograd.grad((u * x).sum(), z)
-        return x.detach(), (u * gradient).double().sum(-1) * spread.double()
+            divergence = self._trace(x, z) if self.exact else self._probed(x, z)
+        return x.detach(), divergence * spread.double()
+
+    def _probed(self, x: Tensor, z: Tensor) -> Tensor:
+        """An estimate of the divergence of x in z, by the next random vector."""
+        u = self._normals() * self.in_answer
+        (gradient,) = torch.autograd.grad((u * x).sum(), z)
+        return (u * gradient).double().sum(-1)
+
+    def _trace(self, x: Tensor, z: Tensor) -> Tensor:
+        """The divergence of x in z: rows have nothing to do with each other, so that all are looked at together."""
+        total = torch.zeros(x.shape[:2], dtype=torch.float64, device=x.device)
+        for column in range(self.start, x.shape[1]):
+            for i in range(x.shape[2]):
+                (gradient,) = torch.autograd.grad(x[:, column, i].sum(), z, retain_graph=True)
+                total[:, column] += gradient[:, column, i].double()
+        return total
 
 
 class NoiseBound(VectorBound):

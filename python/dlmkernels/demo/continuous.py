@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A continuous model at work: every token of an answer is a vector, which walks from noise to the vector of a token."""
+"""A continuous model at work: every cell of a Sudoku is a vector, which walks from noise to the vector of a digit."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ import torch
 import dlmkernels as dk
 
 from . import LANGFLOW_DIR
-from .tasks import TASKS, Problem, decode
+from .tasks import MASK_ID, TASKS, Problem, decode
 
-#: Forwards of the decoding that is shown.
-STEPS = 24
-#: What is decoded: sums of digits, each of which needs the one before, so that the answer comes from left to right.
-TASK = "running-sum"
+SUDOKU = TASKS["sudoku"]
+#: Forwards of the decoding that is shown, and how many cells are given.
+STEPS, CLUES = 24, 50
 
 
 @dataclass(frozen=True)
@@ -30,14 +29,14 @@ class Film:
     Attributes
     ----------
     problem : Problem
-    answers : list of str
-        The likeliest tokens after each forward.
+    boards : list of str
+        The canvas after each forward: in every open cell the digit that was the likeliest then.
     solved : bool
-        Whether the last of them are right.
+        Whether the last of them is right.
     """
 
     problem: Problem
-    answers: list[str]
+    boards: list[str]
     solved: bool
 
 
@@ -49,54 +48,65 @@ def load(folder: Path = LANGFLOW_DIR) -> Any:
 
 
 def film(model: Any, problem: Problem, steps: int = STEPS, seed: int = 0) -> Film:
-    """Decode one problem of a task whose answer stands behind the question."""
-    answers: list[str] = []
-    ids = torch.from_numpy(problem.ids[: problem.prompt_length]).to(model.device)
-    out = dk.generate(
-        model, ids, max_new_tokens=len(problem.answer), steps=steps, seed=seed,
-        on_step=lambda report: answers.append(decode(report.tokens[0, problem.prompt_length :].tolist())),
+    """Decode one Sudoku, and keep what every forward made of it."""
+    ids = torch.from_numpy(problem.ids).to(model.device)
+    start, boards = problem.prompt_length, []
+    dk.generate(
+        model, ids[:start], given=ids[start:].masked_fill(ids[start:] == MASK_ID, -1), max_new_tokens=len(ids) - start,
+        steps=steps, seed=seed, on_step=lambda report: boards.append(decode(report.tokens[0].tolist())),
     )  # fmt: skip
-    text = decode(out.sequences[0].tolist())
-    return Film(problem, answers, TASKS[problem.task].check(problem, text))
+    return Film(problem, boards, SUDOKU.check(problem, boards[-1]))
 
 
-def show(seed: int, out: TextIO = sys.stdout) -> Film:
-    """Decode one problem, and show which tokens its vectors were nearest to after each forward."""
+def show(seed: int, out: TextIO | None = None) -> Film:
+    """Decode one Sudoku, and show which digits its vectors spoke of after each forward."""
+    out = sys.stdout if out is None else out
     model = load()
-    shown = film(model, TASKS[TASK].make(1, seed=seed)[0], seed=seed)
+    shown = film(model, SUDOKU.make(1, seed=seed, difficulty=CLUES)[0], seed=seed)
     size = sum(p.numel() for p in model.parameters())
-    out.write(
-        f"A continuous model of {size:,} parameters: vectors walk out of noise, and these are the tokens they are\n"
-        f"nearest to, as the model reads them. Running sums of {shown.problem.prompt[1:-1]}:\n"
-    )
+    out.write(f"A continuous model of {size:,} parameters: its cells are vectors that come out of noise all at once\n")
     if out.isatty() and os.environ.get("TERM") != "dumb":
         play(shown, out, colour="NO_COLOR" not in os.environ)
     else:
         out.write(frames(shown) + "\n")
-    out.write(f"{len(shown.answers)} forwards, {'solved' if shown.solved else 'not solved'}\n")
+    out.write(f"Sudoku of {CLUES} clues: {len(shown.boards)} forwards, {'solved' if shown.solved else 'not solved'}\n")
     out.flush()
     return shown
 
 
 def frames(film: Film) -> str:
-    """The answers as plain text, a line for each forward after which they were others than before."""
-    lines, last = [], ""
-    for number, answer in enumerate(film.answers, start=1):
-        if answer != last:
-            lines.append(f"{f'forward {number}':>12}  {answer}")
-        last = answer
-    return "\n".join(lines)
+    """The first, a middle and the last board as plain text, side by side."""
+    last = len(film.boards) - 1
+    columns = [_lines(film, number) for number in sorted({0, last // 2, last})]
+    return "\n".join("   ".join(f"{cell:<29}" for cell in row).rstrip() for row in zip(*columns))
 
 
-def play(film: Film, out: TextIO = sys.stdout, frames_per_second: float = 8.0, colour: bool = True) -> None:
-    """Redraw the answer in place after each forward; tokens that have just changed are shown inverted."""
-    last = film.answers[0]
-    for number, answer in enumerate(film.answers, start=1):
-        shown = "".join(
-            f"\033[7m{token}\033[0m" if colour and token != before else token for token, before in zip(answer, last)
-        )
-        out.write(f"\r{f'forward {number}':>12}  {shown}\033[K")
+def play(film: Film, out: TextIO, frames_per_second: float = 6.0, colour: bool = True) -> None:
+    """Redraw the board in place after each forward; digits that have just changed are shown inverted."""
+    for number in range(len(film.boards)):
+        lines = _lines(film, number, colour)
+        out.write((f"\033[{len(lines)}A" if number else "") + "".join(f"\r{line}\033[K\n" for line in lines))
         out.flush()
-        last = answer
         time.sleep(1 / frames_per_second)
-    out.write(f"\r{f'forward {len(film.answers)}':>12}  {last}\033[K\n")
+
+
+def _lines(film: Film, number: int, colour: bool = False) -> list[str]:
+    """A caption and the board after a forward, in lines; in colour given digits are bold."""
+    board, before = film.boards[number], film.boards[max(number - 1, 0)]
+    still = sum(a == b for a, b in zip(board, film.boards[-1])) - sum(c != "_" for c in film.problem.canvas)
+    caption = f"forward {number + 1}: {still} of {film.problem.canvas.count('_')} final"
+    lines = SUDOKU.render(board).splitlines()
+    if not colour:
+        return [caption, *lines]
+    cells = iter(range(1, len(board)))
+    painted = []
+    for line in lines:
+        text = ""
+        for c in line:
+            if c.isdigit():
+                cell = next(cells)
+                code = "1" if film.problem.canvas[cell] != "_" else "7" if board[cell] != before[cell] else "32"
+                c = f"\033[{code}m{c}\033[0m"
+            text += c
+        painted.append(text)
+    return [caption, *painted]
