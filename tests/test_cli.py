@@ -200,7 +200,9 @@ def test_the_family_decides_what_options_leave_open(capsys, monkeypatch):
     monkeypatch.setattr(module, "generate", decode)
     code, out, err = generate(capsys, "--max-new-tokens", "17")
     assert (
-        code == 0 and seen["config"] is None and seen["options"].keys() == {"streamer", "tokenizer", "max_new_tokens"}
+        code == 0
+        and seen["config"] is None
+        and seen["options"].keys() == {"streamer", "tokenizer", "trace", "max_new_tokens"}
     )
     assert out.strip() == ANSWER and err.startswith("17 tokens, 1 forward, 17.00 tokens per forward")
     generate(capsys, "--max-new-tokens", "17", "--preset", "fast-dllm", "--cache", "none")

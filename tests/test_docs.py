@@ -2,6 +2,8 @@
 """The code that README and docs show must run as it stands."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,12 +24,16 @@ def blocks(name):
 
 def block_with(name, text):
     """The one example that holds a text."""
+    return compile(block_text(name, text), name, "exec")
+
+
+def block_text(name, text):
     (code,) = [code for code in blocks(name) if text in code]
-    return compile(code, name, "exec")
+    return code
 
 
 def test_readme_example(capsys):
-    (code,) = blocks("README.md")
+    code = block_text("README.md", "AutoTokenizer")
     problems = TASKS["addition"].make(2, seed=3)
     code = code.replace("path/to/model", str(MODEL_DIR)).replace(
         '"…", "…"', ", ".join(repr(p.prompt) for p in problems)
@@ -151,3 +157,22 @@ def test_the_engine(capsys):
         output = names["outputs"][names[name]]
         assert output.generated_tokens == want.generated[0, : int(want.length[0]) - want.prompt_length].tolist()
     assert capsys.readouterr().out.startswith("[")
+
+
+def test_watching_a_decoding(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL_DIR)
+    names = {"dk": dk, "model": dk.load(MODEL_DIR, dtype=torch.float32), "tokenizer": tokenizer}
+    code = (
+        block_text("README.md", "watch.html")
+        .replace('"…"', '"A1234567890123456+8765432109876544="')
+        .replace("trace=", "max_new_tokens=17, trace=")
+    )
+    exec(compile(code, "README.md", "exec"), names)
+    assert "<title>A decoding</title>" in (tmp_path / "watch.html").read_text("utf-8")
+
+
+def test_the_pictures_example_runs(tmp_path):
+    run = [sys.executable, ROOT / "examples" / "watch.py", tmp_path / "watch.html"]
+    assert "in a browser" in subprocess.run(run, check=True, capture_output=True, text=True).stdout
+    assert "One Sudoku" in (tmp_path / "watch.html").read_text("utf-8")

@@ -12,10 +12,14 @@ DLM_HD float add_rn(float a, float b) { return __fadd_rn(a, b); }
 DLM_HD float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 DLM_HD float div_rn(float a, float b) { return __fdiv_rn(a, b); }
 DLM_HD float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+DLM_HD double add_rn(double a, double b) { return __dadd_rn(a, b); }
+DLM_HD double mul_rn(double a, double b) { return __dmul_rn(a, b); }
 #else
 DLM_HD float add_rn(float a, float b) { return a + b; }
 DLM_HD float mul_rn(float a, float b) { return a * b; }
 DLM_HD float div_rn(float a, float b) { return a / b; }
+DLM_HD double add_rn(double a, double b) { return a + b; }
+DLM_HD double mul_rn(double a, double b) { return a * b; }
 // One instruction in files that are compiled for a processor with it, else a call of the C library.
 DLM_HD float fma_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 #endif

@@ -154,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as stored)")
     add("--device", default="cpu", help="cpu or cuda (default cpu)")
     add("--draft", action="store_true", help="show the canvas while it is decoded (in a terminal)")
+    add("--trace", metavar="FILE", help="write a page on which the decoding can be watched (HTML)")
     generate.set_defaults(run=_generate)
 
     bench = commands.add_parser(
@@ -254,7 +255,9 @@ def _generate(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     with torch.inference_mode():
         decode = infill if args.infill else generate
-        out = decode(model, ids, config=named, streamer=streamer, tokenizer=tokenizer, **changes)
+        out = decode(
+            model, ids, config=named, streamer=streamer, tokenizer=tokenizer, trace=bool(args.trace), **changes
+        )
         forwards, decoded = int(out.num_forwards[0]), int((out.commit_step[0] >= 0).sum())
     seconds = time.perf_counter() - start
     if streamer is None:
@@ -268,6 +271,9 @@ def _generate(args: argparse.Namespace) -> int:
     elif "seed" in changes:
         statistics += " (nothing was drawn: --seed made no difference)"
     print(statistics, file=sys.stderr)
+    if args.trace:
+        out.trace.html(args.trace, title=f"{args.model}: {decoded} tokens in {_count(forwards, 'forward')}")
+        print(f"open {args.trace} in a browser to watch it", file=sys.stderr)
     return 0
 
 

@@ -38,6 +38,8 @@ CASES = {
     "parts alone": {"rule": dk.Threshold(0.3), **BLOCKS, "sub_block_length": 4, "sub_block_cache": True},
     "guided": {"rule": dk.Threshold(0.3), "cache": "dual", "cfg_scale": 0.5},
     "to the end token": {"rule": dk.Threshold(0.3), "eos_policy": "fill", "eos_token_id": tuple(range(20, 40))},
+    "fused head": {"rule": dk.WideInNarrowOut(0.3, 0.4), "lm_head": "fused"},
+    "logits in slices": {"rule": dk.WideInNarrowOut(0.3, 0.4), "lm_head": "logits", "logits_budget": 4000},
     "allowed tokens": {"rule": dk.Threshold(0.3), "constraint": torch.arange(97) % 3 > 0},
     # every rule that goes block after block
     **{type(rule).__name__: {"rule": rule} for rule in (

@@ -74,7 +74,8 @@ def outcome(out):
 
 
 def test_every_field_is_swept():
-    assert {name for name, *_ in ACTS} == {field.name for field in dataclasses.fields(dk.DecodingConfig)}
+    how = {"lm_head", "logits_budget"}  # what is computed is the same: see test_head.py
+    assert {name for name, *_ in ACTS} | how == {field.name for field in dataclasses.fields(dk.DecodingConfig)}
 
 
 @pytest.mark.parametrize("name,value,options", ACTS, ids=lambda v: v if isinstance(v, str) else "")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three ops of every step, called without the checks of `dlmkernels.ops` as long as they succeed."""
+"""The ops of every step, called without the checks of `dlmkernels.ops` as long as they succeed."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ def token_confidence(*args: Any, **options: Any) -> ops.TokenConfidence:
     """`ops.token_confidence`, of tensors alone."""
     return ops.TokenConfidence(
         *_call(torch.ops.dlmkernels.token_confidence.default, ops.token_confidence, args, options)
+    )  # fmt: skip
+
+
+def lm_head_confidence(*args: Any, **options: Any) -> ops.TokenConfidence:
+    """`ops.lm_head_confidence`, of tensors alone."""
+    return ops.TokenConfidence(
+        *_call(torch.ops.dlmkernels.lm_head_confidence.default, ops.lm_head_confidence, args, options)
     )  # fmt: skip
 
 

@@ -40,16 +40,22 @@ APPROXIMATE = ("prefix", "dual", "delayed")
 ALIGNMENTS = ("same", "shift")
 ATTENTIONS = ("full", "block", "causal", "causal-context", "reordered")
 GRIDS = ("absolute", "prompt", "both-ways")
+LM_HEADS = ("auto", "fused", "logits")
 DISTRIBUTIONS = ("raw", "tempered", "filtered")
 EOS_POLICIES = ("none", "fill", "block")
 
 
-def _token_ids(name: str, value: Any) -> int | tuple[int, ...] | None:
-    """Check of one id or several; which ids there are only the model knows."""
+def _token_ids(name: str, value: Any) -> int | tuple | None:
+    """Check of one id or several, or of several for each request; which ids there are only the model knows."""
     value = plain(value)
     if value is None:
         return None
-    return _token_id(name, value) if isinstance(value, int | float) else several(_token_id)(name, value)
+    if isinstance(value, int | float):
+        return _token_id(name, value)
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Sequence) and any(isinstance(one, Sequence) and not isinstance(one, str) for one in value):
+        return several(several(_token_id))(name, value)
+    return several(_token_id)(name, value)
 
 
 def _token_id(name: str, value: Any) -> Any:
@@ -89,6 +95,7 @@ LIMITS: dict[str, Check] = {
     "temperature": PerRequest(temperature), "order_temperature": temperature, "vicinity": _vicinity, "seed": _seed,
     **{name: flag for name in ("top_p_first", "keep_crossing", "sub_block_cache", "fuse_commit")},
     "seeded": optional_flag, "cache": one_of(*CACHES), "distribution": one_of(*DISTRIBUTIONS),
+    "lm_head": one_of(*LM_HEADS), "logits_budget": integer(1),
     "eos_policy": one_of(*EOS_POLICIES), "logit_alignment": one_of(None, *ALIGNMENTS),
     "attention": one_of(None, *ATTENTIONS), "block_grid": one_of(None, *GRIDS),
     "mask_token_id": _optional_token_id, "pad_token_id": _optional_token_id, "eos_token_id": _token_ids,
@@ -110,7 +117,8 @@ class OfTheFamily:
     Attributes
     ----------
     mask_token_id, eos_token_id, pad_token_id : int
-        Taken from the model's configuration when None. Several eos ids may be given.
+        Taken from the model's configuration when None. Several eos ids may be given; a sequence of sequences has
+        those of each request.
     logit_alignment : {"same", "shift"}, optional
         Whether row i of the logits speaks of position i or of i + 1. None: what the model's family does.
     attention : {"full", "block", "causal", "causal-context", "reordered"}, optional
@@ -124,7 +132,7 @@ class OfTheFamily:
     """
 
     mask_token_id: int | None = None
-    eos_token_id: int | Sequence[int] | None = None
+    eos_token_id: int | Sequence[int] | Sequence[Sequence[int]] | None = None
     pad_token_id: int | None = None
     logit_alignment: str | None = None
     attention: str | None = None
@@ -236,6 +244,13 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
         fill: once an end token stands with nothing open before it, the rest of the request becomes padding and the
         request is done. block: the same, but only when its block is finished, as must be with rules that take
         committed tokens back. none: the full length is decoded.
+    lm_head : {"auto", "fused", "logits"}
+        What the head's results come from. logits: the model's head and `ops.token_confidence`. fused:
+        `ops.lm_head_confidence`, which makes no logits; an error where that cannot be. auto: fused where it can be and
+        is no slower (`decoding.head`). The two round differently, so that a near tie may fall differently.
+    logits_budget : int
+        Bytes that the logits of a step may take; rows are taken in slices where all of them would take more. Where
+        logits have to be kept for longer than a moment, this is exceeded (docs/decoding.md says where).
     """
 
     max_new_tokens: int | Sequence[int] = 128
@@ -260,6 +275,8 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
     constraint: Constraint | Tensor | None = None
     logit_bias: Mapping[int, float] | Tensor | None = None
     eos_policy: str = "fill"
+    lm_head: str = "auto"
+    logits_budget: int = 256 << 20
 
     def __post_init__(self):
         if self.rule is None:

@@ -19,6 +19,7 @@ from .output import DecodingOutput
 from .processing import RequestProposer, Wishes
 from .programs import Program
 from .programs.blocks import BlockAfterBlock
+from .recording import Recorder
 from .resolve import check_block_by_block
 from .stops import check_stop_strings
 from .streaming import Listeners
@@ -88,12 +89,14 @@ def check_given_tokens(
 
 
 def listeners_of(
-    streamer: Any, batch: int, on_step: Any = None, stop_strings: Any = None, tokenizer=None
+    streamer: Any, batch: int, on_step: Any = None, stop_strings: Any = None, tokenizer=None, trace: Any = False
 ) -> Any:  # fmt: skip
     """Who follows a decoding of so many requests: None, a streamer, or several `Listeners`."""
     stops = check_stop_strings(stop_strings, tokenizer)
     if on_step is not None and not callable(on_step):
         raise TypeError(f"on_step must be a function of a StepReport; got {type(on_step).__name__}")
+    if not isinstance(trace, bool):
+        raise TypeError(f"trace must be True or False; got {trace!r}")
     streamers = streamer if isinstance(streamer, Sequence) else [streamer]
     if isinstance(streamer, Sequence) and len(streamer) != batch:
         raise ValueError(f"streamer must be one for each of the {batch} requests (None for none); got {len(streamer)}")
@@ -101,10 +104,10 @@ def listeners_of(
         raise ValueError(
             f"streamer takes one request; got a batch of {batch}: pass a list of streamers, one for each request"
         )
-    found = Listeners([s for s in streamers] if streamer is not None else [], on_step, stops, tokenizer)
+    found = Listeners([s for s in streamers] if streamer is not None else [], on_step, stops, tokenizer, trace)
     if not found:
         return None
-    return found if stops or on_step is not None or batch > 1 else streamers[0]
+    return found if trace or stops or on_step is not None or batch > 1 else streamers[0]
 
 
 def put_prompts(listeners: Any, prompts: Tensor, origin: Tensor) -> None:
@@ -124,8 +127,12 @@ def equip(program: Program, listeners: Any, wishes: Wishes, graphs: bool | str) 
     if wishes:
         proposer = RequestProposer.install(program, [wishes] * len(program.state.tokens))
         proposer.raises = True
-    steps_of(program, False if wishes.processors else graphs).install()
+    records = isinstance(listeners, Listeners) and listeners.records
+    if records and graphs is True:
+        raise ValueError("graphs=True cannot be used with trace=True: what a captured step moves is not told")
+    steps_of(program, False if wishes.processors or records else graphs).install()
     if isinstance(listeners, Listeners):
+        listeners.recorder = Recorder(program) if records else None
         listeners.attend(
             program.state, program.start, lambda is_open: finished_columns(program, is_open),
             isinstance(program, BlockAfterBlock),
@@ -137,4 +144,6 @@ def completed(out: DecodingOutput, listeners: Any, proposer: RequestProposer | N
     """The result as the requests have asked for it."""
     if isinstance(listeners, Listeners):
         out = listeners.cut(out, pad)
+        if isinstance(listeners.recorder, Recorder):
+            out = listeners.recorder.recorded(out)
     return out if proposer is None else proposer.recorded(out)

@@ -14,6 +14,7 @@ from ..models.moment import Moment
 from ..window import AttentionWindow, Rows, TokenWindow
 from .config import DecodingConfig, SpecialTokens
 from .guidance import Unconditional
+from .hidden_rows import Logits, by_rows
 from .schedule import Grid
 from .state import State, put
 
@@ -125,7 +126,7 @@ class Forward:
             self.opinion.masked_fill_(self.twice(rows)[:, None, None], 0)
 
     def condition_next(
-        self, window: TokenWindow, logits: Tensor, temperature: float | Tensor, rows: Tensor | None = None
+        self, window: TokenWindow, logits: Logits, temperature: float | Tensor, rows: Tensor | None = None
     ) -> None:
         """In the next forward, let the model know the distributions of the window's slots, of logits `[N or 2N, V]`.
 
@@ -133,9 +134,15 @@ class Forward:
         """
         assert isinstance(self.model, EncoderDecoderModel)
         positions = self.twice(window.positions)
-        if isinstance(temperature, Tensor):
-            temperature = self.twice(temperature)
-        soft = self.model.mean_embedding(logits, temperature).unflatten(0, positions.shape)
+        if isinstance(temperature, Tensor):  # one for each row of the logits
+            temperature = self.twice(temperature).repeat_interleave(len(logits) // len(positions))
+        model = self.model
+
+        def mean(z: Tensor, rows: slice) -> Tensor:
+            at = temperature[rows].contiguous() if isinstance(temperature, Tensor) else temperature
+            return model.mean_embedding(z, at)
+
+        soft = by_rows(logits, mean).unflatten(0, positions.shape)
         column = torch.where(positions >= 0, positions, self.length).long()[..., None].expand_as(soft)
         nothing = soft.new_zeros(len(soft), self.length + 1, soft.shape[2])  # one more column, for the other slots
         opinion = nothing.scatter(1, column, soft)[:, :-1]

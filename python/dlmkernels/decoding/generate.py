@@ -47,6 +47,7 @@ def generate(
     top_logprobs: int = 0,
     on_step: Callable[[StepReport], Any] | None = None,
     graphs: bool | str = "auto",
+    trace: bool = False,
     **overrides,
 ) -> DecodingOutput:
     """Decode `max_new_tokens` tokens after each prompt, in parallel.
@@ -81,6 +82,9 @@ def generate(
     given : Tensor, optional
         int64 `[B, max_new_tokens]` or `[max_new_tokens]`: tokens that stand in the answer from the start and stay, -1
         where one is to be decoded. Block by block only.
+    trace : bool
+        Record everything that happens, for `out.trace`: what was committed, edited, taken back, inserted and removed in
+        each forward. Costs a device synchronisation a step; steps are not captured then.
     **overrides
         Fields of `DecodingConfig`, which take precedence. One that makes no difference is an error.
 
@@ -145,10 +149,10 @@ def generate(
         masks[:, : end - prompt_length] = torch.where(given >= 0, given, masks[:, : end - prompt_length])
         is_open[:, prompt_length:end] &= given < 0
     masks.masked_fill_(columns[prompt_length:] >= grid.ends[:, None], special.pad)
-    listeners = listeners_of(streamer, batch, on_step, stop_strings, tokenizer)
+    listeners = listeners_of(streamer, batch, on_step, stop_strings, tokenizer, trace)
     seeds = seeds_of_copies(seeds_of(config.seed, requests, tokens.device), copies)
     parameters = {
-        name: values.repeat_interleave(copies)
+        name: values.repeat_interleave(copies, 0)
         for name, values in parameters_of(config, requests, tokens.device).items()
     }
     state = State.of(torch.cat((tokens, masks), 1), is_open, origin, grid.ends, pair.negative, seeds, parameters)
@@ -168,6 +172,7 @@ def infill(
     streamer=None,
     *,
     tokenizer=None,
+    trace: bool = False,
     **overrides,
 ) -> DecodingOutput:
     """Decode the mask tokens of a canvas wherever they stand; every other token is kept.
@@ -215,7 +220,9 @@ def infill(
     state = State.of(canvas, pad(is_open, more), origin, length, seed=seeds, parameters=parameters)
     grid = Grid.of(config, state.origin, 0 if varies else state.origin, width, grows=False)
     program = program_of(config.rule)(Task(model, state, config, special, grid, 0, length))
-    return run(program, streamer).known_by(tokenizer)
+    listeners = listeners_of(streamer, batch, tokenizer=tokenizer, trace=trace)
+    equip(program, listeners, Wishes(), False)
+    return completed(run(program, listeners), listeners, None, special.pad).known_by(tokenizer)
 
 
 def _check_length(model, config: DecodingConfig, length: int, prompt_length: int, end: int) -> None:

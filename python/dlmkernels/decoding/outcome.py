@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .constrained import Constrained
+from .hidden_rows import by_rows
 from .output import DecodingOutput
 from .rules import Rule
 from .state import State
@@ -44,7 +45,7 @@ class Unfinished:
         self.last = None
         found = torch.where(step.token >= 0, PROPOSED, NO_LOGIT)
         if self.constrained is not None:
-            possible = (step.raw_logits > -torch.inf).any(1)[step.logit_rows]
+            possible = by_rows(step.raw_logits, lambda logits, _: (logits > -torch.inf).any(1))[step.logit_rows]
             refused = possible & ((step.token < 0) | self.constrained.is_stuck[:, None])
             found = found.masked_fill(refused, REFUSED)
         width = self.found.shape[1]

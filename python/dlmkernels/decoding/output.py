@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..trace import Trace
+from ..trace import Recording, Trace
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,6 +42,10 @@ class DecodingOutput:
         With `top_logprobs=k`, int64 and float32 `[B, T, k]`: the likeliest tokens of each position when it was last
         looked at before its token was committed, the likeliest first, and the logarithms of their probabilities; -1 and
         0 where `decoded` is False.
+    entropy : Tensor, optional
+        With `top_logprobs`, float32 `[B, T]`: entropy of the same distributions, in nats; 0 where `decoded` is False.
+    recording : Recording, optional
+        With `trace=True`: everything that happened, step by step.
     """
 
     sequences: Tensor
@@ -55,6 +59,8 @@ class DecodingOutput:
     tokenizer: Any = None
     top_ids: Tensor | None = None
     top_log_probability: Tensor | None = None
+    entropy: Tensor | None = None
+    recording: Recording | None = None
 
     def __repr__(self) -> str:
         batch, committed = len(self.sequences), int((self.commit_step >= 0).sum())
@@ -123,18 +129,23 @@ class DecodingOutput:
 
     @property
     def trace(self) -> Trace:
-        """Which token was committed when, with pictures."""
-        return Trace(self.sequences, self.commit_step, self.confidence, self.prompt_length)
+        """Which token was committed when, with pictures; with `generate(…, trace=True)` all that happened."""
+        return Trace(
+            self.sequences, self.commit_step, self.confidence, self.prompt_length, self.origin, self.length,
+            self.tokenizer, self.recording, self.top_ids, self.top_log_probability, self.entropy,
+        )  # fmt: skip
 
     def without_columns(self, count: int) -> DecodingOutput:
         """The same without the first `count` columns, which must be padding in all rows."""
         if count == 0:
             return self
-        names = ("sequences", "commit_step", "confidence", "top_ids", "top_log_probability")
+        names = ("sequences", "commit_step", "confidence", "top_ids", "top_log_probability", "entropy")
         cut = {name: value[:, count:] for name in names if (value := getattr(self, name)) is not None}
         origin = None if self.origin is None else self.origin - count
+        recording = None if self.recording is None else self.recording.without_columns(count)
         return replace(
-            self, **cut, prompt_length=self.prompt_length - count, length=self.length - count, origin=origin
+            self, **cut, prompt_length=self.prompt_length - count, length=self.length - count, origin=origin,
+            recording=recording,
         )  # fmt: skip
 
     def known_by(self, tokenizer) -> DecodingOutput:

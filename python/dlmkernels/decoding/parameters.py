@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .checks import PerRequest
 from .config import DecodingConfig
+from .ends import ENDS, end_table, own_ends
 
 SAMPLER = {"temperature": torch.float32, "top_k": torch.int32, "top_p": torch.float32}
 OF_RULE = "rule."
@@ -22,10 +23,15 @@ OF_RULE = "rule."
 def parameters_of(config: DecodingConfig, batch: int, device: torch.device) -> dict[str, Tensor]:
     """The fields of `config`, and of its rule ("rule.threshold"), that have a value for each of `batch` requests.
 
-    Tensors `[B]` by name. Raises a ValueError where one has another number of values.
+    Tensors `[B]` by name, of end tokens `[B, E]`. Raises a ValueError where one has another number of values.
     """
     given = _given(config).items()
-    return {name: _values(name, values, batch, dtype, device) for name, (values, dtype) in given}
+    found = {name: _values(name, values, batch, dtype, device) for name, (values, dtype) in given}
+    ends = own_ends(config.eos_token_id)
+    if ends is not None:
+        _check_count(ENDS, ends, batch)
+        found[ENDS] = end_table(ends, device)
+    return found
 
 
 def lengths_of(config: DecodingConfig, batch: int, device: torch.device) -> Tensor:
@@ -43,14 +49,18 @@ def with_parameters(config: DecodingConfig, parameters: dict[str, Tensor]) -> De
     if not parameters:
         return config
     of_rule = {name.removeprefix(OF_RULE): x[:, None] for name, x in parameters.items() if name.startswith(OF_RULE)}
-    of_config = {name: x for name, x in parameters.items() if not name.startswith(OF_RULE)}
+    of_config = {name: x for name, x in parameters.items() if name in SAMPLER}
     return _changed(config, of_config | {"rule": _changed(config.rule, of_rule)})
 
 
 def _values(name: str, values: tuple, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    _check_count(name, values, batch)
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def _check_count(name: str, values: tuple, batch: int) -> None:
     if len(values) != batch:
         raise ValueError(f"{name} must have one value for each of the {batch} requests; got {len(values)}")
-    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _given(config: DecodingConfig) -> dict[str, tuple[tuple[Any, ...], torch.dtype]]:

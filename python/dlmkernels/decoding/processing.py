@@ -19,6 +19,7 @@ from torch import Tensor
 from ..window import TokenWindow
 from .checks import integer, number
 from .config import DecodingConfig
+from .hidden_rows import Logits, whole
 from .output import DecodingOutput
 from .programs import Program
 from .propose import Proposer
@@ -108,6 +109,8 @@ class RequestProposer(Proposer):
     top_ids, top_logprobs : Tensor
         int64 and float32 `[S, T + 1, k]`: the likeliest tokens of each position, when a step last could decide it; the
         last column stands for none.
+    entropy : Tensor
+        float32 `[S, T + 1]`: entropy of the same distributions, in nats.
     """
 
     def __init__(self, program: Program, most_logprobs: int, has_penalty: bool):
@@ -122,6 +125,7 @@ class RequestProposer(Proposer):
         self.has_penalty = has_penalty
         self.top_ids = torch.zeros(rows, columns + 1, most_logprobs, dtype=torch.int64, device=device)
         self.top_logprobs = torch.zeros(rows, columns + 1, most_logprobs, dtype=torch.float32, device=device)
+        self.entropy = torch.zeros(rows, columns + 1, dtype=torch.float32, device=device)
 
     @classmethod
     def install(cls, program: Program, wishes: Sequence[Wishes]) -> RequestProposer:
@@ -140,10 +144,10 @@ class RequestProposer(Proposer):
         self.penalty[row] = wishes.repetition_penalty
 
     def step(
-        self, logits: Tensor, window: TokenWindow, standing: Any, row_map: Tensor | None = None, *args: Any,
+        self, logits: Logits, window: TokenWindow, standing: Any, row_map: Tensor | None = None, *args: Any,
         **options: Any,
     ) -> Step:  # fmt: skip
-        logits = self._processed(logits, window, row_map)
+        logits = self._processed(whole(logits), window, row_map)
         step = super().step(logits, window, standing, row_map, *args, **options)
         if self.top_ids.shape[2]:
             self._record(step)
@@ -216,6 +220,7 @@ class RequestProposer(Proposer):
         return replace(
             out, top_ids=torch.where(decoded, self.top_ids[:, :width], -1),
             top_log_probability=torch.where(decoded, self.top_logprobs[:, :width], 0.0),
+            entropy=torch.where(out.decoded, self.entropy[:, :width], 0.0),
         )  # fmt: skip
 
     # --- records ------------------------------------------------------------------------------------------------------
@@ -224,9 +229,11 @@ class RequestProposer(Proposer):
         """Write down the likeliest tokens of every position that the step may decide."""
         count = len(step.raw_logits) // (2 if self.config.cfg_scale > 0 else 1)
         z = self.clean(step.raw_logits, torch.arange(count, device=step.raw_logits.device))
-        best = z.log_softmax(-1).topk(self.top_ids.shape[2], -1)
+        log_p = z.log_softmax(-1)
+        best, entropy = log_p.topk(self.top_ids.shape[2], -1), -(log_p.exp() * log_p).nansum(-1)  # 0 · -inf is none
         where = step.logit_rows
         column = torch.where(step.used & step.is_open, step.window.positions, self.top_ids.shape[1] - 1).long()
+        self.entropy.scatter_(1, column, entropy[where])
         column = column[..., None].expand(-1, -1, self.top_ids.shape[2])
         self.top_ids.scatter_(1, column, best.indices[where])
         self.top_logprobs.scatter_(1, column, best.values[where])

@@ -14,6 +14,9 @@ from ..models.adapt import DiffusionModel
 from ..window import TokenWindow
 from .calls import token_confidence
 from .config import DecodingConfig, SpecialTokens
+from .ends import ENDS, is_end
+from .head import Head
+from .hidden_rows import HiddenRows, Logits
 from .scores import score_named
 from .standing import Standing
 from .state import State
@@ -35,7 +38,8 @@ class Proposer:
 
         needs = config.rule.needs | score_named(config.score).needs
         self.never = torch.tensor(special.banned, dtype=torch.int64, device=device)
-        self.ends = torch.tensor(special.eos, dtype=torch.int64, device=device)
+        self._ends = torch.tensor(special.eos, dtype=torch.int64, device=device)
+        self._own_ends = state.parameters.get(ENDS)
         #: whether the rule says at what temperature each step samples
         self.has_temperature = config.rule.temperature(0, 1) is not None
         temperature = number(config.temperature, torch.float32, lambda t: t > 0 or self.has_temperature)
@@ -55,6 +59,8 @@ class Proposer:
             "with_margin": "margin" in needs,
             "with_entropy": "entropy" in needs,
         }
+        #: from hidden states to logits, or to what answers for them
+        self.head = Head(model, config, self.options["top_k"] is not None or self.options["top_p"] is not None)
         if self.samples:
             self.options |= {"seed": state.seed, "step": state.step}
         self.reads_current = "p_current" in needs
@@ -78,7 +84,7 @@ class Proposer:
             self.options["bias"] = self.bias
 
     def __call__(
-        self, logits: Tensor, window: TokenWindow, row_map: Tensor | None = None, bias: Tensor | None = None,
+        self, logits: Logits, window: TokenWindow, row_map: Tensor | None = None, bias: Tensor | None = None,
         temperature: float | Tensor | None = None, allowed: Tensor | None = None, redraw: Tensor | None = None,
     ) -> ops.TokenConfidence:  # fmt: skip
         """Statistics of the window's N = B * W slots, from logits `[R or 2R, V]`.
@@ -88,9 +94,6 @@ class Proposer:
         `[B]`; `redraw` int32 `[B, W]` counts what was refused in this step.
         """
         self._set_bias(logits.shape[1])
-        uncond = None
-        if self.config.cfg_scale > 0:
-            logits, uncond = logits.chunk(2)
         if row_map is None or redraw is not None:
             used = window.used.flatten()
             row_map = torch.where(used, self._rows(used.numel()) if row_map is None else row_map, self._nothing)
@@ -109,7 +112,16 @@ class Proposer:
         if self.reads_current:
             current = self.state.tokens.gather(1, window.positions.clamp(min=0).long()).flatten()
             options["given"] = torch.where(window.used.flatten(), current, -1)
+        if isinstance(logits, HiddenRows):
+            return logits.confidence(row_map, options)
+        uncond = None
+        if self.config.cfg_scale > 0:
+            logits, uncond = logits.chunk(2)
         return token_confidence(logits, row_map=row_map, uncond_logits=uncond, **options)
+
+    def is_end(self, tokens: Tensor) -> Tensor:
+        """Which of the tokens int64 `[B, W]` are end tokens, of their row where rows have their own."""
+        return torch.isin(tokens, self._ends) if self._own_ends is None else is_end(tokens, self._own_ends)
 
     def _rows(self, count: int) -> Tensor:
         """The numbers 0 … count, int32."""
@@ -118,7 +130,7 @@ class Proposer:
         return self._numbers[count]
 
     def step(
-        self, logits: Tensor, window: TokenWindow, standing: Standing, row_map: Tensor | None = None,
+        self, logits: Logits, window: TokenWindow, standing: Standing, row_map: Tensor | None = None,
         memory: dict[str, Tensor] | None = None, allowed: Tensor | None = None, room: Tensor | None = None,
     ) -> Step:  # fmt: skip
         """The step that these logits `[R or 2R, V]` make."""
@@ -142,13 +154,15 @@ class Proposer:
         assert value is not None
         return value
 
-    def clean(self, logits: Tensor, rows: Tensor, ids: Tensor | None = None) -> Tensor:
+    def clean(self, logits: Logits, rows: Tensor, ids: Tensor | None = None) -> Tensor:
         """Logits of some rows as `token_confidence` sees them before temperature: guided, with the configured bias.
 
         Float32 `[n, V]`, or `[n]` those of one token each, which is not a banned one.
         """
 
         def pick(rows: Tensor) -> Tensor:
+            if isinstance(logits, HiddenRows):
+                return logits.rows(rows) if ids is None else logits.of_tokens(rows, ids)
             return (logits[rows] if ids is None else logits[rows, ids]).float()
 
         z = pick(rows)

@@ -12,6 +12,7 @@ import torch
 from ..models.adapt import DiffusionModel, EncoderDecoderModel, LogitsModel, adapt
 from .config import APPROXIMATE, DecodingConfig, SpecialTokens, check_names
 from .effects import check_effects
+from .ends import end_ids
 from .presets import default_config, preset
 from .rules import Reordered, Rule, VariableLength
 
@@ -179,7 +180,7 @@ def check_block_by_block(name: str, rule: Rule) -> None:
 def special_tokens(model: DiffusionModel, config: DecodingConfig) -> SpecialTokens:
     """The ids that a decoding needs, from its configuration, else from the model."""
     eos = config.eos_token_id
-    stop = _stop_ids(model) if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    stop = _stop_ids(model) if eos is None else end_ids(eos)
     padding = config.pad_token_id
     if padding is None:
         padding = _from_model(model, "pad_token_id")
@@ -188,6 +189,8 @@ def special_tokens(model: DiffusionModel, config: DecodingConfig) -> SpecialToke
     pad = padding if padding is not None else stop[0] if stop else mask if mask is not None else 0
     vocab = model.vocab_size
     _check_ids(config, vocab, {"mask_token_id": masks, "eos_token_id": stop, "pad_token_id": [pad]})
+    if eos is not None and mask in stop:
+        raise ValueError(f"eos_token_id holds the mask token ({mask}), which is never generated")
     # Logits beyond the tokenizer's last id stand for nothing, unless the rule says what.
     known = model.family.num_tokens if model.family.knows_ids_of(model.config) else None
     unknown = set(range(known, vocab)) if known is not None and vocab is not None else set()

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import ops
 from ..window import TokenWindow
 from .calls import remask_
+from .ends import end_rows
 
 OPEN, FROZEN = ops.STATE_OPEN, ops.STATE_FROZEN
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
@@ -79,7 +80,7 @@ class State:
     epoch : Tensor
         int32 `[S]`: how many requests the row has been given, so that a late answer can be told from one of today.
     parameters : dict
-        Tensors `[S]` of what each request says for itself: see `decoding.parameters`.
+        Tensors `[S]` or `[S, n]` of what each request says for itself: see `decoding.parameters`.
     negative : NegativePrompt, optional
         With guidance by a prompt of its own.
     """
@@ -125,7 +126,10 @@ class State:
             origin=zeros(rows), end=zeros(rows), commit_step=zeros(rows, columns),
             confidence=zeros(rows, columns, dtype=torch.float32), step=zeros(rows),
             seed=zeros(rows, dtype=torch.int64), block=zeros(rows), entered=zeros(rows), epoch=zeros(rows),
-            parameters={name: zeros(rows, dtype=value.dtype) for name, value in parameters.items()}, negative=negative,
+            parameters={
+                name: zeros(rows, *value.shape[1:], dtype=value.dtype) for name, value in parameters.items()
+            },
+            negative=negative,
         )  # fmt: skip
 
     def admit(
@@ -197,22 +201,34 @@ class State:
         """Where the state at the columns has a bit: bool `[S, W]`; outside the canvas anything."""
         return (self.state.gather(1, columns.index) & bit).bool()
 
-    def write(self, positions: Tensor, tokens: Tensor, **how: Any) -> Tensor:
-        """`ops.remask_` at `positions` int32 `[S, W]` with proposals int64 `[S, W]`, and with the records; its info."""
+    def write(self, positions: Tensor, tokens: Tensor, ends: Tensor | None = None, **how: Any) -> Tensor:
+        """`ops.remask_` at `positions` int32 `[S, W]` with proposals int64 `[S, W]`, and with the records; its info.
+
+        `ends` int64 `[S, E]`: end tokens of each row's own, in place of the op's `eos_token_ids`.
+        """
         how.setdefault("end", self.end)
-        return remask_(
+        fills = False
+        if ends is not None:
+            fills = how.get("eos_policy") == "fill"
+            how |= {"eos_token_ids": [], "eos_policy": "none"}
+        info = remask_(
             self.tokens, self.state, positions, tokens, commit_step=self.commit_step, commit_confidence=self.confidence,
             **how,
         )  # fmt: skip
+        if ends is not None:
+            end_rows(self, info, ends, how["end"], how["fill_token_id"] if fills else None)
+        return info
 
-    def fill_after_eos(self, rows: Tensor, eos: list[int], pad: int) -> None:
+    def fill_after_eos(self, rows: Tensor, eos: list[int], pad: int, ends: Tensor | None = None) -> None:
         """Complete those of the rows bool `[S]` that have an end token with nothing open before it or given behind it.
 
-        All after it becomes `pad`.
+        All after it becomes `pad`. `ends` as in `write`, in place of `eos`.
         """
         nothing = torch.full_like(self.tokens[:, :1], -1)
         end = torch.where(rows, self.end, 0)  # a row that ends before it begins has no end token
-        self.write(nothing.int(), nothing, eos_token_ids=eos, eos_policy="fill", fill_token_id=pad, end=end)
+        self.write(
+            nothing.int(), nothing, ends, eos_token_ids=eos, eos_policy="fill", fill_token_id=pad, end=end
+        )  # fmt: skip
 
     def close_behind(self, column: Tensor) -> None:
         """Overwrite what stands behind `column` int32 `[S]` with the token there; nowhere in rows where that is -1.

@@ -15,6 +15,7 @@ from .. import ops
 from ..window import TokenWindow
 from .bitmask import unpack, without
 from .calls import select_tokens
+from .hidden_rows import Logits
 from .standing import Standing
 from .state import State
 
@@ -31,7 +32,7 @@ class Step:
         bool `[B, W]`: slots that may be committed, the open ones of the block.
     standing : Standing
         Where each row is in its plan; `index`, `num_steps`, `open_now` and the like are read off it.
-    raw_logits, row_map : Tensor
+    raw_logits, row_map : Tensor or HiddenRows, Tensor
         `[R, V]`, what the model said (under guidance `[2 R, V]`); and int32 `[B * W]`, which of these rows speaks of
         each slot, -1 of an unused one (None: one row a slot, in order).
     canvas : State
@@ -54,7 +55,7 @@ class Step:
     window: TokenWindow
     eligible: Tensor
     standing: Standing
-    raw_logits: Tensor
+    raw_logits: Logits
     canvas: State
     score_of: Any
     proposer: Any = None
@@ -284,8 +285,8 @@ class Step:
         return self.proposer.special.mask
 
     def is_end(self, tokens: Tensor) -> Tensor:
-        """Which of the tokens are end tokens, bool of the same shape."""
-        return torch.isin(tokens, self.proposer.ends)
+        """Which of the tokens int64 `[B, W]` are end tokens, bool `[B, W]`."""
+        return self.proposer.is_end(tokens)
 
     def everyone(self, value: bool) -> Tensor:
         """The same for every request, bool `[B]`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,14 @@ from .stops import stop_at
 
 #: up to which column each row is final, int64 `[S]`, of which columns are open, bool `[S, T]`
 Finished = Callable[[Tensor], Tensor]
+
+
+class Follower(Protocol):
+    """Who is told that a program has begun, and of each of its steps."""
+
+    def begin(self) -> None: ...
+
+    def step(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -56,12 +64,16 @@ class Listeners:
         Texts that end an answer.
     tokenizer : optional
         Makes text of tokens.
+    records : bool
+        Whether a recorder follows, which whoever equips the program sets.
     """
 
     def __init__(
         self, streamers: Sequence[Any] = (), on_step: Callable[[StepReport], Any] | None = None,
-        stop_strings: Sequence[str] = (), tokenizer=None,
+        stop_strings: Sequence[str] = (), tokenizer=None, records: bool = False,
     ):  # fmt: skip
+        self.records = records
+        self.recorder: Follower | None = None
         self.streamers, self.on_step = list(streamers), on_step
         self.stop_strings, self.tokenizer = tuple(stop_strings), tokenizer
         self._state: State
@@ -74,7 +86,7 @@ class Listeners:
         self.stops: dict[int, int] = {}
 
     def __bool__(self) -> bool:
-        return bool(self.stop_strings or self.on_step or any(s is not None for s in self.streamers))
+        return bool(self.records or self.stop_strings or self.on_step or any(s is not None for s in self.streamers))
 
     def attend(self, state: State, start: int, finished: Finished, closes: bool) -> None:
         """Follow the decoding of a state whose answers begin at column `start`.
@@ -90,6 +102,8 @@ class Listeners:
     def step(self, end: int, has_draft: bool) -> None:
         """After a step, with `end` the column after the last that can be shown."""
         state = self._state
+        if self.recorder is not None:
+            self.recorder.step()
         is_open = state.is_open
         finished = self._finished(is_open).tolist()
         tokens = state.tokens[:, :end].to("cpu", copy=True)
@@ -170,6 +184,8 @@ class Stream:
 
     def __init__(self, streamer, state: State, start: int):
         self.streamer, self.state, self.start, self.shown = streamer, state, start, start
+        if isinstance(streamer, Listeners) and streamer.recorder is not None:
+            streamer.recorder.begin()
 
     def step(self, end: int, finished: int | None, has_draft: bool) -> None:
         """After a step, with `end` the column after the last; `finished`: up to where, None: to the first open one."""

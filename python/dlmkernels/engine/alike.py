@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..decoding.checks import PerRequest
-from ..decoding.config import DecodingConfig
+from ..decoding.config import DecodingConfig, SpecialTokens
+from ..decoding.ends import own_ends
 from ..decoding.rules import Rule, VariableLength
 
 #: fields of a configuration in which requests that share forwards may differ, beside those of the rule
@@ -31,12 +32,23 @@ def has_fixed_length(config: DecodingConfig) -> bool:
 def common(config: DecodingConfig) -> DecodingConfig:
     """A configuration without what its request says for itself: equal for all that may share forwards."""
     rule = _changed(config.rule, dict.fromkeys(own_fields(config.rule)))
-    own = dict.fromkeys((*OWN, "seed", "max_new_tokens"))
+    own = dict.fromkeys((*OWN, "seed", "max_new_tokens", "eos_token_id"))
     return _changed(config, own | {"rule": rule})
 
 
+def ends_width(config: DecodingConfig, special: SpecialTokens) -> int:
+    """How many end tokens there is room for in a row of a program that decodes such a request; 0: it reads none.
+
+    Eight, or the next power of two: requests with up to eight can share forwards, and what there is room for does not
+    change while requests come and go.
+    """
+    if config.eos_policy == "none" and not config.rule.reads_ends:
+        return 0
+    return max(8, 1 << (len(special.eos) - 1).bit_length()) if special.eos else 8
+
+
 def together(configs: Sequence[DecodingConfig], lengths: Sequence[int] | None = None) -> DecodingConfig:
-    """One configuration for several requests, with a value for each of them.
+    """One configuration for several requests, with a value for each of them, but for their end tokens.
 
     `lengths`: of their answers; None: the first configuration's.
     """
@@ -47,7 +59,7 @@ def together(configs: Sequence[DecodingConfig], lengths: Sequence[int] | None = 
     rule = dataclasses.replace(first.rule, **of_rule) if names else first.rule  # type: ignore[type-var]
     if lengths is not None:
         fields["max_new_tokens"] = lengths[0] if has_fixed_length(first) else tuple(lengths)
-    return dataclasses.replace(first, seed=None, rule=rule, **fields).as_preset()
+    return dataclasses.replace(first, seed=None, rule=rule, eos_token_id=None, **fields).as_preset()
 
 
 def check_one_request(config: DecodingConfig) -> None:
@@ -57,6 +69,11 @@ def check_one_request(config: DecodingConfig) -> None:
     for name, value in fields.items():
         if isinstance(value, tuple):
             raise ValueError(f"{name} of an engine must be one number: each request has its own; got {value!r}")
+    if own_ends(config.eos_token_id) is not None:
+        raise ValueError(
+            "eos_token_id of an engine must be one id or several: each request has its own; got "
+            f"{config.eos_token_id!r}"
+        )
 
 
 def _changed(owner: Any, fields: Mapping[str, Any]) -> Any:

@@ -142,7 +142,7 @@ class Engine:
         record_timestamps : bool
             Whether it is noted when each token was known to be final.
         eos_token_id : int or sequence of int, optional
-            Tokens that end the answer.
+            Tokens that end the answer; requests that end at different ones share forwards.
         seed : int, optional
             What its random draws depend on; None: the engine's, or else one that is drawn.
         given : sequence of int, optional
@@ -168,8 +168,8 @@ class Engine:
         result_handler : callable, optional
             Gets the request's outputs (see `register_result_handler`), from the first on.
         **options
-            Fields of `DecodingConfig` for this request: `temperature`, `top_k`, `top_p`, `rule` … A request whose
-            options differ from others' does not share their forwards.
+            Fields of `DecodingConfig` for this request: `temperature`, `top_k`, `top_p`, `rule` … Requests that differ
+            in sampling or thresholds share forwards; those that differ in other fields do not.
 
         Returns
         -------

@@ -7,12 +7,14 @@ their place.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Sequence
 
 import torch
 
 from ..decoding.config import SpecialTokens
+from ..decoding.ends import ENDS, end_table
 from ..decoding.parameters import lengths_of, parameters_of
 from ..decoding.poll import OpenCount
 from ..decoding.processing import RequestProposer
@@ -60,11 +62,15 @@ class GangLane(Lane):
             tokens[k, start : start + length] = torch.where(answer < 0, max(self.special.mask, 0), answer)
             is_open[k, start : start + length] &= answer < 0
         seeds = torch.tensor([request.seed for request in requests], dtype=torch.int64, device="cpu")
+        parameters, ends = parameters_of(config, rows, device), [request.special.eos for request in requests]
+        if any(own != ends[0] for own in ends):
+            parameters[ENDS] = end_table(ends, device)
         state = State.of(
             tokens.to(device), is_open.to(device), origin.to(device), grid.ends, seed=seeds.to(device),
-            parameters=parameters_of(config, rows, device),
+            parameters=parameters,
         )  # fmt: skip
-        task = Task(self.model, state, config, self.special, grid, start, start + max(lengths))
+        special = dataclasses.replace(self.special, eos=ends[0])
+        task = Task(self.model, state, config, special, grid, start, start + max(lengths))
         self.program = program_of(config.rule)(task)
         wishes = [request.wishes for request in requests]
         self.processed = RequestProposer.install(self.program, wishes) if any(wishes) else None

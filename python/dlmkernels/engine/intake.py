@@ -22,7 +22,7 @@ from ..decoding.rules import SelfSpeculative, Strided
 from ..decoding.schedule import plan_blocks
 from ..decoding.stops import check_stop_strings
 from ..models.adapt import DiffusionModel
-from .alike import check_one_request, common, has_fixed_length
+from .alike import check_one_request, common, ends_width, has_fixed_length
 from .pool import Size
 from .request import Request
 from .slots import grid_of
@@ -80,7 +80,8 @@ class Intake:
     def _resolved(self, options: Mapping[str, Any]) -> Known:
         config, special = resolve(self.model, self.config, options, "continuations")
         check_one_request(config)
-        return Known(config, special, common(config), has_fixed_length(config))
+        key = common(config), ends_width(config, special)
+        return Known(config, special, key, has_fixed_length(config))
 
     def requests(
         self, request_id: str, input_ids: Any, *, max_new_tokens: int | None, given: Any, suffix: Any, seed: int | None,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..decoding.capture import Steps
 from ..decoding.config import DecodingConfig
+from ..decoding.ends import ENDS, end_table
 from ..decoding.parameters import parameters_of
 from ..decoding.poll import OpenCount
 from ..decoding.processing import RequestProposer, Wishes
@@ -20,7 +21,7 @@ from ..decoding.programs.blocks import BlockAfterBlock
 from ..decoding.schedule import Grid
 from ..decoding.state import State
 from ..models.adapt import DiffusionModel, EncoderDecoderModel
-from .alike import has_fixed_length, together
+from .alike import ends_width, has_fixed_length, together
 from .lane import Lane, StepsOf
 from .request import Request
 
@@ -68,13 +69,16 @@ class SlotLane(Lane):
         device = model.device
         self.grid = self._plan(length, columns, device)
         self._columns = columns + self.grid.length * self.grid.grows
-        parameters = parameters_of(self.config, rows, device)
+        self._ends_width = ends_width(like.config, like.special)
+        parameters = self._parameters([like] * rows, self.config)
         self.state = State.empty(rows, self._columns, device, parameters=parameters)
         self._starts_at = [0] * rows
         task = Task(
             model, self.state, self.config, self.special, self.grid, 0, columns, rows_change=True, may_be_few=may_be_few
         )
         self.program = self._blocks = BlockAfterBlock(task)
+        # until a request comes that ends elsewhere, the rows' own end tokens need not be looked up
+        self.program.reads_own_ends = False
         if like.wishes:
             self.processed = RequestProposer.install(self.program, [like.wishes] * rows)
             for row in range(rows):
@@ -100,6 +104,14 @@ class SlotLane(Lane):
             count = grid.count + 1
             grid = dataclasses.replace(grid, count=count, width=count * grid.length)
         return grid
+
+    def _parameters(self, requests: Sequence[Request], config: DecodingConfig) -> dict[str, Tensor]:
+        """What each of some requests says for itself; `config` has values for all of them."""
+        device = self.model.device
+        found = parameters_of(config, len(requests), device)
+        if self._ends_width:
+            found[ENDS] = end_table([request.special.eos for request in requests], device, self._ends_width)
+        return found
 
     # --- requests come and go -----------------------------------------------------------------------------------------
 
@@ -127,7 +139,9 @@ class SlotLane(Lane):
             if self.processed is not None:
                 self.processed.set(row, request.wishes)
         seeds = torch.tensor([request.seed for request in requests], dtype=torch.int64, device="cpu")
-        parameters = parameters_of(together([request.config for request in requests]), len(requests), device)
+        parameters = self._parameters(requests, together([request.config for request in requests]))
+        if self._ends_width and any(set(request.special.eos) != set(self.special.eos) for request in requests):
+            self.program.reads_own_ends = True
         self._fill(rows, tokens.to(device), is_open.to(device), places, parameters, seeds.to(device))
         self._renew(rows)
 

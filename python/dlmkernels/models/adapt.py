@@ -197,6 +197,19 @@ class DiffusionModel:
         """Logits `[..., V]` of hidden states `[..., hidden]`."""
         return self._head(hidden).to(hidden.device)
 
+    def linear_head(self) -> Tensor | None:
+        """Weights `[V, hidden]` of the head if logits are hidden states times these and nothing else, else None.
+
+        That is a linear layer of torch's own without a bias, where nothing that has been hung on it takes part.
+        """
+        head = getattr(self, "_head", None)
+        if type(head) is not torch.nn.Linear or head.bias is not None or "forward" in head.__dict__:
+            return None
+        if head._forward_hooks or head._forward_pre_hooks or type(head.weight) is not torch.nn.Parameter:
+            return None
+        is_plain = head.weight.layout is torch.strided and head.weight.device == self.device
+        return head.weight if is_plain and head.weight.is_contiguous() else None
+
 
 class EncoderDecoderModel(DiffusionModel):
     """DiffusionGemma, as in transformers: two stacks of layers that share their matrices.
@@ -290,6 +303,10 @@ class TimedModel(DiffusionModel):
     def reach(self) -> int | None:
         """BD3-LM's: positions are relative, so that its window of `max_length` moves on over a longer text."""
         return self.max_length if getattr(self.config, "block_size", None) else None
+
+    def linear_head(self) -> None:
+        """None: what `hidden` returns has further columns."""
+        return None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[…, V]` of what `hidden` returned."""
@@ -441,6 +458,9 @@ class LogitsModel(DiffusionModel):
                 )
             named["attention_mask"] = _valid(tokens, window.kv_range)
         return self._outermost(*inputs, **named).logits.to(tokens.device)
+
+    def linear_head(self) -> None:
+        return None
 
     def logits(self, hidden: Tensor) -> Tensor:
         return hidden

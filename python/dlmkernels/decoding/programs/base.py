@@ -21,6 +21,8 @@ from ...models.adapt import DiffusionModel
 from ...window import TokenWindow
 from ..config import DecodingConfig, SpecialTokens
 from ..constrained import Constrained
+from ..ends import ENDS
+from ..hidden_rows import Logits
 from ..outcome import Unfinished, output_of
 from ..output import DecodingOutput
 from ..parameters import with_parameters
@@ -69,9 +71,14 @@ class Program:
         self.constrained = Constrained(
             self.config.constraint, self.rule, self.state, self.start, self.end, self.special.mask
         )  # fmt: skip
+        #: end tokens of each row's own, int64 [S, E], and whether they are read; else all rows have the same
+        self.own_ends = self.state.parameters.get(ENDS)
+        self.reads_own_ends = self.own_ends is not None
         self.unfinished = Unfinished(self.state, self.rule, self.constrained)
         #: after so many forwards what is open stays so; what a constraint has kept open gets forwards of its own
         self.most_forwards = (self.end - self.start) * (2 if self.constrained.may_leave_open else 1)
+        #: told of every insertion and removal where positions came from, int32 `[S, T]`, -1 for new ones
+        self.on_move: Callable[[Tensor], None] | None = None
         #: what the rule keeps from step to step
         self.memory: dict[str, Tensor] = {}
 
@@ -106,7 +113,7 @@ class Program:
         raise NotImplementedError
 
     def decide(
-        self, logits: Tensor, window: TokenWindow, standing: Standing, act: Callable[[Step], Action],
+        self, logits: Logits, window: TokenWindow, standing: Standing, act: Callable[[Step], Action],
         row_map: Tensor | None = None, first_alone: bool = False,
     ) -> tuple[Step, Action]:  # fmt: skip
         """The step that these logits `[R or 2R, V]` make, and what `act` does of it, as far as a constraint accepts it.
@@ -136,10 +143,15 @@ class Program:
         """
         policy = "fill" if fills and self.config.eos_policy != "none" else "none"
         return self.state.write(
-            positions, tokens, commit=chosen, confidence=confidence, step=self.state.step,
+            positions, tokens, self.ends, commit=chosen, confidence=confidence, step=self.state.step,
             mask_token_id=self.special.mask, eos_token_ids=self.special.eos, eos_policy=policy,
             fill_token_id=self.special.pad,
         )  # fmt: skip
+
+    @property
+    def ends(self) -> Tensor | None:
+        """End tokens int64 `[S, E]` of each row's own, None where all have the same."""
+        return self.own_ends if self.reads_own_ends else None
 
     def remember(self, step: Step, taken: Tensor | None = None) -> None:
         """Write down what the rule keeps of the step, in the rows that took part, bool `[S]`; None: in all."""

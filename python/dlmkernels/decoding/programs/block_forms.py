@@ -32,6 +32,8 @@ class Form:
         Where rows enter their blocks by themselves: the phase of those that take part (see `RowForms`).
     rows, width : int, optional
         How many rows take part, and how many columns of the whole canvas are forwarded. None: all.
+    own_ends : bool
+        Whether rows have end tokens of their own.
     """
 
     kind: str
@@ -43,6 +45,7 @@ class Form:
     phase: int = 0
     rows: int | None = None
     width: int | None = None
+    own_ends: bool = False
 
 
 class BlockForms:

@@ -103,7 +103,11 @@ class BlockAfterBlock(Program):
     def form(self, report: tuple[int, ...], behind: int) -> Form | None:
         slots = self._listing.numel()
         form = self.forms.next(report, behind, slots) if self.together else self.row_forms.next(report, behind)
-        if form is None or (self.reads_open and not self.model.self_conditions):
+        if form is None:
+            return None
+        if self.reads_own_ends:
+            form = replace(form, own_ends=True)
+        if self.reads_open and not self.model.self_conditions:
             return form
         return replace(form, head=slots)
 
@@ -176,7 +180,7 @@ class BlockAfterBlock(Program):
         if self.constrained.may_leave_open:
             works = works & ~self.constrained.is_stuck
         if self.fills_at_end:
-            state.fill_after_eos(~works, self.special.eos, self.special.pad)
+            state.fill_after_eos(~works, self.special.eos, self.special.pad, self.ends)
         enters, has_later = plan.enter(works, self.together)
         self._works.copy_(works | enters)
         count = self._list_positions()
@@ -257,7 +261,7 @@ class BlockAfterBlock(Program):
         if self.config.seeded:
             first = torch.where(took_part, self.plan.place.outer, state.tokens.shape[1])
             window = state.window(state.columns(first, 1), 1)
-            logits = self.model.logits(self.forward.last_of_context())
+            logits = self.propose.head(self.forward.last_of_context())
             step = self.propose.step(
                 logits, window, Standing.in_one_block(first, 1, state.step),
                 allowed=self.constrained.allowed(window, logits.shape[1]),
@@ -280,7 +284,7 @@ class BlockAfterBlock(Program):
         window = self._window(form.is_limited, rows)
         pick, row_map = self._compacted(window.used, form.head)
         hidden = self.forward(form.part, window, self.standing, pick, form.pending, form.width, rows)
-        logits = self.model.logits(hidden)
+        logits = self.propose.head(hidden)
         self._row_cost = 0 if logits is hidden else hidden.shape[1] * logits.shape[1]
         step = self.propose.step(
             logits, window, self.standing, row_map, self.memory, constrained.allowed(window, logits.shape[1])
@@ -291,18 +295,20 @@ class BlockAfterBlock(Program):
         self.remember(step, taken)
         self.unfinished.see(step)
         info = state.write(
-            window.positions, _or(action.token, step.token), commit=action.commit, edit=action.edit,
+            window.positions, _or(action.token, step.token), self.ends, commit=action.commit, edit=action.edit,
             remask=action.remask, renoise=action.renoise, confidence=_or(action.confidence, step.confidence),
             **self._how,
         )  # fmt: skip
         if action.insert is not None:
             block_end = (self.standing.block_start + self.standing.block_length).clamp(max=state.tokens.shape[1])
             takes_part = self._works if taken is None else self._works & taken
-            ops.splice_(
+            moved = ops.splice_(
                 state.tokens, torch.where(takes_part, self.standing.block_start, -1), insert=action.insert,
                 remove=action.remove, end=block_end, state=state.state, commit_step=state.commit_step,
                 commit_confidence=state.confidence, fill_token_id=self.special.mask,
             )  # fmt: skip
+            if self.on_move is not None:
+                self.on_move(moved.source)
         if action.embeds is not None and action.embedded is not None:
             self.forward.embed_next(window, action.embeds, action.embedded, taken)
         if self.model.self_conditions:

@@ -84,7 +84,7 @@ class PipelinedProgram(Program):
         hidden = torch.cat((head, hidden), 1)
         window = blocks.window(capacity, works)
         row = window.positions - first[:, None] + (0 if self.forward.shift else 1)
-        logits = self.model.logits(rows_at(hidden, row).flatten(0, 1))
+        logits = self.propose.head(rows_at(hidden, row).flatten(0, 1))
         step, action = self.decide(
             logits, window, self.standing, lambda step: Action(self.pipeline.select_by_block(step, blocks.is_active))
         )

@@ -60,7 +60,7 @@ class ReorderedProgram(Program):
         window = state.window(state.columns(first, width), width)
         picked = rows_at(hidden, window.positions - final[:, None]).flatten(0, 1)
         standing = Standing.in_one_block(first, width, state.step)
-        step, action = self.decide(self.model.logits(picked), window, standing, self.rule.act)
+        step, action = self.decide(self.propose.head(picked), window, standing, self.rule.act)
         assert action.commit is not None
         info = self.commit(window.positions, step.token, action.commit, step.confidence)
         final.copy_(first)

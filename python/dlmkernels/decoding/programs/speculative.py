@@ -50,7 +50,7 @@ class SpeculativeProgram(Program):
         window = TokenWindow(self.last[:, None].clone(), self.state.origin)
         standing = Standing.in_one_block(self.last, 1, self.state.step)
         step, action = self.decide(
-            self.model.logits(hidden[:, -1]), window, standing, lambda step: Action(step.token >= 0)
+            self.propose.head(hidden[:, -1]), window, standing, lambda step: Action(step.token >= 0)
         )  # fmt: skip
         assert action.commit is not None
         info = self.commit(window.positions, step.token, action.commit, step.confidence)
@@ -69,14 +69,14 @@ class SpeculativeProgram(Program):
         tokens[:, 0] = state.tokens.gather(1, last.long()[:, None])[:, 0]
         hidden = self.forward.at(**block, tokens=tokens, context_end=last)
         masks = TokenWindow(window.positions[:, :-1].contiguous(), state.origin)
-        drafts = self.propose(self.model.logits(hidden[:, 1:].flatten(0, 1)), masks).token.view(len(last), -1)
+        drafts = self.propose(self.propose.head(hidden[:, 1:].flatten(0, 1)), masks).token.view(len(last), -1)
         tokens[:, 1:] = torch.where(drafts < 0, mask, drafts)
 
         hidden = self.forward.at(**block, tokens=tokens, causal_block=1)
         # of the same step as the drafts: where something is drawn, from the same noise
         standing = Standing.in_one_block(last + 1, self.grid.length, state.step)
         step, action = self.decide(
-            self.model.logits(hidden.flatten(0, 1)), window, standing, lambda step: Action(verified(step, drafts)),
+            self.propose.head(hidden.flatten(0, 1)), window, standing, lambda step: Action(verified(step, drafts)),
             first_alone=True,
         )  # fmt: skip
         state.step.add_(working)

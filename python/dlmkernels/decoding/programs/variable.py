@@ -31,7 +31,7 @@ class VariableProgram(Program):
         super().__init__(task)
         rule, config, state = self.rule, self.config, self.state
         assert isinstance(rule, VariableLength)
-        _check(config, self.special)
+        _check(config, self.special, self.own_ends)
         self.varying = rule
         self.most = most = config.longest
         # Behind `length` a row is padding; it may not become longer than `limit`. Nothing moves left of `first`.
@@ -90,7 +90,7 @@ class VariableProgram(Program):
 
     def step(self, form: tuple[int, int]) -> Tensor:
         capacity, rows = form
-        state, first, length, rule, special = self.state, self.first, self.length, self.varying, self.special
+        state, first, length, rule = self.state, self.first, self.length, self.varying
         is_open = state.is_open
         working = is_open.any(1)
         used = (self.columns[:rows] < length[:, None]) & working[:, None]
@@ -117,12 +117,24 @@ class VariableProgram(Program):
         self.commit(window.positions, step.token, action.commit, step.confidence)
         place = torch.where(window.used, window.positions - base[:, None], width).long()
         insert, remove = _by_place(action.insert, place, width), _by_place(action.remove, place, width)
-        self.inserted.add_(_splice(state, length, base, special, insert, remove))
+        self._splice(base, insert, remove)
         if action.append is not None:
             append = action.append.masked_fill(~working, 0)[:, None]
-            self.inserted.add_(_splice(state, length, length.clone(), special, append.contiguous(), None))
+            self._splice(length.clone(), append.contiguous(), None)
         still_open = state.is_open.sum(1, dtype=torch.int32)
         return torch.stack((still_open.amax(), (length * (still_open > 0)).amax()))
+
+    def _splice(self, start: Tensor, insert: Tensor, remove: Tensor | None) -> None:
+        """Insert masks before slots of the columns from `start` on, and take others out."""
+        state, special = self.state, self.special
+        moved = ops.splice_(
+            state.tokens, start, insert=insert, remove=remove, length=self.length, state=state.state,
+            commit_step=state.commit_step, commit_confidence=state.confidence, fill_token_id=special.mask,
+            pad_token_id=special.pad,
+        )  # fmt: skip
+        self.inserted.add_(moved.info[:, 0])
+        if self.on_move is not None:
+            self.on_move(moved.source)
 
     def last_column(self) -> int:
         return int(self.length[0])
@@ -130,17 +142,6 @@ class VariableProgram(Program):
     def output(self) -> DecodingOutput:
         end = max(int(self.length.amax()), self.start)
         return output_of(self.state, self.start, end, self.unfinished, self.length)
-
-
-def _splice(
-    canvas: State, length: Tensor, start: Tensor, special: SpecialTokens, insert: Tensor, remove: Tensor | None
-) -> Tensor:
-    """Insert masks before slots of the columns from `start` on, and take others out; how many were inserted `[B]`."""
-    return ops.splice_(
-        canvas.tokens, start, insert=insert, remove=remove, length=length, state=canvas.state,
-        commit_step=canvas.commit_step, commit_confidence=canvas.confidence, fill_token_id=special.mask,
-        pad_token_id=special.pad,
-    ).info[:, 0]  # fmt: skip
 
 
 def _by_place(values: Tensor, place: Tensor, width: int) -> Tensor:
@@ -155,7 +156,7 @@ def _close(canvas: State, length: Tensor, pad: int) -> None:
     canvas.state.masked_fill_(behind, FROZEN)
 
 
-def _check(config: DecodingConfig, special: SpecialTokens) -> None:
+def _check(config: DecodingConfig, special: SpecialTokens, own_ends: Tensor | None) -> None:
     name = type(config.rule).__name__
     if config.attention != "full" or config.cache != "none":
         raise ValueError(
@@ -171,5 +172,8 @@ def _check(config: DecodingConfig, special: SpecialTokens) -> None:
             f"rule {name} needs eos_policy='none', since text may stand behind what is filled in; got "
             f"{config.eos_policy!r}"
         )
-    if config.rule.decodes == "continuations" and not special.eos:
-        raise ValueError(f"eos_token_id is needed by rule {name}: the model's configuration has none")
+    if config.rule.decodes == "continuations":
+        if not special.eos:
+            raise ValueError(f"eos_token_id is needed by rule {name}: the model's configuration has none")
+        if own_ends is not None and bool((own_ends < 0).all(1).any()):
+            raise ValueError(f"eos_token_id must hold at least one token for each request with rule {name}")

@@ -93,6 +93,9 @@ class Rule:
         whether it needs them.
     by_block : bool
         Whether the program that most rules share decodes it, block after block; False: it has a program of its own.
+    reads_logits : bool
+        Whether it reads logits in its steps (`Step.logits`, `Step.again`). A rule that does and does not say so works,
+        and its steps take longer: the head then runs once more for what is read.
     reads_ends : bool
         Whether it asks which tokens are end tokens (`Step.is_end`).
     limits : dict
@@ -108,6 +111,7 @@ class Rule:
     decodes: ClassVar[str] = "anything"
     token_ids: ClassVar[dict[str, bool]] = {}
     by_block: ClassVar[bool] = True
+    reads_logits: ClassVar[bool] = False
     reads_ends: ClassVar[bool] = False
     limits: ClassVar[Mapping[str, Check]] = {}
 

@@ -28,6 +28,7 @@ class StableThreshold(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    reads_logits: ClassVar[bool] = True
     limits: ClassVar[Mapping[str, Check]] = {
         "threshold": PerRequest(number()), "divergence": PerRequest(number(0)), "history": integer(1),
     }  # fmt: skip
@@ -66,6 +67,7 @@ class CreditThreshold(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    reads_logits: ClassVar[bool] = True
     limits: ClassVar[Mapping[str, Check]] = {
         "threshold": PerRequest(number()), "weight": amount, "exponent": amount, "decay": amount,
     }  # fmt: skip
@@ -98,6 +100,7 @@ class SmoothedThreshold(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    reads_logits: ClassVar[bool] = True
     limits: ClassVar[Mapping[str, Check]] = {
         name: amount for name in ("threshold", "fall", "first_weight", "growth", "most_weight")
     }  # fmt: skip
@@ -146,6 +149,7 @@ class EarlyAnswer(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    reads_logits: ClassVar[bool] = True
     slots: ClassVar[str] = "canvas"
     limits: ClassVar[Mapping[str, Check]] = {"gaps": several(number(), 3), "answer": _span}
 

@@ -44,6 +44,7 @@ class SplitEditing(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    reads_logits: ClassVar[bool] = True
     slots: ClassVar[str] = "block"
     decodes: ClassVar[str] = "continuations"
     token_ids: ClassVar[dict[str, bool]] = {"delete_token_id": True, "split_token_id": True}
