@@ -37,6 +37,7 @@ KINDS = {
 }  # fmt: skip
 ROWS = 18  # boards in a batch
 TASK = TASKS["sudoku"]
+NEVER = -1e4  # logit of what is never said
 LENGTH = TASK.length
 
 
@@ -46,7 +47,10 @@ def build(kind: str) -> DiTForDiffusionLM:
         attn_implementation="eager",
     )  # fmt: skip
     config.dlm_family = kind
-    return DiTForDiffusionLM(config)
+    model = DiTForDiffusionLM(config)
+    with torch.no_grad():  # tokens that are no answer, and have no gradient from here on
+        model.backbone.output_layer.linear.bias[[MASK_ID, PAD_ID]] = NEVER
+    return model
 
 
 def make_batch(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,8 +77,6 @@ class Objective(nn.Module):
     def forward(self, x: Tensor, tokens: Tensor, level: Tensor, opinion: Tensor | None) -> tuple[Tensor, Tensor]:
         """Cross-entropies `[B, T]` and logits `[B, T, V]` of input embeddings `[B, T, hidden]` at levels `[B]`."""
         logits = self.model(inputs_embeds=x, timesteps=level, self_condition=opinion).logits.float()
-        ban = torch.zeros(logits.shape[-1]).index_fill(0, torch.tensor([MASK_ID, PAD_ID]), -1e4)
-        logits = logits + ban
         losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
         return losses.view_as(tokens), logits
 

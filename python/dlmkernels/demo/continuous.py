@@ -15,7 +15,7 @@ import torch
 import dlmkernels as dk
 
 from . import LANGFLOW_DIR
-from .tasks import MASK_ID, TASKS, Problem, decode
+from .tasks import MASK, MASK_ID, TASKS, Problem, decode
 
 SUDOKU = TASKS["sudoku"]
 #: Forwards of the decoding that is shown, and how many cells are given.
@@ -93,8 +93,9 @@ def play(film: Film, out: TextIO, frames_per_second: float = 6.0, colour: bool =
 def _lines(film: Film, number: int, colour: bool = False) -> list[str]:
     """A caption and the board after a forward, in lines; in colour given digits are bold."""
     board, before = film.boards[number], film.boards[max(number - 1, 0)]
-    still = sum(a == b for a, b in zip(board, film.boards[-1])) - sum(c != "_" for c in film.problem.canvas)
-    caption = f"forward {number + 1}: {still} of {film.problem.canvas.count('_')} final"
+    open_cells = [i for i, c in enumerate(film.problem.canvas) if c == MASK]
+    final = sum(board[i] == film.boards[-1][i] for i in open_cells)
+    caption = f"forward {number + 1}: {final} of {len(open_cells)} final"
     lines = SUDOKU.render(board).splitlines()
     if not colour:
         return [caption, *lines]
@@ -105,7 +106,7 @@ def _lines(film: Film, number: int, colour: bool = False) -> list[str]:
         for c in line:
             if c.isdigit():
                 cell = next(cells)
-                code = "1" if film.problem.canvas[cell] != "_" else "7" if board[cell] != before[cell] else "32"
+                code = "1" if film.problem.canvas[cell] != MASK else "7" if board[cell] != before[cell] else "32"
                 c = f"\033[{code}m{c}\033[0m"
             text += c
         painted.append(text)
