@@ -26,7 +26,7 @@ def resolve(name: str) -> list[str]:
     out: list[str] = []
     for item in entry(name):
         own = re.fullmatch(r"dlmkernels\[(.+)\]", item)
-        out += resolve(own.group(1)) if own else [item]
+        out += [x for name in own.group(1).split(",") for x in resolve(name)] if own else [item]
     return out
 
 

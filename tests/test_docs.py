@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The code that README and docs show must run as it stands."""
 
+import ast
+import inspect
+import os
 import re
 import subprocess
 import sys
@@ -176,3 +179,79 @@ def test_the_pictures_example_runs(tmp_path):
     run = [sys.executable, ROOT / "examples" / "watch.py", tmp_path / "watch.html"]
     assert "in a browser" in subprocess.run(run, check=True, capture_output=True, text=True).stdout
     assert "One Sudoku" in (tmp_path / "watch.html").read_text("utf-8")
+
+
+def test_quick_start(tmp_path, monkeypatch, capsys):
+    """Every block as it stands, one after another, with the results that its comments promise."""
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for code in blocks("docs/quickstart.md"):
+        exec(compile(code, "docs/quickstart.md", "exec"), names)
+    printed = capsys.readouterr().out.splitlines()
+    promised = re.findall(r"^print\(.*?\)  +# (.*)$", (ROOT / "docs/quickstart.md").read_text(), re.M)
+    assert printed[:2] == promised and promised[0] == "['10000000000000000']"
+    assert printed[2] == "['A1234567890123456+8765432109876544=10000000000000000']"
+    solved = [line.rsplit(" ", 1)[1] for line in printed[3:6]]
+    assert solved == ["True", "False", "True"] and printed[6] == promised[0] and (tmp_path / "watch.html").is_file()
+
+
+def test_ops_in_another_framework(capsys):
+    names = {}
+    for code in blocks("docs/ops.md"):
+        exec(compile(code, "docs/ops.md", "exec"), names)
+    assert names["out"].shape == (2, 8, 4, 16) and names["info"].shape[0] == 2
+    assert torch.equal((names["tokens"] != names["mask"]).sum(1), names["commit"].sum(1))
+
+
+def test_values_for_each_request():
+    model = build()
+    model.config.max_position_embeddings = 512
+    code = block_text("docs/decoding.md", "max_new_tokens=[64, 256]").replace("rule=", "eos_policy='none', rule=")
+    names = {"dk": dk, "model": model, "ids": prompts(2, 5)}
+    exec(compile(code, "docs/decoding.md", "exec"), names)
+    assert names["out"].length.tolist() == [69, 261]
+
+
+@pytest.mark.parametrize("code", blocks("docs/families.md"), ids=lambda code: code.splitlines()[0][:40])
+def test_examples_of_large_models(code):
+    """They need weights that are not here: what they call exists, and takes the options they give it."""
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    assert calls
+    for call in calls:
+        name = ast.unparse(call.func).removesuffix(".total")
+        if not name.startswith("dk."):
+            continue
+        parameters = inspect.signature(getattr(dk, name.removeprefix("dk."))).parameters
+        given = {keyword.arg: keyword.value for keyword in call.keywords}
+        if name in ("dk.generate", "dk.infill"):
+            assert given.keys() <= parameters.keys() | dk.DecodingConfig.__dataclass_fields__.keys()
+            if isinstance(config := given.get("config"), ast.Constant):
+                assert config.value in dk.PRESETS
+        elif not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            inspect.signature(getattr(dk, name.removeprefix("dk."))).bind(*call.args, **given)
+            if name != "dk.log_likelihood":
+                names = {"dk": dk, "model_loaded_by_its_own_code": build()}
+                eval(compile(ast.Expression(call), "docs/families.md", "eval"), names)
+
+
+def test_every_block_of_the_docs_is_run_by_a_test():
+    """A block that no test names would go stale."""
+    tested = Path(__file__).read_text("utf-8")
+    whole = ("docs/quickstart.md", "docs/ops.md", "docs/families.md")
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        name = path.relative_to(ROOT).as_posix()
+        marks = re.findall(rf'block_(?:with|text)\("{name}", "(.*?)"\)', tested)
+        untested = [code for code in blocks(name) if not any(mark in code for mark in marks)]
+        assert name in whole or not untested, f"{name}: no test runs\n" + "\n".join(untested)
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("material", reason="needs the extra 'docs'")
+    run = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    pages = {path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("index.html")}
+    assert {"quickstart", "troubleshooting", "api/ops", "decoding"} <= pages
+    text = (tmp_path / "api/ops/index.html").read_text("utf-8")
+    ops = re.findall(r"`(\w+)`\]\(api/ops.md\)", (ROOT / "docs/ops.md").read_text())
+    assert len(ops) >= 9 and all(f"ops.{name.rstrip('_')}.{name}" in text for name in ops)

@@ -102,6 +102,11 @@ struct TokenConfidenceParams {
       *p_given;    // [N]; margin, entropy: null when not wanted
   int32_t* flags;  // [N]
   float* floor;    // [N], the lowest logit that the filters keep, -inf: all; null: not wanted
+  // A shard of a vocabulary (common/shard.h): tokens [first, V) of it. Pointers to what has a
+  // column, a bit or a row for each token are those of token 0, which is not there.
+  int64_t first;
+  int64_t* partial;  // [N,kShardWords], in place of all other results; null: the whole vocabulary
+  DLM_HD int64_t columns() const { return V - first; }
 };
 // Bits of TokenConfidenceParams::flags.
 constexpr int32_t kFlagNaN = 1, kFlagPosInf = 2, kFlagNothingAllowed = 4;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What a shard of the vocabulary says of a row, for results that are the same bits however the
 // vocabulary is cut. A shard holds tokens [first, first + V) of it; first is a multiple of
-// kRaceChunk, and so is V, but of the last shard. So every chunk of the race (common/race.h) lies in
-// one shard, and what is known of a chunk (its largest logit, the float sums of its weights) is
+// kRaceChunk, and so is V, but of the last shard. So every chunk of the race (common/race.h) lies
+// in one shard, and what is known of a chunk (its largest logit, the float sums of its weights) is
 // the same in any cut. Only the sums over chunks would depend on the order in which they are added:
 // they are kept as whole numbers.
 //
@@ -24,15 +24,15 @@ constexpr int64_t kWeightDigits = 7, kExponentDigits = 8;
 
 // The 64-bit words of a row's partial result. Two floats in a word: the first in the low bits.
 enum ShardWord : int64_t {
-  kShardArgmax,            // id in the whole vocabulary; -1: no token is allowed
-  kShardToken,             // id of what is drawn; -1: nothing
-  kShardFlags,             // kFlagNaN, kFlagPosInf, kFlagUnused
-  kShardLargest,           // the largest and the second largest logit
-  kShardWeight,            // sums of weights of the argmax's chunk: all of it, without the argmax
-  kShardExponent,          // likewise sum of x e^x, x = (z - largest) / T (entropy)
-  kShardDrawn,             // key of the drawn token's chunk, and the token's logit
-  kShardGiven,             // logit of the given token, and 1 (a whole number) if it is in the shard
-  kShardWeights,           // digits, highest first, of the sum of w e^t over the other chunks
+  kShardArgmax,    // id in the whole vocabulary; -1: no token is allowed
+  kShardToken,     // id of what is drawn; -1: nothing
+  kShardFlags,     // kFlagNaN, kFlagPosInf, kFlagUnused
+  kShardLargest,   // the largest and the second largest logit
+  kShardWeight,    // sums of weights of the argmax's chunk: all of it, without the argmax
+  kShardExponent,  // likewise sum of x e^x, x = (z - largest) / T (entropy)
+  kShardDrawn,     // key of the drawn token's chunk, and the token's logit
+  kShardGiven,     // logit of the given token, and 1 (a whole number) if it is in the shard
+  kShardWeights,   // digits, highest first, of the sum of w e^t over the other chunks
   kShardExponents = kShardWeights + kWeightDigits,  // of the sum of (t w + e) e^t, e: as above
   kShardWords = kShardExponents + kExponentDigits
 };
@@ -44,8 +44,8 @@ DLM_HD int64_t two_floats(float low, float high) {
 DLM_HD float low_float(int64_t word) { return bits_to_float(uint32_t(word)); }
 DLM_HD float high_float(int64_t word) { return bits_to_float(uint32_t(uint64_t(word) >> 32)); }
 
-// e^t for |t| < kFarExponent, as factor * 2^power with a factor of [0.7, 1.5): within 2^-52 and what
-// t log2(e) loses as a double. Single operations: the same bits everywhere.
+// e^t for |t| < kFarExponent, as factor * 2^power with a factor of [0.7, 1.5): within 2^-52 and
+// what t log2(e) loses as a double. Single operations: the same bits everywhere.
 struct Power {
   double factor;
   int64_t power;
@@ -59,7 +59,8 @@ DLM_HD Power exact_exp(double t) {
   return {p, n};
 }
 
-// Beyond it, floats over the temperature lie so far apart that only those equal to the largest count.
+// Beyond it, floats over the temperature lie so far apart that only those equal to the largest
+// count.
 constexpr double kFarExponent = 4294967296.0;
 
 // Digits of a sum: at[i] counts 2^(32 (top - i)).

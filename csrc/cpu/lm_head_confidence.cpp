@@ -34,6 +34,8 @@ LmHeadKernels kernels_of(DType dtype) { return best_for(isa(), kTable).kernels(d
 
 int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 int64_t tiles_of(int64_t V) { return (V + kTokens - 1) / kTokens; }
+// A shard of the vocabulary may begin within a tile.
+int64_t first_tile_of(const LmHeadConfidenceParams& p) { return p.rows.first / kTokens; }
 bool filters(const TokenConfidenceParams& p) { return p.top_k || p.top_p; }
 bool is_guided(const LmHeadConfidenceParams& p) { return p.uncond_hidden != nullptr; }
 
@@ -165,7 +167,9 @@ class TileScan {
   void run(int64_t tile) {
     const int64_t chunks = chunks_of(p_.rows.V), first = tile * kTileChunks;
     for (int64_t r = 0; r < rows_; ++r) memory_.flags[r * tiles_of(p_.rows.V) + tile] = 0;
-    for (int64_t c = first; c < std::min(first + kTileChunks, chunks); ++c) describe(tile, c);
+    for (int64_t c = std::max(first, first_chunk(p_.rows));
+         c < std::min(first + kTileChunks, chunks); ++c)
+      describe(tile, c);
   }
 
  private:
@@ -216,7 +220,9 @@ int64_t bytes_of(const LmHeadConfidenceParams& p, const LmHeadPlan& plan) {
 
 Isa lm_head_confidence_isa(Isa isa) { return best_for(isa, kTable).isa; }
 
-int64_t lm_head_tiles(const LmHeadConfidenceParams& p) { return tiles_of(p.rows.V); }
+int64_t lm_head_tiles(const LmHeadConfidenceParams& p) {
+  return tiles_of(p.rows.V) - first_tile_of(p);
+}
 
 LmHeadPlan plan_lm_head_confidence(const LmHeadConfidenceParams& p, int64_t threads) {
   LmHeadPlan plan{};
@@ -260,7 +266,7 @@ void multiply_lm_head(const LmHeadConfidenceParams& p, const LmHeadPlan& plan, v
     return;
   }
   TileScan scan(p, memory, begin, end);
-  for (int64_t tile = first_tile; tile < last_tile; ++tile) scan.run(tile);
+  for (int64_t tile = first_tile; tile < last_tile; ++tile) scan.run(first_tile_of(p) + tile);
 }
 
 void finish_lm_head(const LmHeadConfidenceParams& p, const LmHeadPlan& plan, void* workspace,
@@ -280,7 +286,8 @@ void finish_lm_head(const LmHeadConfidenceParams& p, const LmHeadPlan& plan, voi
     Task task(p.rows, n);
     const int32_t* of_tiles = memory.flags + (n - begin) * tiles;
     int32_t flags = 0;
-    for (int64_t tile = 0; task.source >= 0 && tile < tiles; ++tile) flags |= of_tiles[tile];
+    for (int64_t tile = first_tile_of(p); task.source >= 0 && tile < tiles; ++tile)
+      flags |= of_tiles[tile];
     Multiplied maker(p, task.row, n, scratch);
     Row(kernels, p.rows, n, task, RowSums(memory.sums, n - begin, V, task), nullptr, &maker)
         .finish(flags);

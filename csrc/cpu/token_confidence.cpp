@@ -53,8 +53,10 @@ struct Rows {
   void measure(int64_t n, Task& task) const {
     int32_t flags = 0;
     const RowSums own(sums, n, p.V, task);
-    if (task.source >= 0)
-      flags = kernels.sum_chunks(task.row, 0, chunks_of(p.V), task.wanted(), own.of_chunk);
+    if (task.source >= 0) {
+      flags =
+          kernels.sum_chunks(task.row, first_chunk(p), chunks_of(p.V), task.wanted(), own.of_chunk);
+    }
     Row(kernels, p, n, task, own, scratch).finish(flags);
   }
 };
@@ -123,7 +125,7 @@ LogitsRow logits_row(const TokenConfidenceParams& p, int64_t n, int64_t source) 
           row_of(p.logits, source, p.logits_stride, p.dtype),
           row_of(p.uncond_logits, source, p.uncond_stride, p.dtype),
           p.cfg_scale.at(n, 0.0f) + 1.0f,
-          shared(p.bias, n, p.bias_rows_per_value, p.V),
+          shared(p.bias, n, p.bias_rows_per_value, p.columns()),
           shared(p.banned, n, p.banned_rows_per_value, p.banned_count),
           p.banned_count,
           shared(p.bitmask, n, p.bitmask_rows_per_value, p.bitmask_words),
@@ -146,7 +148,7 @@ void token_confidence(const TokenConfidenceParams& p, float* sums, void* scratch
                       int64_t end) {
   const TokenConfidenceKernels kernels = token_confidence_kernels();
   const Rows rows{kernels, p, sums, scratch};
-  if (kernels.measure_rows && p.V <= kFewLogits) {
+  if (kernels.measure_rows && p.V <= kFewLogits && !p.partial) {
     Few few(rows);
     for (int64_t n = begin; n < end; ++n) few.add(n);
     few.finish();
@@ -161,16 +163,16 @@ void token_confidence(const TokenConfidenceParams& p, float* sums, void* scratch
 void token_confidence_scan(const TokenConfidenceParams& p, float* sums, int64_t begin,
                            int64_t end) {
   const TokenConfidenceKernels kernels = token_confidence_kernels();
-  const int64_t parts = token_confidence_parts(p.V), chunks = chunks_of(p.V);
+  const int64_t parts = token_confidence_parts(p), chunks = chunks_of(p.V);
   constexpr int64_t kChunks = kPart / kRaceChunk;
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t n = i / parts, part = i % parts;
+    const int64_t n = i / parts, part = i % parts + p.first / kPart;
     const Task task(p, n);
     if (task.source < 0) continue;
     const RowSums own(sums, n, p.V, task);
-    own.flags[part] =
-        float(kernels.sum_chunks(task.row, part * kChunks, std::min((part + 1) * kChunks, chunks),
-                                 task.wanted(), own.of_chunk));
+    own.flags[part] = float(kernels.sum_chunks(task.row, std::max(part * kChunks, first_chunk(p)),
+                                               std::min((part + 1) * kChunks, chunks),
+                                               task.wanted(), own.of_chunk));
   }
 }
 
@@ -181,7 +183,7 @@ void token_confidence_finish(const TokenConfidenceParams& p, float* sums, void* 
     Task task(p, n);
     const RowSums own(sums, n, p.V, task);
     int32_t flags = 0;
-    for (int64_t i = 0; i < token_confidence_parts(p.V) && task.source >= 0; ++i)
+    for (int64_t i = p.first / kPart; i < token_confidence_parts(p.V) && task.source >= 0; ++i)
       flags |= int32_t(own.flags[i]);
     Row(kernels, p, n, task, own, scratch).finish(flags);
   }

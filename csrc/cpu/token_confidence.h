@@ -28,9 +28,13 @@ void token_confidence(const TokenConfidenceParams& p, float* sums, void* scratch
                       int64_t end);
 
 // The same in two steps, for rows that are fewer than threads: the parts [begin, end) of all rows
-// (part i is of row i / token_confidence_parts(V)), then the rows.
+// (part i is of row i / token_confidence_parts(p)), then the rows.
 constexpr int64_t kPart = 16384;  // logits
 inline int64_t token_confidence_parts(int64_t V) { return (V + kPart - 1) / kPart; }
+// Of a shard of a vocabulary those parts that it has a share of.
+inline int64_t token_confidence_parts(const TokenConfidenceParams& p) {
+  return token_confidence_parts(p.V) - p.first / kPart;
+}
 void token_confidence_scan(const TokenConfidenceParams& p, float* sums, int64_t begin, int64_t end);
 void token_confidence_finish(const TokenConfidenceParams& p, float* sums, void* scratch,
                              int64_t begin, int64_t end);

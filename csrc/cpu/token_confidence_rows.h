@@ -7,6 +7,8 @@
 #include <limits>
 
 #include "common/math.h"
+#include "common/shard.h"
+#include "cpu/shard_confidence.h"
 #include "cpu/token_confidence.h"
 #include "cpu/token_confidence_filter.h"
 
@@ -19,6 +21,7 @@ constexpr float kLargest = std::numeric_limits<float>::max();
 int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 int64_t chunks_of(int64_t V) { return (V + kRaceChunk - 1) / kRaceChunk; }
+int64_t first_chunk(const TokenConfidenceParams& p) { return p.first / kRaceChunk; }
 
 // What output row n reads and asks for.
 struct Task {
@@ -136,6 +139,7 @@ class Row {
         maker_(maker) {}
 
   void finish(int32_t flags) {
+    if (p_.partial) return finish_shard(flags);
     Summary found = summarize();
     Drawn drawn{-1, -kInfinity};
     if (found.argmax >= 0) {
@@ -176,6 +180,59 @@ class Row {
         by_mass = std::min(ordered_value(ordered_bits(by_mass) + 1), max);
     }
     return std::max(by_count, by_mass);
+  }
+
+  // What a shard says of the row. Chunks before it weigh nothing in the race.
+  void finish_shard(int32_t flags) {
+    const int64_t chunks = chunks_of(row_.V), first = first_chunk(p_);
+    int64_t* const words = p_.partial + n_ * kShardWords;
+    std::fill(words, words + kShardWords, 0);
+    words[kShardArgmax] = words[kShardToken] = -1;
+    words[kShardFlags] = task_.source < 0 ? kFlagUnused : flags;
+    words[kShardLargest] = two_floats(-kInfinity, -kInfinity);
+    words[kShardDrawn] = two_floats(-kInfinity, -kInfinity);
+    if (task_.source < 0) return;
+    std::fill(sums_.largest, sums_.largest + first, -kInfinity);
+    std::fill(sums_.weight, sums_.weight + first, 0.0f);
+    const int64_t own = std::max_element(sums_.largest, sums_.largest + chunks) - sums_.largest;
+    const float max = sums_.largest[own];
+    if (!(max > -kInfinity)) return;
+
+    alignas(64) float z[kRaceChunk];
+    if (maker_) maker_->make(own);
+    kernels_.load_chunk(row_, own, z);
+    float* const at = std::find(z, z + kRaceChunk, max);
+    *at = -kInfinity;
+    float second = *std::max_element(z, z + kRaceChunk);
+    for (int64_t c = first; c < chunks; ++c)
+      second = c == own ? second : std::max(second, sums_.largest[c]);
+    const Sums rest = kernels_.sum_chunk(z, max, task_.scale);
+    const float exponent = task_.entropy ? sums_.exponent[own] : 0.0f;
+    words[kShardArgmax] = own * kRaceChunk + (at - z);
+    words[kShardLargest] = two_floats(max, second);
+    words[kShardWeight] = two_floats(sums_.weight[own], rest.weight);
+    words[kShardExponent] = two_floats(exponent, task_.entropy ? rest.exponent : 0.0f);
+    const ChunkSums others{sums_.largest, sums_.weight, task_.entropy ? sums_.exponent : nullptr,
+                           nullptr};
+    add_shard_chunks(others, first, own, exact_scale(), max, words);
+    add_shard_chunks(others, own + 1, chunks, exact_scale(), max, words);
+
+    if (task_.samples) {
+      const Drawn drawn = race();
+      words[kShardToken] = drawn.token;
+      if (drawn.token >= 0)
+        words[kShardDrawn] = two_floats(key_of(drawn.token / kRaceChunk), drawn.logit);
+    }
+    const int64_t given = p_.given ? p_.given[n_] : -1;
+    if (given >= p_.first && given < p_.V) {
+      if (maker_) maker_->make(given / kRaceChunk);
+      words[kShardGiven] = two_floats(logit_at(row_, given), bits_to_float(1));
+    }
+  }
+
+  // Of what the statistics are about, 1 / T.
+  double exact_scale() const {
+    return p_.distribution == Distribution::kRaw ? 1.0 : 1.0 / double(task_.temperature);
   }
 
   // The sums become those of what the filters keep.
@@ -239,8 +296,7 @@ class Row {
     if (found.argmax >= 0) {
       const bool sampled = drawn.token >= 0;
       token = sampled ? drawn.token : found.argmax;
-      const double scale =
-          p_.distribution == Distribution::kRaw ? 1.0 : 1.0 / double(task_.temperature);
+      const double scale = exact_scale();
       const double total = 1.0 + found.weight, log_total = std::log1p(found.weight);
       const auto exponent = [&](float logit) { return (double(logit) - found.max) * scale; };
       confidence = sampled ? std::exp(exponent(drawn.logit)) / total : 1.0 / total;

@@ -8,10 +8,9 @@
 #include "torch/token_confidence.h"
 
 namespace dlm {
-namespace {
 
 // Slices of rows, one after the other.
-void run_on_cpu(const Check& check, const LmHeadConfidenceParams& p) {
+void lm_head_confidence_on_cpu(const Check& check, const LmHeadConfidenceParams& p) {
   const cpu::LmHeadPlan plan = cpu::plan_lm_head_confidence(p, torch::stable::get_num_threads());
   Tensor workspace = check.empty("workspace", {plan.workspace / 8 + 8}, ScalarType::Long);
   const uintptr_t memory = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
@@ -31,8 +30,6 @@ void run_on_cpu(const Check& check, const LmHeadConfidenceParams& p) {
     });
   }
 }
-
-}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lm_head_confidence(
     const Tensor& hidden, const Tensor& weight, const MaybeTensor& row_map,
@@ -84,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lm_he
                             {"top_p", top_p}});
 
   const ConfidenceResults results(check, with_margin, with_entropy, p.rows);
-  if (p.rows.N > 0) run_on_cpu(check, p);
+  if (p.rows.N > 0) lm_head_confidence_on_cpu(check, p);
   return results.all();
 }
 

@@ -84,6 +84,14 @@ STABLE_TORCH_LIBRARY(dlmkernels, m) {
       "Tensor confidence, Tensor margin, Tensor entropy, Tensor logsumexp, Tensor p_given, Tensor "
       "flags)",
       dlm::lm_head_confidence);
+  DLM_DEF(
+      m,
+      "shard_confidence(Tensor logits, int first, *, Tensor? weight=None, Tensor? row_map=None, "
+      "Tensor? given=None, Tensor? uncond=None, Tensor? cfg_scale=None, Tensor? bias=None, "
+      "Tensor? banned=None, Tensor? bitmask=None, Tensor? temperature=None, str "
+      "distribution=\"raw\", Tensor? seed=None, Tensor? step=None, Tensor? position=None, "
+      "Tensor? redraw=None, bool with_entropy=True) -> Tensor",
+      dlm::shard_confidence);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CPU, m) {
@@ -96,6 +104,7 @@ STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CPU, m) {
   m.impl("soft_embedding", TORCH_BOX(&dlm::soft_embedding));
   m.impl("top_candidates", TORCH_BOX(&dlm::top_candidates));
   m.impl("lm_head_confidence", TORCH_BOX(&dlm::lm_head_confidence));
+  m.impl("shard_confidence", TORCH_BOX(&dlm::shard_confidence));
 }
 
 #ifdef DLM_WITH_CUDA
@@ -109,5 +118,6 @@ STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CUDA, m) {
   m.impl("soft_embedding", TORCH_BOX(&dlm::soft_embedding));
   m.impl("top_candidates", TORCH_BOX(&dlm::top_candidates));
   m.impl("lm_head_confidence", TORCH_BOX(&dlm::lm_head_confidence));
+  m.impl("shard_confidence", TORCH_BOX(&dlm::shard_confidence));
 }
 #endif

@@ -81,4 +81,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lm_he
     const MaybeTensor& step, const MaybeTensor& position, const MaybeTensor& redraw,
     bool with_margin, bool with_entropy);
 
+Tensor shard_confidence(const Tensor& logits, int64_t first, const MaybeTensor& weight,
+                        const MaybeTensor& row_map, const MaybeTensor& given,
+                        const MaybeTensor& uncond, const MaybeTensor& cfg_scale,
+                        const MaybeTensor& bias, const MaybeTensor& banned,
+                        const MaybeTensor& bitmask, const MaybeTensor& temperature,
+                        const std::string& distribution, const MaybeTensor& seed,
+                        const MaybeTensor& step, const MaybeTensor& position,
+                        const MaybeTensor& redraw, bool with_entropy);
+
 }  // namespace dlm

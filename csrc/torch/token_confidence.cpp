@@ -40,7 +40,7 @@ Distribution distribution_named(const Check& check, const std::string& name) {
 void token_confidence_on_cpu(const Check& check, const TokenConfidenceParams& p) {
   const bool filters = p.top_k || p.top_p;
   if (p.N == 0) return;
-  const int64_t parts = cpu::token_confidence_parts(p.V), grain = cpu::token_confidence_grain();
+  const int64_t parts = cpu::token_confidence_parts(p), grain = cpu::token_confidence_grain();
   const int64_t most = torch::stable::get_num_threads();
   const auto threads = [&](int64_t items, int64_t logits_an_item) {
     return std::clamp<int64_t>(items * logits_an_item / grain, 1, std::min(most, items));
@@ -55,7 +55,7 @@ void token_confidence_on_cpu(const Check& check, const TokenConfidenceParams& p)
         [&](int64_t begin, int64_t end) { cpu::token_confidence_scan(p, workspace, begin, end); });
   }
   // Each share of the rows has scratch memory of its own.
-  const int64_t shares = threads(p.N, whole || filters ? p.V : 1);
+  const int64_t shares = threads(p.N, whole || filters ? p.columns() : 1);
   const int64_t bytes = filters ? cpu::token_confidence_scratch(p.V) : 0;
   Tensor scratch = check.empty("workspace", {shares * bytes / 8}, ScalarType::Long);
   char* memory = static_cast<char*>(scratch.mutable_data_ptr());
@@ -68,7 +68,7 @@ void token_confidence_on_cpu(const Check& check, const TokenConfidenceParams& p)
 
 void check_confidence_arguments(const Check& check, const ConfidenceArguments& a, bool on_cpu,
                                 const MaybeTensor& uncond, const char* uncond_name,
-                                TokenConfidenceParams& p) {
+                                TokenConfidenceParams& p, int64_t ids) {
   p.row_map = check.dense<int32_t>("row_map", a.row_map, {-1});
   const int64_t N = p.N = a.row_map ? a.row_map->numel() : p.R;
   p.given = check.dense<int64_t>("given", a.given, {N});
@@ -93,10 +93,11 @@ void check_confidence_arguments(const Check& check, const ConfidenceArguments& a
   check.that(a.position || !a.seed, "position is required by seed; got None");
   check.that(a.seed || !a.redraw, "seed is required by redraw; got None");
 
+  if (ids < 0) ids = p.V;
   if (on_cpu) {  // there, a look at the values would have the host wait for them
     check.indices("row_map", p.row_map, N, p.R);
-    check.indices("given", p.given, N, p.V);
-    check.indices("banned", p.banned, a.banned ? a.banned->numel() : 0, p.V);
+    check.indices("given", p.given, N, ids);
+    check.indices("banned", p.banned, a.banned ? a.banned->numel() : 0, ids);
     check.temperatures("temperature", a.temperature);
     check_values<int32_t>(check, "top_k", a.top_k, "0 (off) or positive",
                           [](int32_t k) { return k >= 0; });

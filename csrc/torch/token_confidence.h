@@ -45,10 +45,10 @@ struct ConfidenceArguments {
 };
 // Fills in `p`, whose R and V are known. `uncond`: the argument that guidance needs, whose name is
 // given.
-// `on_cpu`: values are looked at.
+// `on_cpu`: values are looked at. `ids`: how many there are of them, -1: V.
 void check_confidence_arguments(const Check& check, const ConfidenceArguments& a, bool on_cpu,
                                 const MaybeTensor& uncond, const char* uncond_name,
-                                TokenConfidenceParams& p);
+                                TokenConfidenceParams& p, int64_t ids = -1);
 
 struct ConfidenceResults {
   Tensor token, argmax, confidence, margin, entropy, logsumexp, p_given, flags;
@@ -63,5 +63,6 @@ struct ConfidenceResults {
 
 // The rows of checked parameters, in torch's threads and memory.
 void token_confidence_on_cpu(const Check& check, const TokenConfidenceParams& p);
+void lm_head_confidence_on_cpu(const Check& check, const LmHeadConfidenceParams& p);
 
 }  // namespace dlm

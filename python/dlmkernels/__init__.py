@@ -46,6 +46,7 @@ _LAZY = {
     "BackboneInput": ".models.backbone",
     "load": ".models.load",
     "Engine": ".engine.engine",
+    "EngineMemory": ".engine.memory",
     "EngineMetrics": ".engine.metrics",
     "RequestOutput": ".engine.request",
     "RequestStatus": ".engine.request",

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/isa.cpp"
+#include "cpu/shard_confidence.cpp"
+#include "cpu/shard_confidence_generic.cpp"
 #include "cpu/token_confidence.cpp"
 #include "cpu/token_confidence_generic.cpp"
 #include "kernels/confidence_case.h"

@@ -31,18 +31,20 @@ class Stream:
 
 
 class Event:
-    def record(self, stream):
-        self.stream, self.done = stream, False
-        stream.put(self.mark)
+    """Of several records the last one counts."""
 
-    def mark(self):
-        self.done = True
+    records = done = 0
+
+    def record(self, stream):
+        self.records += 1
+        self.stream, number = stream, self.records
+        stream.put(lambda: setattr(self, "done", number))
 
     def query(self):
-        return self.done
+        return self.done == self.records
 
     def synchronize(self):
-        while not self.done:
+        while not self.query():
             self.stream.finish(1)
 
 
@@ -72,7 +74,7 @@ class Gpus:
     """As much of `torch` as a count's way to the host needs, for two devices of which the first is current."""
 
     def __init__(self, is_fast):
-        self.streams = [Stream(is_fast), Stream(is_fast)]
+        self.streams, self.buffers = [Stream(is_fast), Stream(is_fast)], []
         self.cuda = types.SimpleNamespace(Event=Event, current_stream=self.current_stream)
 
     def current_stream(self, device):
@@ -80,7 +82,8 @@ class Gpus:
 
     def empty(self, shape, *, dtype, device, pin_memory):
         assert device == "cpu" and pin_memory and tuple(shape) == Counts.shape
-        return Pinned()
+        self.buffers.append(Pinned())
+        return self.buffers[-1]
 
 
 def widths(monkeypatch, is_fast, index=1, steps=6):
@@ -129,6 +132,38 @@ def test_an_event_on_another_stream_is_noticed(monkeypatch):
     """The model tells a count that was waited for from one that was not."""
     gpu = Gpus(is_fast=False)
     monkeypatch.setattr(poll, "torch", gpu)
-    landing = poll.Landing(Counts(gpu, 1, (4, 4)))
-    landing._event.record(gpu.streams[0])
-    assert landing.read() == (-1, -1)
+    counts = Counts(gpu, 1, (4, 4))
+    ring = poll.Ring(counts, 2)
+    ring.put(1, counts)
+    ring._events[1].record(gpu.streams[0])
+    assert ring.read(1) == (-1, -1)
+
+
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_any_number_of_steps_between_two_looks(is_fast, monkeypatch):
+    """What is read is always the report before the newest, through the same two buffers."""
+    gpu = Gpus(is_fast)
+    monkeypatch.setattr(poll, "torch", gpu)
+    counts, step = OpenCount(99, 99), 0
+    for made in (1, 3, 1, 7, 2, 2):
+        before = (counts.known, counts.behind)
+        for k in range(made):
+            step += 1
+            counts.submit(Counts(gpu, 0, (step, -step)))
+            assert (counts.known, counts.behind) == (before[0], before[1] + k + 1)
+        expected = (step - 1, 1 - step) if step > 1 else (99, 99)
+        assert counts.latest() == expected == counts.known and counts.behind == 1
+    assert len(gpu.buffers) == 2
+
+
+def test_buffers_are_allocated_once():
+    class Late(OpenCount):
+        lag_on = {"cpu": 3}
+
+    counts, report = Late(0, 0), torch.ones(2, dtype=torch.int32)
+    counts.submit(report)
+    places = {buffer.data_ptr() for buffer in counts._ring._buffers}
+    for step in range(2, 20):
+        counts.submit(report.fill_(step))
+        assert counts.latest() == ((step - 3,) * 2 if step > 3 else (0, 0)) and counts.behind == min(step, 3)
+    assert {buffer.data_ptr() for buffer in counts._ring._buffers} == places and len(places) == 4

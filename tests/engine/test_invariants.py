@@ -265,8 +265,8 @@ class TestLag:
         engine = engine_for(model, deterministic=True)
         got = serve(model, ten, engine)
         assert all(same(a, b) for a, b in zip(got, wanted))
-        prompt = engine_for(model, deterministic=True)
         monkeypatch.undo()
+        prompt = engine_for(model, deterministic=True)
         serve(model, ten, prompt)
         assert engine.metrics().forwards > prompt.metrics().forwards
 

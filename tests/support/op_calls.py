@@ -103,7 +103,15 @@ def lm_head_confidence():
     return own | {name: value for name, value in call.items() if name not in ("logits", "uncond_logits")}
 
 
-CALLS = {f.__name__: f for f in (block_attention, token_confidence, select_tokens, remask_, verify_drafts, splice_, soft_embedding, top_candidates, lm_head_confidence)}  # fmt: skip
+def shard_confidence():
+    call = lm_head_confidence()
+    left_out = ("hidden", "uncond_hidden", "top_k", "top_p", "top_p_first", "keep_crossing", "with_margin")
+    own = dict(logits=call["hidden"], first=256, uncond=call["uncond_hidden"])
+    own |= {name: value for name, value in call.items() if name not in left_out}
+    return own | dict(given=torch.tensor([261, -1, 292, 0]), banned=torch.tensor([[257, -1], [263, 259]]))
+
+
+CALLS = {f.__name__: f for f in (block_attention, token_confidence, select_tokens, remask_, verify_drafts, splice_, soft_embedding, top_candidates, lm_head_confidence, shard_confidence)}  # fmt: skip
 
 
 def registered(op):

@@ -107,6 +107,17 @@ class Forward:
             self.kv_range = None
         put(self._to_decode, state.is_open.sum(1, dtype=torch.int32).clamp(min=1), rows)
 
+    @torch.no_grad()
+    def reserve(self) -> None:
+        """Allocate the cache of keys and values now, which else happens in the first forward that has one.
+
+        It takes a forward of one column of each row, which writes nothing.
+        """
+        if self.cache is None:
+            return
+        column = torch.zeros_like(self.slots[:, :1])
+        self.at(column, self.ends, torch.zeros_like(column, dtype=torch.bool))
+
     @property
     def length(self) -> int:
         """T, columns of the canvas."""

@@ -19,6 +19,7 @@ from .images import embed_images, take_images
 from .inputs import filler, read_canvases, read_options, read_prompts
 from .output import DecodingOutput
 from .parameters import lengths_of, parameters_of
+from .poll import check_polls
 from .processing import Wishes
 from .programs import Task, program_of, run
 from .resolve import ConfigLike, prepare
@@ -47,6 +48,7 @@ def generate(
     top_logprobs: int = 0,
     on_step: Callable[[StepReport], Any] | None = None,
     graphs: bool | str = "auto",
+    steps_per_poll: int = 1,
     trace: bool = False,
     **overrides,
 ) -> DecodingOutput:
@@ -82,6 +84,10 @@ def generate(
     given : Tensor, optional
         int64 `[B, max_new_tokens]` or `[max_new_tokens]`: tokens that stand in the answer from the start and stay, -1
         where one is to be decoded. Block by block only.
+    steps_per_poll : int
+        After how many steps the host looks at what they report. The tokens are the same whatever it is. More than 1
+        spares the host work between steps, and makes steps in vain at the end of a block: for models whose steps take
+        a GPU less time than the host.
     trace : bool
         Record everything that happens, for `out.trace`: what was committed, edited, taken back, inserted and removed in
         each forward. Costs a device synchronisation a step; steps are not captured then.
@@ -106,6 +112,7 @@ def generate(
     >>> out.generated, out.tokens_per_forward
     """
     overrides = read_options(model, config, overrides, tokenizer)
+    polls = check_polls(steps_per_poll)
     model, config, special = prepare(model, config, overrides, "continuations")
     input_ids, images = take_images(input_ids)
     input_ids, attention_mask = read_prompts(
@@ -160,7 +167,7 @@ def generate(
     task = Task(model, state, config, special, grid, prompt_length, end, pair.widened(inputs_embeds), limit)
     program = program_of(config.rule)(task)
     proposer = equip(program, listeners, wishes, graphs)
-    out = completed(run(program, listeners), listeners, proposer, special.pad)
+    out = completed(run(program, listeners, polls), listeners, proposer, special.pad)
     return out.without_columns(pair.added).known_by(tokenizer)
 
 

@@ -98,7 +98,7 @@ def generate_batch(
     copies = integer(1)("num_return_sequences", of_request.get("num_return_sequences", 1)) or 1
     engine = Engine(
         model, slots=min(SLOTS, count * copies) if slots is None else slots, max_length=max(width, 2),
-        config=configuration(model, config).replace(**options), tokenizer=tokenizer, **of_engine,
+        config=configuration(model, config).replace(**options), tokenizer=tokenizer, reserve=False, **of_engine,
     )  # fmt: skip
     ids = [
         engine.add_request(

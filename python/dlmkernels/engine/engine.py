@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,10 +12,13 @@ import torch
 from ..decoding.capture import check_graphs, steps_of
 from ..decoding.checks import flag, integer
 from ..decoding.inputs import read_options
+from ..decoding.poll import check_polls
 from ..decoding.processing import Wishes
 from ..decoding.resolve import ConfigLike, configuration
 from ..models.adapt import adapt
 from .intake import Intake, check_flags, check_handler
+from .life import Life
+from .memory import EngineMemory
 from .metrics import EngineMetrics
 from .pool import Pool, Size
 from .request import Request, RequestOutput
@@ -27,7 +28,7 @@ from .rounds import Rounds
 DEFAULT_LENGTH = 2048
 
 
-class Engine:
+class Engine(Life):
     """Decodes requests as they come, many at a time; the first that is done is the first to leave.
 
     A request's answer is what `generate` makes of it alone: it depends on the model, the prompt, the configuration and
@@ -66,6 +67,13 @@ class Engine:
     graphs : {"auto", True, False}
         Whether steps are captured as CUDA graphs and replayed. "auto": where that is possible; a warning says where it
         turns out not to be.
+    steps_per_poll : int
+        How many steps are made before the host looks at their reports, while no request waits or is followed. Answers
+        do not depend on it. More than 1 spares the host work, and costs steps in which rows that are done do nothing:
+        for small models, whose captured steps take a GPU less time than the host.
+    reserve : bool
+        Whether the memory for requests of the engine's own configuration is allocated now (see `memory`), so that what
+        does not fit is known before the first request; False: when one of them comes.
     **overrides
         Fields of `DecodingConfig`.
 
@@ -84,7 +92,7 @@ class Engine:
     def __init__(
         self, model, *, slots: int = 16, max_length: int | None = None, config: ConfigLike = None, tokenizer=None,
         prefill_budget: int = 8192, max_lanes: int = 8, deterministic: bool = False, graphs: bool | str = "auto",
-        **overrides: Any,
+        steps_per_poll: int = 1, reserve: bool = True, **overrides: Any,
     ):  # fmt: skip
         overrides = read_options(model, config, overrides, tokenizer)
         self.model = adapt(model)
@@ -97,7 +105,7 @@ class Engine:
             raise ValueError(f"max_length is {columns}, longer than the model's max_position_embeddings of {limit}")
         size = Size(
             integer(1)("slots", slots), columns, integer(1)("prefill_budget", prefill_budget),
-            integer(1)("max_lanes", max_lanes), not flag("deterministic", deterministic),
+            integer(1)("max_lanes", max_lanes), not flag("deterministic", deterministic), check_polls(steps_per_poll),
         )  # fmt: skip
         wanted = configuration(self.model, config).replace(**overrides)
         self._intake = Intake(self.model, wanted, tokenizer, size)
@@ -107,14 +115,12 @@ class Engine:
             self.model, size, lambda program: steps_of(program, graphs, deterministic),
             lambda program: steps_of(program, of_gangs, deterministic),
         )  # fmt: skip
-        self._rounds = Rounds(pool, tokenizer)
+        super().__init__(Rounds(pool, tokenizer))
         self._count = 0
-        self._is_closed = self._is_stopping = self._must_stop = False
-        self._fatal: BaseException | None = None
-        self._stepping = threading.RLock()  # whoever makes a step
-        self._thread: threading.Thread | None = None
-        self._wake = threading.Event()
-        self._intake.known({})  # what cannot be decoded with is refused now
+        like = self._intake.blank()  # what cannot be decoded with is refused now
+        if flag("reserve", reserve):
+            with torch.inference_mode(False), torch.no_grad():
+                self._rounds.pool.open(like)
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -279,103 +285,6 @@ class Engine:
             if output.is_finished():
                 return
 
-    # --- life ---------------------------------------------------------------------------------------------------------
-
-    def __enter__(self) -> Engine:
-        self.start()
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        self.stop(hard_stop=error is not None)
-
-    def is_running(self) -> bool:
-        """Whether there is a thread that decodes."""
-        return self._thread is not None and self._thread.is_alive()
-
-    def start(self) -> None:
-        """Let a thread decode from now on."""
-        if self._is_closed:
-            raise RuntimeError("the engine has been stopped: make another")
-        if not self.is_running():
-            self._thread = threading.Thread(target=self._run, name="dlmkernels-engine", daemon=True)
-            self._thread.start()
-
-    def stop(self, block: bool = True, timeout: float | None = None, hard_stop: bool = False) -> None:
-        """Take no more requests, finish those that there are, and end.
-
-        Parameters
-        ----------
-        block : bool
-            Whether to wait for that.
-        timeout : float, optional
-            For how many seconds at most.
-        hard_stop : bool
-            Let requests that are not done fail instead; they are delivered as failed.
-        """
-        with self._rounds.lock:
-            self._is_stopping, self._must_stop = True, self._must_stop or hard_stop
-        self._wake.set()
-        if not self.is_running():
-            self._finish_here()
-        elif block:
-            self.join(timeout)
-
-    def join(self, timeout: float | None = None) -> None:
-        """Wait until the thread has ended, for `timeout` seconds at most."""
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout)
-
-    def destroy(self) -> None:
-        """End at once; whatever is not done fails."""
-        self.stop(hard_stop=True)
-
-    def _run(self) -> None:
-        """The thread's life."""
-        try:
-            while not self._must_stop:
-                self._wake.clear()
-                if not self.step():
-                    if self._is_stopping and not self._rounds.inbox:
-                        break
-                    self._wake.wait(1.0)
-        except BaseException as error:  # whoever waits for a result has to hear of it
-            self._fatal = error
-        finally:
-            self._close()
-
-    def _finish_here(self) -> None:
-        if not self._is_closed:
-            while not self._must_stop and self.step():
-                pass
-            self._close()
-
-    def _close(self) -> None:
-        """Nothing is decoded any more: what is left fails."""
-        with self._rounds.lock:
-            self._is_closed = True
-        self._rounds.end("the engine was stopped" if self._fatal is None else f"the engine failed: {self._fatal!r}")
-
-    @property
-    def background_thread_status(self) -> SimpleNamespace:
-        """With `fatal_error`, as servers of transformers ask: why the thread has ended, None if it has not failed."""
-        return SimpleNamespace(fatal_error=self._fatal)
-
-    @property
-    def batch_processor(self) -> None:
-        """None: there is none of transformers' pages, whose state its servers show where there is."""
-        return None
-
-    def step(self) -> bool:
-        """Look after everything once: requests that have come, that are done, that are admitted; and one step of each.
-
-        Returns
-        -------
-        bool
-            Whether anything is left to do.
-        """
-        with self._stepping, torch.inference_mode(False), torch.no_grad():
-            return not self._is_closed and self._rounds.make()
-
     # --- what is known of it ------------------------------------------------------------------------------------------
 
     @property
@@ -387,6 +296,15 @@ class Engine:
     def max_length(self) -> int:
         """How many tokens a prompt, its answer and a suffix may have together."""
         return self._rounds.pool.size.columns
+
+    def memory(self) -> EngineMemory:
+        """Bytes that are allocated for requests and stay so while they come and go, of all lanes that there are.
+
+        Before the first request: those of the engine's own configuration. A lane of another one takes as much again;
+        there are `max_lanes` at most.
+        """
+        with self._stepping:
+            return EngineMemory.of(self._rounds.pool.lanes.values())
 
     def metrics(self) -> EngineMetrics:
         """What has been done so far."""

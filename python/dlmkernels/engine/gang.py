@@ -90,6 +90,8 @@ class GangLane(Lane):
         return self._lengths[row] if self._lengths else None
 
     def poll(self) -> list[int]:
+        if not self.is_over:
+            self.counts.latest()
         return [row for row, owner in enumerate(self.owner) if owner is not None] if self.is_over else []
 
     def advance(self) -> bool:
@@ -97,7 +99,7 @@ class GangLane(Lane):
         if self.is_over:
             return False
         program = self.program
-        form = program.form(self.counts.latest(), self.counts.behind) if self.busy else None
+        form = program.form(self.counts.known, self.counts.behind) if self.busy else None
         if form is None:
             self.is_over = True
             with warnings.catch_warnings():

@@ -83,6 +83,13 @@ class Intake:
         key = common(config), ends_width(config, special)
         return Known(config, special, key, has_fixed_length(config))
 
+    def blank(self) -> Request:
+        """A request of the engine's own configuration that nobody has made."""
+        known = self.known({})
+        return Request(
+            "", [], [-1], 0, 0, known.config, known.special, known.key, known.has_fixed_length, Wishes()
+        )  # fmt: skip
+
     def requests(
         self, request_id: str, input_ids: Any, *, max_new_tokens: int | None, given: Any, suffix: Any, seed: int | None,
         num_return_sequences: int, stop_strings: Any, wishes: Wishes, flags: Mapping[str, Any], options: dict[str, Any],

@@ -68,11 +68,11 @@ class Lane(ABC):
 
     @abstractmethod
     def poll(self) -> Iterable[int]:
-        """Rows whose requests are known to be done, as the newest report says that may be read."""
+        """Read the newest report that may be read; rows whose requests are known to be done by it."""
 
     @abstractmethod
     def advance(self) -> bool:
-        """Make one step; whether there was one to make."""
+        """Make one step, by the report that is known; whether there was one to make."""
 
     def make(self, form: Any, is_forward: bool) -> None:
         """Make a step of that form, which forwards the model or not."""

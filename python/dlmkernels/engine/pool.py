@@ -41,6 +41,8 @@ class Size:
         How many configurations are decoded at the same time.
     may_be_few : bool
         Whether a forward may take the rows alone that need it.
+    steps_per_poll : int
+        How many steps a lane makes between two looks at its report, at most.
     """
 
     slots: int
@@ -48,6 +50,7 @@ class Size:
     prompt_tokens: int
     lanes: int
     may_be_few: bool
+    steps_per_poll: int = 1
 
 
 class Pool:
@@ -94,6 +97,14 @@ class Pool:
             rows = 1 if request.alone or getattr(model, "_by_length", False) else size.slots
             return GangLane(model, request.special, rows, self._steps_of_gangs)
         return SlotLane(model, request, size.slots, size.columns, self._steps_of, size.may_be_few)
+
+    def open(self, request: Request) -> None:
+        """Make the lane of a request that may come, and keep it; not where a lane has to know its requests."""
+        if self._goes_by_itself(request) and not request.has_fixed_length:
+            key = self.lane_key(request)
+            self.lanes[key] = self.make(request)
+            if self.size.lanes > 1:
+                self.first = key
 
     # --- admission ----------------------------------------------------------------------------------------------------
 

@@ -105,23 +105,39 @@ class Rounds:
                 request.started, request.status = now, RequestStatus.DECODING
 
     def _advance(self) -> int:
-        """A step of every lane that has requests; how many were made."""
+        """Steps of every lane that has requests; how many were made."""
         made = 0
         for key, lane in list(self.pool.lanes.items()):
             if lane.busy == 0:
                 continue
-            forwards, replayed = lane.forwards, getattr(lane.steps, "replayed", 0)
             try:
-                made += lane.advance()
+                for _ in range(self._steps_ahead(lane)):
+                    if not self._step(lane):
+                        break
+                    made += 1
             except Exception as error:
                 for request in self.pool.part(key):
                     self._fail(request, error)
-                continue
-            self.meter.step(
-                len(lane.owner), lane.width, lane.busy, lane.working, lane.forwards - forwards, lane.seconds,
-                getattr(lane.steps, "replayed", 0) > replayed,
-            )  # fmt: skip
         return made
+
+    def _steps_ahead(self, lane: Lane) -> int:
+        """How many steps a lane makes before its report is looked at.
+
+        One, while anybody waits for a slot, or wants to hear of a request before its end.
+        """
+        if self.pool.waiting or self.inbox or any(owner is not None and owner.is_watched for owner in lane.owner):
+            return 1
+        return self.pool.size.steps_per_poll
+
+    def _step(self, lane: Lane) -> bool:
+        """One step of a lane; whether there was one to make."""
+        forwards, replayed = lane.forwards, getattr(lane.steps, "replayed", 0)
+        was_made = lane.advance()
+        self.meter.step(
+            len(lane.owner), lane.width, lane.busy, lane.working, lane.forwards - forwards, lane.seconds,
+            getattr(lane.steps, "replayed", 0) > replayed,
+        )  # fmt: skip
+        return was_made
 
     def _watch(self) -> None:
         """Look at what is final of requests whose owners want to hear of it, or that may have come to a stop string."""

@@ -90,6 +90,7 @@ class SlotLane(Lane):
         self._is_in_block = [False] * rows
         self._empty(range(rows))
         self.counts = OpenCount(*self.program.begin().tolist())
+        self._blocks.forward.reserve()
 
     def _plan(self, length: int, columns: int, device: torch.device) -> Grid:
         """The grid by which all rows are planned; where each row's blocks stand is written at its admission."""
@@ -183,11 +184,11 @@ class SlotLane(Lane):
     # --- steps --------------------------------------------------------------------------------------------------------
 
     def _report(self) -> tuple[int, ...]:
-        """The newest report that may be read, of the requests that there are now.
+        """The report that is known, of the requests that there are now.
 
         Where it speaks of another request, or of none, the row waits, or has nothing to do.
         """
-        report = self.counts.latest()
+        report = self.counts.known
         number, rows = self._submitted - self.counts.behind, len(self.owner)
         own = tuple(
             -1 if owner is None else n if number > known else 0
@@ -196,6 +197,7 @@ class SlotLane(Lane):
         return own + report[rows:]
 
     def poll(self) -> list[int]:
+        self.counts.latest()
         done = []
         for row, (n, request) in enumerate(zip(self._report(), self.owner)):
             if request is None:

@@ -18,6 +18,8 @@ from .remask import STATE_OPEN as STATE_OPEN
 from .remask import remask_ as remask_
 from .select_tokens import SelectedTokens as SelectedTokens
 from .select_tokens import select_tokens as select_tokens
+from .shard_confidence import combine_shards as combine_shards
+from .shard_confidence import shard_confidence as shard_confidence
 from .soft_embedding import soft_embedding as soft_embedding
 from .splice import SPLICE_FIELDS as SPLICE_FIELDS
 from .splice import Spliced as Spliced

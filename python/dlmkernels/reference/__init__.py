@@ -19,6 +19,7 @@ from .randomness import uniform_below as uniform_below
 from .remask import remask_ as remask_
 from .rows import per_row as per_row
 from .select_tokens import select_tokens as select_tokens
+from .shard_confidence import shard_confidence as shard_confidence
 from .soft_embedding import soft_embedding as soft_embedding
 from .splice import splice_ as splice_
 from .token_confidence import FLAG_NAN as FLAG_NAN

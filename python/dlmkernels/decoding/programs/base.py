@@ -182,12 +182,18 @@ class Program:
 
 
 @torch.no_grad()
-def run(program: Program, streamer=None) -> DecodingOutput:
-    """Run a program to its end."""
+def run(program: Program, streamer=None, steps_per_poll: int = 1) -> DecodingOutput:
+    """Run a program to its end; the host looks at a report after every `steps_per_poll` steps."""
     program.unfinished.begin()
     counts = OpenCount(*program.begin().tolist())
     stream = Stream(streamer, program.state, program.start)
-    while (form := program.form(counts.latest(), counts.behind)) is not None:
+    made = 0
+    while True:
+        report = counts.latest() if made % steps_per_poll == 0 else counts.known
+        form = program.form(report, counts.behind)
+        if form is None:
+            break
+        made += 1
         if program.model.is_compiled:
             form = program.widest(form)
         if program.may_leave(form):

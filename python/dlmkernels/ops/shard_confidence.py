@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`shard_confidence`: contract, call of torch.ops.dlmkernels, and fake; and `combine_shards`, which follows it."""
+
+import torch
+from torch import Tensor
+
+from ..arguments import call, one_value
+from .fakes import check_devices, check_gradients
+from .token_confidence import FLAG_NAN, FLAG_NOTHING_ALLOWED, FLAG_POSITIVE_INFINITY, TokenConfidence
+
+#: int64 words that a shard has for each row
+SHARD_WORDS = 23
+# csrc/common/shard.h says what they are
+_ARGMAX, _TOKEN, _FLAGS, _LARGEST, _WEIGHT, _EXPONENT, _DRAWN, _GIVEN, _WEIGHTS, _EXPONENTS = *range(9), 15
+_UNUSED = 8
+_FAR = 2.0**32
+
+
+def shard_confidence(
+    logits: Tensor,
+    first: int,
+    *,
+    weight: Tensor | None = None,
+    row_map: Tensor | None = None,
+    given: Tensor | None = None,
+    uncond: Tensor | None = None,
+    cfg_scale: Tensor | float | None = None,
+    bias: Tensor | None = None,
+    banned: Tensor | None = None,
+    bitmask: Tensor | None = None,
+    temperature: Tensor | float | None = None,
+    distribution: str = "raw",
+    seed: Tensor | int | None = None,
+    step: Tensor | int | None = None,
+    position: Tensor | None = None,
+    redraw: Tensor | int | None = None,
+    with_entropy: bool = True,
+) -> Tensor:
+    """What a shard of the vocabulary says of each row, for `combine_shards`.
+
+    Where the LM head is divided among ranks, each of which has the logits of some tokens, ranks need not exchange
+    logits: 184 bytes a row and rank are enough for all that `token_confidence` returns. What is combined has the same
+    bits however the vocabulary is divided, ids are those of `token_confidence` on all logits, and statistics are the
+    same up to rounding (its sums are floating point, these are not).
+
+    Parameters
+    ----------
+    logits : Tensor
+        float32, bfloat16 or float16 [R, V]: those of tokens [first, first + V) of the vocabulary; or, with `weight`,
+        hidden states [R, d]. Stride 1 in the last dimension, any row stride.
+    first : int
+        The shard's first token, a multiple of 256. So a shard has a multiple of 256 tokens, but the last of a
+        vocabulary.
+    weight : Tensor, optional
+        [V, d], dtype of `logits`: the shard's rows of an LM head. The logits are then never made, as in
+        `lm_head_confidence`.
+    row_map : Tensor, optional
+        int32 [N]: the row that each output row reads, -1 for an unused one. Default: row n, N = R.
+    given : Tensor, optional
+        int64 [N]: ids in the whole vocabulary whose probabilities are wanted, -1 for none.
+    uncond : Tensor, optional
+        As `logits`, those of the unconditional pass, for classifier-free guidance; with `weight`, hidden states.
+    cfg_scale : Tensor, optional
+        float32, the guidance scale, required by and only with `uncond`.
+    bias, bitmask : Tensor, optional
+        The shard's part of what `token_confidence` takes: [V] or [P, V], and [ceil(V / 32)] or [P, ceil(V / 32)].
+    banned : Tensor, optional
+        int64 [K] or [P, K]: ids in the whole vocabulary, -1 for none.
+    temperature, seed, step, position, redraw : Tensor, optional
+        What tokens are drawn with, as in `token_confidence`; the same on all ranks.
+    distribution : {"raw", "tempered", "filtered"}
+        What the statistics describe. Nothing is filtered here: the last two are the same. Top-k and top-p look at a row
+        as a whole; for them, gather the logits.
+    with_entropy : bool
+        Whether the entropy is wanted.
+
+    Returns
+    -------
+    Tensor
+        int64 [N, 23]: words whose meaning `reference.shard_confidence` and csrc/common/shard.h tell.
+
+    Raises
+    ------
+    ArgumentError
+        For tensors on a GPU, for which there is no kernel; for a wrong device, dtype, shape or stride, a `first` that
+        is no multiple of 256, a missing `seed`, `position`, `cfg_scale` or `uncond`, and a value out of range. The
+        message names the argument.
+    """
+    return call(
+        torch.ops.dlmkernels.shard_confidence.default,
+        logits,
+        first,
+        weight=weight,
+        row_map=row_map,
+        given=given,
+        uncond=uncond,
+        cfg_scale=one_value("cfg_scale", cfg_scale, logits),
+        bias=bias,
+        banned=banned,
+        bitmask=bitmask,
+        temperature=one_value("temperature", temperature, logits),
+        distribution=distribution,
+        seed=one_value("seed", seed, logits),
+        step=one_value("step", step, logits),
+        position=position,
+        redraw=one_value("redraw", redraw, logits),
+        with_entropy=with_entropy,
+    )
+
+
+@torch.library.register_fake("dlmkernels::shard_confidence")
+def _fake(logits, first, *, row_map=None, **optional):
+    check_devices("shard_confidence", {"logits": logits}, {"row_map": row_map, **optional})
+    check_gradients("shard_confidence", logits=logits, **optional)
+    rows = logits.shape[0] if row_map is None else row_map.shape[0]
+    return logits.new_empty((rows, SHARD_WORDS), dtype=torch.int64)
+
+
+def combine_shards(
+    partials: Tensor,
+    *,
+    temperature: Tensor | float | None = None,
+    distribution: str = "raw",
+    with_margin: bool = True,
+    with_entropy: bool = True,
+) -> TokenConfidence:
+    """What all shards of a vocabulary say together: `token_confidence` of logits that nobody has as a whole.
+
+    Parameters
+    ----------
+    partials : Tensor
+        int64 [S, N, 23]: what `shard_confidence` returned for each of the S shards, in any order. Together they hold
+        the vocabulary, each token once.
+    temperature, distribution
+        What the shards were called with.
+    with_margin, with_entropy : bool
+        Whether these are wanted; entropies only if the shards were asked for them.
+
+    Returns
+    -------
+    TokenConfidence
+        As `token_confidence` returns it, with the same bits for any shards of the same vocabulary.
+
+    Raises
+    ------
+    ArgumentError, TypeError
+        When `partials` has another shape or dtype.
+
+    Notes
+    -----
+    Some hundred small tensor operations without a host round trip, on any device.
+
+    >>> own = ops.shard_confidence(hidden, rank * size, weight=weight, temperature=0.7, seed=seed, position=position)
+    >>> everyone = [torch.empty_like(own) for _ in range(ranks)]
+    >>> torch.distributed.all_gather(everyone, own)
+    >>> stats = ops.combine_shards(torch.stack(everyone), temperature=0.7)
+    """
+    _check_partials(partials)
+    device, rows = partials.device, partials.shape[1]
+    # words as pairs of floats, the one in the low bits first
+    pair = partials.contiguous().view(torch.float32).unflatten(-1, (SHARD_WORDS, 2))
+    argmax, largest, flags = partials[..., _ARGMAX], pair[..., _LARGEST, 0], partials[..., _FLAGS]
+    best = largest.amax(0)
+    any_allowed = best > -torch.inf
+    winner = _lowest(largest == best, argmax)
+    scale = _scale(temperature, distribution, rows, device)
+
+    def of_winner(word: int, half: int) -> Tensor:
+        return pair[..., word, half].gather(0, winner)[0].double()
+
+    is_far = _is_far(best.double() * scale)
+    exponent = torch.where(is_far, 0.0, largest.double() * scale)
+    exponent = torch.where(argmax >= 0, exponent, 0.0)
+    counts = torch.where(is_far, largest == best, ~_is_far(largest.double() * scale)) & (argmax >= 0)
+    top_exponent = torch.where(is_far | ~any_allowed, 0.0, best.double() * scale)
+    top_factor, top_power = _exact_exp(top_exponent)
+    factor, power = _exact_exp(exponent)
+
+    own_chunk = counts & (torch.arange(len(partials), device=device)[:, None] != winner)
+    weight, of_exponent = pair[..., _WEIGHT, 0].double(), pair[..., _EXPONENT, 0].double()
+    sums = []
+    for begin, end, above, term in (
+        (_WEIGHTS, _EXPONENTS, 1, weight * factor),
+        (_EXPONENTS, SHARD_WORDS, 2, (exponent * weight + of_exponent) * factor),
+    ):
+        count = end - begin
+        digits = torch.zeros(rows, count + 1, dtype=torch.int64, device=device)  # the last is for what is dropped
+        top = (top_power >> 5) + above
+        _add_words(digits, partials[..., begin:end], (top_power >> 5) - (power >> 5), counts)
+        _add_terms(digits, torch.where(own_chunk, term, 0.0), power, top)
+        sums.append(_value(digits[:, :count], above, top_power & 31) / top_factor)
+    rest = of_winner(_WEIGHT, 1) + sums[0]
+    total, log_total = 1.0 + rest, torch.log1p(rest)
+    moment = of_winner(_EXPONENT, 1) + (sums[1] - top_exponent * sums[0])
+
+    def probability(logit: Tensor) -> Tensor:
+        return torch.exp((logit.double() - best.double()) * scale) / total
+
+    token = partials[..., _TOKEN]
+    key = torch.where(token >= 0, pair[..., _DRAWN, 0], -torch.inf)
+    drawn_by = _lowest((token >= 0) & (key == key.amax(0)), token)
+    drawn = token.gather(0, drawn_by)[0]
+    logit = pair[..., _DRAWN, 1].gather(0, drawn_by)[0]
+    is_here = (partials[..., _GIVEN] >> 32) == 1
+    given = torch.where(is_here, pair[..., _GIVEN, 0], -torch.inf).amax(0)
+    second = torch.where(torch.arange(len(partials), device=device)[:, None] == winner, pair[..., _LARGEST, 1], largest)
+
+    chosen = argmax.gather(0, winner)[0]
+    is_unused = (flags & _UNUSED).amax(0) > 0
+    found = (flags & FLAG_NAN).amax(0) | (flags & FLAG_POSITIVE_INFINITY).amax(0)
+    found = torch.where(any_allowed, found, found | FLAG_NOTHING_ALLOWED).masked_fill(is_unused, 0)
+
+    def unless_empty(values: Tensor, otherwise: float) -> Tensor:
+        return torch.where(any_allowed, values, otherwise).float()
+
+    none = best.new_empty(0)
+    margin = -torch.expm1((second.amax(0).double() - best.double()) * scale) / total
+    return TokenConfidence(
+        torch.where(any_allowed, torch.where(drawn >= 0, drawn, chosen), -1),
+        torch.where(any_allowed, chosen, -1),
+        unless_empty(torch.where(drawn >= 0, probability(logit), 1.0 / total), -torch.inf),
+        unless_empty(margin, 0.0) if with_margin else none,
+        unless_empty(log_total - moment / total, 0.0) if with_entropy else none,
+        unless_empty(best.double() * scale + log_total, -torch.inf),
+        unless_empty(torch.where(is_here.any(0), probability(given), 0.0), 0.0),
+        found.int(),
+    )
+
+
+def _check_partials(partials: Tensor) -> None:
+    if not isinstance(partials, Tensor) or partials.dtype != torch.int64:
+        got = partials.dtype if isinstance(partials, Tensor) else type(partials).__name__
+        raise TypeError(f"combine_shards: partials must be an int64 tensor; got {got}")
+    if partials.dim() != 3 or partials.shape[0] < 1 or partials.shape[2] != SHARD_WORDS:
+        raise ValueError(
+            f"combine_shards: partials must have shape [S, N, {SHARD_WORDS}] with S at least 1; got "
+            f"{list(partials.shape)}"
+        )
+
+
+def _lowest(candidates: Tensor, ids: Tensor) -> Tensor:
+    """Of the candidates bool `[S, N]`, which has the lowest id, int64 `[1, N]`; any where there is none."""
+    return torch.where(candidates, ids, torch.iinfo(torch.int64).max).argmin(0, keepdim=True)
+
+
+def _scale(temperature: Tensor | float | None, distribution: str, rows: int, device: torch.device) -> Tensor:
+    """1 / T of what the statistics are about, float64 `[N]`."""
+    if distribution not in ("raw", "tempered", "filtered"):
+        raise ValueError(f"combine_shards: distribution must be raw, tempered or filtered; got {distribution!r}")
+    if temperature is None or distribution == "raw":
+        return torch.ones(rows, dtype=torch.float64, device=device)
+    if not isinstance(temperature, Tensor):
+        temperature = torch.full((1,), temperature, dtype=torch.float32, device=device)
+    if temperature.dim() > 1 or temperature.numel() == 0 or rows % temperature.numel():
+        raise ValueError(
+            "combine_shards: temperature must hold one value, or one for each group of consecutive rows (their number "
+            f"divides {rows}); got {list(temperature.shape)}"
+        )
+    inverse = 1.0 / torch.where(temperature > 0, temperature, 1.0).double()
+    return inverse.reshape(-1, 1).expand(-1, rows // temperature.numel()).flatten()
+
+
+def _is_far(t: Tensor) -> Tensor:
+    return ~((t < _FAR) & (t > -_FAR))
+
+
+def _exact_exp(t: Tensor) -> tuple[Tensor, Tensor]:
+    """e^t as a float64 factor times 2 to the power of an int64: common/shard.h, to the bit."""
+    t = torch.where(_is_far(t), 0.0, t)  # of no account
+    y = t * 1.4426950408889634
+    n = (y + torch.where(y < 0, -0.5, 0.5)).long()
+    x = (y - n.double()) * 0.6931471805599453
+    p = torch.ones_like(x)
+    for i in range(13, 0, -1):
+        p = p * x * (1.0 / i) + 1.0
+    return p, n
+
+
+def _add_words(digits: Tensor, words: Tensor, lower: Tensor, counts: Tensor) -> None:
+    """Add digits int64 `[S, N, n]`, whose first stands `lower` `[S, N]` places behind that of `digits` `[N, n + 1]`."""
+    last = digits.shape[1] - 1
+    place = (lower[..., None] + torch.arange(words.shape[2], device=words.device)).clamp(max=last)
+    for shard, at, there in zip(words, place, counts):
+        digits.scatter_add_(1, torch.where(there[:, None], at, last), shard)
+
+
+def _add_terms(digits: Tensor, value: Tensor, power: Tensor, top: Tensor) -> None:
+    """Add value * 2^power `[S, N]` to `digits` `[N, n + 1]`, of which the first counts 2^(32 top)."""
+    last = digits.shape[1] - 1
+    bits = value.view(torch.int64)
+    exponent = (bits >> 52) & 0x7FF
+    mantissa = torch.where(exponent == 0, 0, (bits & ((1 << 52) - 1)) | (1 << 52))
+    place = power + exponent - 1075
+    low = (mantissa & 0xFFFFFFFF) << (place & 31)
+    high = ((mantissa >> 32) << (place & 31)) + (low >> 32)
+    sign = torch.where(bits < 0, -1, 1)
+    for i, digit in enumerate((low & 0xFFFFFFFF, high & 0xFFFFFFFF, high >> 32)):
+        at = top - ((place >> 5) + i)
+        at = torch.where((at >= 0) & (at < last), at, last)
+        for row_at, row_digit in zip(at, digit * sign):
+            digits.scatter_add_(1, row_at[:, None], row_digit[:, None])
+
+
+def _value(digits: Tensor, above: int, within: Tensor) -> Tensor:
+    """The sum over 2^power, float64 `[N]`. Digit 0 counts 2^(32 above - within) of these; the lowest come first."""
+    total = torch.zeros(len(digits), dtype=torch.float64, device=digits.device)
+    for i in reversed(range(digits.shape[1])):
+        unit = ((32 * (above - i) - within + 1023) << 52).view(torch.float64)
+        total = total + digits[:, i].double() * unit
+    return total
