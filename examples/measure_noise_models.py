@@ -22,7 +22,7 @@ from dlmkernels.demo.tasks import MASK_ID, TASKS, decode
 from dlmkernels.info import processor
 
 SUDOKU = TASKS["sudoku"]
-CLUES = (0, 40, 50, 60, 70)
+CLUES = (40, 60, 70, 76)
 CONFIDENCE = {"rule": dk.Threshold(0.95)}
 # folder; samplers, by name, as options of `generate`
 MODELS = {
@@ -35,14 +35,18 @@ MODELS = {
 }
 
 
-def solved(model, clues: int, count: int, seed: int, options: dict) -> float:
-    """Share of boards of so many clues that are filled in as the rules say."""
-    problems = SUDOKU.make(count, seed=seed, difficulty=clues)
-    ids = torch.stack([torch.from_numpy(p.ids) for p in problems])
-    given = ids[:, 1:].masked_fill(ids[:, 1:] == MASK_ID, -1)
+def solved(model, clues: int, count: int, seed: int, options: dict) -> tuple[float, float]:
+    """Of boards of so many clues: the share that is filled in as the rules say, and that of cells as they were."""
+    problems, whole = (SUDOKU.make(count, seed=seed, difficulty=n) for n in (clues, 81))
+    ids, boards = (torch.stack([torch.from_numpy(p.ids) for p in some]) for some in (problems, whole))
+    is_open = ids == MASK_ID
+    assert torch.equal(ids[~is_open], boards[~is_open])
     seeds = torch.arange(count) + seed
-    out = dk.generate(model, ids[:, :1], given=given, max_new_tokens=81, seed=seeds, **options)
-    return sum(SUDOKU.check(p, decode(row)) for p, row in zip(problems, out.sequences.tolist())) / count
+    out = dk.generate(
+        model, ids[:, :1], given=ids.masked_fill(is_open, -1)[:, 1:], max_new_tokens=81, seed=seeds, **options
+    )
+    right = (out.sequences == boards)[is_open].float().mean().item()
+    return sum(SUDOKU.check(p, decode(row)) for p, row in zip(problems, out.sequences.tolist())) / count, right
 
 
 def perplexity(model, args: argparse.Namespace) -> str:
@@ -63,8 +67,9 @@ def measure(name: str, args: argparse.Namespace) -> None:
     model = dk.load(folder, dtype=torch.float32)
     print(f"{name}: {perplexity(model, args)}", flush=True)
     for sampler, options in samplers.items():
-        shares = (f"{clues} clues {solved(model, clues, args.problems, args.seed, options):.0%}" for clues in CLUES)
-        print(f"{name}, {sampler}, solved of {args.problems}: {', '.join(shares)}", flush=True)
+        for clues in CLUES:
+            share, right = solved(model, clues, args.problems, args.seed, options)
+            print(f"{name}, {sampler}, {clues} clues: {share:.0%} solved, {right:.0%} of the cells right", flush=True)
 
 
 def main() -> None:

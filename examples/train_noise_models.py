@@ -159,7 +159,7 @@ def train(args: argparse.Namespace) -> None:
                 group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
-        torch._foreach_lerp_(list(ema.values()), list(model.state_dict().values()), 2e-3 if step > 500 else 2e-2)
+        torch._foreach_lerp_(list(ema.values()), list(model.state_dict().values()), 5e-3 if step > 500 else 2e-2)
 
         step, canvases = step + 1, canvases + len(tokens)
         elapsed, last = elapsed + time.monotonic() - last, time.monotonic()

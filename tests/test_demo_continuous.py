@@ -51,7 +51,7 @@ def test_perplexity_of_langflow(models):
 
 
 #: Nats a cell that the models may lose at most: some more than were measured of them.
-MOST = {"mdlm": 1.75, "langflow": 1.75}
+MOST = {"mdlm": 1.5, "langflow": 1.5}
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -106,9 +106,9 @@ def test_show(models, monkeypatch, tmp_path):
         continuous.load(tmp_path)
 
 
-@pytest.mark.parametrize("name", FOLDERS)
-def test_cells_right(name, models):
-    """Of boards with few open cells most are filled in as they were; by chance one in nine would be."""
+@pytest.mark.parametrize("name,least_right,least_solved", [("mdlm", 0.8, 0.4), ("langflow", 0.95, 0.8)])
+def test_solves(name, least_right, least_solved, models):
+    """Of boards of 70 clues most cells are filled in as they were; by chance one in nine would be, and no board."""
     problems = SUDOKU.make(24, seed=5, difficulty=70)
     whole = torch.stack([torch.from_numpy(p.ids) for p in SUDOKU.make(24, seed=5, difficulty=81)])
     ids = torch.stack([torch.from_numpy(p.ids) for p in problems])
@@ -117,5 +117,6 @@ def test_cells_right(name, models):
     given = ids[:, 1:].masked_fill(is_open[:, 1:], -1)
     options = {"steps": 16} if name == "langflow" else {"rule": dk.Quota()}
     out = dk.generate(models[name], ids[:, :1], given=given, max_new_tokens=81, seed=1, **options)
-    right = (out.sequences == whole)[is_open].float().mean().item()
-    assert right > 0.4
+    assert (out.sequences == whole)[is_open].float().mean() > least_right
+    solved = [SUDOKU.check(p, decode(row)) for p, row in zip(problems, out.sequences.tolist())]
+    assert sum(solved) / len(solved) >= least_solved

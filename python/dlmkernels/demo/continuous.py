@@ -19,7 +19,7 @@ from .tasks import MASK, MASK_ID, TASKS, Problem, decode
 
 SUDOKU = TASKS["sudoku"]
 #: Forwards of the decoding that is shown, and how many cells are given.
-STEPS, CLUES = 24, 50
+STEPS, CLUES = 24, 64
 
 
 @dataclass(frozen=True)
