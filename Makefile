@@ -14,6 +14,9 @@ SHELL := bash
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # Threads without work sleep: on a busy machine, those that spin take the processors from those that work.
 export OMP_WAIT_POLICY ?= PASSIVE
+# glibc keeps what a forward has freed for the next one: python/dlmkernels/host_memory.py.
+export MALLOC_MMAP_THRESHOLD_ ?= 33554432
+export MALLOC_TRIM_THRESHOLD_ ?= 536870912
 
 # Pinned, and installed first: an unpinned torch, or one drawn in by another package, may bring gigabytes of CUDA
 # libraries. TORCH= keeps whatever torch the interpreter has.

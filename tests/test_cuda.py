@@ -109,6 +109,29 @@ def test_a_step_in_a_graph(device):
     assert 0 < (called.tokens != MASK).sum() < called.tokens.numel()
 
 
+@pytest.mark.parametrize("filters", [{}, {"top_k": 20}])
+def test_the_fused_head_in_a_graph(device, filters):
+    """The head's launches and its workspace, captured once and replayed on other hidden states."""
+    generator = torch.Generator().manual_seed(3)
+
+    def whole_numbers(*shape):  # their products are the same in every order of addition
+        return torch.randint(-2, 3, shape, generator=generator).bfloat16()
+
+    rows = 150  # more than one tile
+    arguments = dict(temperature=torch.full((1,), 0.7), seed=torch.arange(rows), position=torch.arange(rows).int())
+    arguments |= {name: torch.tensor([value], dtype=torch.int32) for name, value in filters.items()}
+    weight, hidden, out = whole_numbers(3001, 40), torch.zeros(rows, 40, dtype=torch.bfloat16, device=device), []
+    there = {name: value.to(device) for name, value in arguments.items()}
+    weight_there = weight.to(device)
+    replay = replayable(lambda: out.append(ops.lm_head_confidence(hidden, weight_there, **there)), device)
+    for _ in range(3):
+        states = whole_numbers(rows, 40)
+        hidden.copy_(states)
+        replay()
+        expected = ops.lm_head_confidence(states, weight, **arguments)
+        assert torch.equal(out[-1].token.cpu(), expected.token) and torch.equal(out[-1].argmax.cpu(), expected.argmax)
+
+
 def test_ops_run_on_the_current_stream(device):
     """Each op's input is written late on the stream that is current; an op on any other stream would read zeros."""
     logits = torch.randn(64, 5000)

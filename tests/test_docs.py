@@ -203,6 +203,23 @@ def test_ops_in_another_framework(capsys):
     assert torch.equal((names["tokens"] != names["mask"]).sum(1), names["commit"].sum(1))
 
 
+def test_a_vocabulary_in_shards(tmp_path):
+    """With one rank; tests/ops/test_shard_confidence.py has two."""
+    code = block_with("docs/decoding.md", "all_gather")
+    position, step, seed = torch.arange(4, dtype=torch.int32), 3, 9
+    names = {"torch": torch, "ops": dk.ops, "rank": 0, "ranks": 1, "share": 600, "seed": seed, "step": step,
+             "position": position, "hidden": torch.randn(4, 16), "weight": torch.randn(600, 16)}  # fmt: skip
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        exec(code, names)
+    finally:
+        torch.distributed.destroy_process_group()
+    expected = dk.ops.lm_head_confidence(
+        names["hidden"], names["weight"], temperature=0.7, seed=seed, step=step, position=position
+    )
+    assert torch.equal(names["stats"].token, expected.token)
+
+
 def test_values_for_each_request():
     model = build()
     model.config.max_position_embeddings = 512

@@ -16,6 +16,7 @@
 namespace dlm {
 
 enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+DLM_HD int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }  // bytes
 
 struct BFloat16 {
   uint16_t bits;

@@ -29,6 +29,9 @@ constexpr ForIsa<Kernels> kTable[] = {
     {Isa::kAvx512, avx512::lm_head_confidence},
     {Isa::kAvx512Bf16, avx512bf16::lm_head_confidence},
 #endif
+#ifdef DLM_AMX
+    {Isa::kAmx, amx::lm_head_confidence},
+#endif
 };
 LmHeadKernels kernels_of(DType dtype) { return best_for(isa(), kTable).kernels(dtype); }
 
@@ -107,11 +110,10 @@ void pack(const LmHeadConfidenceParams& p, const void* hidden, int64_t stride, i
 void multiply(const LmHeadConfidenceParams& p, const LmHeadKernels& kernels, const uint32_t* packed,
               int64_t rows, int64_t first, int64_t last, char* out, int64_t out_stride) {
   const int64_t size = element_size(p.rows.dtype);
-  for (int64_t v = first; v < last; v += kHeadTokens) {
+  for (int64_t v = first; v < last; v += kernels.tokens) {
     const char* weight = static_cast<const char*>(p.weight) + v * p.weight_stride * size;
-    kernels.multiply(packed, rows, weight, p.weight_stride,
-                     std::min<int64_t>(kHeadTokens, last - v), p.D, out + (v - first) * size,
-                     out_stride);
+    kernels.multiply(packed, rows, weight, p.weight_stride, std::min(kernels.tokens, last - v), p.D,
+                     out + (v - first) * size, out_stride);
   }
 }
 

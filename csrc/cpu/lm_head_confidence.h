@@ -32,7 +32,7 @@ void finish_lm_head(const LmHeadConfidenceParams& p, const LmHeadPlan& plan, voi
 // --- what the kernels of an instruction set do ---------------------------------------------------
 
 constexpr int kHeadLanes = 16;          // rows side by side
-constexpr int kHeadTokens = 16;         // of the vocabulary, that a kernel multiplies at a time
+constexpr int kHeadTokens = 16;         // of the vocabulary, that a kernel multiplies side by side
 constexpr int64_t kMostHeadRows = 128;  // of a slice
 constexpr int64_t kHeadDepth = 256;     // words of a sum, before it is added to others
 
@@ -41,7 +41,9 @@ struct LmHeadKernels {
   int64_t (*words)(int64_t D);
   // Packs up to 2 * kHeadLanes rows [word][lane], `lanes` of them; those that are null are zero.
   void (*pack)(const void* const* rows, int64_t D, int64_t lanes, uint32_t* to);
-  // Logits of kHeadTokens tokens or fewer, of which the first has its weights at `weight`, for rows
+  // Tokens that `multiply` takes at most.
+  int64_t tokens;
+  // Logits of that many tokens or fewer, of which the first has its weights at `weight`, for rows
   // that are packed in groups of 2 * kHeadLanes, the last one of kHeadLanes if that will do. A
   // row's logits are written side by side, rows `out_stride` elements apart.
   void (*multiply)(const uint32_t* packed, int64_t rows, const void* weight, int64_t stride,
@@ -58,6 +60,9 @@ namespace avx512 {
 LmHeadKernels lm_head_confidence(DType dtype);
 }
 namespace avx512bf16 {
+LmHeadKernels lm_head_confidence(DType dtype);
+}
+namespace amx {
 LmHeadKernels lm_head_confidence(DType dtype);
 }
 

@@ -55,11 +55,11 @@ void multiply_as(const uint32_t* packed, int64_t rows, const void* weight, int64
 LmHeadKernels lm_head_confidence(DType dtype) {
   switch (dtype) {
     case DType::kBFloat16:
-      return {words, pack_as<BFloat16>, multiply_as<BFloat16>};
+      return {words, pack_as<BFloat16>, kHeadTokens, multiply_as<BFloat16>};
     case DType::kFloat16:
-      return {words, pack_as<Float16>, multiply_as<Float16>};
+      return {words, pack_as<Float16>, kHeadTokens, multiply_as<Float16>};
     default:
-      return {words, pack_as<float>, multiply_as<float>};
+      return {words, pack_as<float>, kHeadTokens, multiply_as<float>};
   }
 }
 

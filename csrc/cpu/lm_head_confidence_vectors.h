@@ -193,7 +193,7 @@ void multiply_as(const uint32_t* packed, int64_t rows, const void* weight, int64
 
 template <class F>
 constexpr LmHeadKernels kernels_of() {
-  return {words_of<F>, pack_as<F>, multiply_as<F>};
+  return {words_of<F>, pack_as<F>, kHeadTokens, multiply_as<F>};
 }
 
 inline LmHeadKernels kernels_for(DType dtype) {

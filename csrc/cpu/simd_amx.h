@@ -82,4 +82,29 @@ DLM_SIMD void add_products(const uint32_t* a, const uint32_t* b, int64_t b_out) 
   }
 }
 
+// The same of sixteen n, over 32 words i, or with `both` false over the first sixteen: those go to
+// the sums of the first sixteen n, the others to sums of their own, in the place of the second
+// sixteen. So twice as many instructions wait for none before them.
+template <int kVectors, bool both>
+DLM_SIMD void add_products_in_turn(const uint32_t* a, const void* b, int64_t b_bytes) {
+  constexpr int64_t kStride = kVectors * kTile;
+  tile_barrier();
+  _tile_loadd(4, b, b_bytes);
+  _tile_loadd(6, a, kStride * 4);
+  _tile_dpbf16ps(0, 4, 6);
+  if (kVectors == 2) {
+    _tile_loadd(7, a + kTile, kStride * 4);
+    _tile_dpbf16ps(1, 4, 7);
+  }
+  if (!both) return;
+  a += kTile * kStride;
+  _tile_loadd(5, static_cast<const char*>(b) + kTile * 4, b_bytes);
+  _tile_loadd(6, a, kStride * 4);
+  _tile_dpbf16ps(2, 5, 6);
+  if (kVectors == 2) {
+    _tile_loadd(7, a + kTile, kStride * 4);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
 }  // namespace dlm::cpu::amx

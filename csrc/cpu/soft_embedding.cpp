@@ -30,8 +30,6 @@ constexpr ForIsa<Kernel> kTable[] = {
 #endif
 };
 
-int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
 float element(const void* data, DType dtype, int64_t at) {
   switch (dtype) {
     case DType::kFloat32:

@@ -18,8 +18,6 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLargest = std::numeric_limits<float>::max();
 
-int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
 int64_t chunks_of(int64_t V) { return (V + kRaceChunk - 1) / kRaceChunk; }
 int64_t first_chunk(const TokenConfidenceParams& p) { return p.first / kRaceChunk; }
 

@@ -8,15 +8,6 @@
 
 namespace dlm::cuda {
 
-template <class T>
-DLM_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    ptx::mma_m16n8k16_bf16(c, a, b0, b1);
-  } else {
-    ptx::mma_m16n8k16_f16(c, a, b0, b1);
-  }
-}
-
 // The exponent's lowest bit in both halves of a word; adding it to exponents of all ones overflows
 // into the sign.
 template <class T>
@@ -28,58 +19,6 @@ constexpr uint32_t kExponents = 0x80008000u - kExponentUnits<T>;
 template <class T>
 DLM_DEVICE uint32_t not_finite(uint32_t pair) {
   return ((pair & kExponents<T>)+kExponentUnits<T>)&0x80008000u;
-}
-
-// A tile of logits or weights: blocks of 16 rows, of 8 slots.
-template <int kBlocks16, int kTiles8>
-using Scores = float[kBlocks16][kTiles8][4];
-
-// s += q k^T for 16 * kBlocks16 rows from `row` on and 8 * kTiles8 slots from `key` on.
-template <class T, int kD, int kBlocks16, int kTiles8>
-DLM_DEVICE void multiply_keys(Scores<kBlocks16, kTiles8>& s, uint32_t queries, int row,
-                              uint32_t k_tile, int key) {
-  constexpr int kChunks = kD / 8;
-  constexpr uint32_t k16Rows = 16 * kD * 2;  // bytes
-  const int lane = int(threadIdx.x) % 32;
-  const uint32_t q_row = row_start<kChunks>(queries, row + lane % 16, lane / 16);
-  const auto load_q = [&](uint32_t (&q)[kBlocks16][4], int d) {
-#pragma unroll
-    for (int i = 0; i < kBlocks16; ++i) {
-      ptx::ldmatrix(q[i], chunk_from(q_row, d * 2) + i * k16Rows);
-    }
-  };
-  if constexpr (kTiles8 == 1) {  // a load of K has 8 slots and 32 columns
-    const uint32_t k_row = row_start<kChunks>(k_tile, key + lane % 8, lane / 8);
-#pragma unroll
-    for (int d = 0; d < kD / 32; ++d) {
-      uint32_t k[4];
-      ptx::ldmatrix(k, chunk_from(k_row, d * 4));
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint32_t q[kBlocks16][4];
-        load_q(q, d * 2 + half);
-#pragma unroll
-        for (int i = 0; i < kBlocks16; ++i) mma<T>(s[i][0], q[i], k[half * 2], k[half * 2 + 1]);
-      }
-    }
-  } else {  // 16 slots and 16 columns
-    const uint32_t k_row = row_start<kChunks>(k_tile, key + lane % 8 + lane / 16 * 8, lane / 8 % 2);
-#pragma unroll
-    for (int d = 0; d < kD / 16; ++d) {
-      uint32_t q[kBlocks16][4];
-      load_q(q, d);
-#pragma unroll
-      for (int j = 0; j < kTiles8 / 2; ++j) {
-        uint32_t k[4];
-        ptx::ldmatrix(k, chunk_from(k_row, d * 2) + j * k16Rows);
-#pragma unroll
-        for (int i = 0; i < kBlocks16; ++i) {
-          mma<T>(s[i][j * 2], q[i], k[0], k[1]);
-          mma<T>(s[i][j * 2 + 1], q[i], k[2], k[3]);
-        }
-      }
-    }
-  }
 }
 
 // What rows see of the slots from `slot` on.

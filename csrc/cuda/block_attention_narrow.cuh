@@ -119,7 +119,7 @@ class AttendNarrow {
     using Mask = typename Tile::Mask;
     const int key = key_group_ * Tiling::kOwnKeys, row = own16_ * 16;
     Scores<kOwn16, kTiles8> s = {};
-    multiply_keys<T, kD>(s, queries_, row, k_tile, key);
+    multiply_tiles<T, kD>(s, queries_, row, k_tile, key);
     if constexpr (form == AttendForm::kGeneral) {
 #pragma unroll
       for (int i = 0; i < kOwn16; ++i) {

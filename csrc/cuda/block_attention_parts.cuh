@@ -9,6 +9,7 @@
 #include "common/params.h"
 #include "cuda/device.h"
 #include "cuda/ptx.cuh"
+#include "cuda/tiles.cuh"
 
 namespace dlm::cuda {
 
@@ -256,23 +257,6 @@ class KeyTiles {
 
 // --- tiles in shared memory --------------------------------------------------------------------
 
-// Byte offset of a 16-byte chunk in a tile whose rows have `chunks` of them, a multiple of 8: eight
-// rows at one chunk, and eight chunks of one row, lie in different banks.
-template <int chunks>
-DLM_DEVICE uint32_t chunk_offset(int row, int chunk) {
-  return uint32_t(row * chunks * 16 + chunk / 8 * 128 + ((chunk ^ row) & 7) * 16);
-}
-
-// The same in two parts, so that unrolled loops over constant even chunks keep one address: where
-// a row's first chunk lies, or with `odd` its second; and from there, `chunk` chunks on.
-template <int chunks>
-DLM_DEVICE uint32_t row_start(uint32_t tile, int row, int odd) {
-  return tile + uint32_t(row * chunks * 16 + ((row ^ odd) & 7) * 16);
-}
-DLM_DEVICE uint32_t chunk_from(uint32_t start, int chunk) {
-  return (start ^ uint32_t((chunk & 7) * 16)) + uint32_t(chunk / 8 * 128);
-}
-
 // Starts copying kColumns columns of the rows of a K or V tile whose bit is set; the others become
 // zero: what nobody sees may hold anything. So do the columns from D on.
 template <class T, int kColumns, int kKeys>
@@ -399,18 +383,6 @@ DLM_DEVICE float log_sum_exp(Norm norm) {
 DLM_DEVICE float normalised(float sum, Norm norm) {
   return norm.sum == 0.0f ? 0.0f : fmaf(sum, __frcp_rn(norm.sum), 0.0f);
 }
-template <class T>
-DLM_DEVICE uint32_t pack(float low, float high) {
-  return std::is_same_v<T, BFloat16> ? ptx::pack_bf16(low, high) : ptx::pack_f16(low, high);
-}
-
-DLM_DEVICE uint4 as_words(float a, float b, float c, float d) {
-  return make_uint4(__float_as_uint(a), __float_as_uint(b), __float_as_uint(c), __float_as_uint(d));
-}
-DLM_DEVICE float4 as_floats(uint4 v) {
-  return {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
-}
-
 DLM_DEVICE int64_t out_row(const AttendParams& p, const Place& place, int row) {
   const QueryRow at = query_row(p, place, row);
   return (place.b * p.op.Q + at.query) * p.op.H + at.head;

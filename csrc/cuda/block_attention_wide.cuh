@@ -94,7 +94,7 @@ class AttendWide {
   template <bool masked>
   DLM_DEVICE void attend(const Tile& tile, uint32_t k_tile, uint32_t v_tile) {
     Logits s = {};
-    multiply_keys<T, kD>(s, queries_, row_, k_tile, 0);
+    multiply_tiles<T, kD>(s, queries_, row_, k_tile, 0);
     if constexpr (masked) {
       mask_logits(s, row_, Sight<Mask>{p_, limits_, place_.b, tile.slot, tile.bits});
     }

@@ -43,8 +43,11 @@ struct ConfidenceLaunch {
   uint32_t chunks;        // of a row
   bool refining;          // the second scan, of rows that are described as filtered
   Filter filter;
-  uint32_t level;  // of the search: 11, 11 and 10 bits of the value
+  uint32_t level;      // of the search: 11, 11 and 10 bits of the value
+  uint32_t first = 0;  // row, of p.N
 
+  // Chunks are counted from here on, of those of the whole vocabulary.
+  DLM_DEVICE uint32_t first_chunk() const { return uint32_t(p.first) / kRaceChunk; }
   // Of a row that is filtered.
   DLM_DEVICE float floor(uint32_t n) const { return searches[n].floor; }
   DLM_DEVICE ChunkArrays sums_of(uint32_t n) const {
@@ -87,8 +90,8 @@ class FloorLevel {
         of_warp_(smem.take<uint64_t>(kFilterWarps)),
         crossing_(smem.take<Crossing>(1)),
         blocks_((job.chunks + kFilterChunks - 1) / kFilterChunks),
-        n_(blockIdx.x / blocks_),
-        block_(blockIdx.x - n_ * blocks_),
+        n_(job.first + blockIdx.x / blocks_),
+        block_(blockIdx.x % blocks_),
         plan_(job.p, n_),
         sums_(job.sums_of(n_)),
         search_(job.searches[n_]) {}

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // A row's results, from what describes its chunks (token_confidence_scan.cuh): its statistics, and
-// the token that wins the race (common/race.h). A block takes a row, a thread every kFinishThreads-th
-// chunk; single chunks, which are looked at again, are each warp's by itself, so that all know what
-// is found. A chunk's exact weight, whose bits decide the race, is taken only of chunks that may win:
-// what the scan found bounds it.
+// the token that wins the race (common/race.h). A block takes a row, a thread every
+// kFinishThreads-th chunk; single chunks, which are looked at again, are each warp's by itself, so
+// that all know what is found. A chunk's exact weight, whose bits decide the race, is taken only of
+// chunks that may win: what the scan found bounds it.
 #pragma once
 #include "common/order.h"
-#include "cuda/chunk_sum.cuh"
 #include "cuda/token_confidence_filter.cuh"
-#include "cuda/token_confidence_row.cuh"
+#include "cuda/token_confidence_race.cuh"
+#include "cuda/token_confidence_results.cuh"
 
 namespace dlm::cuda {
 
@@ -17,18 +17,6 @@ constexpr uint32_t kFinishThreads = 128, kFinishWarps = kFinishThreads / 32;
 template <class T>
 class RowFinish {
   using Row = LogitsRow<T>;
-  static constexpr uint32_t kNone = 0xffffffffu;
-
-  // The sums leave out the argmax.
-  struct Statistics {
-    uint32_t argmax = kNone;
-    float max = -INFINITY, second = -INFINITY;
-    double weight = 0.0, exponent = 0.0;
-  };
-  struct Drawn {
-    uint32_t token = kNone;
-    float logit = -INFINITY;
-  };
 
  public:
   static constexpr SmemSize smem() {
@@ -39,7 +27,7 @@ class RowFinish {
       : job_(job),
         partial_(smem.take<uint32_t>(2 * kMaxWarps)),
         of_warp_(smem.take<double>(2 * kFinishWarps)),
-        n_(blockIdx.x),
+        n_(job.first + blockIdx.x),
         plan_(job.p, n_),
         sums_(job.sums_of(n_)),
         scale_(job.p.distribution == Distribution::kRaw ? 1.0f : plan_.inverse) {}
@@ -62,7 +50,7 @@ class RowFinish {
       if (threadIdx.x == 0) write({}, {}, flags | kFlagNothingAllowed);
       return;
     }
-    const Statistics found = describe(row, largest);
+    const RowStatistics found = describe(row, largest);
     const Drawn drawn = plan_.samples ? race(row) : Drawn{};
     if (threadIdx.x == 0) write(found, drawn, flags);
   }
@@ -73,11 +61,11 @@ class RowFinish {
     each_chunk([&](uint32_t c) { top = max(top, ordered_bits(sums_.largest[c])); });
     const float largest = ordered_value(reduce<Greatest>(top));
     if (!(largest > -INFINITY)) return -INFINITY;
-    const Statistics found = describe(Row(job_.p, n_, plan_.source), largest);
+    const RowStatistics found = describe(Row(job_.p, n_, plan_.source), largest);
     return float(found.max * double(scale_) + log1p(found.weight));
   }
 
- private:
+ protected:
   template <class Visit>
   DLM_DEVICE void each_chunk(Visit visit) const {
     for (uint32_t c = threadIdx.x; c < job_.chunks; c += kFinishThreads) visit(c);
@@ -88,25 +76,19 @@ class RowFinish {
     turn_ ^= kMaxWarps;
     return block_reduce<Op>(value, partial_ + turn_);
   }
-  static DLM_DEVICE double sum_over_warp(double x) {
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2)
-      x += __shfl_xor_sync(kAllLanes, x, distance);
-    return x;
-  }
 
   // A lane's logits of a chunk; without those below `floor`.
   DLM_DEVICE void load(const Row& row, uint32_t chunk, float floor, float (&z)[8]) const {
     uint32_t flags = 0;
-    row.effective(chunk, z, flags);
+    row.effective(job_.first_chunk() + chunk, z, flags);
 #pragma unroll
     for (uint32_t j = 0; j < 8; ++j) z[j] = z[j] >= floor ? z[j] : -INFINITY;
   }
 
-  DLM_DEVICE Statistics describe(const Row& row, float largest) {
-    Statistics found;
+  DLM_DEVICE RowStatistics describe(const Row& row, float largest) {
+    RowStatistics found;
     found.max = largest;
-    uint32_t first = kNone;
+    uint32_t first = kNoToken;
     each_chunk([&](uint32_t c) {
       if (sums_.largest[c] == largest) first = min(first, c);
     });
@@ -136,39 +118,48 @@ class RowFinish {
       found.exponent += of_warp_[2 * w + 1];
     }
 
-    // The argmax's own chunk, without it.
-    float z[8];
-    load(row, first, plan_.about_kept ? floor_ : -INFINITY, z);
-    uint32_t argmax = kNone;
-#pragma unroll
-    for (uint32_t j = 0; j < 8; ++j) {
-      if (z[j] == largest) argmax = min(argmax, Row::id_of(first, j));
-    }
-    found.argmax = __reduce_min_sync(kAllLanes, argmax);
-    float own_weight = 0.0f, own_exponent = 0.0f, next = -INFINITY;
-#pragma unroll
-    for (uint32_t j = 0; j < 8; ++j) {
-      if (Row::id_of(first, j) == found.argmax) continue;
-      next = fmaxf(next, z[j]);
-      const float x = fmaxf((z[j] - largest) * scale, -127.0f), w = ptx::exp2_approx(x);
-      own_weight += w;
-      own_exponent = __fmaf_rn(x, w, own_exponent);
-    }
-    second = max(second, __reduce_max_sync(kAllLanes, ordered_bits(next)));
-    found.second = ordered_value(second);
-    found.weight += sum_over_warp(own_weight);
-    found.exponent = 0.693147181 * (found.exponent + sum_over_warp(own_exponent));
+    const OwnChunk own = own_chunk(row, first, largest);
+    found.argmax = own.argmax;
+    found.second = ordered_value(max(second, ordered_bits(own.second)));
+    found.weight += own.weight;
+    found.exponent = 0.693147181 * (found.exponent + own.exponent);
     return found;
   }
 
-  DLM_DEVICE uint32_t word(Stream stream, uint32_t index) const {
-    return word_of(words(stream, index), index);
+  // The chunk of the argmax, without it.
+  struct OwnChunk {
+    uint32_t argmax;
+    float second;
+    double weight, exponent;
+  };
+  DLM_DEVICE OwnChunk own_chunk(const Row& row, uint32_t chunk, float largest) const {
+    const float scale = scale_ * 1.44269504f;  // to powers of two
+    float z[8];
+    load(row, chunk, plan_.about_kept ? floor_ : -INFINITY, z);
+    OwnChunk own;
+    own.argmax = kNoToken;
+#pragma unroll
+    for (uint32_t j = 0; j < 8; ++j) {
+      if (z[j] == largest) own.argmax = min(own.argmax, id_of(chunk, j));
+    }
+    own.argmax = __reduce_min_sync(kAllLanes, own.argmax);
+    float weight = 0.0f, exponent = 0.0f, next = -INFINITY;
+#pragma unroll
+    for (uint32_t j = 0; j < 8; ++j) {
+      if (id_of(chunk, j) == own.argmax) continue;
+      next = fmaxf(next, z[j]);
+      const float x = fmaxf((z[j] - largest) * scale, -127.0f), w = ptx::exp2_approx(x);
+      weight += w;
+      exponent = __fmaf_rn(x, w, exponent);
+    }
+    own.second = ordered_value(__reduce_max_sync(kAllLanes, ordered_bits(next)));
+    own.weight = sum_over_warp(weight);
+    own.exponent = sum_over_warp(exponent);
+    return own;
   }
-  DLM_DEVICE Philox4 words(Stream stream, uint32_t index) const {
-    const RandomKey& random = job_.p.random;
-    const Stream own = redrawn(stream, uint32_t(row_value(random.redraw, n_, 0)));
-    return philox(uint64_t(row_value(random.seed, n_, int64_t(0))), uint32_t(random.position[n_]),
-                  uint32_t(row_value(random.step, n_, 0)), own, index / 4);
+  // Of the whole vocabulary.
+  DLM_DEVICE uint32_t id_of(uint32_t chunk, uint32_t j) const {
+    return Row::id_of(job_.first_chunk() + chunk, j);
   }
 
   // A chunk's weight at the row's own temperature is bounded by that at a higher one, or by the
@@ -176,18 +167,19 @@ class RowFinish {
   // whose bound gives the highest key on, exact keys are made, until one is above all other bounds.
   DLM_DEVICE Drawn race(const Row& row) {
     constexpr float kRounding = 1.0001f;  // covers that of all sums and logarithms
+    const RowRandom random(job_.p, n_);
     const bool colder = plan_.inverse >= scale_;
     uint32_t* const bound = reinterpret_cast<uint32_t*>(sums_.weight);  // nobody needs it any more
     each_chunk([&](uint32_t c) {
       const float top = sums_.largest[c];
       const bool races = top > -INFINITY && top >= floor_;
       const float most = colder ? sums_.weight[c] * kRounding : kRaceChunk * kRounding;
-      const uint32_t r = word(Stream::kChunk, c);
+      const uint32_t r = random.word(Stream::kChunk, job_.first_chunk() + c);
       bound[c] = races ? ordered_bits(chunk_key(top, plan_.inverse, most, r)) : 0;
     });
-    uint32_t best = 0, winner = kNone;
+    uint32_t best = 0, winner = kNoToken;
     for (;;) {
-      uint32_t highest = 0, at = kNone;
+      uint32_t highest = 0, at = kNoToken;
       each_chunk([&](uint32_t c) { highest = max(highest, bound[c]); });
       highest = reduce<Greatest>(highest);
       if (highest == 0 || highest < best) break;
@@ -196,84 +188,37 @@ class RowFinish {
       });
       at = reduce<Least>(at);
       if (at % kFinishThreads == threadIdx.x) bound[at] = 0;
-      const uint32_t key = exact_key(row, at);
+      const uint32_t key = exact_key(row, at, random);
       if (key > best || (key == best && at < winner)) {
         best = key;
         winner = at;
       }
     }
-    return winner == kNone ? Drawn{} : race_tokens(row, winner);
+    if (winner == kNoToken) return {};
+    Drawn drawn = race_tokens_of(row, winner, random);
+    drawn.key = best;
+    return drawn;
   }
 
   // Ordered bits.
-  DLM_DEVICE uint32_t exact_key(const Row& row, uint32_t chunk) const {
-    const float top = sums_.largest[chunk];
+  DLM_DEVICE uint32_t exact_key(const Row& row, uint32_t chunk, const RowRandom& random) const {
     float z[8];
     load(row, chunk, floor_, z);
-#pragma unroll
-    for (uint32_t j = 0; j < 8; ++j) z[j] = chunk_weight(z[j], top, plan_.inverse);
-    const float weight = chunk_sum_over_warp<Row::kTwoRuns>(z);
-    return ordered_bits(chunk_key(top, plan_.inverse, weight, word(Stream::kChunk, chunk)));
+    return exact_chunk_key<Row::kTwoRuns>(z, sums_.largest[chunk], plan_.inverse,
+                                          random.word(Stream::kChunk, job_.first_chunk() + chunk));
   }
 
-  // The token with the largest key of the chunk that has won, in which there is one.
-  DLM_DEVICE Drawn race_tokens(const Row& row, uint32_t chunk) const {
+  DLM_DEVICE Drawn race_tokens_of(const Row& row, uint32_t chunk, const RowRandom& random) const {
     float z[8];
     load(row, chunk, floor_, z);
-    uint32_t best = 0, token = kNone;
-    float logit = -INFINITY;
-#pragma unroll
-    for (uint32_t half = 0; half < 2; ++half) {
-      const Philox4 random = words(Stream::kToken, Row::id_of(chunk, 4 * half));
-#pragma unroll
-      for (uint32_t j = 4 * half; j < 4 * half + 4; ++j) {
-        const uint32_t key = ordered_bits(token_key(z[j], plan_.inverse, random.word[j % 4]));
-        if (!(z[j] > -INFINITY) || key <= best) continue;
-        best = key;
-        token = Row::id_of(chunk, j);
-        logit = z[j];
-      }
-    }
-    const uint32_t highest = __reduce_max_sync(kAllLanes, best);
-    const uint32_t winner = __reduce_min_sync(kAllLanes, best == highest ? token : kNone);
-    const uint32_t of_winner = winner == token ? ordered_bits(logit) : 0;
-    return {winner, ordered_value(__reduce_max_sync(kAllLanes, of_winner))};
+    return race_tokens<Row>(z, job_.first_chunk() + chunk, plan_.inverse, random);
   }
 
   // By one thread.
-  DLM_DEVICE void write(const Statistics& found, const Drawn& drawn, uint32_t flags) const {
-    const TokenConfidenceParams& p = job_.p;
-    int64_t token = -1, argmax = -1;
-    double confidence = -INFINITY, margin = 0.0, entropy = 0.0, logsumexp = -INFINITY,
-           p_given = 0.0;
-    if (found.argmax != kNone) {
-      const bool sampled = drawn.token != kNone;
-      argmax = found.argmax;
-      token = sampled ? drawn.token : found.argmax;
-      const double scale =
-          p.distribution == Distribution::kRaw ? 1.0 : 1.0 / double(plan_.temperature);
-      const auto exponent = [&](float logit) { return (double(logit) - found.max) * scale; };
-      const double total = 1.0 + found.weight, log_total = log1p(found.weight);
-      confidence = (sampled ? exp(exponent(drawn.logit)) : 1.0) / total;
-      margin = -expm1(exponent(found.second)) / total;
-      entropy = log_total - found.exponent / total;
-      logsumexp = found.max * scale + log_total;
-      const int64_t given = p.given ? p.given[n_] : -1;
-      if (given >= 0 && given < p.V) {
-        const float z = Row(p, n_, plan_.source).at(uint32_t(given));
-        const bool counts = !plan_.about_kept || z >= floor_;
-        p_given = counts ? exp(exponent(z)) / total : 0.0;
-      }
-    }
-    p.token[n_] = token;
-    p.argmax[n_] = argmax;
-    p.flags[n_] = int32_t(flags);
-    if (p.floor) p.floor[n_] = floor_;
-    p.confidence[n_] = float(confidence);
-    p.logsumexp[n_] = float(logsumexp);
-    p.p_given[n_] = float(p_given);
-    if (p.margin) p.margin[n_] = float(margin);
-    if (p.entropy) p.entropy[n_] = float(entropy);
+  DLM_DEVICE void write(const RowStatistics& found, const Drawn& drawn, uint32_t flags) const {
+    const uint32_t id = plan_.used() ? given_id(job_.p, n_) : kNoToken;
+    const float given = id == kNoToken ? -INFINITY : Row(job_.p, n_, plan_.source).at(id);
+    write_row(job_.p, n_, plan_, found, drawn, flags, floor_, given);
   }
 
   const ConfidenceLaunch& job_;

@@ -3,12 +3,13 @@
 // (token_confidence_scan.cuh); where rows are filtered, a search finds their floors
 // (token_confidence_filter.cuh), and where the statistics are about what is kept, chunks that reach
 // the floor are scanned again; a block then finishes each row (token_confidence_finish.cuh). A
-// chunk is described by itself, so a row's bits do not depend on the batch. Other rows than filtered
-// ones are read once: V elements. Needs sm_80.
+// chunk is described by itself, so a row's bits do not depend on the batch. Other rows than
+// filtered ones are read once: V elements. Needs sm_80.
 #pragma once
 #include "cuda/token_confidence_filter.cuh"
 #include "cuda/token_confidence_finish.cuh"
 #include "cuda/token_confidence_scan.cuh"
+#include "cuda/token_confidence_shard.cuh"
 
 namespace dlm::cuda {
 
@@ -17,7 +18,7 @@ inline bool may_filter(const TokenConfidenceParams& p) {
   return (p.top_k || p.top_p) && (p.temperature || p.distribution == Distribution::kFiltered);
 }
 inline int64_t chunks_of(const TokenConfidenceParams& p) {
-  return (p.V + kRaceChunk - 1) / kRaceChunk;
+  return (p.columns() + kRaceChunk - 1) / kRaceChunk;
 }
 // Searches first: they are aligned to 16 bytes.
 inline int64_t searches_of(const TokenConfidenceParams& p) { return may_filter(p) ? p.N : 0; }
@@ -45,6 +46,10 @@ cudaError_t start_rows(ConfidenceLaunch job, cudaStream_t stream) {
     if (error == cudaSuccess && job.refining) error = scan();
   }
   if (error != cudaSuccess) return error;
+  if (job.p.partial) {
+    return launch(finish_shard_kernel<T>, dim3(uint32_t(job.p.N)), dim3(kFinishThreads),
+                  ShardFinish<T>::smem().bytes, stream, job);
+  }
   return launch(finish_rows_kernel<T>, dim3(uint32_t(job.p.N)), dim3(kFinishThreads),
                 RowFinish<T>::smem().bytes, stream, job);
 }

@@ -54,13 +54,14 @@ struct Word<Float16> {
 template <class T>
 constexpr uint32_t kPerChunk = 16 / sizeof(T);
 
-// Elements first, first + 1, ... of a row of V: one by one, -inf where there are none.
+// Elements first, first + 1, ... of a row of V: one by one, `absent` where there are none.
 template <class T>
-DLM_DEVICE uint4 edge_chunk(const T* row, int64_t first, uint32_t V) {
+DLM_DEVICE uint4 edge_chunk(const T* row, int64_t first, uint32_t V,
+                            uint32_t absent = Word<T>::kMinusInfinity) {
   uint32_t words[4];
 #pragma unroll
   for (uint32_t w = 0; w < 4; ++w) {
-    words[w] = Word<T>::kMinusInfinity;
+    words[w] = absent;
 #pragma unroll
     for (uint32_t j = 0; j < Word<T>::kElements; ++j) {
       const int64_t at = first + w * Word<T>::kElements + j;
@@ -88,20 +89,19 @@ DLM_DEVICE uint4 across(uint4 a, uint4 b, uint32_t shift) {
   return make_uint4(w[0], w[1], w[2], w[3]);
 }
 
-// Sixteen bytes a lane: elements first + kPerChunk<T> * lane ... of a row of V. Vector loads stay
-// within the row. Where it starts between addresses of vector loads, lanes take the rest from their
-// neighbours.
+// Sixteen bytes a lane: elements first + kPerChunk<T> * lane ... of a row of [begin, V). Vector
+// loads stay within the row. Where it starts between addresses of vector loads, lanes take the rest
+// from their neighbours.
 template <class T>
-DLM_DEVICE uint4 load_run(const T* row, uint32_t first, uint32_t V) {
+DLM_DEVICE uint4 load_run(const T* row, uint32_t first, uint32_t V, uint32_t begin = 0) {
   constexpr uint32_t n = kPerChunk<T>;
   const uint32_t shift = uint32_t(reinterpret_cast<uintptr_t>(row) % 16), lane = lane_index();
-  if (shift != 0 && first > 0 && first + 33 * n <= V) {
+  if (shift != 0 && first > begin && first + 33 * n <= V) {
     const char* at = reinterpret_cast<const char*>(row + first) - shift + lane * 16;
     const uint4 own = ptx::ld_global_stream_16(at);
-    uint4 next = make_uint4(__shfl_down_sync(kAllLanes, own.x, 1),
-                            __shfl_down_sync(kAllLanes, own.y, 1),
-                            __shfl_down_sync(kAllLanes, own.z, 1),
-                            __shfl_down_sync(kAllLanes, own.w, 1));
+    uint4 next =
+        make_uint4(__shfl_down_sync(kAllLanes, own.x, 1), __shfl_down_sync(kAllLanes, own.y, 1),
+                   __shfl_down_sync(kAllLanes, own.z, 1), __shfl_down_sync(kAllLanes, own.w, 1));
     if (lane == 31) next = ptx::ld_global_stream_16(at + 16);
     return across(own, next, shift);
   }
@@ -111,13 +111,13 @@ DLM_DEVICE uint4 load_run(const T* row, uint32_t first, uint32_t V) {
 }
 
 // The chunk of elements first, first + 1, ...; first is a multiple of kPerChunk<T>. Vector loads
-// stay within the row.
+// stay within the row, [begin, V).
 template <class T>
-DLM_DEVICE uint4 load_chunk(const T* row, uint32_t first, uint32_t V) {
+DLM_DEVICE uint4 load_chunk(const T* row, uint32_t first, uint32_t V, uint32_t begin = 0) {
   const T* at = row + first;
   const uint32_t shift = uint32_t(reinterpret_cast<uintptr_t>(at) % 16);
   if (shift == 0 && first + kPerChunk<T> <= V) return ptx::ld_global_stream_16(at);
-  if (shift != 0 && first > 0 && first + 2 * kPerChunk<T> <= V) {
+  if (shift != 0 && first > begin && first + 2 * kPerChunk<T> <= V) {
     const char* chunk = reinterpret_cast<const char*>(at) - shift;
     return across(ptx::ld_global_stream_16(chunk), ptx::ld_global_stream_16(chunk + 16), shift);
   }
@@ -152,29 +152,31 @@ class LogitsRow {
  public:
   DLM_DEVICE LogitsRow(const TokenConfidenceParams& p, uint32_t n, int64_t source)
       : V(uint32_t(p.V)),
+        begin_(uint32_t(p.first)),
         logits(static_cast<const T*>(p.logits) + source * p.logits_stride),
         uncond_(p.uncond_logits ? static_cast<const T*>(p.uncond_logits) + source * p.uncond_stride
                                 : nullptr),
         guidance_(add_rn(row_value(p.cfg_scale, n, 0.0f), 1.0f)),
-        bias_(shared_row(p.bias, n, p.bias_rows_per_value, p.V)),
+        bias_(shared_row(p.bias, n, p.bias_rows_per_value, p.columns())),
         banned_(shared_row(p.banned, n, p.banned_rows_per_value, p.banned_count)),
         banned_count_(uint32_t(p.banned_count)),
         bitmask_(shared_row(p.bitmask, n, p.bitmask_rows_per_value, p.bitmask_words)) {}
 
-  // kPerChunk<T> logits from `first` on, guided, biased, without NaN and +inf; -inf beyond the row's end.
+  // kPerChunk<T> logits from `first` on, guided, biased, without NaN and +inf; -inf beyond the
+  // row's end.
   DLM_DEVICE void values(uint32_t first, float* z, uint32_t& flags) const {
+    spread<T>(load_chunk(logits, first, V, begin_), z);
+    if (uncond_) guide(z, load_chunk(uncond_, first, V, begin_));
+    adjust(first, z, flags);
+  }
+
+  // A run of logits that are at hand, raw: biased, without NaN and +inf; -inf beyond the row's end.
+  DLM_DEVICE void adjust(uint32_t first, float* z, uint32_t& flags) const {
     constexpr uint32_t n = kPerChunk<T>;
-    spread<T>(load_chunk(logits, first, V), z);
-    if (uncond_) {
-      float u[n];
-      spread<T>(load_chunk(uncond_, first, V), u);
-#pragma unroll
-      for (uint32_t j = 0; j < n; ++j) z[j] = guided(z[j], u[j]);
-    }
     if (bias_) {
 #pragma unroll
       for (uint32_t c = 0; c < n; c += 4) {
-        const uint4 bias = load_chunk(bias_, first + c, V);
+        const uint4 bias = load_chunk(bias_, first + c, V, begin_);
         z[c] = add_rn(z[c], bits_to_float(bias.x));
         z[c + 1] = add_rn(z[c + 1], bits_to_float(bias.y));
         z[c + 2] = add_rn(z[c + 2], bits_to_float(bias.z));
@@ -195,8 +197,8 @@ class LogitsRow {
     constexpr uint32_t n = kPerChunk<T>;
     return chunk * kRaceChunk + j / n * 128 + lane_index() * n + j % n;
   }
-  // Whether logits of `count` chunks are what is in memory, read by aligned vector loads: inside the
-  // row, and none of them guided, biased, banned or left out by a bitmask.
+  // Whether logits of `count` chunks are what is in memory, read by aligned vector loads: inside
+  // the row, and none of them guided, biased, banned or left out by a bitmask.
   DLM_DEVICE bool is_simple(uint32_t chunk, uint32_t count) const {
     const bool aligned = reinterpret_cast<uintptr_t>(logits) % 16 == 0;
     if (!aligned || uncond_ || bias_ || bitmask_ || (chunk + count) * kRaceChunk > V) return false;
@@ -218,8 +220,8 @@ class LogitsRow {
     uint32_t most = Word<T>::kMinusInfinity;
 #pragma unroll
     for (const uint4& v : raw) {
-      most = Word<T>::larger(most, Word<T>::larger(Word<T>::larger(v.x, v.y),
-                                                   Word<T>::larger(v.z, v.w)));
+      most = Word<T>::larger(most,
+                             Word<T>::larger(Word<T>::larger(v.x, v.y), Word<T>::larger(v.z, v.w)));
     }
     return Word<T>::largest(most);
   }
@@ -235,13 +237,36 @@ class LogitsRow {
       if (uncond_ || bias_) {
         values(first, run, flags);
       } else {
-        spread<T>(load_run(logits, chunk * kRaceChunk + r * 128, V), run);
+        spread<T>(load_run(logits, chunk * kRaceChunk + r * 128, V, begin_), run);
 #pragma unroll
         for (uint32_t j = 0; j < n; ++j) run[j] = sanitised(run[j], flags);
       }
-      const uint32_t bits = allowed(first);
+    }
+    leave_out(chunk, z);
+  }
+
+  // The same of logits that are not in the row's memory but at hand: a lane's eight, and if they
+  // are `to_guide`, those of the unconditional row.
+  DLM_DEVICE void effective_of(uint32_t chunk, const uint4 (&own)[kRuns], bool to_guide,
+                               const uint4 (&uncond)[kRuns], float (&z)[8], uint32_t& flags) const {
+    constexpr uint32_t n = kPerChunk<T>;
 #pragma unroll
-      for (uint32_t j = 0; j < n; ++j) run[j] = bits >> j & 1 ? run[j] : -INFINITY;
+    for (uint32_t r = 0; r < kRuns; ++r) {
+      spread<T>(own[r], z + r * n);
+      if (to_guide) guide(z + r * n, uncond[r]);
+      adjust(id_of(chunk, r * n), z + r * n, flags);
+    }
+    leave_out(chunk, z);
+  }
+
+  // -inf where a chunk's ids are banned or not allowed.
+  DLM_DEVICE void leave_out(uint32_t chunk, float (&z)[8]) const {
+    constexpr uint32_t n = kPerChunk<T>;
+#pragma unroll
+    for (uint32_t r = 0; r < kRuns; ++r) {
+      const uint32_t bits = allowed(id_of(chunk, r * n));
+#pragma unroll
+      for (uint32_t j = 0; j < n; ++j) z[r * n + j] = bits >> j & 1 ? z[r * n + j] : -INFINITY;
     }
     each_banned(chunk * kRaceChunk, kRaceChunk, [&](uint32_t offset) {
 #pragma unroll
@@ -276,7 +301,8 @@ class LogitsRow {
     return z;
   }
 
-  const uint32_t V;
+  const uint32_t V;       // ids are those of the whole vocabulary,
+  const uint32_t begin_;  // of which this is the first that is there
   const T* const logits;
 
  private:
@@ -284,6 +310,12 @@ class LogitsRow {
   static DLM_DEVICE const U* shared_row(const U* rows, uint32_t n, int64_t rows_per_value,
                                         int64_t columns) {
     return rows ? rows + int64_t(n / uint32_t(rows_per_value)) * columns : nullptr;
+  }
+  DLM_DEVICE void guide(float* z, uint4 uncond) const {
+    float u[kPerChunk<T>];
+    spread<T>(uncond, u);
+#pragma unroll
+    for (uint32_t j = 0; j < kPerChunk<T>; ++j) z[j] = guided(z[j], u[j]);
   }
   DLM_DEVICE float guided(float z, float u) const {
     return add_rn(u, mul_rn(guidance_, add_rn(z, -u)));

@@ -25,8 +25,8 @@ class ChunkScan {
   DLM_DEVICE explicit ChunkScan(const ConfidenceLaunch& job)
       : job_(job),
         blocks_((job.chunks + kScanChunks - 1) / kScanChunks),
-        n_(blockIdx.x / blocks_),
-        block_(blockIdx.x - n_ * blocks_),
+        n_(job.first + blockIdx.x / blocks_),
+        block_(blockIdx.x % blocks_),
         plan_(job.p, n_),
         sums_(job.sums_of(n_)),
         scale_((job.p.distribution == Distribution::kRaw ? 1.0f : plan_.inverse) * 1.44269504f) {}
@@ -37,7 +37,8 @@ class ChunkScan {
     const Row row(job_.p, n_, plan_.source);
     const uint32_t first = block_ * kScanChunks + warp_index() * kWarpChunks;
     if (first >= job_.chunks) return;
-    const bool simple = !adjusted && !job_.refining && row.is_simple(first, kWarpChunks);
+    const bool simple =
+        !adjusted && !job_.refining && row.is_simple(job_.first_chunk() + first, kWarpChunks);
     uint32_t flags = 0;
 #pragma unroll 1
     for (uint32_t c = first; c < first + kWarpChunks; c += kTogether) {
@@ -60,7 +61,8 @@ class ChunkScan {
   DLM_DEVICE bool describe_simple(const Row& row, uint32_t first, Described& own) const {
     uint4 raw[kTogether][Row::kRuns];
 #pragma unroll
-    for (uint32_t c = 0; c < kTogether; ++c) row.load_simple(first + c, raw[c]);
+    for (uint32_t c = 0; c < kTogether; ++c)
+      row.load_simple(job_.first_chunk() + first + c, raw[c]);
     float top[kTogether];
     bool ordinary = true;
 #pragma unroll
@@ -91,7 +93,7 @@ class ChunkScan {
     for (uint32_t c = 0; c < kTogether && first + c < job_.chunks; ++c) {
       if (job_.refining && sums_.largest[first + c] < floor) continue;  // the whole warp
       float z[8], top = -INFINITY;
-      row.effective(first + c, z, flags);
+      row.effective(job_.first_chunk() + first + c, z, flags);
 #pragma unroll
       for (uint32_t j = 0; j < 8; ++j) {
         z[j] = z[j] >= floor ? z[j] : -INFINITY;

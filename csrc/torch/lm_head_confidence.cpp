@@ -6,11 +6,16 @@
 #include "torch/check.h"
 #include "torch/ops.h"
 #include "torch/token_confidence.h"
+#ifdef DLM_WITH_CUDA
+#include "cuda/lm_head_confidence.h"
+#include "torch/cuda_stream.h"
+#endif
 
 namespace dlm {
+namespace {
 
 // Slices of rows, one after the other.
-void lm_head_confidence_on_cpu(const Check& check, const LmHeadConfidenceParams& p) {
+void run_on_cpu(const Check& check, const LmHeadConfidenceParams& p) {
   const cpu::LmHeadPlan plan = cpu::plan_lm_head_confidence(p, torch::stable::get_num_threads());
   Tensor workspace = check.empty("workspace", {plan.workspace / 8 + 8}, ScalarType::Long);
   const uintptr_t memory = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
@@ -31,6 +36,24 @@ void lm_head_confidence_on_cpu(const Check& check, const LmHeadConfidenceParams&
   }
 }
 
+}  // namespace
+
+void run_lm_head_confidence(const Check& check, const Tensor& anchor,
+                            const LmHeadConfidenceParams& p) {
+#ifdef DLM_WITH_CUDA
+  if (anchor.is_cuda()) {
+    const CudaCall call(check, anchor);
+    call.supports(cuda::unsupported_lm_head_confidence(p));
+    Tensor workspace =
+        check.empty("workspace", {cuda::lm_head_confidence_workspace(p)}, ScalarType::Byte);
+    call.succeeded(cuda::run_lm_head_confidence(p, workspace.mutable_data_ptr(), call.stream()));
+    return;
+  }
+#endif
+  (void)anchor;
+  run_on_cpu(check, p);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lm_head_confidence(
     const Tensor& hidden, const Tensor& weight, const MaybeTensor& row_map,
     const MaybeTensor& given, const MaybeTensor& uncond_hidden, const MaybeTensor& cfg_scale,
@@ -41,9 +64,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lm_he
     bool with_margin, bool with_entropy) {
   const Check check("lm_head_confidence", "hidden", hidden);
   LmHeadConfidenceParams p{};
-  check.that(!hidden.is_cuda(),
-             "hidden must be on the CPU: there is no CUDA kernel; on a GPU take ",
-             "token_confidence of the head's logits");
   check.dtype("hidden", hidden, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
   check.sizes("hidden", hidden, {-1, -1});
   check.rows_dense("hidden", hidden);
@@ -70,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lm_he
       check,
       {row_map, given, cfg_scale, bias, banned, bitmask, temperature, top_k, top_p, top_p_first,
        keep_crossing, distribution, seed, step, position, redraw},
-      true, uncond_hidden, "uncond_hidden", p.rows);
+      !hidden.is_cuda(), uncond_hidden, "uncond_hidden", p.rows);
 
   check.not_differentiable({{"hidden", hidden},
                             {"weight", weight},
@@ -81,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lm_he
                             {"top_p", top_p}});
 
   const ConfidenceResults results(check, with_margin, with_entropy, p.rows);
-  if (p.rows.N > 0) lm_head_confidence_on_cpu(check, p);
+  if (p.rows.N > 0) run_lm_head_confidence(check, hidden, p);
   return results.all();
 }
 

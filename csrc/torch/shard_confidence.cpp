@@ -23,7 +23,7 @@ const T* before(const T* at, int64_t first) {
 
 // From a vocabulary of its own to its place in the whole one.
 void place(TokenConfidenceParams& p, int64_t first) {
-  const int64_t size = p.dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t size = element_size(p.dtype);
   p.first = first;
   p.V += first;
   p.logits = before(p.logits, first, size);
@@ -43,7 +43,6 @@ Tensor shard_confidence(const Tensor& logits, int64_t first, const MaybeTensor& 
                         const MaybeTensor& step, const MaybeTensor& position,
                         const MaybeTensor& redraw, bool with_entropy) {
   const Check check("shard_confidence", "logits", logits);
-  check.that(!logits.is_cuda(), "logits must be on the CPU: there is no CUDA kernel");
   LmHeadConfidenceParams head{};
   TokenConfidenceParams& p = head.rows;
   check.dtype("logits", logits, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
@@ -85,7 +84,7 @@ Tensor shard_confidence(const Tensor& logits, int64_t first, const MaybeTensor& 
   check_confidence_arguments(check,
                              {row_map, given, cfg_scale, bias, banned, bitmask, temperature, none,
                               none, false, true, distribution, seed, step, position, redraw},
-                             true, uncond, "uncond", p, kMostTokens);
+                             !logits.is_cuda(), uncond, "uncond", p, kMostTokens);
   check.not_differentiable({{"logits", logits},
                             {"weight", weight},
                             {"uncond", uncond},
@@ -99,12 +98,12 @@ Tensor shard_confidence(const Tensor& logits, int64_t first, const MaybeTensor& 
   p.entropy = with_entropy ? &wanted : nullptr;
   if (p.N == 0) return partial;
   place(p, first);
-  if (!weight) {
-    token_confidence_on_cpu(check, p);
-    return partial;
+  if (weight) {
+    head.weight = before(head.weight, first * head.weight_stride, element_size(p.dtype));
+    run_lm_head_confidence(check, logits, head);
+  } else {
+    run_token_confidence(check, logits, p);
   }
-  head.weight = before(head.weight, first * head.weight_stride, p.dtype == DType::kFloat32 ? 4 : 2);
-  lm_head_confidence_on_cpu(check, head);
   return partial;
 }
 

@@ -66,6 +66,22 @@ void token_confidence_on_cpu(const Check& check, const TokenConfidenceParams& p)
   });
 }
 
+void run_token_confidence(const Check& check, const Tensor& anchor,
+                          const TokenConfidenceParams& p) {
+#ifdef DLM_WITH_CUDA
+  if (anchor.is_cuda()) {
+    const CudaCall call(check, anchor);
+    call.supports(cuda::unsupported_token_confidence(p));
+    Tensor workspace =
+        check.empty("workspace", {cuda::token_confidence_workspace(p)}, ScalarType::Byte);
+    call.succeeded(cuda::run_token_confidence(p, workspace.mutable_data_ptr(), call.stream()));
+    return;
+  }
+#endif
+  (void)anchor;
+  token_confidence_on_cpu(check, p);
+}
+
 void check_confidence_arguments(const Check& check, const ConfidenceArguments& a, bool on_cpu,
                                 const MaybeTensor& uncond, const char* uncond_name,
                                 TokenConfidenceParams& p, int64_t ids) {
@@ -171,18 +187,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token
                             {"top_p", top_p}});
 
   const ConfidenceResults results(check, with_margin, with_entropy, p);
-#ifdef DLM_WITH_CUDA
-  if (logits.is_cuda() && p.N > 0) {
-    const CudaCall call(check, logits);
-    call.supports(cuda::unsupported_token_confidence(p));
-    Tensor workspace =
-        check.empty("workspace", {cuda::token_confidence_workspace(p)}, ScalarType::Byte);
-    call.succeeded(cuda::run_token_confidence(p, workspace.mutable_data_ptr(), call.stream()));
-    return results.all();
-  }
-#endif
-
-  token_confidence_on_cpu(check, p);
+  if (p.N > 0) run_token_confidence(check, logits, p);
   return results.all();
 }
 

@@ -63,6 +63,9 @@ struct ConfidenceResults {
 
 // The rows of checked parameters, in torch's threads and memory.
 void token_confidence_on_cpu(const Check& check, const TokenConfidenceParams& p);
-void lm_head_confidence_on_cpu(const Check& check, const LmHeadConfidenceParams& p);
+// The same, or in torch's stream, on the device of `anchor`.
+void run_token_confidence(const Check& check, const Tensor& anchor, const TokenConfidenceParams& p);
+void run_lm_head_confidence(const Check& check, const Tensor& anchor,
+                            const LmHeadConfidenceParams& p);
 
 }  // namespace dlm

@@ -10,9 +10,11 @@ needs transformers, which is imported at first use.
 
 import importlib
 
+from . import host_memory as _host_memory
 from . import wait_policy as _wait_policy
 
 _wait_policy.choose()
+_host_memory.choose()
 
 # ruff: noqa: E402  (what follows loads torch)
 import torch  # noqa: F401  (its library must be loaded before ours)
@@ -45,6 +47,8 @@ _LAZY = {
     "Backbone": ".models.backbone",
     "BackboneInput": ".models.backbone",
     "load": ".models.load",
+    "plan": ".planning",
+    "MemoryPlan": ".planning",
     "Engine": ".engine.engine",
     "EngineMemory": ".engine.memory",
     "EngineMetrics": ".engine.metrics",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `dlmkernels demo | generate | bench | info`."""
+"""The command line: `dlmkernels demo | generate | plan | bench | info`."""
 
 from __future__ import annotations
 
@@ -156,6 +156,22 @@ def _parser() -> argparse.ArgumentParser:
     add("--draft", action="store_true", help="show the canvas while it is decoded (in a terminal)")
     add("--trace", metavar="FILE", help="write a page on which the decoding can be watched (HTML)")
     generate.set_defaults(run=_generate)
+
+    plan = commands.add_parser(
+        "plan", help="how much memory a model takes, before it is loaded",
+        description="Tell what a decoding needs: weights, keys and values, a forward, logits. Of the model its "
+        "configuration alone is read.",
+        epilog="Example: dlmkernels plan --model GSAI-ML/LLaDA-8B-Instruct --batch 8 --length 4096 --memory 80G",
+    )  # fmt: skip
+    add = plan.add_argument
+    add("--model", required=True, metavar="PATH", help="local folder or hub id; 'demo' is the model of the demo")
+    add("--batch", type=int, default=1, metavar="N", help="requests decoded at a time (default 1)")
+    add("--length", type=int, metavar="N", help="tokens of each, its prompt included (default: 2048, or what it can)")
+    add("--block-length", type=int, metavar="N", help="positions that a step decides among (default: all)")
+    add("--no-cache", action="store_true", help="without reuse of keys and values")
+    add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as stored)")
+    add("--memory", metavar="BYTES", help="say which length fits into so much, such as 24G")
+    plan.set_defaults(run=_plan)
 
     bench = commands.add_parser(
         "bench", help="time the kernels beside their baselines (in a source tree)",
@@ -356,6 +372,22 @@ def _device(name: str):
 
 def _count(n: int, noun: str) -> str:
     return f"{n} {noun}" + ("" if n == 1 else "s")
+
+
+# --- plan ------------------------------------------------------------------------------------------------------------
+
+
+def _plan(args: argparse.Namespace) -> int:
+    _require("transformers", "safetensors", wanted_for="plan")
+    from .planning import plan
+
+    dtype = None if args.dtype == "auto" else args.dtype
+    how = {"block_length": args.block_length, "cache": not args.no_cache, "dtype": dtype}
+    needed = plan(args.model, args.batch, args.length, **how)
+    print(needed)
+    if args.memory:
+        print(f"{args.memory} suffice for {needed.longest(args.memory)} tokens each at this batch")
+    return 0
 
 
 # --- bench -----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 #include "cpu/token_confidence.cpp"
 #include "cpu/token_confidence_generic.cpp"
 #include "kernels/confidence_case.h"
+#include "kernels/shards.h"
 #ifdef DLM_SIMT
 #include "simt/fiber.h"
 #endif
@@ -135,6 +136,37 @@ TEST(rows_are_independent) {
       for (int64_t k = 0; k < 5; ++k)
         same &= !memcmp(&floats[size_t(k)], &c.statistics[size_t(k * 6 + n)], sizeof(float));
       CHECK(same, "row %d, type %d", int(n), int(dtype));
+    }
+  }
+}
+
+// Shards of the vocabulary say together what the whole says, with the same bits in any cut; and
+// read nothing of each other.
+TEST(shards) {
+  uint64_t seed = 6000;
+  for (const dlm::DType dtype : kTypes) {
+    for (const unsigned with : {C::kSample | 0u, C::kSample | C::kGuidance | C::kRowMap | 0u,
+                                C::kSample | C::kBias | C::kBanned | C::kBitmask | 0u,
+                                C::kTies | 0u, C::kSample | C::kSpecial | C::kWild | 0u}) {
+      for (const int64_t V : {700, 5003}) {
+        if (skipped(++seed)) continue;
+        C c(dtype, 4, V, with, dlm::Distribution(seed % 3), seed);
+        const int64_t size = dlm::element_size(dtype), gap = int64_t(seed % 4);
+        const std::string wrong =
+            wrong_in_shards(c, [&](int64_t first, int64_t end, int64_t* words) {
+              dlm::TokenConfidenceParams p = c.p;
+              const Columns logits(p.logits, p.R, p.logits_stride, first, end, size, gap);
+              p.logits = logits.begin(), p.logits_stride = logits.stride;
+              const Columns uncond(c.uncond.data(), p.R, p.uncond_stride, first, end, size, 1);
+              if (p.uncond_logits)
+                p.uncond_logits = uncond.begin(), p.uncond_stride = uncond.stride;
+              const ShardOf own(c, first, end, p);
+              p.partial = words;
+              Array<uint8_t> workspace(size_t(dlm::cuda::workspace_of(p)), 0xff);
+              run(dlm::cuda::start_token_confidence(p, workspace.data(), nullptr));
+            });
+        CHECK(wrong.empty(), "seed %d: %s", int(seed), wrong.c_str());
+      }
     }
   }
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Native tests of the CUDA kernels, and of the CPU's AMX kernel, run on the host: see tests/cpp/README.md.
+"""Native tests of the CUDA kernels, and of the CPU's AMX kernels, run on the host: see tests/cpp/README.md.
 
 No GPU, no AMX and no torch are needed.
 """
@@ -28,9 +28,10 @@ def test_every_file_is_run():
     assert sorted(list_files(build("simt_plain"))) == FILES
 
 
+@pytest.mark.parametrize("file", ["test_amx", "test_amx_head"])
 @pytest.mark.parametrize("flavour", FLAVOURS[:2])
-def test_amx(flavour):
-    """The AMX kernel as the library has it; a model does what its tile instructions say."""
+def test_amx(flavour, file):
+    """The AMX kernels as the library has them; a model does what their tile instructions say."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists() or "avx512_bf16" not in cpuinfo.read_text():
         pytest.skip("the rest of the kernel needs AVX512_BF16")
@@ -38,7 +39,7 @@ def test_amx(flavour):
     configure()
     if f"amx_{flavour}:" not in (BUILD / "build.ninja").read_text():
         pytest.skip("the compiler does not know AMX")
-    run_file(build(f"amx_{flavour}"), "test_amx")
+    run_file(build(f"amx_{flavour}"), file)
 
 
 @pytest.mark.slow

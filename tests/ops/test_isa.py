@@ -133,7 +133,7 @@ KERNELS = {
     "splice_": ["generic"],
     "soft_embedding": ["generic", "avx2", "avx512"],
     "top_candidates": ["generic", "avx2", "avx512"],
-    "lm_head_confidence": ["generic", "avx2", "avx512", "avx512bf16"],
+    "lm_head_confidence": ["generic", "avx2", "avx512", "avx512bf16", "amx"],
     "shard_confidence": ["generic"],  # for what token_confidence and lm_head_confidence leave to it
 }
 ALL = KERNELS["block_attention"]

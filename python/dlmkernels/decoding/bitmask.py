@@ -30,3 +30,24 @@ def unpack(bitmask: Tensor, vocab: int) -> Tensor:
 def _to_int32(words: Tensor) -> Tensor:
     """The int32 with the same low 32 bits."""
     return torch.where(words < 2**31, words, words - 2**32).int()
+
+
+def check_bitmask(bitmask: Tensor, tokens: Tensor, columns: int) -> Tensor:
+    """A bitmask `[n]` or `[B or 1, N or 1, n]` on the device of the canvas `tokens`, from one or from bools."""
+    if bitmask.dtype == torch.bool:
+        bitmask = pack(bitmask)
+    if bitmask.dtype != torch.int32 or bitmask.device != tokens.device:
+        raise ValueError(
+            f"constraint must be an int32 bitmask or bool, on {tokens.device}; got {bitmask.dtype} on {bitmask.device}"
+        )
+    batch = len(tokens)
+    if bitmask.dim() == 2:
+        bitmask = bitmask[None]
+    if bitmask.dim() not in (1, 3) or (
+        bitmask.dim() == 3 and (bitmask.shape[0] not in (1, batch) or bitmask.shape[1] not in (1, columns))
+    ):
+        raise ValueError(
+            f"constraint must have shape [n], [{columns}, n] or [{batch}, {columns}, n], n words of 32 tokens or n "
+            f"bools; got {list(bitmask.shape)} as a bitmask"
+        )
+    return bitmask

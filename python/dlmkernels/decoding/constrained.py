@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..window import TokenWindow
-from .bitmask import pack
+from .bitmask import check_bitmask
+from .constrained_rows import ConstraintOfEachRow, checked_bitmask, checked_verdict
 from .constraint import AllowedTokens, Constraint
 from .rules import Action, Rule
 from .state import State
@@ -26,7 +27,7 @@ class Constrained:
     ):
         self.canvas, self.rule, self.mask_token = canvas, rule, mask_token
         if isinstance(constraint, Tensor):
-            constraint = AllowedTokens(_check_bitmask(constraint, canvas.tokens, end - start), start)
+            constraint = AllowedTokens(check_bitmask(constraint, canvas.tokens, end - start), start)
         self.constraint = constraint
         #: whether what a rule chooses is judged
         self.checks = constraint is not None and type(constraint).accepts is not Constraint.accepts
@@ -38,9 +39,8 @@ class Constrained:
         if constraint is not None and (not isinstance(constraint.attempts, int) or constraint.attempts < 1):
             raise ValueError(f"constraint: attempts must be an integer of at least 1; got {constraint.attempts!r}")
         #: whether positions may stay open that another canvas can decide
-        self.may_leave_open = (
-            constraint is not None and not isinstance(constraint, AllowedTokens) and self.rule.noise == "mask"
-        )
+        is_given = getattr(constraint, "is_given", False)
+        self.may_leave_open = constraint is not None and not is_given and self.rule.noise == "mask"
         #: requests in which a position of the block has been kept open; and those that no step can change, bool `[B]`
         self.is_behind = torch.zeros_like(canvas.origin, dtype=torch.bool)
         self.is_stuck = self.is_behind
@@ -54,20 +54,10 @@ class Constrained:
         """Bitmask int32 `[ceil(vocab / 32)]` for all of the window's slots, or `[B, W, ceil(vocab / 32)]`."""
         if self.constraint is None:
             return None
+        if isinstance(self.constraint, ConstraintOfEachRow):
+            return self.constraint.allowed_words(self.canvas.tokens, window.positions, vocab)
         bitmask = self.constraint.allowed(self.canvas.tokens, window.positions)
-        if bitmask is None:
-            return None
-        words = -(-vocab // 32)
-        if not isinstance(bitmask, Tensor) or bitmask.dtype != torch.int32 or bitmask.dim() == 0:
-            raise ValueError(f"constraint: allowed tokens must be an int32 bitmask; got {_kind(bitmask)}")
-        shape = tuple(bitmask.shape)
-        if shape[:-1] not in ((), tuple(window.positions.shape)) or shape[-1] > words:
-            slots = ", ".join(map(str, window.positions.shape))
-            raise ValueError(
-                f"constraint: the bitmask must have shape [n] or [{slots}, n], n at most {words} for {vocab} logits; "
-                f"got {list(shape)}"
-            )
-        return torch.nn.functional.pad(bitmask, (0, words - shape[-1])).to(window.positions.device).contiguous()
+        return None if bitmask is None else checked_bitmask(bitmask, window.positions, vocab)
 
     def act(
         self, step: Step, is_extra: Tensor | None, act: Callable[[Step], Action] | None = None,
@@ -150,15 +140,7 @@ class Constrained:
         is_new = proposed >= 0
         if not is_new.any():
             return None
-        accepted = self.constraint.accepts(before, proposed)
-        if (
-            not isinstance(accepted, Tensor) or accepted.dtype != torch.bool or accepted.shape != proposed.shape
-            or accepted.device.type != "cpu"
-        ):  # fmt: skip
-            raise ValueError(
-                f"constraint: {type(self.constraint).__name__}.accepts must return bool {list(proposed.shape)} on the "
-                f"CPU; got {_kind(accepted)}"
-            )
+        accepted = checked_verdict(self.constraint, self.constraint.accepts(before, proposed), proposed)
         refused = is_new & ~accepted
         if not refused.any():
             return None
@@ -181,30 +163,3 @@ def one_each(step: Step) -> Action:
 
 def _mask(mask: Tensor | None, step: Step) -> Tensor:
     return torch.zeros_like(step.eligible) if mask is None else mask
-
-
-def _kind(value: object) -> str:
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    return f"{value.dtype} of shape {list(value.shape)} on {value.device}"
-
-
-def _check_bitmask(bitmask: Tensor, tokens: Tensor, columns: int) -> Tensor:
-    """A bitmask `[n]` or `[B or 1, N or 1, n]` on the device of the canvas `tokens`, from one or from bools."""
-    if bitmask.dtype == torch.bool:
-        bitmask = pack(bitmask)
-    if bitmask.dtype != torch.int32 or bitmask.device != tokens.device:
-        raise ValueError(
-            f"constraint must be an int32 bitmask or bool, on {tokens.device}; got {bitmask.dtype} on {bitmask.device}"
-        )
-    batch = len(tokens)
-    if bitmask.dim() == 2:
-        bitmask = bitmask[None]
-    if bitmask.dim() not in (1, 3) or (
-        bitmask.dim() == 3 and (bitmask.shape[0] not in (1, batch) or bitmask.shape[1] not in (1, columns))
-    ):
-        raise ValueError(
-            f"constraint must have shape [n], [{columns}, n] or [{batch}, {columns}, n], n words of 32 tokens or n "
-            f"bools; got {list(bitmask.shape)} as a bitmask"
-        )
-    return bitmask

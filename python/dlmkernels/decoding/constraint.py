@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ class Constraint:
     position in each, until all is decided or nothing more is accepted.
 
     Canvases are int64 `[B, T]` and hold the mask token where nothing is decided. Answers begin in the same column in
-    every row. Each row must be judged by itself, or its result depends on the batch.
+    every row; left of a shorter prompt, behind a shorter answer and behind an end token stands padding, `pad_token_id`.
+    Each row must be judged by itself, or its result depends on the batch. An engine asks about one row at a time.
 
     >>> class NoRepeats(Constraint):
     ...     def accepts(self, tokens, proposed):
@@ -32,6 +34,8 @@ class Constraint:
 
     #: how often a step decides at most; what is refused the last time stays open, and nothing else is lost
     attempts: int = 100
+    #: whether what is allowed depends on nothing but the position, so that what is open now stays possible
+    is_given: ClassVar[bool] = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -63,6 +67,7 @@ class AllowedTokens(Constraint):
     B and N may be 1. Behind those columns everything is allowed.
     """
 
+    is_given: ClassVar[bool] = True
     bitmask: Tensor
     start: int
 

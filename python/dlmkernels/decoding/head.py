@@ -83,8 +83,8 @@ def obstacle_to_fusion(model: DiffusionModel, config: DecodingConfig) -> str | N
     weight = model.linear_head()
     if weight is None:
         return f"the head of {type(model.model).__name__} is not a plain linear layer without a bias"
-    if weight.device.type != "cpu":
-        return f"it has a kernel for the CPU alone, and the head is on {weight.device}"
+    if weight.device.type not in ("cpu", "cuda"):
+        return f"it has kernels for CPUs and CUDA alone, and the head is on {weight.device}"
     if config.rule.reads_logits:
         return f"rule {type(config.rule).__name__} reads the logits themselves"
     if config.constraint is not None:
@@ -95,7 +95,12 @@ def obstacle_to_fusion(model: DiffusionModel, config: DecodingConfig) -> str | N
 
 
 def prefers_fused(weight: Tensor, rows: int, filters: bool) -> bool:
-    """Whether `ops.lm_head_confidence` is no slower than the linear layer of `weight` `[V, d]` on so many rows."""
+    """Whether `ops.lm_head_confidence` is no slower than the linear layer of `weight` `[V, d]` on so many rows.
+
+    It has not been measured on a GPU: there it is used where `lm_head="fused"` asks for it.
+    """
+    if weight.device.type == "cuda":
+        return False
     if weight.dtype == torch.bfloat16 and cpu_kernel("lm_head_confidence") not in ("avx512bf16", "amx"):
         return False
     fits = not filters or rows * len(weight) * weight.itemsize <= FILTERED

@@ -243,13 +243,14 @@ class State:
         self.commit_step.masked_fill_(behind, -1)
         self.confidence.masked_fill_(behind, 0.0)
 
-    def renoise(self, vocab_size: int) -> None:
-        """Put tokens drawn uniformly from the vocabulary at all open positions."""
+    def renoise(self, vocab_size: int, rows: Tensor | None = None) -> None:
+        """Put tokens drawn uniformly from the vocabulary at all open positions, in rows bool `[S]`; None: in all."""
         columns = torch.arange(self.tokens.shape[1], dtype=torch.int32, device=self.tokens.device)
-        position = torch.where(self.is_open, columns, -1)
+        is_open = self.is_open if rows is None else self.is_open & rows[:, None]
+        position = torch.where(is_open, columns, -1)
         before_the_first = torch.full_like(self.step, -1)  # the draws of step 0 are that step's own
         self.write(
-            position, torch.full_like(self.tokens, -1), renoise=self.is_open, step=before_the_first, seed=self.seed,
+            position, torch.full_like(self.tokens, -1), renoise=is_open, step=before_the_first, seed=self.seed,
             origin=self.origin, vocab_size=vocab_size,
         )  # fmt: skip
 

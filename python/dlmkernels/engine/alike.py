@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from ..decoding.checks import PerRequest
 from ..decoding.config import DecodingConfig, SpecialTokens
+from ..decoding.constraint import Constraint
 from ..decoding.ends import own_ends
 from ..decoding.rules import Rule, VariableLength
 
@@ -29,11 +32,24 @@ def has_fixed_length(config: DecodingConfig) -> bool:
     return is_planned or config.rule.noise == "continuous" or isinstance(config.rule, VariableLength)
 
 
-def common(config: DecodingConfig) -> DecodingConfig:
-    """A configuration without what its request says for itself: equal for all that may share forwards."""
+def common(config: DecodingConfig, has_own_constraint: bool = False) -> DecodingConfig:
+    """A configuration without what its request says for itself: equal for all that may share forwards.
+
+    `has_own_constraint`: rows may have different constraints, of one kind.
+    """
     rule = _changed(config.rule, dict.fromkeys(own_fields(config.rule)))
     own = dict.fromkeys((*OWN, "seed", "max_new_tokens", "eos_token_id"))
+    if has_own_constraint:
+        own |= {"constraint": constraint_kind(config.constraint)}
     return _changed(config, own | {"rule": rule})
+
+
+def constraint_kind(constraint: Constraint | Tensor | None) -> Hashable:
+    """The same for constraints that rows of one program can have."""
+    if constraint is None or isinstance(constraint, Tensor):
+        return constraint is None
+    judges = type(constraint).accepts is not Constraint.accepts
+    return judges, constraint.attempts
 
 
 def ends_width(config: DecodingConfig, special: SpecialTokens) -> int:

@@ -84,9 +84,8 @@ class Engine(Life):
 
     Notes
     -----
-    Continuous: block after block, with any cache. Other programs, noise that is no mask, constraints, models with
-    an encoder of their own and those whose rotary frequencies depend on the length are decoded in batches, each of
-    which begins when the one before has ended.
+    Continuous: block after block, with any cache. Other programs, models with an encoder of their own and those whose
+    rotary frequencies depend on the length are decoded in batches, each of which begins when the one before has ended.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ from ..models.adapt import DiffusionModel
 from .alike import check_one_request, common, ends_width, has_fixed_length
 from .pool import Size
 from .request import Request
-from .slots import grid_of
+from .slots import goes_by_itself, grid_of
 
 #: how many configurations are remembered
 REMEMBERED = 256
@@ -80,7 +80,7 @@ class Intake:
     def _resolved(self, options: Mapping[str, Any]) -> Known:
         config, special = resolve(self.model, self.config, options, "continuations")
         check_one_request(config)
-        key = common(config), ends_width(config, special)
+        key = common(config, goes_by_itself(self.model, config)), ends_width(config, special)
         return Known(config, special, key, has_fixed_length(config))
 
     def blank(self) -> Request:

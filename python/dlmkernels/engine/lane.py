@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..decoding.capture import Steps
+from ..decoding.constrained_rows import ConstraintOfEachRow
 from ..decoding.finality import finished_columns
 from ..decoding.poll import OpenCount
 from ..decoding.processing import RequestProposer
@@ -44,6 +45,7 @@ class Lane(ABC):
         self.seconds = 0.0
         self.is_over = False
         self.processed: RequestProposer | None = None
+        self.constraints: ConstraintOfEachRow | None = None
         self.program: Program
         self.steps: Steps
         self.counts: OpenCount
@@ -90,8 +92,9 @@ class Lane(ABC):
         return None
 
     def errors(self) -> dict[int, Exception]:
-        """What the processors of a row's request have raised."""
-        return {} if self.processed is None else dict(self.processed.errors)
+        """What the processors or the constraint of a row's request have raised."""
+        of_processors = {} if self.processed is None else self.processed.errors
+        return dict(of_processors) if self.constraints is None else of_processors | self.constraints.errors
 
     def read(self, rows: Sequence[int]) -> list[Answer]:
         """What stands in some rows, which all have a request; waits for the device."""

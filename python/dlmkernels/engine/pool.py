@@ -117,7 +117,8 @@ class Pool:
                 lane.admit(requests)
             except Exception as error:
                 del self.lanes[key]
-                failures += [Failure(request, error) for request in self._part(requests, lane)]
+                others = [request for request in lane.owner if request is not None and request not in requests]
+                failures += [Failure(request, error) for request in self._part([*others, *requests], lane)]
         return failures
 
     def _choose(self) -> tuple[dict[Hashable, list[Request]], list[Failure]]:

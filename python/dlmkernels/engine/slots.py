@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..decoding.capture import Steps
 from ..decoding.config import DecodingConfig
+from ..decoding.constrained_rows import ConstraintOfEachRow
 from ..decoding.ends import ENDS, end_table
 from ..decoding.parameters import parameters_of
 from ..decoding.poll import OpenCount
@@ -30,8 +31,7 @@ def goes_by_itself(model: DiffusionModel, config: DecodingConfig) -> bool:
     """Whether the rows of such a decoding can come and go by themselves."""
     return (
         config.rule.by_block
-        and config.rule.noise == "mask"
-        and config.constraint is None
+        and config.rule.noise != "continuous"
         and not isinstance(model, EncoderDecoderModel)
         and not getattr(model, "_rotaries", None)
         and not getattr(model, "_by_length", False)
@@ -66,6 +66,9 @@ class SlotLane(Lane):
         self.model, self.special = model, like.special
         length = len(like.answer) if has_fixed_length(like.config) else columns
         self.config = together([like.config] * rows, [length] * rows)
+        if like.config.constraint is not None:
+            self.constraints = ConstraintOfEachRow.of(like.config.constraint, rows)
+            self.config = dataclasses.replace(self.config, constraint=self.constraints).as_preset()
         device = model.device
         self.grid = self._plan(length, columns, device)
         self._columns = columns + self.grid.length * self.grid.grows
@@ -83,7 +86,8 @@ class SlotLane(Lane):
             self.processed = RequestProposer.install(self.program, [like.wishes] * rows)
             for row in range(rows):
                 self.processed.set(row, Wishes())
-        self.steps = Steps(self.program) if like.wishes.processors else steps_of(self.program)
+        is_on_host = bool(like.wishes.processors) or self.constraints is not None
+        self.steps = Steps(self.program) if is_on_host else steps_of(self.program)
         #: number of the report from which on each row's numbers speak of its request
         self._known_from = [-1] * rows
         self._submitted = 0
@@ -139,6 +143,10 @@ class SlotLane(Lane):
             self._starts_at[row], self.owner[row] = start, request
             if self.processed is not None:
                 self.processed.set(row, request.wishes)
+            if self.constraints is not None and request.config.constraint is not None:
+                width = grid_of(self.model, request.config, start, end - start).width
+                own = self.state.tokens[row : row + 1, :width]
+                self.constraints.set(row, request.config.constraint, start, end - start, own)
         seeds = torch.tensor([request.seed for request in requests], dtype=torch.int64, device="cpu")
         parameters = self._parameters(requests, together([request.config for request in requests]))
         if self._ends_width and any(set(request.special.eos) != set(self.special.eos) for request in requests):
@@ -148,6 +156,8 @@ class SlotLane(Lane):
 
     def release(self, row: int, is_done: bool) -> None:
         self.owner[row] = None
+        if self.constraints is not None:
+            self.constraints.clear(row)
         if not is_done:
             self._empty([row])
             self._renew([row])

@@ -60,7 +60,6 @@ class DiffusionModel:
     is_compiled = False
 
     def __init__(self, model: PreTrainedModel, architecture: Architecture, family: Family):
-        check_loaded(model)
         self.model, self.family, self._architecture = model, family, architecture
         self._offset = architecture.position_offset(model.config)
         self.reuses_kv = self.embeds_by_token = not architecture.whole_canvas(model.config)
@@ -566,6 +565,7 @@ def _adapt_known(model, family: str | None) -> DiffusionModel | None:
                 f"{architecture.model_class}; got {type(model).__name__}"
             )
         if isinstance(model, architecture.load_class()):
+            check_loaded(model)
             name = family or getattr(config, "dlm_family", None) or architecture.family
             return _adapted(model, architecture, FAMILIES[name])
     return None if form_of(config.to_dict()) is None else _restock(model, family)
@@ -574,6 +574,14 @@ def _adapt_known(model, family: str | None) -> DiffusionModel | None:
 def _adapted(model: PreTrainedModel, architecture: Architecture, family: Family) -> DiffusionModel:
     kind = EncoderDecoderModel if architecture.two_stacks else TimedModel if architecture.timed else DiffusionModel
     return kind(model, architecture, family)
+
+
+def unloaded(model: PreTrainedModel, family: str | None) -> DiffusionModel:
+    """A stock model whose parameters have no values yet, as it will be decoded; for finding out what that takes."""
+    architecture = ARCHITECTURES.get(model.config.model_type)
+    if architecture is None or not isinstance(model, architecture.load_class()):
+        raise ValueError(f"model: {type(model).__name__} is none of the types that are known: {known_types()}")
+    return _adapted(model, architecture, FAMILIES[family or architecture.family])
 
 
 def _family_named(model) -> str | None:

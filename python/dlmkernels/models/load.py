@@ -109,6 +109,25 @@ def load(
     return _load(path, raw, family, where, allow_pickle, kwargs)
 
 
+def outline(
+    path_or_id: str | PathLike, family: str | None = None, dtype: Any = None
+) -> tuple[Callable[[], PreTrainedModel], str]:
+    """What makes the model of a checkpoint without its weights, and its family. The configuration alone is read.
+
+    `dtype`: of the parameters; None: what the configuration says, else bfloat16. Raises as `load` does.
+    """
+    path, where = locate(path_or_id, {})
+    raw, _ = _read(path, CONFIG_NAME, where)
+    if not raw:
+        raise ValueError(f"path_or_id: no readable model configuration at '{path}': there is no {CONFIG_NAME}")
+    try:
+        how = plan(raw, family, {})
+    except Exception as error:
+        raise ValueError(f"path_or_id: '{path}' cannot be loaded: {_say(error)}") from error
+    dtype = dtype or how.config.dtype or torch.bfloat16
+    return lambda: how.model_class._from_config(how.config, dtype=dtype).eval(), how.family.name
+
+
 def _load_training_file(path: str | PathLike, family: str | None, allow_pickle: bool, kwargs: dict[str, Any]):
     """The model of a file that a training has left."""
     if not allow_pickle:

@@ -38,9 +38,10 @@ def lm_head_confidence(
     ``lm_head_confidence(h, head.weight, ...)`` is ``token_confidence(torch.nn.functional.linear(h, head.weight), ...)``
     in at most 8 MB of memory beyond its arguments and results, whatever the number of rows and tokens (for up to some
     4,000 elements a row; wider rows need room of their own). The logits of a chunk of the vocabulary exist for some
-    rows at a time, in a cache of the processor. They are summed in float32 and rounded to the dtype of `hidden`, as the
-    linear layer rounds its result. So the tokens are the same, but for near ties: two programs add up in different
-    orders, and where a sum lies between two values of the dtype, they may round it to different ones.
+    rows at a time, in a cache of the processor or the shared memory of a GPU. They are summed in float32 and rounded to
+    the dtype of `hidden`, as the linear layer rounds its result. So the tokens are the same, but for near ties: two
+    programs add up in different orders, and where a sum lies between two values of the dtype, they may round it to
+    different ones.
 
     Parameters
     ----------
@@ -48,8 +49,9 @@ def lm_head_confidence(
         float32, bfloat16 or float16 [R, d]: the hidden states that the LM head takes; stride 1 in the last dimension,
         any row stride.
     weight : Tensor
-        [V, d], dtype of `hidden`, V >= 1: the head's weights; strides likewise. In bfloat16 they are read where they
-        are if rows start at multiples of 4 bytes and d is even.
+        [V, d], dtype of `hidden`, V >= 1: the head's weights; strides likewise. On the CPU, bfloat16 weights are read
+        where they are if rows start at multiples of 4 bytes and d is even; others are copied first, which is slower. A
+        GPU is fast if all rows of `hidden` and `weight` start at multiples of 16 bytes and have as many.
     row_map : Tensor, optional
         int32 [N]: the row of `hidden` that each output row takes, in [-1, R); -1 marks an unused row. Default: output
         row n takes row n, N = R.
@@ -83,14 +85,18 @@ def lm_head_confidence(
     Raises
     ------
     ArgumentError
-        For tensors on a GPU, for which there is no kernel; for a wrong device, dtype, shape or stride, an unknown
-        distribution, a missing `seed`, `position`, `cfg_scale` or `uncond_hidden`, and for a value out of range. The
-        message names the argument.
+        For a wrong device, dtype, shape or stride, an unknown distribution, a missing `seed`, `position`, `cfg_scale`
+        or `uncond_hidden`; and, on the CPU, for a value out of range. Elsewhere a source row or an id out of range is
+        none, as with `token_confidence`. The message names the argument.
 
     Notes
     -----
-    A row's result has the same bits whatever the batch and the number of threads. With AVX512_BF16, products of
-    bfloat16 take subnormal numbers as zeros.
+    A row's result has the same bits whatever the batch and the number of threads. With AVX512_BF16 or
+    AMX, products of bfloat16 take subnormal numbers as zeros.
+
+    On a GPU, tensor cores (`mma.sync`) make the products of 16-bit elements, for up to 128 rows at a time (64 with
+    guidance); float32 elements are multiplied one by one, for up to 32 rows. Devices add in different orders, so their
+    tokens may differ in near ties, as those of two programs may.
     """
     return TokenConfidence(
         *call(

@@ -82,9 +82,15 @@ def shard_confidence(
     Raises
     ------
     ArgumentError
-        For tensors on a GPU, for which there is no kernel; for a wrong device, dtype, shape or stride, a `first` that
-        is no multiple of 256, a missing `seed`, `position`, `cfg_scale` or `uncond`, and a value out of range. The
-        message names the argument.
+        For a wrong device, dtype, shape or stride, a `first` that is no multiple of 256, a missing `seed`, `position`,
+        `cfg_scale` or `uncond`; and, on the CPU, for a value out of range. Elsewhere a source row or an id out of range
+        is none. The message names the argument.
+
+    Notes
+    -----
+    On the CPU the words are those of the specification, to the bit. A GPU adds up a chunk's exponentials in its own
+    way: what is combined has the same bits however the vocabulary is divided among GPUs of one kind, with the ids that
+    the CPU gives for the same logits.
     """
     return call(
         torch.ops.dlmkernels.shard_confidence.default,

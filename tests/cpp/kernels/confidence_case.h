@@ -151,13 +151,21 @@ struct ConfidenceCase {
     p.distribution = distribution;
     p.random = {per_row(seed, random), per_row(step, random), position.data(),
                 per_row(redraw, random)};
+    expect();
+    workspace = Array<uint8_t>(size_t(dlm::cuda::workspace_of(p)), 0xff);
+  }
+
+  // What the CPU makes of the logits and of sound arguments.
+  void expect() {
+    if (with & kRowMap) p.row_map = sound_map.data();
+    p.given = sound_given.data();
+    if (with & kBanned) p.banned = sound_banned.data();
     write_to(expected_token, expected_argmax, expected_statistics, expected_flags);
     run_on_cpu();
     if (with & kRowMap) p.row_map = row_map.data();
     p.given = given.data();
     if (with & kBanned) p.banned = banned.data();
     write_to(token, argmax, statistics, flags);
-    workspace = Array<uint8_t>(size_t(dlm::cuda::workspace_of(p)), 0xff);
   }
 
   void run_on_cpu() {

@@ -125,11 +125,7 @@ class BlockAfterBlock(Program):
     # --- the device's part --------------------------------------------------------------------------------------------
 
     def begin(self) -> Tensor:
-        if self.rule.noise == "uniform":
-            if self.model.vocab_size is None:
-                name = type(self.rule).__name__
-                raise ValueError(f"{name} draws from the vocabulary, whose size the model does not say")
-            self.state.renoise(self.model.vocab_size)
+        self._renoise(None)
         self.forward.begin()
         if self.forward.rows_change and self.row_forms.has_phases and not self.forward.takes_rows:
             raise ValueError(
@@ -146,6 +142,15 @@ class BlockAfterBlock(Program):
         self.plan.frontier.fill_(-1 if self.together else self.plan.count)
         return self.enter()
 
+    def _renoise(self, rows: Tensor | None) -> None:
+        """Begin with noise in rows bool `[S]`, None: in all, where the rule's noise is tokens out of the vocabulary."""
+        if self.rule.noise != "uniform":
+            return
+        if self.model.vocab_size is None:
+            name = type(self.rule).__name__
+            raise ValueError(f"{name} draws from the vocabulary, whose size the model does not say")
+        self.state.renoise(self.model.vocab_size, rows)
+
     def renew(self, rows: Tensor) -> None:
         """Take notice that `rows` int64 `[n]`, which had nothing left to do, hold other requests (see `State.admit`).
 
@@ -155,6 +160,7 @@ class BlockAfterBlock(Program):
         if not self.forward.rows_change:
             raise ValueError("rows can be given other requests where the task has rows_change alone")
         is_new = torch.zeros_like(self._works).index_fill_(0, rows, True)
+        self._renoise(is_new)
         self._works.masked_fill_(is_new, False)
         self._is_over.masked_fill_(is_new, False)
         self._open.masked_fill_(is_new, 0)

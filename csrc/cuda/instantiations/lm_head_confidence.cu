@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/lm_head_confidence.cuh"
+
+namespace dlm::cuda {
+
+const char* unsupported_lm_head_confidence(const LmHeadConfidenceParams& p) {
+  return why_not_lm_head_confidence(p);
+}
+
+int64_t lm_head_confidence_workspace(const LmHeadConfidenceParams& p) { return head_workspace(p); }
+
+int run_lm_head_confidence(const LmHeadConfidenceParams& p, void* workspace, void* stream) {
+  return start_lm_head_confidence(p, workspace, static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace dlm::cuda

@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+// token_confidence of logits = hidden states times an LM head, without the logits. Rows are taken
+// in groups, as many as the workspace has room for; a group is scanned in tiles of up to 128 rows
+// (lm_head_confidence_scan.cuh) and finished (lm_head_confidence_finish.cuh). Filters look at whole
+// rows: then a group is so small that its logits can be kept for token_confidence's kernels.
+// A row's bits do not depend on its group and tile. Bytes: the weights once a group.
+#pragma once
+#include <algorithm>
+
+#include "cuda/lm_head_confidence.h"
+#include "cuda/lm_head_confidence_finish.cuh"
+#include "cuda/lm_head_confidence_launch.cuh"
+#include "cuda/token_confidence.cuh"
+
+namespace dlm::cuda {
+
+#ifndef DLM_SIMT
+// In files of their own, for the sake of parallel builds.
+extern template cudaError_t start_head_scan<BFloat16>(const HeadLaunch&, cudaStream_t);
+extern template cudaError_t start_head_scan<Float16>(const HeadLaunch&, cudaStream_t);
+#endif
+
+constexpr int64_t kHeadBudget = 8'000'000;  // bytes of workspace
+
+inline const char* why_not_lm_head_confidence(const LmHeadConfidenceParams& p) {
+  // Ids, rows, columns and blocks are counted in 32 bits.
+  if (p.rows.V > 0x7fff0000) return "weight must have fewer than 2^31 - 2^16 rows";
+  if (p.rows.N > 0x7fff0000) return "row_map or hidden must have fewer than 2^31 - 2^16 rows";
+  if (p.D > 0x7fff0000) return "hidden must have fewer than 2^31 - 2^16 columns";
+  return nullptr;
+}
+
+// What a group of rows works in, one array behind the other, each aligned to 16 bytes.
+class HeadWorkspace {
+ public:
+  HeadWorkspace(const LmHeadConfidenceParams& p, int64_t rows, void* memory)
+      : next_(reinterpret_cast<uintptr_t>(memory)) {
+    const TokenConfidenceParams& q = p.rows;
+    const int64_t chunks = chunks_of(q);
+    if (!may_filter(q)) {
+      sums = take<float>(rows * HeadChunks::kArrays * chunks);
+      given = take<float>(rows);
+      return;
+    }
+    searches = take<FloorSearch>(rows);
+    sums = take<float>(rows * 4 * chunks);
+    row_map = take<int32_t>(rows);
+    const int64_t bytes = rows * logits_stride(q) * element_size(q.dtype);
+    logits = take<char>(bytes);
+    if (p.uncond_hidden) uncond_logits = take<char>(bytes);
+  }
+  static int64_t bytes(const LmHeadConfidenceParams& p, int64_t rows) {
+    return int64_t(HeadWorkspace(p, rows, nullptr).next_);
+  }
+  static int64_t logits_stride(const TokenConfidenceParams& q) { return (q.V + 7) / 8 * 8; }
+
+  // The address of element 0 of an array whose element `first` is at `at`.
+  template <class T>
+  static T* before(T* at, int64_t first) {
+    return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(at) - uintptr_t(first) * sizeof(T));
+  }
+
+  FloorSearch* searches = nullptr;
+  float *sums = nullptr, *given = nullptr;
+  int32_t* row_map = nullptr;
+  char *logits = nullptr, *uncond_logits = nullptr;
+
+ private:
+  template <class T>
+  T* take(int64_t count) {
+    T* taken = reinterpret_cast<T*>(next_);
+    next_ += (uintptr_t(count) * sizeof(T) + 15) / 16 * 16;
+    return taken;
+  }
+  uintptr_t next_;
+};
+
+// Rows of a group; the last one may have fewer. As many groups as it takes, and where a group has
+// several tiles, whole ones.
+inline int64_t head_group(const LmHeadConfidenceParams& p) {
+  const int64_t N = p.rows.N;
+  const int64_t tile = head_rows_of(
+      p, p.rows.dtype == DType::kFloat32 ? kMostHeadRows<float> : kMostHeadRows<BFloat16>);
+  const int64_t base = HeadWorkspace::bytes(p, 0), a_row = HeadWorkspace::bytes(p, 1) - base;
+  const int64_t most = std::clamp<int64_t>((kHeadBudget - base) / a_row, 1, N);
+  const int64_t groups = (N + most - 1) / most, rows = (N + groups - 1) / groups;
+  return rows == N || most < tile ? rows : std::min(most / tile, (rows + tile - 1) / tile) * tile;
+}
+inline int64_t head_workspace(const LmHeadConfidenceParams& p) {
+  return p.rows.N == 0 ? 0 : HeadWorkspace::bytes(p, head_group(p));
+}
+
+// Whether all rows start at multiples of 16 bytes and have as many.
+inline bool is_aligned(const LmHeadConfidenceParams& p) {
+  const uint64_t size = uint64_t(element_size(p.rows.dtype));
+  const auto bits = [](const void* at) { return uint64_t(reinterpret_cast<uintptr_t>(at)); };
+  return (bits(p.hidden) | bits(p.weight) | bits(p.uncond_hidden) | uint64_t(p.D) * size |
+          uint64_t(p.hidden_stride) * size | uint64_t(p.weight_stride) * size |
+          uint64_t(p.uncond_stride) * size) %
+             16 ==
+         0;
+}
+
+// Rows [job.first, job.end), whose logits are kept, as token_confidence takes them.
+template <class T>
+cudaError_t start_kept_rows(const HeadLaunch& job, const HeadWorkspace& memory,
+                            cudaStream_t stream) {
+  TokenConfidenceParams rows = job.p.rows;
+  const int64_t first = job.first, count = job.end - first;
+  rows.N = rows.R = count;
+  rows.logits = memory.logits, rows.uncond_logits = memory.uncond_logits;
+  rows.logits_stride = rows.uncond_stride = job.logits_stride;
+  rows.row_map = HeadWorkspace::before(memory.row_map, first);
+  return start_rows<T>({rows, HeadWorkspace::before(memory.sums, first * 4 * job.chunks),
+                        HeadWorkspace::before(memory.searches, first), job.chunks, false,
+                        Filter::kCount, 0, job.first},
+                       stream);
+}
+
+template <class T>
+cudaError_t start_head_finish(const HeadLaunch& job, const HeadWorkspace& memory,
+                              cudaStream_t stream) {
+  const dim3 grid(job.end - job.first), threads(kFinishThreads);
+  if (may_filter(job.p.rows)) return start_kept_rows<T>(job, memory, stream);
+  if (job.p.rows.partial) {
+    return launch(finish_head_shard_kernel<kFinishThreads>, grid, threads,
+                  HeadShardFinish::smem().bytes, stream, job);
+  }
+  return launch(finish_head_kernel<kFinishThreads>, grid, threads, HeadFinish::smem().bytes, stream,
+                job);
+}
+
+template <class T>
+cudaError_t start_head(const LmHeadConfidenceParams& p, void* workspace, cudaStream_t stream) {
+  const int64_t N = p.rows.N, group = head_group(p);
+  const HeadWorkspace memory(p, group, workspace);
+  HeadLaunch job{};
+  job.p = p;
+  job.chunks = uint32_t(chunks_of(p.rows));
+  job.aligned = is_aligned(p);
+  job.sums = memory.sums, job.given = memory.given, job.row_map = memory.row_map;
+  job.logits = memory.logits, job.uncond_logits = memory.uncond_logits;
+  job.logits_stride = HeadWorkspace::logits_stride(p.rows);
+  cudaError_t error = cudaSuccess;
+  for (int64_t first = 0; first < N && error == cudaSuccess; first += group) {
+    job.first = uint32_t(first), job.end = uint32_t(std::min(first + group, N));
+    error = start_head_scan<T>(job, stream);
+    if (error != cudaSuccess) break;
+    error = start_head_finish<T>(job, memory, stream);
+  }
+  return error;
+}
+
+// `workspace` has head_workspace(p) bytes, aligned to 16.
+inline cudaError_t start_lm_head_confidence(const LmHeadConfidenceParams& p, void* workspace,
+                                            cudaStream_t stream) {
+  if (p.rows.N == 0) return cudaSuccess;
+  if (p.rows.dtype == DType::kFloat32) return start_head<float>(p, workspace, stream);
+  if (p.rows.dtype == DType::kFloat16) return start_head<Float16>(p, workspace, stream);
+  return start_head<BFloat16>(p, workspace, stream);
+}
+
+}  // namespace dlm::cuda

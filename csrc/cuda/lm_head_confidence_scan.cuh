@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0
+// The first of two launches: a block makes the logits of up to kRows rows and one chunk of the
+// vocabulary, rounded to the hidden states' type as a linear layer rounds them, and describes each
+// row's chunk by what lm_head_confidence_finish.cuh needs of it: nothing of it is looked at again.
+// Where rows are filtered, it writes them down instead, and token_confidence takes them.
+// With guidance, the block's second half of rows are the unconditional ones of the first. Blocks of
+// one chunk run side by side, so that all but one find its weights in the L2 cache. Bytes: the
+// weights once, the rows' hidden states once a chunk. Flops: 2 D a row and token.
+#pragma once
+#include "cuda/lm_head_confidence_product.cuh"
+#include "cuda/token_confidence_race.cuh"
+
+namespace dlm::cuda {
+
+// What is known of a row's chunk. The sums are relative to its largest logit and leave it out, as
+// token_confidence_scan.cuh has them otherwise.
+struct HeadChunks {
+  float *largest, *weight, *exponent, *second;
+  uint32_t* marks;  // see mark()
+  uint32_t* key;    // in the race, in ordered bits; 0: it takes no part
+  float* drawn;     // logit of the token that wins the chunk
+  static constexpr int64_t kArrays = 7;
+
+  // Of the largest logit and of the token drawn, which of the chunk's tokens; and the row's flags.
+  static DLM_DEVICE uint32_t mark(uint32_t argmax, uint32_t drawn, uint32_t flags) {
+    return argmax % kRaceChunk | drawn % kRaceChunk << 8 | flags << 16;
+  }
+  static DLM_DEVICE uint32_t argmax_of(uint32_t mark) { return mark & 0xff; }
+  static DLM_DEVICE uint32_t drawn_of(uint32_t mark) { return mark >> 8 & 0xff; }
+  static DLM_DEVICE uint32_t flags_of(uint32_t mark) { return mark >> 16; }
+};
+static_assert(kRaceChunk == 256);
+
+// Rows [first, end) of the output.
+struct HeadLaunch {
+  LmHeadConfidenceParams p;
+  uint32_t first, end;
+  uint32_t chunks, tiles;        // of the vocabulary, or of a shard of it; of these rows
+  bool aligned;                  // all rows start at multiples of 16 bytes and have as many
+  float* sums;                   // [end - first, kArrays, chunks]
+  float* given;                  // [end - first] logits of given_id
+  void *logits, *uncond_logits;  // [end - first, logits_stride], where they are kept; else null
+  int64_t logits_stride;         // a multiple of 16 bytes
+  int32_t* row_map;              // [end - first] of the logits that are kept: which are used
+
+  // Chunks are counted from here on, of those of the whole vocabulary.
+  DLM_DEVICE uint32_t first_chunk() const { return uint32_t(p.rows.first) / kRaceChunk; }
+  DLM_DEVICE HeadChunks chunks_of(uint32_t n) const {
+    float* own = sums + int64_t(n - first) * HeadChunks::kArrays * chunks;
+    const auto words = [&](uint32_t i) { return reinterpret_cast<uint32_t*>(own + i * chunks); };
+    return {own,      own + chunks, own + 2 * chunks, own + 3 * chunks,
+            words(4), words(5),     own + 6 * chunks};
+  }
+};
+
+template <class T, int kRows>
+class HeadScan {
+  using Row = LogitsRow<T>;
+  using Slices = HeadSlices<T, kRows>;
+  static constexpr uint32_t kLogitsBytes = kRows * kLogitsPitch<T>;
+  // The logits take the place of what they are made of.
+  static constexpr uint32_t kArena = Slices::kBytes > kLogitsBytes ? Slices::kBytes : kLogitsBytes;
+
+ public:
+  static constexpr SmemSize smem() {
+    return SmemSize{}.take<unsigned char>(kArena).template take<const T*>(kRows);
+  }
+
+  DLM_DEVICE HeadScan(const HeadLaunch& job, SmemCarver& smem)
+      : job_(job),
+        p_(job.p.rows),
+        arena_(smem.take<unsigned char>(kArena)),
+        hidden_(smem.take<const T*>(kRows)),
+        own_(blockIdx.x / job.tiles),
+        chunk_(job.first_chunk() + own_),
+        uncond_(job.p.uncond_hidden ? kRows / 2 : 0),
+        first_(job.first + blockIdx.x % job.tiles * (uncond_ ? uncond_ : kRows)),
+        rows_(min(job.end - first_, uint32_t(uncond_ ? uncond_ : kRows))) {}
+
+  DLM_DEVICE void run() {
+    find_hidden();
+    __syncthreads();
+    {
+      const uint32_t begin = chunk_ * kRaceChunk;
+      const Slices slices(ptx::smem_address(arena_), hidden_,
+                          static_cast<const T*>(job_.p.weight) + begin * job_.p.weight_stride,
+                          job_.p.weight_stride, uint32_t(p_.V) - begin, uint32_t(job_.p.D),
+                          job_.aligned);
+      HeadProduct<T, kRows> product;
+      slices.multiply(product);
+      product.leave(arena_);
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (uint32_t r = warp_index(); r < rows_; r += kHeadWarps) {
+      const RowPlan plan(p_, first_ + r);
+      if (job_.logits) {
+        keep(r, plan);
+      } else if (plan.used()) {
+        describe(r, plan);
+      }
+    }
+  }
+
+ private:
+  DLM_DEVICE void find_hidden() const {
+    for (uint32_t i = threadIdx.x; i < kRows; i += kHeadThreads) {
+      const bool is_uncond = uncond_ && i >= uncond_;
+      const uint32_t r = is_uncond ? i - uncond_ : i;
+      const int64_t source = r < rows_ ? RowPlan(p_, first_ + r).source : -1;
+      const void* rows = is_uncond ? job_.p.uncond_hidden : job_.p.hidden;
+      const int64_t stride = is_uncond ? job_.p.uncond_stride : job_.p.hidden_stride;
+      hidden_[i] = source < 0 ? nullptr : static_cast<const T*>(rows) + source * stride;
+    }
+  }
+
+  // A lane's logits of a row of the block.
+  DLM_DEVICE void load(uint32_t r, uint4 (&raw)[Row::kRuns]) const {
+    const uint32_t at = ptx::smem_address(arena_) + r * kLogitsPitch<T> + lane_index() * 16;
+#pragma unroll
+    for (uint32_t i = 0; i < Row::kRuns; ++i) raw[i] = ptx::ld_shared_16(at + i * 512);
+  }
+
+  DLM_DEVICE void keep(uint32_t r, const RowPlan& plan) const {
+    const uint32_t own = first_ - job_.first + r;
+    if (chunk_ == 0 && lane_index() == 0) job_.row_map[own] = plan.used() ? int32_t(own) : -1;
+    if (!plan.used()) return;
+    const auto write = [&](uint32_t row, void* logits) {
+      uint4 raw[Row::kRuns];
+      load(row, raw);
+#pragma unroll
+      for (uint32_t i = 0; i < Row::kRuns; ++i) {
+        const uint32_t id = Row::id_of(chunk_, i * kPerChunk<T>);
+        if (id < p_.V)
+          ptx::st_global_16(static_cast<T*>(logits) + own * job_.logits_stride + id, raw[i]);
+      }
+    };
+    write(r, job_.logits);
+    if (uncond_) write(uncond_ + r, job_.uncond_logits);
+  }
+
+  DLM_DEVICE void describe(uint32_t r, const RowPlan& plan) const {
+    const uint32_t n = first_ + r;
+    const HeadChunks chunks = job_.chunks_of(n);
+    float z[8];
+    uint32_t flags = effective(r, plan, z);
+    const float largest = ordered_value(over_warp(largest_of(z, kNoToken)));
+    if (lane_index() == 0) chunks.largest[own_] = largest;
+    if (!(largest > -INFINITY)) {  // the whole warp
+      if (lane_index() == 0) chunks.marks[own_] = HeadChunks::mark(0, 0, flags);
+      return;
+    }
+    uint32_t argmax = kNoToken;
+#pragma unroll
+    for (uint32_t j = 0; j < 8; ++j) {
+      if (z[j] == largest) argmax = min(argmax, Row::id_of(chunk_, j));
+    }
+    argmax = __reduce_min_sync(kAllLanes, argmax);
+    const float second = ordered_value(over_warp(largest_of(z, argmax)));
+    float weight, exponent;
+    add_up(z, argmax, largest, plan, weight, exponent);
+    uint32_t key = 0;
+    Drawn drawn;
+    if (plan.samples) {
+      const RowRandom random(p_, n);
+      const uint32_t r = random.word(Stream::kChunk, chunk_);
+      key = exact_chunk_key<Row::kTwoRuns>(z, largest, plan.inverse, r);
+      drawn = race_tokens<Row>(z, chunk_, plan.inverse, random);
+    }
+    leave_given(n, z);
+    if (lane_index() != 0) return;
+    chunks.weight[own_] = weight;
+    chunks.exponent[own_] = exponent;
+    chunks.second[own_] = second;
+    chunks.marks[own_] = HeadChunks::mark(argmax, drawn.token, flags);
+    chunks.key[own_] = key;
+    chunks.drawn[own_] = drawn.logit;
+  }
+
+  // A lane's logits as token_confidence sees them; returns the warp's flags.
+  DLM_DEVICE uint32_t effective(uint32_t r, const RowPlan& plan, float (&z)[8]) const {
+    const Row row(p_, first_ + r, plan.source);
+    uint4 raw[Row::kRuns], other[Row::kRuns] = {};
+    load(r, raw);
+    if (uncond_) load(uncond_ + r, other);
+    uint32_t flags = 0;
+    row.effective_of(chunk_, raw, uncond_ != 0, other, z, flags);
+    return __reduce_or_sync(kAllLanes, flags);
+  }
+
+  // Of the logits of a lane, but for one token's: ordered bits.
+  DLM_DEVICE uint32_t largest_of(const float (&z)[8], uint32_t but) const {
+    float top = -INFINITY;
+#pragma unroll
+    for (uint32_t j = 0; j < 8; ++j) top = Row::id_of(chunk_, j) == but ? top : fmaxf(top, z[j]);
+    return ordered_bits(top);
+  }
+  static DLM_DEVICE uint32_t over_warp(uint32_t ordered) {
+    return __reduce_max_sync(kAllLanes, ordered);
+  }
+
+  DLM_DEVICE void add_up(const float (&z)[8], uint32_t argmax, float largest, const RowPlan& plan,
+                         float& weight, float& exponent) const {
+    const bool raw = p_.distribution == Distribution::kRaw;
+    const float scale = (raw ? 1.0f : plan.inverse) * 1.44269504f;
+    weight = exponent = 0.0f;
+#pragma unroll
+    for (uint32_t j = 0; j < 8; ++j) {
+      const float x = fmaxf((z[j] - largest) * scale, -127.0f);  // 2^-127 counts as zero
+      const float w = Row::id_of(chunk_, j) == argmax ? 0.0f : ptx::exp2_approx(x);
+      weight += w;
+      exponent = __fmaf_rn(x, w, exponent);
+    }
+#pragma unroll
+    for (uint32_t bit = 16; bit; bit /= 2) {
+      weight = add_across(weight, bit);
+      exponent = add_across(exponent, bit);
+    }
+  }
+
+  DLM_DEVICE void leave_given(uint32_t n, const float (&z)[8]) const {
+    const uint32_t given = given_id(p_, n);
+#pragma unroll
+    for (uint32_t j = 0; j < 8; ++j) {
+      if (Row::id_of(chunk_, j) == given) job_.given[n - job_.first] = z[j];
+    }
+  }
+
+  const HeadLaunch& job_;
+  const TokenConfidenceParams& p_;
+  unsigned char* const arena_;
+  const T** const hidden_;
+  const uint32_t own_, chunk_;  // of the shard, and of the whole vocabulary
+  const uint32_t uncond_;       // the first unconditional row of the block; 0: there are none
+  const uint32_t first_, rows_;
+};
+
+// Two blocks share a multiprocessor where their sums leave room.
+template <class T, int kRows>
+__global__ void __launch_bounds__(kHeadThreads, kRows > 64 ? 1 : 2)
+    scan_head_kernel(const __grid_constant__ HeadLaunch job) {
+  SmemCarver smem;
+  HeadScan<T, kRows>(job, smem).run();
+}
+
+}  // namespace dlm::cuda
