@@ -51,6 +51,8 @@ _LAZY = {
     "Backbone": ".models.backbone",
     "BackboneInput": ".models.backbone",
     "load": ".models.load",
+    "load_drafter": ".models.drafters",
+    "Drafter": ".models.drafters",
     "plan": ".planning",
     "MemoryPlan": ".planning",
     "Engine": ".engine.engine",

@@ -90,6 +90,9 @@ class AttentionWindow:
     rotations : object, optional
         What `DiffusionModel.rotations` made of the requests' lengths, for models whose rotary embedding depends on
         them. None: each row of the batch is as long as the largest of its positions says.
+    visible : Tensor, optional
+        int32 `[B, Q, words]`, with a cache: which of the other rows of this forward each row sees, as
+        `ops.block_attention` takes it. None: all that the other conditions let it see.
     layers : callable, optional
         What each layer computes: a function of a `models.layerwise.LayerCall`, for models that
         `DiffusionModel.by_layers` has made. None: every layer all rows.
@@ -110,6 +113,7 @@ class AttentionWindow:
     shadow: Tensor | None = None
     cache_rows: Tensor | None = None
     rotations: Any = None
+    visible: Tensor | None = None
     layers: Callable[..., Tensor] | None = None
     watch: Callable[[int, Tensor, Tensor, Tensor, float], None] | None = None
     #: the layers that have attended so far

@@ -13,8 +13,9 @@ from torch.nn.functional import pad
 from .arguments import check_embeds, check_prompt, check_streamer, check_tokens, seeds_of
 from .config import DecodingConfig
 from .copies import seeds_of_copies
-from .extras import check_copies, check_given_tokens, completed, equip, listeners_of, put_prompts
+from .extras import check_copies, check_given_tokens, completed, drafting, equip, listeners_of, put_prompts
 from .guidance import pair_prompts
+from .images import embed_images, take_images
 from .inputs import filler, read_canvases, read_options, read_prompts
 from .output import DecodingOutput
 from .parameters import lengths_of, parameters_of
@@ -22,7 +23,7 @@ from .poll import check_polls
 from .processing import Wishes
 from .programs import Task, program_of, run
 from .resolve import ConfigLike, prepare
-from .rules import SelfSpeculative, Strided, VariableLength
+from .rules import NextToken, SelfSpeculative, Strided, VariableLength
 from .schedule import Grid
 from .state import State
 from .streaming import StepReport
@@ -35,6 +36,7 @@ def generate(
     config: ConfigLike = None,
     streamer=None,
     *,
+    drafter=None,
     tokenizer=None,
     negative_prompt=None,
     inputs_embeds: Tensor | None = None,
@@ -62,7 +64,7 @@ def generate(
         prompt `[B, 0]` is decoded after nothing: B samples of the model's own. Or text, a list of texts, a chat (a list
         of messages with "role" and "content") or a list of chats, which need the `tokenizer`; a list of ids, or of
         lists of ids of any lengths; or what a tokenizer returns (`input_ids` with `attention_mask`, padded on either
-        side). All of these are padded here, on the left.
+        side), or DiffusionGemma's processor, with images. All of these are padded here, on the left.
     attention_mask : Tensor, optional
         `[B, P]`, 0 for padding. Without it, the model's padding token (`pad_token_id`) on the left of a row is taken
         for padding where it is nothing else; a warning says so where it may be something else (an end token, say).
@@ -72,6 +74,9 @@ def generate(
     streamer : transformers streamer, or list of them, optional
         Receives the prompt, each finished block, and (if it has `put_draft`) the canvas after each step. For several
         requests a list with one for each, or None. Reading the canvas for it costs a device synchronisation a step.
+    drafter : Drafter, optional
+        What `load_drafter` has loaded for this model, a causal one: its tokens are decoded from left to right, as many
+        a forward as the drafter has guessed right. The same as `rule=Drafted(drafter)`.
     tokenizer : PreTrainedTokenizer, optional
         Reads text; names the mask token where the model does not; and is what `DecodingOutput.text` uses.
     negative_prompt : optional
@@ -110,9 +115,10 @@ def generate(
     >>> out = dlmkernels.generate(model, ids, max_new_tokens=128, block_length=32, rule=dlmkernels.Threshold(0.9))
     >>> out.generated, out.tokens_per_forward
     """
-    overrides = read_options(model, config, overrides, tokenizer)
+    overrides = read_options(model, config, drafting(drafter, overrides), tokenizer)
     polls = check_polls(steps_per_poll)
     model, config, special = prepare(model, config, overrides, "continuations")
+    input_ids, images = take_images(input_ids)
     input_ids, attention_mask = read_prompts(
         "input_ids", input_ids, attention_mask, tokenizer, model.device, filler(special)
     )  # fmt: skip
@@ -126,13 +132,18 @@ def generate(
         check_prompt(tokens, attention_mask, special)
     if tokens.shape[1] == 0:
         _check_without_prompt(config, given, negative_prompt)
+    limit = None
+    if images is not None:
+        inputs_embeds, limit = embed_images(model, config, tokens, origin, images)
     wishes = Wishes.of(repetition_penalty, logits_processor, top_logprobs)
     wishes.check(config, model.vocab_size)
     copies, requests = check_copies(num_return_sequences, config), len(tokens)
     lengths = lengths_of(config, requests, tokens.device)
     given, lengths = check_given_tokens(model, given, suffix, lengths, config, special)
     tokens, origin, lengths = (x.repeat_interleave(copies, 0) for x in (tokens, origin, lengths))
-    given, inputs_embeds = (None if x is None else x.repeat_interleave(copies, 0) for x in (given, inputs_embeds))
+    given, inputs_embeds, limit = (
+        None if x is None else x.repeat_interleave(copies, 0) for x in (given, inputs_embeds, limit)
+    )
     pair = pair_prompts(tokens, origin, negative_prompt, tokenizer, config, special, model.vocab_size)
     prompt, starts, tokens, origin = tokens, origin, pair.tokens, pair.origin
     batch, prompt_length = tokens.shape
@@ -141,11 +152,7 @@ def generate(
     grows = config.block_grid == "absolute" or model.family.whole_blocks
     grid = Grid.of(config, origin, prompt_length, ends, grows)
     length = grid.width
-    if model.max_length is not None and length > model.max_length:
-        raise ValueError(
-            f"input_ids ({prompt_length} tokens) and max_new_tokens ({end - prompt_length}) make a canvas of {length}"
-            f", longer than the model's max_position_embeddings of {model.max_length}"
-        )
+    _check_length(model, config, length, prompt_length, end)
     masks = tokens.new_full((batch, length - prompt_length), max(special.mask, 0))
     columns = torch.arange(length, device=tokens.device)
     is_open = (columns >= prompt_length) & (columns < grid.ends[:, None])
@@ -161,7 +168,7 @@ def generate(
     }
     state = State.of(torch.cat((tokens, masks), 1), is_open, origin, grid.ends, pair.negative, seeds, parameters)
     put_prompts(listeners, prompt, starts)
-    task = Task(model, state, config, special, grid, prompt_length, end, pair.widened(inputs_embeds))
+    task = Task(model, state, config, special, grid, prompt_length, end, pair.widened(inputs_embeds), limit)
     program = program_of(config.rule)(task)
     proposer = equip(program, listeners, wishes, graphs)
     out = completed(run(program, listeners, polls), listeners, proposer, special.pad)
@@ -229,9 +236,28 @@ def infill(
     return completed(run(program, listeners), listeners, None, special.pad).known_by(tokenizer)
 
 
+def _check_length(model, config: DecodingConfig, length: int, prompt_length: int, end: int) -> None:
+    """Refuse canvases of `length` columns that are longer than what the model has positions for."""
+    longest = model.max_length
+    if longest is None or length <= longest:
+        return
+    slides = model.reach is not None and config.cache == "block"
+    if slides and prompt_length <= longest and not config.sub_block_cache and config.cfg_scale == 0:
+        return
+    raise ValueError(
+        f"input_ids ({prompt_length} tokens) and max_new_tokens ({end - prompt_length}) make a canvas of {length}"
+        f", longer than the model's max_position_embeddings of {longest}"
+        + (
+            "; beyond that only answers can go, with cache='block' and without guidance and sub_block_cache"
+            if model.reach is not None
+            else ""
+        )
+    )
+
+
 def _check_without_prompt(config: DecodingConfig, given: Tensor | None, negative_prompt) -> None:
     """Refuse what needs a prompt."""
-    if isinstance(config.rule, (Strided, SelfSpeculative)):
+    if isinstance(config.rule, (Strided, SelfSpeculative, NextToken)):
         raise ValueError(
             f"input_ids must hold at least one token with rule {type(config.rule).__name__}, which reads the first "
             "token of the answer off the last one of the prompt"

@@ -111,7 +111,8 @@ def read_options(model, config, options: Mapping[str, Any], tokenizer) -> dict[s
             _check_segment(key, options.pop(key))
     mask = getattr(tokenizer, "mask_token_id", None)
     sources = (options, config, getattr(model, "config", None))
-    if mask is not None and all(_get(source, "mask_token_id") is None for source in sources):
+    knows_masks = all(getattr(_get(source, "rule"), "noise", "mask") != "none" for source in (options, config))
+    if mask is not None and knows_masks and all(_get(source, "mask_token_id") is None for source in sources):
         options["mask_token_id"] = mask
     return options
 

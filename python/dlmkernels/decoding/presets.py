@@ -19,6 +19,7 @@ from .rules import (
     EntropySum,
     Expanding,
     Factor,
+    Frechet,
     HierarchicalThreshold,
     LearnedNoise,
     Lengthening,
@@ -83,6 +84,8 @@ PRESETS: dict[str, DecodingConfig] = {
     # Fast-dLLM, arXiv:2505.22618: confidence over a dual cache
     "fast-dllm": FAST_DLLM,
     "fast-dllm-factor": FAST_DLLM.replace(rule=Factor(1.0)),
+    # Fast-dLLM++, arXiv:2606.02955
+    "fast-dllm++": FAST_DLLM.replace(rule=Frechet(0.25)),
     # SDAR, arXiv:2510.06303, and JetEngine, which serves it
     "sdar": SDAR,
     "sdar-static": SDAR.replace(rule=Quota(of_block=True)),
@@ -167,6 +170,8 @@ PRESETS: dict[str, DecodingConfig] = {
     ),
     # Discrete Diffusion Forcing, arXiv:2508.09192; the shares are those of most of its scripts
     "d2f": DecodingConfig(rule=Pipeline(0.9, 0.1, 0.95), cache="block"),
+    # the same with no more than four blocks open, as Diffulex serves it
+    "multi-block": DecodingConfig(rule=Pipeline(0.9, 0.1, 0.95, buffer=4), cache="block"),
     # d3LLM, arXiv:2601.07568: on LLaDA, without its cache and with it, and on Dream
     "d3llm": D3LLM,
     "d3llm-prefix": D3LLM.replace(cache="prefix", refresh_interval=3),

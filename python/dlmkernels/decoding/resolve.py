@@ -100,6 +100,11 @@ def _with_token_ids(model: DiffusionModel, config: DecodingConfig) -> DecodingCo
 
 def _of_the_family(model: DiffusionModel, config: DecodingConfig) -> DecodingConfig:
     """What the configuration leaves open, from the model's family."""
+    if config.rule.noise == "none":
+        return config.replace(
+            attention="causal", logit_alignment="shift", cache="block", seeded=False, block_grid="prompt",
+            block_length=None, sub_block_length=None,
+        )  # fmt: skip
     family = model.family
     attention = config.attention or family.attention
     block_length = config.block_length
@@ -224,6 +229,8 @@ def special_tokens(model: DiffusionModel, config: DecodingConfig) -> SpecialToke
 
 def _mask_token(model: DiffusionModel, config: DecodingConfig) -> int | None:
     """The id of the mask token; None for a model whose noise is something else and which has none."""
+    if config.rule.noise == "none":
+        return None
     mask = config.mask_token_id
     if mask is None:
         mask = _from_model(model, "mask_token_id")
