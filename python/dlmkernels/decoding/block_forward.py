@@ -45,7 +45,8 @@ class BlockForward(Forward):
         self._longest = config.sub_block_length or self.grid.length
         #: whether the context of a block is forwarded before the block, and not with it
         self.commits_apart = bool(config.seeded) or (
-            config.cache == "block" and (not config.fuse_commit or config.attention == "causal-context")
+            config.cache == "block"
+            and (not config.fuse_commit or config.attention == "causal-context" or self.reach is not None)
         )
         self._carried: Tensor | None = None  # hidden state of the last of a block's context, [S, hidden]
         #: with cache="block": column up to which what is decided is in the cache, -1 if nothing is, int32 [S]
@@ -157,7 +158,8 @@ class BlockForward(Forward):
             self._prepare("part", speaker, place.start - lead, columns[0], self.kv_range, stop=stop)
         elif cache == "block":
             end = torch.minimum(self.twice(place.outer + place.outer_length), self.ends)
-            kv_range = self._keep("kv range", torch.stack((self.origin, end), 1))
+            whole = self.twice(place.outer + place.outer_length)
+            kv_range = self._keep("kv range", torch.stack((self.seen_from(whole), end), 1))
             self._prepare("block", speaker, place.outer, columns[0], kv_range, self.shift)
             if self.config.sub_block_cache:
                 lead, stop = columns[2], place.start + place.length
@@ -362,7 +364,14 @@ class BlockForward(Forward):
             is_new = columns >= self.twice(self.kept)[:, None]
             self._keep_up(rows)
         # beyond the block nothing has been written
-        return self.at(columns, self._buffers["kv range"][:, 1], is_new, rows=both, **self._visibility(decided))
+        visibility = self._visibility(decided)
+        if decided and self.limit is not None:
+            limit = self.limit.gather(1, columns.clamp(0, self.length - 1).long())
+            visibility = {"q_limit": limit, "k_order": self.slots.contiguous()}
+        return self.at(
+            columns, self._buffers["kv range"][:, 1], is_new, rows=both, start=self.seen_from(first + width),
+            **visibility,
+        )  # fmt: skip
 
     def _keep_up(self, rows: Rows | None) -> None:
         """In these rows what stands left of the block has been forwarded."""

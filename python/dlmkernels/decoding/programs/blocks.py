@@ -49,7 +49,7 @@ class BlockAfterBlock(Program):
         what = self.model, state, config, self.special, self.grid, task.prompt_embeds
         features = features_of(config.cache)
         kind = partial(FORWARDS[type(features)], features) if features is not None else BlockForward
-        self.forward: BlockForward = kind(*what, rows_change=task.rows_change)
+        self.forward: BlockForward = kind(*what, rows_change=task.rows_change, prompt_limit=task.prompt_limit)
         self.reads_open = rule.slots == "open"
         #: whether rows enter their blocks together, so that the host knows which one they are in
         self.together = not task.rows_change and features is None and (

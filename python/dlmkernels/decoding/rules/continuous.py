@@ -200,11 +200,15 @@ class SimplexDenoising(ContinuousRule):
     ----------
     nucleus : float
         Probability of the tokens that become K: the likeliest that sum to it, the one that crosses it included.
+    draw : bool
+        Whether one token of the nucleus, drawn by its probability, becomes K, and not all of them: the second of the
+        published programs (`ssd_model_decode_alt.py`).
     """
 
-    limits: ClassVar[Mapping[str, Check]] = {"nucleus": SHARE}
+    limits: ClassVar[Mapping[str, Check]] = {"nucleus": SHARE, "draw": flag}
 
     nucleus: float = 0.2
+    draw: bool = False
 
     @property
     def ignores(self) -> frozenset[str]:

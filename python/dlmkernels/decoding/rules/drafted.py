@@ -19,6 +19,15 @@ def _width(name: str, value: Any) -> int | str | None:
     return integer(1, optional=True)(name, value)
 
 
+def _drafter(name: str, value: Any) -> Any:
+    """Known by what it has: a drafter needs transformers, and rules do not."""
+    if getattr(getattr(value, "form", None), "drafts", None) is None:
+        raise TypeError(
+            f"{name} must be what dlmkernels.load_drafter(path, target) returns; got {type(value).__name__}"
+        )
+    return value
+
+
 @dataclass(frozen=True)
 class NextToken(Rule):
     """One token a forward, from left to right, as a causal model is decoded without further ado.
@@ -66,17 +75,13 @@ class Drafted(NextToken):
         forwards it takes is not.
     """
 
-    limits: ClassVar[Mapping[str, Check]] = {"width": _width}
+    limits: ClassVar[Mapping[str, Check]] = {"width": _width, "drafter": _drafter}
 
-    drafter: Any
+    drafter: Any = None
     width: int | str | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        drafts = getattr(getattr(self.drafter, "form", None), "drafts", None)
-        if drafts is None:
-            raise TypeError(
-                f"drafter must be what dlmkernels.load_drafter(path, target) returns; got {type(self.drafter).__name__}"
-            )
+        drafts = self.drafter.form.drafts
         if isinstance(self.width, int) and self.width > drafts:
             raise ValueError(f"width must be at most the drafter's {drafts} drafts; got {self.width}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,20 @@ from ..checks import Check, integer
 from ..step import Step
 from .base import Rule
 from .confidence import Threshold
+
+
+def _rule(name: str, rule: Any) -> Rule:
+    if not isinstance(rule, Rule):
+        raise TypeError(f"{name} must be a Rule such as dlmkernels.Threshold(0.95); got {rule!r}")
+    is_plain = rule.by_block and rule.slots == "open" and rule.noise == "mask" and not rule.token_ids
+    if not is_plain or isinstance(rule, ReasonFirst) or type(rule).act is not Rule.act:
+        raise ValueError(
+            f"{name} must be one that is decoded block by block, commits, and never takes back; got "
+            f"{type(rule).__name__}"
+        )
+    if any(isinstance(getattr(rule, field), tuple) for field in rule.limits):
+        raise ValueError(f"{name} must say the same for every request within ReasonFirst; got {rule!r}")
+    return rule
 
 
 @dataclass(frozen=True)
@@ -34,7 +48,7 @@ class ReasonFirst(Rule):
         takes back, and says the same for every request.
     """
 
-    limits: ClassVar[Mapping[str, Check]] = {"answer": integer(1)}
+    limits: ClassVar[Mapping[str, Check]] = {"answer": integer(1), "rule": _rule}
 
     answer: int = 32
     rule: Rule = field(default_factory=lambda: Threshold(0.95))
@@ -42,17 +56,6 @@ class ReasonFirst(Rule):
     def __post_init__(self):
         super().__post_init__()
         rule = self.rule
-        if not isinstance(rule, Rule):
-            raise TypeError(f"rule must be a Rule such as dlmkernels.Threshold(0.95); got {rule!r}")
-        is_plain = rule.by_block and rule.slots == "open" and rule.noise == "mask" and not rule.token_ids
-        if not is_plain or isinstance(rule, ReasonFirst) or type(rule).act is not Rule.act:
-            raise ValueError(
-                "rule must be one that is decoded block by block, commits, and never takes back; got "
-                f"{type(rule).__name__}"
-            )
-        if any(isinstance(getattr(rule, name), tuple) for name in rule.limits):
-            raise ValueError(f"rule must say the same for every request within ReasonFirst; got {rule!r}")
-
         for name in ("needs", "draws", "reads_ends", "reads_logits"):
             object.__setattr__(self, name, getattr(rule, name))
 
