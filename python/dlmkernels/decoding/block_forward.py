@@ -240,8 +240,6 @@ class BlockForward(Forward):
         forwarded, of S; None: all.
         """
         moment = self._moment(standing)
-        if self.config.rule.shadow:
-            return self._with_shadow(window, pick, moment)
         both = rows.twice() if rows is not None and self.is_guided else rows
         if part == "open":
             return self._in_part(pending, pick, rows, both)
@@ -390,20 +388,3 @@ class BlockForward(Forward):
         hidden = self.at(self.twice(columns), self.ends, rows=both)
         place = (pending.cumsum(1) - 1).clamp(0, at_most - 1).gather(1, self._buffers["speaker"])
         return self._select(hidden, place, pick, rows)
-
-    def _with_shadow(self, window: TokenWindow, pick: Tensor | None, moment: dict[str, Tensor]) -> Tensor:
-        """A forward of all the canvas and of the block's shadow, from which decided positions are read."""
-        start, length, width = self._place.start, self.length, window.positions.shape[1]
-        columns = self.twice(start)[:, None] + torch.arange(width, dtype=torch.int32, device=start.device)
-        is_there = columns < torch.minimum(self.ends, self.twice(start + self._place.length))[:, None]
-        columns = columns.clamp(max=length - 1)
-        positions = window.positions.clamp(min=0)
-        decided = ~self.state.is_open.gather(1, positions.long())
-        row = torch.where(decided, length + positions - start[:, None], positions).clamp(0, length + width - 1)
-        tokens, everywhere = self.tokens(), torch.cat((self.slots, columns), 1).long()
-        tokens = torch.cat((tokens, torch.full_like(columns, self.special.mask, dtype=tokens.dtype)), 1)
-        kv_range = torch.stack((self.origin, self.ends), 1)
-        shadow = torch.where(is_there, columns, -1)
-        seen = AttentionWindow(kv_range=kv_range, shadow=shadow, rotations=self.rotations)
-        hidden = self.run(everywhere, self.positions.gather(1, everywhere), seen, tokens, moment)
-        return self._select(hidden, row, pick, None)
