@@ -39,6 +39,11 @@ class KVCache:
             )
         return self._layers[index]
 
+    def reserve_as(self, other: KVCache) -> None:
+        """Allocate the buffers of the layers that another cache has."""
+        for index, (k, v) in other._layers.items():
+            self.layer(index, k, v)
+
     def values(self, index: int) -> Tensor:
         """The value buffer of a layer that has written, `[B, S, G, D]`."""
         return self._layers[index][1]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Continuous models: vectors walk from noise to tokens; against samplers and bounds restated from the same numbers."""
 
+import itertools
 import math
 
 import pytest
@@ -38,7 +39,16 @@ def flow(tmp_path_factory):
     return w, model
 
 
-def restated_flow(w, noise, steps, given=None, dtype=torch.float64):
+@pytest.fixture
+def clean_flow(flow):
+    """The same as though it had been trained with given tokens free of noise."""
+    w, model = flow
+    model.config.clean_context = True
+    yield w, model
+    model.config.clean_context = False
+
+
+def restated_flow(w, noise, steps, given=None, dtype=torch.float64, clean_context=False):
     """Logits `[T, V]` of LangFlow's last forward: its sampler, from noise `[T, HIDDEN]`; `given` -1 where it is not."""
     w = {name: v.to(dtype) for name, v in w.items()}
     e = research.table(w)
@@ -51,6 +61,8 @@ def restated_flow(w, noise, steps, given=None, dtype=torch.float64):
     noise, opinion = noise.to(dtype), torch.zeros_like(noise).to(dtype)
     z = torch.where(is_given, alpha[0] * clean + sigma[0] * noise, noise).to(dtype)
     for i in range(steps):
+        if clean_context:
+            z = torch.where(is_given, clean, z)
         logits = research.langflow(w, z, gamma[i].item(), opinion)
         if i == steps - 1:
             return logits
@@ -144,6 +156,22 @@ class TestLangFlow:
         assert (out.commit_step[0] >= 0).tolist() == (torch.cat((prompt, given)) < 0).tolist()
         filled = dk.infill(model, torch.cat((prompt, given)), steps=12, seed=7)
         assert torch.equal(filled.sequences, out.sequences)
+
+    def test_given_tokens_without_noise(self, clean_flow):
+        """Of models that were trained so; of others their vectors have the noise of the others."""
+        w, model = clean_flow
+        prompt, given = torch.tensor([7, 3, 9]), torch.tensor([-1, -1, 5, -1, 8, -1])
+        z = restated_flow(w, first_noise(7, 9), 12, torch.cat((prompt, given)), clean_context=True)
+        best = z.topk(2).values
+        assert (best[:, 0] - best[:, 1]).min() > 1e-3, "a near tie: this comparison needs another seed"
+        out = dk.generate(model, prompt, max_new_tokens=6, steps=12, seed=7, given=given)
+        is_given = torch.cat((prompt, given)) >= 0
+        assert torch.equal(out.sequences[0], torch.where(is_given, torch.cat((prompt, given)), z.argmax(1)))
+        p = z.softmax(1).max(1).values.float()[~is_given]
+        torch.testing.assert_close(out.confidence[0, ~is_given], p, rtol=0, atol=1e-3)
+        model.config.clean_context = False
+        other = dk.generate(model, prompt, max_new_tokens=6, steps=12, seed=7, given=given)
+        assert numerics.far(other.confidence[0, ~is_given], out.confidence[0, ~is_given])
 
     def test_given_tokens_matter(self, flow):
         _, model = flow
@@ -256,10 +284,13 @@ class TestFlowBound:
         error = out.total.std().item() / rows**0.5
         assert abs(out.total.mean().item() + math.log(5)) < numerics.MAX_NORMAL_SCORE * error < 0.35
 
-    def test_restated(self, flow):
+    @pytest.mark.parametrize("clean", [False, True])
+    @pytest.mark.parametrize("exact", [False, True])
+    def test_restated(self, flow, exact, clean, monkeypatch):
         """Heun's method, the divergence by the whole Jacobian, and every term, from the same random numbers."""
         w, model = flow
         w = research.double(w)
+        monkeypatch.setattr(model.config, "clean_context", clean)
         prompt, answer, steps, seed = torch.tensor([3, 8]), torch.tensor([5, 11, 2]), 3, 6
         drawn, real = [], FlowBound._normals
 
@@ -269,7 +300,7 @@ class TestFlowBound:
 
         FlowBound._normals = spy
         try:
-            out = dk.log_likelihood(model, prompt, answer, seed=seed, ode_steps=steps)
+            out = dk.log_likelihood(model, prompt, answer, seed=seed, ode_steps=steps, exact_divergence=exact)
         finally:
             FlowBound._normals = real
         e, text = research.table(w), torch.cat((prompt, answer))
@@ -277,25 +308,38 @@ class TestFlowBound:
         gamma = w["proposal.loc"] - w["proposal.scale"] * (-q.log()).log()
         ratio, noise = (-gamma / 2).exp(), drawn[0][0].double()
 
+        is_answer = (torch.arange(5) >= 2)[:, None]
+
+        def logits_of(z, g, opinion):
+            if clean:
+                z = torch.where(is_answer, z, e[text])
+            return research.langflow(w, z, g, opinion)
+
         def mean(z, g, opinion):
-            return torch.softmax(research.langflow(w, z, g, opinion), -1) @ e
+            return torch.softmax(logits_of(z, g, opinion), -1) @ e
+
+        def opinion_of(z, g):
+            said = mean(z, g, None)
+            return torch.where(is_answer, said, e[text]) if clean else said
 
         def at(y, s, u):
             g = -2 * math.log(s)
             spread = 1 / math.sqrt(1 + math.exp(-g))
-            opinion = mean(y * spread, g, None)
+            opinion = opinion_of(y * spread, g)
             with torch.enable_grad():
                 jacobian = torch.autograd.functional.jacobian(lambda z: mean(z, g, opinion), y * spread)
+            if exact:
+                return mean(y * spread, g, opinion), torch.einsum("idid->i", jacobian) * spread
             pulled = torch.einsum("id,idje->je", u, jacobian)
             return mean(y * spread, g, opinion), (u * pulled).sum(1) * spread
 
         y, change = ratio[0] * e[text] + noise, torch.zeros(5).double()
         spread = 1 / math.sqrt(1 + math.exp(-gamma[0]))
         z = y * spread
-        logits = research.langflow(w, z, gamma[0].item(), mean(z, gamma[0].item(), None))
+        logits = logits_of(z, gamma[0].item(), opinion_of(z, gamma[0].item()))
         likely = logits.log_softmax(-1)[torch.arange(5), text]
-        is_answer = (torch.arange(5) >= 2)[:, None]
-        probes = iter(u[0].double() * is_answer for u in drawn[1:])
+        assert len(drawn) == (1 if exact else 1 + 2 * steps)
+        probes = itertools.cycle([None]) if exact else iter(u[0].double() * is_answer for u in drawn[1:])
         for i in range(steps):
             h = (ratio[i + 1] - ratio[i]).item()
             known = ratio[i + 1] * e[text] + noise
@@ -323,5 +367,7 @@ class TestFlowBound:
     def test_errors(self, flow):
         with pytest.raises(ValueError, match="gradients cannot be had of the bound of family 'langflow'"):
             dk.log_likelihood(flow[1], torch.tensor([3]), torch.tensor([3]), gradients=True)
+        with pytest.raises(ValueError, match="exact_divergence must be a bool, and is for LangFlow's bound; got 1"):
+            dk.log_likelihood(flow[1], torch.tensor([3]), torch.tensor([3]), exact_divergence=1)
         with pytest.raises(ValueError, match="ode_steps must be an integer of at least 1; got 0"):
             dk.log_likelihood(flow[1], torch.tensor([3]), torch.tensor([3]), ode_steps=0)

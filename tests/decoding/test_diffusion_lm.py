@@ -11,6 +11,7 @@ import dlmkernels as dk
 import numerics
 import research
 from dlmkernels import AttentionWindow
+from dlmkernels.decoding.vector_bounds import DenoisingBound
 from dlmkernels.models.adapt import adapt
 from dlmkernels.reference import normals
 from research import HEADS, LATENT
@@ -69,8 +70,8 @@ class TestModel:
             dk.load(path, family="diffusion-lm")
         with pytest.raises(ValueError, match=r"timesteps must be the step of each row, of shape \[2\]; got None"):
             model(torch.zeros(2, 3, LATENT))
-        with pytest.raises(ValueError, match="there is no bound here for models of family 'diffusion-lm'"):
-            dk.log_likelihood(model, torch.tensor([1]), torch.tensor([2]))
+        with pytest.raises(ValueError, match="gradients cannot be had of the bound of family 'diffusion-lm'"):
+            dk.log_likelihood(model, torch.tensor([1]), torch.tensor([2]), gradients=True)
         torch.save({"word_embedding.weight": torch.ones(3, 2)}, tmp_path / "ema.pt")
         with pytest.raises(ValueError, match=r"it lacks position_embeddings\.weight, time_embed"):
             dk.load(tmp_path / "ema.pt", family="diffusion-lm", allow_pickle=True)
@@ -155,3 +156,88 @@ class TestSampler:
     def test_errors(self):
         with pytest.raises(ValueError, match=r"eta must be None or a number from 0\.0 to 1"):
             dk.VectorDenoising(eta=2.0)
+
+
+def schedule():
+    """What is left of the signal's power after each step, and what each step takes of it."""
+    full = [0.99] + [1 - math.sqrt(i / STEPS + 1e-4) for i in range(1, STEPS + 1)]
+    beta = [min(1 - b / a, 0.999) for a, b in itertools.pairwise(full)]
+    return torch.tensor([1 - b for b in beta], dtype=torch.float64).cumprod(0).tolist(), beta
+
+
+def gaussians(mean, variance, other, spread):
+    """Divergence of a normal distribution from another, summed over dimensions."""
+    return 0.5 * (math.log(spread / variance) - 1 + variance / spread + (mean - other) ** 2 / spread).sum(-1)
+
+
+class TestBound:
+    TEXT = torch.tensor([3, 8, 5, 11, 2])
+
+    def draws(self, monkeypatch):
+        """What the bound draws, in order: `[T, LATENT]` each."""
+        drawn, real = [], DenoisingBound._normals
+
+        def once(bound):
+            x = real(bound)
+            drawn.append(x[0].double())
+            return x
+
+        monkeypatch.setattr(DenoisingBound, "_normals", once)
+        return drawn
+
+    def term(self, w, i, first, noise, given):
+        """What one step adds to ln p of each token, T times: the published sum, in float64."""
+        e, (kept, beta) = w["word_embedding.weight"], schedule()
+        clean = e[self.TEXT]
+        is_given = (torch.arange(len(clean)) < given)[:, None]
+        x = clean + math.sqrt(1 - kept[0]) * first
+        z = torch.where(is_given, clean, math.sqrt(kept[i]) * x + math.sqrt(1 - kept[i]) * noise)
+        said = research.diffusion_lm(w, z, i * 1000 / STEPS)
+        said = e[torch.cdist(said, e).argmin(1)]
+        if i == 0:
+            spread = beta[1] * (1 - kept[0]) / (1 - kept[1])
+            step = gaussians(clean, 1 - kept[0], said, spread)
+        else:
+            a = beta[i] * math.sqrt(kept[i - 1]) / (1 - kept[i])
+            b = (1 - kept[i - 1]) * math.sqrt(1 - beta[i]) / (1 - kept[i])
+            spread = beta[i] * (1 - kept[i - 1]) / (1 - kept[i])
+            step = gaussians(a * x + b * z, spread, a * said + b * z, spread)
+        end = gaussians(math.sqrt(kept[-1]) * x, 1 - kept[-1], torch.zeros_like(x), 1.0)
+        tokens = (x @ e.T + w["lm_head.bias"]).log_softmax(-1)[torch.arange(len(clean)), self.TEXT]
+        return tokens - end - STEPS * step
+
+    @pytest.mark.parametrize("given", [0, 2])
+    def test_restated(self, given, made, monkeypatch):
+        """As many samples as steps: each step once, the last of which is the first of the noise's."""
+        w, model, _ = made
+        drawn = self.draws(monkeypatch)
+        out = dk.log_likelihood(model, self.TEXT[:given], self.TEXT[given:], seed=6, num_samples=STEPS)
+        assert len(drawn) == 2 * STEPS and out.num_forwards == STEPS
+        v = research.double(w)
+        expected = sum(self.term(v, i, *drawn[2 * i : 2 * i + 2], given) for i in range(STEPS)) / STEPS
+        torch.testing.assert_close(out.per_token[0], expected[given:], rtol=1e-4, atol=1e-3)
+
+    def test_fewer_samples_estimate_the_same(self, made):
+        """Their mean over seeds is that of whole sums, and the squares of their standard errors have that of their
+        spread; what is taken without being told is the whole sum.
+        """
+        model = made[1]
+        rows, prompt = 400, torch.zeros(400, 0, dtype=torch.int64)
+        answer = self.TEXT.expand(rows, -1)
+        few = dk.log_likelihood(model, prompt, answer, seed=torch.arange(rows), num_samples=5)
+        whole = dk.log_likelihood(model, prompt[:40], answer[:40], seed=torch.arange(1000, 1040))
+        assert whole.num_forwards == STEPS
+        errors = [out.total.std().item() / len(out.total) ** 0.5 for out in (few, whole)]
+        assert abs(few.total.mean() - whole.total.mean()) < numerics.MAX_NORMAL_SCORE * math.hypot(*errors)
+        assert 0.8 < few.standard_error.square().mean().sqrt() / few.total.std() < 1.5
+
+    def test_whatever_the_batch(self, made):
+        model = made[1]
+        ids, valid = torch.tensor([[3, 8], [0, 9]]), torch.tensor([[1, 1], [0, 1]])
+        answer = torch.tensor([[4, 6, 7], [1, 2, 0]])
+        together = dk.log_likelihood(
+            model, ids, answer, valid, torch.tensor([[1, 1, 1], [1, 1, 0]]), seed=torch.tensor([4, 5]), num_samples=6
+        )
+        for i, (prompt, text) in enumerate((([3, 8], [4, 6, 7]), ([9], [1, 2]))):
+            alone = dk.log_likelihood(model, torch.tensor(prompt), torch.tensor(text), seed=4 + i, num_samples=6)
+            torch.testing.assert_close(alone.per_token[0], together.per_token[i, : len(text)], rtol=1e-5, atol=1e-5)

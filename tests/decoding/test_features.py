@@ -264,6 +264,21 @@ class TestD2Cache:
             assert output.generated_tokens == want
 
 
+@pytest.mark.parametrize("cache", ["dllm-cache", "sparse-dllm"])
+def test_memory_of_an_engine(cache):
+    """All of it is there before the first request, and decoding takes no more."""
+    rows, *_ = ragged()
+    options = {"rule": dk.Threshold(0.5), "cache": cache, "block_length": 8, "eos_policy": "none"}
+    with dk.Engine(lively(), slots=2, max_length=64, **options) as engine:
+        before = engine.memory()
+        numbers = [engine.add_request(row.tolist(), max_new_tokens=16) for row in rows]
+        outputs = {number: list(engine.request_id_iter(number))[-1] for number in numbers}
+        assert engine.memory().caches == before.caches > 0
+    for number, row in zip(numbers, rows):
+        want = dk.generate(lively(), row, **options, max_new_tokens=16).generated[0].tolist()
+        assert outputs[number].generated_tokens == want
+
+
 @pytest.mark.parametrize("make, message", [
     (lambda: dk.D2Cache(rollout=-0.1), "rollout must be a number from 0 to 1; got -0.1"),
     (lambda: dk.D2Cache(candidates=0), "candidates must be an integer of at least 1; got 0"),

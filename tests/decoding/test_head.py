@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+import transformers as hf
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -12,7 +13,7 @@ import checkpoints
 import dlmkernels as dk
 import numerics
 from dlmkernels.decoding.head import MOST_ROWS, prefers_fused
-from small_models import KINDS, MASK, VOCAB, build, prompts
+from small_models import DECODER, KINDS, MASK, VOCAB, build, prompts
 
 BLOCKS = {"cache": "block", "attention": "block"}
 DRAWN = {"temperature": 0.8, "seed": 5}
@@ -157,6 +158,31 @@ def test_a_head_that_is_more_than_its_weights(kind):
     assert_same(decode(model, **SLICES), decode(model, lm_head="logits"))
 
 
+OF_ANOTHER_KIND = {
+    "soft-capped": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**DECODER, final_logit_softcapping=3.0)),
+    "scaled": lambda: hf.CohereForCausalLM(hf.CohereConfig(**DECODER, logit_scale=0.3)),
+    "divided": lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**DECODER, logits_scaling=0.3)),
+    "tied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER, tie_word_embeddings=True)),
+}
+
+
+@pytest.mark.parametrize("kind", OF_ANOTHER_KIND)
+def test_soft_caps_scales_and_tied_heads(kind):
+    """The first three go by logits, in slices too; a tied head is a matrix like any other."""
+    torch.manual_seed(4)
+    model = OF_ANOTHER_KIND[kind]().eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.normal_()
+    options = DRAWN | {"rule": dk.Threshold(0.3), "cache": "dual"}
+    expected = decode(model, lm_head="logits", **options)
+    assert_same(decode(model, **SLICES, **options), expected)
+    if kind == "tied":
+        assert_same(decode(model, lm_head="fused", **options), expected)
+    else:
+        with pytest.raises(ValueError, match="not a plain linear layer"):
+            decode(model, lm_head="fused", **options)
+
+
 class Largest(TorchDispatchMode):
     """The largest tensor with so many columns that any call makes, in elements."""
 
@@ -238,6 +264,14 @@ def test_masks_that_the_fused_head_leaves_open(model):
     options = {"suppress_token_ids": tuple(i for i in range(VOCAB) if i != MASK), "lm_head": "fused"}
     with pytest.warns(RuntimeWarning, match="NaN or -inf for every token"):
         assert not decode(model, **options).complete.any()
+
+
+@pytest.mark.parametrize("rule", [dk.Strided(3), dk.Lengthening(0.3, first_length=4, growth=4, end_window=4)],
+                         ids=lambda rule: type(rule).__name__)  # fmt: skip
+@pytest.mark.parametrize("name,value", [("lm_head", "fused"), ("logits_budget", 1000)])
+def test_rules_that_keep_all_logits(model, rule, name, value):
+    with pytest.raises(ValueError, match=f"{name}=.* has no effect with rule {type(rule).__name__}"):
+        dk.generate(model, prompts(1, 6), rule=rule, max_new_tokens=8, **{name: value})
 
 
 @pytest.mark.parametrize("options,message", [

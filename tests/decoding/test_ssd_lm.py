@@ -10,7 +10,7 @@ import transformers
 import dlmkernels as dk
 import research
 from dlmkernels.models.adapt import adapt
-from dlmkernels.reference import normals
+from dlmkernels.reference import gumbel, normals, philox
 from research import VOCAB
 
 K = 5.0
@@ -57,13 +57,13 @@ class TestModel:
         torch.save({"weight": torch.ones(4, 7)}, tmp_path / "embed_sum_layer.pt")
         with pytest.raises(ValueError, match=rf"embed_sum_layer\.pt is of 7 tokens, .* vocab_size={VOCAB}"):
             dk.load(tmp_path, allow_pickle=True)
-        with pytest.raises(ValueError, match="there is no bound here for models of family 'ssd-lm'"):
+        with pytest.raises(ValueError, match="there is no bound on the likelihood for models of family 'ssd-lm'"):
             dk.log_likelihood(made[1], torch.tensor([1]), torch.tensor([2]))
         with pytest.raises(ValueError, match="rule Threshold decodes masks, and models of family 'ssd-lm' know none"):
             dk.generate(made[1], torch.tensor([[5]]), rule=dk.Threshold(0.9), max_new_tokens=4)
 
 
-def restated(w, stock, prompt, seed, blocks, length, steps, nucleus):
+def restated(w, stock, prompt, seed, blocks, length, steps, nucleus, draw=False):
     """Tokens after the prompt, in float64: the published loop, with the draws of a request."""
     table, t_w, t_b = (
         w[name].double() for name in ("embed_sum_layer.weight", "timestep_layer.weight", "timestep_layer.bias")
@@ -100,23 +100,40 @@ def restated(w, stock, prompt, seed, blocks, length, steps, nucleus):
                     if total >= nucleus:
                         break
             forwards += 1
+            if draw:  # one of the tokens that were kept
+                q = torch.where(clean > 0, logits, -torch.inf)
+                token, edge = reference_draw(q, seed, place, forwards)
+                least = min(least, edge)
+                clean = torch.full_like(logits, -K).scatter(1, token[:, None], K)
             x = math.sqrt(power(t - 1)) * clean + math.sqrt(1 - power(t - 1)) * noise()
         forwards += 1
         text = torch.cat((text, logits.argmax(1)))
     return text, least
 
 
+def reference_draw(logits, seed, place, step):
+    """A draw for each row of fewer than 256 logits by the race of the ops: Gumbel noise on every id; and the least
+    lead of a winner.
+    """
+    index = torch.arange(logits.shape[1])
+    bits = philox(torch.tensor([[seed]]), place[:, None], torch.tensor(step), "token", index)
+    best = (logits + gumbel(bits).double()).topk(2)
+    lead = best.values[:, 0] - best.values[:, 1]
+    return best.indices[:, 0], lead.min().item()
+
+
 class TestSampler:
+    @pytest.mark.parametrize("draw", [False, True])
     @pytest.mark.parametrize("nucleus", [0.0, 0.5, 0.9])
     @pytest.mark.parametrize("steps", [1, 12])
-    def test_published(self, nucleus, steps, made):
+    def test_published(self, nucleus, steps, draw, made):
         w, model, stock, _ = made
         prompt = torch.tensor([7, 3, 9, 12])
         out = dk.generate(
             model, prompt, max_new_tokens=12, block_length=6, steps=2 * steps, seed=3,
-            rule=dk.SimplexDenoising(nucleus),
+            rule=dk.SimplexDenoising(nucleus, draw),
         )  # fmt: skip
-        expected, least = restated(w, stock, prompt, 3, 2, 6, steps, nucleus)
+        expected, least = restated(w, stock, prompt, 3, 2, 6, steps, nucleus, draw)
         assert least > 1e-3, "a near tie: this comparison needs another seed"
         assert torch.equal(out.sequences[0], expected)
         assert out.num_forwards[0] == 2 * steps and out.complete.all()
@@ -131,10 +148,12 @@ class TestSampler:
         other = dk.infill(model, torch.where(given == 5, 20, given), steps=8, seed=7)
         assert not torch.equal(other.confidence[0, ~kept], out.confidence[0, ~kept])
 
-    def test_whatever_the_batch(self, made):
+    @pytest.mark.parametrize("draw", [False, True])
+    def test_whatever_the_batch(self, draw, made):
         model = made[1]
         ids, valid = torch.tensor([[3, 8, 2], [1, 1, 9]]), torch.tensor([[1, 1, 1], [0, 0, 1]])
-        how = {"max_new_tokens": 8, "steps": 12, "block_length": 4}
+        rule = dk.SimplexDenoising(0.9, draw)
+        how = {"max_new_tokens": 8, "steps": 12, "block_length": 4, "rule": rule}
         out = dk.generate(model, ids, valid, seed=torch.tensor([4, 5]), **how)
         for i, row in enumerate(([3, 8, 2], [9])):
             alone = dk.generate(model, torch.tensor(row), seed=torch.tensor([4 + i]), **how)

@@ -196,8 +196,10 @@ def d2cache(
 ) -> published.Request:  # fmt: skip
     """Decoding with d²Cache in one block, most certain first: certainty is probability times density.
 
-    `quirk`: the program's confidences stay those of the first forward, since what updates them writes into a copy; and
-    positions that were not forwarded take part with a probability of 1 / V and token 0.
+    `quirk`: the program's confidences stay those of the first forward, since what updates them writes into a copy;
+    positions that were not forwarded take part with a probability of 1 / V and token 0; and candidates are looked for in
+    the first columns alone, as many as hold enough of them, rounded up to a multiple of how many are open, since the
+    block that they are rounded to is narrowed in place.
     """
     request, plain_model = published.Request(canvas, mask), PlainD2Cache(model)
     length = len(canvas)
@@ -217,7 +219,11 @@ def d2cache(
             certainty |= dict(zip(eligible, proposals.probability))
         after = [t != mask for t in request.tokens.tolist()]
         around = decided_around(after, sigma)
-        order = sorted(request.open(start, length), key=lambda i: (-certainty[i] * around[i], i))
+        still = request.open(start, length)
+        if quirk and len(still) > candidates:
+            size, last = len(eligible), still[candidates - 1] - start
+            still = [i for i in still if i - start < (last // size + 1) * size]
+        order = sorted(still, key=lambda i: (-certainty[i] * around[i], i))
         readable = order[:candidates]
         if len(order) > candidates:
             last, following = (certainty[i] * around[i] for i in order[candidates - 1 : candidates + 1])

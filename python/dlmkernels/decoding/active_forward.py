@@ -100,6 +100,8 @@ class ActiveForward(BlockForward):
             cache = rows.cache[: len(rows.cache) // (2 if self.is_guided else 1)].long()
             cache = torch.where(cache >= 0, cache, len(self.slots))
             valid = rows.of(self.twice(valid))
+        else:
+            window = replace(window, cache_rows=torch.arange(len(slots), dtype=torch.int32, device=slots.device))
         half = len(cache)
         slots, used, valid = slots[:half].long().clamp(min=0), used[:half], valid[:half]
         self._rollout = Rollout(slots, used & valid.gather(1, slots), cache, valid)
@@ -125,7 +127,7 @@ class ActiveForward(BlockForward):
             left = torch.nn.functional.pad(candidates[:, 1:], (0, 1))
             active = (left & valid) | (candidates & (self._columns == self.state.origin[:, None]))
         active = active | (self.was_open & ~is_open)
-        importance = self._rollout.importance()
+        importance, self._rollout = self._rollout.importance(), None
         if rows is not None:
             importance = importance.index_select(0, rows.place.clamp(max=len(importance) - 1))
         active = active | nucleus(importance, valid & ~active, self.how.rollout)

@@ -45,7 +45,8 @@ class BlockForward(Forward):
         self._longest = config.sub_block_length or self.grid.length
         #: whether the context of a block is forwarded before the block, and not with it
         self.commits_apart = bool(config.seeded) or (
-            config.cache == "block" and (not config.fuse_commit or config.attention == "causal-context")
+            config.cache == "block"
+            and (not config.fuse_commit or config.attention == "causal-context" or self.reach is not None)
         )
         self._carried: Tensor | None = None  # hidden state of the last of a block's context, [S, hidden]
         #: with cache="block": column up to which what is decided is in the cache, -1 if nothing is, int32 [S]
@@ -157,7 +158,8 @@ class BlockForward(Forward):
             self._prepare("part", speaker, place.start - lead, columns[0], self.kv_range, stop=stop)
         elif cache == "block":
             end = torch.minimum(self.twice(place.outer + place.outer_length), self.ends)
-            kv_range = self._keep("kv range", torch.stack((self.origin, end), 1))
+            whole = self.twice(place.outer + place.outer_length)
+            kv_range = self._keep("kv range", torch.stack((self.seen_from(whole), end), 1))
             self._prepare("block", speaker, place.outer, columns[0], kv_range, self.shift)
             if self.config.sub_block_cache:
                 lead, stop = columns[2], place.start + place.length
@@ -238,8 +240,6 @@ class BlockForward(Forward):
         forwarded, of S; None: all.
         """
         moment = self._moment(standing)
-        if self.config.rule.shadow:
-            return self._with_shadow(window, pick, moment)
         both = rows.twice() if rows is not None and self.is_guided else rows
         if part == "open":
             return self._in_part(pending, pick, rows, both)
@@ -362,7 +362,14 @@ class BlockForward(Forward):
             is_new = columns >= self.twice(self.kept)[:, None]
             self._keep_up(rows)
         # beyond the block nothing has been written
-        return self.at(columns, self._buffers["kv range"][:, 1], is_new, rows=both, **self._visibility(decided))
+        visibility = self._visibility(decided)
+        if decided and self.limit is not None:
+            limit = self.limit.gather(1, columns.clamp(0, self.length - 1).long())
+            visibility = {"q_limit": limit, "k_order": self.slots.contiguous()}
+        return self.at(
+            columns, self._buffers["kv range"][:, 1], is_new, rows=both, start=self.seen_from(first + width),
+            **visibility,
+        )  # fmt: skip
 
     def _keep_up(self, rows: Rows | None) -> None:
         """In these rows what stands left of the block has been forwarded."""
@@ -381,20 +388,3 @@ class BlockForward(Forward):
         hidden = self.at(self.twice(columns), self.ends, rows=both)
         place = (pending.cumsum(1) - 1).clamp(0, at_most - 1).gather(1, self._buffers["speaker"])
         return self._select(hidden, place, pick, rows)
-
-    def _with_shadow(self, window: TokenWindow, pick: Tensor | None, moment: dict[str, Tensor]) -> Tensor:
-        """A forward of all the canvas and of the block's shadow, from which decided positions are read."""
-        start, length, width = self._place.start, self.length, window.positions.shape[1]
-        columns = self.twice(start)[:, None] + torch.arange(width, dtype=torch.int32, device=start.device)
-        is_there = columns < torch.minimum(self.ends, self.twice(start + self._place.length))[:, None]
-        columns = columns.clamp(max=length - 1)
-        positions = window.positions.clamp(min=0)
-        decided = ~self.state.is_open.gather(1, positions.long())
-        row = torch.where(decided, length + positions - start[:, None], positions).clamp(0, length + width - 1)
-        tokens, everywhere = self.tokens(), torch.cat((self.slots, columns), 1).long()
-        tokens = torch.cat((tokens, torch.full_like(columns, self.special.mask, dtype=tokens.dtype)), 1)
-        kv_range = torch.stack((self.origin, self.ends), 1)
-        shadow = torch.where(is_there, columns, -1)
-        seen = AttentionWindow(kv_range=kv_range, shadow=shadow, rotations=self.rotations)
-        hidden = self.run(everywhere, self.positions.gather(1, everywhere), seen, tokens, moment)
-        return self._select(hidden, row, pick, None)

@@ -33,12 +33,16 @@ class EvictingForward(BlockForward):
         self.sparse = sparse
         rows = len(self.slots)
         # a row more, which takes what unused rows write
-        self.cache = KVCache(self.length, rows + 1)
+        self.cache: KVCache = KVCache(self.length, rows + 1)
         self._width = self.columns_of(None)[0]
         #: what is kept of each row, and behind it the block
         self.small = KVCache(int(self.length * sparse.keep) + self._width, rows + 1)
         self._all_rows = torch.arange(rows, device=self.origin.device)
         self._evicts = False
+
+    def reserve(self) -> None:
+        super().reserve()
+        self.small.reserve_as(self.cache)
 
     @property
     def usual_phase(self) -> int:
@@ -103,4 +107,6 @@ class EvictingForward(BlockForward):
                 self.sparse, self.small, cache, origin, ends, (start, last), (first, last), self._width
             )  # fmt: skip
             window = replace(window, watch=eviction)
+        if rows is None:
+            window = replace(window, cache_rows=self._all_rows.int())
         return super().run(columns, positions, window, tokens, moment, rows)

@@ -37,9 +37,11 @@ class Forward:
     def __init__(
         self, model: DiffusionModel, state: State, config: DecodingConfig, special: SpecialTokens, grid: Grid,
         prompt_embeds: Tensor | None = None, ends: Tensor | None = None, rows_change: bool = False,
+        prompt_limit: Tensor | None = None,
     ):  # fmt: skip
         """`ends` int32 `[S]`: how far each request may reach where that is less than the grid's end. `rows_change`:
-        whether rows are given other requests while others are decoded.
+        whether rows are given other requests while others are decoded. `prompt_limit` int32 `[S, P]`: the last column
+        that each column of the prompts sees where context is causal; None: its own.
         """  # fmt: skip
         self.model, self.state, self.config, self.special, self.grid = model, state, config, special, grid
         self.shift = 1 if config.logit_alignment == "shift" else 0
@@ -54,6 +56,13 @@ class Forward:
         self._to_decode = torch.ones_like(self.origin)  # positions of each row that are open at first
         self.cache = KVCache(self.length, rows) if config.cache != "none" else None
         self.rows_change = rows_change
+        #: how many columns a block sees, itself included, of a canvas that is longer than that; None: all
+        self.reach = model.reach if config.cache == "block" and self.length > (model.reach or 0) else None
+        #: `prompt_limit` for all columns of the canvas, int32 `[S, T]`
+        self.limit: Tensor | None = None
+        if prompt_limit is not None:
+            self.limit = self.slots.clone()
+            self.limit[:, : prompt_limit.shape[1]] = prompt_limit
         #: whether the model is told where its decoding stands
         self.takes_time = model.takes_time
         # Guidance doubles the batch: the second half sees something else where tokens were given.
@@ -177,18 +186,19 @@ class Forward:
 
     def at(
         self, columns: Tensor, end: Tensor, used: Tensor | None = None, tokens: Tensor | None = None,
-        rows: Rows | None = None, **visibility: Any,
+        rows: Rows | None = None, start: Tensor | None = None, **visibility: Any,
     ) -> Tensor:  # fmt: skip
         """Hidden states `[S, Q, hidden]` of the canvas columns int32 `[S, Q]`, which see nothing from `end` `[S]` on.
 
-        Columns outside of the request, and those not `used` bool `[S, Q]`, are unused slots. `tokens` int64 `[S, Q]`
-        stand in for what the canvas holds there. `rows`: see `run`.
+        And nothing before `start` `[S]`, where that is given. Columns outside of the request, and those not `used` bool
+        `[S, Q]`, are unused slots. `tokens` int64 `[S, Q]` stand in for what the canvas holds there. `rows`: see `run`.
         """
         outside = (columns < self.origin[:, None]) | (columns >= self.ends[:, None])
         inside = columns.clamp(0, self.length - 1).long()
         slots = torch.where(outside if used is None else outside | ~used, -1, columns)
         window = AttentionWindow(
-            slots, torch.stack((self.origin, end), 1), self.cache, rotations=self.rotations, **visibility
+            slots, torch.stack((self.origin if start is None else start, end), 1), self.cache,
+            rotations=self.rotations, **visibility,
         )  # fmt: skip
         return self.run(inside, self.positions.gather(1, inside), window, tokens, rows=rows)
 
@@ -253,6 +263,10 @@ class Forward:
         else:  # a negative prompt is cut into blocks from its end: what is decoded must be one block in both halves
             origin = first % self.grid.length
         return {"causal_block": self.grid.length, "block_origin": origin}
+
+    def seen_from(self, end: Tensor) -> Tensor:
+        """The first column that a block sees which ends before column `end`, int32 `[S]` (twice)."""
+        return self.origin if self.reach is None else torch.maximum(self.origin, end - self.reach)
 
     def reading_order(self) -> Tensor:
         """Place of every column if what is decided were read before what is open: int32 `[S, T]`."""

@@ -15,6 +15,7 @@ from .config import DecodingConfig
 from .copies import seeds_of_copies
 from .extras import check_copies, check_given_tokens, completed, drafting, equip, listeners_of, put_prompts
 from .guidance import pair_prompts
+from .images import embed_images, take_images
 from .inputs import filler, read_canvases, read_options, read_prompts
 from .output import DecodingOutput
 from .parameters import lengths_of, parameters_of
@@ -63,7 +64,7 @@ def generate(
         prompt `[B, 0]` is decoded after nothing: B samples of the model's own. Or text, a list of texts, a chat (a list
         of messages with "role" and "content") or a list of chats, which need the `tokenizer`; a list of ids, or of
         lists of ids of any lengths; or what a tokenizer returns (`input_ids` with `attention_mask`, padded on either
-        side). All of these are padded here, on the left.
+        side), or DiffusionGemma's processor, with images. All of these are padded here, on the left.
     attention_mask : Tensor, optional
         `[B, P]`, 0 for padding. Without it, the model's padding token (`pad_token_id`) on the left of a row is taken
         for padding where it is nothing else; a warning says so where it may be something else (an end token, say).
@@ -117,6 +118,7 @@ def generate(
     overrides = read_options(model, config, drafting(drafter, overrides), tokenizer)
     polls = check_polls(steps_per_poll)
     model, config, special = prepare(model, config, overrides, "continuations")
+    input_ids, images = take_images(input_ids)
     input_ids, attention_mask = read_prompts(
         "input_ids", input_ids, attention_mask, tokenizer, model.device, filler(special)
     )  # fmt: skip
@@ -130,13 +132,18 @@ def generate(
         check_prompt(tokens, attention_mask, special)
     if tokens.shape[1] == 0:
         _check_without_prompt(config, given, negative_prompt)
+    limit = None
+    if images is not None:
+        inputs_embeds, limit = embed_images(model, config, tokens, origin, images)
     wishes = Wishes.of(repetition_penalty, logits_processor, top_logprobs)
     wishes.check(config, model.vocab_size)
     copies, requests = check_copies(num_return_sequences, config), len(tokens)
     lengths = lengths_of(config, requests, tokens.device)
     given, lengths = check_given_tokens(model, given, suffix, lengths, config, special)
     tokens, origin, lengths = (x.repeat_interleave(copies, 0) for x in (tokens, origin, lengths))
-    given, inputs_embeds = (None if x is None else x.repeat_interleave(copies, 0) for x in (given, inputs_embeds))
+    given, inputs_embeds, limit = (
+        None if x is None else x.repeat_interleave(copies, 0) for x in (given, inputs_embeds, limit)
+    )
     pair = pair_prompts(tokens, origin, negative_prompt, tokenizer, config, special, model.vocab_size)
     prompt, starts, tokens, origin = tokens, origin, pair.tokens, pair.origin
     batch, prompt_length = tokens.shape
@@ -145,11 +152,7 @@ def generate(
     grows = config.block_grid == "absolute" or model.family.whole_blocks
     grid = Grid.of(config, origin, prompt_length, ends, grows)
     length = grid.width
-    if model.max_length is not None and length > model.max_length:
-        raise ValueError(
-            f"input_ids ({prompt_length} tokens) and max_new_tokens ({end - prompt_length}) make a canvas of {length}"
-            f", longer than the model's max_position_embeddings of {model.max_length}"
-        )
+    _check_length(model, config, length, prompt_length, end)
     masks = tokens.new_full((batch, length - prompt_length), max(special.mask, 0))
     columns = torch.arange(length, device=tokens.device)
     is_open = (columns >= prompt_length) & (columns < grid.ends[:, None])
@@ -165,7 +168,7 @@ def generate(
     }
     state = State.of(torch.cat((tokens, masks), 1), is_open, origin, grid.ends, pair.negative, seeds, parameters)
     put_prompts(listeners, prompt, starts)
-    task = Task(model, state, config, special, grid, prompt_length, end, pair.widened(inputs_embeds))
+    task = Task(model, state, config, special, grid, prompt_length, end, pair.widened(inputs_embeds), limit)
     program = program_of(config.rule)(task)
     proposer = equip(program, listeners, wishes, graphs)
     out = completed(run(program, listeners, polls), listeners, proposer, special.pad)
@@ -231,6 +234,25 @@ def infill(
     listeners = listeners_of(streamer, batch, tokenizer=tokenizer, trace=trace)
     equip(program, listeners, Wishes(), False)
     return completed(run(program, listeners), listeners, None, special.pad).known_by(tokenizer)
+
+
+def _check_length(model, config: DecodingConfig, length: int, prompt_length: int, end: int) -> None:
+    """Refuse canvases of `length` columns that are longer than what the model has positions for."""
+    longest = model.max_length
+    if longest is None or length <= longest:
+        return
+    slides = model.reach is not None and config.cache == "block"
+    if slides and prompt_length <= longest and not config.sub_block_cache and config.cfg_scale == 0:
+        return
+    raise ValueError(
+        f"input_ids ({prompt_length} tokens) and max_new_tokens ({end - prompt_length}) make a canvas of {length}"
+        f", longer than the model's max_position_embeddings of {longest}"
+        + (
+            "; beyond that only answers can go, with cache='block' and without guidance and sub_block_cache"
+            if model.reach is not None
+            else ""
+        )
+    )
 
 
 def _check_without_prompt(config: DecodingConfig, given: Tensor | None, negative_prompt) -> None:

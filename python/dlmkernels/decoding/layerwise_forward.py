@@ -81,4 +81,6 @@ class LayerwiseForward(BlockForward):
         total = positions.shape[1]
         spans = Spans(origin, first, ends, cache.long(), min(width, total), total)
         window = replace(window, layers=self.features.layers(part, spans, self.added))
+        if rows is None:
+            window = replace(window, cache_rows=self._all_rows)
         return super().run(columns, positions, window, tokens, moment, rows)

@@ -18,7 +18,7 @@ from .config import DecodingConfig, SpecialTokens
 from .presets import default_config
 from .resolve import prepare
 from .state import State
-from .vector_bounds import FlowBound, NoiseBound
+from .vector_bounds import DenoisingBound, FlowBound, NoiseBound
 
 METHODS = ("monte-carlo", "mean-field", "coupled", "bound")
 
@@ -62,6 +62,7 @@ def log_likelihood(
     logit_alignment: str | None = None,
     block_length: int | None = None,
     ode_steps: int = 128,
+    exact_divergence: bool = False,
     gradients: bool = False,
 ) -> LogLikelihood:
     """Estimate ``ln p(answer | prompt)`` of a diffusion language model.
@@ -78,7 +79,8 @@ def log_likelihood(
     prompt_mask, answer_mask : Tensor, optional
         `[B, P]` and `[B, L]`, 0 for padding.
     method : {"monte-carlo", "mean-field", "coupled", "bound"}, optional
-        None: "bound" for models of MDLM, SEDD, Duo, LangFlow, Plaid and those with blocks, else "monte-carlo".
+        None: "bound" for models of MDLM, SEDD, Duo, LangFlow, Plaid, Diffusion-LM and those with blocks, else
+        "monte-carlo".
 
         - "monte-carlo": the bound of LLaDA (Nie et al., arXiv:2502.09992, equation 6). A sample masks l tokens of the
           answer's L, drawn without replacement, and counts ``(L / l) sum ln p(token)`` over them. The l of the samples
@@ -96,7 +98,8 @@ def log_likelihood(
           sample takes `ode_steps` steps of Heun's method, four forwards and two backward passes each. The first three
           methods need a model with full attention that knows masks.
     num_samples : int, optional
-        128, 1, 1 and 128 for the four methods; 1 for LangFlow's bound.
+        128, 1, 1 and 128 for the four methods; for LangFlow's bound 1, for Diffusion-LM's as many as the model has
+        noise steps, so that each is looked at once.
     seed : int or Tensor, optional
         As for `generate`: a request's masks depend on its seed alone.
     prompt_mask_probability : float
@@ -107,6 +110,10 @@ def log_likelihood(
         As in `DecodingConfig`.
     ode_steps : int
         Of LangFlow's bound.
+    exact_divergence : bool
+        Of LangFlow's bound: whether the divergence of the flow is computed, by as many backward passes an evaluation as
+        the answer's vectors have numbers, and not estimated by one random vector. What is left of the spread of the
+        samples, which `standard_error` tells, is then that of the noise on the answer.
     gradients : bool
         Whether `total` and `per_token` have gradients with respect to the model's parameters. Attention is then
         computed by torch in float32, and of a model with blocks each block is forwarded with all that stands before it.
@@ -126,14 +133,15 @@ def log_likelihood(
     if method is None:
         method = "bound" if _has_bound(model) else "monte-carlo"
     is_flow = model.family.noise == "continuous"
-    default = 128 if method in ("monte-carlo", "bound") and model.family.name != "langflow" else 1
-    samples = default if num_samples is None else num_samples
+    samples = _default_samples(model, method) if num_samples is None else num_samples
     for name, value in (("num_samples", samples), ("batch_size", batch_size), ("ode_steps", ode_steps)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
     if not 0 <= prompt_mask_probability <= 1:
         raise ValueError(f"prompt_mask_probability must be a number from 0 to 1; got {prompt_mask_probability!r}")
     _check_method(model, method, prompt_mask_probability, block_length)
+    if not isinstance(exact_divergence, bool) or (exact_divergence and model.family.name != "langflow"):
+        raise ValueError(f"exact_divergence must be a bool, and is for LangFlow's bound; got {exact_divergence!r}")
     if is_flow and gradients:
         raise ValueError(f"gradients cannot be had of the bound of family '{model.family.name}'")
     has_blocks = model.family.attention == "block"
@@ -154,8 +162,10 @@ def log_likelihood(
     weighted: Iterator[Tensor]
     if is_flow:
         about = (model, config, special, tokens, origin, prompt.shape[1], lengths, seeds)
-        is_plaid = model.family.name == "plaid"
-        weighted = (NoiseBound(*about) if is_plaid else FlowBound(*about, steps=ode_steps)).samples(samples)
+        if model.family.name == "langflow":
+            weighted = FlowBound(*about, steps=ode_steps, exact=exact_divergence).samples(samples)
+        else:
+            weighted = (NoiseBound if model.family.name == "plaid" else DenoisingBound)(*about).samples(samples)
     elif method == "bound":
         bound = Bound(model, config, special, tokens, origin, prompt.shape[1], lengths, seeds)
         weighted = bound.samples(samples, batch_size, gradients)
@@ -168,6 +178,12 @@ def log_likelihood(
     return LogLikelihood(total, per_token, error, count + samples if method == "coupled" else count)
 
 
+def _default_samples(model: DiffusionModel, method: str) -> int:
+    if method not in ("monte-carlo", "bound") or model.family.name == "langflow":
+        return 1
+    return model.config.noise_steps if model.family.name == "diffusion-lm" else 128
+
+
 def _has_bound(model: DiffusionModel) -> bool:
     family = model.family
     return family.noise != "mask" or family.attention == "block" or family.name in ("mdlm", "sedd")
@@ -177,8 +193,11 @@ def _check_method(model: DiffusionModel, method: str, prompt_mask_probability: f
     """Refuse a method that is not for models of this family."""
     family = model.family
     if method == "bound":
-        if family.name in ("diffusion-lm", "ssd-lm"):
-            raise ValueError(f"model: there is no bound here for models of family '{family.name}'")
+        if family.name == "ssd-lm":
+            raise ValueError(
+                "model: there is no bound on the likelihood for models of family 'ssd-lm'. They are trained by the "
+                "cross-entropy of the tokens at random noise levels, and its authors publish no bound"
+            )
         if prompt_mask_probability > 0:
             raise ValueError("prompt_mask_probability has no meaning with method='bound', whose noise is the answer's")
     elif family.noise == "continuous":

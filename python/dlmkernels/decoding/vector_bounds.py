@@ -27,6 +27,12 @@ from .state import State
 EPS = 1e-5
 
 
+def nearest(table: Tensor, vectors: Tensor) -> Tensor:
+    """Those rows of a table `[V, width]` that are nearest to vectors `[N, width]`, the first where several are."""
+    # of the nearest row e, e . x - |e|^2 / 2 is largest
+    return table.index_select(0, (vectors.float() @ table.T - table.pow(2).sum(1) / 2).argmax(1))
+
+
 class VectorBound:
     """Base: what a model says of noisy answers. The arguments are those of `bounds.Bound`."""
 
@@ -35,7 +41,7 @@ class VectorBound:
         start: int, lengths: Tensor, seeds: Tensor,
     ):  # fmt: skip
         timed: Any = model
-        self.model = timed
+        self.model, self.config = timed, config
         self.tokens, self.start, self.seeds = tokens, start, seeds
         self.origin, ends = origin.int(), (start + lengths).int()
         columns = torch.arange(tokens.shape[1], device=tokens.device)
@@ -48,6 +54,10 @@ class VectorBound:
         self.kv_range = torch.stack((self.origin, ends), 1)
         self.table: Tensor = self.model.latent_table()
         self.embedded = self.table[tokens]
+        #: whether the prompt has no noise: the sampler's way, or how the model was trained
+        self.clean_context = getattr(config.rule, "clean_context", False) or getattr(
+            model.config, "clean_context", False
+        )
         self.drawn = 0
 
     def _normals(self) -> Tensor:
@@ -60,22 +70,31 @@ class VectorBound:
         """ln p(token | z) `[B, T]` of z = sigma y at gamma."""
         with torch.no_grad():
             z = y * signal(-gamma).float()
-            logits = self._logits(z, gamma, self._opinion(z, gamma))
-            return logits.double().log_softmax(-1).gather(-1, self.tokens[..., None])[..., 0]
+            return self._of_tokens(self._logits(z, gamma, self._opinion(z, gamma)))
+
+    def _of_tokens(self, logits: Tensor) -> Tensor:
+        """ln p of the tokens, float64 `[B, T]`, of logits `[B, T, V]`."""
+        return logits.double().log_softmax(-1).gather(-1, self.tokens[..., None])[..., 0]
 
     def _opinion(self, z: Tensor, gamma: Tensor) -> Tensor | None:
         """With self-conditioning: what a forward without it says."""
         if not getattr(self.model.config, "self_conditioning", True):
             return None
         with torch.no_grad():
-            return self._logits(z, gamma, None).float().softmax(-1) @ self.table
+            mean = self._logits(z, gamma, None).float().softmax(-1) @ self.table
+        return torch.where(self.in_answer, mean, self.embedded) if self.clean_context else mean
 
     def _logits(self, z: Tensor, gamma: Tensor, opinion: Tensor | None) -> Tensor:
+        return self.model.logits(self._said(z, gamma, opinion))
+
+    def _said(self, z: Tensor, level: Tensor, opinion: Tensor | None = None) -> Tensor:
+        """What the model says of vectors z `[B, T, width]`, being told `level`, one number or one for each row."""
         forward = self.forward
         window = AttentionWindow(forward.slots.contiguous(), self.kv_range, rotations=forward.rotations)
-        level = gamma.float().expand(len(z)).contiguous()
-        hidden = self.model.hidden(self.tokens, forward.positions, window, z, opinion, level=level)
-        return self.model.logits(hidden)
+        level = level.float().expand(len(z)).contiguous()
+        if self.clean_context:
+            z = torch.where(self.in_answer, z, self.embedded)
+        return self.model.hidden(self.tokens, forward.positions, window, z, opinion, level=level)
 
 
 class FlowBound(VectorBound):
@@ -90,11 +109,13 @@ class FlowBound(VectorBound):
     ----------
     steps : int
         Of the integration, by Heun's method: two evaluations each, at steps + 1 evenly spaced quantiles of gamma.
+    exact : bool
+        Whether the divergence is computed and not estimated: by one backward pass for each number of the vectors.
     """
 
-    def __init__(self, *args: Any, steps: int = 128):
+    def __init__(self, *args: Any, steps: int = 128, exact: bool = False):
         super().__init__(*args)
-        self.steps = steps
+        self.steps, self.exact = steps, exact
         q = torch.linspace(0.0, 1.0, steps + 1, device=self.tokens.device).clamp(EPS, 1 - EPS)
         gamma = self.model.gamma(q.double())
         #: alpha / sigma at each end of a step, and gamma_0
@@ -129,17 +150,31 @@ class FlowBound(VectorBound):
         return torch.where(self.in_answer, y, ratio.float() * self.embedded + self.noise)
 
     def _at(self, y: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
-        """The flow `[B, T, width]` at y, and an estimate of its divergence, token by token, float64 `[B, T]`."""
+        """The flow `[B, T, width]` at y, and its divergence or an estimate of it, token by token, float64 `[B, T]`."""
         gamma = -2 * ratio.log()
         spread = signal(-gamma).float()
-        u = self._normals() * self.in_answer
         z = y * spread
         opinion = self._opinion(z, gamma)
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             x = self._logits(z, gamma, opinion).float().softmax(-1) @ self.table
-            (gradient,) = torch.autograd.grad((u * x).sum(), z)
-        return x.detach(), (u * gradient).double().sum(-1) * spread.double()
+            divergence = self._trace(x, z) if self.exact else self._probed(x, z)
+        return x.detach(), divergence * spread.double()
+
+    def _probed(self, x: Tensor, z: Tensor) -> Tensor:
+        """An estimate of the divergence of x in z, by the next random vector."""
+        u = self._normals() * self.in_answer
+        (gradient,) = torch.autograd.grad((u * x).sum(), z)
+        return (u * gradient).double().sum(-1)
+
+    def _trace(self, x: Tensor, z: Tensor) -> Tensor:
+        """The divergence of x in z: rows have nothing to do with each other, so that all are looked at together."""
+        total = torch.zeros(x.shape[:2], dtype=torch.float64, device=x.device)
+        for column in range(self.start, x.shape[1]):
+            for i in range(x.shape[2]):
+                (gradient,) = torch.autograd.grad(x[:, column, i].sum(), z, retain_graph=True)
+                total[:, column] += gradient[:, column, i].double()
+        return total
 
 
 class NoiseBound(VectorBound):
@@ -173,3 +208,57 @@ class NoiseBound(VectorBound):
         total = total - 0.5 * slope[:, None] * (-gamma[..., 0]).exp() * lost
         alpha2, sigma2 = signal(most) ** 2, signal(-most) ** 2
         return total - 0.5 * (sigma2 + alpha2 * self.embedded.double() ** 2 - 1 - sigma2.log()).sum(-1)
+
+
+class DenoisingBound(VectorBound):
+    """Diffusion-LM's: that of a chain of noise steps, of which each sample looks at one (Li et al., arXiv:2205.14217).
+
+    An answer's vectors are drawn around its embeddings, ``x = e + s n`` with s^2 the noise of the first step. Then
+    ``ln p(answer)`` is at least ``ln p(answer | x)`` minus the divergence of the last noisy vectors from pure noise,
+    minus, for every step from x to that noise, the divergence of what the model draws from what the vectors have been
+    before it. The published program sums over all T steps; here a sample takes one of them T times, and T samples take
+    each step once. As in that program, what the model says is moved to the nearest vector of a token, variances are
+    those of the posterior, and for the step that ends at x the noise of x counts as drawn apart from what is seen.
+    """
+
+    def samples(self, count: int) -> Iterator[Tensor]:
+        """Contributions to ln p of every token of the answers, float64 `[B, L]`, of `count` samples."""
+        model: Any = self.model.model
+        self.kept: Tensor = model.kept(self.tokens.device)
+        for sample in range(count):
+            self.drawn = 2 * sample
+            yield self._sample(sample, count)[:, self.start :].masked_fill(~self.in_answer[:, self.start :, 0], 0.0)
+
+    def _sample(self, sample: int, count: int) -> Tensor:
+        """One sample, float64 `[B, T]`; the steps of a request's samples are spread evenly."""
+        zero, steps = torch.zeros_like(self.seeds), len(self.kept)
+        time = (sample + uniforms(self.seeds, zero, zero + sample, "time", zero)) / count
+        index = (time * steps).long().clamp(max=steps - 1)
+        embedded, first = self.embedded.double(), 1 - self.kept[0]
+        x = embedded + first.sqrt() * self._normals()
+        kept = self.kept[index][:, None, None]
+        z = kept.sqrt() * x + (1 - kept).sqrt() * self._normals()
+        with torch.no_grad():
+            told: Any = self.model
+            said = self._said(z.float(), told.told(index / max(steps - 1, 1)))
+            if getattr(self.config.rule, "clamps", False):
+                said = nearest(self.table, said.flatten(0, 1)).view(said.shape)
+            total = self._of_tokens(self.model.logits(x.float()))
+        total = total - steps * self._divergence(index, x, said.double())
+        last = self.kept[-1]
+        return total - 0.5 * (1 - last + last * x**2 - 1 - (1 - last).log()).sum(-1)
+
+    def _divergence(self, index: Tensor, x: Tensor, said: Tensor) -> Tensor:
+        """Of what the model draws before step `index` `[B]` from what the vectors have been, float64 `[B, T]`."""
+        before = torch.cat((torch.ones_like(self.kept[:1]), self.kept[:-1]))
+        now, share = self.kept, 1 - self.kept / before
+        variance = share * (1 - before) / (1 - now)
+        # the first variance is 0, and that of the second step stands in for it
+        variance = torch.cat((variance[1:2], variance[1:]))
+        weight = share * before.sqrt() / (1 - now)
+        weight, of_step = weight[index][:, None, None], variance[index][:, None, None]
+        apart = weight**2 * (x - said) ** 2 / (2 * of_step)
+        # the first step ends at vectors around the embeddings, of which the noise is known
+        ratio = (1 - now[0]) / variance[0]
+        of_first = 0.5 * (ratio - 1 - ratio.log() + (self.embedded.double() - said) ** 2 / variance[0])
+        return torch.where(index[:, None, None] == 0, of_first, apart).sum(-1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `dlmkernels demo` does: one Sudoku before your eyes, then unmasking rules compared on held-out problems."""
+"""What `dlmkernels demo` does: two decodings before your eyes, then unmasking rules compared on held-out problems."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 import dlmkernels as dk
 
 from ..info import processor
-from . import MODEL_DIR, board, drafted
+from . import MODEL_DIR, board, continuous, drafted
 from .tasks import TASKS, Problem
 
 BATCH = 16  # canvases decoded together
@@ -150,6 +150,8 @@ def run(
 
     trace = show_sudoku(model, seed)
     board.plot(trace, folder / "dlmkernels-sudoku.png")
+    say("")
+    continuous.show(seed)
 
     count = problems or (8 if quick else 48)
     say(f"\n{count} held-out problems of each kind, {min(BATCH, count)} at a time\n")

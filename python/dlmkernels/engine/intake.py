@@ -62,6 +62,8 @@ class Intake:
     def known(self, options: Mapping[str, Any]) -> Known:
         """The engine's configuration with other fields."""
         key: Hashable
+        if "constraint" in options:  # each request has another one, which is not to be kept
+            return self._resolved(options)
         try:
             key = tuple(sorted(options.items()))
             hash(key)

@@ -154,6 +154,11 @@ class DiffusionModel:
         return None if length is None else length - self._offset
 
     @property
+    def reach(self) -> int | None:
+        """Of models with blocks that go on beyond `max_length`: how many positions a block sees, itself included."""
+        return None
+
+    @property
     def block_length(self) -> int | None:
         """Length of the blocks the model was trained with, None where it has none or does not say."""
         return getattr(self.config, "block_size", None) or self.family.block_length
@@ -229,7 +234,7 @@ class EncoderDecoderModel(DiffusionModel):
 
     The encoder is causal and reads what is decided, its keys and values are the context. The decoder reads the open
     block, which sees the context and all of itself. Only the decoder conditions on its own last opinion, and each has
-    its own scale for every layer, so that no one forward can be both. Images are not read.
+    its own scale for every layer, so that no one forward can be both. What images are read as comes in as embeddings.
     """
 
     self_conditions = True
@@ -276,7 +281,7 @@ class EncoderDecoderModel(DiffusionModel):
         self, tokens: Tensor, positions: Tensor, window: AttentionWindow, embeds: Tensor | None = None,
         opinion: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        is_context = window.causal_block == 1
+        is_context = window.causal_block == 1 or window.q_limit is not None
         stack = self._twin.model.encoder.language_model if is_context else self._twin.model.decoder
         if is_context and self._blank is not None:  # an image's place without the image
             tokens = tokens.masked_fill(tokens == self._blank, self.text_config.pad_token_id)
@@ -311,6 +316,11 @@ class TimedModel(DiffusionModel):
         super()._build()
         #: a head that is put together from others, once for every decoding
         self._matrix: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def reach(self) -> int | None:
+        """BD3-LM's: positions are relative, so that its window of `max_length` moves on over a longer text."""
+        return self.max_length if getattr(self.config, "block_size", None) else None
 
     def linear_head(self) -> None:
         """None: what `hidden` returns has further columns."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AttentionInterface
 
 from .. import ops
@@ -14,6 +15,8 @@ from ..reference import block_attention_mask
 from ..window import AttentionWindow
 
 NAME = "dlmkernels"
+#: The op takes heads whose width is a multiple of this; others are padded.
+HEAD_STEP = 8
 
 
 #: Keyword arguments of stock layers that change nothing here: positions are in the rotated queries and keys, what is
@@ -55,6 +58,10 @@ def attention_forward(
     index = id(module._parameters) if index is None else index
     dtype = _common_dtype(window, index, value)
     q, k, v = (x.transpose(1, 2).to(dtype) for x in (query, key, value))
+    width, padding = value.shape[-1], -query.shape[-1] % HEAD_STEP
+    if padding:  # with zeros, which add nothing to any product
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        q, k, v = (pad(x, (0, padding)) for x in (q, k, v))
     # transformers counts the query itself into `sliding_window`
     reach = -1 if sliding_window is None else sliding_window - 1
     if window.shadow is not None:
@@ -62,7 +69,7 @@ def attention_forward(
             raise ValueError("a shadow block needs full attention; this model's layers have a sliding window")
         if s_aux is not None:
             raise ValueError("a shadow block cannot be used with a model that has attention sinks")
-        return _attend_with_shadow(q, k, v, window, softcap=softcap or 0.0, scale=scaling), None
+        return _attend_with_shadow(q, k, v, window, softcap=softcap or 0.0, scale=scaling)[..., :width], None
     kv_range = window.kv_range
     if reach >= 0 and window.context_end is not None:
         assert kv_range is not None and kv_range.dim() == 2
@@ -97,7 +104,7 @@ def attention_forward(
     if s_aux is not None:
         # the share of the sum of exponentials that is not the sink's
         out = (out * torch.sigmoid(lse - s_aux.float())[..., None]).to(dtype)
-    return out, None
+    return out[..., :width] if padding else out, None
 
 
 def _refuse_unknown(module, options: dict[str, Any]) -> None:

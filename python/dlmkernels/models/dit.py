@@ -54,6 +54,9 @@ class DiTConfig(PreTrainedConfig):
         Whether the input takes in the mean embeddings under what the last forward said.
     normalized_embedding : bool
         Whether embeddings are rows of the table brought to length sqrt(hidden_size).
+    clean_context : bool
+        Of LangFlow: whether the model was trained with given tokens (a prompt) free of noise, as in DiffuSeq (Gong et
+        al., arXiv:2210.08933). False, as published: given tokens have as much noise as the others.
     gumbel_loc, gumbel_scale, gumbel_cutoff : float
         Of the schedule before training; location and scale of a checkpoint are among its weights.
     """
@@ -73,6 +76,7 @@ class DiTConfig(PreTrainedConfig):
     noise_eps: float = 1e-3
     self_conditioning: bool = False
     normalized_embedding: bool = False
+    clean_context: bool = False
     gumbel_loc: float = 4.723
     gumbel_scale: float = 0.852
     gumbel_cutoff: float = 1e-5

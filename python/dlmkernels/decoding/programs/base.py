@@ -42,7 +42,8 @@ class Task:
 
     Columns `[start, end)` of the state are decoded, and those that complete the last block of the grid. Where
     `rows_change`, rows are given other requests while others are decoded (see `Grid.for_any`). `may_be_few`: whether a
-    forward may take the rows alone that need it; False pins the width of its matrix products.
+    forward may take the rows alone that need it; False pins the width of its matrix products. `prompt_limit`: see
+    `images.Images`; for DiffusionGemma.
     """
 
     model: DiffusionModel
@@ -53,6 +54,7 @@ class Task:
     start: int
     end: int
     prompt_embeds: Tensor | None = None
+    prompt_limit: Tensor | None = None
     rows_change: bool = False
     may_be_few: bool = True
 

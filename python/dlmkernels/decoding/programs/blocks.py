@@ -8,6 +8,7 @@ than what goes on, and the rows enter together.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -23,6 +24,7 @@ from ..features import D2Cache, DLLMCache, SparseCache, features_of
 from ..layerwise_forward import LayerwiseForward
 from ..rules import Action
 from ..schedule import plan_blocks
+from ..shadow_forward import ShadowForward
 from ..standing import Standing
 from ..state import listed
 from .base import Program, Task
@@ -48,8 +50,10 @@ class BlockAfterBlock(Program):
         rows, device = len(state.tokens), state.tokens.device
         what = self.model, state, config, self.special, self.grid, task.prompt_embeds
         features = features_of(config.cache)
-        kind = partial(FORWARDS[type(features)], features) if features is not None else BlockForward
-        self.forward: BlockForward = kind(*what, rows_change=task.rows_change)
+        kind: Callable[..., BlockForward] = ShadowForward if rule.shadow else BlockForward
+        if features is not None:
+            kind = partial(FORWARDS[type(features)], features)
+        self.forward = kind(*what, rows_change=task.rows_change, prompt_limit=task.prompt_limit)
         self.reads_open = rule.slots == "open"
         #: whether rows enter their blocks together, so that the host knows which one they are in
         self.together = not task.rows_change and features is None and (

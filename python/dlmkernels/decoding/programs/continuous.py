@@ -24,7 +24,8 @@ class ContinuousProgram(Program):
     """All rows walk together. A report is the largest number of open positions of any row.
 
     A form is "step", or "last" for the forward that decides. In between the canvas holds the tokens that are likeliest
-    so far, still open. Given tokens are vectors, too: theirs are known, with as much noise as the others have.
+    so far, still open. Given tokens are vectors, too: theirs are known, with as much noise as the others have, or with
+    none where the rule or the model wants it so.
 
     Attributes
     ----------
@@ -56,6 +57,8 @@ class ContinuousProgram(Program):
         self.draft = torch.full_like(state.tokens, -1)
         self.since = torch.zeros_like(state.commit_step)
         self.walk = rule.walk(model.gamma, self.steps, state.tokens.device)
+        #: whether given tokens have no noise: the rule's way, or how the model was trained
+        self.clean_context = rule.clean_context or getattr(self.model.config, "clean_context", False)
         self.is_random = bool(self.walk.weights[:, 2].any())
         self.levels, self.weights = model.told(self.walk.time).float(), self.walk.weights.float()
         # of the nearest vector e of a token, e . x - |e|^2 / 2 is largest
@@ -75,7 +78,8 @@ class ContinuousProgram(Program):
         self.is_given.copy_(~state.is_open[..., None])
         noise = self._normals(torch.full_like(state.seed, BEFORE_THE_FIRST))
         signal, spread = self.walk.first.float().unbind()
-        self.z.copy_(torch.where(self.is_given, signal * self.given + spread * noise, noise))
+        given = self.given if self.clean_context else signal * self.given + spread * noise
+        self.z.copy_(torch.where(self.is_given, given, noise))
         self.opinion.zero_()
         self.draft.fill_(-1)
         self.since.zero_()
@@ -133,7 +137,7 @@ class ContinuousProgram(Program):
         z = a * self.z + b * self.opinion
         if self.is_random:
             z = z + c * self._normals(now)
-        if self.rule.clean_context:  # type: ignore[attr-defined]
+        if self.clean_context:
             z = torch.where(self.is_given, self.given, z)
         self.z.copy_(z)
 

@@ -45,7 +45,7 @@ class SimplexProgram(Program):
                 f"rule {type(rule).__name__} needs a model that reads distributions over tokens (SSD-LM); got "
                 f"{type(model.model).__name__}"
             )
-        self.nucleus = rule.nucleus
+        self.nucleus, self.draws_token = rule.nucleus, rule.draw
         self.forward = Forward(model, self.state, config, self.special, self.grid)
         self.length = min(config.block_length or model.block_length or self.end, self.end - self.start)
         self.starts = list(range(self.start, self.end, self.length))
@@ -85,7 +85,9 @@ class SimplexProgram(Program):
             return self._decide(logits, form, is_open)
         state.step.add_(1)
         kept = self.kept[form.left - 1].float()
-        self._renoise(form, kept, self._projected(logits).view(self.z[:, : form.end - form.start].shape))
+        is_clean = self._drawn(logits, form) if self.draws_token else self._nucleus(logits)
+        clean = is_clean * (2 * self.scale) - self.scale
+        self._renoise(form, kept, clean.view(self.z[:, : form.end - form.start].shape))
         return state.is_open.sum(1, dtype=torch.int32).amax().view(1)
 
     def _renoise(self, form: Form, kept: Tensor | float, clean: Tensor | None = None) -> None:
@@ -128,12 +130,23 @@ class SimplexProgram(Program):
         self.draft[:, here] = likeliest
         self.state.tokens[:, here] = torch.where(is_open, likeliest, self.state.tokens[:, here])
 
-    def _projected(self, logits: Tensor) -> Tensor:
-        """K at the tokens of the nucleus, the one that crosses it among them, and -K elsewhere, `[N, V]`."""
+    def _drawn(self, logits: Tensor, form: Form) -> Tensor:
+        """One token of the nucleus in each row, with the random numbers of the coming forward: bool `[N, V]`."""
+        state = self.state
+        columns = torch.arange(form.start, form.end, dtype=torch.int32, device=logits.device)
+        one = torch.ones(1, device=logits.device)
+        token = ops.token_confidence(
+            logits, temperature=one, top_p=one * self.nucleus, seed=state.seed, step=state.step,
+            position=(columns - state.origin[:, None]).flatten(), with_margin=False, with_entropy=False,
+        ).token  # fmt: skip
+        return torch.zeros_like(logits, dtype=torch.bool).scatter(1, token[:, None], True)
+
+    def _nucleus(self, logits: Tensor) -> Tensor:
+        """The tokens of the nucleus, the one that crosses it among them: bool `[N, V]`."""
         p, order = logits.float().softmax(-1).sort(-1, descending=True)
         before = p.cumsum(-1) - p
         inside = torch.cat((torch.ones_like(order[:, :1], dtype=torch.bool), before[:, 1:] < self.nucleus), 1)
-        return torch.zeros_like(inside).scatter(1, order, inside) * (2 * self.scale) - self.scale
+        return torch.zeros_like(inside).scatter(1, order, inside)
 
     def _decide(self, logits: Tensor, form: Form, is_open: Tensor) -> Tensor:
         """Commit the likeliest tokens of the block, with the forwards since which they have been that."""

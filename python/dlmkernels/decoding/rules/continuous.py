@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from ..checks import Check, flag, number
-from .base import SHARE, Rule
+from .base import OF_THE_HEAD, SHARE, Rule
 
 #: Fields of a configuration about the order and the sampling of tokens, and about blocks.
 UNUSED = frozenset((
     "score", "order_temperature", "defer_token_ids", "temperature", "top_k", "top_p", "top_p_first", "keep_crossing",
     "distribution", "block_length", "sub_block_length", "sub_block_cache",
-))  # fmt: skip
+)) | OF_THE_HEAD  # fmt: skip
 
 
 class Walk(NamedTuple):
@@ -200,11 +200,15 @@ class SimplexDenoising(ContinuousRule):
     ----------
     nucleus : float
         Probability of the tokens that become K: the likeliest that sum to it, the one that crosses it included.
+    draw : bool
+        Whether one token of the nucleus, drawn by its probability, becomes K, and not all of them: the second of the
+        published programs (`ssd_model_decode_alt.py`).
     """
 
-    limits: ClassVar[Mapping[str, Check]] = {"nucleus": SHARE}
+    limits: ClassVar[Mapping[str, Check]] = {"nucleus": SHARE, "draw": flag}
 
     nucleus: float = 0.2
+    draw: bool = False
 
     @property
     def ignores(self) -> frozenset[str]:
