@@ -4,7 +4,7 @@
 from pathlib import Path
 
 MODEL_DIR = Path(__file__).parent / "model"
-#: A masked model that is told the time, and a continuous one: smaller, and without Sudoku.
+#: A masked model that is told the time, and a continuous one: smaller, and for Sudoku alone.
 MDLM_DIR, LANGFLOW_DIR = (Path(__file__).parent / name for name in ("mdlm", "langflow"))
 
 #: A question that the model answers.
