@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import dlmkernels as dk
-from dlmkernels.demo import MODEL_DIR
+from dlmkernels.demo import MODEL_DIR, tasks
 from dlmkernels.demo.tasks import TASKS
 from small_models import MASK, build, prompts
 
@@ -218,6 +218,14 @@ def test_a_vocabulary_in_shards(tmp_path):
         names["hidden"], names["weight"], temperature=0.7, seed=seed, step=step, position=position
     )
     assert torch.equal(names["stats"].token, expected.token)
+
+
+def test_a_drafter():
+    ids = torch.from_numpy(tasks.encode("A1234567890123456+8765432109876544=")).expand(2, -1)
+    names = {"dk": dk, "ids": ids}
+    exec(compile(block_text("docs/decoding.md", "load_drafter("), "docs/decoding.md", "exec"), names)
+    assert tasks.decode(names["out"].generated[1].tolist()) == "10000000000000000"
+    assert names["out"].num_forwards.max() < 6
 
 
 def test_values_for_each_request():

@@ -219,6 +219,10 @@ struct LmHeadConfidenceParams {
   const void *hidden, *uncond_hidden;  // [R,D], last dimension contiguous
   const void* weight;                  // [V,D]
   int64_t hidden_stride, uncond_stride, weight_stride;
+  const int32_t* used;  // [used_count] output rows that are used, ascending; null: all
+  int64_t used_count;
+  DLM_HD int64_t count() const { return used ? used_count : rows.N; }
+  DLM_HD int64_t output_row(int64_t i) const { return used ? used[i] : i; }
 };
 
 // The most ids that top_candidates gives for a row.
@@ -230,6 +234,13 @@ struct TopCandidatesParams {
   int64_t* ids;      // [N,k], -1: fewer than k have a logit above -inf
   float* values;     // [N,k]
   float* logsumexp;  // [N]
+};
+
+struct LmHeadCandidatesParams {
+  LmHeadConfidenceParams head;  // hidden states, weights, row map, banned, bitmask; without outputs
+  int64_t k;
+  int64_t* ids;  // as in TopCandidatesParams
+  float *values, *logsumexp;
 };
 
 struct SoftEmbeddingParams {

@@ -9,7 +9,11 @@ namespace dlm::cpu {
 // Whose kernels are used where `isa` is in use.
 Isa lm_head_confidence_isa(Isa isa);
 
-// How the output rows are taken in slices, one after the other, each in the same memory.
+// Writes the results of an output row that is not used.
+void finish_unused_row(const LmHeadConfidenceParams& p, int64_t n);
+
+// How the output rows, of p.used those alone, are taken in slices, one after the other, each in the
+// same memory.
 struct LmHeadPlan {
   int64_t rows;       // of a slice, the last one may have fewer
   bool whole;         // logits of a slice are kept: rows are filtered
@@ -49,6 +53,8 @@ struct LmHeadKernels {
   void (*multiply)(const uint32_t* packed, int64_t rows, const void* weight, int64_t stride,
                    int64_t tokens, int64_t D, void* out, int64_t out_stride);
 };
+
+LmHeadKernels lm_head_kernels(DType dtype);  // of the instruction set in use
 
 namespace generic {
 LmHeadKernels lm_head_confidence(DType dtype);

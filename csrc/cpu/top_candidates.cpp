@@ -17,7 +17,6 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr Wanted kWanted{false, false, 1.0f, 1.0f};
 
-using AddCandidates = void (*)(const float* z, int64_t first, Candidates& best);
 constexpr ForIsa<AddCandidates> kTable[] = {
     {Isa::kGeneric, generic::add_candidates},
 #ifdef DLM_X86
@@ -62,7 +61,7 @@ Candidates candidates(const TopCandidatesParams& p, const TokenConfidenceKernels
   Candidates best;
   best.k = p.k;
   best.least = kth_largest(sums.sorted, chunks, p.k);
-  const AddCandidates add = best_for(isa(), kTable).kernels;
+  const AddCandidates add = add_candidates_kernel();
   alignas(64) float z[kRaceChunk];
   for (int64_t c = 0; c < chunks; ++c) {
     if (!(sums.largest[c] >= best.least) || !(sums.largest[c] > -kInfinity)) continue;
@@ -82,6 +81,8 @@ void write(const TopCandidatesParams& p, int64_t n, const Candidates& best, floa
 }
 
 }  // namespace
+
+AddCandidates add_candidates_kernel() { return best_for(isa(), kTable).kernels; }
 
 Isa top_candidates_isa(Isa isa) { return best_for(isa, kTable).isa; }
 

@@ -25,6 +25,9 @@ struct Candidates {
 
 // Takes a chunk's logits into account, of which the first has the id `first`. Chunks come in
 // ascending order.
+using AddCandidates = void (*)(const float* z, int64_t first, Candidates& best);
+AddCandidates add_candidates_kernel();  // of the instruction set in use
+
 namespace generic {
 void add_candidates(const float* z, int64_t first, Candidates& best);
 }

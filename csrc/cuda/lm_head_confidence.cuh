@@ -137,6 +137,7 @@ cudaError_t start_head(const LmHeadConfidenceParams& p, void* workspace, cudaStr
   HeadLaunch job{};
   job.p = p;
   job.chunks = uint32_t(chunks_of(p.rows));
+  job.first_chunk = uint32_t(p.rows.first) / kRaceChunk;
   job.aligned = is_aligned(p);
   job.sums = memory.sums, job.given = memory.given, job.row_map = memory.row_map;
   job.logits = memory.logits, job.uncond_logits = memory.uncond_logits;

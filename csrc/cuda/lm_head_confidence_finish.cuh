@@ -85,7 +85,7 @@ class HeadFinish {
 
   // Ids are those of the whole vocabulary.
   DLM_DEVICE uint32_t begin_of(uint32_t chunk) const {
-    return (job_.first_chunk() + chunk) * kRaceChunk;
+    return (job_.first_chunk + chunk) * kRaceChunk;
   }
   DLM_DEVICE uint32_t argmax_of(uint32_t chunk) const {
     return begin_of(chunk) + HeadChunks::argmax_of(chunks_.marks[chunk]);
@@ -115,7 +115,7 @@ class HeadFinish {
   }
   // Of a chunk without any logit, the scan leaves none.
   DLM_DEVICE float given_logit() const {
-    const uint32_t chunk = given_id(p_, n_) / kRaceChunk - job_.first_chunk();
+    const uint32_t chunk = given_id(p_, n_) / kRaceChunk - job_.first_chunk;
     return chunks_.largest[chunk] > -INFINITY ? job_.given[n_ - job_.first] : -INFINITY;
   }
 

@@ -36,6 +36,7 @@ struct HeadLaunch {
   LmHeadConfidenceParams p;
   uint32_t first, end;
   uint32_t chunks, tiles;        // of the vocabulary, or of a shard of it; of these rows
+  uint32_t first_chunk;          // of the whole vocabulary's, from which on chunks are counted
   bool aligned;                  // all rows start at multiples of 16 bytes and have as many
   float* sums;                   // [end - first, kArrays, chunks]
   float* given;                  // [end - first] logits of given_id
@@ -43,8 +44,6 @@ struct HeadLaunch {
   int64_t logits_stride;         // a multiple of 16 bytes
   int32_t* row_map;              // [end - first] of the logits that are kept: which are used
 
-  // Chunks are counted from here on, of those of the whole vocabulary.
-  DLM_DEVICE uint32_t first_chunk() const { return uint32_t(p.rows.first) / kRaceChunk; }
   DLM_DEVICE HeadChunks chunks_of(uint32_t n) const {
     float* own = sums + int64_t(n - first) * HeadChunks::kArrays * chunks;
     const auto words = [&](uint32_t i) { return reinterpret_cast<uint32_t*>(own + i * chunks); };
@@ -63,7 +62,10 @@ class HeadScan {
 
  public:
   static constexpr SmemSize smem() {
-    return SmemSize{}.take<unsigned char>(kArena).template take<const T*>(kRows);
+    return SmemSize{}
+        .take<unsigned char>(kArena)
+        .template take<const T*>(kRows)
+        .template take<Place>(1);
   }
 
   DLM_DEVICE HeadScan(const HeadLaunch& job, SmemCarver& smem)
@@ -71,17 +73,15 @@ class HeadScan {
         p_(job.p.rows),
         arena_(smem.take<unsigned char>(kArena)),
         hidden_(smem.take<const T*>(kRows)),
-        own_(blockIdx.x / job.tiles),
-        chunk_(job.first_chunk() + own_),
-        uncond_(job.p.uncond_hidden ? kRows / 2 : 0),
-        first_(job.first + blockIdx.x % job.tiles * (uncond_ ? uncond_ : kRows)),
-        rows_(min(job.end - first_, uint32_t(uncond_ ? uncond_ : kRows))) {}
+        place_(smem.take<Place>(1)),
+        uncond_(job.p.uncond_hidden ? kRows / 2 : 0) {}
 
   DLM_DEVICE void run() {
+    find_place();
     find_hidden();
     __syncthreads();
     {
-      const uint32_t begin = chunk_ * kRaceChunk;
+      const uint32_t begin = chunk() * kRaceChunk;
       const Slices slices(ptx::smem_address(arena_), hidden_,
                           static_cast<const T*>(job_.p.weight) + begin * job_.p.weight_stride,
                           job_.p.weight_stride, uint32_t(p_.V) - begin, uint32_t(job_.p.D),
@@ -91,9 +91,10 @@ class HeadScan {
       product.leave(arena_);
     }
     __syncthreads();
+    at_ = *place_;
 #pragma unroll 1
-    for (uint32_t r = warp_index(); r < rows_; r += kHeadWarps) {
-      const RowPlan plan(p_, first_ + r);
+    for (uint32_t r = warp_index(); r < at_.rows; r += kHeadWarps) {
+      const RowPlan plan(p_, at_.first + r);
       if (job_.logits) {
         keep(r, plan);
       } else if (plan.used()) {
@@ -103,11 +104,26 @@ class HeadScan {
   }
 
  private:
+  // Which chunk of the shard, and which rows. It waits in shared memory while the product needs all
+  // registers.
+  struct Place {
+    uint32_t own, first, rows;
+  };
+  DLM_DEVICE void find_place() {
+    const uint32_t rows = uncond_ ? uncond_ : kRows;
+    at_.own = blockIdx.x / job_.tiles;
+    at_.first = job_.first + blockIdx.x % job_.tiles * rows;
+    at_.rows = min(job_.end - at_.first, rows);
+    if (threadIdx.x == 0) *place_ = at_;
+  }
+  // Of the whole vocabulary.
+  DLM_DEVICE uint32_t chunk() const { return job_.first_chunk + at_.own; }
+
   DLM_DEVICE void find_hidden() const {
     for (uint32_t i = threadIdx.x; i < kRows; i += kHeadThreads) {
       const bool is_uncond = uncond_ && i >= uncond_;
       const uint32_t r = is_uncond ? i - uncond_ : i;
-      const int64_t source = r < rows_ ? RowPlan(p_, first_ + r).source : -1;
+      const int64_t source = r < at_.rows ? RowPlan(p_, at_.first + r).source : -1;
       const void* rows = is_uncond ? job_.p.uncond_hidden : job_.p.hidden;
       const int64_t stride = is_uncond ? job_.p.uncond_stride : job_.p.hidden_stride;
       hidden_[i] = source < 0 ? nullptr : static_cast<const T*>(rows) + source * stride;
@@ -122,15 +138,15 @@ class HeadScan {
   }
 
   DLM_DEVICE void keep(uint32_t r, const RowPlan& plan) const {
-    const uint32_t own = first_ - job_.first + r;
-    if (chunk_ == 0 && lane_index() == 0) job_.row_map[own] = plan.used() ? int32_t(own) : -1;
+    const uint32_t own = at_.first - job_.first + r;
+    if (chunk() == 0 && lane_index() == 0) job_.row_map[own] = plan.used() ? int32_t(own) : -1;
     if (!plan.used()) return;
     const auto write = [&](uint32_t row, void* logits) {
       uint4 raw[Row::kRuns];
       load(row, raw);
 #pragma unroll
       for (uint32_t i = 0; i < Row::kRuns; ++i) {
-        const uint32_t id = Row::id_of(chunk_, i * kPerChunk<T>);
+        const uint32_t id = Row::id_of(chunk(), i * kPerChunk<T>);
         if (id < p_.V)
           ptx::st_global_16(static_cast<T*>(logits) + own * job_.logits_stride + id, raw[i]);
       }
@@ -140,20 +156,20 @@ class HeadScan {
   }
 
   DLM_DEVICE void describe(uint32_t r, const RowPlan& plan) const {
-    const uint32_t n = first_ + r;
+    const uint32_t n = at_.first + r;
     const HeadChunks chunks = job_.chunks_of(n);
     float z[8];
     uint32_t flags = effective(r, plan, z);
     const float largest = ordered_value(over_warp(largest_of(z, kNoToken)));
-    if (lane_index() == 0) chunks.largest[own_] = largest;
+    if (lane_index() == 0) chunks.largest[at_.own] = largest;
     if (!(largest > -INFINITY)) {  // the whole warp
-      if (lane_index() == 0) chunks.marks[own_] = HeadChunks::mark(0, 0, flags);
+      if (lane_index() == 0) chunks.marks[at_.own] = HeadChunks::mark(0, 0, flags);
       return;
     }
     uint32_t argmax = kNoToken;
 #pragma unroll
     for (uint32_t j = 0; j < 8; ++j) {
-      if (z[j] == largest) argmax = min(argmax, Row::id_of(chunk_, j));
+      if (z[j] == largest) argmax = min(argmax, Row::id_of(chunk(), j));
     }
     argmax = __reduce_min_sync(kAllLanes, argmax);
     const float second = ordered_value(over_warp(largest_of(z, argmax)));
@@ -163,28 +179,28 @@ class HeadScan {
     Drawn drawn;
     if (plan.samples) {
       const RowRandom random(p_, n);
-      const uint32_t r = random.word(Stream::kChunk, chunk_);
+      const uint32_t r = random.word(Stream::kChunk, chunk());
       key = exact_chunk_key<Row::kTwoRuns>(z, largest, plan.inverse, r);
-      drawn = race_tokens<Row>(z, chunk_, plan.inverse, random);
+      drawn = race_tokens<Row>(z, chunk(), plan.inverse, random);
     }
     leave_given(n, z);
     if (lane_index() != 0) return;
-    chunks.weight[own_] = weight;
-    chunks.exponent[own_] = exponent;
-    chunks.second[own_] = second;
-    chunks.marks[own_] = HeadChunks::mark(argmax, drawn.token, flags);
-    chunks.key[own_] = key;
-    chunks.drawn[own_] = drawn.logit;
+    chunks.weight[at_.own] = weight;
+    chunks.exponent[at_.own] = exponent;
+    chunks.second[at_.own] = second;
+    chunks.marks[at_.own] = HeadChunks::mark(argmax, drawn.token, flags);
+    chunks.key[at_.own] = key;
+    chunks.drawn[at_.own] = drawn.logit;
   }
 
   // A lane's logits as token_confidence sees them; returns the warp's flags.
   DLM_DEVICE uint32_t effective(uint32_t r, const RowPlan& plan, float (&z)[8]) const {
-    const Row row(p_, first_ + r, plan.source);
+    const Row row(p_, at_.first + r, plan.source);
     uint4 raw[Row::kRuns], other[Row::kRuns] = {};
     load(r, raw);
     if (uncond_) load(uncond_ + r, other);
     uint32_t flags = 0;
-    row.effective_of(chunk_, raw, uncond_ != 0, other, z, flags);
+    row.effective_of(chunk(), raw, uncond_ != 0, other, z, flags);
     return __reduce_or_sync(kAllLanes, flags);
   }
 
@@ -192,7 +208,7 @@ class HeadScan {
   DLM_DEVICE uint32_t largest_of(const float (&z)[8], uint32_t but) const {
     float top = -INFINITY;
 #pragma unroll
-    for (uint32_t j = 0; j < 8; ++j) top = Row::id_of(chunk_, j) == but ? top : fmaxf(top, z[j]);
+    for (uint32_t j = 0; j < 8; ++j) top = Row::id_of(chunk(), j) == but ? top : fmaxf(top, z[j]);
     return ordered_bits(top);
   }
   static DLM_DEVICE uint32_t over_warp(uint32_t ordered) {
@@ -207,7 +223,7 @@ class HeadScan {
 #pragma unroll
     for (uint32_t j = 0; j < 8; ++j) {
       const float x = fmaxf((z[j] - largest) * scale, -127.0f);  // 2^-127 counts as zero
-      const float w = Row::id_of(chunk_, j) == argmax ? 0.0f : ptx::exp2_approx(x);
+      const float w = Row::id_of(chunk(), j) == argmax ? 0.0f : ptx::exp2_approx(x);
       weight += w;
       exponent = __fmaf_rn(x, w, exponent);
     }
@@ -222,7 +238,7 @@ class HeadScan {
     const uint32_t given = given_id(p_, n);
 #pragma unroll
     for (uint32_t j = 0; j < 8; ++j) {
-      if (Row::id_of(chunk_, j) == given) job_.given[n - job_.first] = z[j];
+      if (Row::id_of(chunk(), j) == given) job_.given[n - job_.first] = z[j];
     }
   }
 
@@ -230,9 +246,9 @@ class HeadScan {
   const TokenConfidenceParams& p_;
   unsigned char* const arena_;
   const T** const hidden_;
-  const uint32_t own_, chunk_;  // of the shard, and of the whole vocabulary
-  const uint32_t uncond_;       // the first unconditional row of the block; 0: there are none
-  const uint32_t first_, rows_;
+  Place* const place_;
+  const uint32_t uncond_;  // the first unconditional row of the block; 0: there are none
+  Place at_;
 };
 
 // Two blocks share a multiprocessor where their sums leave room.

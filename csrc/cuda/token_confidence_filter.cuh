@@ -43,11 +43,10 @@ struct ConfidenceLaunch {
   uint32_t chunks;        // of a row
   bool refining;          // the second scan, of rows that are described as filtered
   Filter filter;
-  uint32_t level;      // of the search: 11, 11 and 10 bits of the value
-  uint32_t first = 0;  // row, of p.N
+  uint32_t level;            // of the search: 11, 11 and 10 bits of the value
+  uint32_t first = 0;        // row, of p.N
+  uint32_t first_chunk = 0;  // of the whole vocabulary's, from which on chunks are counted
 
-  // Chunks are counted from here on, of those of the whole vocabulary.
-  DLM_DEVICE uint32_t first_chunk() const { return uint32_t(p.first) / kRaceChunk; }
   // Of a row that is filtered.
   DLM_DEVICE float floor(uint32_t n) const { return searches[n].floor; }
   DLM_DEVICE ChunkArrays sums_of(uint32_t n) const {

@@ -80,7 +80,7 @@ class RowFinish {
   // A lane's logits of a chunk; without those below `floor`.
   DLM_DEVICE void load(const Row& row, uint32_t chunk, float floor, float (&z)[8]) const {
     uint32_t flags = 0;
-    row.effective(job_.first_chunk() + chunk, z, flags);
+    row.effective(job_.first_chunk + chunk, z, flags);
 #pragma unroll
     for (uint32_t j = 0; j < 8; ++j) z[j] = z[j] >= floor ? z[j] : -INFINITY;
   }
@@ -159,7 +159,7 @@ class RowFinish {
   }
   // Of the whole vocabulary.
   DLM_DEVICE uint32_t id_of(uint32_t chunk, uint32_t j) const {
-    return Row::id_of(job_.first_chunk() + chunk, j);
+    return Row::id_of(job_.first_chunk + chunk, j);
   }
 
   // A chunk's weight at the row's own temperature is bounded by that at a higher one, or by the
@@ -174,7 +174,7 @@ class RowFinish {
       const float top = sums_.largest[c];
       const bool races = top > -INFINITY && top >= floor_;
       const float most = colder ? sums_.weight[c] * kRounding : kRaceChunk * kRounding;
-      const uint32_t r = random.word(Stream::kChunk, job_.first_chunk() + c);
+      const uint32_t r = random.word(Stream::kChunk, job_.first_chunk + c);
       bound[c] = races ? ordered_bits(chunk_key(top, plan_.inverse, most, r)) : 0;
     });
     uint32_t best = 0, winner = kNoToken;
@@ -205,13 +205,13 @@ class RowFinish {
     float z[8];
     load(row, chunk, floor_, z);
     return exact_chunk_key<Row::kTwoRuns>(z, sums_.largest[chunk], plan_.inverse,
-                                          random.word(Stream::kChunk, job_.first_chunk() + chunk));
+                                          random.word(Stream::kChunk, job_.first_chunk + chunk));
   }
 
   DLM_DEVICE Drawn race_tokens_of(const Row& row, uint32_t chunk, const RowRandom& random) const {
     float z[8];
     load(row, chunk, floor_, z);
-    return race_tokens<Row>(z, job_.first_chunk() + chunk, plan_.inverse, random);
+    return race_tokens<Row>(z, job_.first_chunk + chunk, plan_.inverse, random);
   }
 
   // By one thread.

@@ -59,7 +59,8 @@ template <class T>
 cudaError_t start_as(const TokenConfidenceParams& p, void* workspace, cudaStream_t stream) {
   FloorSearch* searches = static_cast<FloorSearch*>(workspace);
   float* sums = reinterpret_cast<float*>(searches + searches_of(p));
-  return start_rows<T>({p, sums, searches, uint32_t(chunks_of(p)), false, Filter::kCount, 0},
+  return start_rows<T>({p, sums, searches, uint32_t(chunks_of(p)), false, Filter::kCount, 0, 0,
+                        uint32_t(p.first) / kRaceChunk},
                        stream);
 }
 

@@ -38,7 +38,7 @@ class ChunkScan {
     const uint32_t first = block_ * kScanChunks + warp_index() * kWarpChunks;
     if (first >= job_.chunks) return;
     const bool simple =
-        !adjusted && !job_.refining && row.is_simple(job_.first_chunk() + first, kWarpChunks);
+        !adjusted && !job_.refining && row.is_simple(job_.first_chunk + first, kWarpChunks);
     uint32_t flags = 0;
 #pragma unroll 1
     for (uint32_t c = first; c < first + kWarpChunks; c += kTogether) {
@@ -61,8 +61,7 @@ class ChunkScan {
   DLM_DEVICE bool describe_simple(const Row& row, uint32_t first, Described& own) const {
     uint4 raw[kTogether][Row::kRuns];
 #pragma unroll
-    for (uint32_t c = 0; c < kTogether; ++c)
-      row.load_simple(job_.first_chunk() + first + c, raw[c]);
+    for (uint32_t c = 0; c < kTogether; ++c) row.load_simple(job_.first_chunk + first + c, raw[c]);
     float top[kTogether];
     bool ordinary = true;
 #pragma unroll
@@ -93,7 +92,7 @@ class ChunkScan {
     for (uint32_t c = 0; c < kTogether && first + c < job_.chunks; ++c) {
       if (job_.refining && sums_.largest[first + c] < floor) continue;  // the whole warp
       float z[8], top = -INFINITY;
-      row.effective(job_.first_chunk() + first + c, z, flags);
+      row.effective(job_.first_chunk + first + c, z, flags);
 #pragma unroll
       for (uint32_t j = 0; j < 8; ++j) {
         z[j] = z[j] >= floor ? z[j] : -INFINITY;

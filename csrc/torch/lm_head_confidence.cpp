@@ -15,7 +15,21 @@ namespace dlm {
 namespace {
 
 // Slices of rows, one after the other.
-void run_on_cpu(const Check& check, const LmHeadConfidenceParams& p) {
+void run_on_cpu(const Check& check, LmHeadConfidenceParams p) {
+  // Unused rows cost nothing.
+  Tensor used = check.empty("workspace", {p.rows.row_map ? p.rows.N : 0}, ScalarType::Int);
+  if (p.rows.row_map) {
+    int32_t* rows = static_cast<int32_t*>(used.mutable_data_ptr());
+    for (int64_t n = 0; n < p.rows.N; ++n) {
+      if (p.rows.row_map[n] >= 0) {
+        rows[p.used_count++] = int32_t(n);
+      } else {
+        cpu::finish_unused_row(p, n);
+      }
+    }
+    p.used = rows;
+    if (p.used_count == 0) return;
+  }
   const cpu::LmHeadPlan plan = cpu::plan_lm_head_confidence(p, torch::stable::get_num_threads());
   Tensor workspace = check.empty("workspace", {plan.workspace / 8 + 8}, ScalarType::Long);
   const uintptr_t memory = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
@@ -23,8 +37,8 @@ void run_on_cpu(const Check& check, const LmHeadConfidenceParams& p) {
   // Waking a second thread pays from some 50 microseconds of work on.
   const int64_t grain =
       std::max<int64_t>(1, (int64_t(1) << 23) / (1024 * std::max<int64_t>(plan.rows * p.D, 1)));
-  for (int64_t begin = 0; begin < p.rows.N; begin += plan.rows) {
-    const int64_t end = std::min(begin + plan.rows, p.rows.N);
+  for (int64_t begin = 0; begin < p.count(); begin += plan.rows) {
+    const int64_t end = std::min(begin + plan.rows, p.count());
     cpu::pack_lm_head(p, plan, aligned, begin, end);
     torch::stable::parallel_for(0, cpu::lm_head_tiles(p), grain, [&](int64_t first, int64_t last) {
       cpu::multiply_lm_head(p, plan, aligned, begin, end, first, last);

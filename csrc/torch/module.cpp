@@ -34,6 +34,7 @@ std::map<std::string, std::map<std::string, std::string>> cpu_kernels() {
       {"soft_embedding", dlm::cpu::soft_embedding_isa},
       {"top_candidates", dlm::cpu::top_candidates_isa},
       {"lm_head_confidence", dlm::cpu::lm_head_confidence_isa},
+      {"lm_head_candidates", generic},
       {"shard_confidence", generic},
   };
   std::map<std::string, std::map<std::string, std::string>> kernels;

@@ -86,6 +86,11 @@ STABLE_TORCH_LIBRARY(dlmkernels, m) {
       dlm::lm_head_confidence);
   DLM_DEF(
       m,
+      "lm_head_candidates(Tensor hidden, Tensor weight, int k, *, Tensor? row_map=None, Tensor? "
+      "banned=None, Tensor? bitmask=None) -> (Tensor ids, Tensor values, Tensor logsumexp)",
+      dlm::lm_head_candidates);
+  DLM_DEF(
+      m,
       "shard_confidence(Tensor logits, int first, *, Tensor? weight=None, Tensor? row_map=None, "
       "Tensor? given=None, Tensor? uncond=None, Tensor? cfg_scale=None, Tensor? bias=None, "
       "Tensor? banned=None, Tensor? bitmask=None, Tensor? temperature=None, str "
@@ -104,6 +109,7 @@ STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CPU, m) {
   m.impl("soft_embedding", TORCH_BOX(&dlm::soft_embedding));
   m.impl("top_candidates", TORCH_BOX(&dlm::top_candidates));
   m.impl("lm_head_confidence", TORCH_BOX(&dlm::lm_head_confidence));
+  m.impl("lm_head_candidates", TORCH_BOX(&dlm::lm_head_candidates));
   m.impl("shard_confidence", TORCH_BOX(&dlm::shard_confidence));
 }
 
@@ -118,6 +124,7 @@ STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CUDA, m) {
   m.impl("soft_embedding", TORCH_BOX(&dlm::soft_embedding));
   m.impl("top_candidates", TORCH_BOX(&dlm::top_candidates));
   m.impl("lm_head_confidence", TORCH_BOX(&dlm::lm_head_confidence));
+  m.impl("lm_head_candidates", TORCH_BOX(&dlm::lm_head_candidates));
   m.impl("shard_confidence", TORCH_BOX(&dlm::shard_confidence));
 }
 #endif

@@ -81,6 +81,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lm_he
     const MaybeTensor& step, const MaybeTensor& position, const MaybeTensor& redraw,
     bool with_margin, bool with_entropy);
 
+std::tuple<Tensor, Tensor, Tensor> lm_head_candidates(const Tensor& hidden, const Tensor& weight,
+                                                      int64_t k, const MaybeTensor& row_map,
+                                                      const MaybeTensor& banned,
+                                                      const MaybeTensor& bitmask);
+
 Tensor shard_confidence(const Tensor& logits, int64_t first, const MaybeTensor& weight,
                         const MaybeTensor& row_map, const MaybeTensor& given,
                         const MaybeTensor& uncond, const MaybeTensor& cfg_scale,

@@ -26,6 +26,10 @@ from .decoding import rules as rules
 from .decoding import scores as scores
 from .decoding.config import DecodingConfig as DecodingConfig
 from .decoding.constraint import Constraint as Constraint
+from .decoding.features import D2Cache as D2Cache
+from .decoding.features import DLLMCache as DLLMCache
+from .decoding.features import FeatureCache as FeatureCache
+from .decoding.features import SparseCache as SparseCache
 from .decoding.presets import PRESETS as PRESETS
 from .decoding.presets import preset as preset
 from .decoding.rules import *  # noqa: F403
@@ -47,6 +51,8 @@ _LAZY = {
     "Backbone": ".models.backbone",
     "BackboneInput": ".models.backbone",
     "load": ".models.load",
+    "load_drafter": ".models.drafters",
+    "Drafter": ".models.drafters",
     "plan": ".planning",
     "MemoryPlan": ".planning",
     "Engine": ".engine.engine",
@@ -57,8 +63,8 @@ _LAZY = {
     "generate_batch": ".engine.batch",
 }
 __all__ = [
-    "PRESETS", "AttentionWindow", "Constraint", "DecodingConfig", "KVCache", "Score", "TokenWindow", "Trace", "ops",
-    "preset", "rules", "scores", *_LAZY,
+    "PRESETS", "AttentionWindow", "Constraint", "D2Cache", "DLLMCache", "DecodingConfig", "FeatureCache", "KVCache",
+    "Score", "SparseCache", "TokenWindow", "Trace", "ops", "preset", "rules", "scores", *_LAZY,
 ]  # fmt: skip
 __all__ += rules.__all__
 

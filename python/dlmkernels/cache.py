@@ -39,6 +39,15 @@ class KVCache:
             )
         return self._layers[index]
 
+    def reserve_as(self, other: KVCache) -> None:
+        """Allocate the buffers of the layers that another cache has."""
+        for index, (k, v) in other._layers.items():
+            self.layer(index, k, v)
+
+    def values(self, index: int) -> Tensor:
+        """The value buffer of a layer that has written, `[B, S, G, D]`."""
+        return self._layers[index][1]
+
     def dtype(self, index: int) -> torch.dtype | None:
         """What one layer's buffers hold, None before the layer has written."""
         return self._layers[index][0].dtype if index in self._layers else None

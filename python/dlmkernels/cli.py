@@ -14,6 +14,7 @@ from typing import Any
 
 from . import info
 from .decoding.config import CACHES, SCORES, DecodingConfig
+from .decoding.features import FEATURE_CACHES
 from .decoding.presets import PRESETS, default_config, preset
 from .decoding.rules import (
     CreditThreshold,
@@ -144,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
         help="forwards in all, by a fixed schedule (--rule quota, or another of these)",
     )
     add("--score", choices=SCORES, help="what orders the positions")
-    add("--cache", choices=CACHES, help="reuse of keys and values")
+    add("--cache", choices=(*CACHES, *FEATURE_CACHES), help="reuse of keys and values")
     add("--temperature", type=float, metavar="T", help="0 is greedy")
     add("--top-k", type=int, metavar="K")
     add("--top-p", type=float, metavar="P")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
@@ -89,6 +90,16 @@ class AttentionWindow:
     rotations : object, optional
         What `DiffusionModel.rotations` made of the requests' lengths, for models whose rotary embedding depends on
         them. None: each row of the batch is as long as the largest of its positions says.
+    visible : Tensor, optional
+        int32 `[B, Q, words]`, with a cache: which of the other rows of this forward each row sees, as
+        `ops.block_attention` takes it. None: all that the other conditions let it see.
+    layers : callable, optional
+        What each layer computes: a function of a `models.layerwise.LayerCall`, for models that
+        `DiffusionModel.by_layers` has made. None: every layer all rows.
+    watch : callable, optional
+        Called in every layer when its keys and values have been written, with the layer's index, its queries
+        `[B, Q, H, D]`, the layer's buffers of keys and values, and what products of these are multiplied by. Not in
+        layers with a sliding window.
     """
 
     slots: Tensor | None = None
@@ -102,6 +113,9 @@ class AttentionWindow:
     shadow: Tensor | None = None
     cache_rows: Tensor | None = None
     rotations: Any = None
+    visible: Tensor | None = None
+    layers: Callable[..., Tensor] | None = None
+    watch: Callable[[int, Tensor, Tensor, Tensor, float], None] | None = None
     #: the layers that have attended so far
     attended: set[int] = field(default_factory=set, init=False, repr=False, compare=False)
     #: where the tensors are, None without any; and the same window on other devices

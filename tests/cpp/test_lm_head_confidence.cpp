@@ -186,9 +186,14 @@ TEST(workspace) {
   CHECK(dlm::cuda::head_group(head) == 14, "%d rows", int(dlm::cuda::head_group(head)));
 }
 
-// Several groups, of rows that share values.
+// Several groups, of rows that share values: 8 MB hold the logits of 15 such rows.
 TEST(groups) {
-  // 8 MB hold the logits of 15 such rows.
+  const float one = 1;
+  dlm::LmHeadConfidenceParams head{};
+  head.rows.dtype = dlm::DType::kBFloat16, head.rows.N = head.rows.R = 16, head.rows.V = 120000;
+  head.rows.top_p = {&one, 1}, head.rows.distribution = dlm::Distribution::kFiltered;
+  head.D = 8, head.uncond_hidden = &one;
+  CHECK(dlm::cuda::head_group(head) == 8, "%d rows", int(dlm::cuda::head_group(head)));
   check_case(dlm::DType::kBFloat16, 16, 120000, 8, C::kSample | C::kTopK | C::kGuidance, 2, 6001);
 }
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import dlmkernels as dk
+import drafter_checkpoints
 import research
 from decodings import ragged
 from dlmkernels.decoding.arguments import check_tokens
@@ -37,13 +38,18 @@ CASES = {
     "parts": {"rule": dk.Threshold(0.3), **BLOCKS, "sub_block_length": 4},
     "parts alone": {"rule": dk.Threshold(0.3), **BLOCKS, "sub_block_length": 4, "sub_block_cache": True},
     "guided": {"rule": dk.Threshold(0.3), "cache": "dual", "cfg_scale": 0.5},
+    "features": {"rule": dk.Threshold(0.3), "cache": dk.DLLMCache(5, 3, 0.25)},
+    "active": {"rule": dk.Quota(), "cache": dk.D2Cache(0.1, 6), "block_length": NEW},
+    "evicted": {"rule": dk.Threshold(0.3), "cache": "sparse-dllm"},
+    "features, guided": {"rule": dk.Quota(), "cache": dk.DLLMCache(3, 2, 0.5), "cfg_scale": 0.5},
     "to the end token": {"rule": dk.Threshold(0.3), "eos_policy": "fill", "eos_token_id": tuple(range(20, 40))},
     "fused head": {"rule": dk.WideInNarrowOut(0.3, 0.4), "lm_head": "fused"},
     "logits in slices": {"rule": dk.WideInNarrowOut(0.3, 0.4), "lm_head": "logits", "logits_budget": 4000},
     "allowed tokens": {"rule": dk.Threshold(0.3), "constraint": torch.arange(97) % 3 > 0},
     # every rule that goes block after block
     **{type(rule).__name__: {"rule": rule} for rule in (
-        dk.Quota(), dk.TimeQuota(), dk.DynamicThreshold(0.3), dk.Factor(), dk.EntropyBound(1.0), dk.EntropySum(2.0),
+        dk.Quota(), dk.TimeQuota(), dk.DynamicThreshold(0.3), dk.Factor(), dk.Frechet(), dk.ReasonFirst(6, dk.Threshold(0.3)),
+        dk.EntropyBound(1.0), dk.EntropySum(2.0),
         dk.HierarchicalThreshold(0.5, 0.2), dk.LocalThreshold(0.5, 0.2, 2), dk.DilatedSchedule(2),
         dk.StableThreshold(0.2, 0.5, 1), dk.CreditThreshold(0.3), dk.SmoothedThreshold(0.4),
         dk.EarlyAnswer((2.5, 2.0, 1.5)), dk.TokenEditing(0.3, 0.2, 4), dk.RunEditing(0.3, 0.4), dk.Backtracking(2),
@@ -59,8 +65,10 @@ CASES = {
     "Strided": {"rule": dk.Strided(3), **CAUSAL},
     "Strided, by ratio": {"rule": dk.Strided(3, 1.0), **CAUSAL, "temperature": 1.0, "seed": 5},
     "SelfSpeculative": {"rule": dk.SelfSpeculative(), "attention": "causal-context", "seeded": True, "cache": "block"},
+    "S2D2": {"rule": dk.S2D2(), **BLOCKS},
     "Reordered": {"rule": dk.Reordered(4), "attention": "reordered", "cache": "block"},
     "Pipeline": {"rule": dk.Pipeline(0.3, 0.3, 0.5), **BLOCKS, "logit_alignment": "shift"},
+    "Pipeline, buffer": {"rule": dk.Pipeline(0.3, 0.3, 0.5, buffer=2), **BLOCKS, "logit_alignment": "shift"},
     "Pipeline, no cache": {"rule": dk.Pipeline(0.3, 0.3, 0.5), "attention": "block"},
     "EntropyPipeline": {"rule": dk.EntropyPipeline(1.0)},
     "EntropyPipeline, prefix": {"rule": dk.EntropyPipeline(1.0), "cache": "prefix", "refresh_interval": 3},
@@ -78,7 +86,7 @@ def model():
 def options_of(name):
     options = {"max_new_tokens": NEW, "eos_policy": "none"} | CASES[name]
     if not isinstance(options["rule"], OWN_LENGTH):
-        options["block_length"] = 8
+        options.setdefault("block_length", 8)
     return options
 
 
@@ -127,6 +135,30 @@ def test_recorded_calls_decode(model, name):
     assert torch.equal(out.sequences, want.sequences)
     assert torch.equal(out.commit_step, want.commit_step) and torch.equal(out.num_forwards, want.num_forwards)
     assert out.complete.all() and steps > 2 and player.replays > steps / 2
+
+
+@pytest.mark.parametrize("form", [None, "dflash2", "dspark-rnn"])
+@torch.no_grad()
+def test_recorded_calls_of_causal_decodings(form, tmp_path):
+    """The same of one token a forward, and with drafters."""
+    model = build(seed=3, sharpness=3.0)
+    rule = dk.NextToken()
+    if form is not None:
+        path, _, _ = drafter_checkpoints.write(tmp_path, form, taps=(0,), target_layers=2)
+        rule = dk.Drafted(dk.load_drafter(path, model), "auto" if form == "dflash2" else None)
+    options = {"max_new_tokens": NEW, "eos_policy": "none", "rule": rule, "temperature": 1.0, "seed": 5}
+    first, *others, last = (batch_of(seed) for seed in range(3))
+    program, admit = program_for(model, *first, options)
+    player = Player(program)
+    player.run("as it is")
+    for batch in others:
+        admit(*batch)
+        player.run("recorded")
+    admit(*last)
+    steps = player.run("replayed")
+    want, out = dk.generate(model, *last, **options), program.output()
+    assert torch.equal(out.sequences, want.sequences) and torch.equal(out.num_forwards, want.num_forwards)
+    assert steps > 2 and player.replays > steps / 2
 
 
 WRITE = {"plaid": research.write_plaid, "ssd-lm": research.write_ssd_lm}

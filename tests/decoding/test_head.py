@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+import transformers as hf
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -12,7 +13,7 @@ import checkpoints
 import dlmkernels as dk
 import numerics
 from dlmkernels.decoding.head import MOST_ROWS, prefers_fused
-from small_models import KINDS, MASK, VOCAB, build, prompts
+from small_models import DECODER, KINDS, MASK, VOCAB, build, prompts
 
 BLOCKS = {"cache": "block", "attention": "block"}
 DRAWN = {"temperature": 0.8, "seed": 5}
@@ -155,6 +156,31 @@ def test_a_head_that_is_more_than_its_weights(kind):
     with pytest.raises(ValueError, match="not a plain linear layer"):
         decode(model, lm_head="fused")
     assert_same(decode(model, **SLICES), decode(model, lm_head="logits"))
+
+
+OF_ANOTHER_KIND = {
+    "soft-capped": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**DECODER, final_logit_softcapping=3.0)),
+    "scaled": lambda: hf.CohereForCausalLM(hf.CohereConfig(**DECODER, logit_scale=0.3)),
+    "divided": lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**DECODER, logits_scaling=0.3)),
+    "tied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER, tie_word_embeddings=True)),
+}
+
+
+@pytest.mark.parametrize("kind", OF_ANOTHER_KIND)
+def test_soft_caps_scales_and_tied_heads(kind):
+    """The first three go by logits, in slices too; a tied head is a matrix like any other."""
+    torch.manual_seed(4)
+    model = OF_ANOTHER_KIND[kind]().eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.normal_()
+    options = DRAWN | {"rule": dk.Threshold(0.3), "cache": "dual"}
+    expected = decode(model, lm_head="logits", **options)
+    assert_same(decode(model, **SLICES, **options), expected)
+    if kind == "tied":
+        assert_same(decode(model, lm_head="fused", **options), expected)
+    else:
+        with pytest.raises(ValueError, match="not a plain linear layer"):
+            decode(model, lm_head="fused", **options)
 
 
 class Largest(TorchDispatchMode):

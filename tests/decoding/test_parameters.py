@@ -19,6 +19,7 @@ RULES = {
     "Threshold, tie": (lambda x: dk.Threshold(x, tie=0.01), (0.2, 0.5, 0.9)),
     "DynamicThreshold": (dk.DynamicThreshold, (0.2, 0.4, 0.8)),
     "Factor": (dk.Factor, (0.5, 2.0, 6.0)),
+    "Frechet": (dk.Frechet, (0.0, 0.3, 0.9)),
     "EntropyBound": (dk.EntropyBound, (0.3, 2.0, 8.0)),
     "EntropySum": (dk.EntropySum, (0.3, 3.0, 9.0)),
     "HierarchicalThreshold": (lambda x: dk.HierarchicalThreshold(0.6, x), (0.1, 0.3, 0.5)),

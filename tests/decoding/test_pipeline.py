@@ -74,6 +74,24 @@ def test_d2f(family, block, threshold, add, decoded, new_tokens, loaded):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("buffer", [1, 2])
+@pytest.mark.parametrize("block,threshold,add,decoded,new_tokens", [PIPELINES[2], PIPELINES[3], PIPELINES[5]])
+def test_buffer(block, threshold, add, decoded, new_tokens, buffer, loaded):
+    """No more blocks are open at once than the buffer holds."""
+    checkpoint, model = loaded("d2f-llada")
+    options = {"block": block, "threshold": threshold, "add": add, "decoded": decoded}
+    decoder = restated(published.discrete_forcing, checkpoint, "d2f-llada", new_tokens, buffer=buffer, **options)
+    for cache in ("block", "none"):
+        assert_rows_same(
+            model, decoder, new_tokens, seed=2, rule=dk.Pipeline(threshold, add, decoded, buffer), block_length=block,
+            cache=cache,
+        )  # fmt: skip
+    ids = prompts(2, 6)
+    out = dk.generate(model, ids, max_new_tokens=new_tokens, block_length=block, cache="block", eos_policy="none",
+                      rule=dk.Pipeline(threshold, add, decoded, buffer))  # fmt: skip
+    assert buffer > 1 or not overlaps(out, 6, block)
+
+
 @pytest.mark.parametrize("block,threshold,add,decoded,new_tokens", PIPELINES)
 @pytest.mark.parametrize("best_of_all", [True, False])
 @pytest.mark.parametrize("family", FULL)

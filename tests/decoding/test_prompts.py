@@ -205,3 +205,15 @@ class TestUniformNoise:
         )
         with pytest.raises(ValueError, match="tokens must hold ids from 0 to 97 - 1, or -1"):
             dk.infill(model, tokens - 90)
+
+
+@pytest.mark.parametrize("value", [0.5, 2.0, -1.0, float("nan"), float("inf")])
+def test_an_attention_mask_says_yes_or_no(model, value):
+    ids = prompts(2, 5)
+    mask = torch.ones(ids.shape)
+    dk.generate(model, ids, mask, max_new_tokens=4)
+    mask[1, 2] = value
+    with pytest.raises(ValueError, match="attention_mask must hold 0 for padding and 1 for tokens; got"):
+        dk.generate(model, ids, mask, max_new_tokens=4)
+    with pytest.raises(ValueError, match="attention_mask must hold 0 for padding and 1 for tokens; got"):
+        dk.generate(model, {"input_ids": ids.tolist(), "attention_mask": mask.tolist()}, max_new_tokens=4)

@@ -30,7 +30,7 @@ def options(name):
         more |= {"attention": "reordered", "cache": "block"}
     elif config.cache == "block":
         more |= {"attention": "block", "logit_alignment": "same", "block_length": 8}
-    elif rule.decodes == "anything" and config.cache != "delayed":
+    elif rule.decodes == "anything" and config.cache not in ("delayed", "d2cache"):
         more |= {"block_length": 12 if config.block_length is None else min(config.block_length, 12)}
     if isinstance(rule, dk.Lengthening):
         more |= {"rule": dk.Lengthening(first_length=8, growth=4, end_window=4), "block_length": 8}

@@ -91,7 +91,9 @@ def test_stop_strings(model, options):
         assert (out.sequences[row, start + keep :] == PAD).all() and not out.decoded[row, start + keep :].any()
         assert out.length[row] == start + keep and out.complete[row]
         assert served[row].finish_reason == ("stop" if ends else "length") and served[row].complete
-        assert served[row].text == text[: min(starts, default=len(text))]
+        assert served[row].text == text[: min(starts, default=len(text))] == out.text()[row]
+        whole_row = Letters().decode(rows[row].tolist()) + served[row].text
+        assert out.text(full=True)[row] == whole_row
     assert was_cut >= 2
     if "rule" not in options or isinstance(options["rule"], dk.Threshold):
         assert out.num_forwards.sum() < whole.num_forwards.sum()  # what is not wanted is not decoded

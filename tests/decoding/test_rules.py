@@ -124,6 +124,9 @@ RULES = [
     (dk.Threshold(0.9, tie=0.0625), lambda c: restated.threshold(c, 0.9, tie=0.0625)),
     (dk.DynamicThreshold(0.5), lambda c: restated.dynamic(c, 0.5)),
     (dk.DynamicThreshold(0.75), lambda c: restated.dynamic(c, 0.75)),
+    (dk.Frechet(0.25), lambda c: restated.frechet(c, 0.25)),
+    (dk.Frechet(0.0), lambda c: restated.frechet(c, 0.0)),
+    (dk.Frechet(0.75), lambda c: restated.frechet(c, 0.75)),
     (dk.EntropySum(1.0), lambda c: restated.entropy_sum(c, 1.0)),
     (dk.EntropySum(0.35), lambda c: restated.entropy_sum(c, 0.35)),
     (dk.HierarchicalThreshold(0.9, 0.4), lambda c: restated.hierarchy(c, 0.9, 0.4)),
@@ -157,6 +160,7 @@ class TestDecodings:
 
     @pytest.mark.parametrize("block_length", [4, 16])
     @pytest.mark.parametrize("name,choose", [
+        ("fast-dllm++", lambda c: restated.frechet(c, 0.25)),
         ("sdar", lambda c: restated.dynamic(c, 0.85)), ("sdar-static", lambda c: restated.quota(c, of_block=True)),
         ("sdar-sequential", lambda c: restated.quota(c, of_block=True)),
         ("sdar-entropy-bounded", lambda c: restated.entropy_sum(c, 0.35)),
@@ -177,6 +181,37 @@ class TestDecodings:
             ),
             16, config=dk.preset(name, cache="none"), temperature=0.0, block_length=block_length,
         )  # fmt: skip
+
+    @pytest.mark.parametrize("block_length", [None, 8])
+    @pytest.mark.parametrize("rule,choose", [
+        (dk.Threshold(0.3), lambda c: restated.threshold(c, 0.3)), (dk.Frechet(0.1), lambda c: restated.frechet(c, 0.1)),
+        (dk.EntropySum(2.0), lambda c: restated.entropy_sum(c, 2.0)),
+    ], ids=["Threshold", "Frechet", "EntropySum"])  # fmt: skip
+    def test_reason_first(self, model, plain, rule, choose, block_length):
+        def of(c, s):
+            return restated.decode(
+                plain, c, s, MASK, lambda case: restated.reason_first(case, len(c) - 6, choose),
+                block_length=block_length,
+            )  # fmt: skip
+
+        assert_rows_same(model, of, 16, rule=dk.ReasonFirst(6, rule), block_length=block_length)
+        ids = prompts(3, 5)
+        out, free = (
+            dk.generate(model, ids, rule=r, max_new_tokens=16, eos_policy="none")
+            for r in (dk.ReasonFirst(6, rule), rule)
+        )
+        reasoning, answer = out.commit_step[:, 5:-6], out.commit_step[:, -6:]
+        assert (reasoning.amax(1) < answer.amin(1)).all()
+        assert not torch.equal(out.commit_step, free.commit_step)
+
+    def test_reason_first_refuses(self):
+        for rule in (dk.WideInNarrowOut(), dk.Strided(), dk.UniformState(), dk.ReasonFirst(4)):
+            with pytest.raises(ValueError, match="rule must be one that is decoded block by block"):
+                dk.ReasonFirst(4, rule)
+        with pytest.raises(TypeError, match="rule must be a Rule"):
+            dk.ReasonFirst(4, 0.9)
+        with pytest.raises(ValueError, match="must say the same for every request"):
+            dk.ReasonFirst(4, dk.Threshold([0.5, 0.9]))
 
     @pytest.mark.parametrize("steps", [8, 4])
     def test_several_tokens_a_step(self, model, plain, steps):
@@ -483,6 +518,8 @@ def shipped():
 OF_EDITORS = (
     "llada2.1", "llada2.1-speed", "dmax", "diffusion-gemma", "duo", "psi", "psi-rescale", "psi-loop", "psi-constant",
 )  # fmt: skip
+# it drops half of the prompt, of which an addition needs every digit
+EVICTING = ("sparse-dllm",)
 # these need causal attention, and say so
 OF_CAUSAL_MODELS = ("i-dlm", "nemotron-speculative", "wedlm")
 # these need tokens that insert and delete, and say so
@@ -501,7 +538,7 @@ def test_every_preset_decodes_the_shipped_model(shipped, name):
     out = demo.decode(*shipped, problems, torch.arange(2), options)
     assert out.complete.all()
     for problem, text in zip(problems, shipped[1].batch_decode(out.sequences)):
-        assert name in OF_EDITORS or TASKS["addition"].check(problem, text)
+        assert name in OF_EDITORS + EVICTING or TASKS["addition"].check(problem, text)
 
 
 @pytest.mark.parametrize("name", OF_CAUSAL_MODELS)

@@ -49,6 +49,10 @@ CASES = {
     "causal context": {"rule": dk.Threshold(0.4), "attention": "causal-context", "cache": "block", "seeded": True},
     "causal context, no cache": {"rule": dk.Threshold(0.4), "attention": "causal-context"},
     "guided": {"rule": dk.Threshold(0.4), "cache": "dual", "cfg_scale": 0.5},
+    "features": {"rule": dk.Threshold(0.4), "cache": dk.DLLMCache(5, 3, 0.25)},
+    "evicted": {"rule": dk.Threshold(0.4), "cache": "sparse-dllm"},
+    "evicted, shifted": {"rule": dk.Threshold(0.4), "cache": "sparse-dllm", "logit_alignment": "shift"},
+    "features, guided": {"rule": dk.Threshold(0.4), "cache": dk.DLLMCache(3, 2, 0.5), "cfg_scale": 0.5},
     "guided, block": {"rule": dk.Threshold(0.4), **BLOCKS, "cfg_scale": 0.5},
 }  # fmt: skip
 
@@ -168,7 +172,9 @@ def test_requests_come_and_go(model, name):
     assert server.forwards < 0.75 * alone, (server.forwards, alone)
 
 
-SOME = ["dual", "block", "block, seeded", "parts alone", "delayed", "guided", "sampled", "causal context, no cache"]
+SOME = [
+    "dual", "features", "evicted", "block", "block, seeded", "parts alone", "delayed", "guided", "sampled", "causal context, no cache"
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SOME)

@@ -5,16 +5,20 @@ import random
 import threading
 
 import pytest
+import torch
 
 import dlmkernels as dk
-from decodings import lively
+from decodings import NoRepeats, lively
 from engines import COMMON, asks, engine_for
+from small_models import VOCAB
 
 OPTIONS = [
     lambda draw: {}, lambda draw: {"rule": dk.Threshold(draw.choice([0.2, 0.4, 0.9]))},
     lambda draw: {"temperature": draw.choice([0.3, 1.0]), "top_k": draw.choice([5, 20])},
     lambda draw: {"rule": dk.Quota()}, lambda draw: {"rule": dk.TokenEditing(0.4, 0.3)},
     lambda draw: {"cache": "dual"}, lambda draw: {"eos_policy": "fill", "eos_token_id": tuple(range(20, 40))},
+    lambda draw: {"eos_policy": "fill", "eos_token_id": draw.choice([7, (20, 21), tuple(range(50, 70))])},
+    lambda draw: {"constraint": draw.choice([NoRepeats(), torch.arange(VOCAB) % draw.choice([2, 3]) > 0])},
 ]  # fmt: skip
 KINDS = 120
 

@@ -365,3 +365,17 @@ def test_errors(model):
         dk.generate(model, ids, max_new_tokens=124)
     with pytest.raises(ValueError, match="steps must be an integer of at least 1"):
         dk.RenoisedEntropyBound(steps=0)
+
+
+def test_logits_in_slices():
+    """The mean embedding that a forward takes in is made of slices as well."""
+    model = build(sharpness=3.0)
+    ids = torch.arange(8, 20).view(2, 6)
+    whole, sliced = (
+        dk.generate(model, ids, max_new_tokens=16, seed=3, lm_head="logits", logits_budget=budget)
+        for budget in (1 << 28, 3 * VOCAB * 4)
+    )
+    assert torch.equal(sliced.sequences, whole.sequences)
+    numerics.assert_same_probabilities(sliced.confidence, whole.confidence)
+    with pytest.raises(ValueError, match="lm_head='fused' cannot be used here"):
+        dk.generate(model, ids, max_new_tokens=16, seed=3, lm_head="fused")

@@ -16,7 +16,7 @@ LOOPS = [
     # 16 vocabulary entries of 32 rows.
     ("soft_embedding", "soft_product_kernel<BFloat16>", "HMMA", 16, 110),
     # 64 columns of hidden states and of 256 tokens' weights, 32 rows and 128.
-    ("lm_head_confidence_bfloat16", "scan_head_kernel<BFloat16, 32>", "HMMA", 32, 76),
+    ("lm_head_confidence_bfloat16", "scan_head_kernel<BFloat16, 32>", "HMMA", 32, 79),
     ("lm_head_confidence_bfloat16", "scan_head_kernel<BFloat16, 128>", "HMMA", 128, 197),
     # Four chunks of 256 logits, 32 of a lane, sampled or not.
     ("token_confidence_bfloat16", "scan_chunks_kernel<BFloat16, false>", "MUFU.EX2", 32, 405),

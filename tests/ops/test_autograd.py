@@ -15,6 +15,7 @@ FLOAT_RESULTS = [
     "soft_embedding",
     "top_candidates",
     "lm_head_confidence",
+    "lm_head_candidates",
     "shard_confidence",  # in integers
 ]
 GRADIENTS = [

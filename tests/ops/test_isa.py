@@ -134,6 +134,7 @@ KERNELS = {
     "soft_embedding": ["generic", "avx2", "avx512"],
     "top_candidates": ["generic", "avx2", "avx512"],
     "lm_head_confidence": ["generic", "avx2", "avx512", "avx512bf16", "amx"],
+    "lm_head_candidates": ["generic"],  # for what lm_head_confidence and top_candidates leave to it
     "shard_confidence": ["generic"],  # for what token_confidence and lm_head_confidence leave to it
 }
 ALL = KERNELS["block_attention"]

@@ -324,3 +324,18 @@ class TestRegistration:
 
         case = inputs(3, 310, 8)
         assert all(map(torch.equal, torch.compile(step, fullgraph=True, backend=backend)(*case), step(*case)))
+
+
+@pytest.mark.parametrize("name", ["greedy", "sampled", "both", "given"])
+def test_unused_rows_among_others(name):
+    """They are left out of the product, and the others have the bits that they have without them."""
+    hidden, weight = inputs(40, 3000, 40)
+    options = settings(40, 3000)[name]
+    everyone = ops.lm_head_confidence(hidden, weight, **options)
+    nobody = ops.lm_head_confidence(hidden, weight, row_map=torch.full((40,), -1, dtype=torch.int32), **options)
+    assert nobody.token.eq(-1).all() and nobody.flags.eq(0).all() and nobody.confidence.eq(-INF).all()
+    row_map = torch.arange(40, dtype=torch.int32)
+    for kept in (row_map % 3 == 0, row_map > 37, (row_map > 4) & (row_map < 30)):
+        out = ops.lm_head_confidence(hidden, weight, row_map=torch.where(kept, row_map, -1), **options)
+        for ours, used, unused in zip(out, everyone, nobody, strict=True):
+            assert torch.equal(ours, torch.where(kept, used, unused))

@@ -20,7 +20,11 @@ def lively(kind: str = "llama", seed: int = 17):
 
     With transformers' own initialisation all masks look alike, and everything is a near tie.
     """
-    model = build(kind, seed=seed)
+    return enliven(build(kind, seed=seed), seed)
+
+
+def enliven(model, seed: int = 17):
+    """The same of a model that is there: its parameters are drawn anew."""
     head = model.get_output_embeddings().weight
     torch.manual_seed(seed)
     with torch.no_grad():

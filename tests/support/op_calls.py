@@ -103,6 +103,12 @@ def lm_head_confidence():
     return own | {name: value for name, value in call.items() if name not in ("logits", "uncond_logits")}
 
 
+def lm_head_candidates():
+    call, D = top_candidates(), 6
+    R, V = call.pop("logits").shape
+    return dict(hidden=torch.randn(R, D), weight=torch.randn(V, D)) | call
+
+
 def shard_confidence():
     call = lm_head_confidence()
     left_out = ("hidden", "uncond_hidden", "top_k", "top_p", "top_p_first", "keep_crossing", "with_margin")
@@ -111,7 +117,7 @@ def shard_confidence():
     return own | dict(given=torch.tensor([261, -1, 292, 0]), banned=torch.tensor([[257, -1], [263, 259]]))
 
 
-CALLS = {f.__name__: f for f in (block_attention, token_confidence, select_tokens, remask_, verify_drafts, splice_, soft_embedding, top_candidates, lm_head_confidence, shard_confidence)}  # fmt: skip
+CALLS = {f.__name__: f for f in (block_attention, token_confidence, select_tokens, remask_, verify_drafts, splice_, soft_embedding, top_candidates, lm_head_confidence, lm_head_candidates, shard_confidence)}  # fmt: skip
 
 
 def registered(op):

@@ -519,21 +519,24 @@ def ended(request: Request, begin: int, eos: int | None, pad: int) -> bool:
 
 def discrete_forcing(
     model: Callable, prompt: Tensor, new_tokens: int, mask: int, *, block: int, threshold: float, add: float,
-    decoded: float, shift: bool = False, eos: int | None = None, pad: int = 0,
+    decoded: float, shift: bool = False, eos: int | None = None, pad: int = 0, buffer: int | None = None,
 ) -> Request:  # fmt: skip
     """D2F (arXiv:2508.09192, `eval_llada.py` and `eval_dream.py` of its program), without a cache.
 
     The prompt is the first block and finished. A loop adds a block when the last one is decided to the share `add` and
     no end token has appeared; a block is complete when the one before it is decided to the share `decoded`. Of every
     block the program commits what is surer than `threshold`, and of a complete one at least the best.
-    `model(tokens, visible)` returns the logits of all rows.
+    `model(tokens, visible)` returns the logits of all rows. `buffer`: no block is added while so many, from the first
+    that is not finished on, are there.
     """
     start, length = len(prompt), len(prompt) + new_tokens
     request = Request(torch.cat((prompt, prompt.new_full((new_tokens,), mask))), mask)
     blocks = [Span(0, start)]
     while True:
         at, seen = blocks[-1].end, first_of(request, start, eos) is not None
-        if at < length and not seen and blocks[-1].progress(request) >= add:
+        unfinished = [n for n, one in enumerate(blocks) if request.open(one.start, one.end)]
+        has_room = buffer is None or not unfinished or len(blocks) - unfinished[0] < buffer
+        if at < length and not seen and has_room and blocks[-1].progress(request) >= add:
             blocks.append(Span(at, min(at + block, length)))
         if not request.open(0, blocks[-1].end):
             return request

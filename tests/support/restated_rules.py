@@ -85,6 +85,23 @@ def entropy_sum(case: Case, budget: float) -> list[int]:
     return order[: max(count, 1)]
 
 
+def frechet(case: Case, delta: float) -> list[int]:
+    """The largest n whose bound on the joint probability exceeds delta by what the n-th lacks; at least one."""
+    order = case.best(len(case.score))
+    c = [case.score[i] for i in order]
+    passing = [n for n in range(1, len(c) + 1) if sum(c[:n]) - (n - 1) - (1 - c[n - 1]) > delta]
+    return order[: max(passing, default=1)]
+
+
+def reason_first(case: Case, first: int, choose: Callable[[Case], list[int]]) -> list[int]:
+    """What `choose` does, of the positions left of `first` alone as long as there are some."""
+    early = [i for i, position in enumerate(case.position) if position < first]
+    if not early:
+        return choose(case)
+    part = {name: [getattr(case, name)[i] for i in early] for name in ("position", "score", "entropy")}
+    return [early[i] for i in choose(replace(case, **part))]
+
+
 def hierarchy(case: Case, tau: float, low: float) -> list[int]:
     """The best of every run of neighbours if above `low`; all above `tau`; the best of all."""
     runs: list[list[int]] = []

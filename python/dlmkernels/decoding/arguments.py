@@ -53,6 +53,9 @@ def _check_mask(name: str, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         raise ValueError(
             f"attention_mask must have the shape of {name}, {list(tokens.shape)}; got {list(attention_mask.shape)}"
         )
+    other = attention_mask[(attention_mask != 0) & (attention_mask != 1)]
+    if len(other):
+        raise ValueError(f"attention_mask must hold 0 for padding and 1 for tokens; got {other[0].item()}")
     valid = attention_mask.to(tokens.device) != 0
     origin = (~valid).sum(1, dtype=torch.int32)
     if not torch.equal(valid, torch.arange(tokens.shape[1], device=tokens.device) >= origin[:, None]):

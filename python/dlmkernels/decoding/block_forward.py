@@ -17,6 +17,7 @@ from ..window import AttentionWindow, Rows, TokenWindow
 from .forward import Forward, rows_at
 from .schedule import Block
 from .standing import Place, Standing
+from .step import Step
 
 #: What a row needs of its next forward: its context to be appended to the cache, all of the canvas (with cache="block",
 #: all of the block), or the rest, that is, what the cache does not hold.
@@ -32,7 +33,11 @@ class BlockForward(Forward):
     - "block": with cache="block", the block of the grid;
     - "append": the same, and before it what has been decided and is not in the cache;
     - "inner": with sub_block_cache, the part of the block alone.
+
+    Of the `counted` parts a form says how many columns of each row there are, no more than `most_columns`.
     """
+
+    counted: frozenset[str] = frozenset({"append", "open"})
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
@@ -58,6 +63,9 @@ class BlockForward(Forward):
         self._row = torch.arange(len(self.state.tokens), device=self.origin.device)[:, None]
         #: whether a forward may take some rows, and not all
         self.takes_rows = False
+        #: which positions the next forward speaks of, bool [S, T]; None: any
+        self.readable: Tensor | None = None
+        self.most_columns = self.length
 
     def _keep(self, name: str, value: Tensor) -> Tensor:
         """The buffer of that name, with this value; there is one for each shape."""
@@ -98,10 +106,15 @@ class BlockForward(Forward):
         cache = self.config.cache
         return WHOLE if cache == "none" or (cache == "block" and not self.config.sub_block_cache) else REST
 
+    def takes_canvas(self, phase: int) -> bool:
+        """Whether a forward in a phase takes the canvas, as far as its rows reach."""
+        return phase == WHOLE
+
     def part_of(self, phase: int) -> str:
         """Which columns are forwarded of rows in a phase."""
-        rest = {"delayed": "open", "block": "inner"}.get(self.config.cache, "part")
-        return {APPEND: "append", WHOLE: "block" if self.config.cache == "block" else "whole", REST: rest}[phase]
+        cache = self.config.cache
+        rest = "open" if cache == "delayed" else "inner" if cache == "block" else "part"
+        return {APPEND: "append", WHOLE: "block" if cache == "block" else "whole", REST: rest}[phase]
 
     def phases(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Each row's phase, and how many columns besides the block's own a forward in it takes, int32 `[S]` each.
@@ -210,6 +223,9 @@ class BlockForward(Forward):
         if attention == "causal-context":
             return {"context_end": self._keep("context end", self.twice(self._place.outer))}
         return {}
+
+    def learn(self, step: Step, rows: Rows | None) -> None:
+        """Take notice of a step that has been written, in these rows; None: in all."""
 
     # --- steps --------------------------------------------------------------------------------------------------------
 

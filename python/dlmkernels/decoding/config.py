@@ -32,6 +32,7 @@ from .checks import (
     temperature,
 )
 from .constraint import Constraint
+from .features import FeatureCache, cache_or
 from .rules import Quota, Rule, Threshold
 from .scores import SCORES, Score
 
@@ -94,7 +95,7 @@ LIMITS: dict[str, Check] = {
     "top_k": PerRequest(integer(0)), "top_p": PerRequest(number(0.0, 1.0)), "cfg_scale": number(0.0, FLOAT32.max),
     "temperature": PerRequest(temperature), "order_temperature": temperature, "vicinity": _vicinity, "seed": _seed,
     **{name: flag for name in ("top_p_first", "keep_crossing", "sub_block_cache", "fuse_commit")},
-    "seeded": optional_flag, "cache": one_of(*CACHES), "distribution": one_of(*DISTRIBUTIONS),
+    "seeded": optional_flag, "cache": cache_or(*CACHES), "distribution": one_of(*DISTRIBUTIONS),
     "lm_head": one_of(*LM_HEADS), "logits_budget": integer(1),
     "eos_policy": one_of(*EOS_POLICIES), "logit_alignment": one_of(None, *ALIGNMENTS),
     "attention": one_of(None, *ATTENTIONS), "block_grid": one_of(None, *GRIDS),
@@ -198,15 +199,15 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
         Order of the filters, and whether the token that crosses `top_p` stays (see `ops.token_confidence`).
     distribution : {"raw", "tempered", "filtered"}
         Which distribution the scores are read from: before temperature, after it, or after the filters.
-    cache : {"none", "prefix", "dual", "delayed", "block"}
+    cache : {"none", "prefix", "dual", "delayed", "block"} or FeatureCache
         KV reuse. none: every forward takes the whole canvas (exact). prefix: keys and values left of the block are
         kept from the block's first forward. dual: also those right of it; a forward then takes the block alone
         (Fast-dLLM, arXiv:2505.22618). delayed: those of a token are kept from the forward after it was decided; a
         forward takes what is open and what the last step decided (dKV-Cache, arXiv:2505.15781; with shifted logits, the
-        rows that speak of it). All three are
+        rows that speak of it). dllm-cache, sparse-dllm, d2cache: see `DLLMCache`, `SparseCache`, `D2Cache`. All are
         approximations, for models with full attention; with the rule `EntropyPipeline`, prefix is d3LLM's. block: for
-        the other kinds of attention, under which a finished block never changes again: its keys and values are
-        appended once and a forward takes the open block alone (exact).
+        the other kinds, under which a finished block never changes again: it is appended once and a forward takes the
+        open block alone (exact).
     sub_block_cache : bool
         With cache="block" and a `sub_block_length`: a forward takes the part alone, and finds what the rest of the
         block was when the part was begun (Fast-dLLM v2; an approximation).
@@ -216,8 +217,8 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
     refresh_interval : int, optional
         With them: every so many forwards of a block (or part), one is like the first. None: none is.
     vicinity : tuple of int
-        With cache="prefix" and "dual": how many positions left and right of the block a forward takes as well
-        (vicinity refresh of dInfer, arXiv:2510.08666).
+        With cache="prefix" and "dual": positions left and right of the block that a forward takes, too (dInfer,
+        arXiv:2510.08666).
     fuse_commit : bool
         With cache="block": append a finished block in the same forward that takes the next block's first step, which
         saves a forward a block. It cannot be where the next block's first token comes from the finished one
@@ -263,7 +264,7 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
     top_p_first: bool = False
     keep_crossing: bool = True
     distribution: str = "raw"
-    cache: str = "none"
+    cache: str | FeatureCache = "none"
     sub_block_cache: bool = False
     warmup: int = 1
     refresh_interval: int | None = None

@@ -21,8 +21,20 @@ from .programs import Program
 from .programs.blocks import BlockAfterBlock
 from .recording import Recorder
 from .resolve import check_block_by_block
+from .rules import Drafted
 from .stops import check_stop_strings
 from .streaming import Listeners
+
+
+def drafting(drafter: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a decoding with a drafter, where there is one."""
+    if drafter is None:
+        return options
+    if "rule" in options:
+        raise ValueError(
+            "drafter and rule were both given, and a drafter is a rule: pass rule=dlmkernels.Drafted(drafter, …) alone"
+        )
+    return {**options, "rule": Drafted(drafter)}
 
 
 def check_copies(count: Any, config: DecodingConfig) -> int:

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from .arguments import check_embeds, check_prompt, check_streamer, check_tokens, seeds_of
 from .config import DecodingConfig
 from .copies import seeds_of_copies
-from .extras import check_copies, check_given_tokens, completed, equip, listeners_of, put_prompts
+from .extras import check_copies, check_given_tokens, completed, drafting, equip, listeners_of, put_prompts
 from .guidance import pair_prompts
 from .images import embed_images, take_images
 from .inputs import filler, read_canvases, read_options, read_prompts
@@ -23,7 +23,7 @@ from .poll import check_polls
 from .processing import Wishes
 from .programs import Task, program_of, run
 from .resolve import ConfigLike, prepare
-from .rules import SelfSpeculative, Strided, VariableLength
+from .rules import NextToken, SelfSpeculative, Strided, VariableLength
 from .schedule import Grid
 from .state import State
 from .streaming import StepReport
@@ -36,6 +36,7 @@ def generate(
     config: ConfigLike = None,
     streamer=None,
     *,
+    drafter=None,
     tokenizer=None,
     negative_prompt=None,
     inputs_embeds: Tensor | None = None,
@@ -73,6 +74,9 @@ def generate(
     streamer : transformers streamer, or list of them, optional
         Receives the prompt, each finished block, and (if it has `put_draft`) the canvas after each step. For several
         requests a list with one for each, or None. Reading the canvas for it costs a device synchronisation a step.
+    drafter : Drafter, optional
+        What `load_drafter` has loaded for this model, a causal one: its tokens are decoded from left to right, as many
+        a forward as the drafter has guessed right. The same as `rule=Drafted(drafter)`.
     tokenizer : PreTrainedTokenizer, optional
         Reads text; names the mask token where the model does not; and is what `DecodingOutput.text` uses.
     negative_prompt : optional
@@ -111,7 +115,7 @@ def generate(
     >>> out = dlmkernels.generate(model, ids, max_new_tokens=128, block_length=32, rule=dlmkernels.Threshold(0.9))
     >>> out.generated, out.tokens_per_forward
     """
-    overrides = read_options(model, config, overrides, tokenizer)
+    overrides = read_options(model, config, drafting(drafter, overrides), tokenizer)
     polls = check_polls(steps_per_poll)
     model, config, special = prepare(model, config, overrides, "continuations")
     input_ids, images = take_images(input_ids)
@@ -253,7 +257,7 @@ def _check_length(model, config: DecodingConfig, length: int, prompt_length: int
 
 def _check_without_prompt(config: DecodingConfig, given: Tensor | None, negative_prompt) -> None:
     """Refuse what needs a prompt."""
-    if isinstance(config.rule, (Strided, SelfSpeculative)):
+    if isinstance(config.rule, (Strided, SelfSpeculative, NextToken)):
         raise ValueError(
             f"input_ids must hold at least one token with rule {type(config.rule).__name__}, which reads the first "
             "token of the answer off the last one of the prompt"

@@ -111,7 +111,8 @@ def read_options(model, config, options: Mapping[str, Any], tokenizer) -> dict[s
             _check_segment(key, options.pop(key))
     mask = getattr(tokenizer, "mask_token_id", None)
     sources = (options, config, getattr(model, "config", None))
-    if mask is not None and all(_get(source, "mask_token_id") is None for source in sources):
+    knows_masks = all(getattr(_get(source, "rule"), "noise", "mask") != "none" for source in (options, config))
+    if mask is not None and knows_masks and all(_get(source, "mask_token_id") is None for source in sources):
         options["mask_token_id"] = mask
     return options
 
@@ -180,6 +181,8 @@ def _rows_of_mapping(name: str, inputs: Mapping) -> list[list[int]]:
     if [len(row) for row in masks] != [len(row) for row in rows]:
         raise ValueError(f"{name}: attention_mask and input_ids must have the same lengths")
     for number, row in enumerate(masks):
+        if other := [x for x in row if x not in (0, 1)]:
+            raise ValueError(f"{name}: attention_mask must hold 0 for padding and 1 for tokens; got {other[0]!r}")
         if "0" in "".join("1" if x else "0" for x in row).strip("0"):
             raise ValueError(f"{name}: attention_mask of row {number} has a 0 between tokens; only padding may be 0")
     return [[token for token, is_token in zip(row, mask) if is_token] for row, mask in zip(rows, masks)]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..trace import Recording, Trace
+from .stops import before_stop
 
 
 @dataclass(frozen=True, repr=False)
@@ -38,6 +39,8 @@ class DecodingOutput:
         int32 `[B]`: column at which each row starts, behind its padding on the left. None: at 0.
     tokenizer : optional
         The one that was given to `generate` or `infill`: what `text` uses.
+    stop_strings : tuple of str
+        Those that ended a row. `length` is behind the token that completes the first of them; `text` ends before it.
     top_ids, top_log_probability : Tensor, optional
         With `top_logprobs=k`, int64 and float32 `[B, T, k]`: the likeliest tokens of each position when it was last
         looked at before its token was committed, the likeliest first, and the logarithms of their probabilities; -1 and
@@ -59,6 +62,7 @@ class DecodingOutput:
     tokenizer: Any = None
     top_ids: Tensor | None = None
     top_log_probability: Tensor | None = None
+    stop_strings: tuple[str, ...] = ()
     entropy: Tensor | None = None
     recording: Recording | None = None
 
@@ -70,7 +74,7 @@ class DecodingOutput:
         )
 
     def text(self, tokenizer=None, *, skip_special_tokens: bool = True, full: bool = False) -> list[str]:
-        """What was decoded, as text: one string a row, without padding.
+        """What was decoded, as text: one string a row, without padding, up to the first of the stop strings.
 
         Parameters
         ----------
@@ -88,8 +92,15 @@ class DecodingOutput:
                 "tokenizer is needed to turn ids into text: out.text(tokenizer), or dlmkernels.generate(…, "
                 f"tokenizer=tokenizer); got {tokenizer!r}"
             )
+        answers = self._texts(tokenizer, self.prompt_length, skip_special_tokens)
+        whole = self._texts(tokenizer, 0, skip_special_tokens) if full else answers
+        behind = [len(text) - len(before_stop(text, self.stop_strings)) for text in answers]
+        return [text[: len(text) - count] for text, count in zip(whole, behind)]
+
+    def _texts(self, tokenizer, start: int, skip_special_tokens: bool) -> list[str]:
+        """Each row from column `start` on, without padding, as text."""
         columns = torch.arange(self.sequences.shape[1], device=self.sequences.device)
-        first = torch.full_like(self.length, 0 if full else self.prompt_length)
+        first = torch.full_like(self.length, start)
         if self.origin is not None:
             first = torch.maximum(first, self.origin)
         shown = (columns >= first[:, None]) & (columns < self.length[:, None])

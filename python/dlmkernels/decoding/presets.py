@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from .config import DecodingConfig
+from .features import DLLMCache
 from .rules import (
     Ancestral,
     AncestralRemask,
@@ -18,6 +19,7 @@ from .rules import (
     EntropySum,
     Expanding,
     Factor,
+    Frechet,
     HierarchicalThreshold,
     LearnedNoise,
     Lengthening,
@@ -82,6 +84,8 @@ PRESETS: dict[str, DecodingConfig] = {
     # Fast-dLLM, arXiv:2505.22618: confidence over a dual cache
     "fast-dllm": FAST_DLLM,
     "fast-dllm-factor": FAST_DLLM.replace(rule=Factor(1.0)),
+    # Fast-dLLM++, arXiv:2606.02955
+    "fast-dllm++": FAST_DLLM.replace(rule=Frechet(0.25)),
     # SDAR, arXiv:2510.06303, and JetEngine, which serves it
     "sdar": SDAR,
     "sdar-static": SDAR.replace(rule=Quota(of_block=True)),
@@ -101,14 +105,20 @@ PRESETS: dict[str, DecodingConfig] = {
     "dkv-cache": LLADA.replace(cache="delayed", warmup=2, refresh_interval=4, block_length=32),
     # and for Dream, whose program counts its forwards from the first
     "dkv-cache-dream": DREAM.replace(cache="delayed", refresh_interval=4),
+    # dLLM-Cache, arXiv:2506.06295, as its program has it for GSM8K: on LLaDA and on Dream
+    "dllm-cache": LLADA.replace(cache="dllm-cache", block_length=8),
+    "dllm-cache-dream": DREAM.replace(cache=DLLMCache(25, 2, 0.25)),
+    # Sparse-dLLM, arXiv:2508.02558
+    "sparse-dllm": LLADA.replace(cache="sparse-dllm", block_length=32),
     # KLASS, arXiv:2511.05664
     "klass": DecodingConfig(rule=StableThreshold(0.9, 0.01, 2), block_length=64, eos_policy="none"),
     # Prophet, arXiv:2508.19982
     "prophet": LLADA.replace(rule=EarlyAnswer()),
     # PC-Sampler, arXiv:2508.13021; score=scores.PositionWeighted(frequency) adds the corpus' frequencies
     "pc-sampler": LLADA.replace(score=PositionWeighted()),
-    # d2Cache, arXiv:2509.23094: the order alone, not the cache
+    # d2Cache, arXiv:2509.23094: its order alone, and with the cache
     "d2cache-order": LLADA.replace(score=DensityWeighted()),
+    "d2cache": LLADA.replace(score=DensityWeighted(), cache="d2cache"),
     # LocalLeap, arXiv:2510.07081
     "localleap": DecodingConfig(rule=LocalThreshold(0.9, 0.75, 4), block_length=32, eos_policy="none"),
     # DUS, arXiv:2506.19037
@@ -160,6 +170,8 @@ PRESETS: dict[str, DecodingConfig] = {
     ),
     # Discrete Diffusion Forcing, arXiv:2508.09192; the shares are those of most of its scripts
     "d2f": DecodingConfig(rule=Pipeline(0.9, 0.1, 0.95), cache="block"),
+    # the same with no more than four blocks open, as Diffulex serves it
+    "multi-block": DecodingConfig(rule=Pipeline(0.9, 0.1, 0.95, buffer=4), cache="block"),
     # d3LLM, arXiv:2601.07568: on LLaDA, without its cache and with it, and on Dream
     "d3llm": D3LLM,
     "d3llm-prefix": D3LLM.replace(cache="prefix", refresh_interval=3),

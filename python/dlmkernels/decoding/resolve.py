@@ -13,6 +13,7 @@ from ..models.adapt import DiffusionModel, EncoderDecoderModel, LogitsModel, ada
 from .config import APPROXIMATE, DecodingConfig, SpecialTokens, check_names
 from .effects import check_effects
 from .ends import end_ids
+from .features import D2Cache, FeatureCache, LayerwiseCache, features_of
 from .presets import default_config, preset
 from .rules import Reordered, Rule, VariableLength
 
@@ -99,6 +100,11 @@ def _with_token_ids(model: DiffusionModel, config: DecodingConfig) -> DecodingCo
 
 def _of_the_family(model: DiffusionModel, config: DecodingConfig) -> DecodingConfig:
     """What the configuration leaves open, from the model's family."""
+    if config.rule.noise == "none":
+        return config.replace(
+            attention="causal", logit_alignment="shift", cache="block", seeded=False, block_grid="prompt",
+            block_length=None, sub_block_length=None,
+        )  # fmt: skip
     family = model.family
     attention = config.attention or family.attention
     block_length = config.block_length
@@ -146,7 +152,9 @@ def _check_combination(model: DiffusionModel, config: DecodingConfig) -> None:
             f"attention='{attention}' needs a model of a known type; {type(model.model).__name__} attends by itself"
         )
     allowed = ("none", *APPROXIMATE) if attention == "full" else ("none", "block")
-    if cache not in allowed:
+    if (features := features_of(cache)) is not None:
+        _check_features(model, config, features)
+    elif cache not in allowed:
         raise ValueError(f"cache must be one of {allowed} with attention='{attention}'; got '{cache}'")
     if attention == "reordered" and cache == "block" and not isinstance(config.rule, Reordered):
         raise ValueError("cache='block' with attention='reordered' needs the rule Reordered; use cache='none'")
@@ -169,6 +177,22 @@ def _check_combination(model: DiffusionModel, config: DecodingConfig) -> None:
         raise ValueError(f"rule {rule} reads all of the canvas: it needs cache='none'")
     if config.seeded and attention == "full":
         raise ValueError("seeded needs a context that later tokens do not change; attention is 'full'")
+
+
+def _check_features(model: DiffusionModel, config: DecodingConfig, features: FeatureCache) -> None:
+    """Refuse what does not go together with a cache that looks into the layers."""
+    name, rule = features.name, config.rule
+    if config.attention != "full":
+        raise ValueError(f"cache='{name}' needs attention='full'; got attention='{config.attention}'")
+    if not rule.by_block or rule.token_ids or rule.shadow or isinstance(rule, VariableLength):
+        raise ValueError(
+            f"cache='{name}' needs a rule that is decoded block by block and moves no tokens about; got "
+            f"{type(rule).__name__}"
+        )
+    if isinstance(features, D2Cache) and rule.slots != "open":
+        raise ValueError(f"cache='{name}' needs a rule that takes nothing back; got {type(rule).__name__}")
+    if isinstance(features, (LayerwiseCache, D2Cache)):
+        model.by_layers(name)
 
 
 def check_block_by_block(name: str, rule: Rule) -> None:
@@ -205,6 +229,8 @@ def special_tokens(model: DiffusionModel, config: DecodingConfig) -> SpecialToke
 
 def _mask_token(model: DiffusionModel, config: DecodingConfig) -> int | None:
     """The id of the mask token; None for a model whose noise is something else and which has none."""
+    if config.rule.noise == "none":
+        return None
     mask = config.mask_token_id
     if mask is None:
         mask = _from_model(model, "mask_token_id")

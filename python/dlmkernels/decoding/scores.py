@@ -150,14 +150,19 @@ class DensityWeighted(Score):
     sigma: float = 10.0
 
     def __call__(self, step: Step) -> Tensor:
-        known = (~step.canvas.is_open).float()
-        length, reach = known.shape[1], math.ceil(5 * self.sigma)
-        padded = torch.cat((known.new_ones(len(known), reach), known, known[:, -1:].expand(-1, reach)), 1)
-        weights = [math.exp(-0.5 * ((i - reach) / self.sigma) ** 2) for i in range(2 * reach + 1)]
-        total = torch.zeros_like(known)
-        for i, weight in enumerate(weights):  # term by term: a row's sum does not depend on the batch
-            total += weight * padded[:, i : i + length]
-        return step.confidence * step.at(total / sum(weights))
+        return step.confidence * step.at(density(~step.canvas.is_open, self.sigma))
+
+
+def density(decided: Tensor, sigma: float) -> Tensor:
+    """Mean of `decided` bool `[B, T]` around each position, float32 `[B, T]`: see `DensityWeighted`."""
+    known = decided.float()
+    length, reach = known.shape[1], math.ceil(5 * sigma)
+    padded = torch.cat((known.new_ones(len(known), reach), known, known[:, -1:].expand(-1, reach)), 1)
+    weights = [math.exp(-0.5 * ((i - reach) / sigma) ** 2) for i in range(2 * reach + 1)]
+    total = torch.zeros_like(known)
+    for i, weight in enumerate(weights):  # term by term: a row's sum does not depend on the batch
+        total += weight * padded[:, i : i + length]
+    return total / sum(weights)
 
 
 SCORES: dict[str, Score] = {

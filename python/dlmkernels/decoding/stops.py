@@ -52,6 +52,10 @@ def stop_at(tokens: Sequence[int], stop_strings: Sequence[str], tokenizer, known
 
 def text_of(tokens: Sequence[int], tokenizer, stop_strings: Sequence[str] = ()) -> str:
     """The tokens as text, without special ones, as far as the first stop string."""
-    text = tokenizer.decode(list(tokens), skip_special_tokens=True)
+    return before_stop(tokenizer.decode(list(tokens), skip_special_tokens=True), stop_strings)
+
+
+def before_stop(text: str, stop_strings: Sequence[str]) -> str:
+    """A text as far as the first stop string in it."""
     place = first_stop(text, stop_strings)
     return text if place is None else text[:place]

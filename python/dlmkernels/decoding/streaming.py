@@ -164,7 +164,7 @@ class Listeners:
         return replace(
             out, sequences=out.sequences.masked_fill(behind, pad), commit_step=out.commit_step.masked_fill(behind, -1),
             confidence=out.confidence.masked_fill(behind, 0.0), length=torch.minimum(out.length, end),
-            complete=out.complete | has_stop,
+            complete=out.complete | has_stop, stop_strings=self.stop_strings,
         )  # fmt: skip
 
 

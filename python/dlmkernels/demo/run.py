@@ -18,7 +18,7 @@ from torch import Tensor
 import dlmkernels as dk
 
 from ..info import processor
-from . import MODEL_DIR, board, continuous
+from . import MODEL_DIR, board, continuous, drafted
 from .tasks import TASKS, Problem
 
 BATCH = 16  # canvases decoded together
@@ -51,6 +51,8 @@ CASES = (
     Case("EntropyBound(0.01)", {"rule": dk.EntropyBound(0.01)}),
     Case("EntropyBound(0.1)", {"rule": dk.EntropyBound(0.1)}, quick=True),
     Case("Factor(0.5)", {"rule": dk.Factor(0.5)}),
+    Case("Frechet(0.25)", {"rule": dk.Frechet(0.25)}),
+    Case("ReasonFirst(9)", {"rule": dk.ReasonFirst(9)}),
     Case("8 forwards", {"steps": 8}),
     Case("4 forwards", {"steps": 4}, quick=True),
 )
@@ -156,9 +158,14 @@ def run(
     cases = list(PUBLISHED) if rules == "all" else [c for c in CASES if c.quick or not quick]
     results = compare(model, tokenizer, count, cases, seed)
     (plot_grid if rules == "all" else plot)(results, folder / "dlmkernels-demo.png")
+    beside: list[drafted.Row] = []
+    if rules != "all":
+        say("\nThe same tasks from left to right, by a causal model, and by diffusion:\n")
+        beside = drafted.compare(model, count, seed, say)
     notes = [f"`{name}`: {reason}" for name, reason in NOT_RUN.items()] if rules == "all" else []
     notes.append(f"Times: {processor()}, CPU kernels {dk._C.cpu_isa()}, threads {torch.get_num_threads()}")
-    (folder / "dlmkernels-demo.md").write_text(markdown(results, notes), encoding="utf-8")
+    table = markdown(results, notes) + ("\n" + drafted.markdown(beside) if beside else "")
+    (folder / "dlmkernels-demo.md").write_text(table, encoding="utf-8")
     say(f"\npictures: {folder / 'dlmkernels-demo.png'}, {folder / 'dlmkernels-sudoku.png'}")
     say(f"table: {folder / 'dlmkernels-demo.md'}")
     if json_file:
@@ -166,7 +173,13 @@ def run(
 
         Path(json_file).write_text(
             json.dumps(
-                {"environment": collect(), "seed": seed, "batch": BATCH, "results": [asdict(r) for r in results]},
+                {
+                    "environment": collect(),
+                    "seed": seed,
+                    "batch": BATCH,
+                    "results": [asdict(r) for r in results],
+                    "drafted": [asdict(row) for row in beside],
+                },
                 indent=2,
             )
             + "\n",

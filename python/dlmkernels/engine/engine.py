@@ -241,7 +241,8 @@ class Engine(Life):
     def cancel_request(self, request_id: str) -> None:
         """Let a request end now: it is delivered as cancelled, with what is final of it. Nothing if it is unknown."""
         with self._rounds.lock:
-            self._rounds.inbox.append(request_id)
+            if request_id in self._rounds.live:
+                self._rounds.inbox.append(request_id)
         self._wake.set()
 
     def register_result_handler(self, request_id: str, callback: Callable[[RequestOutput], Any]) -> None:
@@ -307,6 +308,4 @@ class Engine(Life):
 
     def metrics(self) -> EngineMetrics:
         """What has been done so far."""
-        with self._rounds.lock:
-            waiting = len(self._rounds.inbox) + len(self._rounds.pool.waiting)
-        return self._rounds.meter.metrics(waiting, self._rounds.pool.busy)
+        return self._rounds.meter.metrics(self._rounds.waiting, self._rounds.pool.busy)

@@ -18,7 +18,7 @@ from ..decoding.inputs import read_prompts
 from ..decoding.processing import Wishes
 from ..decoding.propose import bias_tensor
 from ..decoding.resolve import resolve
-from ..decoding.rules import SelfSpeculative, Strided
+from ..decoding.rules import NextToken, SelfSpeculative, Strided
 from ..decoding.schedule import plan_blocks
 from ..decoding.stops import check_stop_strings
 from ..models.adapt import DiffusionModel
@@ -62,6 +62,8 @@ class Intake:
     def known(self, options: Mapping[str, Any]) -> Known:
         """The engine's configuration with other fields."""
         key: Hashable
+        if "constraint" in options:  # each request has another one, which is not to be kept
+            return self._resolved(options)
         try:
             key = tuple(sorted(options.items()))
             hash(key)
@@ -187,7 +189,7 @@ class Intake:
         if known.has_fixed_length and config.rule.by_block:
             plan_blocks(config, grid)
         self._check_tensors(config, len(answer))
-        if not prompt and (isinstance(config.rule, (Strided, SelfSpeculative)) or config.cfg_scale > 0):
+        if not prompt and (isinstance(config.rule, (NextToken, Strided, SelfSpeculative)) or config.cfg_scale > 0):
             raise ValueError("input_ids must hold at least one token with this configuration")
         if any(i >= 0 for i in answer) and not config.rule.by_block:
             raise ValueError(f"given and suffix cannot be used with rule {type(config.rule).__name__}")

@@ -49,10 +49,17 @@ class Rounds:
         self.meter.visit(started, steps)
         return bool(self.pool.busy or self.pool.waiting or self.inbox)
 
+    @property
+    def waiting(self) -> int:
+        """How many requests have no slot yet."""
+        with self.lock:
+            return sum(isinstance(one, Request) for one in self.inbox) + len(self.pool.waiting)
+
     def end(self, reason: str) -> None:
         """Nothing is decoded any more: what is left fails."""
         with self.lock:
             left = list(self.live.values())
+            self.inbox.clear()
         for request in left:
             self._deliver(request, request.output(RequestStatus.FAILED, error=reason, finish_reason="error"))
         self.pool.waiting.clear()

@@ -14,6 +14,7 @@ from ..decoding.capture import Steps
 from ..decoding.config import DecodingConfig
 from ..decoding.constrained_rows import ConstraintOfEachRow
 from ..decoding.ends import ENDS, end_table
+from ..decoding.features import D2Cache, features_of
 from ..decoding.parameters import parameters_of
 from ..decoding.poll import OpenCount
 from ..decoding.processing import RequestProposer, Wishes
@@ -32,6 +33,7 @@ def goes_by_itself(model: DiffusionModel, config: DecodingConfig) -> bool:
     return (
         config.rule.by_block
         and config.rule.noise != "continuous"
+        and not isinstance(features_of(config.cache), D2Cache)
         and not isinstance(model, EncoderDecoderModel)
         and not getattr(model, "_rotaries", None)
         and not getattr(model, "_by_length", False)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from .. import ops
 from ..window import AttentionWindow
-from . import rotary
+from . import layerwise, rotary
 from .attention import NAME
 from .devices import check_loaded, input_device
 from .families import ARCHITECTURES, FAMILIES, Architecture, Family
@@ -104,6 +104,25 @@ class DiffusionModel:
             base = new._twin.base_model
             base.forward = torch.compile(base.forward, dynamic=False)
             new.is_compiled = True
+        return new
+
+    def by_layers(self, cache: str) -> DiffusionModel:
+        """The same, whose layers compute what `AttentionWindow.layers` says.
+
+        Raises
+        ------
+        ValueError
+            When its layers cannot be run in parts; the message names `cache`, which asks for it.
+        """
+        if type(self) is not DiffusionModel or self.is_compiled or self._rotaries:
+            what = "is compiled" if self.is_compiled else f"is of class {type(self.model).__name__}"
+            raise ValueError(
+                f"cache='{cache}' needs a model that is not compiled, of a known type with one stack of layers and "
+                f"rotary frequencies that are the same for every request; this one {what}"
+            )
+        layerwise.check(self._twin, cache)
+        new = self.renewed()
+        layerwise.run_by_plan(new._twin)
         return new
 
     def generate_batch(self, inputs, *args: Any, **options: Any):

@@ -93,7 +93,14 @@ def attention_forward(
     if is_traced:
         out, lse = _with_gradients(*tensors, **options)
     else:
-        out, lse = ops.block_attention(*tensors, **options, cache_rows=window.cache_rows)
+        out, lse = ops.block_attention(*tensors, **options, cache_rows=window.cache_rows, visible=window.visible)
+    if window.watch is not None:
+        if sliding_window is not None:
+            raise ValueError(
+                f"model: its {type(module).__name__} has a sliding window of {sliding_window}, which does not go with "
+                "a cache that evicts keys: use another one"
+            )
+        window.watch(index, q, k_cache, v_cache, q.shape[-1] ** -0.5 if scaling is None else scaling)
     if s_aux is not None:
         # the share of the sum of exponentials that is not the sink's
         out = (out * torch.sigmoid(lse - s_aux.float())[..., None]).to(dtype)

@@ -33,6 +33,8 @@ QUIET: dict[str, Any] = {
 ADAPTER_CONFIG = "adapter_config.json"
 #: The name of the model that comes with the package.
 DEMO = "demo"
+#: That of the causal one, and of its drafter.
+DEMO_CAUSAL, DEMO_DRAFTER = "demo-causal", "demo-drafter"
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 #: How long the hub may take to say whether it knows a model.
 HUB_SECONDS = 5.0
@@ -65,6 +67,10 @@ def locate(path_or_id: str | PathLike, where: dict[str, Any]) -> tuple[str, dict
         return str(MODEL_DIR), where
     if os.path.isdir(name):
         return name, where
+    if name in (DEMO_CAUSAL, DEMO_DRAFTER):
+        from ..demo import CAUSAL_DIR, DRAFTER_DIR
+
+        return str(CAUSAL_DIR if name == DEMO_CAUSAL else DRAFTER_DIR), where
     if os.path.exists(name):
         raise ValueError(f"path_or_id: '{name}' is a file; expected the folder that holds {CONFIG_NAME}")
     if isinstance(path_or_id, PathLike) or not HUB_ID.fullmatch(name):

@@ -9,6 +9,7 @@ its other arguments.
 from ..arguments import ArgumentError as ArgumentError
 from .block_attention import BlockAttention as BlockAttention
 from .block_attention import block_attention as block_attention
+from .lm_head_candidates import lm_head_candidates as lm_head_candidates
 from .lm_head_confidence import lm_head_confidence as lm_head_confidence
 from .remask import INFO_FIELDS as INFO_FIELDS
 from .remask import STATE_DIRTY as STATE_DIRTY

@@ -179,8 +179,8 @@ def combine_shards(
     exponent = torch.where(argmax >= 0, exponent, 0.0)
     counts = torch.where(is_far, largest == best, ~_is_far(largest.double() * scale)) & (argmax >= 0)
     top_exponent = torch.where(is_far | ~any_allowed, 0.0, best.double() * scale)
-    top_factor, top_power = _exact_exp(top_exponent)
-    factor, power = _exact_exp(exponent)
+    factors, powers = _exact_exp(torch.cat((exponent, top_exponent[None])))
+    factor, power, top_factor, top_power = factors[:-1], powers[:-1], factors[-1], powers[-1]
 
     own_chunk = counts & (torch.arange(len(partials), device=device)[:, None] != winner)
     weight, of_exponent = pair[..., _WEIGHT, 0].double(), pair[..., _EXPONENT, 0].double()
@@ -286,8 +286,8 @@ def _add_words(digits: Tensor, words: Tensor, lower: Tensor, counts: Tensor) -> 
     """Add digits int64 `[S, N, n]`, whose first stands `lower` `[S, N]` places behind that of `digits` `[N, n + 1]`."""
     last = digits.shape[1] - 1
     place = (lower[..., None] + torch.arange(words.shape[2], device=words.device)).clamp(max=last)
-    for shard, at, there in zip(words, place, counts):
-        digits.scatter_add_(1, torch.where(there[:, None], at, last), shard)
+    place = torch.where(counts[..., None], place, last)
+    digits.scatter_add_(1, place.transpose(0, 1).flatten(1), words.transpose(0, 1).flatten(1))
 
 
 def _add_terms(digits: Tensor, value: Tensor, power: Tensor, top: Tensor) -> None:
@@ -299,18 +299,17 @@ def _add_terms(digits: Tensor, value: Tensor, power: Tensor, top: Tensor) -> Non
     place = power + exponent - 1075
     low = (mantissa & 0xFFFFFFFF) << (place & 31)
     high = ((mantissa >> 32) << (place & 31)) + (low >> 32)
-    sign = torch.where(bits < 0, -1, 1)
-    for i, digit in enumerate((low & 0xFFFFFFFF, high & 0xFFFFFFFF, high >> 32)):
-        at = top - ((place >> 5) + i)
-        at = torch.where((at >= 0) & (at < last), at, last)
-        for row_at, row_digit in zip(at, digit * sign):
-            digits.scatter_add_(1, row_at[:, None], row_digit[:, None])
+    parts = torch.stack((low & 0xFFFFFFFF, high & 0xFFFFFFFF, high >> 32)) * torch.where(bits < 0, -1, 1)
+    at = top - (place >> 5) - torch.arange(3, device=value.device)[:, None, None]
+    at = torch.where((at >= 0) & (at < last), at, last)
+    digits.scatter_add_(1, at.flatten(0, 1).t(), parts.flatten(0, 1).t())
 
 
 def _value(digits: Tensor, above: int, within: Tensor) -> Tensor:
     """The sum over 2^power, float64 `[N]`. Digit 0 counts 2^(32 above - within) of these; the lowest come first."""
-    total = torch.zeros(len(digits), dtype=torch.float64, device=digits.device)
-    for i in reversed(range(digits.shape[1])):
-        unit = ((32 * (above - i) - within + 1023) << 52).view(torch.float64)
-        total = total + digits[:, i].double() * unit
+    place = 32 * (above - torch.arange(digits.shape[1], device=digits.device)[:, None])
+    terms = digits.t().double() * ((place - within + 1023) << 52).view(torch.float64)
+    total = terms[-1]
+    for i in reversed(range(len(terms) - 1)):  # in an order that is the same for any number of rows
+        total = total + terms[i]
     return total

@@ -7,6 +7,7 @@ the tolerance policy of the tests.
 
 from .block_attention import block_attention as block_attention
 from .block_attention import block_attention_mask as block_attention_mask
+from .lm_head_candidates import lm_head_candidates as lm_head_candidates
 from .lm_head_confidence import lm_head_confidence as lm_head_confidence
 from .normals import normals as normals
 from .normals import uniforms as uniforms

@@ -2,6 +2,7 @@
 #include "must_fail.h"
 
 #include "kernels/confidence_case.h"
+#include "kernels/shards.h"
 #include "mutants/token_confidence.h"
 
 namespace check {
@@ -30,10 +31,16 @@ std::string attempt(Kernel start) {
     start(c.p, c.workspace.data(), nullptr);
     if (std::string wrong = c.wrong(); !wrong.empty()) return wrong;
   }
-  return "";
+  C c(dlm::DType::kBFloat16, 4, 1500, C::kSample | C::kRowMap | 0u, dlm::Distribution::kRaw,
+      ++seed);
+  return wrong_in_shards(c, [&](int64_t first, int64_t end, int64_t* words) {
+    dlm::TokenConfidenceParams p = c.p;  // whose pointers are those of the whole vocabulary
+    p.first = first, p.V = end, p.partial = words;
+    start(p, c.workspace.data(), nullptr);
+  });
 }
 
-#define ROW(NAME, ...)                                                                            \
+#define ROW(NAME, ...)                                                                             \
   {"confidence_" #NAME, [] { return attempt(dlm::cuda::mutants::NAME::start_as<dlm::BFloat16>); }, \
    __VA_ARGS__, kNotRun},
 const FaultTable kFaults({MUTANTS(ROW)});

@@ -2,7 +2,10 @@
 """Decoding programs: which columns each step forwards, which it decides, and where each row goes from there."""
 
 from ..rules import (
+    S2D2,
     ContinuousRule,
+    Drafted,
+    NextToken,
     Pipeline,
     Reordered,
     Rule,
@@ -16,8 +19,10 @@ from .base import Task as Task
 from .base import run as run
 from .blocks import BlockAfterBlock
 from .continuous import ContinuousProgram
+from .drafted import CausalProgram, DraftedProgram
 from .pipelined import PipelinedProgram
 from .reordered import ReorderedProgram
+from .self_verified import SelfVerifiedProgram
 from .simplex import SimplexProgram
 from .speculative import SpeculativeProgram
 from .strided import StridedProgram
@@ -27,7 +32,8 @@ from .variable import VariableProgram
 PROGRAMS: dict[type[Rule], type[Program]] = {
     Strided: StridedProgram, SelfSpeculative: SpeculativeProgram, Reordered: ReorderedProgram,
     SimplexDenoising: SimplexProgram, ContinuousRule: ContinuousProgram,
-    Pipeline: PipelinedProgram, VariableLength: VariableProgram,
+    Pipeline: PipelinedProgram, VariableLength: VariableProgram, S2D2: SelfVerifiedProgram,
+    Drafted: DraftedProgram, NextToken: CausalProgram,
 }  # fmt: skip
 
 

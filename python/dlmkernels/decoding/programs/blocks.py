@@ -9,13 +9,18 @@ than what goes on, and the rows enter together.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ... import ops
 from ...window import Rows, TokenWindow
+from ..active_forward import ActiveForward
 from ..block_forward import BlockForward
+from ..evicting_forward import EvictingForward
+from ..features import D2Cache, DLLMCache, SparseCache, features_of
+from ..layerwise_forward import LayerwiseForward
 from ..rules import Action
 from ..schedule import plan_blocks
 from ..standing import Standing
@@ -24,6 +29,11 @@ from .base import Program, Task
 from .block_forms import BlockForms, Form
 from .block_plan import BlockPlan
 from .row_forms import RowForms
+
+#: the forwards of the caches that look into the layers
+FORWARDS: dict[type, type[BlockForward]] = {
+    DLLMCache: LayerwiseForward, SparseCache: EvictingForward, D2Cache: ActiveForward,
+}  # fmt: skip
 
 #: Multiplications of a language-model head that take as long as finding out for which slots it need not run.
 COMPACTING = 500_000
@@ -36,13 +46,15 @@ class BlockAfterBlock(Program):
         super().__init__(task)
         config, state, rule = self.config, self.state, self.rule
         rows, device = len(state.tokens), state.tokens.device
-        self.forward = BlockForward(
-            self.model, state, config, self.special, self.grid, task.prompt_embeds, rows_change=task.rows_change,
-            prompt_limit=task.prompt_limit,
-        )  # fmt: skip
+        what = self.model, state, config, self.special, self.grid, task.prompt_embeds
+        features = features_of(config.cache)
+        kind = partial(FORWARDS[type(features)], features) if features is not None else BlockForward
+        self.forward: BlockForward = kind(*what, rows_change=task.rows_change, prompt_limit=task.prompt_limit)
         self.reads_open = rule.slots == "open"
         #: whether rows enter their blocks together, so that the host knows which one they are in
-        self.together = not task.rows_change and (rows == 1 or config.cache != "none" or self.forward.commits_apart)
+        self.together = not task.rows_change and features is None and (
+            rows == 1 or config.cache != "none" or self.forward.commits_apart
+        )  # fmt: skip
         # A rule that takes tokens back may also take back an end token: that counts once its block is finished.
         self.fills_at_once = config.eos_policy == "fill" and self.reads_open
         self.fills_at_end = config.eos_policy != "none" and not self.fills_at_once
@@ -115,8 +127,8 @@ class BlockAfterBlock(Program):
         return not self.reads_open or form.kind == "enter" or form.is_limited
 
     def widest(self, form: Form) -> Form:
-        is_any = form.part == "open" or (not self.together and form.part == "append")
-        pending = self.forward.length if is_any else form.pending
+        is_any = form.part in self.forward.counted and not (self.together and form.part == "append")
+        pending = self.forward.most_columns if is_any else form.pending
         rows = form.rows  # one form for each power of two, so that there are few
         if rows is not None:
             rows = min(1 << (rows - 1).bit_length(), len(self._works))
@@ -227,7 +239,7 @@ class BlockAfterBlock(Program):
         if form.rows is None:
             return None
         takes = (self._open > 0) & (self._phase == form.phase)
-        if form.part in ("append", "open"):
+        if form.part in self.forward.counted:
             takes = takes & (self._pending <= form.pending)
         if form.width is not None:
             takes = takes & (self.grid.ends <= form.width)
@@ -243,6 +255,8 @@ class BlockAfterBlock(Program):
             used = self._valid.bool() & self._works[:, None]
         if self.constrained.may_leave_open:
             used = used & ~self.constrained.is_stuck[:, None]
+        if self.forward.readable is not None:
+            used = used & self.forward.readable.gather(1, self._index)
         if rows is not None:
             used = used & rows.taken[:, None]
         return TokenWindow.of(torch.where(used, self._listing, self._nothing), self.state.origin, used)
@@ -317,6 +331,7 @@ class BlockAfterBlock(Program):
                 self.on_move(moved.source)
         if action.embeds is not None and action.embedded is not None:
             self.forward.embed_next(window, action.embeds, action.embedded, taken)
+        self.forward.learn(step, rows)
         if self.model.self_conditions:
             self.forward.condition_next(window, logits, step.sampling_temperature, taken)
         return self._advance(info, action, rows)
@@ -326,7 +341,7 @@ class BlockAfterBlock(Program):
         if self.reads_open:
             if self.together and self.forms.is_delayed:
                 return info[:, :2].flatten()
-            open_now = info[:, 0]
+            open_now = info[:, 0] if self.forward.readable is None else info[:, 1]
             if self.constrained.may_leave_open:
                 open_now = open_now.masked_fill(self.constrained.is_stuck, 0)
             return open_now if self.together else self._reported(open_now, rows)

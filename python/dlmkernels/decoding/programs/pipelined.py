@@ -52,7 +52,12 @@ class PipelinedProgram(Program):
         return rows, min(capacity + late, self.blocks.width)
 
     def widest(self, form: tuple[int, int]) -> tuple[int, int]:
-        return self.forward.length, self.blocks.width
+        rows, most = self.forward.length, self.blocks.width
+        if self.pipeline.buffer is None:
+            return rows, most
+        # all open blocks, and those that have been finished since the last forward, which it appends to the cache
+        width = self.pipeline.buffer * self.grid.length
+        return (min(rows, 2 * width) if form[0] <= 2 * width else rows), min(most, width)
 
     def begin(self) -> Tensor:
         self.taken = 0
@@ -148,8 +153,11 @@ class Blocks:
     @property
     def context(self) -> Tensor:
         """Column up to which all blocks are finished, int32 `[B]`."""
-        finished = (self._masks == 0).int().cumprod(1).sum(1, dtype=torch.int32)
-        return torch.minimum(self.grid.first + finished * self.grid.length, self.grid.ends)
+        return torch.minimum(self.grid.first + self._finished() * self.grid.length, self.grid.ends)
+
+    def _finished(self) -> Tensor:
+        """How many blocks from the left are finished, int32 `[B]`."""
+        return (self._masks == 0).int().cumprod(1).sum(1, dtype=torch.int32)
 
     @property
     def num_open(self) -> Tensor:
@@ -171,8 +179,10 @@ class Blocks:
         """Take notice of what has been decided, and open a block where the newest asks for it, in rows bool `[B]`."""
         self._look()
         share = self._share.gather(1, (self.opened - 1).long()[:, None])[:, 0]
-        is_left = self.grid.first + self.opened * self.grid.length < self.grid.ends
-        self.opened.add_(may_open & is_left & (share >= self.rule.open_at))
+        may_open = may_open & (self.grid.first + self.opened * self.grid.length < self.grid.ends)
+        if self.rule.buffer is not None:
+            may_open = may_open & (self.opened - self._finished() < self.rule.buffer)
+        self.opened.add_(may_open & (share >= self.rule.open_at))
 
     def _look(self) -> None:
         is_open = self.canvas.open_in(self.columns).unflatten(1, (self.grid.count, self.grid.length))

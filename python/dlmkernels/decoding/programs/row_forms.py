@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from ..block_forward import APPEND, WHOLE, BlockForward
+from ..block_forward import APPEND, BlockForward
 from ..config import DecodingConfig
 from .block_forms import Form
 
@@ -103,7 +103,7 @@ class RowForms:
         for row in rows:
             self._taken[row] += 1
         width = -(-max(self.ends[row] for row in rows) // GRAIN) * GRAIN
-        is_narrow = phase == WHOLE and self.forward.rows_change and width < self.forward.length
+        is_narrow = self.forward.takes_canvas(phase) and self.forward.rows_change and width < self.forward.length
         some = taking if self.has_phases or taking < count else None
         kind = "append" if phase == APPEND and self.forward.commits_apart else "denoise"
         part = self.forward.part_of(phase)

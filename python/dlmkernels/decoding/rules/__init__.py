@@ -9,6 +9,7 @@ from .confidence import (
     EntropyBound,
     EntropySum,
     Factor,
+    Frechet,
     HierarchicalThreshold,
     LocalThreshold,
     Quota,
@@ -16,9 +17,11 @@ from .confidence import (
     TimeQuota,
 )
 from .continuous import ContinuousRule, EmbeddingFlow, LearnedNoise, SimplexDenoising, VectorDenoising
-from .drafting import Reordered, SelfSpeculative, Strided
+from .drafted import Drafted, NextToken
+from .drafting import S2D2, Reordered, SelfSpeculative, Strided
 from .history import CreditThreshold, EarlyAnswer, SmoothedThreshold, StableThreshold
 from .length import Expanding, Lengthening, VariableLength
+from .ordering import ReasonFirst
 from .pipeline import EntropyPipeline, Pipeline
 from .revision import (
     AncestralRemask,
@@ -32,11 +35,11 @@ from .revision import (
 from .splitting import SplitEditing
 
 __all__ = [
-    "Action", "Ancestral", "AncestralRemask", "Backtracking", "ContinuousRule", "CreditThreshold",
-    "DilatedSchedule", "DynamicThreshold", "EarlyAnswer", "EmbeddingFlow", "EntropyBound", "EntropyPipeline",
-    "EntropySum", "Expanding", "Factor", "HierarchicalThreshold", "LearnedNoise", "Lengthening", "LocalThreshold",
-    "PathPlanning", "Pipeline", "PredictorCorrector", "Quota", "RenoisedEntropyBound", "Reordered", "Rule",
-    "RunEditing", "ScoreAncestral", "SelfSpeculative", "SimplexDenoising", "SmoothedThreshold", "SplitEditing",
-    "StableThreshold", "Strided", "Threshold", "TimeQuota", "TokenEditing", "UniformState", "VariableLength",
-    "VectorDenoising", "WideInNarrowOut",
+    "S2D2", "Action", "Ancestral", "AncestralRemask", "Backtracking", "ContinuousRule", "CreditThreshold",
+    "DilatedSchedule", "Drafted", "DynamicThreshold", "EarlyAnswer", "EmbeddingFlow", "EntropyBound",
+    "EntropyPipeline", "EntropySum", "Expanding", "Factor", "Frechet", "HierarchicalThreshold", "LearnedNoise",
+    "Lengthening", "LocalThreshold", "NextToken", "PathPlanning", "Pipeline", "PredictorCorrector", "Quota",
+    "ReasonFirst", "RenoisedEntropyBound", "Reordered", "Rule", "RunEditing", "ScoreAncestral", "SelfSpeculative",
+    "SimplexDenoising", "SmoothedThreshold", "SplitEditing", "StableThreshold", "Strided", "Threshold", "TimeQuota",
+    "TokenEditing", "UniformState", "VariableLength", "VectorDenoising", "WideInNarrowOut",
 ]  # fmt: skip

@@ -79,8 +79,9 @@ class Rule:
     slots : {"open", "block", "canvas"}
         Which positions the step's window holds: the open ones of the block; all of the block that are not given; or
         all of the canvas that are not given. The head runs for all of them.
-    noise : {"mask", "uniform"}
-        What stands at open positions: the mask token, or tokens drawn uniformly from the vocabulary.
+    noise : {"mask", "uniform", "continuous", "none"}
+        What stands at open positions: the mask token, tokens drawn uniformly from the vocabulary, noisy vectors, or
+        nothing that a causal model would read.
     shadow : bool
         Whether the opinions of decided positions are those of a shadow block: masks at the same places that see all
         but the tokens there. (Otherwise a position sees its own token.) With slots="block" only.

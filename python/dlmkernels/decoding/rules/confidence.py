@@ -198,6 +198,31 @@ class Factor(Rule):
 
 
 @dataclass(frozen=True)
+class Frechet(Rule):
+    """The longest prefix of which all may be right together, and stay so, with more than `delta`; at least one.
+
+    Whatever their dependence, tokens of confidences c are all right with a probability of at least the Fréchet bound
+    ``sum(c) - (n - 1)``. The n best are committed as long as that exceeds `delta` by what the n-th lacks of certainty:
+    ``sum(c) - (n - 1) - (1 - c_n) > delta``. Of equal confidences as many as under `Factor(1 - delta)`; of different
+    ones more, since each counts with its own. Fast-dLLM++ (arXiv:2606.02955).
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    limits: ClassVar[Mapping[str, Check]] = {"delta": PerRequest(number(0, 1))}
+
+    delta: float = 0.25
+
+    def select(self, step: Step) -> Tensor:
+        best = step.candidates.sort(1, descending=True).values
+        # what each lacks of certainty, in integers of 2^-32, whose sums are exact in any order
+        lacks = ((1 - best.double()).clamp(0, 2.0**18) * 2.0**32).round().long()
+        delta: float | Tensor = self.delta
+        most = (1 - (delta.double() if isinstance(delta, Tensor) else delta)) * 2.0**32
+        holds = ((lacks.cumsum(1) + lacks).double() < most).long().cumprod(1)
+        return step.select("none", fill=holds.sum(1).clamp(min=1))
+
+
+@dataclass(frozen=True)
 class EntropyBound(Rule):
     """Positions in order of entropy while the entropies before the last sum to at most `bound` nats; at least one.
 

@@ -78,6 +78,33 @@ class SelfSpeculative(Rule):
 
 
 @dataclass(frozen=True)
+class S2D2(Rule):
+    """A block drafted in one forward, and verified in another as though blocks had one position each.
+
+    Self-speculation of S2D2 (arXiv:2603.25702), for block-diffusion models that know no causal attention: with blocks
+    of one position such a model decodes one token after another. The first forward fills a block of masks. The second
+    takes the drafts, and for each place a mask that sees the text, the drafts before it, and itself. From the left, a
+    draft is accepted if it is the very token that the mask in its place says, and the first that is not is replaced by
+    that. So the tokens are those of `block_length=1`; at a temperature they have the same distribution. `block_length`
+    is how many are drafted.
+
+    The published program goes over to plain diffusion where it expects little of a verification. This one verifies
+    always, so that the text is exact.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    decodes: ClassVar[str] = "continuations"
+    by_block: ClassVar[bool] = False
+
+    @property
+    def ignores(self) -> frozenset[str]:
+        return frozenset({"sub_block_length", "score", "defer_token_ids", "order_temperature", "seeded"})
+
+    def select(self, step):
+        raise TypeError("S2D2 has a program of its own and selects nothing of a step")
+
+
+@dataclass(frozen=True)
 class Reordered(Rule):
     """A window of masks that slides with what is decided before it, all of it read again as if in another order.
 

@@ -32,18 +32,25 @@ class Pipeline(Rule):
         What the score of a position must exceed.
     open_at, activate_at : float
         Shares of a block from 0 to 1.
+    buffer : int, optional
+        How many blocks are open at once at most, so that forwards have a fixed width (the multi-block buffers of
+        Diffulex, github.com/SJTU-DENG-Lab/Diffulex). None: any number.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     decodes: ClassVar[str] = "continuations"
     #: whether an end token closes what stands behind it before everything left of it is decided
     closes_at_eos: ClassVar[bool] = False
-    limits: ClassVar[Mapping[str, Check]] = {"threshold": number(), "open_at": SHARE, "activate_at": SHARE}
+    limits: ClassVar[Mapping[str, Check]] = {
+        "threshold": number(), "open_at": SHARE, "activate_at": SHARE,
+        "buffer": integer(1, optional=True),
+    }  # fmt: skip
     by_block: ClassVar[bool] = False
 
     threshold: float = 0.9
     open_at: float = 0.1
     activate_at: float = 0.95
+    buffer: int | None = None
 
     def select(self, step):
         raise TypeError(f"{type(self).__name__} has a program of its own and selects by block")

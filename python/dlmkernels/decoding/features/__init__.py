@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Caches that say for each layer which rows it computes, or which keys it keeps."""
+
+from typing import Any
+
+from ..checks import Check, one_of
+from .base import FeatureCache as FeatureCache
+from .base import LayerwiseCache as LayerwiseCache
+from .d2cache import D2Cache as D2Cache
+from .dllm_cache import DLLMCache as DLLMCache
+from .sparse import SparseCache as SparseCache
+
+#: the caches by the names of their published settings
+FEATURE_CACHES: dict[str, FeatureCache] = {kind.name: kind() for kind in (DLLMCache, SparseCache, D2Cache)}
+
+
+def cache_or(*names: str) -> Check:
+    """A check for a `FeatureCache`, the name of one, or one of these names."""
+    of_names = one_of(*names, *FEATURE_CACHES)
+
+    def check(name: str, value: Any) -> str | FeatureCache | None:
+        return value if isinstance(value, FeatureCache) else of_names(name, value)
+
+    return check
+
+
+def features_of(cache: str | FeatureCache) -> FeatureCache | None:
+    """The `FeatureCache` that is meant, None if another cache is."""
+    return FEATURE_CACHES.get(cache) if isinstance(cache, str) else cache
