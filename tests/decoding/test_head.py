@@ -266,6 +266,14 @@ def test_masks_that_the_fused_head_leaves_open(model):
         assert not decode(model, **options).complete.any()
 
 
+@pytest.mark.parametrize("rule", [dk.Strided(3), dk.Lengthening(0.3, first_length=4, growth=4, end_window=4)],
+                         ids=lambda rule: type(rule).__name__)  # fmt: skip
+@pytest.mark.parametrize("name,value", [("lm_head", "fused"), ("logits_budget", 1000)])
+def test_rules_that_keep_all_logits(model, rule, name, value):
+    with pytest.raises(ValueError, match=f"{name}=.* has no effect with rule {type(rule).__name__}"):
+        dk.generate(model, prompts(1, 6), rule=rule, max_new_tokens=8, **{name: value})
+
+
 @pytest.mark.parametrize("options,message", [
     ({"lm_head": "cuda"}, "lm_head must be one of"), ({"logits_budget": 0}, "logits_budget must be"),
     ({"logits_budget": 1.5}, "logits_budget must be"),

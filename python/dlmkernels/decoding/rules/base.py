@@ -68,6 +68,10 @@ class Action:
     append: Tensor | None = None
 
 
+#: Fields of a configuration about where the head's results come from, for rules whose steps need the logits.
+OF_THE_HEAD = frozenset({"lm_head", "logits_budget"})
+
+
 class Rule:
     """Base of all rules.
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from ..checks import Check, flag, number
-from .base import SHARE, Rule
+from .base import OF_THE_HEAD, SHARE, Rule
 
 #: Fields of a configuration about the order and the sampling of tokens, and about blocks.
 UNUSED = frozenset((
     "score", "order_temperature", "defer_token_ids", "temperature", "top_k", "top_p", "top_p_first", "keep_crossing",
     "distribution", "block_length", "sub_block_length", "sub_block_cache",
-))  # fmt: skip
+)) | OF_THE_HEAD  # fmt: skip
 
 
 class Walk(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checks import FLOAT32, Check, amount, integer, number
 from ..step import Step
-from .base import Rule
+from .base import OF_THE_HEAD, Rule
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Strided(Rule):
     def ignores(self) -> frozenset[str]:
         names = {"block_length", "sub_block_length", "score", "defer_token_ids", "order_temperature", "seeded"}
         # drafts are then compared under the tempered distribution
-        return frozenset(names if self.leniency is None else names | {"distribution"})
+        return OF_THE_HEAD | (names if self.leniency is None else names | {"distribution"})
 
     def select(self, step):
         raise TypeError("Strided has a program of its own and selects nothing of a step")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checks import Check, PerRequest, integer, number
 from ..step import Step
-from .base import Action, Rule, row_sum
+from .base import OF_THE_HEAD, Action, Rule, row_sum
 
 
 class VariableLength(Rule):
@@ -23,6 +23,10 @@ class VariableLength(Rule):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     by_block: ClassVar[bool] = False
+
+    @property
+    def ignores(self) -> frozenset[str]:
+        return super().ignores | OF_THE_HEAD
 
     @property
     def most_growth(self) -> int:
