@@ -239,7 +239,7 @@ class BlockForward(Forward):
         are forwarded of each row. `width`: with "whole", how many columns; None: all. `rows`: the rows that are
         forwarded, of S; None: all.
         """
-        moment = self._moment(standing)
+        moment = self.moment_of(standing)
         both = rows.twice() if rows is not None and self.is_guided else rows
         if part == "open":
             return self._in_part(pending, pick, rows, both)
@@ -259,19 +259,6 @@ class BlockForward(Forward):
             before = self._carried if both is None else both.of(self._carried)
             hidden = torch.cat((before[:, None], hidden), 1)
         return self._select(hidden, part, pick, rows)
-
-    def _moment(self, standing: Standing) -> dict[str, Tensor]:
-        if not self.takes_time:
-            return {}
-        moment = {
-            "step": standing.index,
-            "num_steps": standing.num_steps.clone(),
-            "progress": standing.progress_before.float(),
-        }
-        rule = self.config.rule
-        if rule.time(0, 1) is not None:
-            moment["time"] = standing.tables.look_up("time", rule.time, standing.step, torch.float32)
-        return moment
 
     def _select(self, hidden: Tensor, place: Tensor | str, pick: Tensor | None, rows: Rows | None) -> Tensor:
         """What speaks of the slots: rows at `place` int64 `[S, W]` of each row's part of `hidden` `[n, Q, hidden]`.

@@ -16,6 +16,7 @@ from .config import DecodingConfig, SpecialTokens
 from .guidance import Unconditional
 from .hidden_rows import Logits, by_rows
 from .schedule import Grid
+from .standing import Standing
 from .state import State, put
 
 
@@ -228,6 +229,20 @@ class Forward:
         if not self.takes_time:
             return self.model.hidden(tokens, positions, window, embeds, opinion)
         return self.model.hidden(tokens, positions, window, embeds, opinion, Moment(**told))  # type: ignore[call-arg]
+
+    def moment_of(self, standing: Standing) -> dict[str, Tensor]:
+        """What a model that takes the time is told of a step, as arguments of `Moment`."""
+        if not self.takes_time:
+            return {}
+        moment = {
+            "step": standing.index,
+            "num_steps": standing.num_steps.clone(),
+            "progress": standing.progress_before.float(),
+        }
+        rule = self.config.rule
+        if rule.time(0, 1) is not None:
+            moment["time"] = standing.tables.look_up("time", rule.time, standing.step, torch.float32)
+        return moment
 
     def tokens(self) -> Tensor:
         """What stands on the canvas, int64 `[S, T]`, for both halves of a guided batch."""

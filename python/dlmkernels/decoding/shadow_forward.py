@@ -31,5 +31,5 @@ class ShadowForward(BlockForward):
         kv_range = torch.stack((self.origin, self.ends), 1)
         shadow = torch.where(is_there, columns, -1)
         seen = AttentionWindow(kv_range=kv_range, shadow=shadow, rotations=self.rotations)
-        hidden = self.run(everywhere, self.positions.gather(1, everywhere), seen, tokens, self._moment(standing))
+        hidden = self.run(everywhere, self.positions.gather(1, everywhere), seen, tokens, self.moment_of(standing))
         return self._select(hidden, row, pick, None)

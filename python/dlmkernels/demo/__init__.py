@@ -6,7 +6,7 @@ from pathlib import Path
 MODEL_DIR = Path(__file__).parent / "model"
 #: a causal model of the same tasks, and a drafter for it
 CAUSAL_DIR, DRAFTER_DIR = (Path(__file__).parent / name for name in ("causal", "drafter"))
-#: A masked model that is told the time, and a continuous one: smaller, and without Sudoku.
+#: A masked model that is told the time, and a continuous one: smaller, and for Sudoku alone.
 MDLM_DIR, LANGFLOW_DIR = (Path(__file__).parent / name for name in ("mdlm", "langflow"))
 
 #: A question that the model answers.
