@@ -83,12 +83,12 @@ def test_buffer(block, threshold, add, decoded, new_tokens, buffer, loaded):
     decoder = restated(published.discrete_forcing, checkpoint, "d2f-llada", new_tokens, buffer=buffer, **options)
     for cache in ("block", "none"):
         assert_rows_same(
-            model, decoder, new_tokens, seed=2, rule=dk.Pipeline(threshold, add, decoded, buffer), block_length=block,
+            model, decoder, new_tokens, seed=2, rule=dk.Pipeline(threshold, add, decoded, buffer=buffer), block_length=block,
             cache=cache,
         )  # fmt: skip
     ids = prompts(2, 6)
     out = dk.generate(model, ids, max_new_tokens=new_tokens, block_length=block, cache="block", eos_policy="none",
-                      rule=dk.Pipeline(threshold, add, decoded, buffer))  # fmt: skip
+                      rule=dk.Pipeline(threshold, add, decoded, buffer=buffer))  # fmt: skip
     assert buffer > 1 or not overlaps(out, 6, block)
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -50,7 +50,7 @@ class Pipeline(Rule):
     threshold: float = 0.9
     open_at: float = 0.1
     activate_at: float = 0.95
-    buffer: int | None = None
+    buffer: int | None = field(default=None, kw_only=True)
 
     def select(self, step):
         raise TypeError(f"{type(self).__name__} has a program of its own and selects by block")
