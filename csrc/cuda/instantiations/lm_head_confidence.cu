@@ -3,6 +3,11 @@
 
 namespace dlm::cuda {
 
+template cudaError_t start_head_scan<float>(const HeadLaunch&, cudaStream_t);
+template cudaError_t start_head<float>(const LmHeadConfidenceParams&, void*, cudaStream_t);
+template cudaError_t start_head<BFloat16>(const LmHeadConfidenceParams&, void*, cudaStream_t);
+template cudaError_t start_head<Float16>(const LmHeadConfidenceParams&, void*, cudaStream_t);
+
 const char* unsupported_lm_head_confidence(const LmHeadConfidenceParams& p) {
   return why_not_lm_head_confidence(p);
 }
