@@ -48,6 +48,10 @@ class KVCache:
         """The value buffer of a layer that has written, `[B, S, G, D]`."""
         return self._layers[index][1]
 
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Buffers of all layers that have written."""
+        return list(self._layers.values())
+
     def dtype(self, index: int) -> torch.dtype | None:
         """What one layer's buffers hold, None before the layer has written."""
         return self._layers[index][0].dtype if index in self._layers else None

@@ -137,7 +137,10 @@ def test_recorded_calls_decode(model, name):
     assert out.complete.all() and steps > 2 and player.replays > steps / 2
 
 
-@pytest.mark.parametrize("form", [None, "dflash2", "dspark-rnn"])
+CAUSAL_OPTIONS = {"dflash": {"tree": 8}, "dflash2": {"width": "auto"}}
+
+
+@pytest.mark.parametrize("form", [None, "dflash", "dflash2", "dspark-rnn"])
 @torch.no_grad()
 def test_recorded_calls_of_causal_decodings(form, tmp_path):
     """The same of one token a forward, and with drafters."""
@@ -145,7 +148,7 @@ def test_recorded_calls_of_causal_decodings(form, tmp_path):
     rule = dk.NextToken()
     if form is not None:
         path, _, _ = drafter_checkpoints.write(tmp_path, form, taps=(0,), target_layers=2)
-        rule = dk.Drafted(dk.load_drafter(path, model), "auto" if form == "dflash2" else None)
+        rule = dk.Drafted(dk.load_drafter(path, model), **CAUSAL_OPTIONS.get(form, {}))
     options = {"max_new_tokens": NEW, "eos_policy": "none", "rule": rule, "temperature": 1.0, "seed": 5}
     first, *others, last = (batch_of(seed) for seed in range(3))
     program, admit = program_for(model, *first, options)

@@ -26,6 +26,7 @@ from .self_verified import SelfVerifiedProgram
 from .simplex import SimplexProgram
 from .speculative import SpeculativeProgram
 from .strided import StridedProgram
+from .tree import TreeProgram
 from .variable import VariableProgram
 
 #: the programs of the rules that are not decoded block after block
@@ -39,4 +40,6 @@ PROGRAMS: dict[type[Rule], type[Program]] = {
 
 def program_of(rule: Rule) -> type[Program]:
     """The program that decodes with a rule."""
+    if isinstance(rule, Drafted) and rule.tree is not None:
+        return TreeProgram
     return next((program for kind, program in PROGRAMS.items() if isinstance(rule, kind)), BlockAfterBlock)

@@ -82,11 +82,7 @@ class CausalProgram(Program):
         window = TokenWindow(torch.where(is_next, columns + 1, -1), state.origin)
 
         anchor = state.tokens.gather(1, last.long()[:, None])
-        drafts = self.draft(anchor[:, 0], used, window)
-        tokens = torch.cat((anchor, drafts.clamp(min=0)), 1)
-        hidden = self.forward.at(columns, end, used, tokens, causal_block=1)
-        self.have_read(columns, used)
-
+        hidden, drafts = self.read(anchor[:, 0], columns, end, used, window)
         standing = Standing.in_one_block(last + 1, len(offset), state.step)
         step, action = self.decide(
             self.propose.head(hidden.flatten(0, 1)), window, standing,
@@ -108,6 +104,19 @@ class CausalProgram(Program):
         return self._width
 
     # --- for those who guess ------------------------------------------------------------------------------------------
+
+    def read(
+        self, anchor: Tensor, columns: Tensor, end: Tensor, used: Tensor, window: TokenWindow
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Hidden states `[S, W + 1, hidden]` of the last tokens and of drafts behind them, and the drafts `[S, W]`.
+
+        They stand at the `columns` int32 `[S, W + 1]` and see nothing from `end` int32 `[S]` on; others: see `draft`.
+        """
+        drafts = self.draft(anchor, used, window)
+        tokens = torch.cat((anchor[:, None], drafts.clamp(min=0)), 1)
+        hidden = self.forward.at(columns, end, used, tokens, causal_block=1)
+        self.have_read(columns, used)
+        return hidden, drafts
 
     def draft(self, anchor: Tensor, used: Tensor, window: TokenWindow) -> Tensor:
         """Guesses of what comes behind the last tokens `anchor` int64 `[S]`, int64 `[S, W]`; -1 for none.
@@ -165,6 +174,17 @@ class DraftedProgram(CausalProgram):
     def draft(self, anchor: Tensor, used: Tensor, window: TokenWindow) -> Tensor:
         if used.shape[1] == 1:
             return anchor[:, None][:, :0]
+        hidden = self.block(anchor, used)
+        logits = self.drafter.logits(hidden.flatten(0, 1))
+        # a draft for each row that is used, and none in the place of the token behind them
+        asked = torch.where(self.offset[: hidden.shape[1]] < self.width()[:, None], window.positions[:, :-1], -1)
+        places = TokenWindow(asked.contiguous(), window.origin)
+        if not self.drafter.is_sequential:
+            return self.propose(self.drafter.of_all(logits), places).token.view(hidden.shape[:2])
+        return self._one_after_another(anchor, hidden, logits.unflatten(0, hidden.shape[:2]), places)
+
+    def block(self, anchor: Tensor, used: Tensor) -> Tensor:
+        """What the drafter makes of a block behind the last tokens, `[S, W, d]`; `anchor` and `used` as in `draft`."""
         # rows of the drafter's block: where each of them predicts the token behind it, the last draft needs none
         shorter = int(self.drafter.form.from_anchor)
         used = used[:, shorter:]
@@ -173,14 +193,7 @@ class DraftedProgram(CausalProgram):
         end = torch.minimum(self.last + self.width() + 1 - shorter, self.forward.ends)
         seen = AttentionWindow(slots, torch.stack((self.forward.origin, end), 1), self.cache)
         hidden = self.drafter.hidden(anchor, positions, seen)
-        hidden = hidden if self.drafter.form.from_anchor else hidden[:, 1:]
-        logits = self.drafter.logits(hidden.flatten(0, 1))
-        # a draft for each row that is used, and none in the place of the token behind them
-        asked = torch.where(self.offset[: hidden.shape[1]] < self.width()[:, None], window.positions[:, :-1], -1)
-        places = TokenWindow(asked.contiguous(), window.origin)
-        if not self.drafter.is_sequential:
-            return self.propose(self.drafter.of_all(logits), places).token.view(hidden.shape[:2])
-        return self._one_after_another(anchor, hidden, logits.unflatten(0, hidden.shape[:2]), places)
+        return hidden if self.drafter.form.from_anchor else hidden[:, 1:]
 
     def _one_after_another(self, before: Tensor, hidden: Tensor, logits: Tensor, places: TokenWindow) -> Tensor:
         """Drafts that each depend on the one before."""

@@ -124,9 +124,9 @@ def visibilities(width: int) -> tuple[Tensor, Tensor]:
 
 
 def bits(rows: Tensor) -> Tensor:
-    """Words int32 `[Q, ceil(K / 32)]` of bool `[Q, K]`: bit i % 32 of word i / 32 stands for column i."""
-    padded = torch.nn.functional.pad(rows.long(), (0, -rows.shape[1] % 32)).unflatten(1, (-1, 32))
-    words = (padded << torch.arange(32, device=rows.device)).sum(2)
+    """Words int32 `[…, ceil(K / 32)]` of bool `[…, K]`: bit i % 32 of word i / 32 stands for column i."""
+    padded = torch.nn.functional.pad(rows.long(), (0, -rows.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    words = (padded << torch.arange(32, device=rows.device)).sum(-1)
     return torch.where(words < 2**31, words, words - 2**32).int()
 
 

@@ -73,15 +73,24 @@ class Drafted(NextToken):
         accepted lately and how long steps take on this machine, which is measured when a batch of so many requests is
         first decoded with the drafter; where drafts are worth nothing, none. The text is the same, but how many
         forwards it takes is not.
+    tree : int, optional
+        With a number, so many drafts in a tree, its likeliest paths, in place of a chain of the likeliest tokens
+        (DDTree, arXiv:2604.12989): `width` is its depth then. For drafters whose drafts are independent of each other
+        (DFlash) and targets without sliding windows.
     """
 
-    limits: ClassVar[Mapping[str, Check]] = {"width": _width, "drafter": _drafter}
+    limits: ClassVar[Mapping[str, Check]] = {
+        "width": _width, "tree": integer(2, 255, optional=True), "drafter": _drafter,
+    }  # fmt: skip
 
     drafter: Any = None
     width: int | str | None = None
+    tree: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
         drafts = self.drafter.form.drafts
         if isinstance(self.width, int) and self.width > drafts:
             raise ValueError(f"width must be at most the drafter's {drafts} drafts; got {self.width}")
+        if self.tree is not None and self.width == "auto":
+            raise ValueError("width='auto' cannot be used with tree, whose number of drafts is fixed")
