@@ -3,7 +3,6 @@
 
 from dataclasses import dataclass
 
-import pytest
 import torch
 import torch.nn.functional as F
 
@@ -29,8 +28,6 @@ FULL = [Case(1), Case(8), Case(128), Case(32, k=64), Case(32, dim=4096)]
 
 
 def test_candidates(benchmark, harness, case):
-    if harness.floors is not None:
-        pytest.skip("lm_head_candidates has kernels for the CPU alone")
     hidden = torch.randn(case.rows, case.dim).to(case.dtype)
     weight = (torch.randn(case.vocabulary, case.dim) * 3 / case.dim**0.5).to(case.dtype)
 

@@ -16,6 +16,7 @@ namespace dlm::cuda {
 
 #ifndef DLM_SIMT
 // In files of their own, for the sake of parallel builds.
+extern template cudaError_t start_head_scan<float>(const HeadLaunch&, cudaStream_t);
 extern template cudaError_t start_head_scan<BFloat16>(const HeadLaunch&, cudaStream_t);
 extern template cudaError_t start_head_scan<Float16>(const HeadLaunch&, cudaStream_t);
 #endif
@@ -33,24 +34,25 @@ inline const char* why_not_lm_head_confidence(const LmHeadConfidenceParams& p) {
 // What a group of rows works in, one array behind the other, each aligned to 16 bytes.
 class HeadWorkspace {
  public:
-  HeadWorkspace(const LmHeadConfidenceParams& p, int64_t rows, void* memory)
+  // `keeps`: logits are.
+  HeadWorkspace(const LmHeadConfidenceParams& p, bool keeps, int64_t rows, void* memory)
       : next_(reinterpret_cast<uintptr_t>(memory)) {
     const TokenConfidenceParams& q = p.rows;
     const int64_t chunks = chunks_of(q);
-    if (!may_filter(q)) {
+    if (!keeps) {
       sums = take<float>(rows * HeadChunks::kArrays * chunks);
       given = take<float>(rows);
       return;
     }
-    searches = take<FloorSearch>(rows);
+    searches = take<FloorSearch>(may_filter(q) ? rows : 0);
     sums = take<float>(rows * 4 * chunks);
     row_map = take<int32_t>(rows);
     const int64_t bytes = rows * logits_stride(q) * element_size(q.dtype);
     logits = take<char>(bytes);
     if (p.uncond_hidden) uncond_logits = take<char>(bytes);
   }
-  static int64_t bytes(const LmHeadConfidenceParams& p, int64_t rows) {
-    return int64_t(HeadWorkspace(p, rows, nullptr).next_);
+  static int64_t bytes(const LmHeadConfidenceParams& p, bool keeps, int64_t rows) {
+    return int64_t(HeadWorkspace(p, keeps, rows, nullptr).next_);
   }
   static int64_t logits_stride(const TokenConfidenceParams& q) { return (q.V + 7) / 8 * 8; }
 
@@ -77,17 +79,24 @@ class HeadWorkspace {
 
 // Rows of a group; the last one may have fewer. As many groups as it takes, and where a group has
 // several tiles, whole ones.
-inline int64_t head_group(const LmHeadConfidenceParams& p) {
+inline int64_t head_group(const LmHeadConfidenceParams& p, bool keeps) {
   const int64_t N = p.rows.N;
   const int64_t tile = head_rows_of(
       p, p.rows.dtype == DType::kFloat32 ? kMostHeadRows<float> : kMostHeadRows<BFloat16>);
-  const int64_t base = HeadWorkspace::bytes(p, 0), a_row = HeadWorkspace::bytes(p, 1) - base;
+  const int64_t base = HeadWorkspace::bytes(p, keeps, 0);
+  const int64_t a_row = HeadWorkspace::bytes(p, keeps, 1) - base;
   const int64_t most = std::clamp<int64_t>((kHeadBudget - base) / a_row, 1, N);
   const int64_t groups = (N + most - 1) / most, rows = (N + groups - 1) / groups;
   return rows == N || most < tile ? rows : std::min(most / tile, (rows + tile - 1) / tile) * tile;
 }
+inline int64_t head_workspace(const LmHeadConfidenceParams& p, bool keeps) {
+  return p.rows.N == 0 ? 0 : HeadWorkspace::bytes(p, keeps, head_group(p, keeps));
+}
+inline int64_t head_group(const LmHeadConfidenceParams& p) {
+  return head_group(p, may_filter(p.rows));
+}
 inline int64_t head_workspace(const LmHeadConfidenceParams& p) {
-  return p.rows.N == 0 ? 0 : HeadWorkspace::bytes(p, head_group(p));
+  return head_workspace(p, may_filter(p.rows));
 }
 
 // Whether all rows start at multiples of 16 bytes and have as many.
@@ -101,39 +110,30 @@ inline bool is_aligned(const LmHeadConfidenceParams& p) {
          0;
 }
 
-// Rows [job.first, job.end), whose logits are kept, as token_confidence takes them.
-template <class T>
-cudaError_t start_kept_rows(const HeadLaunch& job, const HeadWorkspace& memory,
-                            cudaStream_t stream) {
+// Rows [job.first, job.end), whose logits are kept, as token_confidence's kernels take them.
+inline ConfidenceLaunch kept_rows(const HeadLaunch& job, const HeadWorkspace& memory) {
   TokenConfidenceParams rows = job.p.rows;
-  const int64_t first = job.first, count = job.end - first;
-  rows.N = rows.R = count;
+  const int64_t first = job.first;
+  rows.N = rows.R = job.end - first;
   rows.logits = memory.logits, rows.uncond_logits = memory.uncond_logits;
   rows.logits_stride = rows.uncond_stride = job.logits_stride;
   rows.row_map = HeadWorkspace::before(memory.row_map, first);
-  return start_rows<T>({rows, HeadWorkspace::before(memory.sums, first * 4 * job.chunks),
-                        HeadWorkspace::before(memory.searches, first), job.chunks, false,
-                        Filter::kCount, 0, job.first},
-                       stream);
+  return {rows,
+          HeadWorkspace::before(memory.sums, first * 4 * job.chunks),
+          HeadWorkspace::before(memory.searches, first),
+          job.chunks,
+          false,
+          Filter::kCount,
+          0,
+          job.first};
 }
 
-template <class T>
-cudaError_t start_head_finish(const HeadLaunch& job, const HeadWorkspace& memory,
-                              cudaStream_t stream) {
-  const dim3 grid(job.end - job.first), threads(kFinishThreads);
-  if (may_filter(job.p.rows)) return start_kept_rows<T>(job, memory, stream);
-  if (job.p.rows.partial) {
-    return launch(finish_head_shard_kernel<kFinishThreads>, grid, threads,
-                  HeadShardFinish::smem().bytes, stream, job);
-  }
-  return launch(finish_head_kernel<kFinishThreads>, grid, threads, HeadFinish::smem().bytes, stream,
-                job);
-}
-
-template <class T>
-cudaError_t start_head(const LmHeadConfidenceParams& p, void* workspace, cudaStream_t stream) {
-  const int64_t N = p.rows.N, group = head_group(p);
-  const HeadWorkspace memory(p, group, workspace);
+// Groups of rows, one after the other: the scan, and what finish(job, memory) starts.
+template <class T, class Finish>
+cudaError_t start_head_groups(const LmHeadConfidenceParams& p, bool keeps, void* workspace,
+                              cudaStream_t stream, const Finish& finish) {
+  const int64_t N = p.rows.N, group = head_group(p, keeps);
+  const HeadWorkspace memory(p, keeps, group, workspace);
   HeadLaunch job{};
   job.p = p;
   job.chunks = uint32_t(chunks_of(p.rows));
@@ -146,11 +146,33 @@ cudaError_t start_head(const LmHeadConfidenceParams& p, void* workspace, cudaStr
   for (int64_t first = 0; first < N && error == cudaSuccess; first += group) {
     job.first = uint32_t(first), job.end = uint32_t(std::min(first + group, N));
     error = start_head_scan<T>(job, stream);
-    if (error != cudaSuccess) break;
-    error = start_head_finish<T>(job, memory, stream);
+    if (error == cudaSuccess) error = finish(job, memory);
   }
   return error;
 }
+
+template <class T>
+cudaError_t start_head(const LmHeadConfidenceParams& p, void* workspace, cudaStream_t stream) {
+  const bool keeps = may_filter(p.rows);
+  return start_head_groups<T>(
+      p, keeps, workspace, stream, [&](const HeadLaunch& job, const HeadWorkspace& memory) {
+        const dim3 grid(job.end - job.first), threads(kFinishThreads);
+        if (keeps) return start_rows<T>(kept_rows(job, memory), stream);
+        if (p.rows.partial) {
+          return launch(finish_head_shard_kernel<kFinishThreads>, grid, threads,
+                        HeadShardFinish::smem().bytes, stream, job);
+        }
+        return launch(finish_head_kernel<kFinishThreads>, grid, threads, HeadFinish::smem().bytes,
+                      stream, job);
+      });
+}
+
+#ifndef DLM_SIMT
+extern template cudaError_t start_head<float>(const LmHeadConfidenceParams&, void*, cudaStream_t);
+extern template cudaError_t start_head<BFloat16>(const LmHeadConfidenceParams&, void*,
+                                                 cudaStream_t);
+extern template cudaError_t start_head<Float16>(const LmHeadConfidenceParams&, void*, cudaStream_t);
+#endif
 
 // `workspace` has head_workspace(p) bytes, aligned to 16.
 inline cudaError_t start_lm_head_confidence(const LmHeadConfidenceParams& p, void* workspace,

@@ -78,7 +78,7 @@ class CandidatesFinish {
         statistics_(job.rows, smem),
         partial_(smem.take<uint32_t>(2 * kMaxWarps)),
         kept_(smem.take<uint64_t>(kKept)),
-        n_(blockIdx.x),
+        n_(job.rows.first + blockIdx.x),
         plan_(job.rows.p, n_),
         largest_(job.rows.sums_of(n_).largest) {}
 

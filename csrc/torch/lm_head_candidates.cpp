@@ -6,6 +6,10 @@
 #include "torch/check.h"
 #include "torch/ops.h"
 #include "torch/token_confidence.h"
+#ifdef DLM_WITH_CUDA
+#include "cuda/lm_head_candidates.h"
+#include "torch/cuda_stream.h"
+#endif
 
 namespace dlm {
 namespace {
@@ -37,9 +41,6 @@ std::tuple<Tensor, Tensor, Tensor> lm_head_candidates(const Tensor& hidden, cons
                                                       const MaybeTensor& banned,
                                                       const MaybeTensor& bitmask) {
   const Check check("lm_head_candidates", "hidden", hidden);
-  check.that(!hidden.is_cuda(),
-             "hidden must be on the CPU: there is no CUDA kernel; on a GPU take ",
-             "top_candidates of the head's logits");
   LmHeadCandidatesParams p{};
   LmHeadConfidenceParams& head = p.head;
   TokenConfidenceParams& rows = head.rows;
@@ -64,8 +65,10 @@ std::tuple<Tensor, Tensor, Tensor> lm_head_candidates(const Tensor& hidden, cons
   const int64_t N = rows.N = row_map ? row_map->numel() : rows.R;
   rows.bias_rows_per_value = std::max<int64_t>(N, 1);
   check_bans(check, banned, bitmask, rows);
-  check.indices("row_map", rows.row_map, N, rows.R);
-  check.indices("banned", rows.banned, banned ? banned->numel() : 0, rows.V);
+  if (!hidden.is_cuda()) {  // there, a look at the values would have the host wait for them
+    check.indices("row_map", rows.row_map, N, rows.R);
+    check.indices("banned", rows.banned, banned ? banned->numel() : 0, rows.V);
+  }
   check.not_differentiable({{"hidden", hidden}, {"weight", weight}});
 
   Tensor ids = check.empty("ids", {N, k}, ScalarType::Long);
@@ -74,7 +77,19 @@ std::tuple<Tensor, Tensor, Tensor> lm_head_candidates(const Tensor& hidden, cons
   p.ids = static_cast<int64_t*>(ids.mutable_data_ptr());
   p.values = static_cast<float*>(values.mutable_data_ptr());
   p.logsumexp = static_cast<float*>(logsumexp.mutable_data_ptr());
-  if (N > 0) run_on_cpu(check, p);
+  if (N == 0) return {ids, values, logsumexp};
+#ifdef DLM_WITH_CUDA
+  if (hidden.is_cuda()) {
+    const CudaCall call(check, hidden);
+    call.supports(cuda::unsupported_lm_head_candidates(p));
+    Tensor workspace =
+        check.empty("workspace", {cuda::lm_head_candidates_workspace(p)}, ScalarType::Byte);
+    call.succeeded(cuda::run_lm_head_candidates(p, workspace.mutable_data_ptr(), call.stream()));
+    return {ids, values, logsumexp};
+  }
+#endif
+
+  run_on_cpu(check, p);
   return {ids, values, logsumexp};
 }
 

@@ -11,11 +11,9 @@ import torch
 
 from dlmkernels import ops
 
-ON_CPU_ALONE = {"lm_head_candidates"}  # ops without kernels for any other device
-# Every other op there is, by its schema.
+# Every op there is, by its schema.
 NAMES = sorted(
     {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("dlmkernels::")}
-    - ON_CPU_ALONE
 )
 
 

@@ -3,6 +3,10 @@
 
 namespace dlm::cuda {
 
+template cudaError_t start_candidates<float>(const CandidatesLaunch&, cudaStream_t);
+template cudaError_t start_candidates<BFloat16>(const CandidatesLaunch&, cudaStream_t);
+template cudaError_t start_candidates<Float16>(const CandidatesLaunch&, cudaStream_t);
+
 const char* unsupported_top_candidates(const TopCandidatesParams& p) {
   return why_not_token_confidence(p.rows);
 }

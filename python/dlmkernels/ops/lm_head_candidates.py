@@ -47,12 +47,13 @@ def lm_head_candidates(
     Raises
     ------
     ArgumentError
-        For tensors on a GPU, for which there is no kernel; for a wrong device, dtype, shape or stride, and for a value
-        out of range. The message names the argument.
+        For a wrong device, dtype, shape or stride; and, on the CPU, for a value out of range. Elsewhere a source row or
+        an id out of range is none. The message names the argument.
 
     Notes
     -----
-    A row's result has the same bits whatever the batch and the number of threads.
+    A row's result has the same bits whatever the batch and the number of threads. On a GPU the logits of as many rows
+    as 8 MB have room for (14 of 262,144 bfloat16) are made at a time, and `weight` is read once for as many.
     """
     return TopCandidates(
         *call(
