@@ -221,14 +221,22 @@ def test_launches_go_by_the_tensors_device(path):
 
     It makes that device the current one and looks up its stream; workspaces are allocated after it.
     """
-    code = re.sub(r"//[^\n]*", "", path.read_text(encoding="utf-8"))
-    (anchor,) = re.findall(r'Check check\("\w+", "(\w+)", \1\)', code)
-    (branch,) = re.findall(rf"if \({anchor}\.is_cuda\(\)[^\n]*{{\n(.*?)\n  }}\n", code, re.S)
-    call, inside = branch.split("\n", 1)
-    assert call.strip() == f"const CudaCall call(check, {anchor});"
-    launches = [inside[launch.end() : inside.index(";", launch.end())] for launch in LAUNCH.finditer(inside)]
+    code = {path: re.sub(r"//[^\n]*", "", path.read_text(encoding="utf-8")) for path in BINDINGS}
+    checked = set(re.findall(r'Check check\("\w+", "(\w+)", \1\)', "".join(code.values())))
+    branches = re.findall(r"if \((\w+)\.is_cuda\(\)[^\n]*{\n(.*?)\n  }\n", code[path], re.S)
+    launches = []
+    for anchor, branch in branches:
+        call, inside = branch.split("\n", 1)
+        assert call.strip() == f"const CudaCall call(check, {anchor});"
+        launches += [inside[found.end() : inside.index(";", found.end())] for found in LAUNCH.finditer(inside)]
+        if anchor == "anchor":  # the argument of a function, which every caller gives such a tensor
+            (name,) = re.findall(r"void (\w+)\(const Check& check, const Tensor& anchor,[^{]*{\n#ifdef", code[path])
+            given = re.findall(rf"\b{name}\(check, ([^,]+), ", "".join(code.values()))
+            assert given and set(given) <= checked
+        else:
+            assert anchor in checked
     assert launches and all(arguments.endswith("call.stream()))") for arguments in launches)
-    assert len(launches) == len(LAUNCH.findall(code))  # none elsewhere
+    assert len(launches) == len(LAUNCH.findall(code[path]))  # none elsewhere
 
 
 @needs_gpu

@@ -122,7 +122,7 @@ def test_stock_models(kind):
         assert_same(decode(model, rule=dk.Threshold(0.3), lm_head="fused", **DRAWN), expected)
 
 
-PUBLISHED = ("llada", "dream", "sdar", "llada2", "fast_dllm_v2", "nemotron", "i_dlm", "wedlm", "llada_moe", "rnd1")
+PUBLISHED = ("llada", "dream", "sdar", "llada2", "fast_dllm_v2", "nemotron", "wedlm", "llada_moe", "rnd1")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
