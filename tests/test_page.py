@@ -191,3 +191,10 @@ def test_two_decodings_and_their_rows(tmp_path):
     assert all(t[1] == t[2] and t[3] == t[4] for t in titles)
     browse(path, "row=2", tmp_path, f"--screenshot={tmp_path / 'page.png'}", "--window-size=1200,700")
     assert (tmp_path / "page.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_refused():
+    with pytest.raises(TypeError, match="beside must be a Trace or several of them; got int"):
+        made().html(beside=3)
+    with pytest.raises(ValueError, match="row must be a number from 0 to 0; got 1"):
+        made().events(1)

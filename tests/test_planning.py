@@ -99,6 +99,11 @@ def test_refused(options, match):
         dk.plan("demo", **options)
 
 
+def test_kinds_of_caches_are_not_its_business():
+    with pytest.raises(TypeError, match="cache must be True or False; got 'none'"):
+        dk.plan("demo", cache="none")
+
+
 def test_unknown_models(tmp_path):
     with pytest.raises(ValueError, match=r"there is no config\.json"):
         dk.plan(tmp_path)

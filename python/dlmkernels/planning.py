@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from .cache import KVCache
-from .decoding.checks import integer
+from .decoding.checks import flag, integer
 from .models.adapt import DiffusionModel, adapt, unloaded
 from .models.load import outline
 from .models.moment import Moment
@@ -109,7 +109,8 @@ def plan(
     block_length : int, optional
         Positions that a step decides among. None: all.
     cache : bool
-        Whether keys and values are kept.
+        Whether keys and values are kept. The caches that look into layers keep more than this counts: see the memory
+        they state, or `Engine.memory`.
     logits_budget : int or str
         Bytes that the logits of a step may take (see `DecodingConfig.logits_budget`).
     dtype : str or torch.dtype, optional
@@ -138,6 +139,7 @@ def plan(
     >>> print(dlmkernels.plan("GSAI-ML/LLaDA-8B-Instruct", batch=8, length=4096, block_length=32))
     """
     integer(1)("batch", batch)
+    cache = flag("cache", cache)
     integer(1, optional=True)("length", length)
     integer(1, optional=True)("block_length", block_length)
     logits_budget = read_bytes("logits_budget", logits_budget)

@@ -122,6 +122,8 @@ class Trace:
 
         Without a recording: the commitments of the final tokens.
         """
+        if isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < len(self.tokens):
+            raise ValueError(f"row must be a number from 0 to {len(self.tokens) - 1}; got {row!r}")
         if self.recording is not None:
             return list(self.recording.events[row])
         steps, tokens, confidence = (x[row].tolist() for x in (self.commit_step, self.tokens, self.confidence))
@@ -180,7 +182,10 @@ class Trace:
         ValueError
             When there are not as many names as decodings.
         """
-        page = page_of(page_data([self, *([beside] if isinstance(beside, Trace) else beside)], names), title)
+        others = [beside] if isinstance(beside, Trace) else beside
+        if not isinstance(others, Sequence) or not all(isinstance(one, Trace) for one in others):
+            raise TypeError(f"beside must be a Trace or several of them; got {type(beside).__name__}")
+        page = page_of(page_data([self, *others], names), title)
         if path is not None:
             with open(path, "w", encoding="utf-8", newline="\n") as file:
                 file.write(page)

@@ -10,7 +10,7 @@ import numerics
 import published
 from decodings import assert_rows_same, enliven, lively, ragged
 from restated_features import PlainDLLMCache, PlainSparseCache, d2cache
-from small_models import DECODER, MASK, build
+from small_models import DECODER, MASK, build, prompts
 
 STOCK = {"llama": (hf.LlamaForCausalLM, hf.LlamaConfig), "qwen2": (hf.Qwen2ForCausalLM, hf.Qwen2Config)}
 
@@ -318,3 +318,19 @@ def test_models_refused(kind):
 def test_a_compiled_model_is_refused():
     with pytest.raises(ValueError, match="cache='dllm-cache' needs a model that is not compiled"):
         dk.generate(dk.adapt(build(), compile=True), ragged((5,))[0][0], max_new_tokens=8, cache="dllm-cache")
+
+
+@pytest.mark.parametrize(
+    "options", [{"config": "d2cache"}, {"config": "d2cache-order"}, {"cache": "d2cache", "rule": dk.Quota()}], ids=str
+)
+def test_a_shorter_answer_beside_a_longer_one(options):
+    """What stands behind a row's end is no decided neighbour of its last positions."""
+    model, options = lively(), options | {"eos_policy": "none"}
+    for seed in range(2):
+        long, short = (prompts(1, 8, seed=s) for s in (seed, seed + 50))
+        both = dk.generate(model, torch.cat((long, short)), max_new_tokens=[56, 40], **options)
+        alone = dk.generate(model, short, max_new_tokens=40, **options)
+        assert torch.equal(both.generated[1, :40], alone.generated[0])
+        engine = dk.Engine(model, slots=2, max_length=64, **options)
+        output = engine.get_result(engine.add_request(short[0].tolist(), max_new_tokens=40))
+        assert output.generated_tokens == alone.generated[0].tolist()

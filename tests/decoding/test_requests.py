@@ -308,3 +308,12 @@ def test_a_callback_after_each_step(model):
         assert torch.equal(report.tokens[done], out.sequences[done]) and not report.is_open[done].any()
     with pytest.raises(TypeError, match="on_step must be a function"):
         dk.generate(model, ids, valid, on_step=3, **COMMON)
+
+
+def test_streamers_of_shorter_answers_get_no_padding():
+    model, (_, ids, valid) = lively(), ragged((5, 8))
+    streamers = [Recorder(), Recorder()]
+    out = dk.generate(model, ids, valid, streamer=streamers, max_new_tokens=[12, 5], block_length=4, eos_policy="none")
+    for row, (streamer, length) in enumerate(zip(streamers, (12, 5))):
+        assert streamer.tokens[-length:] == out.generated[row, :length].tolist()
+        assert len(streamer.tokens) == int(valid[row].sum()) + length

@@ -11,6 +11,7 @@ from dlmkernels.decoding.capture import RecordedSteps
 from dlmkernels.engine import slots as slots_module
 from engines import asks, assert_as_alone, engine_for, same, serve
 from recorder import Replays
+from small_models import prompts
 
 OPTIONS = [
     {}, {"cache": "dual"}, {"rule": dk.TokenEditing(0.4, 0.3)}, {"temperature": 0.8, "top_k": 20},
@@ -117,3 +118,22 @@ def test_what_it_may_be(model, value):
         engine_for(model, steps_per_poll=value)
     with pytest.raises(ValueError, match="steps_per_poll must be an integer of at least 1; got"):
         dk.generate(model, ragged()[1], ragged()[2], steps_per_poll=value)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"rule": dk.WideInNarrowOut(0.3, 0.6), "constraint": None}], ids=["allowed", "shadow"]
+)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_longer_request_that_enters_between_two_looks(model, options, deterministic):
+    """It is forwarded whole, although the report that the step goes by knows of shorter ones alone."""
+    allowed = torch.rand(97, generator=torch.Generator().manual_seed(1)) < 0.6
+    common = {"eos_policy": "none", "rule": dk.Threshold(0.5), "block_length": 4, "constraint": allowed} | options
+    common = {name: value for name, value in common.items() if value is not None}
+    for seed in range(4):
+        engine = dk.Engine(model, slots=4, max_length=48, deterministic=deterministic, steps_per_poll=2, **common)
+        engine.add_request(prompts(1, 3, seed=seed)[0].tolist(), max_new_tokens=13)
+        engine.step()
+        late = prompts(1, 9, seed=seed + 50)
+        request = engine.add_request(late[0].tolist(), max_new_tokens=19)
+        alone = dk.generate(model, late, max_new_tokens=19, **common)
+        assert engine.get_result(request).generated_tokens == alone.generated[0].tolist()

@@ -8,7 +8,7 @@ import dlmkernels as dk
 import research
 from decodings import lively
 from engines import engine_for
-from small_models import VOCAB, prompts
+from small_models import VOCAB, build, prompts
 
 ENDS = tuple(range(10, 30))
 RULES = [dk.Threshold(0.3), dk.TokenEditing(0.4, 0.3, 4), dk.WideInNarrowOut(0.3, 0.4), dk.Backtracking(2)]
@@ -76,3 +76,35 @@ def test_models_without_a_mask_token(kind, tmp_path):
         end = int(want.length[0]) - want.prompt_length
         assert output.generated_tokens == want.generated[0, :end].tolist(), output.error
         assert output.num_forwards == int(want.num_forwards[0])
+
+
+@pytest.mark.parametrize(
+    "options,match",
+    [
+        ({"cache": "d2cache", "block_length": 4}, "cache='d2cache' decodes the response as one block"),
+        ({"rule": dk.Lengthening(), "cfg_scale": 0.5}, "cfg_scale cannot be used with rule Lengthening"),
+        ({"rule": dk.S2D2()}, "rule S2D2 needs attention='block'"),
+        ({"rule": dk.NextToken(), "cfg_scale": 0.5}, "cfg_scale cannot be used with rule NextToken"),
+        ({"rule": dk.Strided(3)}, "rule Strided needs attention='causal'"),
+        (
+            {"rule": dk.Pipeline(), "sub_block_length": 2, "block_length": 4},
+            "sub_block_length cannot be used with rule",
+        ),
+    ],
+    ids=["d2cache", "lengthening", "s2d2", "next", "strided", "pipeline"],
+)
+def test_what_no_program_can_decode_is_refused_at_once(options, match):
+    """By the engine where it is its own, by `add_request` where it is a request's."""
+    model = build()
+    with pytest.raises(ValueError, match=match):
+        dk.Engine(model, slots=2, max_length=48, **options)
+    engine = dk.Engine(model, slots=2, max_length=48)
+    with pytest.raises(ValueError, match=match):
+        engine.add_request([5, 6, 7], max_new_tokens=12, **options)
+    request = engine.add_request([5, 6, 7], max_new_tokens=12)
+    assert engine.get_result(request).status is dk.RequestStatus.FINISHED
+
+
+def test_where_a_drafter_goes():
+    with pytest.raises(TypeError, match=r"unknown decoding option drafter; .*rule=dlmkernels\.Drafted\(drafter\)"):
+        dk.Engine(build(), drafter=3)

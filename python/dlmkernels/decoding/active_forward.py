@@ -118,7 +118,7 @@ class ActiveForward(BlockForward):
         column = torch.where(step.used, step.window.positions, self.length).long()
         self._confidence.scatter_(1, column, step.confidence)
         is_open, valid = self.state.is_open, self._valid()
-        score = self._confidence[:, :-1] * density(~is_open, self.how.sigma)
+        score = self._confidence[:, :-1] * density(~is_open, self.state.end, self.how.sigma)
         order = score.masked_fill(~is_open, -torch.inf).argsort(dim=1, descending=True, stable=True)
         order = order[:, : self.how.candidates]
         candidates = torch.zeros_like(is_open).scatter(1, order, True) & is_open

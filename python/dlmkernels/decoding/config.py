@@ -346,11 +346,19 @@ def _default(name: str) -> Any:
     return DEFAULT_RULE if name == "rule" else DecodingConfig.__dataclass_fields__[name].default
 
 
+#: what is no field of a configuration, and how it is said all the same
+ELSEWHERE = {
+    "drafter": "a drafter is an argument of generate, and elsewhere a rule: rule=dlmkernels.Drafted(drafter)",
+    "steps_per_poll": "steps_per_poll is an argument of generate and of Engine",
+}
+
+
 def check_names(options: Iterable[str]) -> None:
     """Raise a TypeError unless all of them are names of fields."""
     known = DecodingConfig.__dataclass_fields__
     if unknown := sorted(set(options) - set(known)):
-        raise TypeError(f"unknown decoding option {', '.join(unknown)}; known: {', '.join(known)}")
+        hint = "".join(f"; {text}" for name, text in ELSEWHERE.items() if name in unknown)
+        raise TypeError(f"unknown decoding option {', '.join(unknown)}{hint}; known: {', '.join(known)}")
 
 
 def check_logit_bias(bias: Mapping[int, float] | Tensor | None) -> None:

@@ -33,8 +33,8 @@ class Constrained:
         self.checks = constraint is not None and type(constraint).accepts is not Constraint.accepts
         if self.checks and self.rule.noise != "mask":
             raise ValueError(
-                f"constraint: {type(constraint).__name__}.accepts cannot be used with rule {type(self.rule).__name__}, "
-                "which puts noise where nothing is decided; `allowed` can"
+                f"constraint: {type(constraint).__name__}.accepts cannot be used with rule {type(self.rule).__name__}: "
+                "it judges tokens that take the place of masks, and this rule has none; `allowed` can be used"
             )
         if constraint is not None and (not isinstance(constraint.attempts, int) or constraint.attempts < 1):
             raise ValueError(f"constraint: attempts must be an integer of at least 1; got {constraint.attempts!r}")

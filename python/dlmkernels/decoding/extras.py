@@ -146,7 +146,8 @@ def equip(program: Program, listeners: Any, wishes: Wishes, graphs: bool | str) 
     if isinstance(listeners, Listeners):
         listeners.recorder = Recorder(program) if records else None
         listeners.attend(
-            program.state, program.start, lambda is_open: finished_columns(program, is_open),
+            program.state, program.start, program.grid.asked.tolist(),
+            lambda is_open: finished_columns(program, is_open),
             isinstance(program, BlockAfterBlock),
         )  # fmt: skip
     return proposer

@@ -150,12 +150,17 @@ class DensityWeighted(Score):
     sigma: float = 10.0
 
     def __call__(self, step: Step) -> Tensor:
-        return step.confidence * step.at(density(~step.canvas.is_open, self.sigma))
+        return step.confidence * step.at(density(~step.canvas.is_open, step.canvas.end, self.sigma))
 
 
-def density(decided: Tensor, sigma: float) -> Tensor:
-    """Mean of `decided` bool `[B, T]` around each position, float32 `[B, T]`: see `DensityWeighted`."""
-    known = decided.float()
+def density(decided: Tensor, end: Tensor, sigma: float) -> Tensor:
+    """Mean of `decided` bool `[B, T]` around each position, float32 `[B, T]`: see `DensityWeighted`.
+
+    `end` int32 `[B]`: column behind the last of each row, which may be less than T beside longer rows.
+    """
+    last = (end.long() - 1).clamp(min=0)[:, None]
+    columns = torch.arange(decided.shape[1], device=decided.device)
+    known = torch.where(columns <= last, decided, decided.gather(1, last)).float()
     length, reach = known.shape[1], math.ceil(5 * sigma)
     padded = torch.cat((known.new_ones(len(known), reach), known, known[:, -1:].expand(-1, reach)), 1)
     weights = [math.exp(-0.5 * ((i - reach) / sigma) ** 2) for i in range(2 * reach + 1)]

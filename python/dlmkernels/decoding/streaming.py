@@ -80,6 +80,7 @@ class Listeners:
         self._start = 0
         self._finished: Finished
         self._closes = False
+        self._ends: list[int] = []
         self._shown: list[int] = []
         self._has_ended: list[bool] = []
         #: column behind the token that completes a stop string, by row
@@ -88,12 +89,13 @@ class Listeners:
     def __bool__(self) -> bool:
         return bool(self.records or self.stop_strings or self.on_step or any(s is not None for s in self.streamers))
 
-    def attend(self, state: State, start: int, finished: Finished, closes: bool) -> None:
-        """Follow the decoding of a state whose answers begin at column `start`.
+    def attend(self, state: State, start: int, ends: Sequence[int], finished: Finished, closes: bool) -> None:
+        """Follow the decoding of a state whose answers begin at column `start`, and end before those columns.
 
         `closes`: whether a row that has come to a stop string may be taken as done.
         """
         self._state, self._start, self._finished, self._closes = state, start, finished, closes
+        self._ends = list(ends)
         rows = len(state.tokens)
         if not self.streamers:
             self.streamers = [None] * rows
@@ -128,7 +130,7 @@ class Listeners:
 
     def _show(self, row: int, tokens: Tensor, end: int) -> None:
         """Hand a row's streamer what is final up to column `end`."""
-        end = min(end, self.stops.get(row, end))
+        end = min(end, self._ends[row], self.stops.get(row, end))
         if end > self._shown[row]:
             self.streamers[row].put(tokens[row, self._shown[row] : end])
             self._shown[row] = end

@@ -7,13 +7,11 @@ their place.
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Sequence
 
 import torch
 
-from ..decoding.config import SpecialTokens
 from ..decoding.ends import ENDS, end_table
 from ..decoding.parameters import lengths_of, parameters_of
 from ..decoding.poll import OpenCount
@@ -30,11 +28,9 @@ from .request import Request
 class GangLane(Lane):
     """One batch after the other, each of requests that are decoded alike."""
 
-    def __init__(
-        self, model: DiffusionModel, special: SpecialTokens, rows: int, steps_of: StepsOf
-    ):  # fmt: skip
+    def __init__(self, model: DiffusionModel, rows: int, steps_of: StepsOf):
         super().__init__(rows)
-        self.model, self.special, self._steps_of = model, special, steps_of
+        self.model, self._steps_of = model, steps_of
         self._most = rows
         self.is_over = True
         self._prompt_length = 0
@@ -45,33 +41,9 @@ class GangLane(Lane):
         return self._most if self.busy == 0 else 0
 
     def admit(self, requests: Sequence[Request]) -> None:
-        rows, lengths = len(requests), [len(request.answer) for request in requests]
-        config = together([request.config for request in requests], lengths)
-        start = self._prompt_length = max(len(request.prompt) for request in requests)
-        device = self.model.device
-        origin = torch.tensor([start - len(request.prompt) for request in requests], dtype=torch.int32, device="cpu")
-        grows = config.block_grid == "absolute" or self.model.family.whole_blocks
-        grid = Grid.of(config, origin.to(device), start, start + lengths_of(config, rows, device), grows)
-        tokens = torch.full((rows, grid.width), self.special.pad, dtype=torch.int64, device="cpu")
-        columns = torch.arange(grid.width, device="cpu")
-        is_open = (columns >= start) & (columns < grid.ends.cpu()[:, None])
-        tokens[is_open] = max(self.special.mask, 0)
-        for k, (request, length) in enumerate(zip(requests, lengths)):
-            answer = torch.tensor(request.answer, dtype=torch.int64, device="cpu")
-            tokens[k, int(origin[k]) : start] = torch.tensor(request.prompt, dtype=torch.int64, device="cpu")
-            tokens[k, start : start + length] = torch.where(answer < 0, max(self.special.mask, 0), answer)
-            is_open[k, start : start + length] &= answer < 0
-        seeds = torch.tensor([request.seed for request in requests], dtype=torch.int64, device="cpu")
-        parameters, ends = parameters_of(config, rows, device), [request.special.eos for request in requests]
-        if any(own != ends[0] for own in ends):
-            parameters[ENDS] = end_table(ends, device)
-        state = State.of(
-            tokens.to(device), is_open.to(device), origin.to(device), grid.ends, seed=seeds.to(device),
-            parameters=parameters,
-        )  # fmt: skip
-        special = dataclasses.replace(self.special, eos=ends[0])
-        task = Task(self.model, state, config, special, grid, start, start + max(lengths))
-        self.program = program_of(config.rule)(task)
+        task = task_of(self.model, requests)
+        self._prompt_length = task.start
+        self.program = program_of(task.config.rule)(task)
         wishes = [request.wishes for request in requests]
         self.processed = RequestProposer.install(self.program, wishes) if any(wishes) else None
         self.steps = self._steps_of(self.program)
@@ -111,3 +83,37 @@ class GangLane(Lane):
         self.working, self.width = self.busy, len(self.owner)
         self.make(form, program.denoises(form) or getattr(form, "kind", "") == "append")
         return True
+
+
+def check_program(model: DiffusionModel, request: Request) -> None:
+    """Raise, as `generate` would, where no program can be made for such a request."""
+    task = task_of(model, [request])
+    program_of(task.config.rule)(task)
+
+
+def task_of(model: DiffusionModel, requests: Sequence[Request]) -> Task:
+    """What is to be decoded of requests that begin together, whose prompts end in one column."""
+    rows, lengths = len(requests), [len(request.answer) for request in requests]
+    config = together([request.config for request in requests], lengths)
+    start, device, special = max(len(request.prompt) for request in requests), model.device, requests[0].special
+    origin = torch.tensor([start - len(request.prompt) for request in requests], dtype=torch.int32, device="cpu")
+    grows = config.block_grid == "absolute" or model.family.whole_blocks
+    grid = Grid.of(config, origin.to(device), start, start + lengths_of(config, rows, device), grows)
+    tokens = torch.full((rows, grid.width), special.pad, dtype=torch.int64, device="cpu")
+    columns = torch.arange(grid.width, device="cpu")
+    is_open = (columns >= start) & (columns < grid.ends.cpu()[:, None])
+    tokens[is_open] = max(special.mask, 0)
+    for k, (request, length) in enumerate(zip(requests, lengths)):
+        answer = torch.tensor(request.answer, dtype=torch.int64, device="cpu")
+        tokens[k, int(origin[k]) : start] = torch.tensor(request.prompt, dtype=torch.int64, device="cpu")
+        tokens[k, start : start + length] = torch.where(answer < 0, max(special.mask, 0), answer)
+        is_open[k, start : start + length] &= answer < 0
+    seeds = torch.tensor([request.seed for request in requests], dtype=torch.int64, device="cpu")
+    parameters, ends = parameters_of(config, rows, device), [request.special.eos for request in requests]
+    if any(own != ends[0] for own in ends):
+        parameters[ENDS] = end_table(ends, device)
+    state = State.of(
+        tokens.to(device), is_open.to(device), origin.to(device), grid.ends, seed=seeds.to(device),
+        parameters=parameters,
+    )  # fmt: skip
+    return Task(model, state, config, special, grid, start, start + max(lengths))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Hashable, Mapping, Sequence
 from numbers import Integral
@@ -23,6 +24,7 @@ from ..decoding.schedule import plan_blocks
 from ..decoding.stops import check_stop_strings
 from ..models.adapt import DiffusionModel
 from .alike import check_one_request, common, ends_width, has_fixed_length
+from .gang import check_program
 from .pool import Size
 from .request import Request
 from .slots import goes_by_itself, grid_of
@@ -82,14 +84,24 @@ class Intake:
     def _resolved(self, options: Mapping[str, Any]) -> Known:
         config, special = resolve(self.model, self.config, options, "continuations")
         check_one_request(config)
-        key = common(config, goes_by_itself(self.model, config)), ends_width(config, special)
+        by_itself = goes_by_itself(self.model, config)
+        key = common(config, by_itself), ends_width(config, special)
+        known = Known(config, special, key, has_fixed_length(config))
+        if not by_itself:  # what its program refuses is refused now, by one that nothing is decoded with
+            if isinstance(config.constraint, Tensor):  # its shape depends on the answer
+                known = known._replace(config=dataclasses.replace(config, constraint=None).as_preset())
+            prompt, length = [int(special.mask == 0)], max(min(config.longest, self.size.columns - 1), 1)
+            check_program(self.model, self._blank(known, prompt, [-1] * length))
         return Known(config, special, key, has_fixed_length(config))
 
     def blank(self) -> Request:
         """A request of the engine's own configuration that nobody has made."""
-        known = self.known({})
+        return self._blank(self.known({}), [], [-1])
+
+    @staticmethod
+    def _blank(known: Known, prompt: list[int], answer: list[int]) -> Request:
         return Request(
-            "", [], [-1], 0, 0, known.config, known.special, known.key, known.has_fixed_length, Wishes()
+            "", prompt, answer, 0, 0, known.config, known.special, known.key, known.has_fixed_length, Wishes()
         )  # fmt: skip
 
     def requests(

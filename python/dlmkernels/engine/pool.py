@@ -95,7 +95,7 @@ class Pool:
         model, size = self.model, self.size
         if not self._goes_by_itself(request):
             rows = 1 if request.alone or getattr(model, "_by_length", False) else size.slots
-            return GangLane(model, request.special, rows, self._steps_of_gangs)
+            return GangLane(model, rows, self._steps_of_gangs)
         return SlotLane(model, request, size.slots, size.columns, self._steps_of, size.may_be_few)
 
     def open(self, request: Request) -> None:

@@ -89,7 +89,7 @@ class SlotLane(Lane):
             for row in range(rows):
                 self.processed.set(row, Wishes())
         is_on_host = bool(like.wishes.processors) or self.constraints is not None
-        self.steps = Steps(self.program) if is_on_host else steps_of(self.program)
+        self.steps = Steps(self.program, not may_be_few) if is_on_host else steps_of(self.program)
         #: number of the report from which on each row's numbers speak of its request
         self._known_from = [-1] * rows
         self._submitted = 0

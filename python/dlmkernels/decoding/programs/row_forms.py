@@ -102,9 +102,11 @@ class RowForms:
         is_limited = any(self._taken[row] >= self.least_steps for row in rows)
         for row in rows:
             self._taken[row] += 1
-        width = -(-max(self.ends[row] for row in rows) // GRAIN) * GRAIN
-        is_narrow = self.forward.takes_canvas(phase) and self.forward.rows_change and width < self.forward.length
         some = taking if self.has_phases or taking < count else None
+        # Where all rows are taken, those are too that have come into a block since the report.
+        ends = self.ends if some is None else [self.ends[row] for row in rows]
+        width = -(-max(ends) // GRAIN) * GRAIN
+        is_narrow = self.forward.takes_canvas(phase) and self.forward.rows_change and width < self.forward.length
         kind = "append" if phase == APPEND and self.forward.commits_apart else "denoise"
         part = self.forward.part_of(phase)
         return Form(kind, part, pending, self.columns, head, is_limited, phase, some, width if is_narrow else None)
