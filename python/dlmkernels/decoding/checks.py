@@ -18,6 +18,11 @@ FLOAT32 = torch.finfo(torch.float32)
 INT64 = torch.iinfo(torch.int64)
 #: what no length and no count exceeds, so that sums of two of them are int32
 LONGEST = 2**30
+#: what is no field of a configuration, and how it is said all the same
+ELSEWHERE = {
+    "drafter": "a drafter is an argument of generate, and elsewhere a rule: rule=dlmkernels.Drafted(drafter)",
+    "steps_per_poll": "steps_per_poll is an argument of generate and of Engine",
+}
 
 
 def plain(value: Any) -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .checks import (
+    ELSEWHERE,
     FLOAT32,
     INT64,
     Check,
@@ -344,13 +345,6 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
 def _default(name: str) -> Any:
     """Default value of a field."""
     return DEFAULT_RULE if name == "rule" else DecodingConfig.__dataclass_fields__[name].default
-
-
-#: what is no field of a configuration, and how it is said all the same
-ELSEWHERE = {
-    "drafter": "a drafter is an argument of generate, and elsewhere a rule: rule=dlmkernels.Drafted(drafter)",
-    "steps_per_poll": "steps_per_poll is an argument of generate and of Engine",
-}
 
 
 def check_names(options: Iterable[str]) -> None:
