@@ -27,11 +27,12 @@ FACTORIES = {
 def without_device(path):
     """Calls of the factories that name no device: `line: call`.
 
-    Not those of parameters: transformers builds a model on the device that it has made the default.
+    Not those of parameters and buffers: transformers builds a model on the device that it has made the default.
     """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    parameters = [id(x) for node in calls if ast.unparse(node.func) == "nn.Parameter" for x in node.args]
+    makers = ("nn.Parameter", "self.register_buffer")
+    parameters = [id(x) for node in calls if ast.unparse(node.func) in makers for x in node.args]
     for node in calls:
         if id(node) in parameters:
             continue
