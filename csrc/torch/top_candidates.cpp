@@ -5,7 +5,7 @@
 
 #include "torch/check.h"
 #include "torch/ops.h"
-#include "torch/token_confidence.h"
+#include "torch/top_candidates.h"
 #ifdef DLM_WITH_CUDA
 #include "cuda/top_candidates.h"
 #include "torch/cuda_stream.h"
@@ -47,26 +47,9 @@ std::tuple<Tensor, Tensor, Tensor> top_candidates(const Tensor& logits, int64_t 
   rows.dtype = element_type(logits);
   rows.logits = logits.const_data_ptr();
   rows.logits_stride = logits.stride(0);
-  check.that(k >= 1 && k <= kMostCandidates, "k must be in [1, ", kMostCandidates, "]; got ", k);
-  p.k = k;
-  rows.row_map = check.dense<int32_t>("row_map", row_map, {-1});
-  const int64_t N = rows.N = row_map ? row_map->numel() : rows.R;
-  rows.bias_rows_per_value = std::max<int64_t>(N, 1);
-  check_bans(check, banned, bitmask, rows);
-  if (logits.is_cpu()) {  // elsewhere, a look at the values would have the host wait for them
-    check.indices("row_map", rows.row_map, N, rows.R);
-    check.indices("banned", rows.banned, banned ? banned->numel() : 0, rows.V);
-  }
-
   check.not_differentiable({{"logits", logits}});
-
-  Tensor ids = check.empty("ids", {N, k}, ScalarType::Long);
-  Tensor values = check.empty("values", {N, k}, ScalarType::Float);
-  Tensor logsumexp = check.empty("logsumexp", {N}, ScalarType::Float);
-  p.ids = static_cast<int64_t*>(ids.mutable_data_ptr());
-  p.values = static_cast<float*>(values.mutable_data_ptr());
-  p.logsumexp = static_cast<float*>(logsumexp.mutable_data_ptr());
-  if (N == 0) return {ids, values, logsumexp};
+  const Candidates found(check, k, row_map, banned, bitmask, !logits.is_cuda(), rows, p);
+  if (rows.N == 0) return found.all();
 
 #ifdef DLM_WITH_CUDA
   if (logits.is_cuda()) {
@@ -75,12 +58,12 @@ std::tuple<Tensor, Tensor, Tensor> top_candidates(const Tensor& logits, int64_t 
     Tensor workspace =
         check.empty("workspace", {cuda::top_candidates_workspace(p)}, ScalarType::Byte);
     call.succeeded(cuda::run_top_candidates(p, workspace.mutable_data_ptr(), call.stream()));
-    return {ids, values, logsumexp};
+    return found.all();
   }
 #endif
 
   run_on_cpu(check, p);
-  return {ids, values, logsumexp};
+  return found.all();
 }
 
 }  // namespace dlm

@@ -8,6 +8,7 @@ import dlmkernels as dk
 from decodings import NoRepeats, lively, ragged
 from dlmkernels.decoding import poll
 from dlmkernels.decoding.capture import RecordedSteps
+from dlmkernels.decoding.programs.row_forms import RowForms
 from dlmkernels.engine import slots as slots_module
 from engines import asks, assert_as_alone, engine_for, same, serve
 from recorder import Replays
@@ -120,15 +121,11 @@ def test_what_it_may_be(model, value):
         dk.generate(model, ragged()[1], ragged()[2], steps_per_poll=value)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"rule": dk.WideInNarrowOut(0.3, 0.6), "constraint": None}], ids=["allowed", "shadow"]
-)
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_a_longer_request_that_enters_between_two_looks(model, options, deterministic):
+def test_a_longer_request_that_enters_between_two_looks(model, deterministic):
     """It is forwarded whole, although the report that the step goes by knows of shorter ones alone."""
     allowed = torch.rand(97, generator=torch.Generator().manual_seed(1)) < 0.6
-    common = {"eos_policy": "none", "rule": dk.Threshold(0.5), "block_length": 4, "constraint": allowed} | options
-    common = {name: value for name, value in common.items() if value is not None}
+    common = {"eos_policy": "none", "rule": dk.Threshold(0.5), "block_length": 4, "constraint": allowed}
     for seed in range(4):
         engine = dk.Engine(model, slots=4, max_length=48, deterministic=deterministic, steps_per_poll=2, **common)
         engine.add_request(prompts(1, 3, seed=seed)[0].tolist(), max_new_tokens=13)
@@ -137,3 +134,19 @@ def test_a_longer_request_that_enters_between_two_looks(model, options, determin
         request = engine.add_request(late[0].tolist(), max_new_tokens=19)
         alone = dk.generate(model, late, max_new_tokens=19, **common)
         assert engine.get_result(request).generated_tokens == alone.generated[0].tolist()
+
+
+def test_a_form_of_all_rows_is_as_wide_as_any():
+    """Where a step takes all rows, those too that the report did not show in a block."""
+
+    class Whole:
+        commits_apart, usual_phase, takes_rows, rows_change, length = False, 1, True, True, 48
+        columns_of = staticmethod(lambda block: ())
+        takes_canvas = staticmethod(lambda phase: True)
+        part_of = staticmethod(lambda phase: "whole")
+
+    for may_be_few, width in ((False, None), (True, 16)):
+        forms = RowForms(dk.DecodingConfig(), 8, Whole(), 4, may_be_few)
+        forms.begin([16, 40])
+        form = forms.next((3, -1, 1, 1, 0, 0), 0)  # the first row is in a block, the second has nothing left
+        assert form.width == width and form.rows == (1 if may_be_few else None)

@@ -70,7 +70,8 @@ def other_values(draw, t):
         values = [max(info.min, -2), max(info.min, -1), 0, 1, 5, info.max, info.min]
     for _ in range(draw(st.integers(1, 3))):
         if t.numel():
-            t.view(-1)[draw(st.integers(0, t.numel() - 1))] = draw(st.sampled_from(values))
+            place = torch.tensor(draw(st.integers(0, t.numel() - 1)))
+            t[torch.unravel_index(place, t.shape)] = draw(st.sampled_from(values))
     return t
 
 
@@ -176,9 +177,9 @@ def test_damaged_calls(op, data):
         return
     gold, peer = by_reference(op, in_float64(before)), by_reference(op, op_calls.cloned(before))
     if op == "shard_confidence" and before.get("weight") is not None:
-        # The words hold the bits of logits, which two ways to multiply round differently; flags and shapes are the same.
-        got, peer = ([words[..., 2]] for words in (got[0], peer[0]))
-        gold = peer
+        # The words hold the bits of logits, which two ways to multiply round differently: what they say is compared.
+        how = {name: call[name] for name in ("temperature", "distribution", "with_entropy")}
+        got, gold, peer = (ops.combine_shards(words[0][None], **how) for words in (got, gold, peer))
     for i, (a, b, c) in enumerate(zip(got, gold, peer, strict=True)):
         if a.is_floating_point():
             numerics.assert_close(f"{op} {i}", a, b, c)

@@ -99,6 +99,9 @@ class TestAgainstReference:
         spread = ops.top_candidates(logits[:1].expand(3, 1000), 8)
         assert torch.equal(spread.ids, expected.ids[:1].expand(3, 8))
 
+    def test_no_rows_under_a_bitmask(self):
+        check(logits_of(3, 40), 5, row_map=i32(), bitmask=torch.full((2,), -1, dtype=torch.int32))
+
     def test_nothing_to_do(self):
         out = ops.top_candidates(torch.empty(0, 9), 4)
         assert [tuple(t.shape) for t in out] == [(0, 4), (0, 4), (0,)]

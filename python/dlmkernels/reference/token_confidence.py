@@ -36,7 +36,7 @@ def effective_logits(logits, row, uncond_logits=None, cfg_scale=None, bias=None,
     if bitmask is not None:
         words = shared(bitmask).unsqueeze(-1)
         allowed = (words >> torch.arange(32, dtype=torch.int32, device=z.device)) & 1
-        z = z.masked_fill(allowed.reshape(rows, -1)[:, :vocabulary] == 0, -torch.inf)
+        z = z.masked_fill(allowed.flatten(1)[:, :vocabulary] == 0, -torch.inf)
     flags = FLAG_NAN * nan.any(-1) + FLAG_POSITIVE_INFINITY * positive.any(-1)
     return z, flags + FLAG_NOTHING_ALLOWED * (z == -torch.inf).all(-1)
 

@@ -13,7 +13,7 @@ from ..forward import Forward
 from ..rules import Action, Drafted
 from ..standing import Standing
 from .base import Program, Task
-from .speculative import verified
+from .speculative import commit_after_prompt, verified
 from .widths import Widths, measured
 
 
@@ -57,19 +57,9 @@ class CausalProgram(Program):
     def begin(self) -> Tensor:
         """Forward the prompt, and commit the token after it."""
         self.taken = 0
-        self.forward.begin()
-        self.last.fill_(self.start)
-        self.constrained.enter(torch.ones_like(self.last, dtype=torch.bool))
+        info = commit_after_prompt(self, self.forward, self.last)
         columns = torch.arange(self.start, dtype=torch.int32, device=self.last.device).expand(len(self.last), -1)
-        hidden = self.forward.at(columns, self.last, causal_block=1)
         self.have_read(columns, torch.ones_like(columns, dtype=torch.bool))
-        window = TokenWindow(self.last[:, None].clone(), self.state.origin)
-        standing = Standing.in_one_block(self.last, 1, self.state.step)
-        step, action = self.decide(
-            self.propose.head(hidden[:, -1]), window, standing, lambda step: Action(step.token >= 0)
-        )  # fmt: skip
-        assert action.commit is not None
-        info = self.commit(window.positions, step.token, action.commit, step.confidence)
         return self.report(info, None)
 
     def step(self, form: int) -> Tensor:

@@ -42,19 +42,7 @@ class SpeculativeProgram(Program):
     def begin(self) -> Tensor:
         """Forward the prompt, and commit the token after it."""
         self.taken = 0
-        self.forward.begin()
-        self.last.fill_(self.start)
-        self.constrained.enter(torch.ones_like(self.last, dtype=torch.bool))
-        columns = torch.arange(self.start, dtype=torch.int32, device=self.last.device).expand(len(self.last), -1)
-        hidden = self.forward.at(columns, self.last, causal_block=1)
-        window = TokenWindow(self.last[:, None].clone(), self.state.origin)
-        standing = Standing.in_one_block(self.last, 1, self.state.step)
-        step, action = self.decide(
-            self.propose.head(hidden[:, -1]), window, standing, lambda step: Action(step.token >= 0)
-        )  # fmt: skip
-        assert action.commit is not None
-        info = self.commit(window.positions, step.token, action.commit, step.confidence)
-        return self.still_open(info).amax().expand(2)
+        return self.still_open(commit_after_prompt(self, self.forward, self.last)).amax().expand(2)
 
     def step(self, form: bool) -> Tensor:
         state, last, mask = self.state, self.last, self.special.mask
@@ -85,6 +73,25 @@ class SpeculativeProgram(Program):
         info = self.commit(window.positions, step.token, chosen, step.confidence)
         last.add_(chosen.sum(1, dtype=torch.int32))
         return self.still_open(info).amax().expand(2)
+
+
+def commit_after_prompt(program: Program, forward: Forward, last: Tensor) -> Tensor:
+    """Forward the prompts, and commit the token after each, whose column `last` int32 `[S]` then holds.
+
+    Returns the info of `ops.remask_`.
+    """
+    forward.begin()
+    last.fill_(program.start)
+    program.constrained.enter(torch.ones_like(last, dtype=torch.bool))
+    columns = torch.arange(program.start, dtype=torch.int32, device=last.device).expand(len(last), -1)
+    hidden = forward.at(columns, last, causal_block=1)
+    window = TokenWindow(last[:, None].clone(), program.state.origin)
+    standing = Standing.in_one_block(last, 1, program.state.step)
+    step, action = program.decide(
+        program.propose.head(hidden[:, -1]), window, standing, lambda step: Action(step.token >= 0)
+    )  # fmt: skip
+    assert action.commit is not None
+    return program.commit(window.positions, step.token, action.commit, step.confidence)
 
 
 def verified(step: Step, drafts: Tensor) -> Tensor:
