@@ -26,7 +26,7 @@ from .. import ops
 from ..cache import KVCache
 from ..window import AttentionWindow
 from . import fields
-from .adapt import DiffusionModel, LogitsModel, adapt
+from .adapt import DiffusionModel, adapt
 from .attention import NAME
 from .checkpoint import QUIET, WHERE, locate, read_object, weight_files, weight_shapes
 from .draft_forms import DraftForm, read_form
@@ -399,7 +399,7 @@ def load_drafter(
         vocab = adapted.vocab_size
         assert vocab is not None
         form = read_form(found[0], adapted.config.num_hidden_layers, vocab, mask_token_id)
-        drafter = _build(form, found[0], path, where, adapted, vocab)
+        drafter = _build(form, path, where, adapted, vocab)
         mask_file = cached_file(path, MASK_FILE, **where, **QUIET)
         if mask_file is not None:
             drafter.mask_embedding = _mask_embedding(mask_file, form, allow_pickle).to(adapted.device)
@@ -414,14 +414,14 @@ def load_drafter(
 def _check_target(target: DiffusionModel) -> None:
     """Refuse what cannot be drafted for."""
     name = type(target.model).__name__
-    if type(target) is not DiffusionModel or isinstance(target, LogitsModel) or not target.reuses_kv:
+    if type(target) is not DiffusionModel or not target.reuses_kv:
         raise ValueError(f"target must be a causal model of a known type with one stack of layers; got {name}")
     if not type(target.model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
         raise ValueError(f"target must be a causal language model; got {name}")
 
 
 def _build(
-    form: DraftForm, raw: Mapping[str, Any], path: str, where: Mapping[str, Any], target: DiffusionModel, vocab: int
+    form: DraftForm, path: str, where: Mapping[str, Any], target: DiffusionModel, vocab: int
 ) -> Drafter:  # fmt: skip
     """The drafter, its weights checked: nothing may be missing, left over or of another shape."""
     files = weight_files(path, where)
