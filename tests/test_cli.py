@@ -15,6 +15,8 @@ import torch
 
 import dlmkernels as dk
 from dlmkernels import cli, demo, info, terminal
+from dlmkernels.cli import bench
+from dlmkernels.cli.options import decoding_options, is_random
 from dlmkernels.demo import tasks
 from small_models import build, prompts
 
@@ -177,13 +179,13 @@ def test_every_option_of_generate_reaches_the_configuration():
         "--model m --prompt p --max-new-tokens 8 --block-length 4 --steps 2 --score margin --cache dual "
         "--temperature 0.5 --top-k 3 --top-p 0.9 --cfg-scale 1 --seed 7 --mask-token-id 5 --rule factor:2"
     )
-    args = cli._parser().parse_args(["generate", *options.split()])
-    assert dk.DecodingConfig(**cli.decoding_options(args)) == dk.DecodingConfig(
+    args = cli.build_parser().parse_args(["generate", *options.split()])
+    assert dk.DecodingConfig(**decoding_options(args)) == dk.DecodingConfig(
         max_new_tokens=8, block_length=4, steps=2, score="margin", cache="dual", temperature=0.5, top_k=3, top_p=0.9,
         cfg_scale=1.0, seed=7, mask_token_id=5, rule=dk.Factor(2.0),
     )  # fmt: skip
-    bare = cli._parser().parse_args(["generate", "--model", "m", "--preset", "fast-dllm"])
-    assert cli.decoding_options(bare) == {}
+    bare = cli.build_parser().parse_args(["generate", "--model", "m", "--preset", "fast-dllm"])
+    assert decoding_options(bare) == {}
 
 
 def test_the_family_decides_what_options_leave_open(capsys, monkeypatch):
@@ -222,10 +224,10 @@ def test_random_is_what_depends_on_the_seed():
         short = config.replace(max_new_tokens=8, block_length=8, cache="none")
         results = [dk.generate(model, ids, config=short, seed=seed).sequences for seed in range(3)]
         differ = any(not torch.equal(results[0], other) for other in results[1:])
-        assert not differ or cli.is_random(config), name
-        assert cli.is_random(config.replace(temperature=0.5)), name
+        assert not differ or is_random(config), name
+        assert is_random(config.replace(temperature=0.5)), name
         drawn |= {name} if differ else set()
-    assert {"remdm", "mdlm", "llada-random", "duo"} <= drawn and not cli.is_random(dk.preset("llada"))
+    assert {"remdm", "mdlm", "llada-random", "duo"} <= drawn and not is_random(dk.preset("llada"))
 
 
 def test_a_preset_that_draws_gets_a_seed_at_temperature_0(capsys):
@@ -303,12 +305,14 @@ def test_exit_code_of_the_program(tmp_path):
 
 def test_bench_runs_pytest_in_the_source_tree(capsys, monkeypatch):
     calls = []
-    monkeypatch.setattr(cli.subprocess, "run", lambda *a, **k: calls.append((a, k)) or argparse.Namespace(returncode=3))
+    monkeypatch.setattr(
+        bench.subprocess, "run", lambda *a, **k: calls.append((a, k)) or argparse.Namespace(returncode=3)
+    )
     assert cli.main(["bench", "--full", "-k", "remask"]) == 3
     (command,), options = calls[0]
     assert command[1:] == ["-m", "pytest", "benchmarks", "--benchmark-only", "--full", "-k", "remask"]
     assert options["cwd"] == ROOT
-    monkeypatch.setattr(cli, "__file__", "/somewhere/else/dlmkernels/cli.py")
+    monkeypatch.setattr(bench, "__file__", "/somewhere/else/dlmkernels/cli/bench.py")
     code, _, err = run(capsys, "bench")
     assert code == 2 and "source tree" in err
 
@@ -351,9 +355,9 @@ def test_what_an_encoding_lacks_is_written_plainly():
 
 def test_a_reader_that_has_seen_enough_is_no_error():
     code = (
-        "import sys; from dlmkernels import cli; cli.parse_rule\n"
+        "import sys; from dlmkernels import cli\n"
         "def flood(args):\n    while True: print('x' * 4096)\n"
-        "cli._generate = flood; sys.exit(cli.main(['generate', '--model', 'demo']))"
+        "cli.generate.run = flood; sys.exit(cli.main(['generate', '--model', 'demo']))"
     )
     run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert run.stdout is not None and run.stderr is not None

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `dlmkernels demo | generate | plan | bench | info`. A module a command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from ..terminal import make_printable
+from . import bench, demo, generate, info, plan
+
+#: In the order of `dlmkernels --help`.
+COMMANDS = (demo, generate, plan, bench, info)
+
+#: What a decoding raises when it cannot do what it is asked; anything else is a fault of ours and shows its traceback.
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError, LookupError, MemoryError)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 after an error of the user's, 130 when interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        make_printable(stream)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command != "bench":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest
+    try:
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # who reads has seen enough; nothing can be written at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except USER_ERRORS as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"dlmkernels: error: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dlmkernels", description="Decode diffusion language models in parallel.",
+        epilog="dlmkernels COMMAND --help lists the options of a command.",
+    )  # fmt: skip
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add(commands)
+    return parser
+
+
+class _Version(argparse.Action):
+    """Prints the version and stops."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from .. import __version__
+
+        print(f"dlmkernels {__version__}")
+        parser.exit()

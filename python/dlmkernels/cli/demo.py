@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dlmkernels demo`."""
+
+import argparse
+
+from .options import positive, require
+
+
+def add(commands) -> None:
+    demo = commands.add_parser(
+        "demo", help="decode the model shipped with the package and compare unmasking rules",
+        description="Solve a Sudoku before your eyes, then compare unmasking rules on held-out problems of three "
+        "tasks. Writes pictures and the table as Markdown.",
+    )  # fmt: skip
+    demo.add_argument("--problems", type=positive, metavar="N", help="problems for each task (default 48)")
+    demo.add_argument("--quick", action="store_true", help="8 problems for each task and few rules: some seconds")
+    demo.add_argument(
+        "--rules", choices=("few", "all"), default="few", help="all: every published decoder there is a preset of"
+    )
+    demo.add_argument(
+        "--out", default="demo-out", metavar="DIR", help="folder for the pictures and the table (default demo-out)"
+    )
+    demo.add_argument("--json", metavar="FILE", help="write the table as JSON as well")
+    demo.add_argument("--seed", type=int, default=1, help="which held-out problems (default 1)")
+    demo.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    require("transformers", "safetensors", "matplotlib", wanted_for="the demo")
+    from ..demo import run as demonstration
+
+    demonstration.run(args.problems, args.quick, args.out, args.json, args.seed, args.rules)
+    return 0
