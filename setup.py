@@ -13,15 +13,19 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Distribution, Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
-from setuptools.command.build_ext import build_ext
-
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "cmake"))
 import backend  # noqa: E402
 
 BUILDS = {"build_ext", "bdist_wheel", "dist_info", "editable_wheel", "install", "develop"}
+if BUILDS & set(sys.argv):
+    # For those who call it directly, pip has asked the backend before. An old setuptools lacks what follows.
+    backend.check()
+
+from setuptools import Distribution, Extension, setup  # noqa: E402
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
+from setuptools.command.build_ext import build_ext  # noqa: E402
+
 PYTHONS = [python for python in os.environ.get("DLMKERNELS_PYTHONS", "").split(os.pathsep) if python]
 
 
@@ -90,10 +94,6 @@ class WithLocalVersion(Distribution):
         if local := os.environ.get("DLMKERNELS_LOCAL_VERSION"):
             self.metadata.version = f"{self.metadata.version}+{local}"
 
-
-if BUILDS & set(sys.argv):
-    # For those who call it directly; pip has asked the backend before.
-    backend.check()
 
 setup(
     ext_modules=[Extension("dlmkernels._C", sources=[])],

@@ -60,7 +60,7 @@ def missing() -> list[str]:
 PROBE = """#include <optional>
 int main() { if constexpr (std::optional<int>(1).has_value() || true) return 0; }
 """
-GET_COMPILER = """Install one (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; conda: conda install gxx)
+GET_COMPILER = """Install one (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; conda install gxx)
 or set CXX to one."""
 
 

@@ -4,8 +4,8 @@
     python scripts/hub.py --write-list       # after a file came to csrc or left it: hub/build.toml
     python scripts/hub.py FOLDER             # the layout that `kernel-builder build` takes, in a new folder
 
-The layout (https://huggingface.co/docs/kernels/builder/writing-kernels, edition 5) wants every source under one root, so
-it is put together when it is needed: `hub/` holds what is different, the rest is copied from where it stands.
+The layout (https://huggingface.co/docs/kernels/builder/writing-kernels, edition 5) wants every source under one
+root, so it is put together when it is needed: `hub/` holds what is different, the rest is copied.
 """
 
 from __future__ import annotations
@@ -41,9 +41,6 @@ version = 0
 edition = 5
 license = "apache-2.0"
 backends = ["cpu", "cuda"]
-
-[general.cuda]
-minver = "12.0"
 
 [torch.stable-abi]
 cpu = "2.11"

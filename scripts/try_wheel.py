@@ -3,7 +3,7 @@
 
     python scripts/try_wheel.py dist/dlmkernels-*.whl                      # torch from the package index
     python scripts/try_wheel.py WHEEL --torch torch==2.13.0                # or whatever pip takes for it
-    python scripts/try_wheel.py WHEEL --site FOLDER                        # torch and what it needs, already in a folder
+    python scripts/try_wheel.py WHEEL --site FOLDER                        # torch from a folder, with what it needs
 
 A new virtual environment gets the wheel and torch, and nothing else. Then, with an empty environment (no PATH, no
 CUDA_HOME, no GPU visible): the import, an op on the CPU, `dlmkernels info`.
@@ -61,9 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wheel", type=Path)
     parser.add_argument("--torch", default="torch>=2.11", help="requirement for pip (default: %(default)s)")
-    parser.add_argument(
-        "--site", type=Path, help="take torch and what it needs from this folder; nothing is downloaded"
-    )
+    parser.add_argument("--site", type=Path, help="folder with torch and what it needs: nothing is downloaded")
     args = parser.parse_args(argv)
     print(try_wheel(args.wheel.resolve(), args.torch, args.site))
     return 0
