@@ -136,7 +136,8 @@ def row(model: Published) -> str:
     """A row of the table."""
     made = plans(model)
     sizes = [made[0].weights, *(plan.total for plan in made)]
-    return f"| `{model.name}` | {made[0].parameters / 1e9:.2f} | " + " | ".join(f"{x / 2**30:.1f}" for x in sizes) + " |"
+    cells = [f"`{model.name}`", f"{made[0].parameters / 1e9:.2f}", *(f"{size / 2**30:.1f}" for size in sizes)]
+    return f"| {' | '.join(cells)} |"
 
 
 def table() -> str:

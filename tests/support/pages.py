@@ -26,9 +26,14 @@ def text_of(name: str) -> str:
     return (ROOT / name).read_text("utf-8")
 
 
+def fences(name: str) -> list[tuple[str, str]]:
+    """Language and text of each block of a page, in order."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", text_of(name), re.S | re.M)
+
+
 def blocks(name: str, language: str = "python") -> list[str]:
-    """The code blocks of a page, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```", text_of(name), re.S | re.M)
+    """The blocks of one language, in order."""
+    return [text for found, text in fences(name) if found == language]
 
 
 def commands(name: str) -> list[list[str]]:
@@ -148,12 +153,14 @@ class StandIns:
         return dk.infill(model, *args, **self._short(options))
 
 
-def in_place_of_the_library(stand_ins: StandIns):
-    """A module that is `dlmkernels` with the stand-ins' functions."""
-    from types import SimpleNamespace
+class InPlaceOfTheLibrary:
+    """What `dlmkernels` has, with the functions of stand-ins."""
 
-    names = {name: getattr(dk, name) for name in dir(dk) if not name.startswith("_")}
-    return SimpleNamespace(**names | {name: getattr(stand_ins, name) for name in ("load", "generate", "infill")})
+    def __init__(self, stand_ins: StandIns) -> None:
+        self.load, self.generate, self.infill = stand_ins.load, stand_ins.generate, stand_ins.infill
+
+    def __getattr__(self, name: str):
+        return getattr(dk, name)
 
 
 def configuration(folder: Path, fields: dict) -> Path:
