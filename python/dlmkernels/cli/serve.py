@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -65,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         print(f"{name} at http://{host}:{listener.getsockname()[1]}/ (stop with Ctrl-C)", file=sys.stderr, flush=True)
+        # uvicorn has ended in order when it raises the signal again that it was told to end by
+        signal.signal(signal.SIGTERM, lambda *_: None)
         make_server(engine, tokenizer, settings).run(sockets=[listener])
     return 0
 

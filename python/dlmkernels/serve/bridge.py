@@ -17,7 +17,7 @@ from typing import Any
 import anyio.to_thread
 
 from ..engine.engine import Engine
-from ..engine.request import RequestOutput
+from ..engine.request import RequestOutput, id_of_copy
 from .errors import APIError, stopped
 
 
@@ -146,7 +146,7 @@ class Bridge:
         """One prompt's answers. The engine reads the prompt in another thread, which may take a while."""
         loop = asyncio.get_running_loop()
         first = f"{group.id}-{number}"
-        names = [first, *(f"{first}__child#{k}" for k in range(1, n))]
+        names = [id_of_copy(first, k) for k in range(n)]
 
         def hand_over(output: RequestOutput) -> None:
             loop.call_soon_threadsafe(self._take, group, output)
@@ -199,6 +199,9 @@ class Bridge:
 #: what clients call what the engine's messages speak of
 NAMES = {"input_ids": "prompt", "max_new_tokens": "max_tokens", "num_return_sequences": "n", "stop_strings": "stop"}
 
+PARAMETERS = (*NAMES.values(), "temperature", "top_k", "top_p", "seed", "suffix", "repetition_penalty", "top_logprobs",
+              "rule", "steps", "block_length")  # fmt: skip
+
 
 def refused(error: Exception) -> APIError:
     """What the engine will not decode, as an answer to a client."""
@@ -207,4 +210,5 @@ def refused(error: Exception) -> APIError:
         text = text.replace(name, theirs)
     if "max_length" in text:
         return APIError(400, text, "prompt", "context_length_exceeded")
-    return APIError(400, text)
+    first = text.partition(" ")[0].partition("=")[0]
+    return APIError(400, text, first if first in PARAMETERS else None)

@@ -112,9 +112,12 @@ class Decoder:
             )["input_ids"]  # fmt: skip
 
         try:
-            return await anyio.to_thread.run_sync(read)
+            ids = await anyio.to_thread.run_sync(read)
         except Exception as error:  # templates are programs of their own, which refuse what they do not know
             raise APIError(400, f"the model's chat template refuses these messages: {error}", "messages") from error
+        if not ids:
+            raise APIError(400, "messages hold no token for this model's tokenizer", "messages")
+        return ids
 
     async def options(self, request: GenerationParameters) -> dict[str, Any]:
         """What the engine is told, without what only one endpoint has."""

@@ -86,6 +86,7 @@ def from_validation(errors: Any) -> APIError:
     if first["type"] == "json_invalid":
         return APIError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     if first["type"] == "extra_forbidden":
+        param = ".".join(map(str, path))
         return APIError(400, f"{param} is not a parameter that this server knows", param, "unknown_parameter")
     if first["type"] == "missing" and branch == len(path):
         return APIError(400, f"{param or 'the body'} is missing", param, "missing_parameter")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -45,31 +46,20 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, status = time.perf_counter(), 0
-        name = f"req-{secrets.token_hex(8)}"
-
-        async def answer(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", name.encode())]}
-            with anyio.move_on_after(self.settings.write_timeout) as patience:
-                await send(message)
-            if patience.cancelled_caught:
-                raise SlowClient
-
+        started = time.perf_counter()
+        visit = Visit(self.settings, receive, send)
         try:
-            headers = dict(scope["headers"])
-            self._check(scope, headers)
-            await self.app(scope, self._bounded(receive, headers), answer)
+            self._check(scope, visit.read_headers(scope))
+            await self.app(scope, visit.receive, visit.send)
         except APIError as error:
-            if status:
-                raise
-            await error.response(scope, receive, answer)
+            visit.refusal = error
         except SlowClient:
-            status = 499
+            visit.status = 499
+        try:
+            if visit.refusal is not None and not visit.status:
+                await visit.refusal.response(scope, receive, visit.send_now)
         finally:
-            self.observe(scope["path"], status, time.perf_counter() - started)
+            self.observe(scope["path"], visit.status, time.perf_counter() - started)
 
     def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         """Refuse a request by its head."""
@@ -87,42 +77,83 @@ class Gate:
                 raise APIError(415, f"content-type must be application/json; got '{kind.decode('latin-1')}'")
             length = headers.get(b"content-length", b"0")
             if length.isdigit() and int(length) > settings.max_body_bytes:
-                raise self._too_long()
+                raise too_long(settings)
 
-    def _too_long(self) -> APIError:
-        return APIError(
-            413, f"the body is longer than {self.settings.max_body_bytes} bytes", code="body_too_long"
-        )  # fmt: skip
 
-    def _bounded(self, receive: Receive, headers: dict[bytes, bytes]) -> Receive:
-        """`receive` for bodies that must be short enough and come soon enough."""
-        deadline, size, is_read = anyio.current_time() + self.settings.body_timeout, 0, False
+def too_long(settings: Settings) -> APIError:
+    """What a body is answered that is longer than allowed."""
+    return APIError(413, f"the body is longer than {settings.max_body_bytes} bytes", code="body_too_long")
 
-        async def bounded() -> Message:
-            nonlocal size, is_read
-            if is_read:  # what comes now is that the client has gone
-                return await receive()
-            try:
-                with anyio.fail_after(max(deadline - anyio.current_time(), 0)):
-                    message = await receive()
-            except TimeoutError:
-                raise APIError(
-                    408, f"the body did not arrive within {self.settings.body_timeout:g} s", code="body_timeout"
-                ) from None
-            size += len(message.get("body", b""))
-            is_read = not message.get("more_body", False)
-            if size > self.settings.max_body_bytes:
-                raise self._too_long()
-            return message
 
-        return bounded
+class Visit:
+    """One request on its way through the gate.
+
+    Attributes
+    ----------
+    status : int
+        What it was answered; 0 while it was not.
+    refusal : APIError, optional
+        What is wrong with its body. The application, which may take an error in reading for one of its own, is not
+        heard any more then.
+    """
+
+    def __init__(self, settings: Settings, receive: Receive, send: Send):
+        self._settings, self._receive, self._send = settings, receive, send
+        self.status = 0
+        self.refusal: APIError | None = None
+        self._name = f"req-{secrets.token_hex(8)}".encode()
+        self._deadline = anyio.current_time() + settings.body_timeout
+        self._size, self._is_read = 0, False
+
+    @staticmethod
+    def read_headers(scope: Scope) -> dict[bytes, bytes]:
+        """Headers by their names; of several the last."""
+        return dict(scope["headers"])
+
+    async def send(self, message: Message) -> None:
+        """What the application says, unless the request has been refused."""
+        if self.refusal is None:
+            await self.send_now(message)
+
+    async def send_now(self, message: Message) -> None:
+        """Send to a client that must read within some time."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message = {**message, "headers": [*message["headers"], (b"x-request-id", self._name)]}
+        with anyio.move_on_after(self._settings.write_timeout) as patience:
+            await self._send(message)
+        if patience.cancelled_caught:
+            raise SlowClient
+
+    async def receive(self) -> Message:
+        """The body, which must be short enough and come soon enough; then that the client has gone."""
+        if self._is_read:
+            return await self._receive()
+        try:
+            with anyio.fail_after(max(self._deadline - anyio.current_time(), 0)):
+                message = await self._receive()
+        except TimeoutError:
+            text = f"the body did not arrive within {self._settings.body_timeout:g} s"
+            self.refusal = APIError(408, text, code="body_timeout")
+            raise self.refusal from None
+        self._size += len(message.get("body", b""))
+        self._is_read = not message.get("more_body", False)
+        if self._size > self._settings.max_body_bytes:
+            self.refusal = too_long(self._settings)
+            raise self.refusal
+        return message
 
 
 def _names_this_machine(host: bytes) -> bool:
     """Whether a Host header names this machine."""
     name = host.decode("latin-1").strip().lower()
     name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
-    return name in LOOPBACK_NAMES or name.startswith("127.") or not name
+    if not name or name in LOOPBACK_NAMES:
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 async def gone(receive: Callable[[], Awaitable[Any]]) -> None:
