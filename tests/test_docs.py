@@ -12,7 +12,7 @@ import transformers
 
 import dlmkernels as dk
 import pages
-from dlmkernels.cli import main
+from dlmkernels.cli import build_parser, main
 from dlmkernels.demo import MODEL_DIR, tasks
 from dlmkernels.demo.tasks import TASKS
 from pages import PAGES, ROOT, InPlaceOfTheLibrary, StandIns, text_of
@@ -225,6 +225,7 @@ def test_research_models(tmp_path):
     assert names["out"].complete.all() and torch.isfinite(names["nats"]).all()
 
 
+#: Pages that need names which a reader has, and that the tests above give them.
 RUN_ABOVE = {
     "README.md", "docs/quickstart.md", "docs/decoding.md", "docs/decoders.md", "docs/constraints.md", "docs/new_rule.md",
     "docs/programs.md", "docs/drafters.md", "docs/engine.md", "docs/ops.md", "docs/memory.md", "docs/your_model.md",
@@ -232,9 +233,15 @@ RUN_ABOVE = {
 }  # fmt: skip
 
 
-def test_no_page_with_code_is_forgotten():
-    """Code in a block of another language, or in none, is no way out: there are diagrams there alone."""
-    assert {name for name in PAGES if pages.blocks(name)} == RUN_ABOVE
+@pytest.mark.parametrize("name", [name for name in PAGES if pages.blocks(name) and name not in RUN_ABOVE])
+def test_pages_that_run_as_they_stand(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pages.run(name, {})
+
+
+def test_no_code_hides():
+    """In a block of another language, or of none, there are diagrams and what commands print."""
+    assert {name for name in PAGES if pages.blocks(name)} >= RUN_ABOVE
     for name in PAGES:
         for language, block in pages.fences(name):
             if language in ("python", "console"):
@@ -244,7 +251,7 @@ def test_no_page_with_code_is_forgotten():
 
 @pytest.mark.parametrize("name", [name for name in PAGES if pages.commands(name)])
 def test_commands(name, tmp_path, monkeypatch, capsys):
-    """Each exits without an error; `bench` is left to the tests of the benchmarks."""
+    """Each exits without an error. Of those that run for long, or for ever, the options are read: they have own tests."""
     sys.path.insert(0, str(ROOT / "scripts"))
     monkeypatch.syspath_prepend(ROOT / "scripts")
     import model_memory
@@ -252,7 +259,8 @@ def test_commands(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     configs = {model.name: model.config for model in model_memory.MODELS}
     for arguments in pages.commands(name):
-        if arguments[0] == "bench":
+        if arguments[0] not in ("generate", "plan", "info"):
+            build_parser().parse_known_args(arguments)
             continue
         local = [str(pages.configuration(tmp_path / "m", configs[a])) if a in configs else a for a in arguments]
         assert main(local) == 0, " ".join(arguments)

@@ -38,7 +38,7 @@ def blocks(name: str, language: str = "python") -> list[str]:
 
 def commands(name: str) -> list[list[str]]:
     """The `dlmkernels` commands of a page's console blocks, without comments, as arguments."""
-    lines = [line for block in blocks(name, "console") for line in block.splitlines()]
+    lines = "\n".join(blocks(name, "console")).replace("\\\n", "").splitlines()
     given = [shlex.split(line[2:], comments=True) for line in lines if line.startswith("$ ")]
     return [arguments[1:] for arguments in given if arguments and arguments[0] == "dlmkernels"]
 
