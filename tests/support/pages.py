@@ -85,7 +85,7 @@ def links(name: str) -> list[tuple[str, str]]:
     return out
 
 
-def letters(folder: Path) -> transformers.PreTrainedTokenizerFast:
+def letters() -> transformers.PreTrainedTokenizerFast:
     """A tokenizer of the small models' 97 ids, a character each, with a chat template."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
