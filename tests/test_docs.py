@@ -172,7 +172,7 @@ class Net(torch.nn.Module):
 def test_a_model_of_your_own(tmp_path, capsys):
     stand_ins, net = StandIns(tmp_path), Net().eval()
     names = {"dk": InPlaceOfTheLibrary(stand_ins), "loaded": build(), "ids": pages.ids(), "answer": pages.ids(2, 6),
-             "tokenizer": pages.letters(tmp_path), "net": net}  # fmt: skip
+             "tokenizer": pages.letters(), "net": net}  # fmt: skip
     pages.run("docs/your_model.md", names)
     assert names["out"].complete.all() and names["timed"].complete.all()
     assert len(net.times) == 8 and net.times == sorted(net.times, reverse=True)
@@ -180,7 +180,7 @@ def test_a_model_of_your_own(tmp_path, capsys):
 
 
 def test_the_first_model_to_try(tmp_path, capsys):
-    stand_ins, tokenizer = StandIns(tmp_path), pages.letters(tmp_path)
+    stand_ins, tokenizer = StandIns(tmp_path), pages.letters()
     hub = type("AutoTokenizer", (), {"from_pretrained": staticmethod(lambda name: tokenizer)})
     names = pages.run("docs/models.md", {"dk": InPlaceOfTheLibrary(stand_ins), "AutoTokenizer": hub})
     assert names["out"].complete.all() and names["model"].config.dlm_family == "a2d-bd3lm"
