@@ -140,7 +140,7 @@ def test_the_compiler_is_tried(tmp_path):
 
 def configured(tmp_path, cuda, **env):
     """What CMake says of CUDA: its code, and the lines of one paragraph joined."""
-    build = tmp_path / "build"
+    build = tmp_path / f"build{len(list(tmp_path.iterdir()))}"
     done = subprocess.run(
         [shutil.which("cmake", path=TOOLS), "-S", ROOT, "-B", build, f"-DPython_EXECUTABLE={sys.executable}",
          f"-DDLMKERNELS_CUDA={cuda}", "-DCMAKE_CXX_COMPILER_WORKS=1"], capture_output=True, text=True,
