@@ -259,6 +259,13 @@ def test_examples_of_large_models(code):
                 eval(compile(ast.Expression(call), "docs/families.md", "eval"), names)
 
 
+def test_evaluation_in_python(capsys):
+    pytest.importorskip("lm_eval", reason="needs the extra 'eval'")
+    code = block_text("docs/evaluation.md", "EngineLM").replace("str(TASKS_DIR)", "str(TASKS_DIR), include_defaults=False")
+    exec(compile(code.replace("limit=4", "limit=2"), "docs/evaluation.md", "exec"), {})
+    assert "'solved,none': 1.0" in capsys.readouterr().out
+
+
 def test_every_block_of_the_docs_is_run_by_a_test():
     """A block that no test names would go stale."""
     tested = Path(__file__).read_text("utf-8")
