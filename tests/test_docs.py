@@ -261,7 +261,9 @@ def test_examples_of_large_models(code):
 
 def test_evaluation_in_python(capsys):
     pytest.importorskip("lm_eval", reason="needs the extra 'eval'")
-    code = block_text("docs/evaluation.md", "EngineLM").replace("str(TASKS_DIR)", "str(TASKS_DIR), include_defaults=False")
+    code = block_text("docs/evaluation.md", "EngineLM").replace(
+        "str(TASKS_DIR)", "str(TASKS_DIR), include_defaults=False"
+    )
     exec(compile(code.replace("limit=4", "limit=2"), "docs/evaluation.md", "exec"), {})
     assert "'solved,none': 1.0" in capsys.readouterr().out
 

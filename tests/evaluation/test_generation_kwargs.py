@@ -122,13 +122,20 @@ def test_refused_kwargs(kwargs, message):
 def test_seeds_follow_from_the_content_alone():
     a = seed_of(0, "prompt", {"x": 1, "y": 2}, 0)
     assert a == seed_of(0, "prompt", {"y": 2, "x": 1}, 0) and 0 <= a < 2**63
-    others = {seed_of(1, "prompt", {"x": 1, "y": 2}, 0), seed_of(0, "prompt", {"x": 1, "y": 2}, 1), seed_of(0, "prompT")}
+    others = {
+        seed_of(1, "prompt", {"x": 1, "y": 2}, 0),
+        seed_of(0, "prompt", {"x": 1, "y": 2}, 1),
+        seed_of(0, "prompT"),
+    }
     assert len(others | {a}) == 4
     assert a == KNOWN_SEED  # in any process: Python's own hashes differ from one to the next
 
 
 def test_tallies_add_up(tmp_path):
-    one, two = Tally(answers=1, new_tokens=10, forwards=5, decoded_tokens=20, seconds=2.0), Tally(answers=1, seconds=4.0)
+    one, two = (
+        Tally(answers=1, new_tokens=10, forwards=5, decoded_tokens=20, seconds=2.0),
+        Tally(answers=1, seconds=4.0),
+    )
     two.estimate(3.0), two.estimate(float("nan"))
     both = (one + two).summary()
     assert both["answers"] == 2 and both["tokens_per_forward"] == 4 and both["new_tokens_per_second"] == 2.5

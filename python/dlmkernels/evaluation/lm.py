@@ -21,7 +21,7 @@ from ..decoding.resolve import configuration, prepare
 from ..decoding.stops import before_stop
 from ..engine import Engine, RequestOutput
 from ..models.adapt import adapt
-from .arguments import Settings, read_settings
+from .arguments import read_settings
 from .generation import Generation, read_generation, seed_of
 from .likelihood import Likelihood, Scorer
 from .ranks import Ranks
@@ -148,8 +148,8 @@ class EngineLM(TemplateLM):
             from ..demo.tasks import check_text
 
             check_text("the task's text", string)
-        first = getattr(self.tokenizer, "bos_token", None)
-        has_first = bool(first) and string.startswith(first)
+        first = str(getattr(self.tokenizer, "bos_token", None) or "")
+        has_first = first != "" and string.startswith(first)
         wanted = self.settings.add_bos_token
         if add_special_tokens is None:
             add_special_tokens = wanted is not False and not has_first
@@ -187,7 +187,7 @@ class EngineLM(TemplateLM):
             jobs.append(self._job(request, seen[id(request)]))
             seen[id(request)] += 1
         if self.cache_hook.dbdict is not None and max(seen.values(), default=0) > 1:
-            raise ValueError("--use_cache keeps one answer for each prompt, and the task asks for several: leave it out")
+            raise ValueError("--use_cache keeps one answer for each prompt; the task asks for several: leave it out")
         started = time.perf_counter()
         waiting = {self._submit(job): i for i, job in enumerate(jobs)}
         texts = [""] * len(jobs)
