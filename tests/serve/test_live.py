@@ -6,9 +6,9 @@ import threading
 
 import httpx
 import pytest
-from servers import PROMPT, SUM, serving
 
 import dlmkernels as dk
+from servers import PROMPT, SUM, serving
 
 BODY = {"model": "demo", "prompt": PROMPT, "max_tokens": 17}
 

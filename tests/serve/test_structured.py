@@ -5,6 +5,7 @@ import json
 
 import openai
 import pytest
+
 from servers import serving
 
 SCHEMA = {
@@ -21,9 +22,8 @@ ASK = {"model": "demo", "messages": [{"role": "user", "content": "AAA"}], "max_t
 
 @pytest.fixture(scope="module")
 def client():
-    from small_models import build
-
     from pages import letters
+    from small_models import build
 
     model, tokenizer = build(), letters()
     with serving(model=model, tokenizer=tokenizer, max_length=96) as running:
