@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every block of code and every command of README and docs is run, every link is followed, every claim of a table held."""
 
+import json
 import os
 import re
 import subprocess
@@ -258,11 +259,13 @@ def test_commands(name, tmp_path, monkeypatch, capsys):
 
     monkeypatch.chdir(tmp_path)
     configs = {model.name: model.config for model in model_memory.MODELS}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": SUM, "max_new_tokens": 17}) + "\n")
     for arguments in pages.commands(name):
-        if arguments[0] not in ("generate", "plan", "info"):
+        if arguments[0] not in ("generate", "plan", "info") or "--input" in arguments:
             build_parser().parse_known_args(arguments)
             continue
-        local = [str(pages.configuration(tmp_path / "m", configs[a])) if a in configs else a for a in arguments]
+        local = ["demo" if a == "path/to/model" else a for a in arguments]
+        local = [str(pages.configuration(tmp_path / "m", configs[a])) if a in configs else a for a in local]
         assert main(local) == 0, " ".join(arguments)
         if arguments[0] == "plan":
             shown = [line for block in pages.blocks(name, "console") for line in block.splitlines()]
