@@ -5,42 +5,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from ..decoding.config import CACHES, SCORES, DecodingConfig
 from ..decoding.features import FEATURE_CACHES
 from ..decoding.presets import PRESETS
-from ..decoding.rules import (
-    CreditThreshold,
-    DynamicThreshold,
-    EntropyBound,
-    EntropySum,
-    Factor,
-    HierarchicalThreshold,
-    LocalThreshold,
-    Quota,
-    Rule,
-    StableThreshold,
-    Threshold,
-    TimeQuota,
-)
+from ..decoding.rules.named import parse_rule
 from ..decoding.scores import score_named
 
-# name on the command line -> constructor, taking the number after the colon where there is one
-RULES: dict[str, Callable[..., Rule]] = {
-    "quota": Quota,
-    "time-quota": TimeQuota,
-    "threshold": Threshold,
-    "factor": Factor,
-    "entropy-bound": EntropyBound,
-    "entropy-sum": EntropySum,
-    "dynamic-threshold": DynamicThreshold,
-    "hierarchical-threshold": HierarchicalThreshold,
-    "local-threshold": LocalThreshold,
-    "stable-threshold": StableThreshold,
-    "credit-threshold": CreditThreshold,
-}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -81,23 +53,6 @@ def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
     if args.rule:
         options["rule"] = parse_rule(args.rule)
     return options
-
-
-def parse_rule(text: str) -> Rule:
-    """A rule from its name on the command line: `quota`, `threshold:0.9`, `factor:1.0`, `entropy-bound:0.1`, …"""
-    name, colon, number = text.partition(":")
-    if name not in RULES:
-        raise ValueError(f"unknown rule '{name}'; known: {', '.join(RULES)}, with a number after a colon, as in "
-                         "threshold:0.9")  # fmt: skip
-    if not colon:
-        return RULES[name]()
-    if name == "quota":
-        raise ValueError("rule quota takes no number: --steps says how many forwards")
-    try:
-        value = float(number)
-    except ValueError:
-        raise ValueError(f"rule {name} takes a number after the colon; got '{number}'") from None
-    return RULES[name](value)
 
 
 def is_random(config: DecodingConfig) -> bool:

@@ -25,6 +25,11 @@ class RequestStatus(IntEnum):
     CANCELLED = 5
 
 
+def id_of_copy(request_id: str, k: int) -> str:
+    """What the answer number k of a request is called, from 0."""
+    return request_id if k == 0 else f"{request_id}__child#{k - 1}"
+
+
 @dataclass
 class RequestOutput:
     """What has become of a request: the fields of transformers' `GenerationOutput`, and what a decoding knows beyond.
