@@ -2,6 +2,11 @@
 """A model that is divided between two processes decodes what it decodes in one."""
 
 import functools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,7 +72,7 @@ def traffic(models, rank):
     import torch.distributed as dist
 
     found = {}
-    before = dist.all_gather_into_tensor
+    before = dist.all_gather
     for name in ("auto", "sharded", "logits"):
         counted = []
 
@@ -75,11 +80,11 @@ def traffic(models, rank):
             _counted.append(own.numel() * own.element_size())
             return before(out, own, *args, **options)
 
-        dist.all_gather_into_tensor = gather
+        dist.all_gather = gather
         try:
             ranks.decode(models("qwen2"), **FULL, lm_head=name, rule=dk.Quota(), steps=4)
         finally:
-            dist.all_gather_into_tensor = before
+            dist.all_gather = before
         found[name] = sum(counted)
     return found
 
@@ -210,3 +215,22 @@ def test_refusals(found, what, words):
 def test_a_model_of_one_process_has_no_shards(folder):
     with pytest.raises(ValueError, match=r"lm_head='sharded' cannot be used here: the model is not divided"):
         ranks.decode(ranks.load("llama", folder), **FULL, lm_head="sharded")
+
+
+def test_the_script_of_the_guide_under_torchrun(tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "parallel.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    (tmp_path / "decode.py").write_text(code, encoding="utf-8")
+    run = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        tmp_path / "decode.py",
+    ]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["A1234567890123456+8765432109876544=10000000000000000"]
+    assert "Warning: `torch" not in done.stderr

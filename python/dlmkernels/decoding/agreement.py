@@ -48,7 +48,7 @@ def agree(
     options = re.sub(r" at 0x[0-9a-f]+", "", repr((config, others)))
     own = torch.tensor([*map(_digest, (*values.values(), options))], device=seeds.device)
     everyone = own.new_empty((dist.get_world_size(group), len(own)))
-    dist.all_gather_into_tensor(everyone.view(-1), own, group=group)
+    dist.all_gather(list(everyone.unbind()), own, group=group)
     differs = (everyone != everyone[:1]).any(0).tolist()
     if any(differs):
         names = [name for name, is_other in zip((*values, "config"), differs) if is_other]

@@ -55,10 +55,10 @@ class ShardedRows(HiddenRows):
                 last = -(-(shard.first + len(shard.weight)) // tokens)
                 asked[name] = asked[name][..., first:last].contiguous()
         words = shard_confidence(source, shard.first, weight=weight, row_map=row_map, uncond=uncond, **asked)
-        everyone = words.new_empty((dist.get_world_size(shard.group) * len(words), words.shape[1]))
-        dist.all_gather_into_tensor(everyone, words, group=shard.group)
+        everyone = words.new_empty((dist.get_world_size(shard.group), *words.shape))
+        dist.all_gather(list(everyone.unbind()), words, group=shard.group)
         return ops.combine_shards(
-            everyone.view(-1, *words.shape), temperature=options["temperature"], distribution=options["distribution"],
+            everyone, temperature=options["temperature"], distribution=options["distribution"],
             with_margin=options["with_margin"], with_entropy=options["with_entropy"],
         )  # fmt: skip
 
