@@ -61,6 +61,9 @@ _LAZY = {
     "RequestOutput": ".engine.request",
     "RequestStatus": ".engine.request",
     "generate_batch": ".engine.batch",
+    "json_schema": ".grammars.make",
+    "json_object": ".grammars.make",
+    "regex": ".grammars.make",
 }
 __all__ = [
     "PRESETS", "AttentionWindow", "Constraint", "D2Cache", "DLLMCache", "DecodingConfig", "FeatureCache", "KVCache",

@@ -28,9 +28,9 @@ def demo_tokenizer(template=TEMPLATE):
 
 
 @contextmanager
-def serving(template=TEMPLATE, slots=4, max_length=96, model=None, **settings):
+def serving(template=TEMPLATE, slots=4, max_length=96, model=None, tokenizer=None, **settings):
     """A server of the demo model; its URL, with `service` and `server` as attributes."""
-    tokenizer = demo_tokenizer(template)
+    tokenizer = demo_tokenizer(template) if tokenizer is None else tokenizer
     options = {"block_length": 8} | settings.pop("engine", {})
     engine = dk.Engine(model or dk.load("demo"), slots=slots, max_length=max_length, tokenizer=tokenizer, **options)
     with socket.socket() as listener:

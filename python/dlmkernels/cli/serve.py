@@ -40,6 +40,7 @@ def add(commands) -> None:
         help="seconds that requests in flight get when the server is told to stop (default 30)")  # fmt: skip
     add("--deterministic", action="store_true", help="answers that do not depend on the load, bit for bit")
     add("--decoding-options", action="store_true", help="let requests choose rule, steps and block_length")
+    add("--no-live", action="store_true", help="without the page / on which decodings are watched")
     add_decoding(serve)
     serve.set_defaults(run=run)
 
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings(
         name, args.host, args.port, args.api_key or os.environ.get(KEY_VARIABLE) or None, args.open_to_all,
         max_waiting=args.max_waiting, max_body_bytes=args.max_body, request_timeout=args.request_timeout,
-        drain_timeout=args.drain_timeout, decoding_options=args.decoding_options,
+        drain_timeout=args.drain_timeout, decoding_options=args.decoding_options, live=not args.no_live,
     )  # fmt: skip
     changes = decoding_options(args)
     named = preset(args.preset) if args.preset else None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..decoding.checks import INT64, flag, integer
 from ..decoding.config import DecodingConfig, SpecialTokens, check_names
+from ..decoding.constraint import Constraint
 from ..decoding.copies import seed_of_copy
 from ..decoding.inputs import read_prompts
 from ..decoding.processing import Wishes
@@ -124,7 +125,7 @@ class Intake:
             )
         seed = self._seed(seed)
         stops = check_stop_strings(stop_strings, self.tokenizer)
-        return [
+        requests = [
             Request(
                 id_of_copy(request_id, k), prompt, answer, suffix_length,
                 seed_of_copy(seed, k), known.config, known.special, known.key, known.has_fixed_length, wishes, stops,
@@ -132,6 +133,9 @@ class Intake:
             )
             for k in range(count)
         ]  # fmt: skip
+        if isinstance(known.config.constraint, Constraint):  # what it refuses is refused now
+            known.config.constraint.bound(requests[0].place(self.model.vocab_size))
+        return requests
 
     def _prompt(self, input_ids: Any, special: SpecialTokens) -> list[int]:
         if isinstance(input_ids, Tensor):

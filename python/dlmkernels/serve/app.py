@@ -13,14 +13,17 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from ..engine.engine import Engine
+from ..page.live import Live
 from .answers import Answers
 from .bridge import Bridge, Group
 from .decode import Decoder, Form, chat_form, completion_form
-from .errors import APIError, on_api_error, on_http_error, on_invalid
+from .errors import APIError, on_api_error, on_fault, on_http_error, on_invalid
 from .limits import Gate
+from .live import Viewers, add_page
 from .metrics import ServerMetrics
 from .protocol import ChatRequest, CompletionRequest
 from .settings import Settings
+from .structured import structure_of
 
 STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
@@ -40,8 +43,10 @@ class Service:
         special = engine.special_tokens
         self.engine, self.settings = engine, settings
         self.answers = Answers(tokenizer, special.eos)
-        self.bridge = Bridge(engine, engine.slots + settings.max_waiting)
-        self.decoder = Decoder(self.bridge, self.answers, settings, special.mask)
+        self.viewers = Viewers(Live(tokenizer, special.mask, special.eos), lambda: self.bridge.is_open)
+        observe = self.viewers.live.put if settings.live else None
+        self.bridge = Bridge(engine, engine.slots + settings.max_waiting, observe)
+        self.decoder = Decoder(self.bridge, self.answers, settings, special.mask, self.viewers)
         self.metrics = ServerMetrics(engine)
         self.started = int(time.time())
 
@@ -91,7 +96,10 @@ def create_app(engine: Engine, tokenizer: Any, settings: Settings) -> FastAPI:
     app.add_exception_handler(APIError, on_api_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(RequestValidationError, on_invalid)
+    app.add_exception_handler(Exception, on_fault)
     _add_endpoints(app, service)
+    if settings.live:
+        add_page(app, service.viewers, settings.model_name)
     return app
 
 
@@ -120,8 +128,11 @@ def _add_endpoints(app: FastAPI, service: Service) -> None:
         if body.logprobs and body.top_logprobs:
             options["top_logprobs"] = body.top_logprobs
         _check_count(body.n, service.settings)
+        structure = await structure_of(body, service.answers.tokenizer)
+        if structure.constraint is not None:
+            options["constraint"] = structure.constraint
         group = await service.bridge.submit([await decoder.chat_prompt(body)], body.n, options)
-        return await _respond(group, chat_form(body, service.answers), body, request)
+        return await _respond(group, chat_form(body, service.answers, structure), body, request)
 
     async def _respond(
         group: Group, form: Form, body: CompletionRequest | ChatRequest, request: Request

@@ -96,8 +96,8 @@ class Bridge:
         The requests in flight, by id.
     """
 
-    def __init__(self, engine: Engine, limit: int):
-        self.engine, self.limit = engine, limit
+    def __init__(self, engine: Engine, limit: int, observe: Callable[[RequestOutput], None] | None = None):
+        self.engine, self.limit, self._observe = engine, limit, observe  # observe: in the engine's thread
         self.is_open = True
         self.groups: dict[str, Group] = {}
         self._live = 0
@@ -149,6 +149,8 @@ class Bridge:
         names = [id_of_copy(first, k) for k in range(n)]
 
         def hand_over(output: RequestOutput) -> None:
+            if self._observe is not None:
+                self._observe(output)
             loop.call_soon_threadsafe(self._take, group, output)
 
         def add() -> None:

@@ -13,12 +13,15 @@ import anyio
 import anyio.to_thread
 
 from ..decoding.rules.named import parse_rule
+from ..engine.request import RequestOutput
 from .answers import REASONS, Answers, TextSoFar, check
 from .bridge import Bridge, Group
 from .errors import APIError
 from .limits import gone
+from .live import Viewers
 from .protocol import ChatRequest, CompletionRequest, GenerationParameters
 from .settings import Settings
+from .structured import Structure
 
 DONE = "data: [DONE]\n\n"
 
@@ -37,6 +40,8 @@ class Form:
         The same of a part of one.
     logprobs : callable
         Log-probabilities of an output's tokens from one on; None where they are not wanted.
+    is_whole : bool
+        Whether a stream tells an answer only when all of it is there.
     """
 
     prefix: str
@@ -45,6 +50,7 @@ class Form:
     whole: Callable[[str], dict[str, Any]]
     part: Callable[[str, bool], dict[str, Any]]
     logprobs: Callable[[Any, int], dict[str, Any] | None]
+    is_whole: bool = False
 
 
 def completion_form(request: CompletionRequest, answers: Answers) -> Form:
@@ -56,29 +62,37 @@ def completion_form(request: CompletionRequest, answers: Answers) -> Form:
     )  # fmt: skip
 
 
-def chat_form(request: ChatRequest, answers: Answers) -> Form:
+def chat_form(request: ChatRequest, answers: Answers, structure: Structure) -> Form:
     """The form of `/v1/chat/completions`."""
 
     def whole(text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+        return {"message": {"role": "assistant", "refusal": None} | structure.message(text)}
 
     def part(text: str, is_first: bool) -> dict[str, Any]:
-        return {"delta": ({"role": "assistant"} if is_first else {}) | {"content": text}}
+        delta = structure.message(text) if structure.is_whole else {"content": text}
+        if "tool_calls" in delta:
+            delta["tool_calls"] = [call | {"index": k} for k, call in enumerate(delta["tool_calls"])]
+        return {"delta": ({"role": "assistant"} if is_first else {}) | delta}
 
     k = request.top_logprobs or 0
     return Form(
         "chatcmpl", "chat.completion", "chat.completion.chunk", whole, part,
         lambda output, start: answers.chat_logprobs(output, start, k) if request.logprobs else None,
+        structure.is_whole,
     )  # fmt: skip
+
+
+def finish_reason(output: RequestOutput, choice: dict[str, Any]) -> str:
+    """Why an answer has ended, as OpenAI's clients are told."""
+    message = choice.get("message") or choice.get("delta") or {}
+    return "tool_calls" if "tool_calls" in message else REASONS[output.finish_reason or ""]
 
 
 class Decoder:
     """What the two endpoints have in common."""
 
-    def __init__(self, bridge: Bridge, answers: Answers, settings: Settings, mask: int):
-        self.bridge, self.answers, self.settings, self.mask = bridge, answers, settings, mask
-        #: whether anybody watches the live page
-        self.is_watched = False
+    def __init__(self, bridge: Bridge, answers: Answers, settings: Settings, mask: int, viewers: Viewers):
+        self.bridge, self.answers, self.settings, self.mask, self.viewers = bridge, answers, settings, mask, viewers
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -121,10 +135,10 @@ class Decoder:
 
     async def options(self, request: GenerationParameters) -> dict[str, Any]:
         """What the engine is told, without what only one endpoint has."""
-        wants_drafts = self.is_watched or (request.stream_options is not None and request.stream_options.drafts)
+        wants_drafts = request.stream_options is not None and request.stream_options.drafts
         found: dict[str, Any] = {
             "max_new_tokens": request.max_tokens, "seed": request.seed, "stop_strings": request.stop or None,
-            "streaming": request.stream, "drafts": wants_drafts,
+            "streaming": request.stream, "drafts": wants_drafts or self.viewers.count > 0,
         }  # fmt: skip
         for name in ("temperature", "top_p", "top_k", "repetition_penalty"):
             if getattr(request, name) is not None:
@@ -168,13 +182,11 @@ class Decoder:
             outputs = [check(output) for output in group.outputs]
         finally:
             self.bridge.leave(group)
-        choices = [
-            form.whole(self.answers.text(output)) | {
-                "index": index, "logprobs": form.logprobs(output, 0),
-                "finish_reason": REASONS[output.finish_reason or ""],
-            }
-            for index, output in enumerate(outputs)
-        ]  # fmt: skip
+        choices = []
+        for index, output in enumerate(outputs):
+            choice = form.whole(self.answers.text(output))
+            more = {"logprobs": form.logprobs(output, 0), "finish_reason": finish_reason(output, choice)}
+            choices.append(choice | {"index": index} | more)
         return self._frame(form, form.kind, group) | {"choices": choices, "usage": self.answers.usage(outputs, n)}
 
     def _too_late(self) -> APIError:
@@ -215,17 +227,19 @@ class Decoder:
                 assert output is not None
                 if output.is_finished():
                     check(output)
-                text = so_far[index].advance(output)
-                choice: dict[str, Any] = form.part(text, index not in begun) | {
-                    "index": index, "logprobs": form.logprobs(output, start),
-                    "finish_reason": REASONS[output.finish_reason or ""] if output.is_finished() else None,
+                is_told = output.is_finished() or not form.is_whole
+                text = so_far[index].advance(output) if is_told else ""
+                choice: dict[str, Any] = form.part(text, index not in begun) if is_told else {"delta": {}}
+                choice |= {
+                    "index": index, "logprobs": form.logprobs(output, start) if is_told else None,
+                    "finish_reason": finish_reason(output, choice) if output.is_finished() else None,
                 }  # fmt: skip
                 wants_draft = options is not None and options.drafts and output.draft is not None
                 if wants_draft:
                     choice["draft"] = self.answers.draft(output, self.mask)
                     choice["num_forwards"] = output.num_forwards
                 if text or output.is_finished() or wants_draft:
-                    begun.add(index)
+                    begun |= {index} if is_told else set()
                     yield event(choice)
             if usage:
                 usage.clear()

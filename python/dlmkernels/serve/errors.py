@@ -71,6 +71,11 @@ async def on_http_error(request: Request, error: Exception) -> JSONResponse:
     return response
 
 
+async def on_fault(request: Request, error: Exception) -> JSONResponse:
+    """A fault of the server's own; its log has the traceback."""
+    return APIError(500, "the server has made a mistake; its log says which").response
+
+
 async def on_invalid(request: Request, error: Exception) -> JSONResponse:
     """A body that is not what the endpoint takes: the first thing that is wrong with it."""
     assert isinstance(error, RequestValidationError)

@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 from ..engine.engine import Engine
 
 #: paths that are counted by name; all others are one
-PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/", "/live")
+PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/", "/live/events")
 
 
 class EngineCollector(Collector):

@@ -43,6 +43,8 @@ class Settings:
     decoding_options : bool
         Whether requests may choose `rule`, `steps` and `block_length`. Requests that differ in these do not share
         forwards, and each kind takes memory of its own, so that this is for clients that are trusted.
+    live : bool
+        Whether `/` is a page on which whoever may use the server sees what it decodes.
     """
 
     model_name: str
@@ -58,6 +60,7 @@ class Settings:
     drain_timeout: float = 30.0
     max_choices: int = 128
     decoding_options: bool = False
+    live: bool = True
 
     def __post_init__(self) -> None:
         for field in fields(self):
