@@ -42,7 +42,7 @@ APPROXIMATE = ("prefix", "dual", "delayed")
 ALIGNMENTS = ("same", "shift")
 ATTENTIONS = ("full", "block", "causal", "causal-context", "reordered")
 GRIDS = ("absolute", "prompt", "both-ways")
-LM_HEADS = ("auto", "fused", "logits")
+LM_HEADS = ("auto", "fused", "logits", "sharded")
 DISTRIBUTIONS = ("raw", "tempered", "filtered")
 EOS_POLICIES = ("none", "fill", "block")
 
@@ -246,10 +246,11 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
         fill: once an end token stands with nothing open before it, the rest of the request becomes padding and the
         request is done. block: the same, but only when its block is finished, as must be with rules that take
         committed tokens back. none: the full length is decoded.
-    lm_head : {"auto", "fused", "logits"}
+    lm_head : {"auto", "fused", "logits", "sharded"}
         What the head's results come from. logits: the model's head and `ops.token_confidence`. fused:
-        `ops.lm_head_confidence`, which makes no logits; an error where that cannot be. auto: fused where it can be and
-        is no slower (`decoding.head`). The two round differently, so that a near tie may fall differently.
+        `ops.lm_head_confidence`, which makes no logits. sharded: `ops.shard_confidence` of each rank's part of a
+        tensor-parallel model's vocabulary. Both are an error where they cannot be. auto: one of them where it can be
+        and is no slower (`decoding.head`). They round differently: a near tie may fall differently.
     logits_budget : int
         Bytes that the logits of a step may take; rows are taken in slices where all of them would take more. Where
         logits have to be kept for longer than a moment, this is exceeded (docs/memory.md says where).
