@@ -29,6 +29,7 @@ from .decoding.constraint import Constraint as Constraint
 from .decoding.features import D2Cache as D2Cache
 from .decoding.features import DLLMCache as DLLMCache
 from .decoding.features import FeatureCache as FeatureCache
+from .decoding.features import FocusCache as FocusCache
 from .decoding.features import SparseCache as SparseCache
 from .decoding.presets import PRESETS as PRESETS
 from .decoding.presets import preset as preset
@@ -63,7 +64,7 @@ _LAZY = {
     "generate_batch": ".engine.batch",
 }
 __all__ = [
-    "PRESETS", "AttentionWindow", "Constraint", "D2Cache", "DLLMCache", "DecodingConfig", "FeatureCache", "KVCache",
+    "PRESETS", "AttentionWindow", "Constraint", "D2Cache", "DLLMCache", "DecodingConfig", "FeatureCache", "FocusCache", "KVCache",
     "Score", "SparseCache", "TokenWindow", "Trace", "ops", "preset", "rules", "scores", *_LAZY,
 ]  # fmt: skip
 __all__ += rules.__all__
