@@ -64,8 +64,8 @@ _LAZY = {
     "generate_batch": ".engine.batch",
 }
 __all__ = [
-    "PRESETS", "AttentionWindow", "Constraint", "D2Cache", "DLLMCache", "DecodingConfig", "FeatureCache", "FocusCache", "KVCache",
-    "Score", "SparseCache", "TokenWindow", "Trace", "ops", "preset", "rules", "scores", *_LAZY,
+    "PRESETS", "AttentionWindow", "Constraint", "D2Cache", "DLLMCache", "DecodingConfig", "FeatureCache", "FocusCache",
+    "KVCache", "Score", "SparseCache", "TokenWindow", "Trace", "ops", "preset", "rules", "scores", *_LAZY,
 ]  # fmt: skip
 __all__ += rules.__all__
 

@@ -212,7 +212,9 @@ class BlockForward(Forward):
         """What the rows of a forward see of each other, as arguments of `AttentionWindow`."""
         attention = self.config.attention
         if attention == "block":
-            return self.block_causal()
+            seen = self.block_causal()
+            # of a guided batch it is made anew every time, and a captured step reads what stood in the first
+            return seen | {"block_origin": self._keep("block origin", seen["block_origin"])} if self.is_guided else seen
         if attention == "causal" or (attention == "causal-context" and decided):
             return {"causal_block": 1}
         if attention == "causal-context" and self.cache is None:

@@ -14,6 +14,7 @@ from .block_forward import BlockForward
 from .config import DecodingConfig, SpecialTokens
 from .features import FocusCache
 from .features.focus import Narrowing, targets
+from .parameters import changed
 from .standing import Standing
 from .state import State, put
 from .step import Step
@@ -32,7 +33,7 @@ class FocusForward(BlockForward):
         self, how: FocusCache, model: Any, state: State, config: DecodingConfig, special: SpecialTokens, *args: Any,
         **options: Any,
     ):  # fmt: skip
-        super().__init__(model, state, config.replace(cache="block"), special, *args, **options)
+        super().__init__(model, state, changed(config, {"cache": "block"}), special, *args, **options)
         self.model, self.how = self.model.by_layers(how.name, experts=True), how
         rows, device = len(state.tokens), self.origin.device
         #: which tokens of the block are forwarded no more, and which positions the last forward spoke of, bool [S, T]

@@ -81,8 +81,8 @@ def importance(q: Tensor, k: Tensor, valid: Tensor, scale: float) -> Tensor:
 def targets(alpha: float, open_now: Tensor, decided: Tensor, forwards: Tensor) -> Tensor:
     """How many open positions are to be taken, float64 `[B]`: `alpha` times the tokens that a forward has decided.
 
-    `open_now`, `decided`, `forwards` are int32 `[B]`: open positions of the block; tokens decided in it so far; forwards
-    that decided some. No less than one token a forward is counted on, and no more than there are open is taken.
+    `open_now`, `decided`, `forwards` are int32 `[B]`: open positions of the block; tokens decided in it so far; and the
+    forwards that decided some. One token a forward is counted on at least, and no more is taken than is open.
     """
     forwards = forwards.clamp(min=1)
     wanted = torch.maximum(decided, forwards).double() * alpha / forwards

@@ -17,12 +17,9 @@ from torch import Tensor
 
 from ... import ops
 from ...window import Rows, TokenWindow
-from ..active_forward import ActiveForward
 from ..block_forward import BlockForward
-from ..evicting_forward import EvictingForward
-from ..features import D2Cache, DLLMCache, FocusCache, SparseCache, features_of
-from ..focus_forward import FocusForward
-from ..layerwise_forward import LayerwiseForward
+from ..feature_forwards import FORWARDS
+from ..features import features_of
 from ..rules import Action
 from ..schedule import plan_blocks
 from ..shadow_forward import ShadowForward
@@ -32,12 +29,6 @@ from .base import Program, Task
 from .block_forms import BlockForms, Form
 from .block_plan import BlockPlan
 from .row_forms import RowForms
-
-#: the forwards of the caches that look into the layers
-FORWARDS: dict[type, type[BlockForward]] = {
-    DLLMCache: LayerwiseForward, SparseCache: EvictingForward, D2Cache: ActiveForward,
-    FocusCache: FocusForward,
-}  # fmt: skip
 
 #: Multiplications of a language-model head that take as long as finding out for which slots it need not run.
 COMPACTING = 500_000
