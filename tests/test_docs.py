@@ -1,116 +1,90 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The code that README and docs show must run as it stands."""
+"""Every block of code and every command of README and docs is run, every link is followed, every claim of a table held."""
 
-import ast
-import inspect
+import json
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
 import dlmkernels as dk
+import pages
+from dlmkernels.cli import build_parser, main
 from dlmkernels.demo import MODEL_DIR, tasks
 from dlmkernels.demo.tasks import TASKS
+from pages import PAGES, ROOT, InPlaceOfTheLibrary, StandIns, text_of
 from small_models import MASK, build, prompts
 
-ROOT = Path(__file__).parent.parent
+SUM = "A1234567890123456+8765432109876544="
+ANSWER = "10000000000000000"
 
 
-def blocks(name):
-    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S)
+@pytest.fixture
+def demo():
+    """The names that pages about the demo model begin with."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL_DIR)
+    return {"dk": dk, "model": dk.load(MODEL_DIR, dtype=torch.float32), "tokenizer": tokenizer}
 
 
-def block_with(name, text):
-    """The one example that holds a text."""
-    return compile(block_text(name, text), name, "exec")
-
-
-def block_text(name, text):
-    (code,) = [code for code in blocks(name) if text in code]
-    return code
-
-
-def test_readme_example(capsys):
-    code = block_text("README.md", "AutoTokenizer")
+def test_readme(tmp_path, monkeypatch, capsys, demo):
+    monkeypatch.chdir(tmp_path)
     problems = TASKS["addition"].make(2, seed=3)
-    code = code.replace("path/to/model", str(MODEL_DIR)).replace(
-        '"…", "…"', ", ".join(repr(p.prompt) for p in problems)
-    )
-    code = code.replace("max_new_tokens=256, block_length=32", "max_new_tokens=17, block_length=17")
-    exec(compile(code, "README.md", "exec"), {})
+    changes = {
+        "path/to/model": str(MODEL_DIR), '"…", "…"': ", ".join(repr(p.prompt) for p in problems),
+        "max_new_tokens=256, block_length=32": "max_new_tokens=17, block_length=17",
+        'generate(model, "…", tokenizer=tokenizer': f'generate(model, "{SUM}", tokenizer=tokenizer, max_new_tokens=17',
+        "max_length=512": "max_length=256", "max_new_tokens=200, temperature=0.7": "max_new_tokens=17, temperature=0.01",
+    }  # fmt: skip
+    ids = tasks.encode(SUM).tolist()
+    pages.run("README.md", {"ids": ids}, changes, before={"Engine": {"model": demo["model"]}})
     printed = capsys.readouterr().out
     for problem in problems:
         a, b = problem.prompt[1:-1].split("+")
         assert f"{int(a) + int(b):017d}" in printed
+    assert printed.splitlines()[-1].endswith(ANSWER)
+    assert "<title>A decoding</title>" in (tmp_path / "watch.html").read_text("utf-8")
 
 
-def test_rule_of_your_own():
-    names = {"model": build(), "ids": prompts(2, 5)}
-    exec(block_with("docs/decoding.md", "HalfOfTheRest"), names)
-    assert names["out"].complete.all() and names["out"].commit_step[0, 5:].bincount().tolist()[:2] == [64, 32]
+def test_quick_start(tmp_path, monkeypatch, capsys):
+    """With the results that its comments promise."""
+    monkeypatch.chdir(tmp_path)
+    pages.run("docs/quickstart.md", {})
+    printed = capsys.readouterr().out.splitlines()
+    promised = re.findall(r"^print\(.*?\)  +# (.*)$", text_of("docs/quickstart.md"), re.M)
+    assert printed[:2] == promised and promised[0] == f"['{ANSWER}']"
+    assert printed[2] == f"['{SUM}{ANSWER}']"
+    solved = [line.rsplit(" ", 1)[1] for line in printed[3:6]]
+    assert solved == ["True", "False", "True"] and printed[6] == promised[0] and (tmp_path / "watch.html").is_file()
 
 
-def test_program_of_your_own():
-    names = {"model": build(), "ids": prompts(2, 5)}
-    exec(block_with("docs/programs.md", "class LeftToRight"), names)
-    want = dk.generate(
-        names["model"], names["ids"], rule=dk.Quota(), score="position", max_new_tokens=16, eos_policy="fill"
-    )
-    out = names["out"]
-    assert torch.equal(out.sequences, want.sequences) and torch.equal(out.num_forwards, want.num_forwards)
-    assert out.complete.all()
+def test_decoding(capsys, demo):
+    model = build()
+    model.config.max_position_embeddings = 512
+    changes = {"max_new_tokens=[64, 256], temp": "eos_policy='none', max_new_tokens=[64, 256], temp"}
+    names = pages.run("docs/decoding.md", demo, changes, before={"[64, 256]": {"model": model, "ids": prompts(2, 5)}})
+    assert names["filled"].text(demo["tokenizer"]) == [SUM + ANSWER] and names["out"].length.tolist() == [69, 261]
+    printed = capsys.readouterr().out
+    assert "DecodingOutput(batch=1, tokens=17, forwards=1," in printed and f"['{ANSWER}'] ['{SUM}{ANSWER}']" in printed
 
 
-def test_text_in_text_out(capsys):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL_DIR)
-    names = {"dk": dk, "model": dk.load(MODEL_DIR, dtype=torch.float32), "tokenizer": tokenizer}
-    exec(block_with("docs/decoding.md", "filled = dk.infill"), names)
-    answer = "A1234567890123456+8765432109876544=10000000000000000"
-    assert names["filled"].text() == names["out"].text(full=True) == [answer]
-    assert "DecodingOutput(batch=1, tokens=17, forwards=1," in capsys.readouterr().out
-
-
-def test_schedules():
-    names = {"dk": dk, "model": build(), "ids": prompts(2, 5)}
-    exec(block_with("docs/decoding.md", "few_first"), names)
+def test_rules_and_presets():
+    names = pages.run("docs/decoders.md", {"dk": dk, "model": build(), "ids": prompts(2, 5)})
     numbers = [tuple(out.commit_step[0, 5:].bincount(minlength=8).tolist()) for out in names["outs"]]
     assert all(sum(n) == 128 for n in numbers) and len(set(numbers)) == 4
     assert numbers[0][0] < numbers[3][0] == 16 < numbers[2][0] == 32
 
 
-def test_negative_prompt():
-    names = {"dk": dk, "model": build(), "ids": prompts(2, 5)}
-    exec(block_with("docs/decoding.md", "negative_prompt=[7"), names)
-    assert names["guided"].complete.all()
-
-
-def test_backbone():
-    class Net(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.bias, self.times = torch.nn.Parameter(torch.randn(97)), []
-
-        def forward(self, tokens, sigma):
-            self.times.append(sigma[0].item())
-            return self.bias.expand(*tokens.shape, 97)
-
-    net = Net().eval()
-    exec(block_with("docs/decoding.md", "dk.Backbone(net"), names := {"dk": dk, "net": net, "ids": prompts(2, 5)})
-    assert names["timed"].complete.all() and len(net.times) == 16 and net.times == sorted(net.times, reverse=True)
-
-
-def test_constraint_of_your_own():
-    code = block_with("docs/decoding.md", "Balanced")
+def test_constraints():
     model, ids = build(), prompts(2, 5)
     free = dk.generate(model, ids, rule=dk.Threshold(0.9))
     opening, closing = free.generated[0].bincount().topk(2).indices.tolist()  # brackets that the model likes to write
     names = {"dk": dk, "torch": torch, "model": model, "ids": ids, "OPEN": opening, "CLOSE": closing, "MASK": MASK}
-    exec(code, names)
+    pages.run("docs/constraints.md", names)
+    assert names["guided"].complete.all()
     assert names["out"].complete.all() and (names["out"].generated == opening).any()
     for text in names["out"].generated.tolist():
         depth = 0
@@ -121,38 +95,36 @@ def test_constraint_of_your_own():
     assert any(text.count(opening) != text.count(closing) for text in free.generated.tolist())
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["README.md", "CONTRIBUTING.md", "docs/decoding.md", "docs/families.md", "docs/rules.md", "csrc/README.md"],
-)
-def test_links_lead_somewhere(name):
-    folder = (ROOT / name).parent
-    text = (ROOT / name).read_text()
-    for target in re.findall(r"\]\(([^)#:]+)\)", text) + re.findall(r'<img src="([^":]+)"', text):
-        assert (folder / target).exists(), f"{name} links to {target}"
+def test_a_new_rule():
+    names = pages.run("docs/new_rule.md", {"torch": torch, "model": build(), "ids": prompts(2, 5)})
+    names["test_half_of_the_rest"]()
+    assert names["out"].complete.all() and names["out"].commit_step[0, 5:].bincount().tolist()[:2] == [64, 32]
+    confident = dk.generate(names["model"], names["ids"], rule=dk.Quota(), max_new_tokens=16)
+    orders = [out.commit_step[:, 5:].float() for out in (names["left"], confident)]
+    place = torch.arange(16.0)
+    left, free = (sum((order * place).sum(1)).item() for order in orders)
+    assert left > free  # what stands further right is committed later
 
 
-def test_quoted_files_exist():
-    """Paths in backticks that look like files of this project are there."""
-    for name in ("README.md", "CONTRIBUTING.md", "docs/decoding.md", "docs/families.md"):
-        text = (ROOT / name).read_text()
-        for path in re.findall(r"`((?:tests|csrc|python|docs|benchmarks|examples)/[\w./]+\.\w+)`", text):
-            assert (ROOT / path).exists(), f"{name} speaks of {path}"
+def test_a_program_of_your_own():
+    names = pages.run("docs/programs.md", {"model": build(), "ids": prompts(2, 5)})
+    want = dk.generate(
+        names["model"], names["ids"], rule=dk.Quota(), score="position", max_new_tokens=16, eos_policy="fill"
+    )
+    out = names["out"]
+    assert torch.equal(out.sequences, want.sequences) and torch.equal(out.num_forwards, want.num_forwards)
+    assert out.complete.all()
 
 
-def test_every_preset_is_explained():
-    text = (ROOT / "docs/decoding.md").read_text()
-    assert [name for name in dk.PRESETS if f"`{name}`" not in text] == []
-
-
-def test_table_of_rules_names_presets():
-    rows = re.findall(r"^[|-] `([^`]+)`", (ROOT / "docs/rules.md").read_text(), re.M)
-    assert len(rows) > 50 and len(set(rows)) == len(rows) and set(rows) <= dk.PRESETS.keys()
+def test_a_drafter():
+    ids = torch.from_numpy(tasks.encode(SUM)).expand(2, -1)
+    names = pages.run("docs/drafters.md", {"dk": dk, "ids": ids})
+    assert tasks.decode(names["out"].generated[1].tolist()) == ANSWER
+    assert names["out"].num_forwards.max() <= 5
 
 
 def test_the_engine(capsys):
-    names = {"model": build()}
-    exec(block_with("docs/engine.md", "dk.Engine(model, slots=4"), names)
+    names = pages.run("docs/engine.md", {"model": build()})
     for name, prompt, options in (
         ("first", [5, 6, 7], {"max_new_tokens": 24}), ("second", [8, 9], {"max_new_tokens": 10, "temperature": 0.7, "seed": 1}),
     ):  # fmt: skip
@@ -162,17 +134,209 @@ def test_the_engine(capsys):
     assert capsys.readouterr().out.startswith("[")
 
 
-def test_watching_a_decoding(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL_DIR)
-    names = {"dk": dk, "model": dk.load(MODEL_DIR, dtype=torch.float32), "tokenizer": tokenizer}
-    code = (
-        block_text("README.md", "watch.html")
-        .replace('"…"', '"A1234567890123456+8765432109876544="')
-        .replace("trace=", "max_new_tokens=17, trace=")
+def test_the_ops(tmp_path):
+    """Shards with one rank; tests/ops/test_shard_confidence.py has two."""
+    position, step, seed = torch.arange(4, dtype=torch.int32), 3, 9
+    shards = {"rank": 0, "ranks": 1, "share": 600, "seed": seed, "step": step, "position": position,
+              "hidden": torch.randn(4, 16), "weight": torch.randn(600, 16)}  # fmt: skip
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        before = {"slots = torch": {}, "all_gather": shards}
+        names = pages.run("docs/ops.md", {}, before=before)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert names["out"].shape == (2, 8, 4, 16) and names["info"].shape[0] == 2
+    assert torch.equal((names["tokens"] != names["mask"]).sum(1), names["commit"].sum(1))
+    expected = dk.ops.lm_head_confidence(
+        shards["hidden"], shards["weight"], temperature=0.7, seed=seed, step=step, position=position
     )
-    exec(compile(code, "README.md", "exec"), names)
-    assert "<title>A decoding</title>" in (tmp_path / "watch.html").read_text("utf-8")
+    assert torch.equal(names["stats"].token, expected.token)
+
+
+def test_memory(capsys):
+    names = pages.run("docs/memory.md", {"dk": dk})
+    assert str(names["plan"].total) in capsys.readouterr().out
+
+
+class Net(torch.nn.Module):
+    """Some model that is told the noise level."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias, self.times = torch.nn.Parameter(torch.randn(97)), []
+
+    def forward(self, tokens, sigma):
+        self.times.append(sigma[0].item())
+        return self.bias.expand(*tokens.shape, 97)
+
+
+def test_a_model_of_your_own(tmp_path, capsys):
+    stand_ins, net = StandIns(tmp_path), Net().eval()
+    names = {"dk": InPlaceOfTheLibrary(stand_ins), "loaded": build(), "ids": pages.ids(), "answer": pages.ids(2, 6),
+             "tokenizer": pages.letters(), "net": net}  # fmt: skip
+    pages.run("docs/your_model.md", names)
+    assert names["out"].complete.all() and names["timed"].complete.all()
+    assert len(net.times) == 8 and net.times == sorted(net.times, reverse=True)
+    assert re.search(r"^masked llama$", capsys.readouterr().out, re.M)
+
+
+def test_the_first_model_to_try(tmp_path, capsys):
+    stand_ins, tokenizer = StandIns(tmp_path), pages.letters()
+    hub = type("AutoTokenizer", (), {"from_pretrained": staticmethod(lambda name: tokenizer)})
+    names = pages.run("docs/models.md", {"dk": InPlaceOfTheLibrary(stand_ins), "AutoTokenizer": hub})
+    assert names["out"].complete.all() and names["model"].config.dlm_family == "a2d-bd3lm"
+    assert stand_ins.loaded == [names["model_id"]] and capsys.readouterr().out.strip()
+
+
+def test_model_families(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests" / "models")
+    import test_diffusion_gemma
+    import test_gemma_images
+
+    gemma = test_diffusion_gemma.build(use_bidirectional_attention="vision")
+    gemma.generation_config = test_diffusion_gemma.published(bound=6.0, steps=2)
+    library = InPlaceOfTheLibrary(StandIns(tmp_path))
+    load = library.load
+    library.load = lambda name, **options: gemma if name.startswith("google/") else load(name, **options)
+
+    class Processor:
+        image_token = "<image>"
+
+        def __call__(self, text, images, return_tensors):
+            return test_gemma_images.processed(seed=3)
+
+    hub = type("transformers", (), {"AutoProcessor": type("", (), {"from_pretrained": lambda name: Processor()})})
+    mask = torch.ones(2, 5, dtype=torch.int64)
+    names = {"dk": library, "transformers": hub, "ids": pages.ids(), "attention_mask": mask, "image": None,
+             "model_loaded_by_its_own_code": build()}  # fmt: skip
+    names = pages.run("docs/families.md", names)
+    assert names["out"].complete.all()
+
+
+def test_research_models(tmp_path):
+    canvas = pages.ids(2, 12)
+    canvas[:, 6:] = -1
+    given = torch.full((2, 8), -1)
+    given[:, 3] = 5
+    names = {"torch": torch, "dk": InPlaceOfTheLibrary(StandIns(tmp_path)), "ids": pages.ids(vocab=30),
+             "answer": pages.ids(2, 6, vocab=30), "canvas": canvas, "given": given}  # fmt: skip
+    names = pages.run(
+        "docs/research_models.md", names, {"max_new_tokens=64, steps=64)   ": "max_new_tokens=8, steps=64)"}
+    )
+    assert names["out"].complete.all() and torch.isfinite(names["nats"]).all()
+
+
+#: Pages that need names which a reader has, and that the tests above give them.
+RUN_ABOVE = {
+    "README.md", "docs/quickstart.md", "docs/decoding.md", "docs/decoders.md", "docs/constraints.md", "docs/new_rule.md",
+    "docs/programs.md", "docs/drafters.md", "docs/engine.md", "docs/ops.md", "docs/memory.md", "docs/your_model.md",
+    "docs/models.md", "docs/families.md", "docs/research_models.md",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if pages.blocks(name) and name not in RUN_ABOVE])
+def test_pages_that_run_as_they_stand(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pages.run(name, {})
+
+
+def test_no_code_hides():
+    """In a block of another language, or of none, there are diagrams and what commands print."""
+    assert {name for name in PAGES if pages.blocks(name)} >= RUN_ABOVE
+    for name in PAGES:
+        for language, block in pages.fences(name):
+            if language in ("python", "console"):
+                continue
+            assert not re.search(r"^(import|from|with|for|def|class) |dk\.\w+\(", block, re.M), f"{name}:\n{block}"
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if pages.commands(name)])
+def test_commands(name, tmp_path, monkeypatch, capsys):
+    """Each exits without an error. Of those that run for long, or for ever, the options are read: they have own tests."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import model_memory
+
+    monkeypatch.chdir(tmp_path)
+    configs = {model.name: model.config for model in model_memory.MODELS}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": SUM, "max_new_tokens": 17}) + "\n")
+    for arguments in pages.commands(name):
+        if arguments[0] not in ("generate", "plan", "info") or "--input" in arguments:
+            build_parser().parse_known_args(arguments)
+            continue
+        local = ["demo" if a == "path/to/model" else a for a in arguments]
+        local = [str(pages.configuration(tmp_path / "m", configs[a])) if a in configs else a for a in local]
+        assert main(local) == 0, " ".join(arguments)
+        if arguments[0] == "plan":
+            shown = [line for block in pages.blocks(name, "console") for line in block.splitlines()]
+            at = next(i for i, line in enumerate(shown) if line[2:].split()[1:] == arguments)
+            lines = []
+            for line in shown[at + 1 :]:
+                if line.startswith("$ "):
+                    break
+                lines.append(line)
+            assert not lines or capsys.readouterr().out.splitlines() == lines
+    assert not list(tmp_path.glob("*.html")) or (tmp_path / "watch.html").stat().st_size > 10_000
+
+
+def test_the_table_of_memory():
+    """Some of its rows as `dlmkernels.plan` computes them, all of them there; the script writes the others, too."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import model_memory
+
+    text = text_of("docs/models.md")
+    rows = text.split(model_memory.BEGIN)[1].split(model_memory.END)[0].strip().splitlines()[2:]
+    assert [re.match(r"\| `(.*?)`", row)[1] for row in rows] == [model.name for model in model_memory.MODELS]
+    for model, row in zip(model_memory.MODELS, rows):
+        if model.name in ("dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1", "inclusionAI/LLaDA-MoE-7B-A1B-Instruct"):
+            assert model_memory.row(model) == row
+    named = set(re.findall(r'config="([\w.+-]+)"', text)) | set(re.findall(r"preset `([\w.-]+)`", text))
+    assert len(named) > 10 and named <= dk.PRESETS.keys()
+    for family, promised in re.findall(r"\| [^|]*\| [^|]*\| preset `([\w.-]+)`: threshold ([\d.]+)", text):
+        assert dk.PRESETS[family].rule.threshold == float(promised)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    for file, anchor in pages.links(name):
+        assert (ROOT / file).exists(), f"{name} links to {file}"
+        if anchor and file.endswith(".md"):
+            assert anchor in pages.anchors(file), f"{name} links to {file}#{anchor}"
+
+
+def test_quoted_files_exist():
+    """Paths in backticks that look like files of this project are there."""
+    for name in PAGES:
+        for path in re.findall(r"`((?:tests|csrc|python|docs|benchmarks|examples)/[\w./]+\.\w+)`", text_of(name)):
+            assert (ROOT / path).exists(), f"{name} speaks of {path}"
+
+
+def test_messages_of_the_troubleshooting_page():
+    """What it quotes is said by the package, word for word but for the parts that differ."""
+    sources = [*ROOT.glob("python/dlmkernels/**/*.py"), *ROOT.glob("cmake/*.py")]
+    said = "\n".join(path.read_text("utf-8") for path in sources)
+    said = re.sub(r'"\s*\n?\s*f?"', "", said)  # texts that a line break divides
+    text = text_of("docs/troubleshooting.md")
+    tables = re.findall(r"^\| `(.+?)`.*?\| ", text, re.M)
+    assert len(tables) > 20
+    for message in tables:
+        parts = [part.strip(" :;,=") for part in message.split("…")]
+        for part in parts:
+            part = re.sub(r"^(dlmkernels\.generate|demo|--device cuda:|--model:) ?", "", part)
+            part = re.sub(r": pip install matplotlib$|^needs matplotlib.*", "needs ", part)
+            if len(part) > 8 and "undefined symbol" not in part and not part.startswith("dlmkernels info"):
+                assert part in said, f"no message says {part!r}"
+
+
+def test_every_preset_is_explained():
+    text = text_of("docs/decoders.md") + text_of("docs/decoding.md")
+    assert [name for name in dk.PRESETS if f"`{name}`" not in text] == []
+
+
+def test_table_of_rules_names_presets():
+    rows = re.findall(r"^[|-] `([^`(]+)`(?: \||:)", text_of("docs/rules.md"), re.M)
+    rows = [row for row in rows if row in dk.PRESETS]
+    assert len(rows) > 50 and len(set(rows)) == len(rows)
 
 
 def test_the_pictures_example_runs(tmp_path):
@@ -181,102 +345,13 @@ def test_the_pictures_example_runs(tmp_path):
     assert "One Sudoku" in (tmp_path / "watch.html").read_text("utf-8")
 
 
-def test_quick_start(tmp_path, monkeypatch, capsys):
-    """Every block as it stands, one after another, with the results that its comments promise."""
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    for code in blocks("docs/quickstart.md"):
-        exec(compile(code, "docs/quickstart.md", "exec"), names)
-    printed = capsys.readouterr().out.splitlines()
-    promised = re.findall(r"^print\(.*?\)  +# (.*)$", (ROOT / "docs/quickstart.md").read_text(), re.M)
-    assert printed[:2] == promised and promised[0] == "['10000000000000000']"
-    assert printed[2] == "['A1234567890123456+8765432109876544=10000000000000000']"
-    solved = [line.rsplit(" ", 1)[1] for line in printed[3:6]]
-    assert solved == ["True", "False", "True"] and printed[6] == promised[0] and (tmp_path / "watch.html").is_file()
-
-
-def test_ops_in_another_framework(capsys):
-    names = {}
-    for code in blocks("docs/ops.md"):
-        exec(compile(code, "docs/ops.md", "exec"), names)
-    assert names["out"].shape == (2, 8, 4, 16) and names["info"].shape[0] == 2
-    assert torch.equal((names["tokens"] != names["mask"]).sum(1), names["commit"].sum(1))
-
-
-def test_a_vocabulary_in_shards(tmp_path):
-    """With one rank; tests/ops/test_shard_confidence.py has two."""
-    code = block_with("docs/decoding.md", "all_gather")
-    position, step, seed = torch.arange(4, dtype=torch.int32), 3, 9
-    names = {"torch": torch, "ops": dk.ops, "rank": 0, "ranks": 1, "share": 600, "seed": seed, "step": step,
-             "position": position, "hidden": torch.randn(4, 16), "weight": torch.randn(600, 16)}  # fmt: skip
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
-    try:
-        exec(code, names)
-    finally:
-        torch.distributed.destroy_process_group()
-    expected = dk.ops.lm_head_confidence(
-        names["hidden"], names["weight"], temperature=0.7, seed=seed, step=step, position=position
-    )
-    assert torch.equal(names["stats"].token, expected.token)
-
-
-def test_a_drafter():
-    ids = torch.from_numpy(tasks.encode("A1234567890123456+8765432109876544=")).expand(2, -1)
-    names = {"dk": dk, "ids": ids}
-    exec(compile(block_text("docs/decoding.md", "load_drafter("), "docs/decoding.md", "exec"), names)
-    assert tasks.decode(names["out"].generated[1].tolist()) == "10000000000000000"
-    assert names["out"].num_forwards.max() < 6
-
-
-def test_values_for_each_request():
-    model = build()
-    model.config.max_position_embeddings = 512
-    code = block_text("docs/decoding.md", "max_new_tokens=[64, 256]").replace("rule=", "eos_policy='none', rule=")
-    names = {"dk": dk, "model": model, "ids": prompts(2, 5)}
-    exec(compile(code, "docs/decoding.md", "exec"), names)
-    assert names["out"].length.tolist() == [69, 261]
-
-
-@pytest.mark.parametrize("code", blocks("docs/families.md"), ids=lambda code: code.splitlines()[0][:40])
-def test_examples_of_large_models(code):
-    """They need weights that are not here: what they call exists, and takes the options they give it."""
-    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
-    assert calls
-    for call in calls:
-        name = ast.unparse(call.func).removesuffix(".total")
-        if not name.startswith("dk."):
-            continue
-        parameters = inspect.signature(getattr(dk, name.removeprefix("dk."))).parameters
-        given = {keyword.arg: keyword.value for keyword in call.keywords}
-        if name in ("dk.generate", "dk.infill"):
-            assert given.keys() <= parameters.keys() | dk.DecodingConfig.__dataclass_fields__.keys()
-            if isinstance(config := given.get("config"), ast.Constant):
-                assert config.value in dk.PRESETS
-        elif not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            inspect.signature(getattr(dk, name.removeprefix("dk."))).bind(*call.args, **given)
-            if name != "dk.log_likelihood":
-                names = {"dk": dk, "model_loaded_by_its_own_code": build()}
-                eval(compile(ast.Expression(call), "docs/families.md", "eval"), names)
-
-
-def test_every_block_of_the_docs_is_run_by_a_test():
-    """A block that no test names would go stale."""
-    tested = Path(__file__).read_text("utf-8")
-    whole = ("docs/quickstart.md", "docs/ops.md", "docs/families.md")
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        name = path.relative_to(ROOT).as_posix()
-        marks = re.findall(rf'block_(?:with|text)\("{name}", "(.*?)"\)', tested)
-        untested = [code for code in blocks(name) if not any(mark in code for mark in marks)]
-        assert name in whole or not untested, f"{name}: no test runs\n" + "\n".join(untested)
-
-
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("material", reason="needs the extra 'docs'")
     run = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path]
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
     assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
-    pages = {path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("index.html")}
-    assert {"quickstart", "troubleshooting", "api/ops", "decoding"} <= pages
+    found = {path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("index.html")}
+    assert {"quickstart", "troubleshooting", "api/ops", "decoding", "models"} <= found
     text = (tmp_path / "api/ops/index.html").read_text("utf-8")
-    ops = re.findall(r"`(\w+)`\]\(api/ops.md\)", (ROOT / "docs/ops.md").read_text())
+    ops = re.findall(r"`(\w+)`\]\(api/ops.md\)", text_of("docs/ops.md"))
     assert len(ops) >= 9 and all(f"ops.{name.rstrip('_')}.{name}" in text for name in ops)

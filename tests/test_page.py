@@ -126,7 +126,7 @@ def browse(path, at, tmp_path, *options):
     """The document that Chromium makes of a page, opened `at` a place."""
     command = [
         CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-        "--enable-logging=stderr", "--virtual-time-budget=3000", *options, f"file://{path}#{at}",
+        "--enable-logging=stderr", "--virtual-time-budget=3000", *options, path if str(path).startswith("http") else f"file://{path}#{at}",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert not re.search(r"CONSOLE.*|Uncaught|Content Security Policy", done.stderr), done.stderr

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `dlmkernels demo | generate | plan | bench | info`. A module a command."""
+"""The command line: `dlmkernels demo | generate | serve | plan | bench | info`. A module a command."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import os
 import sys
 
 from ..terminal import make_printable
-from . import bench, demo, generate, info, plan
+from . import bench, demo, generate, info, plan, serve
 
 #: In the order of `dlmkernels --help`.
-COMMANDS = (demo, generate, plan, bench, info)
+COMMANDS = (demo, generate, serve, plan, bench, info)
 
 #: What a decoding raises when it cannot do what it is asked; anything else is a fault of ours and shows its traceback.
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError, LookupError, MemoryError)

@@ -10,12 +10,13 @@ import time
 from ..decoding.config import DecodingConfig
 from ..decoding.presets import default_config, preset
 from ..demo import PROMPT
+from . import batch
 from .options import add_decoding, add_model, count, decoding_options, device_named, is_random, load, require
 
 
 def add(commands) -> None:
     generate = commands.add_parser(
-        "generate", help="decode the answer to a prompt",
+        "generate", help="decode the answer to a prompt, or to a file of them",
         description="Decode the answer to a prompt with a model in Hugging Face format. Prints the text; statistics "
         "go to stderr. Options left out are those of the preset, or else what suits the model's family: "
         "all tokens a forward is sure of. An option that would have no effect is an error.",
@@ -23,16 +24,20 @@ def add(commands) -> None:
     )  # fmt: skip
     add_model(generate)
     add = generate.add_argument
-    add("--prompt", metavar="TEXT", help="'-' reads it from standard input; '--model demo' has one of its own")
+    add("--prompt", metavar="TEXT", help="the prompt; '-' reads it from standard input; --model demo has a default")
     add("--chat", action="store_true", help="wrap the prompt in the tokenizer's chat template")
-    add("--infill", action="store_true", help="decode the mask tokens in the prompt instead of what comes after it")
+    add("--infill", action="store_true", help="fill the mask tokens in the prompt instead of continuing it")
     add_decoding(generate)
     add("--draft", action="store_true", help="show the canvas while it is decoded (in a terminal)")
-    add("--trace", metavar="FILE", help="write a page on which the decoding can be watched (HTML)")
+    add("--trace", metavar="FILE", help="write an HTML page that plays the decoding")
+    batch.add_options(generate)
     generate.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    batch.check(args)
+    if args.input is not None:
+        return batch.run(args)
     require("transformers", "safetensors", wanted_for="generate")
     import torch
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..window import TokenWindow
 from .bitmask import check_bitmask
 from .constrained_rows import ConstraintOfEachRow, checked_bitmask, checked_verdict
-from .constraint import AllowedTokens, Constraint
+from .constraint import AllowedTokens, AnswerPlace, Constraint
 from .rules import Action, Rule
 from .state import State
 from .step import Step
@@ -22,12 +22,12 @@ from .step import Step
 class Constrained:
     """A decoding's constraint at work; without one, nothing happens."""
 
-    def __init__(
-        self, constraint: Constraint | Tensor | None, rule: Rule, canvas: State, start: int, end: int, mask_token: int
-    ):
-        self.canvas, self.rule, self.mask_token = canvas, rule, mask_token
+    def __init__(self, constraint: Constraint | Tensor | None, rule: Rule, canvas: State, place: AnswerPlace, end: int):
+        self.canvas, self.rule, self.mask_token = canvas, rule, place.mask
         if isinstance(constraint, Tensor):
-            constraint = AllowedTokens(check_bitmask(constraint, canvas.tokens, end - start), start)
+            constraint = AllowedTokens(check_bitmask(constraint, canvas.tokens, end - place.start), place.start)
+        elif constraint is not None:
+            constraint = constraint.bound(place)
         self.constraint = constraint
         #: whether what a rule chooses is judged
         self.checks = constraint is not None and type(constraint).accepts is not Constraint.accepts

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .bitmask import check_bitmask
-from .constraint import AllowedTokens, Constraint
+from .constraint import AllowedTokens, AnswerPlace, Constraint
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,22 @@ class ConstraintOfEachRow(Constraint):
         judges = type(like).accepts is not Constraint.accepts
         return (JudgeOfEachRow if judges else ConstraintOfEachRow)(like, rows)
 
-    def set(self, row: int, constraint: Constraint | Tensor, start: int, length: int, tokens: Tensor) -> None:
-        """Give a row, int64 `tokens` `[1, T]`, a request's constraint; its answer is `length` long from `start` on."""
+    def set(
+        self, row: int, constraint: Constraint | Tensor, place: AnswerPlace, length: int, tokens: Tensor
+    ) -> None:  # fmt: skip
+        """Give a row, int64 `tokens` `[1, T]`, a request's constraint.
+
+        `place` is that of its answer alone; `length` is how long this is with the suffix.
+        """
         self.clear(row)
         if isinstance(constraint, Tensor):
-            constraint = AllowedTokens(check_bitmask(constraint, tokens, length), start)
+            constraint = AllowedTokens(check_bitmask(constraint, tokens, length), place.start)
+        else:
+            try:
+                constraint = constraint.bound(place)
+            except Exception as error:
+                self.errors[row] = error
+                return
         self._own[row] = OwnConstraint(constraint, tokens.shape[1])
 
     def clear(self, row: int) -> None:

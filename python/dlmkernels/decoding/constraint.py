@@ -3,11 +3,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AnswerPlace:
+    """Where the answers of a decoding stand, and its special tokens.
+
+    Attributes
+    ----------
+    start : int
+        The column at which all answers begin.
+    ends : tuple of int
+        The column behind the last of each row's.
+    mask, pad : int
+    eos, banned : tuple of int
+        End tokens, and tokens that are never proposed.
+    vocab : int, optional
+        How many logits the model has, where that is known.
+    """
+
+    start: int
+    ends: tuple[int, ...]
+    mask: int
+    pad: int
+    eos: tuple[int, ...]
+    banned: tuple[int, ...]
+    vocab: int | None = None
+
+    @classmethod
+    def of(cls, special: Any, start: int, ends: Sequence[int], vocab: int | None) -> AnswerPlace:
+        """The place of answers in a decoding with these `SpecialTokens`."""
+        eos, banned = tuple(special.eos), tuple(special.banned)
+        return cls(start, tuple(ends), special.mask, special.pad, eos, banned, vocab)
 
 
 class Constraint:
@@ -39,6 +72,14 @@ class Constraint:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
+
+    def bound(self, place: AnswerPlace) -> Constraint:
+        """What judges the answers of one decoding, of whose canvas it is told beforehand; itself, if it need not know.
+
+        An engine asks for each request, as it is admitted. What is returned must be of the same kind: judge what is
+        about to be written or not, with as many attempts.
+        """
+        return self
 
     def allowed(self, tokens: Tensor, positions: Tensor) -> Tensor | None:
         """Which tokens may stand at canvas `positions` int32 `[B, W]` (-1: a slot that is not used).

@@ -11,6 +11,7 @@ import torch
 
 from ..decoding.capture import check_graphs, steps_of
 from ..decoding.checks import flag, integer
+from ..decoding.config import SpecialTokens
 from ..decoding.inputs import read_options
 from ..decoding.poll import check_polls
 from ..decoding.processing import Wishes
@@ -296,6 +297,11 @@ class Engine(Life):
     def max_length(self) -> int:
         """How many tokens a prompt, its answer and a suffix may have together."""
         return self._rounds.pool.size.columns
+
+    @property
+    def special_tokens(self) -> SpecialTokens:
+        """Mask, padding and end tokens of the engine's own configuration."""
+        return self._intake.blank().special
 
     def memory(self) -> EngineMemory:
         """Bytes that are allocated for requests and stay so while they come and go, of all lanes that there are.

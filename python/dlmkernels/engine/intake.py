@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..decoding.checks import INT64, flag, integer
 from ..decoding.config import DecodingConfig, SpecialTokens, check_names
+from ..decoding.constraint import Constraint
 from ..decoding.copies import seed_of_copy
 from ..decoding.inputs import read_prompts
 from ..decoding.processing import Wishes
@@ -26,7 +27,7 @@ from ..models.adapt import DiffusionModel
 from .alike import check_one_request, common, ends_width, has_fixed_length
 from .gang import check_program
 from .pool import Size
-from .request import Request
+from .request import Request, id_of_copy
 from .slots import goes_by_itself, grid_of
 
 #: how many configurations are remembered
@@ -124,14 +125,17 @@ class Intake:
             )
         seed = self._seed(seed)
         stops = check_stop_strings(stop_strings, self.tokenizer)
-        return [
+        requests = [
             Request(
-                request_id if k == 0 else f"{request_id}__child#{k - 1}", prompt, answer, suffix_length,
+                id_of_copy(request_id, k), prompt, answer, suffix_length,
                 seed_of_copy(seed, k), known.config, known.special, known.key, known.has_fixed_length, wishes, stops,
                 **flags,
             )
             for k in range(count)
         ]  # fmt: skip
+        if isinstance(known.config.constraint, Constraint):  # what it refuses is refused now
+            known.config.constraint.bound(requests[0].place(self.model.vocab_size))
+        return requests
 
     def _prompt(self, input_ids: Any, special: SpecialTokens) -> list[int]:
         if isinstance(input_ids, Tensor):
@@ -181,6 +185,11 @@ class Intake:
             length = known.config.longest
             if "max_new_tokens" not in known.config.asked:
                 length = max(min(length, room), 1)
+        if length > max(room, self.size.columns):  # before a list of so many is made
+            raise ValueError(
+                f"input_ids ({len(prompt)} tokens) and the answer (max_new_tokens={length}) are longer than "
+                f"max_length of this engine, which is {self.size.columns}"
+            )
         answer = [-1] * length if given is None else given
         self._check_ids("given", answer, known.special, -1)
         if len(answer) != length:

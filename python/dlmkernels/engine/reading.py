@@ -41,8 +41,10 @@ def interim_output(request: Request, answer: Answer) -> RequestOutput:
     """What is final of a request that goes on, and if wanted its draft."""
     length = answer.length(answer.final)
     _note_times(request, length)
-    draft = list(answer.tokens) if request.drafts or request.on_step is not None else None
-    return request.output(RequestStatus.DECODING, draft=draft, **_tokens(answer, length))
+    has_draft = request.drafts or request.on_step is not None
+    draft, confidence = (list(answer.tokens), list(answer.confidence)) if has_draft else (None, None)
+    fields = _tokens(answer, length)
+    return request.output(RequestStatus.DECODING, draft=draft, draft_confidence=confidence, **fields)
 
 
 def _note_times(request: Request, length: int) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
 from ..decoding.config import DecodingConfig, SpecialTokens
+from ..decoding.constraint import AnswerPlace
 from ..decoding.processing import Wishes
 
 
@@ -22,6 +23,11 @@ class RequestStatus(IntEnum):
     FINISHED = 3
     FAILED = 4
     CANCELLED = 5
+
+
+def id_of_copy(request_id: str, k: int) -> str:
+    """What the answer number k of a request is called, from 0."""
+    return request_id if k == 0 else f"{request_id}__child#{k - 1}"
 
 
 @dataclass
@@ -65,6 +71,8 @@ class RequestOutput:
         given ones.
     draft : list of int, optional
         With `drafts`: the whole answer as it stands, masks included; in outputs before the last one.
+    draft_confidence : list of float, optional
+        With it: the probability that each of these tokens had; 0 for masks, given tokens and padding.
     time_to_first_block : float, optional
         Seconds from the request's coming to the end of its first block.
     """
@@ -86,6 +94,7 @@ class RequestOutput:
     text: str | None = None
     top_logprobs: list[list[tuple[int, float]] | None] | None = None
     draft: list[int] | None = None
+    draft_confidence: list[float] | None = None
     time_to_first_block: float | None = None
 
     def is_finished(self) -> bool:
@@ -154,6 +163,15 @@ class Request:
     #: how many tokens its owner has been shown
     shown: int = 0
     is_delivered: bool = False
+
+    def place(self, vocab: int | None) -> AnswerPlace:
+        """Where the answer stands in a row that begins with its prompt.
+
+        Before a suffix no token ends it: it has to come to the suffix.
+        """
+        start, length = len(self.prompt), len(self.answer) - self.suffix_length
+        place = AnswerPlace.of(self.special, start, [start + length], vocab)
+        return replace(place, eos=()) if self.suffix_length else place
 
     @property
     def is_watched(self) -> bool:

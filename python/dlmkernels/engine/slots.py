@@ -148,7 +148,8 @@ class SlotLane(Lane):
             if self.constraints is not None and request.config.constraint is not None:
                 width = grid_of(self.model, request.config, start, end - start).width
                 own = self.state.tokens[row : row + 1, :width]
-                self.constraints.set(row, request.config.constraint, start, end - start, own)
+                place = request.place(self.model.vocab_size)
+                self.constraints.set(row, request.config.constraint, place, end - start, own)
         seeds = torch.tensor([request.seed for request in requests], dtype=torch.int64, device="cpu")
         parameters = self._parameters(requests, together([request.config for request in requests]))
         if self._ends_width and any(set(request.special.eos) != set(self.special.eos) for request in requests):

@@ -21,6 +21,7 @@ from ...models.adapt import DiffusionModel
 from ...window import TokenWindow
 from ..config import DecodingConfig, SpecialTokens
 from ..constrained import Constrained
+from ..constraint import AnswerPlace
 from ..ends import ENDS
 from ..hidden_rows import Logits
 from ..outcome import Unfinished, output_of
@@ -68,9 +69,8 @@ class Program:
         self.config = with_parameters(task.config, task.state.parameters)
         self.rule, self.grid, self.start, self.end = self.config.rule, task.grid, task.start, task.end
         self.propose = Proposer(self.model, self.state, self.config, self.special)
-        self.constrained = Constrained(
-            self.config.constraint, self.rule, self.state, self.start, self.end, self.special.mask
-        )  # fmt: skip
+        place = AnswerPlace.of(self.special, self.start, task.grid.asked.tolist(), self.model.vocab_size)
+        self.constrained = Constrained(self.config.constraint, self.rule, self.state, place, self.end)
         #: end tokens of each row's own, int64 [S, E], and whether they are read; else all rows have the same
         self.own_ends = self.state.parameters.get(ENDS)
         self.reads_own_ends = self.own_ends is not None

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dlmkernels generate --input`: a file of prompts."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from ..decoding.config import DecodingConfig
+from ..decoding.presets import preset
+from .options import count, decoding_options, device_named, load, positive, require
+
+#: options of `generate` that are about one prompt
+OF_ONE = ("prompt", "infill", "draft", "trace")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of a batch job."""
+    add = parser.add_argument_group("many prompts").add_argument
+    add("--input", metavar="FILE", help='JSON lines with "prompt", "messages" or "token_ids" each')
+    add("--output", metavar="FILE", help="where the answers go, in the same order; an unfinished job goes on")
+    add("--slots", type=positive, metavar="N", help="answers decoded at once (default 16)")
+    add("--max-length", type=positive, metavar="N", help="tokens of prompt and answer (default: 2048, or what it can)")
+    add("--skip-errors", action="store_true", help="lines that are no requests become errors in the output")
+    add("--restart", action="store_true", help="begin anew where there is an output")
+    add("--token-ids", action="store_true", help="write the tokens of the answers, too")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse options that have no effect beside the others."""
+    if args.input is None:
+        for name in ("output", "slots", "max_length", "skip_errors", "restart", "token_ids"):
+            if getattr(args, name):
+                raise ValueError(f"--{name.replace('_', '-')} has no effect without --input")
+        return
+    if args.output is None:
+        raise ValueError("--input needs --output: where the answers go")
+    for name in OF_ONE:
+        if getattr(args, name):
+            raise ValueError(f"--{name} cannot be used with --input")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer a file of prompts, or this process's share of it."""
+    require("transformers", "safetensors", wanted_for="generate")
+    from ..engine.engine import Engine
+    from ..jobs import Job
+
+    changes = decoding_options(args)
+    seed = changes.pop("seed", 0)
+    named = preset(args.preset) if args.preset else None
+    (named or DecodingConfig()).replace(**changes)
+    description = {
+        "model": args.model, "dtype": args.dtype, "preset": args.preset,
+        "options": {name: str(value) for name, value in sorted(changes.items())},
+    }  # fmt: skip
+    job = Job(
+        args.input, args.output, description, seed=seed, skip_errors=args.skip_errors, restart=args.restart,
+        token_ids=args.token_ids, chat=args.chat,
+    )  # fmt: skip
+    device = device_named(_own_device(args.device))
+
+    def make_engine() -> Engine:
+        model, tokenizer = load(args.model, args.dtype, device)
+        slots = args.slots or 16
+        return Engine(
+            model, slots=slots, max_length=args.max_length, config=named, tokenizer=tokenizer, **changes
+        )  # fmt: skip
+
+    try:
+        answered = job.run(make_engine)
+    except KeyboardInterrupt:
+        print("\ndlmkernels: stopped; the same command goes on where this one was", file=sys.stderr)
+        return 130
+    total = job.share.lines_of(job.input.lines)
+    rest = "" if answered == total else f", {total - answered} had been answered before"
+    print(f"{count(answered, 'line')} answered{rest}", file=sys.stderr)
+    return 0
+
+
+def _own_device(name: str) -> str:
+    """Of several processes on one machine each takes a GPU of its own, by LOCAL_RANK."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if name == "cuda" and local is not None and local.isdigit() else name

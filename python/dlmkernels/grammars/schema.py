@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""JSON schemas as regular expressions. What a schema says that is not understood here is refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .numbers import integers
+
+CHARACTER = r'(?:[^"\\\x00-\x1f\x7f-\x9f]|\\["\\/bfnrt])'
+STRING = f'"{CHARACTER}*"'
+INTEGER = "-?(?:0|[1-9][0-9]{0,17})"
+NUMBER = rf"{INTEGER}(?:\.[0-9]{{1,17}})?(?:[eE][+-]?[0-9]{{1,2}})?"
+DAY = "(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)"
+DATE, TIME = f"[0-9]{{4}}-{DAY}", "(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]Z"
+FORMATS = {
+    "date": DATE, "time": TIME, "date-time": f"{DATE}T{TIME}",
+    "uuid": "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
+}  # fmt: skip
+#: how deep values are nested of which a schema says nothing
+DEPTH = 1
+#: how deep schemas may be nested, and how long their expressions may be
+DEEPEST, LONGEST = 32, 200_000
+COMMA = ", ?"
+OBJECT = {"type": "object"}
+
+NOTES = {"title", "description", "default", "examples", "$schema", "$id", "$comment", "$defs", "definitions",
+         "deprecated", "readOnly", "writeOnly"}  # fmt: skip
+WORDS = {
+    "object": {"properties", "required", "additionalProperties"},
+    "array": {"items", "prefixItems", "minItems", "maxItems"},
+    "string": {"minLength", "maxLength", "pattern", "format"},
+    "integer": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"},
+    "number": set(), "boolean": set(), "null": set(),
+}  # fmt: skip
+OF_TYPE = {word: kind for kind, words in WORDS.items() for word in words}
+
+
+def pattern_of(schema: Mapping[str, Any] | bool) -> str:
+    """The regular expression of a schema's values.
+
+    Raises
+    ------
+    ValueError
+        When the schema is wrong, or not understood.
+    """
+    pattern = _Reader(schema).value(schema, "schema", ())
+    if len(pattern) > LONGEST:
+        raise ValueError(f"schema is too large: its regular expression has {len(pattern)} characters")
+    return pattern
+
+
+def literal(text: str) -> str:
+    """The expression that matches a text."""
+    return "".join(f"\\{c}" if c in r"\.^$*+?{}[]|()/-" else c for c in text)
+
+
+def _any(options: Sequence[str]) -> str:
+    return options[0] if len(options) == 1 else f"(?:{'|'.join(options)})"
+
+
+def _anything(depth: int) -> str:
+    """Values of any kind."""
+    scalars = [STRING, NUMBER, "true", "false", "null"]
+    return _any([*scalars, _array(_anything(depth - 1)), _map(_anything(depth - 1))] if depth else scalars)
+
+
+def _array(item: str) -> str:
+    return rf"\[(?:{item}(?:{COMMA}{item})*)?\]"
+
+
+def _map(value: str) -> str:
+    pair = f"{STRING}: ?{value}"
+    return rf"\{{(?:{pair}(?:{COMMA}{pair})*)?\}}"
+
+
+class _Reader:
+    """Reads one schema; `place` names where in it, for messages."""
+
+    def __init__(self, root: Any):
+        self.root = root
+
+    def value(self, schema: Any, place: str, refs: tuple[str, ...], depth: int = 0) -> str:
+        if depth > DEEPEST:
+            raise ValueError(f"{place}: schemas are nested more than {DEEPEST} deep")
+        if schema is True:
+            return _anything(DEPTH)
+        if not isinstance(schema, Mapping):
+            raise ValueError(f"{place} must be a schema, which is an object or true; got {schema!r:.80}")
+        words = {word for word in schema if word not in NOTES}
+        for word, read in (("$ref", self._ref), ("anyOf", self._any_of), ("allOf", self._all_of)):
+            if word in words:
+                if words != {word}:
+                    raise ValueError(f"{place}: {word} cannot stand beside {', '.join(sorted(words - {word}))}")
+                return read(schema[word], f"{place}.{word}", refs, depth + 1)
+        kinds = self._kinds(schema, words, place)
+        if "const" in words or "enum" in words:
+            return self._listed(schema, words, kinds, place)
+        known = {"type"}.union(*(WORDS[kind] for kind in kinds or WORDS))
+        if words - known:
+            raise ValueError(f"{place}: {', '.join(sorted(words - known))} cannot be used here (see json_schema)")
+        if kinds is None:
+            return _anything(DEPTH)
+        return _any([getattr(self, f"_{kind}")(schema, place, refs, depth) for kind in kinds])
+
+    # --- what kind of value -------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _kinds(schema: Mapping[str, Any], words: set[str], place: str) -> list[str] | None:
+        """Types that a schema names, or that its words are about; None: any."""
+        kinds = schema.get("type")
+        if kinds is None:
+            return sorted({OF_TYPE[word] for word in words if word in OF_TYPE}) or None
+        kinds = [kinds] if isinstance(kinds, str) else kinds
+        if not isinstance(kinds, list) or not kinds or not all(isinstance(k, str) and k in WORDS for k in kinds):
+            raise ValueError(f"{place}.type must be one or several of {', '.join(WORDS)}; got {schema['type']!r:.80}")
+        return kinds
+
+    @staticmethod
+    def _listed(schema: Mapping[str, Any], words: set[str], kinds: list[str] | None, place: str) -> str:
+        if words - {"type", "const", "enum"}:
+            raise ValueError(
+                f"{place}: {', '.join(sorted(words - {'type', 'const', 'enum'}))} cannot stand beside const and enum"
+            )
+        values = schema.get("enum", [schema.get("const")])
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{place}.enum must be a list of values; got {values!r:.80}")
+        if "const" in words:
+            values = [value for value in values if _same(value, schema["const"])]
+        values = [value for value in values if kinds is None or any(_is(value, kind) for kind in kinds)]
+        if not values:
+            raise ValueError(f"{place}: const, enum and type leave no value")
+        return _any([literal(json.dumps(value, ensure_ascii=False)) for value in values])
+
+    def _ref(self, name: Any, place: str, refs: tuple[str, ...], depth: int) -> str:
+        if not isinstance(name, str) or not name.startswith("#"):
+            raise ValueError(f"{place} must point into the schema (#/…); got {name!r:.80}")
+        if name in refs:
+            raise ValueError(f"{place}: {name} contains itself, and a canvas has an end; nest it a number of times")
+        found = self.root
+        for step in name[1:].split("/")[1:]:
+            step = step.replace("~1", "/").replace("~0", "~")
+            if not isinstance(found, Mapping) or step not in found:
+                raise ValueError(f"{place}: there is no {name}")
+            found = found[step]
+        return self.value(found, name, (*refs, name), depth)
+
+    def _any_of(self, options: Any, place: str, refs: tuple[str, ...], depth: int) -> str:
+        if not isinstance(options, list) or not options:
+            raise ValueError(f"{place} must be a list of schemas; got {options!r:.80}")
+        return _any([self.value(one, f"{place}[{k}]", refs, depth) for k, one in enumerate(options)])
+
+    def _all_of(self, options: Any, place: str, refs: tuple[str, ...], depth: int) -> str:
+        if not isinstance(options, list) or len(options) != 1:
+            raise ValueError(f"{place} can be used with one schema in it alone")
+        return self.value(options[0], f"{place}[0]", refs, depth)
+
+    # --- one type each ------------------------------------------------------------------------------------------------
+
+    def _object(self, schema: Mapping[str, Any], place: str, refs: tuple[str, ...], depth: int) -> str:
+        named, required = schema.get("properties", {}), schema.get("required", [])
+        more = schema.get("additionalProperties", True)
+        if not isinstance(named, Mapping):
+            raise ValueError(f"{place}.properties must be an object; got {named!r:.80}")
+        if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+            raise ValueError(f"{place}.required must be a list of names; got {required!r:.80}")
+        unknown = [name for name in required if name not in named]
+        if unknown and more is False:
+            raise ValueError(f"{place}.required names {unknown[0]!r}, which is not among the properties")
+        named = dict(named) | dict.fromkeys(unknown, more)
+        if not named:
+            if more is False:
+                return r"\{\}"
+            return _map(_anything(DEPTH) if more is True else self._inner(more, place, refs, depth))
+        pairs = [
+            (f"{literal(json.dumps(name, ensure_ascii=False))}: ?{self._inner(one, f'{place}.{name}', refs, depth)}",
+             name in required)
+            for name, one in named.items()
+        ]  # fmt: skip
+        return rf"\{{{_sequence(pairs)}\}}"
+
+    def _inner(self, schema: Any, place: str, refs: tuple[str, ...], depth: int) -> str:
+        return self.value(schema, place, refs, depth + 1)
+
+    def _array(self, schema: Mapping[str, Any], place: str, refs: tuple[str, ...], depth: int) -> str:
+        low, high = _range(schema, "minItems", "maxItems", place)
+        first = schema.get("prefixItems", [])
+        if not isinstance(first, list):
+            raise ValueError(f"{place}.prefixItems must be a list of schemas; got {first!r:.80}")
+        begun = [self._inner(one, f"{place}.prefixItems[{k}]", refs, depth) for k, one in enumerate(first)]
+        rest = schema.get("items", True)
+        if rest is False:
+            high = len(begun) if high is None else min(high, len(begun))
+        item = "" if rest is False else self._inner(rest, f"{place}.items", refs, depth)
+        if high is not None and low > high:
+            raise ValueError(f"{place}: no array has at least {low} and at most {high} items")
+        if high == 0:
+            return r"\[\]"
+        if not begun:
+            more = f"(?:{COMMA}{item}){{{max(low - 1, 0)},{'' if high is None else high - 1}}}"
+            whole = f"{item}{more}"
+            return rf"\[{whole}\]" if low else rf"\[(?:{whole})?\]"
+        begun = begun if high is None else begun[:high]
+        left, most = max(low - len(begun), 0), None if high is None else high - len(begun)
+        tail = "" if most == 0 or not item else f"(?:{COMMA}{item}){{{left},{'' if most is None else most}}}"
+        for k in reversed(range(1, len(begun))):
+            tail = f"{COMMA}{begun[k]}{tail}" if k < low else f"(?:{COMMA}{begun[k]}{tail})?"
+        whole = f"{begun[0]}{tail}"
+        return rf"\[{whole}\]" if low else rf"\[(?:{whole})?\]"
+
+    @staticmethod
+    def _string(schema: Mapping[str, Any], place: str, refs: tuple[str, ...], depth: int) -> str:
+        low, high = _range(schema, "minLength", "maxLength", place)
+        shapes = [word for word in ("pattern", "format") if word in schema]
+        if not shapes:
+            return f'"{CHARACTER}{{{low},{"" if high is None else high}}}"'
+        if len(shapes) > 1 or low or high is not None:
+            raise ValueError(f"{place}: {shapes[0]} cannot stand beside minLength, maxLength, pattern and format")
+        if "format" in schema:
+            if schema["format"] not in FORMATS:
+                raise ValueError(f"{place}.format must be one of {', '.join(FORMATS)}; got {schema['format']!r:.80}")
+            return f'"{FORMATS[schema["format"]]}"'
+        return f'"{_safe_pattern(schema["pattern"], f"{place}.pattern")}"'
+
+    @staticmethod
+    def _integer(schema: Mapping[str, Any], place: str, refs: tuple[str, ...], depth: int) -> str:
+        bounds: list[int | None] = []
+        for word, exclusive, step in (("minimum", "exclusiveMinimum", 1), ("maximum", "exclusiveMaximum", -1)):
+            found = [schema[word]] if word in schema else []
+            if exclusive in schema:
+                found.append(schema[exclusive] + step if isinstance(schema[exclusive], int) else schema[exclusive])
+            if not all(isinstance(bound, int) and not isinstance(bound, bool) for bound in found):
+                raise ValueError(f"{place}: bounds of an integer must be integers; got {found!r:.80}")
+            bounds.append((max if step > 0 else min)(found) if found else None)
+        low, high = bounds
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"{place}: no integer is at least {low} and at most {high}")
+        return INTEGER if low is None and high is None else integers(low, high)
+
+    @staticmethod
+    def _number(schema: Mapping[str, Any], place: str, refs: tuple[str, ...], depth: int) -> str:
+        return NUMBER
+
+    @staticmethod
+    def _boolean(schema: Mapping[str, Any], place: str, refs: tuple[str, ...], depth: int) -> str:
+        return "(?:true|false)"
+
+    @staticmethod
+    def _null(schema: Mapping[str, Any], place: str, refs: tuple[str, ...], depth: int) -> str:
+        return "null"
+
+
+def _sequence(pairs: Sequence[tuple[str, bool]]) -> str:
+    """Properties in their order, with commas between those that are there."""
+
+    def onward(k: int) -> str:
+        return "".join(f"{COMMA}{pair}" if needed else f"(?:{COMMA}{pair})?" for pair, needed in pairs[k:])
+
+    first = next((k for k, (_, needed) in enumerate(pairs) if needed), None)
+    if first is not None:
+        before = "".join(f"(?:{pair}{COMMA})?" for pair, _ in pairs[:first])
+        return f"{before}{pairs[first][0]}{onward(first + 1)}"
+    return f"(?:{'|'.join(pair + onward(k + 1) for k, (pair, _) in enumerate(pairs))})?"
+
+
+def _range(schema: Mapping[str, Any], least: str, most: str, place: str) -> tuple[int, int | None]:
+    low, high = schema.get(least, 0), schema.get(most)
+    for word, bound in ((least, low), (most, high)):
+        if bound is not None and (not isinstance(bound, int) or isinstance(bound, bool) or not 0 <= bound <= 4096):
+            raise ValueError(f"{place}.{word} must be an integer from 0 to 4096; got {bound!r:.80}")
+    if high is not None and low > high:
+        raise ValueError(f"{place}: {least} is {low}, more than {most}, which is {high}")
+    return low, high
+
+
+def _safe_pattern(pattern: Any, place: str) -> str:
+    """A pattern for the inside of a JSON string, which it must not be able to leave."""
+    import interegular
+
+    if not isinstance(pattern, str):
+        raise ValueError(f"{place} must be a string; got {pattern!r:.80}")
+    begins, ends = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith(r"\$")
+    inside = f"(?:{pattern[begins : len(pattern) - ends]})"
+    try:
+        core = interegular.parse_pattern(inside).to_fsm()
+        unsafe = interegular.parse_pattern(r'(?:.|\n)*["\\\x00-\x1f\x7f-\x9f](?:.|\n)*').to_fsm()
+        leaves = not (core & unsafe).empty()
+    except Exception as error:  # the library has no common class for what it cannot read
+        raise ValueError(f"{place}: {pattern!r:.80} is no regular expression that can be used here") from error
+    if leaves:
+        raise ValueError(
+            f"{place}: {pattern!r:.80} can match a quotation mark, a backslash or a control character, which JSON "
+            r'writes otherwise: say [^"\\\x00-\x1f\x7f-\x9f] in place of a dot'
+        )
+    rest = f"{CHARACTER}*"
+    return f"{'' if begins else rest}{inside}{'' if ends else rest}"
+
+
+def _is(value: Any, kind: str) -> bool:
+    if isinstance(value, bool):
+        return kind == "boolean"
+    types: dict[str, Any] = {"integer": int, "number": (int, float), "string": str, "array": list, "object": Mapping}
+    return value is None if kind == "null" else kind in types and isinstance(value, types[kind])
+
+
+def _same(one: Any, other: Any) -> bool:
+    return isinstance(one, bool) == isinstance(other, bool) and one == other

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests through an engine, answers in the order of the requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from ..engine.engine import Engine
+from ..engine.request import RequestOutput, RequestStatus
+from .lines import Line, LineError
+
+#: how many requests for each slot are taken from the input before the first of them has been given back
+AHEAD = 8
+
+
+def answers(
+    engine: Engine, lines: Iterable[Line | LineError], seed: int = 0, token_ids: bool = False, chat: bool = False
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Decode requests and give the answers in their order.
+
+    Parameters
+    ----------
+    engine : Engine
+        Not started: steps are made here. With a tokenizer.
+    lines : iterable of Line or LineError
+        Requests; errors become records of their own. They are taken as there is room for them, eight times as many as
+        the engine has slots at most, so that the input may be of any length.
+    seed : int
+        Of the job: see `Line.seed`.
+    token_ids : bool
+        Whether records have the tokens of the answers, too.
+    chat : bool
+        Whether a prompt that is text is the one message of a chat.
+
+    Yields
+    ------
+    dict
+        `line`, and `id` where there is one; `text`, `finish_reason`, `prompt_tokens`, `completion_tokens`,
+        `num_forwards`; or `error`. The same for the same line, whatever else is decoded.
+    """
+    done: dict[int, dict[str, Any]] = {}
+    window = AHEAD * engine.slots
+    source = iter(lines)
+    place = taken = 0
+    is_over = False
+    while True:
+        while not is_over and taken - place < window:
+            line = next(source, None)
+            if line is None:
+                is_over = True
+                break
+            _take(engine, taken, line, done, seed, token_ids, chat)
+            taken += 1
+        while place in done:
+            yield done.pop(place)
+            place += 1
+        if is_over and place == taken:
+            return
+        if place not in done and (is_over or taken - place >= window):
+            engine.step()
+
+
+def _take(
+    engine: Engine, place: int, line: Line | LineError, done: dict[int, dict[str, Any]], seed: int, token_ids: bool,
+    chat: bool,
+) -> None:  # fmt: skip
+    """Give a request to the engine; its record is put where it belongs when it is done."""
+    if isinstance(line, LineError):
+        done[place] = {"line": line.number, "error": line.reason}
+        return
+    name = {"line": line.number} | ({} if line.id is None else {"id": line.id})
+
+    def put(output: RequestOutput) -> None:
+        if output.is_finished():
+            done[place] = name | _record(output, engine, token_ids)
+
+    prompt = [{"role": "user", "content": line.prompt}] if chat and isinstance(line.prompt, str) else line.prompt
+    try:
+        engine.add_request(prompt, result_handler=put, **line.options | {"seed": line.seed(seed)})
+    except (ValueError, TypeError) as error:
+        done[place] = name | {"error": " ".join(str(error).split())}
+
+
+def _record(output: RequestOutput, engine: Engine, token_ids: bool) -> dict[str, Any]:
+    if output.status is not RequestStatus.FINISHED:
+        return {"error": output.error}
+    tokens, ends = output.generated_tokens, set(engine.special_tokens.eos)
+    length = next((k for k, token in enumerate(tokens) if token in ends), len(tokens))
+    record = {
+        "text": output.text, "finish_reason": "length" if output.finish_reason == "length" else "stop",
+        "prompt_tokens": len(output.prompt_ids), "completion_tokens": length, "num_forwards": output.num_forwards,
+    }  # fmt: skip
+    return record | ({"token_ids": tokens[:length]} if token_ids else {})

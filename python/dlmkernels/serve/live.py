@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page on which the decodings of a server are watched while they are made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+
+import anyio
+from fastapi import FastAPI, Response
+from fastapi.responses import HTMLResponse, StreamingResponse
+
+from ..page import live_page
+from ..page.live import Live
+from ..trace import KINDS
+
+EVENTS = "/live/events"
+#: seconds between two messages
+INTERVAL = 0.1
+
+
+class Viewers:
+    """Who watches. While somebody does, requests that come are followed step by step.
+
+    Attributes
+    ----------
+    live : Live
+    count : int
+    """
+
+    def __init__(self, live: Live, is_open: Callable[[], bool]):
+        self.live, self.count, self._is_open = live, 0, is_open
+
+    async def events(self) -> AsyncIterator[str]:
+        """What happens, as server-sent events, until the client goes or the server ends."""
+        cursor = None
+        self.count += 1
+        try:
+            while self._is_open():
+                cursor, messages = self.live.since(cursor)
+                for message in messages:
+                    yield f"data: {json.dumps(message)}\n\n"
+                if not messages:
+                    yield ": nothing new\n\n"  # tells whether the client is still there
+                await anyio.sleep(INTERVAL)
+        finally:
+            self.count -= 1
+
+
+def add_page(app: FastAPI, viewers: Viewers, name: str) -> None:
+    """The page, and what it reads."""
+
+    @app.get("/")
+    async def page() -> Response:
+        made = live_page(KINDS, EVENTS, f"{name}: decodings")
+        return HTMLResponse(made.html, headers={"content-security-policy": made.policy, "cache-control": "no-store"})
+
+    @app.get(EVENTS)
+    async def events() -> Response:
+        return StreamingResponse(
+            viewers.events(), media_type="text/event-stream", headers={"cache-control": "no-store"}
+        )  # fmt: skip
