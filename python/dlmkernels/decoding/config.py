@@ -208,7 +208,7 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
         rows that speak of it). dllm-cache, sparse-dllm, d2cache: see `DLLMCache`, `SparseCache`, `D2Cache`. All are
         approximations, for models with full attention; with the rule `EntropyPipeline`, prefix is d3LLM's. block: for
         the other kinds, under which a finished block never changes again: it is appended once and a forward takes the
-        open block alone (exact).
+        open block alone (exact). focus: the same with less work in a block (an approximation, see `FocusCache`).
     sub_block_cache : bool
         With cache="block" and a `sub_block_length`: a forward takes the part alone, and finds what the rest of the
         block was when the part was begun (Fast-dLLM v2; an approximation).

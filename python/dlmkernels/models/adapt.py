@@ -109,8 +109,8 @@ class DiffusionModel:
             new.is_compiled = True
         return new
 
-    def by_layers(self, cache: str) -> DiffusionModel:
-        """The same, whose layers compute what `AttentionWindow.layers` says.
+    def by_layers(self, cache: str, experts: bool = False) -> DiffusionModel:
+        """The same, whose layers compute what `AttentionWindow.layers` says; `experts`: see `layerwise.check`.
 
         Raises
         ------
@@ -123,7 +123,7 @@ class DiffusionModel:
                 f"cache='{cache}' needs a model that is not compiled, of a known type with one stack of layers and "
                 f"rotary frequencies that are the same for every request; this one {what}"
             )
-        layerwise.check(self._twin, cache)
+        layerwise.check(self._twin, cache, experts)
         new = self.renewed()
         layerwise.run_by_plan(new._twin)
         return new
