@@ -78,12 +78,14 @@ def test_rules_and_presets():
     assert numbers[0][0] < numbers[3][0] == 16 < numbers[2][0] == 32
 
 
-def test_constraints():
+def test_constraints(demo):
     model, ids = build(), prompts(2, 5)
     free = dk.generate(model, ids, rule=dk.Threshold(0.9))
     opening, closing = free.generated[0].bincount().topk(2).indices.tolist()  # brackets that the model likes to write
     names = {"dk": dk, "torch": torch, "model": model, "ids": ids, "OPEN": opening, "CLOSE": closing, "MASK": MASK}
-    pages.run("docs/constraints.md", names)
+    pytest.importorskip("interegular", reason="needs the extra 'grammar'")
+    names = pages.run("docs/constraints.md", names | {"demo": demo["model"], "tokenizer": demo["tokenizer"]})
+    assert names["even"].text() == [ANSWER]
     assert names["guided"].complete.all()
     assert names["out"].complete.all() and (names["out"].generated == opening).any()
     for text in names["out"].generated.tolist():
