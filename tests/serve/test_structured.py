@@ -26,9 +26,11 @@ def client():
     from small_models import build
 
     model, tokenizer = build(), letters()
-    with serving(model=model, tokenizer=tokenizer, max_length=96) as running:
-        with openai.OpenAI(base_url=running.url + "/v1", api_key="none", max_retries=0) as client:
-            yield client
+    with (
+        serving(model=model, tokenizer=tokenizer, max_length=96) as running,
+        openai.OpenAI(base_url=running.url + "/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield client
 
 
 @pytest.mark.parametrize("stream", [False, True])
