@@ -319,20 +319,36 @@ def run(*arguments, launcher=("-m", "dlmkernels.evaluation"), **environment):
     )  # fmt: skip
 
 
+def recorded(*paths):
+    """What is known of each request: its text, or its likelihood; lm-eval asks again for the last one of a short share."""
+    entries = [json.loads(line) for path in paths for line in path.read_text("utf-8").splitlines()]
+    return {(e["task_name"], e["doc_id"], e["idx"]): e.get("text", e.get("total")) for e in entries
+            if not e.get("repeat")}  # fmt: skip
+
+
 @pytest.mark.slow
-def test_two_processes_share_an_evaluation(tmp_path):
+def test_two_processes_share_an_evaluation(manager, tmp_path):
+    """Each has a share; together they have the answers and the score of one process."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dlmkernels.evaluation")
+    names, how = ["demo_addition", "demo_which_sum"], {"mc_num": 4, "steps": 2, "temperature": 5.0}
     done = run(
-        "--tasks", "demo_addition", "demo_which_sum", "--limit", "5", "--output_path", str(tmp_path), "--log_samples",
-        "--model_args", f"pretrained=demo,mc_num=4,records={tmp_path}/r.jsonl", launcher=launcher,
+        "--tasks", *names, "--limit", "5", "--output_path", str(tmp_path), "--log_samples", "--model_args",
+        f"pretrained=demo,records={tmp_path}/r.jsonl", *[f"{name}={value}" for name, value in how.items()],
+        launcher=launcher,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (file,) = tmp_path.rglob("results_*.json")
     found = json.loads(file.read_text())
-    assert found["results"]["demo_addition"]["solved,none"] == found["results"]["demo_which_sum"]["acc,none"] == 1
     assert found["config"]["dlmkernels"]["answers"] == 6  # the shorter share is padded by lm-eval
-    shares = [len((tmp_path / f"r.jsonl.rank{i}").read_text().splitlines()) for i in range(2)]
-    assert shares[0] == shares[1] == 3 + 12
+    shares = [tmp_path / f"r.jsonl.rank{i}" for i in range(2)]
+    assert [len(path.read_text().splitlines()) for path in shares] == [3 + 12, 3 + 12]
+    alone = evaluate(manager, names, limit=5, records=str(tmp_path / "alone.jsonl"), **how)
+    for name, metric in zip(names, ("solved,none", "acc,none")):
+        assert found["results"][name][metric] == alone["results"][name][metric]
+    wanted, several = recorded(tmp_path / "alone.jsonl"), recorded(*shares[::-1])
+    assert wanted.keys() == several.keys() and len(wanted) == 5 + 20
+    for key, value in wanted.items():
+        assert several[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-4)), key
 
 
 @pytest.mark.slow
