@@ -79,4 +79,4 @@ format: setup
 	$(RUN) clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
 
 clean:
-	rm -rf build dist python/*.egg-info python/dlmkernels/_C*.so
+	rm -rf build dist python/*.egg-info python/dlmkernels/*.so

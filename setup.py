@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build dlmkernels._C by driving CMake; sources, flags and architectures are listed in CMakeLists.txt alone."""
+"""Build dlmkernels by driving CMake; sources, flags and architectures are listed in CMakeLists.txt alone.
+
+Environment: `DLMKERNELS_CUDA` (auto, 0, 1), `DLMKERNELS_PYTHONS` (interpreters to build the bindings for, separated as
+PATH is; by default the running one), `DLMKERNELS_LOCAL_VERSION` (`cu13` makes 0.1.0 into 0.1.0+cu13), `MAX_JOBS`,
+`CMAKE_ARGS`.
+"""
 
 import os
 import shlex
@@ -8,14 +13,20 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
-
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "cmake"))
 import backend  # noqa: E402
 
 BUILDS = {"build_ext", "bdist_wheel", "dist_info", "editable_wheel", "install", "develop"}
+if BUILDS & set(sys.argv):
+    # For those who call it directly, pip has asked the backend before. An old setuptools lacks what follows.
+    backend.check()
+
+from setuptools import Distribution, Extension, setup  # noqa: E402
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
+from setuptools.command.build_ext import build_ext  # noqa: E402
+
+PYTHONS = [python for python in os.environ.get("DLMKERNELS_PYTHONS", "").split(os.pathsep) if python]
 
 
 def build_jobs() -> int:
@@ -26,11 +37,16 @@ def build_jobs() -> int:
     return max(1, min(os.cpu_count() or 1, gigabytes // 3))
 
 
+def run(*command: object) -> None:
+    """Run a step of the build. What went wrong, it has said itself: a traceback of this file would hide it."""
+    if code := subprocess.run([str(part) for part in command]).returncode:
+        sys.exit(f"dlmkernels was not built: `{Path(str(command[0])).name} {command[1]}` failed ({code}), see above.")
+
+
 class CMakeBuild(build_ext):
-    """Configure, build and install the one CMake target."""
+    """Configure, build and install CMake's targets: the library, and _C of each interpreter."""
 
     def build_extension(self, ext):
-        out = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         args = [
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -38,18 +54,49 @@ class CMakeBuild(build_ext):
             f"-DDLMKERNELS_VERSION={self.distribution.get_version()}",
             # Said every time: the build folder would remember another answer.
             f"-DDLMKERNELS_CUDA={os.environ.get('DLMKERNELS_CUDA') or 'auto'}",
+            f"-DDLMKERNELS_PYTHONS={';'.join(PYTHONS)}",
         ]
         if ninja := backend.tool("ninja"):
             args += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         args += shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        cmake = backend.tool("cmake") or "cmake"
-        subprocess.run([cmake, "-S", ROOT, "-B", build, *args], check=True)
-        subprocess.run([cmake, "--build", build, "--parallel", str(build_jobs())], check=True)
-        subprocess.run([cmake, "--install", build, "--prefix", out], check=True)
+        self.cmake = backend.tool("cmake") or "cmake"
+        self.build_folder = build
+        run(self.cmake, "-S", ROOT, "-B", build, *args)
+        run(self.cmake, "--build", build, "--parallel", build_jobs())
+        out = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        for old in out.glob("_C.*.so"):  # of another build, for an interpreter that this one is not for
+            old.unlink()
+        run(self.cmake, "--install", build, "--prefix", out)
+
+    def copy_extensions_to_source(self):
+        """Of an editable installation: setuptools would copy _C and forget the library."""
+        package = Path(self.get_finalized_command("build_py").get_package_dir("dlmkernels")).resolve()
+        run(self.cmake, "--install", self.build_folder, "--prefix", package)
 
 
-if BUILDS & set(sys.argv):
-    # For those who call it directly; pip has asked the backend before.
-    backend.check()
+class Wheel(bdist_wheel):
+    """A wheel for each platform, for all interpreters that it has a _C for."""
 
-setup(ext_modules=[Extension("dlmkernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+    def get_tag(self):
+        find_python = [str(ROOT / "cmake" / "find_python.py")]
+        tags = [
+            subprocess.run([python, *find_python], check=True, capture_output=True, text=True).stdout.split(";")[0]
+            for python in PYTHONS or [sys.executable]
+        ]
+        return ".".join(dict.fromkeys(tags)), "none", super().get_tag()[2]
+
+
+class WithLocalVersion(Distribution):
+    """The version of pyproject.toml, with what tells builds of it apart."""
+
+    def parse_config_files(self, *args, **kwargs):
+        super().parse_config_files(*args, **kwargs)
+        if local := os.environ.get("DLMKERNELS_LOCAL_VERSION"):
+            self.metadata.version = f"{self.metadata.version}+{local}"
+
+
+setup(
+    ext_modules=[Extension("dlmkernels._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
+    distclass=WithLocalVersion,
+)

@@ -9,8 +9,11 @@ a traceback of whichever tool fails first.
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -53,13 +56,43 @@ def missing() -> list[str]:
     return lacking
 
 
+# What the sources need of C++17, in the language and in its library.
+PROBE = """#include <optional>
+int main() { if constexpr (std::optional<int>(1).has_value() || true) return 0; }
+"""
+GET_COMPILER = """Install one (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; conda install gxx)
+or set CXX to one."""
+
+
+def compiler_problem() -> str | None:
+    """What is wrong with the C++ compiler that CMake would take, None if nothing is."""
+    if asked := os.environ.get("CXX"):
+        command = shlex.split(asked)
+    else:
+        command = [name for name in ("c++", "g++", "clang++") if shutil.which(name)][:1]
+    if not command or not shutil.which(command[0]):
+        what = f"CXX={asked} is no program" if asked else "no C++ compiler (c++, g++, clang++) is on PATH"
+        return f"dlmkernels cannot be built: {what}.\n{GET_COMPILER}"
+    arguments = ["-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
+    done = subprocess.run([*command, *arguments], input=PROBE, capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["it says nothing"])[0]
+        return (
+            f"dlmkernels cannot be built: {' '.join(command)} does not compile C++17 ({said}); "
+            f"GCC 9 or Clang 9 and newer do.\n{GET_COMPILER}"
+        )
+    return None
+
+
 def check() -> None:
     """Stop, with one sentence, if something is missing."""
     if find_torch.find_torch() is None:
-        sys.exit(find_torch.MESSAGE)
+        sys.exit(find_torch.message())
     if lacking := missing():
         packages = " ".join(f'"{name}"' for name in lacking)
         sys.exit(f"dlmkernels cannot be built yet: run first pip install {packages}")
+    if problem := compiler_problem():
+        sys.exit(problem)
 
 
 if importlib.util.find_spec("setuptools") is None:  # as in a new environment of Python 3.12 or later

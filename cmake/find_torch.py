@@ -12,10 +12,14 @@ import sys
 import sysconfig
 from pathlib import Path
 
+LEAST = (2, 11)  # TORCH_TARGET_VERSION in CMakeLists.txt
 MESSAGE = """dlmkernels compiles against the headers of the torch it will run with, and found none.
   1. install torch >= 2.11 (a CPU or a CUDA build),
   2. then run: pip install --no-build-isolation .
 Or set DLMKERNELS_TORCH_ROOT to the folder that holds torch's `include`."""
+TOO_OLD = """dlmkernels needs torch >= 2.11; {root} is torch {version}.
+  1. run: pip install -U "torch>=2.11"
+  2. then: pip install --no-build-isolation ."""
 
 
 def candidates():
@@ -29,19 +33,41 @@ def candidates():
         yield Path(sysconfig.get_path(kind)) / "torch"
 
 
+def described(root):
+    """Return (version, cuda version or '') of the torch in a folder, or None if there is none."""
+    if not (root / "version.py").exists():
+        return None
+    text = (root / "version.py").read_text(encoding="utf-8")
+    version = re.search(r"__version__\s*=\s*'([^']+)'", text)
+    cuda = re.search(r"^cuda[^=\n]*=\s*'([^']+)'", text, re.M)
+    return version.group(1) if version else "unknown", cuda.group(1) if cuda else ""
+
+
+def recent_enough(version):
+    """Whether a version is one of those that the build is made for; one that is no number is believed."""
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    return not numbers or numbers >= LEAST
+
+
 def find_torch():
     """Return (root, version, cuda version or ''), or None when there is no torch with stable-ABI headers."""
     for root in candidates():
-        if (root / "include/torch/csrc/stable/library.h").exists():
-            text = (root / "version.py").read_text(encoding="utf-8")
-            version = re.search(r"__version__\s*=\s*'([^']+)'", text)
-            cuda = re.search(r"^cuda[^=\n]*=\s*'([^']+)'", text, re.M)
-            return root, version.group(1) if version else "unknown", cuda.group(1) if cuda else ""
+        found = described(root)
+        if found and recent_enough(found[0]) and (root / "include/torch/csrc/stable/library.h").exists():
+            return (root, *found)
     return None
+
+
+def message():
+    """What to do where `find_torch` finds nothing."""
+    for root in candidates():
+        if (found := described(root)) and not recent_enough(found[0]):
+            return TOO_OLD.format(root=root, version=found[0])
+    return MESSAGE
 
 
 if __name__ == "__main__":
     hit = find_torch()
     if hit is None:
-        sys.exit(MESSAGE)
+        sys.exit(message())
     print(*hit, sep=";", end="")

@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an installation must be: light to import, free of torch's C++ ABI, buildable from its source archive."""
 
+import importlib.metadata
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 from pathlib import Path
 
 import pytest
 
 import dlmkernels
+from dlmkernels import installation
 
 ROOT = Path(__file__).parent.parent
 
@@ -98,6 +104,176 @@ def test_hooks_of_the_backend(hook):
     assert expected in stopped(
         f"{code}import backend; backend.{hook}({'None' if hook.startswith('get') else repr('x')})"
     )
+
+
+def checked(env=None, change=""):
+    """What the check before a build says, in an environment."""
+    code = f"import sys; sys.path.insert(0, 'cmake')\nimport backend, find_torch\n{change}\nbackend.check()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env)
+    assert "Traceback" not in done.stderr and not done.stdout
+    return done.stderr.strip()
+
+
+def program(path, text):
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_an_old_torch_is_named(tmp_path):
+    (tmp_path / "version.py").write_text("__version__ = '2.9.1+cu128'\ncuda: Optional[str] = '12.8'\n")
+    change = "find_torch.candidates = lambda: iter([__import__('pathlib').Path({!r})])"
+    said = checked(change=change.format(str(tmp_path)))
+    assert f"{tmp_path} is torch 2.9.1+cu128" in said and 'pip install -U "torch>=2.11"' in said
+
+
+def test_the_compiler_is_tried(tmp_path):
+    without = {"PATH": str(tmp_path)}
+    said = checked(without, "backend.missing = list")
+    assert "no C++ compiler (c++, g++, clang++) is on PATH" in said and "apt-get install g++" in said
+    assert "CXX=/no/c++ is no program" in checked(os.environ | {"CXX": "/no/c++"})
+    old = program(tmp_path / "old", "echo 'error: unrecognized option -std=c++17' >&2; exit 1")
+    said = checked(os.environ | {"CXX": f"{old} -O1"})
+    assert f"{old} -O1 does not compile C++17 (error: unrecognized option -std=c++17); GCC 9 or Clang 9" in said
+    assert checked() == ""
+
+
+def configured(tmp_path, cuda, **env):
+    """What CMake says of CUDA: its code, and the lines of one paragraph joined."""
+    build = tmp_path / f"build{len(list(tmp_path.iterdir()))}"
+    done = subprocess.run(
+        [shutil.which("cmake", path=TOOLS), "-S", ROOT, "-B", build, f"-DPython_EXECUTABLE={sys.executable}",
+         f"-DDLMKERNELS_CUDA={cuda}", "-DCMAKE_CXX_COMPILER_WORKS=1"], capture_output=True, text=True,
+        env={name: value for name, value in os.environ.items() if name not in ("CUDACXX", "CUDA_HOME")} | env,
+    )  # fmt: skip
+    return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+
+TOOLS = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+needs_cmake = pytest.mark.skipif(not shutil.which("cmake", path=TOOLS), reason="no cmake")
+
+
+@needs_cmake
+def test_an_old_nvcc_is_named_and_left_out(tmp_path):
+    nvcc = program(tmp_path / "nvcc", "echo 'Cuda compilation tools, release 11.8, V11.8.89'")
+    code, said = configured(tmp_path, "auto", CUDACXX=nvcc)
+    assert code == 0 and f"CUDA kernels: nvcc 11.8 found ({nvcc}), 12.0 or newer needed" in said
+    code, said = configured(tmp_path, "1", CUDACXX=nvcc)
+    assert code != 0 and f"DLMKERNELS_CUDA=1, but nvcc 11.8 found ({nvcc}), 12.0 or newer needed. Put nvcc" in said
+
+
+@needs_cmake
+def test_without_nvcc(tmp_path):
+    code, said = configured(tmp_path, "1", CUDACXX="/no/nvcc")
+    assert code != 0 and "DLMKERNELS_CUDA=1, but /no/nvcc is no nvcc that runs here" in said
+    path = tmp_path / "bin"
+    path.mkdir()
+    for name in ("c++", "make", "ninja", "ar", "ranlib", "ld", "as", "uname"):
+        if found := shutil.which(name, path=TOOLS):
+            (path / name).symlink_to(found)
+    code, said = configured(tmp_path, "1", PATH=str(path))
+    assert code != 0 and "DLMKERNELS_CUDA=1, but no nvcc found. Put nvcc (12.0 or newer) on PATH" in said
+    assert "set CUDACXX to it or CUDA_HOME to its toolkit; DLMKERNELS_CUDA=0 builds without" in said
+
+
+@needs_cmake
+def test_bindings_of_several_pythons(tmp_path):
+    """A Python is its headers and its suffix: one that lacks its headers is named."""
+    include = sysconfig.get_path("include")
+    other = program(tmp_path / "python3.99", f"printf 'cp399;.cpython-399-x86_64-linux-gnu.so;{include}'")
+    poor = program(tmp_path / "poor", "echo 'Python.h is missing in /x' >&2; exit 1")
+    build = tmp_path / "build"
+    command = [shutil.which("cmake", path=TOOLS), "-S", ROOT, "-B", build, f"-DPython_EXECUTABLE={sys.executable}",
+               "-DDLMKERNELS_CUDA=0"]  # fmt: skip
+    run(*command, f"-DDLMKERNELS_PYTHONS={sys.executable};{other}")
+    compiled = json.loads((build / "compile_commands.json").read_text())
+    assert len([entry for entry in compiled if entry["file"].endswith("csrc/torch/module.cpp")]) == 2
+    done = subprocess.run([*command, f"-DDLMKERNELS_PYTHONS={poor}"], capture_output=True, text=True)
+    assert done.returncode and f"DLMKERNELS_PYTHONS: {poor}: Python.h is missing in /x" in " ".join(done.stderr.split())
+    said = run(sys.executable, "-c", SETUP.format(change=f"import os; os.environ['DLMKERNELS_PYTHONS'] = '{sys.executable}:{other}'",
+                                                  arguments=["--version"]) + TAG, cwd=ROOT)  # fmt: skip
+    tag = f"cp3{sys.version_info[1]}"
+    assert f"{tag}.cp399 none" in said
+
+
+TAG = """
+import setuptools, setup
+command = setup.Wheel(setuptools.Distribution({"name": "x", "ext_modules": [setuptools.Extension("x", [])]}))
+command.ensure_finalized()
+print(*command.get_tag())
+"""
+
+
+def why(error, folder):
+    return installation.why_not_loaded(error, folder)
+
+
+def test_an_import_that_fails_says_what_helps(tmp_path):
+    assert "needs torch >= 2.11, which" in why(ImportError("No module named 'torch'", name="torch"), tmp_path)
+    assert "never built: pip install --no-build-isolation -e ." in why(ImportError("cannot import name '_C'"), tmp_path)
+    (tmp_path / "_C.cpython-305-x86_64-linux-gnu.so").touch()
+    said = why(ImportError("cannot import name '_C'"), tmp_path)
+    assert "is for cpython-305-x86_64-linux-gnu; this is CPython 3." in said and "--no-binary dlmkernels" in said
+    said = why(ImportError("x.so: undefined symbol: aoti_torch_y"), Path(dlmkernels.__file__).parent)
+    assert f"does not fit torch {importlib.metadata.version('torch')}" in said and "pip install -U torch" in said
+
+
+def test_the_import_of_another_python(tmp_path):
+    """As the package says it: its files without the _C of this Python."""
+    shutil.copytree(Path(dlmkernels.__file__).parent, tmp_path / "dlmkernels",
+                    ignore=shutil.ignore_patterns("*.so", "__pycache__", "demo"))  # fmt: skip
+    (tmp_path / "dlmkernels/_C.cpython-305-x86_64-linux-gnu.so").touch()
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import dlmkernels"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stderr.splitlines()[-1].startswith("ImportError: this build of dlmkernels is for cpython-305")
+
+
+def test_oldest_torch_is_one_number():
+    (claimed,) = re.findall(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    (target,) = re.findall(r"TORCH_TARGET_VERSION=0x(\w{4})0{12}", (ROOT / "CMakeLists.txt").read_text())
+    assert claimed == f"{int(target[:2], 16)}.{int(target[2:], 16)}" == installation.OLDEST_TORCH
+    sys.path.insert(0, str(ROOT / "cmake"))
+    import find_torch
+
+    assert claimed == ".".join(map(str, find_torch.LEAST)) and f"torch >= {claimed}" in find_torch.MESSAGE
+
+
+def torch_alone(folder):
+    """A folder with torch and what it needs, linked from this environment, and nothing else."""
+    wanted, seen = ["torch", "numpy"], set()
+    while wanted:
+        name = re.split(r"[^\w.-]", wanted.pop())[0].lower().replace("-", "_")
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # of another platform
+        wanted += [text for text in distribution.requires or () if "extra ==" not in text]
+        for top in {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(distribution.locate_file(top))
+    return folder
+
+
+@pytest.mark.slow
+def test_wheel_needs_no_compiler(tmp_path):
+    """The wheel of the build folder, in a new environment with torch alone and nothing on PATH."""
+    cache = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "CMakeCache.txt"
+    if not cache.exists():
+        pytest.skip("no build folder")
+    built = dict(re.findall(r"^(\w+):\w+=(.*)$", cache.read_text(), re.M))
+    if built["Python_EXECUTABLE"] != sys.executable:
+        pytest.skip("the build folder is another interpreter's")
+    env = os.environ | {"PATH": TOOLS, "DLMKERNELS_CUDA": built["DLMKERNELS_CUDA"], "DLMKERNELS_PYTHONS": ""}
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", tmp_path, ROOT, env=env)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert re.fullmatch(r"dlmkernels-[\d.]+-cp3\d+-none-linux_\w+\.whl", wheel.name)
+    (tmp_path / "site").mkdir()
+    site = torch_alone(tmp_path / "site")
+    said = run(sys.executable, ROOT / "scripts/try_wheel.py", wheel, "--site", site)
+    assert re.search(r"^transformers +not installed$", said, re.M) and re.search(r"^CUDA devices +none", said, re.M)
 
 
 @pytest.mark.slow

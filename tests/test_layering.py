@@ -134,7 +134,9 @@ def test_an_op_is_present_in_every_layer(op):
         assert (CSRC / file).is_file(), f"csrc/{file} is missing"
     for folder in ("ops", "reference"):
         assert op in functions(PYTHON / folder / f"{name}.py"), f"{folder}/{name}.py has no function {op}"
-    assert f'register_fake("dlmkernels::{op}")' in (PYTHON / "ops" / f"{name}.py").read_text(encoding="utf-8")
+    assert f'register_fake(add_op_namespace_prefix("{op}"))' in (PYTHON / "ops" / f"{name}.py").read_text(
+        encoding="utf-8"
+    )
     tests = TESTS / "ops" / f"test_{name}.py"
     assert tests.is_file(), f"tests/ops/{tests.name} is missing"
     for proof in (f"reference.{op}", "opcheck(", "fullgraph=True"):
@@ -148,7 +150,7 @@ def test_an_op_is_present_in_every_layer(op):
 )
 def test_op_modules_import_torch_only(path):
     """And each other within their package; of the rest, the ops need arguments.py."""
-    ours = {"ops": r"\.\w|\.\.arguments", "reference": r"\.\w"}.get(path.parent.name, "(?!)")
+    ours = {"ops": r"\.\w|\.\.arguments|\.\._ops", "reference": r"\.\w"}.get(path.parent.name, "(?!)")
     modules = {module.split(".")[0] for module in imports(path) if not re.match(ours, module)}
     modules -= set(sys.stdlib_module_names)
     assert modules == {"torch"} or (path.name == "__init__.py" and not modules)
@@ -257,20 +259,34 @@ def test_there_is_one_loop():
 # --- the built extension ---------------------------------------------------------------------------------------------
 
 
-def symbols(*options):
+LIBRARY = Path(dlmkernels._C.__file__).with_name("libdlmkernels.so")
+
+
+def symbols(library, *options):
     nm = shutil.which("nm")
     if not nm:
         pytest.skip("no nm")
-    run = subprocess.run([nm, "-D", "-C", *options, dlmkernels._C.__file__], capture_output=True, text=True, check=True)
+    run = subprocess.run([nm, "-D", "-C", *options, str(library)], capture_output=True, text=True, check=True)
     return [line.split(maxsplit=1 + (options[0] == "--defined-only"))[-1] for line in run.stdout.splitlines()]
 
 
-def test_extension_needs_the_stable_abi_alone():
-    """One build serves many versions of torch: no C++ symbol of it is linked against."""
-    undefined = symbols("--undefined-only")
+def test_library_needs_the_stable_abi_alone():
+    """One build serves many versions of torch: no C++ symbol of it is linked against. And every Python: none of its."""
+    undefined = symbols(LIBRARY, "--undefined-only")
     assert any(name.startswith("aoti_torch_") for name in undefined)
     assert not [name for name in undefined if re.search(r"\b(c10|at|torch|caffe2)::", name)]
+    assert not [name for name in undefined if re.match(r"_?Py[A-Z_]", name)]
 
 
-def test_extension_exports_its_init_function_alone():
-    assert symbols("--defined-only") == ["PyInit__C"]
+def test_bindings_need_the_library_alone():
+    """What a version of Python asks to be built again has no symbol of torch."""
+    undefined = symbols(dlmkernels._C.__file__, "--undefined-only")
+    assert any(name.startswith("dlm::diagnostics::cpu_isa") for name in undefined)
+    assert not [name for name in undefined if "torch" in name]
+
+
+def test_what_is_exported():
+    assert symbols(dlmkernels._C.__file__, "--defined-only") == ["PyInit__C"]
+    exported = {name.split("[")[0].split("(")[0] for name in symbols(LIBRARY, "--defined-only")}
+    names = ("build_info", "cpu_isa", "cpu_isa_reason", "cpu_isas", "cpu_kernels", "set_cpu_isa")
+    assert exported == {f"dlm::diagnostics::{name}" for name in names}

@@ -4,7 +4,15 @@
 
 #include "torch/schema.h"
 
-STABLE_TORCH_LIBRARY(dlmkernels, m) {
+// The namespace of the ops. A build that must live beside others in one process gives it another
+// name. torch's macros take the name as it is written, so one more level expands it first.
+#ifndef TORCH_EXTENSION_NAME
+#define TORCH_EXTENSION_NAME dlmkernels
+#endif
+#define DLM_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
+#define DLM_LIBRARY_IMPL(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
+
+DLM_LIBRARY(TORCH_EXTENSION_NAME, m) {
   DLM_DEF(m,
           "block_attention(Tensor q, Tensor? k_new, Tensor? v_new, Tensor(a!) k_cache, Tensor(b!) "
           "v_cache, "
@@ -99,7 +107,7 @@ STABLE_TORCH_LIBRARY(dlmkernels, m) {
       dlm::shard_confidence);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CPU, m) {
+DLM_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, m) {
   m.impl("block_attention", TORCH_BOX(&dlm::block_attention));
   m.impl("token_confidence", TORCH_BOX(&dlm::token_confidence));
   m.impl("select_tokens", TORCH_BOX(&dlm::select_tokens));
@@ -114,7 +122,7 @@ STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CPU, m) {
 }
 
 #ifdef DLM_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(dlmkernels, CUDA, m) {
+DLM_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CUDA, m) {
   m.impl("block_attention", TORCH_BOX(&dlm::block_attention));
   m.impl("token_confidence", TORCH_BOX(&dlm::token_confidence));
   m.impl("select_tokens", TORCH_BOX(&dlm::select_tokens));

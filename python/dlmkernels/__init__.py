@@ -17,9 +17,14 @@ _wait_policy.choose()
 _host_memory.choose()
 
 # ruff: noqa: E402  (what follows loads torch)
-import torch  # noqa: F401  (its library must be loaded before ours)
+try:
+    import torch  # noqa: F401  (its library must be loaded before ours)
 
-from . import _C  # registers torch.ops.dlmkernels
+    from . import _C  # registers torch.ops.dlmkernels
+except ImportError as error:
+    from .installation import why_not_loaded
+
+    raise ImportError(why_not_loaded(error)) from error
 from . import ops as ops
 from .cache import KVCache as KVCache
 from .decoding import rules as rules

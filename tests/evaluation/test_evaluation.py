@@ -18,9 +18,13 @@ lm_eval = pytest.importorskip("lm_eval", reason="needs the extra 'eval'")
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
+from dlmkernels.decoding.resolve import prepare  # noqa: E402
 from dlmkernels.evaluation import TASKS_DIR, register  # noqa: E402
+from dlmkernels.evaluation.arguments import Settings  # noqa: E402
+from dlmkernels.evaluation.likelihood import Scorer  # noqa: E402
 from dlmkernels.evaluation.lm import EngineLM  # noqa: E402
 from dlmkernels.evaluation.run_code import run_programs  # noqa: E402
+from small_models import VOCAB, build, prompts  # noqa: E402
 
 LIMIT = 6
 SUMS = [
@@ -215,6 +219,32 @@ def test_left_to_right_is_the_sum_of_conditionals():
     ((total, is_greedy),) = scored(lm, (SUMS[1], "000"))
     want = sum(by_hand(SUMS[1] + "0" * i, "0", num_samples=1).total.item() for i in range(3))
     assert total == pytest.approx(want, rel=1e-4, abs=1e-5) and lm.tally.exact == 1
+
+
+@pytest.mark.parametrize(
+    "family, kind, fields, is_exact",
+    [
+        ("dream", "qwen2", {}, False),
+        ("sdar", "qwen3", {"block_size": 4}, False),
+        ("i-dlm", "qwen3", {}, True),
+        ("nemotron", "qwen3", {}, True),
+        ("fast-dllm-v2", "qwen2", {"bd_size": 8}, True),
+        ("wedlm", "qwen3", {}, True),
+    ],
+)
+def test_every_kind_of_attention(family, kind, fields, is_exact):
+    """One token is exact: the probabilities of all tokens have the sum one; two are, where there is no bound."""
+    model = build(kind)
+    for name, value in (fields | {"dlm_family": family}).items():
+        setattr(model.config, name, value)
+    model, config, special = prepare(model, None, {})
+    scorer = Scorer(model, special, Settings(pretrained="random", mc_num=4, max_length=64), config)
+    prompt = tuple(prompts(1, 7)[0].tolist())
+    ones = scorer.score([(prompt, (token,)) for token in range(VOCAB) if token != special.mask])
+    assert math.isclose(sum(math.exp(one.total) for one in ones), 1) and sum(one.is_greedy for one in ones) == 1
+    assert all(one.is_exact and one.standard_error == 0 and one.forwards == 1 for one in ones)
+    (two,) = scorer.score([(prompt, (5, 9))])
+    assert two.is_exact == is_exact and (two.standard_error == 0) == is_exact and two.total < 0
 
 
 def test_empty_texts_and_rolling(lm):

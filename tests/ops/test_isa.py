@@ -92,11 +92,11 @@ TILE = re.compile(r"\t(tile\w+|tdp\w+|ldtilecfg|sttilecfg)\b")
 
 
 def functions_with(instruction):
-    """Functions of the extension, by their demangled names -> their first instruction that matches."""
+    """Functions of the library, by their demangled names -> their first instruction that matches."""
     objdump = shutil.which("objdump")
     if not objdump:
         pytest.skip("no objdump")
-    command = [objdump, "-d", "-C", "--no-show-raw-insn", _C.__file__]
+    command = [objdump, "-d", "-C", "--no-show-raw-insn", Path(_C.__file__).with_name("libdlmkernels.so")]
     found, function = {}, "?"
     for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
         if header := re.fullmatch(r"[0-9a-f]+ <(.*)>:", line):

@@ -36,7 +36,7 @@ def test_all_declarations_are_read():
 @pytest.mark.parametrize("key", ["CPU", "CUDA"])
 def test_every_op_has_a_kernel_on_every_device(key):
     """CUDA's are not in every build: what is registered there is read from the source."""
-    (block,) = re.findall(rf"LIBRARY_IMPL\(dlmkernels, {key}, m\) {{(.*?)^}}", SOURCE, re.S | re.M)
+    (block,) = re.findall(rf"DLM_LIBRARY_IMPL\(TORCH_EXTENSION_NAME, {key}, m\) {{(.*?)^}}", SOURCE, re.S | re.M)
     assert re.findall(r'm\.impl\("(\w+)"', block) == list(SCHEMAS)
 
 

@@ -6,39 +6,39 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import ops
+from .._ops import ops as native
 
 
 def token_confidence(*args: Any, **options: Any) -> ops.TokenConfidence:
     """`ops.token_confidence`, of tensors alone."""
     return ops.TokenConfidence(
-        *_call(torch.ops.dlmkernels.token_confidence.default, ops.token_confidence, args, options)
+        *_call(native.token_confidence.default, ops.token_confidence, args, options)
     )  # fmt: skip
 
 
 def lm_head_confidence(*args: Any, **options: Any) -> ops.TokenConfidence:
     """`ops.lm_head_confidence`, of tensors alone."""
     return ops.TokenConfidence(
-        *_call(torch.ops.dlmkernels.lm_head_confidence.default, ops.lm_head_confidence, args, options)
+        *_call(native.lm_head_confidence.default, ops.lm_head_confidence, args, options)
     )  # fmt: skip
 
 
 def shard_confidence(*args: Any, **options: Any) -> Tensor:
     """`ops.shard_confidence`, of tensors alone."""
-    return _call(torch.ops.dlmkernels.shard_confidence.default, ops.shard_confidence, args, options)
+    return _call(native.shard_confidence.default, ops.shard_confidence, args, options)
 
 
 def select_tokens(*args: Any, **options: Any) -> Tensor:
     """Which slots `ops.select_tokens` selects, of tensors alone."""
-    return _call(torch.ops.dlmkernels.select_tokens.default, ops.select_tokens, args, options)[0]
+    return _call(native.select_tokens.default, ops.select_tokens, args, options)[0]
 
 
 def remask_(*args: Any, **options: Any) -> Tensor:
     """`ops.remask_`, of tensors alone."""
-    return _call(torch.ops.dlmkernels.remask_.default, ops.remask_, args, options)
+    return _call(native.remask_.default, ops.remask_, args, options)
 
 
 def _call(op: Callable[..., Any], explained: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:

@@ -122,9 +122,9 @@ class OfTheFamily:
         Taken from the model's configuration when None. Several eos ids may be given; a sequence of sequences has
         those of each request.
     logit_alignment : {"same", "shift"}, optional
-        Whether row i of the logits speaks of position i or of i + 1. None: what the model's family does.
+        Whether row i of the logits predicts position i (same) or i + 1 (shift). None: as the model's family.
     attention : {"full", "block", "causal", "causal-context", "reordered"}, optional
-        What a position sees (see `models.families.Family`). None: what the model's family does.
+        What a position sees (see `models.families.Family`). None: as the model's family.
     block_grid : {"absolute", "prompt", "both-ways"}, optional
         Where the blocks of attention="block" are counted from (see `models.families.Family`). None: what the model's
         family does.
@@ -253,7 +253,7 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
         and is no slower (`decoding.head`). They round differently: a near tie may fall differently.
     logits_budget : int
         Bytes that the logits of a step may take; rows are taken in slices where all of them would take more. Where
-        logits have to be kept for longer than a moment, this is exceeded (docs/decoding.md says where).
+        logits have to be kept for longer than a moment, this is exceeded (docs/memory.md says where).
     """
 
     max_new_tokens: int | Sequence[int] = 128

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix
+from .._ops import ops as native
 from ..arguments import call, one_value
 from .fakes import check_devices, check_gradients
 
@@ -130,7 +132,7 @@ def block_attention(
     """
     return BlockAttention(
         *call(
-            torch.ops.dlmkernels.block_attention.default, q, k_new, v_new, k_cache, v_cache, slots, kv_range,
+            native.block_attention.default, q, k_new, v_new, k_cache, v_cache, slots, kv_range,
             causal_block=causal_block, block_origin=one_value("block_origin", block_origin, q), q_limit=q_limit,
             k_order=k_order, window_left=window_left, window_right=window_right, softcap=softcap, scale=scale,
             cache_rows=cache_rows, k_slots=k_slots, visible=visible,
@@ -138,7 +140,7 @@ def block_attention(
     )  # fmt: skip
 
 
-@torch.library.register_fake("dlmkernels::block_attention")
+@torch.library.register_fake(add_op_namespace_prefix("block_attention"))
 def _fake(q, k_new, v_new, k_cache, v_cache, slots=None, kv_range=None, **optional):
     given = {"k_new": k_new, "v_new": v_new, "slots": slots, "kv_range": kv_range}
     check_devices("block_attention", {"q": q, "k_cache": k_cache, "v_cache": v_cache}, given | optional)

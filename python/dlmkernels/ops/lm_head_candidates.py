@@ -4,6 +4,8 @@
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix
+from .._ops import ops as native
 from ..arguments import call
 from .fakes import check_devices, check_gradients
 from .top_candidates import TopCandidates
@@ -57,7 +59,7 @@ def lm_head_candidates(
     """
     return TopCandidates(
         *call(
-            torch.ops.dlmkernels.lm_head_candidates.default,
+            native.lm_head_candidates.default,
             hidden,
             weight,
             k,
@@ -68,7 +70,7 @@ def lm_head_candidates(
     )
 
 
-@torch.library.register_fake("dlmkernels::lm_head_candidates")
+@torch.library.register_fake(add_op_namespace_prefix("lm_head_candidates"))
 def _fake(hidden, weight, k, *, row_map=None, **optional):
     check_devices("lm_head_candidates", {"hidden": hidden, "weight": weight}, {"row_map": row_map, **optional})
     check_gradients("lm_head_candidates", hidden=hidden, weight=weight)

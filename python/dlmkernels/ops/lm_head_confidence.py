@@ -4,6 +4,8 @@
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix
+from .._ops import ops as native
 from ..arguments import call, one_value
 from .fakes import check_devices, check_gradients
 from .token_confidence import TokenConfidence
@@ -100,7 +102,7 @@ def lm_head_confidence(
     """
     return TokenConfidence(
         *call(
-            torch.ops.dlmkernels.lm_head_confidence.default,
+            native.lm_head_confidence.default,
             hidden,
             weight,
             row_map=row_map,
@@ -126,7 +128,7 @@ def lm_head_confidence(
     )
 
 
-@torch.library.register_fake("dlmkernels::lm_head_confidence")
+@torch.library.register_fake(add_op_namespace_prefix("lm_head_confidence"))
 def _fake(hidden, weight, *, row_map=None, with_margin=True, with_entropy=True, **optional):
     check_devices("lm_head_confidence", {"hidden": hidden, "weight": weight}, {"row_map": row_map, **optional})
     check_gradients("lm_head_confidence", hidden=hidden, weight=weight, **optional)

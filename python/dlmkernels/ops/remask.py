@@ -4,6 +4,8 @@
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix
+from .._ops import ops as native
 from ..arguments import call, one_value
 from .fakes import check_devices, check_gradients
 
@@ -118,7 +120,7 @@ def remask_(
         the argument.
     """
     return call(
-        torch.ops.dlmkernels.remask_.default,
+        native.remask_.default,
         tokens,
         state,
         position,
@@ -142,7 +144,7 @@ def remask_(
     )
 
 
-@torch.library.register_fake("dlmkernels::remask_")
+@torch.library.register_fake(add_op_namespace_prefix("remask_"))
 def _fake(tokens, state, position, proposal, **optional):
     needed = {"tokens": tokens, "state": state, "position": position, "proposal": proposal}
     check_devices("remask_", needed, optional)

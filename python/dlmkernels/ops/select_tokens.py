@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix
+from .._ops import ops as native
 from ..arguments import call, one_value
 from .fakes import check_devices
 
@@ -105,7 +107,7 @@ def select_tokens(
     """
     return SelectedTokens(
         *call(
-            torch.ops.dlmkernels.select_tokens.default,
+            native.select_tokens.default,
             score,
             eligible,
             rule,
@@ -124,7 +126,7 @@ def select_tokens(
     )
 
 
-@torch.library.register_fake("dlmkernels::select_tokens")
+@torch.library.register_fake(add_op_namespace_prefix("select_tokens"))
 def _fake(score, eligible, rule="none", **optional):
     check_devices("select_tokens", {"score": score, "eligible": eligible}, optional)
     return score.new_empty(score.shape, dtype=torch.bool), score.new_empty(score.shape[:1], dtype=torch.int32)

@@ -4,6 +4,8 @@
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix
+from .._ops import ops as native
 from ..arguments import call, one_value
 from .fakes import check_devices, check_gradients
 from .token_confidence import FLAG_NAN, FLAG_NOTHING_ALLOWED, FLAG_POSITIVE_INFINITY, TokenConfidence
@@ -93,7 +95,7 @@ def shard_confidence(
     the CPU gives for the same logits.
     """
     return call(
-        torch.ops.dlmkernels.shard_confidence.default,
+        native.shard_confidence.default,
         logits,
         first,
         weight=weight,
@@ -114,7 +116,7 @@ def shard_confidence(
     )
 
 
-@torch.library.register_fake("dlmkernels::shard_confidence")
+@torch.library.register_fake(add_op_namespace_prefix("shard_confidence"))
 def _fake(logits, first, *, row_map=None, **optional):
     check_devices("shard_confidence", {"logits": logits}, {"row_map": row_map, **optional})
     check_gradients("shard_confidence", logits=logits, **optional)

@@ -4,6 +4,8 @@
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix
+from .._ops import ops as native
 from ..arguments import call, one_value
 from .fakes import check_devices, check_gradients
 
@@ -63,7 +65,7 @@ def soft_embedding(
     it, unless there is a `top_k`. A row's result has the same bits whatever the batch and the number of threads.
     """
     return call(
-        torch.ops.dlmkernels.soft_embedding.default,
+        native.soft_embedding.default,
         logits,
         weight,
         row_map=row_map,
@@ -73,7 +75,7 @@ def soft_embedding(
     )
 
 
-@torch.library.register_fake("dlmkernels::soft_embedding")
+@torch.library.register_fake(add_op_namespace_prefix("soft_embedding"))
 def _fake(logits, weight, *, row_map=None, **optional):
     check_devices("soft_embedding", {"logits": logits, "weight": weight}, {"row_map": row_map, **optional})
     check_gradients("soft_embedding", logits=logits, weight=weight, **optional)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix
+from .._ops import ops as native
 from ..arguments import call, one_value
 from .fakes import check_devices, check_gradients
 
@@ -91,7 +93,7 @@ def splice_(
     """
     return Spliced(
         *call(
-            torch.ops.dlmkernels.splice_.default,
+            native.splice_.default,
             tokens,
             start,
             insert=insert,
@@ -107,7 +109,7 @@ def splice_(
     )
 
 
-@torch.library.register_fake("dlmkernels::splice_")
+@torch.library.register_fake(add_op_namespace_prefix("splice_"))
 def _fake(tokens, start, **optional):
     check_devices("splice_", {"tokens": tokens, "start": start}, optional)
     check_gradients("splice_", **optional)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix
+from .._ops import ops as native
 from ..arguments import call, one_value
 from .fakes import check_devices, check_gradients
 
@@ -139,7 +141,7 @@ def token_confidence(
     """
     return TokenConfidence(
         *call(
-            torch.ops.dlmkernels.token_confidence.default,
+            native.token_confidence.default,
             logits,
             row_map=row_map,
             given=given,
@@ -164,7 +166,7 @@ def token_confidence(
     )
 
 
-@torch.library.register_fake("dlmkernels::token_confidence")
+@torch.library.register_fake(add_op_namespace_prefix("token_confidence"))
 def _fake(logits, *, row_map=None, with_margin=True, with_entropy=True, **optional):
     check_devices("token_confidence", {"logits": logits}, {"row_map": row_map, **optional})
     check_gradients("token_confidence", logits=logits, **optional)

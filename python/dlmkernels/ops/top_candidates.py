@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix
+from .._ops import ops as native
 from ..arguments import call
 from .fakes import check_devices, check_gradients
 
@@ -67,11 +69,11 @@ def top_candidates(
     A row's result has the same bits whatever the batch and the number of threads.
     """
     return TopCandidates(
-        *call(torch.ops.dlmkernels.top_candidates.default, logits, k, row_map=row_map, banned=banned, bitmask=bitmask)
+        *call(native.top_candidates.default, logits, k, row_map=row_map, banned=banned, bitmask=bitmask)
     )
 
 
-@torch.library.register_fake("dlmkernels::top_candidates")
+@torch.library.register_fake(add_op_namespace_prefix("top_candidates"))
 def _fake(logits, k, *, row_map=None, **optional):
     check_devices("top_candidates", {"logits": logits}, {"row_map": row_map, **optional})
     check_gradients("top_candidates", logits=logits)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix
+from .._ops import ops as native
 from ..arguments import call, one_value
 from .fakes import check_devices
 
@@ -106,7 +108,7 @@ def verify_drafts(
     """
     return VerifiedDrafts(
         *call(
-            torch.ops.dlmkernels.verify_drafts.default,
+            native.verify_drafts.default,
             drafts,
             token,
             logits=logits,
@@ -125,7 +127,7 @@ def verify_drafts(
     )
 
 
-@torch.library.register_fake("dlmkernels::verify_drafts")
+@torch.library.register_fake(add_op_namespace_prefix("verify_drafts"))
 def _fake(drafts, token, **optional):
     check_devices("verify_drafts", {"drafts": drafts, "token": token}, optional)
     return drafts.new_empty(drafts.shape[:1], dtype=torch.int32), token.new_empty(token.shape)

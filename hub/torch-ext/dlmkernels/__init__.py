@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ops for diffusion language models, as functions: `block_attention`, `token_confidence`, …
+
+The package `dlmkernels` has these ops and the decoding loops that use them.
+"""
+
+from .ops import (
+    block_attention,
+    combine_shards,
+    lm_head_candidates,
+    lm_head_confidence,
+    remask_,
+    select_tokens,
+    shard_confidence,
+    soft_embedding,
+    splice_,
+    token_confidence,
+    top_candidates,
+    verify_drafts,
+)
+
+__all__ = [
+    "block_attention", "combine_shards", "lm_head_candidates", "lm_head_confidence", "remask_", "select_tokens",
+    "shard_confidence", "soft_embedding", "splice_", "token_confidence", "top_candidates", "verify_drafts",
+]  # fmt: skip
