@@ -28,7 +28,7 @@ def lm_head_confidence(*args: Any, **options: Any) -> ops.TokenConfidence:
 
 def shard_confidence(*args: Any, **options: Any) -> Tensor:
     """`ops.shard_confidence`, of tensors alone."""
-    return _call(torch.ops.dlmkernels.shard_confidence.default, ops.shard_confidence, args, options)
+    return _call(native.shard_confidence.default, ops.shard_confidence, args, options)
 
 
 def select_tokens(*args: Any, **options: Any) -> Tensor:
