@@ -69,7 +69,7 @@ def chat_form(request: ChatRequest, answers: Answers, structure: Structure) -> F
         return {"message": {"role": "assistant", "refusal": None} | structure.message(text)}
 
     def part(text: str, is_first: bool) -> dict[str, Any]:
-        delta = structure.message(text) if structure.is_whole else {"content": text}
+        delta: dict[str, Any] = structure.message(text) if structure.is_whole else {"content": text}
         if "tool_calls" in delta:
             delta["tool_calls"] = [call | {"index": k} for k, call in enumerate(delta["tool_calls"])]
         return {"delta": ({"role": "assistant"} if is_first else {}) | delta}
