@@ -24,6 +24,10 @@ CACHES = {
     "dllm-cache": {"cache": "dllm-cache"}, "sparse-dllm": {"cache": "sparse-dllm"},
     "d2cache": {"cache": "d2cache", "block_length": None, "score": dk.scores.DensityWeighted()},
 }  # fmt: skip
+#: those of models whose blocks see those before them
+OF_BLOCKS = {
+    name: {"cache": name, "attention": "block", "logit_alignment": "same"} for name in ("none", "block", "focus")
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Rows:
             hook.remove()
 
 
-def decode(model, ids, case, name):
+def decode(model, ids, case, options):
     mask = model.config.vocab_size - 1
     return dk.generate(
         model,
@@ -75,7 +79,7 @@ def decode(model, ids, case, name):
         config="llada",
         mask_token_id=mask,
         max_new_tokens=case.new,
-        **{"block_length": case.block} | CACHES[name],
+        **{"block_length": case.block} | options,
     )
 
 
@@ -83,14 +87,16 @@ def test_long_prompt(benchmark, harness, case):
     model = build(case.size, case.dtype)
     ids = torch.randint(4, model.config.vocab_size - 1, (case.batch, case.prompt))
     with Rows(model) as without:
-        decode(model, ids, case, "none")
+        decode(model, ids, case, {})
     with Rows(model) as rows:
-        out = decode(model, ids, case, "dllm-cache")
+        out = decode(model, ids, case, CACHES["dllm-cache"])
     assert int(out.num_forwards[0]) == case.new and rows.count < without.count
-    others = {f"cache {name}": lambda name=name: decode(model, ids, case, name) for name in CACHES}
+    others = {
+        f"cache {name}": lambda options=options: decode(model, ids, case, options) for name, options in CACHES.items()
+    }
     del others["cache dllm-cache"]
     harness.compare(
-        benchmark, f"cache dllm-cache: {case}", lambda: decode(model, ids, case, "dllm-cache"), others,
+        benchmark, f"cache dllm-cache: {case}", lambda: decode(model, ids, case, CACHES["dllm-cache"]), others,
         work=case.batch * case.new, unit="tokens/s",
     )  # fmt: skip
 
@@ -100,7 +106,10 @@ def main(problems: int) -> None:
     torch.manual_seed(0)
     if problems:
         print_tasks(problems)
-    print_long_prompt(Case("LLaDA's proportions", 1024, 64, block=32, dtype=torch.bfloat16))
+    case = Case("LLaDA's proportions", 1024, 64, block=32, dtype=torch.bfloat16)
+    print_long_prompt(case, CACHES)
+    for batch in (1, 8):
+        print_long_prompt(replace(case, prompt=256, batch=batch), OF_BLOCKS)
 
 
 def print_tasks(problems: int) -> None:
@@ -121,22 +130,22 @@ def print_tasks(problems: int) -> None:
         print(f"| `{name}` |", " | ".join(cells), "|", flush=True)
 
 
-def print_long_prompt(case: Case, rounds: int = 1) -> None:
+def print_long_prompt(case: Case, caches: dict[str, dict], rounds: int = 1) -> None:
     model = build(case.size, case.dtype)
     ids = torch.randint(4, model.config.vocab_size - 1, (case.batch, case.prompt))
     print(f"\n{case}:\n\n| cache | rows | tokens/s | × none |\n|---|---|---|---|")
-    times, counts = {name: [] for name in CACHES}, {}
-    decode(model, ids[:, :64], replace(case, new=4), "none")
+    times, counts = {name: [] for name in caches}, {}
+    decode(model, ids[:, :64], replace(case, new=4), {})
     for _ in range(rounds):
-        for name in CACHES:
+        for name in caches:
             start = time.process_time()
             with Rows(model) as rows:
-                decode(model, ids, case, name)
+                decode(model, ids, case, caches[name])
             times[name].append(time.process_time() - start)
             counts[name] = rows.count
-    for name in CACHES:
+    for name in caches:
         ratio = statistics.median(a / b for a, b in zip(times["none"], times[name]))
-        rate = case.new / statistics.median(times[name])
+        rate = case.batch * case.new / statistics.median(times[name])
         print(f"| `{name}` | {counts[name] / 1000:.0f} | {rate:.1f} | {ratio:.1f} |")
 
 

@@ -161,7 +161,13 @@ def server():
 
 
 def visited(server, tmp_path, *options):
-    return browse(f"http://127.0.0.1:{server.server_port}/", "", tmp_path, *(options or ("--dump-dom",)))
+    return browse(
+        f"http://127.0.0.1:{server.server_port}/",
+        "",
+        tmp_path,
+        "--virtual-time-budget=20000",
+        *(options or ("--dump-dom",)),
+    )
 
 
 @needs_chromium

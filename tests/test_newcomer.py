@@ -25,7 +25,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 CMAKE = """#!/bin/sh
 # A stand-in for cmake: configures and builds nothing, and installs what has been built.
 case "$1" in
-  --install) while [ $# -gt 1 ]; do [ "$1" = --prefix ] && exec cp {modules} "$2"; shift; done; exit 1;;
+  --install) mkdir -p "$4"; while [ $# -gt 1 ]; do [ "$1" = --prefix ] && exec cp {modules} "$2"; shift; done; exit 1;;
 esac
 """
 

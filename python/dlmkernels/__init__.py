@@ -34,6 +34,7 @@ from .decoding.constraint import Constraint as Constraint
 from .decoding.features import D2Cache as D2Cache
 from .decoding.features import DLLMCache as DLLMCache
 from .decoding.features import FeatureCache as FeatureCache
+from .decoding.features import FocusCache as FocusCache
 from .decoding.features import SparseCache as SparseCache
 from .decoding.presets import PRESETS as PRESETS
 from .decoding.presets import preset as preset
@@ -71,8 +72,8 @@ _LAZY = {
     "regex": ".grammars.make",
 }
 __all__ = [
-    "PRESETS", "AttentionWindow", "Constraint", "D2Cache", "DLLMCache", "DecodingConfig", "FeatureCache", "KVCache",
-    "Score", "SparseCache", "TokenWindow", "Trace", "ops", "preset", "rules", "scores", *_LAZY,
+    "PRESETS", "AttentionWindow", "Constraint", "D2Cache", "DLLMCache", "DecodingConfig", "FeatureCache", "FocusCache",
+    "KVCache", "Score", "SparseCache", "TokenWindow", "Trace", "ops", "preset", "rules", "scores", *_LAZY,
 ]  # fmt: skip
 __all__ += rules.__all__
 

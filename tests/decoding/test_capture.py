@@ -39,6 +39,8 @@ CASES = {
     "parts alone": {"rule": dk.Threshold(0.3), **BLOCKS, "sub_block_length": 4, "sub_block_cache": True},
     "guided": {"rule": dk.Threshold(0.3), "cache": "dual", "cfg_scale": 0.5},
     "features": {"rule": dk.Threshold(0.3), "cache": dk.DLLMCache(5, 3, 0.25)},
+    "focus": {"rule": dk.Threshold(0.3), "cache": "focus", "attention": "block"},
+    "focus, guided": {"rule": dk.Quota(), "cache": "focus", "attention": "block", "cfg_scale": 0.5},
     "active": {"rule": dk.Quota(), "cache": dk.D2Cache(0.1, 6), "block_length": NEW},
     "evicted": {"rule": dk.Threshold(0.3), "cache": "sparse-dllm"},
     "features, guided": {"rule": dk.Quota(), "cache": dk.DLLMCache(3, 2, 0.5), "cfg_scale": 0.5},

@@ -113,11 +113,11 @@ class TestDLLMCache:
         check_alone_and_in_a_batch(model, options | {"cache": dk.DLLMCache(5, 3, 0.25)})
 
     def test_infill(self, model):
-        """Of a canvas with gaps all is response."""
+        """Of a canvas with gaps, the prompt is what stands left of the first."""
         canvas = ragged((12,), seed=3)[0][0].clone()
-        canvas[[2, 3, 7, 8, 9, 11]] = MASK
+        canvas[[4, 5, 7, 8, 9, 11]] = MASK
         setting = SETTINGS["often"]
-        request = self.cached(model, setting, lambda m, c, s: published.llada(m, c, 0, MASK))(canvas, 0)
+        request = self.cached(model, setting, lambda m, c, s: published.llada(m, c, 0, MASK))(canvas, 4)
         assert request.slack > numerics.TWO_PROGRAMS
         out = dk.infill(model, canvas, rule=dk.Quota(), cache=dk.DLLMCache(*setting), eos_policy="none")
         assert torch.equal(out.sequences[0], request.tokens) and out.num_forwards[0] == request.num_forwards

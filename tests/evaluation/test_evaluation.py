@@ -18,9 +18,13 @@ lm_eval = pytest.importorskip("lm_eval", reason="needs the extra 'eval'")
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
+from dlmkernels.decoding.resolve import prepare  # noqa: E402
 from dlmkernels.evaluation import TASKS_DIR, register  # noqa: E402
+from dlmkernels.evaluation.arguments import Settings  # noqa: E402
+from dlmkernels.evaluation.likelihood import Scorer  # noqa: E402
 from dlmkernels.evaluation.lm import EngineLM  # noqa: E402
 from dlmkernels.evaluation.run_code import run_programs  # noqa: E402
+from small_models import VOCAB, build, prompts  # noqa: E402
 
 LIMIT = 6
 SUMS = [
@@ -217,6 +221,32 @@ def test_left_to_right_is_the_sum_of_conditionals():
     assert total == pytest.approx(want, rel=1e-4, abs=1e-5) and lm.tally.exact == 1
 
 
+@pytest.mark.parametrize(
+    "family, kind, fields, is_exact",
+    [
+        ("dream", "qwen2", {}, False),
+        ("sdar", "qwen3", {"block_size": 4}, False),
+        ("i-dlm", "qwen3", {}, True),
+        ("nemotron", "qwen3", {}, True),
+        ("fast-dllm-v2", "qwen2", {"bd_size": 8}, True),
+        ("wedlm", "qwen3", {}, True),
+    ],
+)
+def test_every_kind_of_attention(family, kind, fields, is_exact):
+    """One token is exact: the probabilities of all tokens have the sum one; two are, where there is no bound."""
+    model = build(kind)
+    for name, value in (fields | {"dlm_family": family}).items():
+        setattr(model.config, name, value)
+    model, config, special = prepare(model, None, {})
+    scorer = Scorer(model, special, Settings(pretrained="random", mc_num=4, max_length=64), config)
+    prompt = tuple(prompts(1, 7)[0].tolist())
+    ones = scorer.score([(prompt, (token,)) for token in range(VOCAB) if token != special.mask])
+    assert math.isclose(sum(math.exp(one.total) for one in ones), 1) and sum(one.is_greedy for one in ones) == 1
+    assert all(one.is_exact and one.standard_error == 0 and one.forwards == 1 for one in ones)
+    (two,) = scorer.score([(prompt, (5, 9))])
+    assert two.is_exact == is_exact and (two.standard_error == 0) == is_exact and two.total < 0
+
+
 def test_empty_texts_and_rolling(lm):
     assert scored(lm, (SUMS[0], "")) == [(0.0, True)]
     ((total, _),) = scored(lm, ("", "R1"))
@@ -289,20 +319,36 @@ def run(*arguments, launcher=("-m", "dlmkernels.evaluation"), **environment):
     )  # fmt: skip
 
 
+def recorded(*paths):
+    """What is known of each request: its text, or its likelihood; lm-eval asks again for the last one of a short share."""
+    entries = [json.loads(line) for path in paths for line in path.read_text("utf-8").splitlines()]
+    return {(e["task_name"], e["doc_id"], e["idx"]): e.get("text", e.get("total")) for e in entries
+            if not e.get("repeat")}  # fmt: skip
+
+
 @pytest.mark.slow
-def test_two_processes_share_an_evaluation(tmp_path):
+def test_two_processes_share_an_evaluation(manager, tmp_path):
+    """Each has a share; together they have the answers and the score of one process."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dlmkernels.evaluation")
+    names, how = ["demo_addition", "demo_which_sum"], {"mc_num": 4, "steps": 2, "temperature": 5.0}
     done = run(
-        "--tasks", "demo_addition", "demo_which_sum", "--limit", "5", "--output_path", str(tmp_path), "--log_samples",
-        "--model_args", f"pretrained=demo,mc_num=4,records={tmp_path}/r.jsonl", launcher=launcher,
+        "--tasks", *names, "--limit", "5", "--output_path", str(tmp_path), "--log_samples", "--model_args",
+        f"pretrained=demo,records={tmp_path}/r.jsonl", *[f"{name}={value}" for name, value in how.items()],
+        launcher=launcher,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (file,) = tmp_path.rglob("results_*.json")
     found = json.loads(file.read_text())
-    assert found["results"]["demo_addition"]["solved,none"] == found["results"]["demo_which_sum"]["acc,none"] == 1
     assert found["config"]["dlmkernels"]["answers"] == 6  # the shorter share is padded by lm-eval
-    shares = [len((tmp_path / f"r.jsonl.rank{i}").read_text().splitlines()) for i in range(2)]
-    assert shares[0] == shares[1] == 3 + 12
+    shares = [tmp_path / f"r.jsonl.rank{i}" for i in range(2)]
+    assert [len(path.read_text().splitlines()) for path in shares] == [3 + 12, 3 + 12]
+    alone = evaluate(manager, names, limit=5, records=str(tmp_path / "alone.jsonl"), **how)
+    for name, metric in zip(names, ("solved,none", "acc,none")):
+        assert found["results"][name][metric] == alone["results"][name][metric]
+    wanted, several = recorded(tmp_path / "alone.jsonl"), recorded(*shares[::-1])
+    assert wanted.keys() == several.keys() and len(wanted) == 5 + 20
+    for key, value in wanted.items():
+        assert several[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-4)), key
 
 
 @pytest.mark.slow

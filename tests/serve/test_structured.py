@@ -6,7 +6,9 @@ import json
 import openai
 import pytest
 
+import json_model
 from servers import serving
+from small_models import build
 
 SCHEMA = {
     "type": "object", "required": ["n", "ok"], "additionalProperties": False,
@@ -22,10 +24,8 @@ ASK = {"model": "demo", "messages": [{"role": "user", "content": "AAA"}], "max_t
 
 @pytest.fixture(scope="module")
 def client():
-    from pages import letters
-    from small_models import build
-
-    model, tokenizer = build(), letters()
+    model, tokenizer = build(), json_model.tokenizer()
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}"
     with (
         serving(model=model, tokenizer=tokenizer, max_length=96) as running,
         openai.OpenAI(base_url=running.url + "/v1", api_key="none", max_retries=0) as client,

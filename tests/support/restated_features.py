@@ -249,3 +249,127 @@ def nucleus(request: published.Request, importance: Tensor, others: set[int], sh
             break
         chosen.add(i)
     return chosen
+
+
+def focus(
+    plain_model: PlainDecoder, prompt: Tensor, new_tokens: int, mask: int, *, block: int, threshold: float, alpha: float,
+    delayed: bool = True,
+) -> published.Request:  # fmt: skip
+    """FOCUS (Liang et al., arXiv:2601.23278, and its program for SDAR), on blocks counted from the first token.
+
+    What stands left of a block is computed anew when the block is entered. Of the block, layers keep the keys and values
+    that they were last given. A forward commits everything as sure as the threshold, at least one.
+    """
+    first, length = len(prompt) // block * block, -(-(len(prompt) + new_tokens) // block) * block
+    request = published.Request(torch.cat((prompt, prompt.new_full((length - len(prompt),), mask))), mask)
+    for begin in range(first, length, block):
+        part = _FocusBlock(plain_model, request, begin, begin + block, alpha, delayed)
+        while request.open(begin, begin + block):
+            logits, spoken = part.forward()
+            proposals = published.propose(logits, spoken, mask)
+            c = proposals.probability
+            request.note(*(abs(p - threshold) for p in sorted(c)[:-1]))
+            published.take(request, proposals, c, max(sum(p >= threshold for p in c), 1))
+            part.learn()
+    kept = len(prompt) + new_tokens
+    request.tokens, request.commit_step = request.tokens[:kept], request.commit_step[:kept]
+    request.confidence = request.confidence[:kept]
+    return request
+
+
+class _FocusBlock:
+    """One block of one request: columns `[begin, end)`."""
+
+    def __init__(
+        self, model: PlainDecoder, request: published.Request, begin: int, end: int, alpha: float, delayed: bool
+    ):
+        self.model, self.request, self.begin, self.end = model, request, begin, end
+        self.alpha, self.delayed = alpha, delayed
+        self.settled: set[int] = set()
+        self.done, self.decided, self.forwards = -1, 0, 0
+        self.kept: dict[str, tuple[Tensor, Tensor]] = {}
+        if begin:
+            model(request.tokens[None, :begin], published.block_causal(begin, end - begin, 0), kept=self.kept)
+        for layer, pair in self.kept.items():
+            self.kept[layer] = tuple(
+                torch.cat((x, x.new_full((1, end - begin, *x.shape[2:]), torch.nan)), 1) for x in pair
+            )
+
+    def forward(self) -> tuple[Tensor, list[int]]:
+        """Logits `[T, V]`, NaN where there are none, and the open positions that there are some of."""
+        m, request = self.model, self.request
+        rows = [i for i in range(self.begin, self.end) if i not in self.settled]
+        self.open_before = still = request.open(self.begin, self.end)
+        x = m.w[m.names["embed"] + ".weight"][request.tokens[rows]][None]
+        end, earlier = self.end, None
+        for number in range(m.layers):
+            layer = m.names["layer"].format(number)
+            q, k, v = m.qkv(layer, m.norm(x, layer + m.names["first_norm"]))
+            q, k = m.rotate(q, torch.tensor(rows)), m.rotate(k, torch.tensor(rows))
+            keys, values = self._write(layer, rows, k, v)
+            if number < 2:
+                at = [rows.index(i) for i in still]
+                heard = attention_among(q[0, at], k[0, at], m.groups)
+            if number == 1:
+                increase = [now - before for now, before in zip(heard, earlier)]
+                stay = self._stay(rows, still, increase)
+                place = [rows.index(i) for i in stay]
+                rows, x, q = stay, x[:, place], q[:, place]
+                end = max(*rows, self.done) + 1
+            earlier = heard
+            x = x + m.linear(m.attend(q, keys[:, :end], values[:, :end], None).flatten(2), layer + m.names["o"])
+            h = m.norm(x, layer + m.names["second_norm"])
+            x = x + (m.ffn(m, number, h) if m.ffn else m.swiglu(h, layer))
+        self.done = end - 1
+        logits = m.linear(m.norm(x, m.names["norm"]), m.names["head"])[0].float()
+        out = torch.full((len(request.tokens), logits.shape[1]), torch.nan)
+        out[rows] = logits
+        return out, [i for i in still if i in rows]
+
+    def _write(self, layer: str, rows: list[int], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if layer not in self.kept:  # of a first block
+            self.kept[layer] = tuple(x.new_full((1, self.end, *x.shape[2:]), torch.nan) for x in (k, v))
+        for kept, new in zip(self.kept[layer], (k, v)):
+            kept[:, rows] = new
+        return self.kept[layer]
+
+    def _stay(self, rows: list[int], still: list[int], increase: list[float]) -> list[int]:
+        """The rows that layers from 1 on compute."""
+        average = max(self.decided / self.forwards if self.forwards else 1.0, 1.0)
+        target = math.ceil(round(min(average * self.alpha, len(still)), 9))
+        if len(still) <= target:
+            return rows
+        mean = sum(increase) / len(increase)
+        limit = mean + math.sqrt(sum((d - mean) ** 2 for d in increase) / len(increase))
+        increase = [round(d, 12) for d in increase]
+        order = sorted(range(len(still)), key=lambda n: (-increase[n], n))
+        distances = [abs(d - limit) for d in increase]
+        likely = [n for n in order if increase[n] >= limit - 1e-9]
+        if len(likely) < target:
+            distances.append(increase[order[target - 1]] - increase[order[target]])
+            likely = order[:target]
+        # of two, or where all attend most to the same, some are equal in any arithmetic
+        self.request.note(*(d for d in distances if d > 1e-9))
+        chosen = {still[n] for n in likely}
+        chosen |= {i for i in still if i + 1 in chosen and i + 1 in still}
+        stay = [i for i in rows if i not in still or i in chosen]
+        return [i for i in rows if i in stay or self.done < i < max(stay)]
+
+    def learn(self) -> None:
+        """Take notice of what was decided."""
+        count = len(self.open_before) - len(self.request.open(self.begin, self.end))
+        self.decided, self.forwards = self.decided + count, self.forwards + (count > 0)
+        if self.delayed:
+            free = set(self.open_before)
+            self.settled |= {i for i in range(self.begin, self.end) if i not in free and i + 1 not in free}
+
+
+def attention_among(q: Tensor, k: Tensor, groups: int) -> list[float]:
+    """How much attention n open positions pay to each of themselves, of queries `[n, H, D]` and keys `[n, G, D]`."""
+    n, heads, width = q.shape
+    total = [0.0] * n
+    for head in range(heads):
+        scores = q[:, head] @ k[:, head // (heads // groups)].T / width**0.5
+        pooled = torch.stack([scores[:, max(j - 1, 0) : j + 2].amax(1) for j in range(n)], 1)
+        total = [t + float(w) / heads for t, w in zip(total, torch.softmax(pooled, 1).sum(0))]
+    return total

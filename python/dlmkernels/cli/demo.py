@@ -13,15 +13,15 @@ def add(commands) -> None:
         "tasks. Writes pictures and the table as Markdown.",
     )  # fmt: skip
     demo.add_argument("--problems", type=positive, metavar="N", help="problems for each task (default 48)")
-    demo.add_argument("--quick", action="store_true", help="8 problems for each task and few rules: some seconds")
+    demo.add_argument("--quick", action="store_true", help="8 problems for each task and few rules: takes some seconds")
     demo.add_argument(
-        "--rules", choices=("few", "all"), default="few", help="all: every published decoder there is a preset of"
+        "--rules", choices=("few", "all"), default="few", help="all: every published decoder that suits the model"
     )
     demo.add_argument(
         "--out", default="demo-out", metavar="DIR", help="folder for the pictures and the table (default demo-out)"
     )
     demo.add_argument("--json", metavar="FILE", help="write the table as JSON as well")
-    demo.add_argument("--seed", type=int, default=1, help="which held-out problems (default 1)")
+    demo.add_argument("--seed", type=int, default=1, help="seed that selects the held-out problems (default 1)")
     demo.set_defaults(run=run)
 
 

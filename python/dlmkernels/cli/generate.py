@@ -24,12 +24,12 @@ def add(commands) -> None:
     )  # fmt: skip
     add_model(generate)
     add = generate.add_argument
-    add("--prompt", metavar="TEXT", help="'-' reads it from standard input; '--model demo' has one of its own")
+    add("--prompt", metavar="TEXT", help="the prompt; '-' reads it from standard input; --model demo has a default")
     add("--chat", action="store_true", help="wrap the prompt in the tokenizer's chat template")
-    add("--infill", action="store_true", help="decode the mask tokens in the prompt instead of what comes after it")
+    add("--infill", action="store_true", help="fill the mask tokens in the prompt instead of continuing it")
     add_decoding(generate)
     add("--draft", action="store_true", help="show the canvas while it is decoded (in a terminal)")
-    add("--trace", metavar="FILE", help="write a page on which the decoding can be watched (HTML)")
+    add("--trace", metavar="FILE", help="write an HTML page that plays the decoding")
     batch.add_options(generate)
     generate.set_defaults(run=run)
 

@@ -19,28 +19,28 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Options that say which model, and where it is computed."""
     add = parser.add_argument
-    add("--model", required=True, metavar="PATH", help="local folder or hub id; 'demo' is the model of the demo")
-    add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as stored)")
-    add("--device", default="cpu", help="cpu or cuda (default cpu)")
+    add("--model", required=True, metavar="PATH", help="folder or hub id; 'demo' is the model in the package")
+    add("--dtype", choices=DTYPES, default="auto", help="dtype of the weights (default: as stored)")
+    add("--device", default="cpu", help="where the model runs: cpu or cuda (default cpu)")
 
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:
     """Options that are fields of `DecodingConfig`, and the preset that they change."""
     add = parser.add_argument
     add("--preset", metavar="NAME", help=f"published decoder: {', '.join(PRESETS)}")
-    add("--rule", metavar="RULE", help="quota, threshold:0.9, factor:1.0, entropy-bound:0.1, …")
+    add("--rule", metavar="RULE", help="what a forward commits: threshold:0.9, quota, factor:1.0, …")
     add("--max-new-tokens", type=int, metavar="N", help="length of the answer (default 128)")
     add("--block-length", type=int, metavar="N", help="decode in blocks of N, left to right (default: one block)")
     add("--steps", type=int, metavar="N",
-        help="forwards in all, by a fixed schedule (--rule quota, or another of these)")  # fmt: skip
-    add("--score", choices=SCORES, help="what orders the positions")
-    add("--cache", choices=(*CACHES, *FEATURE_CACHES), help="reuse of keys and values")
-    add("--temperature", type=float, metavar="T", help="0 is greedy")
-    add("--top-k", type=int, metavar="K")
-    add("--top-p", type=float, metavar="P")
-    add("--cfg-scale", type=float, metavar="S", help="classifier-free guidance")
-    add("--seed", type=seed_value, help="of the random draws (default: a fresh one, which the statistics name)")
-    add("--mask-token-id", type=int, metavar="ID", help="if the model's configuration does not name it")
+        help="number of forwards, for rules with a fixed schedule such as quota")  # fmt: skip
+    add("--score", choices=SCORES, help="what decides which positions come first")
+    add("--cache", choices=(*CACHES, *FEATURE_CACHES), help="which keys and values are reused (default: the model's)")
+    add("--temperature", type=float, metavar="T", help="0 takes the likeliest token (default 0, or the preset's)")
+    add("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens")
+    add("--top-p", type=float, metavar="P", help="sample among the likeliest tokens of total probability P")
+    add("--cfg-scale", type=float, metavar="S", help="strength of classifier-free guidance (default 0: none)")
+    add("--seed", type=seed_value, help="seed of the random draws (default: a new one, shown with the statistics)")
+    add("--mask-token-id", type=int, metavar="ID", help="of the mask token, if the configuration does not name it")
 
 
 def decoding_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -8,7 +8,7 @@ so that a step finds it there.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ class BlockForward(Forward):
     """
 
     counted: frozenset[str] = frozenset({"append", "open"})
+    #: whether a forward may speak of fewer positions than it was asked for: see `spoken_of`
+    narrows: ClassVar[bool] = False
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
@@ -210,7 +212,9 @@ class BlockForward(Forward):
         """What the rows of a forward see of each other, as arguments of `AttentionWindow`."""
         attention = self.config.attention
         if attention == "block":
-            return self.block_causal()
+            seen = self.block_causal()
+            # of a guided batch it is made anew every time, and a captured step reads what stood in the first
+            return seen | {"block_origin": self._keep("block origin", seen["block_origin"])} if self.is_guided else seen
         if attention == "causal" or (attention == "causal-context" and decided):
             return {"causal_block": 1}
         if attention == "causal-context" and self.cache is None:
@@ -223,6 +227,10 @@ class BlockForward(Forward):
         if attention == "causal-context":
             return {"context_end": self._keep("context end", self.twice(self._place.outer))}
         return {}
+
+    def spoken_of(self, window: TokenWindow) -> TokenWindow:
+        """The slots of the window that the last forward spoke of."""
+        return window
 
     def learn(self, step: Step, rows: Rows | None) -> None:
         """Take notice of a step that has been written, in these rows; None: in all."""

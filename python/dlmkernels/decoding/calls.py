@@ -26,6 +26,11 @@ def lm_head_confidence(*args: Any, **options: Any) -> ops.TokenConfidence:
     )  # fmt: skip
 
 
+def shard_confidence(*args: Any, **options: Any) -> Tensor:
+    """`ops.shard_confidence`, of tensors alone."""
+    return _call(native.shard_confidence.default, ops.shard_confidence, args, options)
+
+
 def select_tokens(*args: Any, **options: Any) -> Tensor:
     """Which slots `ops.select_tokens` selects, of tensors alone."""
     return _call(native.select_tokens.default, ops.select_tokens, args, options)[0]

@@ -177,6 +177,8 @@ def why_not(program: Program) -> str | None:
         return f"the model is on {program.state.tokens.device.type}, and graphs are CUDA's"
     if program.model.is_compiled:
         return "the model is compiled by torch.compile, whose forwards are captured by itself or not at all"
+    if program.model.group is not None:
+        return "the model's layers wait for other ranks"
     if getattr(program.model, "_rotaries", None):
         return "the model's rotary frequencies depend on the lengths of the requests"
     return None

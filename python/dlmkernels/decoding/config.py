@@ -42,7 +42,7 @@ APPROXIMATE = ("prefix", "dual", "delayed")
 ALIGNMENTS = ("same", "shift")
 ATTENTIONS = ("full", "block", "causal", "causal-context", "reordered")
 GRIDS = ("absolute", "prompt", "both-ways")
-LM_HEADS = ("auto", "fused", "logits")
+LM_HEADS = ("auto", "fused", "logits", "sharded")
 DISTRIBUTIONS = ("raw", "tempered", "filtered")
 EOS_POLICIES = ("none", "fill", "block")
 
@@ -122,9 +122,9 @@ class OfTheFamily:
         Taken from the model's configuration when None. Several eos ids may be given; a sequence of sequences has
         those of each request.
     logit_alignment : {"same", "shift"}, optional
-        Whether row i of the logits speaks of position i or of i + 1. None: what the model's family does.
+        Whether row i of the logits predicts position i (same) or i + 1 (shift). None: as the model's family.
     attention : {"full", "block", "causal", "causal-context", "reordered"}, optional
-        What a position sees (see `models.families.Family`). None: what the model's family does.
+        What a position sees (see `models.families.Family`). None: as the model's family.
     block_grid : {"absolute", "prompt", "both-ways"}, optional
         Where the blocks of attention="block" are counted from (see `models.families.Family`). None: what the model's
         family does.
@@ -208,7 +208,7 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
         rows that speak of it). dllm-cache, sparse-dllm, d2cache: see `DLLMCache`, `SparseCache`, `D2Cache`. All are
         approximations, for models with full attention; with the rule `EntropyPipeline`, prefix is d3LLM's. block: for
         the other kinds, under which a finished block never changes again: it is appended once and a forward takes the
-        open block alone (exact).
+        open block alone (exact). focus: the same with less work in a block (an approximation, see `FocusCache`).
     sub_block_cache : bool
         With cache="block" and a `sub_block_length`: a forward takes the part alone, and finds what the rest of the
         block was when the part was begun (Fast-dLLM v2; an approximation).
@@ -246,13 +246,14 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
         fill: once an end token stands with nothing open before it, the rest of the request becomes padding and the
         request is done. block: the same, but only when its block is finished, as must be with rules that take
         committed tokens back. none: the full length is decoded.
-    lm_head : {"auto", "fused", "logits"}
+    lm_head : {"auto", "fused", "logits", "sharded"}
         What the head's results come from. logits: the model's head and `ops.token_confidence`. fused:
-        `ops.lm_head_confidence`, which makes no logits; an error where that cannot be. auto: fused where it can be and
-        is no slower (`decoding.head`). The two round differently, so that a near tie may fall differently.
+        `ops.lm_head_confidence`, which makes no logits. sharded: `ops.shard_confidence` of each rank's part of a
+        tensor-parallel model's vocabulary. Both are an error where they cannot be. auto: one of them where it can be
+        and is no slower (`decoding.head`). They round differently: a near tie may fall differently.
     logits_budget : int
         Bytes that the logits of a step may take; rows are taken in slices where all of them would take more. Where
-        logits have to be kept for longer than a moment, this is exceeded (docs/decoding.md says where).
+        logits have to be kept for longer than a moment, this is exceeded (docs/memory.md says where).
     """
 
     max_new_tokens: int | Sequence[int] = 128

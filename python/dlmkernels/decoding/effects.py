@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from .checks import each
 from .config import APPROXIMATE, DecodingConfig
+from .features import is_by_block
 from .rules import VariableLength
 from .scores import Random, score_named
 
@@ -60,8 +61,8 @@ NEEDS: dict[str, Need] = {
         "cache='dual', or on the left of a block cache='prefix'",
     ),
     "fuse_commit": Need(
-        lambda c: c.cache == "block" and c.rule.by_block and not c.seeded and c.attention != "causal-context",
-        "cache='block' with " + BY_BLOCK + ", not seeded and without attention='causal-context'",
+        lambda c: is_by_block(c.cache) and c.rule.by_block and not c.seeded and c.attention != "causal-context",
+        "cache='block' or 'focus' with " + BY_BLOCK + ", not seeded and without attention='causal-context'",
     ),
     "eos_token_id": Need(
         lambda c: c.eos_policy != "none" or "eos_policy" in c.asked or c.rule.reads_ends,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .agreement import agree
 from .arguments import check_embeds, check_prompt, check_streamer, check_tokens, seeds_of
 from .config import DecodingConfig
 from .copies import seeds_of_copies
@@ -168,6 +169,7 @@ def generate(
     }
     state = State.of(torch.cat((tokens, masks), 1), is_open, origin, grid.ends, pair.negative, seeds, parameters)
     put_prompts(listeners, prompt, starts)
+    agree(model, {"input_ids": state.tokens, "attention_mask": origin, "given": is_open}, config, state.seed, polls)
     task = Task(model, state, config, special, grid, prompt_length, end, pair.widened(inputs_embeds), limit)
     program = program_of(config.rule)(task)
     proposer = equip(program, listeners, wishes, graphs)
@@ -229,6 +231,7 @@ def infill(
     parameters = parameters_of(config, batch, tokens.device)
     canvas = pad(tokens, more, value=special.pad)
     state = State.of(canvas, pad(is_open, more), origin, length, seed=seeds, parameters=parameters)
+    agree(model, {"tokens": canvas, "attention_mask": origin}, config, state.seed)
     grid = Grid.of(config, state.origin, 0 if varies else state.origin, width, grows=False)
     program = program_of(config.rule)(Task(model, state, config, special, grid, 0, length))
     listeners = listeners_of(streamer, batch, tokenizer=tokenizer, trace=trace)

@@ -7,6 +7,10 @@ is computed from them is a few numbers a row. Three ways lead from hidden states
 - *logits*: the model's head, then `ops.token_confidence`, where the logits fit the budget;
 - *slices*: the same for a part of the rows at a time, where they do not;
 - *fused*: `ops.lm_head_confidence`, which makes no logits at all, where it is no slower (`prefers_fused`).
+
+Of a tensor-parallel model each rank has a part of the vocabulary, and there is a fourth way:
+
+- *sharded*: `ops.shard_confidence` of the rank's own logits, then `ops.combine_shards` of what all ranks say.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from ..kernels import cpu_kernel
 from ..models.adapt import DiffusionModel, LogitsModel
 from .config import DecodingConfig
 from .hidden_rows import HiddenRows
+from .sharded_rows import ShardedRows
 
 #: Below this size, in bytes, a processor's caches hold the weights, and torch's linear layer is the faster one.
 LARGE_WEIGHT = 64 << 20
@@ -46,7 +51,12 @@ class Head:
         obstacle = obstacle_to_fusion(model, config)
         if self.mode == "fused" and obstacle:
             raise ValueError(f"lm_head='fused' cannot be used here: {obstacle}; use 'auto'")
-        self.may_fuse = self.mode != "logits" and obstacle is None
+        self.may_fuse = self.mode in ("auto", "fused") and obstacle is None
+        obstacle = obstacle_to_sharding(model, config, filters) if self.mode in ("auto", "sharded") else "not asked for"
+        if self.mode == "sharded" and obstacle:
+            raise ValueError(f"lm_head='sharded' cannot be used here: {obstacle}; use 'auto'")
+        #: this rank's part of the head, where results are made of what all ranks say
+        self.shard = model.head_shard() if obstacle is None else None
         #: number of logits of a row, and their dtype, once a head that is no linear layer has shown them
         self._shown: tuple[int, torch.dtype] | None = None
 
@@ -54,6 +64,8 @@ class Head:
         """Logits `[R, V]` of hidden states `[R, hidden]`, or what answers for them."""
         if isinstance(self.model, LogitsModel):
             return self.model.logits(hidden)  # there already
+        if self.shard is not None:
+            return ShardedRows(self.model.logits, hidden, self.shard, self.is_guided, self.budget)
         weight = self.model.linear_head()
         if weight is not None and self._fuses(weight, hidden):
             return self._lazily(hidden, weight, len(weight), weight.dtype)
@@ -91,6 +103,22 @@ def obstacle_to_fusion(model: DiffusionModel, config: DecodingConfig) -> str | N
         return "a constraint may refuse tokens, and asks for others of the same logits"
     if model.self_conditions:
         return "the model takes in the whole distribution of the last forward"
+    return None
+
+
+def obstacle_to_sharding(model: DiffusionModel, config: DecodingConfig, filters: bool) -> str | None:
+    """Why ranks cannot exchange words in place of logits, or only by gathering the logits as well; None if they can."""
+    if model.group is None:
+        return "the model is not divided among ranks (transformers' DistributedConfig(tp_size=…))"
+    if config.rule.reads_logits:
+        return f"rule {type(config.rule).__name__} reads the logits themselves"
+    if filters:
+        return "top_k and top_p look at all logits of a position"
+    if model.head_shard() is None:
+        return (
+            "its head is not a plain linear layer without a bias, divided by the vocabulary, with at least one of its "
+            "parts of 256 tokens for each rank"
+        )
     return None
 
 

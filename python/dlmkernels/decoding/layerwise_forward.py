@@ -15,6 +15,7 @@ from .block_forward import WHOLE, BlockForward
 from .features import LayerwiseCache
 from .features.base import Kept, Spans
 from .standing import Standing
+from .state import put
 
 
 class LayerwiseForward(BlockForward):
@@ -35,16 +36,21 @@ class LayerwiseForward(BlockForward):
         #: what the layers have added to the rows of each request
         self.added = Kept(rows, self.length)
         self._all_rows = torch.arange(rows, dtype=torch.int32, device=self.origin.device)
+        #: where the response of each request begins, its first open column, int32 [S]
+        self._first = self.grid.first.clone()
         self._next = ("whole", 0)  # part and width of the forward that is under way
 
     def look(self, rows: Tensor | None = None) -> None:
         super().look(rows)
+        # all is decided of a row that has nothing open
+        behind = torch.where(self.state.is_open, self._columns, self.length).amin(1).int()
+        put(self._first, torch.maximum(self.grid.first, torch.minimum(behind, self.grid.ends)), rows)
         if not self.rows_change:
             self.most_columns = int(self._response().max())
 
     def _response(self) -> Tensor:
         """How many columns each request's response has, int32 `[S]`."""
-        return (self.grid.ends - torch.maximum(self.grid.first, self.state.origin)).clamp(min=0)
+        return (self.grid.ends - torch.maximum(self._first, self.state.origin)).clamp(min=0)
 
     @property
     def usual_phase(self) -> int:
@@ -76,7 +82,7 @@ class LayerwiseForward(BlockForward):
     ) -> Tensor:  # fmt: skip
         part, width = self._next
         cache = self._all_rows if rows is None else torch.where(rows.cache >= 0, rows.cache, len(self._all_rows))
-        where = self.origin, self.twice(self.grid.first), self.ends
+        where = self.origin, self.twice(self._first), self.ends
         origin, first, ends = (x if rows is None else rows.of(x) for x in where)
         total = positions.shape[1]
         spans = Spans(origin, first, ends, cache.long(), min(width, total), total)

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import ops
 from ..models.adapt import DiffusionModel, adapt
 from ..window import AttentionWindow
+from .agreement import agree
 from .arguments import check_tokens, seeds_of
 from .bounds import Bound
 from .config import DecodingConfig, SpecialTokens
@@ -159,6 +160,7 @@ def log_likelihood(
             f"max_position_embeddings of {model.max_length}"
         )
     seeds = seeds_of(seed, len(tokens), tokens.device)
+    agree(model, {"prompt": tokens, "prompt_mask": origin, "answer_mask": lengths}, config, seeds, method, samples)
     weighted: Iterator[Tensor]
     if is_flow:
         about = (model, config, special, tokens, origin, prompt.shape[1], lengths, seeds)

@@ -50,7 +50,7 @@ def with_parameters(config: DecodingConfig, parameters: dict[str, Tensor]) -> De
         return config
     of_rule = {name.removeprefix(OF_RULE): x[:, None] for name, x in parameters.items() if name.startswith(OF_RULE)}
     of_config = {name: x for name, x in parameters.items() if name in SAMPLER}
-    return _changed(config, of_config | {"rule": _changed(config.rule, of_rule)})
+    return changed(config, of_config | {"rule": changed(config.rule, of_rule)})
 
 
 def _values(name: str, values: tuple, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -71,7 +71,7 @@ def _given(config: DecodingConfig) -> dict[str, tuple[tuple[Any, ...], torch.dty
     return {name: (values, dtype) for name, (values, dtype) in fields.items() if isinstance(values, tuple)}
 
 
-def _changed(owner: Any, fields: dict[str, Any]) -> Any:
+def changed(owner: Any, fields: dict[str, Any]) -> Any:
     """A copy of a frozen dataclass with other fields, unchecked."""
     changed = copy.copy(owner)
     for name, value in fields.items():

@@ -13,7 +13,7 @@ from ..models.adapt import DiffusionModel, EncoderDecoderModel, LogitsModel, ada
 from .config import APPROXIMATE, DecodingConfig, SpecialTokens, check_names
 from .effects import check_effects
 from .ends import end_ids
-from .features import D2Cache, FeatureCache, LayerwiseCache, features_of
+from .features import D2Cache, FeatureCache, FocusCache, LayerwiseCache, features_of
 from .presets import default_config, preset
 from .rules import Reordered, Rule, VariableLength
 
@@ -182,17 +182,40 @@ def _check_combination(model: DiffusionModel, config: DecodingConfig) -> None:
 def _check_features(model: DiffusionModel, config: DecodingConfig, features: FeatureCache) -> None:
     """Refuse what does not go together with a cache that looks into the layers."""
     name, rule = features.name, config.rule
-    if config.attention != "full":
-        raise ValueError(f"cache='{name}' needs attention='full'; got attention='{config.attention}'")
+    needed = "block" if isinstance(features, FocusCache) else "full"
+    if config.attention != needed:
+        raise ValueError(f"cache='{name}' needs attention='{needed}'; got attention='{config.attention}'")
     if not rule.by_block or rule.token_ids or rule.shadow or isinstance(rule, VariableLength):
         raise ValueError(
             f"cache='{name}' needs a rule that is decoded block by block and moves no tokens about; got "
             f"{type(rule).__name__}"
         )
-    if isinstance(features, D2Cache) and rule.slots != "open":
+    if isinstance(features, (D2Cache, FocusCache)) and rule.slots != "open":
         raise ValueError(f"cache='{name}' needs a rule that takes nothing back; got {type(rule).__name__}")
     if isinstance(features, (LayerwiseCache, D2Cache)):
         model.by_layers(name)
+    if isinstance(features, FocusCache):
+        _check_focus(model, config, name)
+
+
+def _check_focus(model: DiffusionModel, config: DecodingConfig, name: str) -> None:
+    """Refuse what does not go together with a cache that says which open positions a forward speaks of."""
+    rule = type(config.rule).__name__
+    if config.logit_alignment != "same" or config.seeded:
+        raise ValueError(
+            f"cache='{name}' needs a model whose logits speak of the position they stand at; got logit_alignment="
+            f"'{config.logit_alignment}' and seeded={config.seeded}"
+        )
+    if config.sub_block_length is not None:
+        raise ValueError(f"cache='{name}' decodes blocks as a whole: leave sub_block_length out")
+    if config.steps is not None and config.rule.uses_steps:
+        raise ValueError(
+            f"cache='{name}' says how many positions a forward may decide, which may be fewer than a schedule wants: "
+            f"leave steps out; got steps={config.steps} with rule {rule}"
+        )
+    if config.constraint is not None and config.rule.uses_steps:
+        raise ValueError(f"cache='{name}' with a constraint needs a rule without a schedule; got {rule}")
+    model.by_layers(name, experts=True)
 
 
 def check_block_by_block(name: str, rule: Rule) -> None:

@@ -96,6 +96,11 @@ class Engine(Life):
     ):  # fmt: skip
         overrides = read_options(model, config, overrides, tokenizer)
         self.model = adapt(model)
+        if self.model.group is not None:
+            raise ValueError(
+                "model is divided among ranks, which must make the same forwards, and an engine's depend on when "
+                "requests come: decode it with generate, on all ranks"
+            )
         check_graphs(graphs)
         limit = self.model.max_length
         columns = integer(2, optional=True)("max_length", max_length)

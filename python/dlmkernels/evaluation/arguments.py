@@ -54,7 +54,8 @@ class Settings:
         Whether prompts begin with the tokenizer's first token; None: as the tokenizer does it, but never twice.
     likelihood : str, optional
         Method of `log_likelihood`, or "left-to-right": the sum of exact conditionals of one token after another, a
-        forward each. None: the latter for causal models, else that of the model's family.
+        forward each. None: the latter for causal models and for blocks with shifted logits, which have no bound; else
+        that of the model's family.
     mc_num : int, optional
         Samples of the bound on a likelihood; None: 128, or what `log_likelihood` says.
     likelihood_batch : int

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..decoding.config import SpecialTokens
+from ..decoding.config import DecodingConfig, SpecialTokens
 from ..decoding.likelihood import log_likelihood
 from ..decoding.rules import Quota
 from ..engine import Engine
@@ -79,18 +79,23 @@ class Scorer:
     model, special
         As of a decoding.
     settings : Settings
-    block_length : int, optional
-        Of the blocks that the model's attention has; None where it has none.
+    config : DecodingConfig
+        What the model's family says about a decoding, with nothing left open (see `decoding.resolve`).
     """
 
     def __init__(
-        self, model: DiffusionModel, special: SpecialTokens, settings: Settings, block_length: int | None = None
-    ):
-        self.model, self.special, self.settings, self.block_length = model, special, settings, block_length
+        self, model: DiffusionModel, special: SpecialTokens, settings: Settings, config: DecodingConfig
+    ):  # fmt: skip
+        self.model, self.special, self.settings = model, special, settings
+        self.block_length = config.block_length if config.attention == "block" else None
         family = model.family
         self.looks_at_logits = family.noise == "mask" and family.name != "sedd"
         self.method = settings.likelihood
-        if self.method is None and self.looks_at_logits and family.attention not in ("full", "block"):
+        # bounds are known for masks seen from both sides, each scored in its own place; the rest goes token by token
+        has_bound = family.attention == "full" or (
+            family.attention == "block" and config.logit_alignment == "same" and not config.seeded
+        )
+        if self.method is None and self.looks_at_logits and not has_bound:
             self.method = LEFT_TO_RIGHT
         if self.method == LEFT_TO_RIGHT and not self.looks_at_logits:
             raise ValueError(f"likelihood=left-to-right is for models that know masks; not for family '{family.name}'")
@@ -119,7 +124,9 @@ class Scorer:
         """An engine that decodes greedily, one token a forward, whatever the arguments say about generation."""
         if self._engine is None:
             options: dict[str, Any] = {n: v for n, v in self.settings.options.items() if n in OF_THE_MODEL}
-            if self.model.family.attention in ("block", "causal-context"):
+            if self.model.family.attention == "reordered":
+                options["cache"] = "none"
+            elif self.model.family.attention in ("block", "causal-context"):
                 options["cache"] = "block"
             self._engine = Engine(
                 self.model, slots=self.settings.slots, max_length=self.settings.max_length, rule=Quota(),

@@ -108,8 +108,7 @@ class EngineLM(TemplateLM):
             n for n in DecodingConfig.__dataclass_fields__
             if n in settings.options or getattr(self.config, n) != getattr(DecodingConfig(), n)
         )  # fmt: skip
-        _, resolved, self.special = prepare(self.model, self.config, {})
-        self._block_length = resolved.block_length if self.model.family.attention == "block" else None
+        _, self._resolved, self.special = prepare(self.model, self.config, {})
         self._is_demo = name == "demo"
         self._engine: Engine | None = None
         self._scorer: Scorer | None = None
@@ -312,7 +311,7 @@ class EngineLM(TemplateLM):
 
     def _scored(self, pairs, disable_tqdm: bool) -> list[Likelihood]:
         """Likelihoods of answers; an answer without tokens is certain."""
-        self._scorer = self._scorer or Scorer(self.model, self.special, self.settings, self._block_length)
+        self._scorer = self._scorer or Scorer(self.model, self.special, self.settings, self._resolved)
         whole = [
             (tuple(self._fitting(list(prompt), len(answer))), tuple(answer)) if answer else None
             for prompt, answer in pairs

@@ -130,9 +130,7 @@ def _lifted(symbols: dict, delta: np.ndarray, texts: Sequence[str | None]) -> tu
             if found == len(functions):
                 functions.append(new)
                 if len(functions) * states > LARGEST:
-                    raise ValueError(
-                        f"pattern: its automaton of {states} states is too large for a vocabulary of {len(texts)} tokens"
-                    )
+                    raise ValueError(f"pattern: its automaton of {states} states is too large for {len(texts)} tokens")
         return found
 
     class_of = np.zeros(len(texts), dtype=np.int32)
@@ -143,5 +141,5 @@ def _lifted(symbols: dict, delta: np.ndarray, texts: Sequence[str | None]) -> tu
             if function == 0:
                 break
         class_of[token] = function
-    used, class_of = np.unique(np.append(class_of, 0), return_inverse=True)
-    return np.stack([functions[k] for k in used]), class_of[:-1].astype(np.int32)
+    used, number = np.unique(np.append(class_of, 0), return_inverse=True)
+    return np.stack([functions[k] for k in used]), number[:-1].astype(np.int32)

@@ -95,7 +95,7 @@ def json_schema(schema: Mapping[str, Any] | bool | str, tokenizer: Any) -> Gramm
 
 
 def json_object(tokenizer: Any) -> Grammar:
-    """A constraint under which answers are JSON objects of scalars, and of lists and objects of these; see `json_schema`."""
+    """A constraint under which answers are JSON objects of scalars, lists and maps of scalars; see `json_schema`."""
     return _grammar(pattern_of(OBJECT), "json_object", tokenizer)
 
 

@@ -286,13 +286,13 @@ def _safe_pattern(pattern: Any, place: str) -> str:
     try:
         core = interegular.parse_pattern(inside).to_fsm()
         unsafe = interegular.parse_pattern(r'(?:.|\n)*["\\\x00-\x1f\x7f-\x9f](?:.|\n)*').to_fsm()
-        leaves = not core.isdisjoint(unsafe)
+        leaves = not (core & unsafe).empty()
     except Exception as error:  # the library has no common class for what it cannot read
         raise ValueError(f"{place}: {pattern!r:.80} is no regular expression that can be used here") from error
     if leaves:
         raise ValueError(
-            f"{place}: {pattern!r:.80} can match a quotation mark, a backslash or a control character, which JSON writes "
-            r'otherwise: say [^"\\\x00-\x1f\x7f-\x9f] in place of a dot'
+            f"{place}: {pattern!r:.80} can match a quotation mark, a backslash or a control character, which JSON "
+            r'writes otherwise: say [^"\\\x00-\x1f\x7f-\x9f] in place of a dot'
         )
     rest = f"{CHARACTER}*"
     return f"{'' if begins else rest}{inside}{'' if ends else rest}"

@@ -23,6 +23,7 @@ from .families import ARCHITECTURES, FAMILIES, Architecture, Family
 from .fields import longest_canvas
 from .load import from_pretrained
 from .moment import Moment
+from .parallel import HeadShard, check_division, group_of, head_shard
 from .probe import is_causal, short_text
 from .published import FORMS, Question, form_of, known_types, plan
 from .twin import twin_of
@@ -99,6 +100,8 @@ class DiffusionModel:
                 f"compile cannot be used with {type(self.model).__name__}, which is not of a known type with one stack "
                 "of layers and rotary frequencies that are the same for every request"
             )
+        if self.group is not None:
+            raise ValueError("compile cannot be used with a tensor-parallel model, whose layers wait for other ranks")
         new = self if self.is_compiled else self.renewed()
         if not new.is_compiled:
             base = new._twin.base_model
@@ -106,8 +109,8 @@ class DiffusionModel:
             new.is_compiled = True
         return new
 
-    def by_layers(self, cache: str) -> DiffusionModel:
-        """The same, whose layers compute what `AttentionWindow.layers` says.
+    def by_layers(self, cache: str, experts: bool = False) -> DiffusionModel:
+        """The same, whose layers compute what `AttentionWindow.layers` says; `experts`: see `layerwise.check`.
 
         Raises
         ------
@@ -120,7 +123,7 @@ class DiffusionModel:
                 f"cache='{cache}' needs a model that is not compiled, of a known type with one stack of layers and "
                 f"rotary frequencies that are the same for every request; this one {what}"
             )
-        layerwise.check(self._twin, cache)
+        layerwise.check(self._twin, cache, experts)
         new = self.renewed()
         layerwise.run_by_plan(new._twin)
         return new
@@ -227,6 +230,18 @@ class DiffusionModel:
             return None
         is_plain = head.weight.layout is torch.strided and head.weight.device == self.device
         return head.weight if is_plain and head.weight.is_contiguous() else None
+
+    @property
+    def group(self) -> Any:
+        """The process group of a tensor-parallel model, whose ranks must make the same forwards; None of others."""
+        return group_of(self.model)
+
+    def head_shard(self) -> HeadShard | None:
+        """This rank's part of the head of a tensor-parallel model, None where there is none that could be used alone.
+
+        All ranks must ask for it together (see `parallel.head_shard`).
+        """
+        return head_shard(self._head) if type(self) is DiffusionModel else None
 
 
 class EncoderDecoderModel(DiffusionModel):
@@ -585,6 +600,7 @@ def _adapt_known(model, family: str | None) -> DiffusionModel | None:
             )
         if isinstance(model, architecture.load_class()):
             check_loaded(model)
+            check_division(model)
             name = family or getattr(config, "dlm_family", None) or architecture.family
             return _adapted(model, architecture, FAMILIES[name])
     return None if form_of(config.to_dict()) is None else _restock(model, family)
@@ -627,6 +643,11 @@ def _restock(model: PreTrainedModel, family: str | None) -> DiffusionModel | Non
     None, after a warning, if its configuration or its weights are not what they are in that family.
     """
     check_loaded(model, may_be_elsewhere=False)
+    if group_of(model) is not None:
+        raise ValueError(
+            f"model: {type(model).__name__} is divided among ranks, and its parameters go into a stock class: load it "
+            "with dlmkernels.load(…, distributed_config=…)"
+        )
     state = model.state_dict()
     if any(".base_layer." in name for name in state):
         raise ValueError(

@@ -20,6 +20,8 @@ from ..window import AttentionWindow
 #: `config.model_type` of the stock classes whose layers can be run in parts: those norm what comes in, and what they
 #: project it to are the values that are attended to
 TYPES = ("llama", "qwen2", "qwen3")
+#: those whose feed-forward chooses experts for each row by itself
+WITH_EXPERTS = ("qwen3_moe", "llada2_moe")
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,26 @@ class LayerCall:
         if columns.shape[1] == 0:
             self.window.attended.add(id(self._layer.self_attn))  # it has nothing to attend for
             return self.x[:, :0]
+        window, options = self._few(columns, used)
+        return self._forward(_at(self.x, columns.to(self.x.device)), dlm_window=window, **options)
+
+    def attend(self, columns: Tensor, used: Tensor) -> None:
+        """Let the layer attend for the columns, as in `at`, and do no more with them.
+
+        Their keys and values are written, and `AttentionWindow.watch` is called.
+        """
+        window, options = self._few(columns, used)
+        x = self._layer.input_layernorm(_at(self.x, columns.to(self.x.device)))
+        self._layer.self_attn(x, dlm_window=window, **options)
+
+    def with_window(self, **changes: Any) -> LayerCall:
+        """The same call with other fields of its window."""
+        window = replace(self.window.to(self.x.device), **changes)
+        vars(window)["attended"] = self.window.attended
+        return replace(self, window=window)
+
+    def _few(self, columns: Tensor, used: Tensor) -> tuple[AttentionWindow, dict[str, Any]]:
+        """The window and the other arguments of the layer for some of the columns."""
         columns, used = columns.to(self.x.device), used.to(self.x.device)
         window = self.window.to(self.x.device)
         slots = columns.int() if window.slots is None else window.slots.gather(1, columns)
@@ -65,7 +87,7 @@ class LayerCall:
         options["position_embeddings"] = tuple(_at(part, columns) for part in options["position_embeddings"])
         if options.get("position_ids") is not None:
             options["position_ids"] = options["position_ids"].gather(1, columns)
-        return self._forward(_at(self.x, columns), dlm_window=few, **options)
+        return few, options
 
     def values(self, columns: Tensor) -> Tensor:
         """The value vectors `[B, n, G, D]` that the layer has for the columns int64 `[B, n]`."""
@@ -84,11 +106,12 @@ def _at(x: Tensor, columns: Tensor) -> Tensor:
     return x.expand(len(columns), -1, -1).gather(1, columns[..., None].expand(-1, -1, x.shape[2]))
 
 
-def check(twin: nn.Module, cache: str) -> None:
-    """Raise unless the model's layers can be run in parts."""
+def check(twin: nn.Module, cache: str, experts: bool = False) -> None:
+    """Raise unless the model's layers can be run in parts; `experts`: those of `WITH_EXPERTS`, too."""
     kind = getattr(twin.config, "model_type", type(twin).__name__)
-    if kind not in TYPES:
-        raise ValueError(f"cache='{cache}' needs a model of type {', '.join(TYPES)}; got one of type '{kind}'")
+    types = (*TYPES, *WITH_EXPERTS) if experts else TYPES
+    if kind not in types:
+        raise ValueError(f"cache='{cache}' needs a model of type {', '.join(types)}; got one of type '{kind}'")
 
 
 def run_by_plan(twin: nn.Module) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pages on which decodings are watched: HTML files that load nothing, of decodings that are over and of live ones."""
+"""The pages on which decodings are watched: HTML files that load nothing, of decodings that are over or go on."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@
   const panels = new Map(), changed = new Set();
   const state = (text) => { by("state").textContent = text; };
   const pause = (ms) => new Promise((done) => setTimeout(done, ms));
-  let key = "", isDrawing = false;
+  let key = "", isDrawing = false, drawn = 0;
 
   function take(message) {
     const { type, id } = message;
@@ -30,12 +30,20 @@
       }
     }
     if (panels.has(id)) changed.add(id);
-    if (!isDrawing) { isDrawing = true; setTimeout(draw, 60); }
+  }
+
+  // At once, so that nothing is seen half told, but not more often than it can be looked at.
+  function drawSoon() {
+    if (isDrawing) return;
+    if (performance.now() - drawn > 60) return draw();
+    isDrawing = true;
+    setTimeout(draw, 60);
   }
 
   // Several messages may have come since the last time.
   function draw() {
     isDrawing = false;
+    drawn = performance.now();
     for (const id of changed) {
       const panel = panels.get(id);
       if (panel === undefined) continue;
@@ -58,6 +66,7 @@
       const events = (rest + value).split("\n\n");
       rest = events.pop();
       for (const event of events) if (event.startsWith("data: ")) take(JSON.parse(event.slice(6)));
+      drawSoon();
     }
   }
 

@@ -8,10 +8,11 @@ from .base import FeatureCache as FeatureCache
 from .base import LayerwiseCache as LayerwiseCache
 from .d2cache import D2Cache as D2Cache
 from .dllm_cache import DLLMCache as DLLMCache
+from .focus import FocusCache as FocusCache
 from .sparse import SparseCache as SparseCache
 
 #: the caches by the names of their published settings
-FEATURE_CACHES: dict[str, FeatureCache] = {kind.name: kind() for kind in (DLLMCache, SparseCache, D2Cache)}
+FEATURE_CACHES: dict[str, FeatureCache] = {kind.name: kind() for kind in (DLLMCache, SparseCache, D2Cache, FocusCache)}
 
 
 def cache_or(*names: str) -> Check:
@@ -27,3 +28,8 @@ def cache_or(*names: str) -> Check:
 def features_of(cache: str | FeatureCache) -> FeatureCache | None:
     """The `FeatureCache` that is meant, None if another cache is."""
     return FEATURE_CACHES.get(cache) if isinstance(cache, str) else cache
+
+
+def is_by_block(cache: str | FeatureCache) -> bool:
+    """Whether a cache keeps finished blocks, of models whose blocks see those before them."""
+    return cache == "block" or isinstance(features_of(cache), FocusCache)

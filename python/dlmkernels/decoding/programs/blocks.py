@@ -17,11 +17,9 @@ from torch import Tensor
 
 from ... import ops
 from ...window import Rows, TokenWindow
-from ..active_forward import ActiveForward
 from ..block_forward import BlockForward
-from ..evicting_forward import EvictingForward
-from ..features import D2Cache, DLLMCache, SparseCache, features_of
-from ..layerwise_forward import LayerwiseForward
+from ..feature_forwards import FORWARDS
+from ..features import features_of
 from ..rules import Action
 from ..schedule import plan_blocks
 from ..shadow_forward import ShadowForward
@@ -31,11 +29,6 @@ from .base import Program, Task
 from .block_forms import BlockForms, Form
 from .block_plan import BlockPlan
 from .row_forms import RowForms
-
-#: the forwards of the caches that look into the layers
-FORWARDS: dict[type, type[BlockForward]] = {
-    DLLMCache: LayerwiseForward, SparseCache: EvictingForward, D2Cache: ActiveForward,
-}  # fmt: skip
 
 #: Multiplications of a language-model head that take as long as finding out for which slots it need not run.
 COMPACTING = 500_000
@@ -308,6 +301,7 @@ class BlockAfterBlock(Program):
         window = self._window(form.is_limited, rows)
         pick, row_map = self._compacted(window.used, form.head)
         hidden = self.forward(form.part, window, self.standing, pick, form.pending, form.width, rows)
+        window = self.forward.spoken_of(window)
         logits = self.propose.head(hidden)
         self._row_cost = 0 if logits is hidden else hidden.shape[1] * logits.shape[1]
         step = self.propose.step(
@@ -346,6 +340,9 @@ class BlockAfterBlock(Program):
             if self.together and self.forms.is_delayed:
                 return info[:, :2].flatten()
             open_now = info[:, 0] if self.forward.readable is None else info[:, 1]
+            if self.forward.narrows:
+                works = self._works & self.plan.has_steps()
+                open_now = self._open_in_block().sum(1, dtype=torch.int32).masked_fill(~works, 0)
             if self.constrained.may_leave_open:
                 open_now = open_now.masked_fill(self.constrained.is_stuck, 0)
             return open_now if self.together else self._reported(open_now, rows)
