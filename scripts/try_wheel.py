@@ -12,6 +12,7 @@ CUDA_HOME, no GPU visible): the import, an op on the CPU, `dlmkernels info`.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -41,13 +42,14 @@ def run(*command: object, **options: object) -> str:
 
 def try_wheel(wheel: Path, torch: str, site: Path | None) -> str:
     """Try a wheel; return what `dlmkernels info` says."""
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # pip would find packages there
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=site is None)
         python = Path(folder, "bin", "python")
         if site is None:
-            run(python, "-m", "pip", "install", "-q", torch, wheel)
+            run(python, "-m", "pip", "install", "-q", torch, wheel, env=own)
         else:
-            run(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", wheel)
+            run(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", wheel, env=own)
             (found,) = Path(folder, "lib").glob("python*/site-packages")
             (found / "site.pth").write_text(f"{site}\n")
         bare = {"HOME": folder, "PATH": "/nonexistent", "CUDA_VISIBLE_DEVICES": ""}
