@@ -86,12 +86,13 @@ def json_schema(schema: Mapping[str, Any] | bool | str, tokenizer: Any) -> Gramm
     ImportError
         Without interegular.
     """
+    found: Any = schema
     if isinstance(schema, str):
         try:
-            schema = json.loads(schema)
+            found = json.loads(schema)
         except json.JSONDecodeError as error:
             raise ValueError(f"schema is no JSON: {error}") from error
-    return _grammar(pattern_of(schema), "json_schema", tokenizer)
+    return _grammar(pattern_of(found), "json_schema", tokenizer)
 
 
 def json_object(tokenizer: Any) -> Grammar:
