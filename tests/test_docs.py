@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -237,7 +238,11 @@ RUN_ABOVE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name for name in PAGES if pages.blocks(name) and name not in RUN_ABOVE])
+#: Pages whose code is run elsewhere, with more than one process.
+RUN_ELSEWHERE = {"docs/parallel.md": "tests/parallel/test_tensor_parallel.py"}
+
+
+@pytest.mark.parametrize("name", [p for p in PAGES if pages.blocks(p) and p not in RUN_ABOVE | RUN_ELSEWHERE.keys()])
 def test_pages_that_run_as_they_stand(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pages.run(name, {})
@@ -246,6 +251,7 @@ def test_pages_that_run_as_they_stand(name, tmp_path, monkeypatch):
 def test_no_code_hides():
     """In a block of another language, or of none, there are diagrams and what commands print."""
     assert {name for name in PAGES if pages.blocks(name)} >= RUN_ABOVE
+    assert all(Path(name).name in text_of(test) for name, test in RUN_ELSEWHERE.items())
     for name in PAGES:
         for language, block in pages.fences(name):
             if language in ("python", "console"):
