@@ -19,6 +19,9 @@ OPTIONAL = {
     "transformers": "models: generate, infill, load, the demo",
     "safetensors": "loading checkpoints",
     "matplotlib": "pictures: Trace.plot, the demo's plot",
+    "fastapi": "`dlmkernels serve`",
+    "interegular": "answers in JSON: json_schema, json_object, regex",
+    "lm_eval": "`python -m dlmkernels.evaluation`",
     "pytest_benchmark": "`dlmkernels bench`",
 }
 
