@@ -109,7 +109,7 @@ def main(problems: int) -> None:
     case = Case("LLaDA's proportions", 1024, 64, block=32, dtype=torch.bfloat16)
     print_long_prompt(case, CACHES)
     for batch in (1, 8):
-        print_long_prompt(replace(case, prompt=256, batch=batch), OF_BLOCKS)
+        print_long_prompt(replace(case, batch=batch, dtype=torch.float32), OF_BLOCKS)
 
 
 def print_tasks(problems: int) -> None:
