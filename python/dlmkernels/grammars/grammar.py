@@ -152,7 +152,7 @@ class GrammarInPlace(Constraint):
     def allowed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         canvas, slots = tokens.tolist(), positions.tolist()
         width = -(-len(self.machine.class_of) // 32)
-        found = torch.full((*positions.shape, width), -1, dtype=torch.int32)
+        found = torch.full((*positions.shape, width), -1, dtype=torch.int32, device="cpu")
         for row, columns in enumerate(slots):
             inside = [k for k, column in enumerate(columns) if self.start <= column < self.ends[row]]
             if not inside:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 Text = Annotated[str, StringConstraints(min_length=1)]
-TokenId = Annotated[int, Field(strict=True, ge=0)]
+TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 #: parameters that are taken with these values alone
 WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "best_of": (None, 1), "echo": (None, False), "frequency_penalty": (None, 0), "presence_penalty": (None, 0),
