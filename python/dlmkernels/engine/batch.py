@@ -16,7 +16,7 @@ from ..decoding.resolve import ConfigLike, configuration, resolve
 from ..models.adapt import DiffusionModel, adapt
 from .engine import Engine
 from .intake import ids_of
-from .request import RequestOutput
+from .request import RequestOutput, id_of_copy
 from .slots import grid_of
 
 #: how many requests are decoded at once where nobody says
@@ -108,7 +108,7 @@ def generate_batch(
     ]  # fmt: skip
     found = {output.request_id: output for output in engine if output.is_finished()}
     engine.stop()
-    names = [name for one in ids for name in (one, *(f"{one}__child#{k}" for k in range(copies - 1)))]
+    names = [id_of_copy(one, k) for one in ids for k in range(copies)]
     return {name: found[name] for name in names}
 
 
