@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The workflows: what they run exists, what the project claims is in them, and they may do no more than they must."""
 
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -55,6 +57,77 @@ def test_shell_is_shell(script):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
 
 
+@pytest.mark.parametrize("script", SHELL)
+def test_shellcheck(script):
+    if not shutil.which("shellcheck"):
+        pytest.skip("needs shellcheck: apt-get install shellcheck")
+    done = subprocess.run(["shellcheck", "--shell=bash", "-"], input=script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def run_step(name, folder, **variables):
+    """Run the shell step of that name in a folder, as the runner's bash does."""
+    (script,) = {step["run"] for path in FILES for _, step in steps(path) if step.get("name") == name}
+    command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", script]
+    return subprocess.run(command, cwd=folder, env=os.environ | variables, capture_output=True, text=True)
+
+
+def test_a_release_needs_a_dated_section_in_the_changelog(tmp_path):
+    name = "The tag is the project's version, and the changelog has a dated section for it"
+    (tmp_path / "pyproject.toml").write_text('[project]\nversion = "1.2.3"\n')
+    for tag, heading, passes in [
+        ("v1.2.3", "## 1.2.3 (2026-01-31)", True),
+        ("v1.2.4", "## 1.2.4 (2026-01-31)", False),  # not the project's version
+        ("v1.2.3", "## 1.2.3 (unreleased)", False),
+        ("v1.2.3", "## 1.2.30 (2026-01-31)", False),
+    ]:
+        (tmp_path / "CHANGELOG.md").write_text(f"# Changelog\n\n{heading}\n\n- a change\n")
+        assert (run_step(name, tmp_path, GITHUB_REF_NAME=tag).returncode == 0) == passes, (tag, heading)
+
+
+def test_the_release_page_gets_every_file_and_its_checksum(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/gh").write_text('#!/bin/sh\nprintf "%s\\n" "$@" > gh.txt\n')
+    (tmp_path / "bin/gh").chmod(0o755)
+    (tmp_path / "dist").mkdir()
+    for file in ("a.whl", "b.tar.gz"):
+        (tmp_path / "dist" / file).write_text(file)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    done = run_step("Release page with all files", tmp_path, PATH=path, GITHUB_REF_NAME="v1.2.3")
+    assert done.returncode == 0, done.stderr
+    words = (tmp_path / "gh.txt").read_text().split()
+    files = {"dist/SHA256SUMS", "dist/a.whl", "dist/b.tar.gz"}
+    assert words[:3] == ["release", "create", "v1.2.3"]
+    assert set(words[3:]) == files | {"--verify-tag", "--generate-notes"}
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=tmp_path / "dist", check=True)
+
+
+def test_gpu_results_are_compared_and_summarized(tmp_path):
+    def benchmarks(ratio):
+        return json.dumps({"comparisons": {"op": [{"name": "baseline", "ratio": ratio}]}})
+
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    results, committed, summary = (tmp_path / name for name in ("results", "committed", "summary.md"))
+    results.mkdir(), committed.mkdir()
+    (results / "environment.json").write_text(json.dumps({"results": str(committed)}))
+    (results / "benchmarks.json").write_text(benchmarks(2.0))
+    (results / "table.md").write_text("the table\n")
+    where = {"PYTHON": sys.executable, "RESULTS": "results", "GITHUB_STEP_SUMMARY": str(summary)}
+
+    def run():
+        summary.unlink(missing_ok=True)
+        compared = run_step("Compare with the committed benchmarks", tmp_path, **where)
+        assert run_step("Summary", tmp_path, **where).returncode == 0
+        return compared.returncode, summary.read_text()
+
+    code, text = run()
+    assert code == 0 and text.startswith("the table\n") and "nothing to compare with" in text
+    for earlier, passes in [(2.0, True), (3.0, False)]:
+        (committed / "benchmarks.json").write_text(benchmarks(earlier))
+        code, text = run()
+        assert (code == 0) == passes and ("**slower**" in text) != passes
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_rights_and_versions(path):
     """Read only, unless a job says what it writes; actions by a version; every job ends by itself."""
@@ -69,6 +142,8 @@ def test_rights_and_versions(path):
     for _, step in steps(path):
         if "uses" in step:
             assert re.fullmatch(r"[\w-]+/[\w./-]+@v\d+(\.\d+)*", step["uses"]), step["uses"]
+            if step["uses"].startswith("actions/checkout@"):
+                assert step["with"]["persist-credentials"] is False
 
 
 def test_scripts_get_what_they_ask_for():
