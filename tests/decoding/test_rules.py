@@ -210,7 +210,7 @@ class TestDecodings:
                 dk.ReasonFirst(4, rule)
         with pytest.raises(TypeError, match="rule must be a Rule"):
             dk.ReasonFirst(4, 0.9)
-        with pytest.raises(ValueError, match="must say the same for every request"):
+        with pytest.raises(ValueError, match="must have the same values for every request"):
             dk.ReasonFirst(4, dk.Threshold([0.5, 0.9]))
 
     @pytest.mark.parametrize("steps", [8, 4])
