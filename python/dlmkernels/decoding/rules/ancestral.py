@@ -183,7 +183,7 @@ class UniformState(TimeGrid):
         )  # fmt: skip
 
     def mixture(self, index: int, num_steps: int) -> tuple[float, float, float, float]:
-        """Return alpha(t), the numerators over Z for noise and for a sample, and the part of noise that is not over Z."""
+        """Return alpha(t), the numerators over Z of noise and of a sample, and the part of noise that is not over Z."""
         t, s = self.times(index, num_steps)
         a, b = self.alpha(t), self.alpha(0.0 if index >= num_steps - 1 else s)
         kappa = self.posterior_share(t, a, b)

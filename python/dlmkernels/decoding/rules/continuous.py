@@ -18,7 +18,7 @@ from torch import Tensor
 from ..checks import Check, flag, number
 from .base import OF_THE_HEAD, SHARE, Rule
 
-#: `DecodingConfig` fields on the order and the sampling of tokens, and on blocks, which have no effect here.
+#: `DecodingConfig` fields on the order and the sampling of tokens, on blocks, and on the LM head.
 UNUSED = frozenset((
     "score", "order_temperature", "defer_token_ids", "temperature", "top_k", "top_p", "top_p_first", "keep_crossing",
     "distribution", "block_length", "sub_block_length", "sub_block_cache",

@@ -50,7 +50,7 @@ class Strided(Rule):
     @property
     def ignores(self) -> frozenset[str]:
         names = {"block_length", "sub_block_length", "score", "defer_token_ids", "order_temperature", "seeded"}
-        # with leniency, drafts are always compared under the tempered distribution
+        # with leniency, drafts are compared under the tempered distribution, whatever `distribution` is
         return OF_THE_HEAD | (names if self.leniency is None else names | {"distribution"})
 
     def select(self, step):
