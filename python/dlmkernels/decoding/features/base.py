@@ -48,7 +48,7 @@ class Spans:
 
 
 class Kept:
-    """What each layer added to each position when last computed: `[rows + 1, columns + 1, hidden]` per layer.
+    """The latest contribution of each layer to each position: `[rows + 1, columns + 1, hidden]` per layer.
 
     The last row and the last column absorb the writes of unused entries, so that writes need no condition.
     """

@@ -33,9 +33,10 @@ SHARE: Check = number(0, 1)
 
 @dataclass(eq=False)
 class Action:
-    """What a step does to the W slots of its window, in each of the B requests: the masks for `ops.remask_`.
+    """The changes that a step makes to the W slots of its window, in each of the B requests.
 
-    If several masks apply to a slot, only the last of commit, edit, remask and renoise takes effect.
+    The first four attributes are the masks of `ops.remask_`. If several of them apply to a slot, only the last of
+    commit, edit, remask and renoise takes effect.
 
     Attributes
     ----------
@@ -142,7 +143,7 @@ class Rule:
         raise NotImplementedError
 
     def act(self, step: Step) -> Action:
-        """Return what the step does. The default is to commit what `select` returns."""
+        """Return the changes that this step makes. The default is to commit the positions from `select`."""
         return Action(commit=self.select(step))
 
     @property

@@ -20,8 +20,8 @@ from .base import SHARE, Rule
 class Quota(Rule):
     """Commit a fixed number of positions per step: n open positions over S steps.
 
-    By default each step commits n // S positions, and the first n % S steps one more. This is LLaDA's linear schedule
-    (Nie et al., arXiv:2502.09992, `get_num_transfer_tokens`).
+    By default each step commits the best n // S positions, and the first n % S steps one more. This is LLaDA's linear
+    schedule (Nie et al., arXiv:2502.09992, `get_num_transfer_tokens`).
 
     Attributes
     ----------
@@ -307,7 +307,7 @@ class HierarchicalThreshold(Rule):
 
 @dataclass(frozen=True)
 class LocalThreshold(Rule):
-    """Commit anchors, with a score of at least `threshold`, and positions near one, with a score of at least `relaxed`.
+    """Commit anchors (score at least `threshold`), and positions near an anchor whose score is at least `relaxed`.
 
     "Near" means at most `radius` positions away. At least the best position is committed. LocalLeap (Kong et al.,
     arXiv:2510.07081).
@@ -333,7 +333,7 @@ class LocalThreshold(Rule):
 
 @dataclass(frozen=True)
 class DilatedSchedule(Rule):
-    """Commit every ``length // base**t``-th position of the block in step t = 1, 2, …: few neighbors go together.
+    """Commit every ``length // base**t``-th position of the block in step t = 1, 2, …, to keep neighbors apart.
 
     DUS (Luxembourg et al., arXiv:2506.19037). A block takes about ``log(length) / log(base)`` forward passes, whatever
     the model predicts. If none of a step's positions is open, the step commits the best open position instead.

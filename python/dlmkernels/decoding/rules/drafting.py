@@ -16,7 +16,7 @@ from .base import OF_THE_HEAD, Rule
 
 @dataclass(frozen=True)
 class Strided(Rule):
-    """Generate up to `stride` tokens per forward pass, which verifies the last drafts and drafts the next tokens.
+    """Generate up to `stride` tokens per forward pass: each verifies the previous drafts and makes the next ones.
 
     I-DLM (arXiv:2604.11035), for strictly causal models whose output at position i predicts position i + 1. A forward
     pass takes the last token, the drafts after it and stride - 1 masks. From left to right, a draft is accepted if it

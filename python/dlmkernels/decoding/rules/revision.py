@@ -109,8 +109,8 @@ class Backtracking(Rule):
 
     Saber (Dong et al., arXiv:2510.18165). A step commits the open positions whose score exceeds the mean confidence
     with which the decided tokens were committed, or the best `count` if those are fewer. Then, unless the block is
-    complete, ``min(max(count // 2, ceil(committed / 8)), committed - 1)`` decided positions are masked again: those
-    whose confidence has grown least since the previous step.
+    complete, ``min(max(count // 2, ceil(committed / 8)), committed - 1)`` decided positions, new ones included, are
+    masked again: those whose confidence has grown least since the previous step.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()

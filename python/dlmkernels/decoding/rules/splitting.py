@@ -126,7 +126,7 @@ class SplitEditing(Rule):
         return token
 
     def _history(self, step: Step, name: str) -> Tensor:
-        """Return what was kept under `name` at each step of the block, int64 `[B, steps, W]`; -2 for future steps."""
+        """Return the values kept under `name` in each step of the block, int64 `[B, steps, W]`; -2 for future steps."""
         width = step.token.shape[1]
         steps = self.max_steps(step.standing.width, 0)
         nothing = step.token.new_full((len(step.token), steps, width), -2)
