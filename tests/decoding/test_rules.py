@@ -206,7 +206,7 @@ class TestDecodings:
 
     def test_reason_first_refuses(self):
         for rule in (dk.WideInNarrowOut(), dk.Strided(), dk.UniformState(), dk.ReasonFirst(4)):
-            with pytest.raises(ValueError, match="rule must be one that is decoded block by block"):
+            with pytest.raises(ValueError, match="rule must be a rule that is decoded block by block"):
                 dk.ReasonFirst(4, rule)
         with pytest.raises(TypeError, match="rule must be a Rule"):
             dk.ReasonFirst(4, 0.9)
