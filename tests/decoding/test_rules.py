@@ -206,11 +206,11 @@ class TestDecodings:
 
     def test_reason_first_refuses(self):
         for rule in (dk.WideInNarrowOut(), dk.Strided(), dk.UniformState(), dk.ReasonFirst(4)):
-            with pytest.raises(ValueError, match="rule must be one that is decoded block by block"):
+            with pytest.raises(ValueError, match="rule must be a rule that is decoded block by block"):
                 dk.ReasonFirst(4, rule)
         with pytest.raises(TypeError, match="rule must be a Rule"):
             dk.ReasonFirst(4, 0.9)
-        with pytest.raises(ValueError, match="must say the same for every request"):
+        with pytest.raises(ValueError, match="must have the same values for every request"):
             dk.ReasonFirst(4, dk.Threshold([0.5, 0.9]))
 
     @pytest.mark.parametrize("steps", [8, 4])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Caches that say for each layer which rows it computes, or which keys it keeps."""
+"""Caches that decide for each layer which positions it computes, or which keys it keeps."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ from .dllm_cache import DLLMCache as DLLMCache
 from .focus import FocusCache as FocusCache
 from .sparse import SparseCache as SparseCache
 
-#: the caches by the names of their published settings
+#: name -> cache with its published settings
 FEATURE_CACHES: dict[str, FeatureCache] = {kind.name: kind() for kind in (DLLMCache, SparseCache, D2Cache, FocusCache)}
 
 
 def cache_or(*names: str) -> Check:
-    """A check for a `FeatureCache`, the name of one, or one of these names."""
+    """Return a check that accepts a `FeatureCache`, the name of one, or one of `names`."""
     of_names = one_of(*names, *FEATURE_CACHES)
 
     def check(name: str, value: Any) -> str | FeatureCache | None:
@@ -26,10 +26,10 @@ def cache_or(*names: str) -> Check:
 
 
 def features_of(cache: str | FeatureCache) -> FeatureCache | None:
-    """The `FeatureCache` that is meant, None if another cache is."""
+    """Return the `FeatureCache` that `cache` denotes, or None if it is a cache of another kind."""
     return FEATURE_CACHES.get(cache) if isinstance(cache, str) else cache
 
 
 def is_by_block(cache: str | FeatureCache) -> bool:
-    """Whether a cache keeps finished blocks, of models whose blocks see those before them."""
+    """Return whether a cache keeps finished blocks, for models whose blocks see the blocks before them."""
     return cache == "block" or isinstance(features_of(cache), FocusCache)

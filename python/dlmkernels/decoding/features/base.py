@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Caches of features: what a layer adds to its rows is kept, and a forward computes it anew for some rows alone."""
+"""Feature caches: they keep what each layer adds to each position, and recompute it for some positions only."""
 
 from __future__ import annotations
 
@@ -13,28 +13,30 @@ from torch import Tensor
 from ...models.layerwise import LayerCall
 from ..checks import Check, normalize
 
-#: What a forward computes in a layer: `[B, Q, hidden]` of a call.
+#: Computes one layer of a forward pass: takes its call, returns `[B, Q, hidden]`.
 Layers: TypeAlias = Callable[[LayerCall], Tensor]
 
-#: The parts that forwards of a cache of features have: all rows of all layers; the response; the prompt, and of the
-#: response what has changed most; the latter alone.
+#: The parts of a feature cache, i.e. kinds of forward pass. Recomputed are: all positions in all layers; the response;
+#: the prompt and the most changed positions of the response; or only the latter.
 WHOLE, RESPONSE, PROMPT, CHANGED = "whole", "response", "prompt", "changed"
 
 
 @dataclass(frozen=True)
 class Spans:
-    """Where the B rows of a forward stand, of which a layer may compute some columns. All int32 `[B]` but where said.
+    """Layout of the B batch rows of a forward pass in which layers may compute only some columns.
+
+    All tensors are int32 `[B]` unless stated otherwise.
 
     Attributes
     ----------
     origin, first, ends : Tensor
-        Where a request begins, where its response begins, and where it ends.
+        First column of each request, first column of its response, and end of the request (exclusive).
     cache : Tensor
-        int64: its row of what is kept; the last that there is, which nobody reads, of rows that are unused.
+        int64: row of `Kept` that belongs to each batch row. Unused batch rows have its last row, which is never read.
     width : int
-        No response has more columns.
+        Maximum number of columns of any response.
     columns : int
-        Of the canvas that is forwarded.
+        Number of columns of the canvas that are forwarded.
     """
 
     origin: Tensor
@@ -46,9 +48,9 @@ class Spans:
 
 
 class Kept:
-    """What every layer adds to its rows, as it was when it was last computed: `[rows + 1, columns + 1, hidden]` each.
+    """The latest contribution of each layer to each position: `[rows + 1, columns + 1, hidden]` per layer.
 
-    The last row and the last column take what nobody asks for, so that a write needs no condition.
+    The last row and the last column absorb the writes of unused entries, so that writes need no condition.
     """
 
     def __init__(self, rows: int, columns: int):
@@ -56,7 +58,7 @@ class Kept:
         self._of_layer: dict[int, Tensor] = {}
 
     def of(self, number: int, x: Tensor) -> Tensor:
-        """The buffer of a layer, whose rows are of the dtype and on the device of `x` `[…, hidden]`."""
+        """Return the buffer of layer `number`, made with the dtype and device of `x` `[…, hidden]` on first use."""
         if number not in self._of_layer:
             self._of_layer[number] = torch.zeros(
                 self.rows + 1, self.columns + 1, x.shape[-1], dtype=x.dtype, device=x.device
@@ -70,14 +72,14 @@ class Kept:
 
 
 class FeatureCache:
-    """Base of the caches that say for each layer what it computes or keeps; frozen dataclasses.
+    """Base class of caches that decide for each layer what it computes or keeps. Subclasses are frozen dataclasses.
 
     Attributes
     ----------
     name : str
-        What `cache=` may be instead, for its published setting.
+        Value of `cache=` that selects the cache with its published settings.
     limits : dict
-        What its numbers may be, as `Rule.limits`.
+        Checks of the fields, as in `Rule.limits`.
     """
 
     name: ClassVar[str]
@@ -88,16 +90,16 @@ class FeatureCache:
 
 
 class LayerwiseCache(FeatureCache):
-    """Base of those whose layers compute some rows, and add what they last added to the others."""
+    """Base class of caches whose layers compute some positions and reuse what they last added to the others."""
 
     def parts(self, step: Tensor) -> tuple[tuple[str, Tensor], ...]:
-        """The parts that forwards may have, each with the rows bool `[S]` whose next forward it is.
+        """Return the parts (kinds of forward pass), each with the requests bool `[S]` that need it next.
 
-        `step` int32 `[S]`: how many forwards each request has had; the first is WHOLE. Of several that apply to a row
-        the last counts. The usual one stands first and applies to all.
+        `step` int32 `[S]` is the number of forward passes that each request has had. The first one is WHOLE. If several
+        parts apply to a request, the last one counts. The most common part comes first and applies to all requests.
         """
         raise NotImplementedError
 
     def layers(self, part: str, spans: Spans, kept: Kept) -> Layers:
-        """What the layers of a forward of that part compute."""
+        """Return the function that computes the layers in a forward pass of kind `part`."""
         raise NotImplementedError

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""d²Cache: a forward takes the open positions that may soon be decided, what was, and what most is attended to."""
+"""d²Cache: forward passes cover candidates to be decided, newly decided positions, and the most attended others."""
 
 from __future__ import annotations
 
@@ -12,31 +12,34 @@ from torch import Tensor
 from ..checks import integer, number
 from .base import FeatureCache
 
-#: queries whose attention is computed at once
+#: number of queries whose attention is computed at once
 CHUNK = 64
 
 
 @dataclass(frozen=True)
 class D2Cache(FeatureCache):
-    """d²Cache (Jiang et al., arXiv:2509.23094), for bidirectional models of Llama's and Qwen's architectures.
+    """d²Cache (Jiang et al., arXiv:2509.23094), for bidirectional models of the Llama and Qwen architectures.
 
-    A request's first forward takes the whole canvas. After each, the next one's rows are chosen: the `candidates` open
-    positions with the largest product of the confidence they last had and the density of decided positions around them
-    (see `scores.DensityWeighted`), which alone may be decided then; what this forward has decided; and of the others
-    those that most attention flows to. That is measured by attention rollout over all layers, a row that was not
-    forwarded passing on its own alone; taken are the largest shares that together make up no more than `rollout`, and
-    at least one position. All other keys and values stay what they were.
+    The first forward pass of a request covers the whole canvas (prompt and answer). Each later one covers only the
+    following positions, while the keys and values of all others stay as they are:
+
+    - the `candidates` open positions with the largest product of their last known confidence and the density of decided
+      positions around them (see `scores.DensityWeighted`). Only these may be decided;
+    - the positions that the previous forward pass decided;
+    - of the remaining positions, those that receive the most attention, by attention rollout over all layers, in which
+      a position that was not forwarded passes on only its own. Taken are the largest shares that together make up at
+      most `rollout`, and at least one position.
 
     The response is decoded as one block.
 
     Parameters
     ----------
     rollout : float
-        Share of the attention flow that is computed anew.
+        Share of the attention flow whose positions are recomputed, from 0 to 1.
     candidates : int
-        Open positions of a forward.
+        Number of open positions in a forward pass.
     sigma : float
-        Standard deviation of the density, in positions.
+        Standard deviation of the density's kernel, in positions.
     """
 
     rollout: float = 0.1
@@ -50,20 +53,20 @@ class D2Cache(FeatureCache):
 
 
 class Rollout:
-    """How much attention flows to each position in one forward of B rows of n columns: `AttentionWindow.watch`.
+    """Measure the attention that flows to each position in one forward pass. A callback for `AttentionWindow.watch`.
 
-    Abnar and Zuidema (arXiv:2005.00928): the product over the layers of (A + I) / 2, A being the mean of the heads'
-    attention, of which the sums of the columns are wanted. They are computed from the last layer down, a vector instead
-    of a matrix. Rows that are not forwarded have A = I.
+    Attention rollout (Abnar and Zuidema, arXiv:2005.00928) is the product over the layers of (A + I) / 2, where A is
+    the mean of the heads' attention. Only its column sums are needed. They are computed from the last layer down, with
+    a vector instead of a matrix. Positions that are not forwarded have A = I.
 
     Parameters
     ----------
     columns, used : Tensor
-        int64 and bool `[B, n]`: where the rows stand, and which of them are there.
+        int64 and bool `[B, n]`: canvas columns forwarded in each batch row, and which of these entries are used.
     rows : Tensor
-        int64 `[B]`: their rows of the cache.
+        int64 `[B]`: cache row of each batch row.
     valid : Tensor
-        bool `[B, T]`: the columns of each request.
+        bool `[B, T]`: columns of the canvas that belong to each request.
     """
 
     def __init__(self, columns: Tensor, used: Tensor, rows: Tensor, valid: Tensor):
@@ -71,11 +74,11 @@ class Rollout:
         self._layers: list[tuple[Tensor, Tensor, float]] = []
 
     def __call__(self, index: int, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float) -> None:
-        # of a guided batch the conditional half comes first
+        # in a batch with guidance, the conditional half comes first
         self._layers.append((q[: len(self._rows)], k_cache, scale))
 
     def importance(self) -> Tensor:
-        """Sums of the columns, float32 `[B, T]`."""
+        """Return the column sums of the rollout, float32 `[B, T]`."""
         device = self._valid.device
         flow, one_more = self._valid.float(), self._valid.shape[1]
         place = torch.where(self._used, self._columns, one_more)
@@ -90,7 +93,7 @@ class Rollout:
         return flow
 
     def _attention(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        """Mean of the heads' attention, float32 `[B, n, T]`."""
+        """Return the mean of the heads' attention, float32 `[B, n, T]`."""
         groups = k.shape[2]
         scores = torch.einsum("bqghd,bkgd->bghqk", q.unflatten(2, (groups, -1)), k) * scale
         scores = scores.masked_fill(~self._valid[:, None, None, None, :], -torch.inf)
@@ -98,13 +101,14 @@ class Rollout:
 
 
 def nucleus(importance: Tensor, among: Tensor, share: float) -> Tensor:
-    """The largest of the values float `[B, T]` that together make up at most a share of all, and one at least.
+    """Return the positions with the largest values that make up at most `share` of the sum, at least one per row.
 
-    `among` bool `[B, T]`: which count; of the others none is chosen.
+    `importance` is float `[B, T]`, the result bool `[B, T]`. Only the positions `among` bool `[B, T]` are considered.
     """
     values = importance.masked_fill(~among, 0.0)
     values = values / (values.sum(1, keepdim=True) + 1e-9)
     order = values.argsort(dim=1, descending=True, stable=True)
     rank = torch.arange(values.shape[1], device=values.device)
-    chosen = (values.gather(1, order).cumsum(1) <= (share if share < 1 else 2)) | (rank == 0)  # sums are rounded
+    # a share of 1 takes all, whatever the rounding of the sums
+    chosen = (values.gather(1, order).cumsum(1) <= (share if share < 1 else 2)) | (rank == 0)
     return torch.zeros_like(among).scatter(1, order, chosen) & among

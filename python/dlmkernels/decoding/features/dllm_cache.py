@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""dLLM-Cache: the prompt is computed seldom, the response oftener, and in between what has changed most of it."""
+"""dLLM-Cache: recompute the prompt rarely, the response more often, and in between only what changed most in it."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from .base import CHANGED, PROMPT, RESPONSE, WHOLE, Kept, Layers, LayerwiseCache
 
 @dataclass(frozen=True)
 class DLLMCache(LayerwiseCache):
-    """dLLM-Cache (Liu et al., arXiv:2506.06295), for bidirectional models of Llama's and Qwen's architectures.
+    """dLLM-Cache (Liu et al., arXiv:2506.06295), for bidirectional models of the Llama and Qwen architectures.
 
-    What every layer but the first adds to a position is kept. Each forward computes the first layer for all positions.
-    The others compute the prompt in every `prompt_interval`-th forward of a request, the response in every
-    `response_interval`-th, and in between those positions of the response whose value vectors have changed most since
-    the forward before, by their cosine. The value vectors themselves are computed for all of the response. With
-    intervals of 1 nothing is approximated.
+    The cache keeps what every layer but the first adds to each position. Each forward pass computes the first layer for
+    all positions. The other layers compute the prompt in every `prompt_interval`-th forward pass of a request, and the
+    response in every `response_interval`-th. In between, they compute the positions of the response whose value vectors
+    have changed most since the previous forward pass, by cosine similarity. The value vectors themselves are computed
+    for the whole response. With both intervals set to 1, nothing is approximated.
 
-    The defaults are the authors' for LLaDA-Instruct on GSM8K.
+    The defaults are the authors' settings for LLaDA-Instruct on GSM8K.
 
     Parameters
     ----------
     prompt_interval, response_interval : int
-        In forwards of a request, at least 1.
+        Forward passes of a request from one recomputation to the next, at least 1.
     share : float
-        Of the response, rounded down to positions; 0: none, and no value vector is computed in between.
+        Share of the response to compute in between, rounded down to whole positions. If 0, no position and no value
+        vector is computed in between.
     """
 
     prompt_interval: int = 50
@@ -58,12 +59,12 @@ class _Layers:
         if part == WHOLE:
             return
         device = spans.first.device
-        # so many columns of each row as the longest response has, each once; those of the response are at the end
+        # in each row, a window as wide as the longest response, which contains the row's own response
         begin = torch.maximum(spans.first, spans.origin)[:, None].long()
         start = torch.minimum(begin, begin.new_full((), spans.columns - spans.width))
         self._columns = start + torch.arange(spans.width, device=device)
         self._used = (self._columns >= begin) & (self._columns < spans.ends[:, None])
-        #: how many of them are computed where they have changed; and how many at most
+        #: how many of the most changed columns to compute, per row and at most
         length = (spans.ends[:, None] - begin).clamp(min=0)
         self._counts = (length.double() * share).floor().long()
         self._count = int(spans.width * share)
@@ -80,7 +81,7 @@ class _Layers:
             place = rows[:, None] * kept.shape[1] + torch.arange(width, device=rows.device)
             kept.flatten(0, 1).index_copy_(0, place.flatten(), (out - call.x).flatten(0, 1))
             return out
-        # one column more, for what is not used
+        # one extra column for unused entries
         out = torch.nn.functional.pad(call.x, (0, 0, 0, 1)) + kept.index_select(0, rows)[:, : width + 1]
         columns, used = self._columns_of(call)
         computed = call.at(columns, used)
@@ -95,7 +96,7 @@ class _Layers:
         return out[:, :width]
 
     def _columns_of(self, call: LayerCall) -> tuple[Tensor, Tensor]:
-        """The columns int64 `[B, n]` that a layer computes, and which of them are used."""
+        """Return the columns int64 `[B, n]` that a layer computes, and which of these entries are used."""
         if self._part == RESPONSE:
             return self._columns, self._used
         changed, is_used = self._changed(call)
@@ -104,13 +105,13 @@ class _Layers:
         width = call.x.shape[1]
         wanted = torch.nn.functional.pad(self._is_prompt, (0, 1))
         wanted = wanted.scatter(1, torch.where(is_used, changed, width), True)[:, :width]
-        # all columns, those that are not wanted as unused ones
+        # all columns, with unwanted ones marked as unused
         return torch.arange(width, device=wanted.device).expand(len(wanted), width), wanted
 
     def _changed(self, call: LayerCall) -> tuple[Tensor, Tensor]:
-        """The columns of the response int64 `[B, n]` whose values have changed most, the most changed first.
+        """Return the columns int64 `[B, n]` of the response whose values changed most, in order, and which are used.
 
-        All value vectors of the response are written into the cache.
+        Writes all value vectors of the response to the cache.
         """
         if self._share == 0:
             return self._columns[:, :0], self._used[:, :0]
@@ -118,7 +119,7 @@ class _Layers:
         rows, columns = self._spans.cache.to(kept.device)[:, None], self._columns.to(kept.device)
         used = self._used.to(kept.device)
         old, new = kept[rows, columns], call.values(columns).to(kept.dtype)
-        # 1 - cosine as half the squared distance of the directions, since the cosines of most are 1 but for rounding
+        # compare by 2 (1 - cosine), as the squared distance of unit vectors: most cosines are 1 up to rounding
         a, b = (torch.nn.functional.normalize(v.float().flatten(2), dim=-1) for v in (old, new))
         distance = (a - b).square().sum(-1).masked_fill(~used, -1.0)
         kept[rows, columns] = torch.where(used[..., None, None], new, old)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FOCUS: after the first layers a forward of a block goes on with the open positions that may soon be decided."""
+"""FOCUS: after the first layers, a forward pass continues with only the positions likely to be decided soon."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from ...models.layerwise import LayerCall
 from ..checks import flag, number
 from .base import FeatureCache
 
-#: neighbours whose largest score counts for a position
+#: width of the window over which scores are max-pooled
 POOL = 3
-#: increases that differ by less are equal but for rounding, as those of two open positions always are
+#: tolerance for rounding: of two open positions, one is always exactly one standard deviation above the mean
 TIE = 1e-5
 
 
 @dataclass(frozen=True)
 class FocusCache(FeatureCache):
-    """FOCUS (Liang et al., arXiv:2601.23278), for models whose blocks see those before them (SDAR, LLaDA2.0).
+    """FOCUS (Liang et al., arXiv:2601.23278), for models whose blocks see the blocks before them (SDAR, LLaDA2.0).
 
-    It is `cache="block"` with less work inside of a block. Layers 0 and 1 say how much the open positions of the block
-    attend to each other. Where layer 1 pays a position more attention than layer 0 did, it is likely to be decided
-    soon: from the attention of layer 1 on, a forward takes the positions with the largest increase alone, and these
-    alone may be decided. How many it takes follows how many tokens a forward has decided in this block so far. A
-    position left of one that is taken is taken, too, where it stands right beside it, or where the later layers have no
-    keys and values of it yet.
+    This is `cache="block"` with less computation within a block. Layers 0 and 1 measure how much attention the open
+    positions of the block receive from each other. Positions that receive more in layer 1 than in layer 0 are likely to
+    be decided soon. From the attention of layer 1 on, a forward pass continues with only the open positions of largest
+    increase, and only these may be decided. How many there are depends on how many tokens forward passes have decided
+    in this block so far. Open positions to the left of a selected one are selected too if they are adjacent to it, or
+    if the later layers have no keys and values for them yet.
 
-    A decided token is forwarded until its right neighbour is decided as well. From then on its keys and values stay
-    what they are until the block is finished. A finished block is forwarded once as a whole, as with `cache="block"`:
+    A decided token is forwarded until its right neighbor is decided as well. From then on, its keys and values stay
+    unchanged until the block is finished. A finished block is forwarded once as a whole, as with `cache="block"`, so
     what later blocks see of it is exact.
 
-    The published setting is the default, with `rule=Threshold(0.8)` and blocks of 32.
+    The defaults are the published setting, to be used with `rule=Threshold(0.8)` and blocks of 32.
 
     Parameters
     ----------
     alpha : float
-        Positions that are taken, as a multiple of the tokens that a forward decides on average, at least 1. Infinity:
-        all.
+        Number of open positions to select, as a multiple of the mean number of tokens decided per forward pass (or of
+        1, if that is larger). At least 1; with infinity, all positions are selected.
     delayed : bool
-        Whether decided tokens stop being forwarded. With False and an infinite `alpha` nothing is approximated.
+        Whether decided tokens stop being forwarded. With False and an infinite `alpha`, nothing is approximated.
     """
 
     alpha: float = 1.5
@@ -55,34 +55,35 @@ class FocusCache(FeatureCache):
 
 
 def importance(q: Tensor, k: Tensor, valid: Tensor, scale: float) -> Tensor:
-    """How much attention n positions of each row pay to each of themselves, float32 `[B, n]`.
+    """Return how much attention each of n positions receives from all of them, float32 `[B, n]`.
 
-    The sum over queries, and mean over heads, of the softmax, over the positions, of the scaled products; a position
-    has the largest product of itself and its two neighbours.
+    The scaled products of queries and keys are max-pooled over each key position and its two neighbors, followed by a
+    softmax over the key positions. The weights are summed over the queries and averaged over the heads.
 
     Parameters
     ----------
     q, k : Tensor
         `[B, n, H, D]` and `[B, n, G, D]`: rotated queries and keys.
     valid : Tensor
-        bool `[B, n]`: which of them there are, the first of each row. The others have 0.
+        bool `[B, n]`: which positions are used; these come first in each row. The others get 0.
     scale : float
-        What products are multiplied by.
+        Factor of the products.
     """
     scores = torch.einsum("bqghd,bkgd->bghqk", q.float().unflatten(2, (k.shape[2], -1)), k.float()) * scale
     keys = valid[:, None, None, None, :]
     scores = scores.masked_fill(~keys, -torch.inf)
     pooled = max_pool1d(scores.flatten(0, 2), POOL, 1, POOL // 2).view_as(scores)
     weights = torch.softmax(pooled.masked_fill(~keys, -torch.inf), -1)
-    # without any valid key there is nothing to sum
+    # rows without any valid key have NaN weights, which become 0 here
     return weights.masked_fill(~(keys & valid[:, None, None, :, None]), 0.0).sum((1, 2, 3)) / q.shape[2]
 
 
 def targets(alpha: float, open_now: Tensor, decided: Tensor, forwards: Tensor) -> Tensor:
-    """How many open positions are to be taken, float64 `[B]`: `alpha` times the tokens that a forward has decided.
+    """Return how many open positions to select, float64 `[B]`: `alpha` times the mean tokens decided per forward pass.
 
-    `open_now`, `decided`, `forwards` are int32 `[B]`: open positions of the block; tokens decided in it so far; and the
-    forwards that decided some. One token a forward is counted on at least, and no more is taken than is open.
+    `open_now`, `decided` and `forwards` are int32 `[B]`: open positions of the block, tokens decided in it so far, and
+    the number of forward passes that decided any. The mean is taken as at least 1, and the result is at most
+    `open_now`.
     """
     forwards = forwards.clamp(min=1)
     wanted = torch.maximum(decided, forwards).double() * alpha / forwards
@@ -90,10 +91,11 @@ def targets(alpha: float, open_now: Tensor, decided: Tensor, forwards: Tensor) -
 
 
 def retained(increase: Tensor, valid: Tensor, position: Tensor, target: Tensor) -> Tensor:
-    """Which of the open positions are taken for their increase in importance, bool `[B, n]`.
+    """Return the open positions selected for their increase in importance, bool `[B, n]`.
 
-    Those that are above the mean by a standard deviation, or the `target` `[B]` largest where these are fewer; and
-    what stands right before one of them. All, where there are no more than the target. `position` int `[B, n]`.
+    These are the positions at least one standard deviation above the mean, or the `target` `[B]` largest if those are
+    fewer, and each position directly before one of them. If there are no more positions than the target, all are
+    selected. `increase` float and `valid` bool are `[B, n]`, as are the columns `position` int of the canvas.
     """
     count = valid.sum(1, keepdim=True)
     order = increase.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
@@ -110,26 +112,26 @@ def retained(increase: Tensor, valid: Tensor, position: Tensor, target: Tensor) 
 
 
 class Narrowing:
-    """What the layers of one forward compute, of B rows of Q columns: `AttentionWindow.layers`.
+    """Compute the layers of one forward pass of B rows with Q columns. A callback for `AttentionWindow.layers`.
 
     Parameters
     ----------
     position, used : Tensor
-        int64 and bool `[B, Q]`: columns of the canvas, ascending in each row; which are there and are forwarded.
+        int64 and bool `[B, Q]`: columns of the canvas, ascending in each row, and which of them are to be forwarded.
     is_open, inside : Tensor
-        bool `[B, Q]`: which of them are open positions of the row's block, and which stand in the block.
+        bool `[B, Q]`: which columns are open positions of the row's block, and which lie in the block.
     rows : Tensor
-        int64 `[B]`: their rows of the cache.
+        int64 `[B]`: cache row of each batch row.
     target : Tensor
-        `[B]`: see `targets`.
+        `[B]`: number of open positions to select; see `targets`.
     done, least : Tensor
-        int32 `[B]`: up to which column, itself included, all layers have keys and values of the block; and where what
-        is left of the block ends.
+        int32 `[B]`: last column of the block up to which all layers have keys and values (-1 if there is none),
+        and the block's first column.
     half : int
-        So many rows come first whose attention counts; what they keep, the others keep as well (guidance).
+        Number of leading rows whose attention counts. With guidance, the other rows keep the same columns.
     measures : bool
-        Whether layers are as wide as they have to be, which the host reads twice in a forward. False: as wide as the
-        forward.
+        Whether layers are only as wide as they have to be, at the cost of two device synchronizations per forward pass.
+        If False, they are as wide as the forward pass.
     """
 
     def __init__(
@@ -141,7 +143,7 @@ class Narrowing:
         self._half, self._measures = half, measures
         self._earlier: Tensor | None = None  # importance in layer 0
         self._heard: Tensor | None = None
-        #: which columns all layers compute, bool `[B, Q]`; and how far these see
+        #: columns that all layers compute, bool `[B, Q]`, and the end of what these see
         self.kept, self._end = used, least
         width = used.shape[1]
         widths, may_drop = (width, width), True
@@ -170,15 +172,15 @@ class Narrowing:
         return self._spread(call.with_window(kv_range=torch.stack((seen[:, 0], end), 1)))
 
     def _spread(self, call: LayerCall) -> Tensor:
-        """What comes into the layer, with what it makes of the listed columns in their place."""
+        """Return the layer's input, with the listed columns replaced by the layer's output."""
         columns, there = self._columns.to(call.x.device), self._is_there.to(call.x.device)
         computed = call.at(columns, there)
-        # one column more, for what is not used
+        # one extra column for unused entries
         place = torch.where(there, columns, call.x.shape[1])[..., None].expand_as(computed)
         return pad(call.x, (0, 0, 0, 1)).scatter(1, place, computed)[:, :-1]
 
     def _hear(self, index: int, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float) -> None:
-        """Importance of the open columns in a layer whose queries of the listed columns are q `[B, n, H, D]`."""
+        """Record the importance of the open columns in a layer, from the queries q `[B, n, H, D]` of listed columns."""
         half, home = self._half, self._used.device
         columns, there = self._open_columns[:half], self._open_there[:half]
         place = (self._used[:half].cumsum(1) - 1).clamp(min=0).gather(1, columns).clamp(max=q.shape[1] - 1)
@@ -188,7 +190,7 @@ class Narrowing:
         self._heard = importance(asked.to(home), k.to(home), there, scale)
 
     def _drop(self) -> None:
-        """Choose what is kept, by what two layers said."""
+        """Choose the columns to keep from the importance measured in layers 0 and 1."""
         assert self._earlier is not None and self._heard is not None
         half = self._half
         columns, there = self._open_columns[:half], self._open_there[:half]
@@ -200,26 +202,27 @@ class Narrowing:
         if half < len(self._used):
             wanted = torch.cat((wanted, wanted))
         self.kept = self._used & (~self._is_open | wanted)
-        # what later layers know nothing of may not lie left of what they see
+        # later layers must have keys and values of everything up to the last column that they see
         missing = self._is_open & (self._position > self._done[:, None]) & (self._position < self._reached()[:, None])
         self.kept = self.kept | (self._used & missing)
         most = int(self.kept.sum(1).max()) if self._measures else width
         self._columns, self._is_there = listing(self.kept, most)
 
     def spoken(self, count: int, length: int) -> tuple[Tensor, Tensor]:
-        """Of the first `count` rows: columns int64 `[count, Q]` that all layers computed, `length` in place of others;
-        and `_reached`.
+        """Return, for the first `count` rows, the columns int64 `[count, Q]` that all layers computed, and `_reached`.
+
+        Columns that were not computed are replaced by `length`.
         """
         return torch.where(self.kept, self._position, length)[:count], self._reached()[:count]
 
     def _reached(self) -> Tensor:
-        """Where the keys and values of the block end that all layers have, int64 `[B]`."""
+        """Return the end of the block's columns up to which all layers have keys and values, int64 `[B]`."""
         kept = torch.where(self.kept & self._inside, self._position, -1).amax(1)
         return torch.maximum(kept, self._done.long()) + 1
 
 
 def listing(chosen: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The chosen columns of bool `[B, Q]`, ascending, int64 `[B, width]`; and which of the list there are, bool."""
+    """Return the chosen columns of bool `[B, Q]` in order, int64 `[B, width]`, and which of these entries are used."""
     order = chosen.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
     there = torch.arange(width, device=chosen.device) < chosen.sum(1, keepdim=True)
     return order, there

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sparse-dLLM: of what stands outside of a block, every layer keeps the keys that the block asks for most."""
+"""Sparse-dLLM: outside the current block, every layer keeps only the keys that the block attends to most."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def _odd(name: str, value) -> int:
 class SparseCache(FeatureCache):
     """Eviction of Sparse-dLLM (Song et al., arXiv:2508.02558), for models with full attention.
 
-    A block's first two forwards take the whole canvas. In the second every layer keeps keys and values of a share of
-    the positions outside of the block: those with the largest product of their key and the block's mean query, averaged
-    over the heads, of which a position has the maximum of its neighbourhood. Later forwards take the block alone, and
-    see it and what was kept.
+    The first two forward passes of a block cover the whole canvas. In the second, every layer keeps the keys and values
+    of a share of the positions outside the block: those whose keys have the largest product with the block's mean
+    query, averaged over the heads and max-pooled over neighboring positions. Later forward passes cover only the block,
+    which sees itself and what was kept.
 
     Parameters
     ----------
     keep : float
-        Share of the positions outside of the block, rounded down.
+        Share of the positions outside the block to keep, rounded down.
     pool : int
-        Width of the neighbourhood, an odd number. Neighbours are counted without the block.
+        Width of the pooling window, an odd number. The block is skipped when neighbors are counted.
     """
 
     keep: float = 0.5
@@ -47,22 +47,22 @@ class SparseCache(FeatureCache):
 
 
 class Eviction:
-    """Copies what the layers of one forward keep into a smaller cache: `AttentionWindow.watch`.
+    """Copy what the layers of one forward pass keep to a smaller cache. A callback for `AttentionWindow.watch`.
 
     Parameters
     ----------
     how : SparseCache
     to : KVCache
-        Its first slots take what is kept, the most important first.
+        Receives what is kept in its first slots, the most important first.
     rows : Tensor
-        int64 `[B]`: which row of both caches each row of the batch has.
+        int64 `[B]`: row in both caches of each batch row.
     origin, ends : Tensor
-        int32 `[B]`: where the requests begin and end.
+        int32 `[B]`: first column and end (exclusive) of each request.
     block, forwarded : tuple of Tensor
-        Two int32 `[B]` each: half-open ranges of the columns whose queries ask, and of those that are not kept since
-        later forwards take them.
+        Two int32 `[B]` each: half-open ranges of the columns whose queries count, and of the columns that are not kept
+        because later forward passes cover them.
     width : int
-        No block has more columns.
+        Maximum number of columns of any block.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Eviction:
         self._origin, self._ends, self._block, self._forwarded, self._width = origin, ends, block, forwarded, width
 
     def __call__(self, index: int, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float) -> None:
-        """`q` `[B, Q, H, D]`; what the layer `index` has in its cache, `[rows, S, G, D]`."""
+        """Take what layer `index` keeps: `q` is `[B, Q, H, D]`, its cached keys and values are `[rows, S, G, D]`."""
         device = q.device
         rows = self._rows.to(device)
         k, v = k_cache.index_select(0, rows), v_cache.index_select(0, rows)
@@ -88,7 +88,7 @@ class Eviction:
             to[:, : kept.shape[1]].index_copy_(0, rows, chosen)
 
     def _outside(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """All columns but the forwarded ones, int64 `[B, length]`, and which of these the request has."""
+        """Return all columns but the forwarded ones, int64 `[B, length]`, and which of these the request has."""
         first, last = (x.to(device).long()[:, None] for x in self._forwarded)
         columns = torch.arange(length, device=device)
         columns = torch.where(columns < first, columns, columns + (last - first))
@@ -96,7 +96,7 @@ class Eviction:
         return columns.clamp(max=length - 1), (columns >= origin) & (columns < ends)
 
     def _asked(self, q: Tensor, groups: int) -> Tensor:
-        """The block's mean query, summed over the heads that share a key: float32 `[B, G, D]`."""
+        """Return the block's mean query, summed over the heads that share a key, float32 `[B, G, D]`."""
         first, last = (x.to(q.device).long()[:, None] for x in self._block)
         columns = first + torch.arange(self._width, device=q.device)
         inside = (columns < last)[:, :, None, None]

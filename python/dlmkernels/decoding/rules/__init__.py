@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding rules, one module a family: what a step commits, edits, remasks and renoises."""
+"""Unmasking rules, one module per family: which positions a step commits, edits, remasks or renoises."""
 
 from .ancestral import Ancestral, PredictorCorrector, ScoreAncestral, UniformState
 from .base import Action, Rule

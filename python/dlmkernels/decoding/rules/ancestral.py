@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samplers of the reverse process: every position by itself, by chance, with the exact probabilities of the model.
+"""Ancestral samplers: simulate the reverse diffusion process with the model's exact probabilities.
 
-Time t falls from 1 to `eps` on an even grid. ``alpha(t) = 1 - t`` is the share of tokens that the forward process has
-not replaced at time t.
+Each position is treated independently and at random. Time t decreases from 1 to `eps` on an even grid.
+``alpha(t) = 1 - t`` is the share of tokens that the forward process has not replaced by time t.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from .base import SHARE, Action, Rule
 
 @dataclass(frozen=True)
 class TimeGrid(Rule):
-    """Base of the rules that walk a time grid.
+    """Base class of the rules that step through a grid of diffusion times.
 
     Attributes
     ----------
     eps : float
-        Where the grid ends.
+        Last time of the grid.
     denoise : bool
-        True: the last forward comes after the grid, and decides what is left. False: it is the grid's last interval,
-        in which everything left is decided.
+        If True, the last forward pass comes after the grid and decides everything left. If False, the last forward pass
+        is the grid's last interval, in which everything left is decided.
     """
 
     draws: ClassVar[bool] = True
@@ -48,13 +48,13 @@ class TimeGrid(Rule):
         return frozenset({"score", "defer_token_ids", "order_temperature"})
 
     def is_last(self, step: Step) -> Tensor:
-        """Which rows' forward decides everything that is left, bool `[B, 1]`."""
+        """Return the rows whose current forward pass decides everything left, bool `[B, 1]`."""
         return (step.index >= step.num_steps - 1)[:, None]
 
     def finishing(self, step: Step, action: Action) -> Action:
-        """The action, but in rows at their last forward everything that is left is decided.
+        """Return `action`, changed to decide everything left in rows at their last forward pass.
 
-        With `denoise` as the likeliest tokens, else as the proposals.
+        These positions take their most likely tokens with `denoise`, and the step's proposals otherwise.
         """
         last = self.is_last(step)
         assert action.commit is not None
@@ -72,9 +72,9 @@ class TimeGrid(Rule):
         return num_steps
 
     def times(self, index: int, num_steps: int) -> tuple[float, float]:
-        """Ends t > s of a step's interval.
+        """Return the start t and the end s < t of a step's time interval.
 
-        Rounded, so that a time which is a boundary of a rule on paper is that very number.
+        Both are rounded, so that a time that should equal a boundary of a rule does so exactly.
         """
         intervals = max(num_steps - self.denoise, 1)
         index = min(index, intervals)
@@ -87,10 +87,11 @@ class TimeGrid(Rule):
 
 @dataclass(frozen=True)
 class Ancestral(TimeGrid):
-    """Each open position is decided with probability ``(alpha(s) - alpha(t)) / (1 - alpha(t)) = 1 - s / t``.
+    """Decide each open position with probability ``(alpha(s) - alpha(t)) / (1 - alpha(t)) = 1 - s / t``.
 
-    MDLM (Sahoo et al., arXiv:2406.07524), whose last forward takes the likeliest tokens; with ``denoise=False`` the
-    "origin" algorithm of Dream (Ye et al., arXiv:2508.15487), whose last forward draws.
+    t > s are the ends of the step's time interval. MDLM (Sahoo et al., arXiv:2406.07524), whose last forward pass takes
+    the most likely tokens. With ``denoise=False``, it is the "origin" algorithm of Dream (Ye et al., arXiv:2508.15487),
+    whose last forward pass samples.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -101,19 +102,19 @@ class Ancestral(TimeGrid):
         return self.finishing(step, Action(step.select("bernoulli", score=step.confidence, cost=chance)))
 
     def chance(self, index: int, num_steps: int) -> tuple[float]:
-        """With what probability a step decides a position."""
+        """Return the probability with which a step decides a position."""
         t, s = self.times(index, num_steps)
         return (1 - s / t if t > 0 else 1.0,)
 
 
 @dataclass(frozen=True)
 class ScoreAncestral(TimeGrid):
-    """The reverse process of a model that predicts ratios: logits are ``ln s``, s the concrete score of each token.
+    """Reverse process of a model that predicts ratios: its logits are ``ln s``, s being each token's concrete score.
 
-    SEDD with an absorbing state (Lou et al., arXiv:2310.16834), its analytic sampler. With the log-linear noise
-    ``sigma(t) = -ln(1 - (1 - noise_eps) t)`` an open position is decided with probability
-    ``(exp(sigma(t) - sigma(s)) - 1) sum(s)``, at most 1, and takes each token in proportion to its score. The last
-    forward draws what is left.
+    The analytic sampler of SEDD with an absorbing state (Lou et al., arXiv:2310.16834). With the log-linear noise
+    ``sigma(t) = -ln(1 - (1 - noise_eps) t)``, an open position is decided with probability
+    ``min(1, (exp(sigma(t) - sigma(s)) - 1) sum(s))``, where the sum runs over the tokens' scores, and takes each token
+    in proportion to its score. The last forward pass samples everything left.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -128,7 +129,7 @@ class ScoreAncestral(TimeGrid):
         return Action(torch.where(self.is_last(step), step.eligible, commit))
 
     def rate(self, index: int, num_steps: int) -> tuple[float]:
-        """What the sum of a position's scores is multiplied by."""
+        """Return the factor by which the sum of a position's scores is multiplied."""
         t, s = self.times(index, num_steps)
         left_t, left_s = (1 - (1 - self.noise_eps) * x for x in (t, s))
         return (left_s / left_t - 1 if left_t > 0 else math.inf,)
@@ -136,19 +137,20 @@ class ScoreAncestral(TimeGrid):
 
 @dataclass(frozen=True)
 class UniformState(TimeGrid):
-    """The reverse process whose noise is other tokens: each position stays, takes a sample, or takes noise again.
+    """Reverse process whose noise is random tokens: each position keeps its token, takes a sample, or takes new noise.
 
-    Duo and other uniform-state diffusion models (Sahoo et al., arXiv:2506.10892). For a token with probability p of the
-    V that there are, ``alpha(t) = 1 - (1 - noise_eps) t``, a = alpha(t), b = alpha(s) and ``Z = a V p + 1 - a``, the
-    posterior is a mixture: it stays with probability ``(a V p + a / b - a) / Z``, takes a sample of the model's
-    distribution with ``(b - a) / Z``, and a uniform token with ``(1 - a / b)(1 - b) / Z``. The last forward takes the
-    likeliest tokens; without `denoise`, the last interval ends without noise.
+    For Duo and other uniform-state diffusion models (Sahoo et al., arXiv:2506.10892). Consider a token with probability
+    p, in a vocabulary of V tokens, and let ``alpha(t) = 1 - (1 - noise_eps) t``, a = alpha(t), b = alpha(s) and
+    ``Z = a V p + 1 - a``. The posterior is a mixture: the token stays with probability ``(a V p + a / b - a) / Z``, is
+    replaced by a sample of the model's distribution with ``(b - a) / Z``, and by a uniformly drawn token with
+    ``(1 - a / b)(1 - b) / Z``. The last forward pass takes the most likely tokens. Without `denoise`, the last interval
+    ends without noise instead.
 
     Attributes
     ----------
     draw_last : bool
-        With `denoise`: the last forward draws, too, from the posterior of a last step that ends without noise (Duo's
-        "ancestral" end; its distilled models have the other, "greedy").
+        With `denoise`: whether the last forward pass samples as well, from the posterior of a last step that ends
+        without noise. This is Duo's "ancestral" ending; its distilled models use "greedy", the default here.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"p_current"})
@@ -166,7 +168,7 @@ class UniformState(TimeGrid):
         total = (stays * step.vocab_size).float() * step.p_current + 1 - a
         noise = renews.float() / total + shrinks.float()
         draw = draws.float() / total
-        # One and the same uniform number for both: below `noise`, or below their sum; noise acts where both apply.
+        # Both draws use the same uniform number, compared with `noise` and with the sum; where both apply, noise wins.
         renoise = step.select("bernoulli", score=step.confidence, eligible=step.used, cost=noise)
         drawn = step.select("bernoulli", score=step.confidence, eligible=step.used, cost=noise + draw)
         token = torch.where(drawn, step.token, step.current)
@@ -181,7 +183,7 @@ class UniformState(TimeGrid):
         )  # fmt: skip
 
     def mixture(self, index: int, num_steps: int) -> tuple[float, float, float, float]:
-        """alpha(t); what is divided by Z of the probabilities of noise and of a sample; the rest of that of noise."""
+        """Return alpha(t), the numerators over Z of noise and of a sample, and the part of noise that is not over Z."""
         t, s = self.times(index, num_steps)
         a, b = self.alpha(t), self.alpha(0.0 if index >= num_steps - 1 else s)
         kappa = self.posterior_share(t, a, b)
@@ -189,35 +191,38 @@ class UniformState(TimeGrid):
         return a, renews, kappa * (b - a) + (1 - kappa) * b * (1 - a), (1 - kappa) * (1 - b)
 
     def alpha(self, t: float) -> float:
-        """Share of tokens that the forward process leaves at time t."""
+        """Return the share of tokens that the forward process has not replaced by time t."""
         return 1 - (1 - self.noise_eps) * t
 
     def time(self, index: int, num_steps: int) -> float:
-        """The time at which the log-linear process has the step's alpha."""
+        """Return the time at which the log-linear process has the step's alpha."""
         t = super().time(index, num_steps)
         return t if self.noise_eps == 1 else (1 - self.alpha(t)) / (1 - self.noise_eps)
 
     def posterior_share(self, t: float, a: float, b: float) -> float:
-        """Share of the posterior in the step from alpha a, at time t, to alpha b; the rest is the corrector's."""
+        """Return the posterior's share in the step from alpha a, at time t, to alpha b. The rest is the corrector's."""
         return 1.0
 
 
 @dataclass(frozen=True)
 class PredictorCorrector(UniformState):
-    """`UniformState` that takes some of its tokens back: each position samples the posterior, or a corrector.
+    """`UniformState` with a corrector: each position samples from a mixture of the posterior and the corrector.
 
-    The Ψ-samplers of Deschenaux, Gulcehre and Sahoo (arXiv:2602.21185). The corrector samples the end of the process,
-    where a token stays with probability ``a V p / Z`` and takes a sample with ``(1 - a) / Z``, and puts noise on it as
-    the forward process does until alpha is b. With kappa, the posterior's share, the mixture is that of `UniformState`
-    with other weights: noise has ``kappa (1 - a / b)(1 - b) / Z + (1 - kappa)(1 - b)``, a sample
-    ``(kappa (b - a) + (1 - kappa) b (1 - a)) / Z``, and staying the rest. With ``kappa = 1 - sigma / (1 - b)``, at
-    least 0, and the sigma of ReMDM (`AncestralRemask`, which is what this is where noise is a mask), `strategy` is
+    The corrector can turn tokens back into noise. These are the Ψ-samplers of Deschenaux, Gulcehre and Sahoo
+    (arXiv:2602.21185). The corrector samples the end of the process, where a token stays with probability ``a V p / Z``
+    and is replaced by a sample with ``(1 - a) / Z``. It then adds noise as the forward process does until alpha is b.
+    Let kappa be the posterior's share. The result is the mixture of `UniformState` with other weights: noise has
+    ``kappa (1 - a / b)(1 - b) / Z + (1 - kappa)(1 - b)``, a sample
+    ``(kappa (b - a) + (1 - kappa) b (1 - a)) / Z``, and keeping the token has the rest.
+
+    ``kappa = max(0, 1 - sigma / (1 - b))``, with sigma as in ReMDM (`AncestralRemask`, the counterpart of this rule for
+    models whose noise is a mask). `strategy` is one of
 
     - "cap": ``sigma = min(eta, (1 - b) / a)``;
     - "rescale": ``sigma = eta min(1, (1 - b) / a)``;
-    - "loop": sigma = eta while ``t_off < t <= t_on``, where alpha rests at `alpha_on`; before, alpha rises to it in
-      proportion; afterwards from it to 1; and kappa is 1 there;
-    - "constant": kappa is `kappa` while ``t_off < t <= t_on``, and 1 elsewhere.
+    - "loop": ``sigma = eta`` while ``t_off < t <= t_on``, where alpha is held at `alpha_on`. Before that, alpha rises
+      linearly to `alpha_on`, and afterwards from there to 1, with ``kappa = 1`` in both phases;
+    - "constant": kappa is the field `kappa` while ``t_off < t <= t_on``, and 1 otherwise.
     """
 
     limits: ClassVar[Mapping[str, Check]] = {

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a decoding rule is.
+"""The interface of unmasking rules.
 
-A rule is a small frozen dataclass. Most have one method, `select`, which asks the step for a prefix of the confidence
-order:
+A rule decides which positions of the canvas (prompt plus answer) are committed in each denoising step. It is a small
+frozen dataclass. Most rules have a single method, `select`, which asks the step for the best positions in score order:
 
 >>> @dataclass(frozen=True)
 ... class HalfOfTheRest(Rule):
 ...     def select(self, step):
 ...         return step.select("none", fill=(step.open_now + 1) // 2)
 
-One that does more than commit (edit, remask, renoise, end a block by itself) implements `act` instead. What a rule has
-to remember from one step to the next it keeps in the step (`Step.keep`, `Step.recall`), never in itself. Between
-`act` and its return nothing may be read on the host: everything is a tensor operation. The rows of a batch stand at
-different places of their plans, so the number of the step, of planned steps, of positions are tensors `[B]`; what
-follows from the number of a step alone is looked up in a table (`Step.planned`).
+A rule that does more than commit (edit, remask or renoise tokens, or end a block by its own criterion) implements `act`
+instead. State that must survive until the next step is kept in the step (`Step.keep`, `Step.recall`), never in the rule
+itself. Both methods consist of tensor operations only: reading a value on the host would force a device
+synchronization. Batch rows are at different points of their plans, so the step number, the number of planned steps and
+the numbers of positions are tensors `[B]`. Values that depend only on the step number come from a lookup table
+(`Step.planned`).
 """
 
 from __future__ import annotations
@@ -32,26 +33,30 @@ SHARE: Check = number(0, 1)
 
 @dataclass(eq=False)
 class Action:
-    """What a step does to the slots of its window: the masks of `ops.remask_`, of which the last to apply acts.
+    """The changes that a step makes to the W slots of its window, in each of the B requests.
+
+    The first four attributes are the masks of `ops.remask_`. If several of them apply to a slot, only the last of
+    commit, edit, remask and renoise takes effect.
 
     Attributes
     ----------
     commit, edit, remask, renoise : Tensor, optional
-        bool `[B, W]`. None: nowhere.
+        bool `[B, W]`: slots to which the operation applies. If None, it applies to none.
     token, confidence : Tensor, optional
-        int64 and float32 `[B, W]`: what is written and recorded, where that is not the step's own proposal.
+        int64 and float32 `[B, W]`: tokens to write and confidences to record. If None, the step's own proposals.
     embeds, embedded : Tensor, optional
-        `[B, W, hidden]` and bool `[B, W]`: input embeddings that stand in for those of the tokens at the next forward
-        of this block, and at which slots.
+        `[B, W, hidden]` and bool `[B, W]`: input embeddings that replace those of the tokens in the next forward pass
+        of this block, and the slots where they do.
     working : Tensor, optional
-        bool `[B]`: requests that want another step of this block. None: those with an open position in it.
+        bool `[B]`: requests that need another step for this block. If None, those with an open position left in it.
+        Ignored if the rule's `slots` is "open".
     insert, remove : Tensor, optional
-        int32 and bool `[B, W]`, both or neither: how many masks are put before a slot, and which slots are taken out,
-        after the rest is written. A block keeps its size: what is pushed beyond its end is dropped, what becomes free
-        there is masked. Where the length varies the request grows and shrinks. Only where the window holds all
-        positions of the block, or the length varies.
+        int32 and bool `[B, W]`, both or neither: number of masks to insert before each slot, and slots to remove, after
+        everything else has been written. A block keeps its size: positions pushed past its end are dropped, and those
+        that become free there are masked. With a `VariableLength` rule, the request grows or shrinks instead. Requires
+        a window with all positions of the block, or a variable length.
     append : Tensor, optional
-        int32 `[B]`: how many masks are put at the end of a request. Only where the length varies.
+        int32 `[B]`: number of masks to append to each request. Requires a variable length.
     """
 
     commit: Tensor | None = None
@@ -68,44 +73,49 @@ class Action:
     append: Tensor | None = None
 
 
-#: Fields of a configuration about where the head's results come from, for rules whose steps need the logits.
+#: `DecodingConfig` fields on how the LM head is computed; they have no effect on rules whose steps need the logits.
 OF_THE_HEAD = frozenset({"lm_head", "logits_budget"})
 
 
 class Rule:
-    """Base of all rules.
+    """Base class of all unmasking rules.
+
+    A position is *open* until a step commits a token there, and *decided* from then on. Positions of the prompt and of
+    an infill context are *given*: neither open nor decided.
 
     Attributes
     ----------
     needs : frozenset of str
-        Statistics beyond the confidence that the rule reads: "margin", "entropy", "p_current". A rule that leaves it
-        alone gets the first two.
+        Statistics that the rule reads in addition to the confidence: "margin", "entropy", "p_current". The default is
+        margin and entropy.
     slots : {"open", "block", "canvas"}
-        Which positions the step's window holds: the open ones of the block; all of the block that are not given; or
-        all of the canvas that are not given. The head runs for all of them.
+        Positions in the step's window: the open positions of the block, all positions of the block that are not given,
+        or all positions of the canvas that are not given. The LM head runs for all of them.
     noise : {"mask", "uniform", "continuous", "none"}
-        What stands at open positions: the mask token, tokens drawn uniformly from the vocabulary, noisy vectors, or
-        nothing that a causal model would read.
+        Content of open positions: the mask token, tokens drawn uniformly from the vocabulary, noisy vectors, or nothing
+        that the (causal) model would read.
     shadow : bool
-        Whether the opinions of decided positions are those of a shadow block: masks at the same places that see all
-        but the tokens there. (Otherwise a position sees its own token.) With slots="block" only.
+        Whether the predictions for decided positions come from a shadow block: one extra mask per position of the
+        block, which sees everything except the token at that position. If False, a position sees its own token.
+        Requires slots="block".
     draws : bool
-        Whether the rule itself leaves something to chance, even where tokens are not sampled.
+        Whether the rule itself makes random choices, even if tokens are not sampled.
     decodes : {"anything", "continuations", "infillings"}
-        What it is for: `generate`, `infill`, or both.
+        Supported tasks: both, `generate` only, or `infill` only.
     token_ids : dict
-        Names of its fields that hold token ids, which are taken from the model's configuration where they are None, and
-        whether it needs them.
+        Names of the fields that hold token ids, mapped to whether the rule requires them. Ids that are None are read
+        from the model's configuration.
     by_block : bool
-        Whether the program that most rules share decodes it, block after block; False: it has a program of its own.
+        Whether the rule is decoded block after block by the default program (decoding loop). If False, it has its own
+        program.
     reads_logits : bool
-        Whether it reads logits in its steps (`Step.logits`, `Step.again`). A rule that does and does not say so works,
-        and its steps take longer: the head then runs once more for what is read.
+        Whether the rule's steps read logits (`Step.logits`, `Step.again`). A rule that reads them without declaring it
+        works, but is slower: the LM head runs a second time for what it reads.
     reads_ends : bool
-        Whether it asks which tokens are end tokens (`Step.is_end`).
+        Whether the rule asks which tokens are end tokens (`Step.is_end`).
     limits : dict
-        What its numbers may be: name of a field to a check of `decoding.checks`, which is done when it is made. A field
-        whose check is a `PerRequest` may have a value for each request; in a step it is then a tensor `[B, 1]`.
+        Checks of the rule's fields, made on construction: field name to check (see `decoding.checks`). A field whose
+        check is a `PerRequest` also takes one value per request. Within a step, these values are a tensor `[B, 1]`.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"margin", "entropy"})
@@ -125,44 +135,44 @@ class Rule:
 
     @property
     def ignores(self) -> frozenset[str]:
-        """Fields of `DecodingConfig` that make no difference to this rule; a user who sets one is told so."""
+        """Fields of `DecodingConfig` that have no effect with this rule. Passing one raises a ValueError."""
         return frozenset()
 
     def select(self, step: Step) -> Tensor:
-        """Positions to commit: bool `[B, W]`, a subset of `step.eligible`."""
+        """Return the positions to commit: bool `[B, W]`, a subset of `step.eligible`."""
         raise NotImplementedError
 
     def act(self, step: Step) -> Action:
-        """What the step does; by default it commits what `select` says."""
+        """Return the changes that this step makes. The default is to commit the positions from `select`."""
         return Action(commit=self.select(step))
 
     @property
     def uses_steps(self) -> bool:
-        """Whether the number of forwards is the configured `steps`, and not decided by the confidences."""
+        """Whether the configured `steps` determines the number of forward passes. If False, the confidences do."""
         return False
 
     def max_steps(self, length: int, num_steps: int) -> int:
-        """Forwards after which a block of `length` positions, planned for `num_steps`, ends in any case."""
+        """Return the maximum number of forward passes for a block of `length` positions planned for `num_steps`."""
         return max(length, num_steps)
 
     def temperature(self, index: int, num_steps: int) -> float | None:
-        """Sampling temperature of step `index`; None: the configured one."""
+        """Return the sampling temperature of step `index`, or None for the configured one."""
         return None
 
     def time(self, index: int, num_steps: int) -> float | None:
-        """Diffusion time of step `index`, from 1 (noise) to 0, of rules that walk a time grid; None of the others."""
+        """Return the diffusion time of step `index`, from 1 (noise) to 0, or None if the rule has no time grid."""
         return None
 
 
 def row_sum(values: Tensor, where: Tensor) -> Tensor:
-    """Sum of the chosen non-negative values of each row, float64 `[B]`.
+    """Return the sum of the selected non-negative values of each row, float64 `[B]`.
 
-    Summed as integers of 2^-32, so that it does not depend on the batch or the device.
+    Values are added as integer multiples of 2^-32, so that the result does not depend on the batch or the device.
     """
     fixed = (values.double().nan_to_num(0.0, 2.0**18, 0.0).clamp(0, 2.0**18) * 2.0**32).round().long()
     return fixed.masked_fill(~where, 0).sum(1).double() / 2.0**32
 
 
 def row_mean(values: Tensor, where: Tensor) -> Tensor:
-    """Mean of the chosen non-negative values of each row, float32 `[B]`; 0 where there are none."""
+    """Return the mean of the selected non-negative values of each row, float32 `[B]`; 0 if none are selected."""
     return (row_sum(values, where) / where.sum(1).clamp(min=1)).float()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules that look at one step's confidences: a prefix of the confidence order, or a few prefixes together."""
+"""Rules that use only the confidences of the current step: the best positions in score order, or several such sets."""
 
 from __future__ import annotations
 
@@ -18,29 +18,31 @@ from .base import SHARE, Rule
 
 @dataclass(frozen=True)
 class Quota(Rule):
-    """A fixed number a step: n open positions over S steps.
+    """Commit a fixed number of positions per step: n open positions over S steps.
 
-    By default n // S each and one more in the first n % S: LLaDA's linear schedule (Nie et al., arXiv:2502.09992,
-    `get_num_transfer_tokens`).
+    By default each step commits the best n // S positions, and the first n % S steps one more. This is LLaDA's linear
+    schedule (Nie et al., arXiv:2502.09992, `get_num_transfer_tokens`).
 
     Attributes
     ----------
     of_block : bool
-        n is the length of the block, as in SDAR (Cheng et al., arXiv:2510.06303), so that a block whose first positions
-        are given takes fewer steps.
+        If True, n is the length of the block, as in SDAR (Cheng et al., arXiv:2510.06303), so that a block that begins
+        with given positions takes fewer steps. If False, n is the number of positions open at the start of the block.
     spread : bool
-        With the linear schedule: the n % S are not the first steps' but spread over all. After i steps
-        n - floor(n (S - i) / S) are decided, as in RND1 (github.com/RadicalNumerics/RND1, `diffusion_sample`).
+        If True, spread the n % S extra positions over all steps instead of the first ones (linear schedule only). After
+        i steps, n - floor(n (S - i) / S) positions are decided, as in RND1 (github.com/RadicalNumerics/RND1,
+        `diffusion_sample`).
     schedule : {"linear", "cosine"} or callable or sequence of float or Tensor
-        Which share of the n is decided after which share of the steps. cosine: ``1 - cos(pi r / 2)`` after the share r,
-        so that few tokens go first and many last (MaskGIT, Chang et al., arXiv:2202.04200). A callable gives that share
-        for r in (0, 1]. A sequence, or a tensor `[K]`, holds the shares after 1/K, 2/K … of the steps; between these
-        it is a straight line. Shares must not fall, and the last must be 1.
+        Share of the n positions that is decided after a share r of the steps. "cosine" is ``1 - cos(pi r / 2)``: few
+        tokens in early steps, many in late ones (MaskGIT, Chang et al., arXiv:2202.04200). A callable is called with r
+        in (0, 1]. A sequence, or a tensor `[K]`, holds the shares after 1/K, 2/K … of the steps, with linear
+        interpolation between them. Shares must not decrease, and the last must be 1.
     rounding : {"down", "nearest"}
-        How shares become whole numbers, for all but LLaDA's rule. down: what is left open is rounded down, and each
-        step decides one at least (MaskGIT's program). nearest: each step decides the nearest number to its share of
-        what is left, a half going to the even number, and steps without a token are left out (the rule of
-        github.com/ZHZisZZ/dllm, `get_num_transfer_tokens`). With it "linear" is dllm's linear schedule, not LLaDA's.
+        How shares become whole numbers. LLaDA's rule above ("linear" with "down") needs no rounding. "down": the number
+        of positions left open is rounded down, and each step decides at least one (as in MaskGIT's program). "nearest":
+        each step decides its share of the positions left, rounded to the nearest integer (half to even), and steps that
+        would decide none are skipped (as in github.com/ZHZisZZ/dllm, `get_num_transfer_tokens`). "linear" is then
+        dllm's linear schedule.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -59,15 +61,18 @@ class Quota(Rule):
     def __post_init__(self):
         super().__post_init__()
         if self.spread and not self.is_linear:
-            raise ValueError("spread is for schedule='linear' with rounding='down'; the others spread by themselves")
+            raise ValueError(
+                "spread=True requires schedule='linear' and rounding='down': other schedules define their own "
+                f"distribution over the steps; got schedule={self.schedule!r} and rounding={self.rounding!r}"
+            )
 
     @property
     def is_linear(self) -> bool:
-        """Whether the numbers are those of LLaDA or RND1, which need no table."""
+        """Whether the counts are those of LLaDA or RND1, which need no table."""
         return self.schedule == "linear" and self.rounding == "down"
 
     def count(self, step: Step) -> Tensor:
-        """This step's share, int32 `[B]`."""
+        """Return the number of positions to commit in this step, int32 `[B]`."""
         n = step.block_length if self.of_block else step.open_at_start
         if not self.is_linear:
             return self._planned(step, n)
@@ -78,11 +83,11 @@ class Quota(Rule):
 
     @staticmethod
     def _left(index: int, num_steps: int) -> int:
-        """How many steps come after one."""
+        """Return the number of steps that follow step `index`."""
         return max(num_steps - 1 - index, 0)
 
     def _planned(self, step: Step, n: Tensor) -> Tensor:
-        """The same from a table of all numbers of positions, plans and steps."""
+        """Look up this step's count for `n` int32 `[B]` in a table over all plans, steps and values of n."""
         tables, numbers = step.standing.tables, torch.arange(step.standing.width + 1, device="cpu")
 
         def make() -> Tensor:
@@ -106,10 +111,10 @@ class Quota(Rule):
 
 @dataclass(frozen=True)
 class TimeQuota(Rule):
-    """Dream's schedule: step i commits `floor(n * (1 - t[i+1] / t[i]))` of the n still open, the last step all of them.
+    """Commit `floor(n * (1 - t[i+1] / t[i]))` of the n open positions in step i, and all of them in the last step.
 
-    `t` falls linearly from 1 to `eps` (Ye et al., arXiv:2508.15487). n is counted for each request; the published code
-    takes the batch mean.
+    Dream's schedule: `t` decreases linearly from 1 to `eps` (Ye et al., arXiv:2508.15487). n is counted per request;
+    the published code uses the batch mean.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -120,7 +125,7 @@ class TimeQuota(Rule):
     def select(self, step: Step) -> Tensor:
         width = (1 - self.eps) / step.num_steps.double()
         share = width / (1 - width * step.index)
-        # a product that is a whole number on paper must not fall short of it
+        # rounding errors must not push a product that is an exact integer in theory below it
         count = (step.open_now.double() * share + 1e-9).int()
         return step.select("none", fill=torch.where(step.index >= step.num_steps - 1, step.open_now, count))
 
@@ -131,15 +136,19 @@ class TimeQuota(Rule):
 
 @dataclass(frozen=True)
 class Threshold(Rule):
-    """Everything at least as confident as `threshold` (`strict`: more), and always the best position.
+    """Commit every position with a score of at least `threshold`, and always the best position.
 
     Fast-dLLM (Wu et al., arXiv:2505.22618).
 
     Attributes
     ----------
+    threshold : float or sequence of float
+        Minimum score (by default the score is the confidence), one for all requests or one per request.
+    strict : bool
+        If True, the score must exceed `threshold`.
     tie : float, optional
-        Everything within `tie` of the best score is committed too, however unsure (1e-5 in dInfer, Ma et al.,
-        arXiv:2510.08666, so that equals go together).
+        If given, also commit every position whose score is within `tie` of the best, however low. dInfer (Ma et al.,
+        arXiv:2510.08666) uses 1e-5, so that equal scores are committed together.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -160,10 +169,10 @@ class Threshold(Rule):
 
 @dataclass(frozen=True)
 class DynamicThreshold(Rule):
-    """Everything more confident than `threshold` if that is at least the step's quota, else the quota.
+    """Commit the positions with a score above `threshold`, or the best k if those are fewer than the step's quota k.
 
     "low_confidence_dynamic" of SDAR (Cheng et al., arXiv:2510.06303) and the decoder of LLaDA2.0 (arXiv:2512.15745).
-    The quota is that of `Quota(of_block=True)`.
+    The quota is that of `Quota(of_block=True)`. With `strict=False`, scores equal to `threshold` count as well.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -183,9 +192,10 @@ class DynamicThreshold(Rule):
 
 @dataclass(frozen=True)
 class Factor(Rule):
-    """The longest prefix whose n-th best confidence c satisfies `(n + 1) * (1 - c) <= factor`; at least one.
+    """Commit in score order while the n-th best score c satisfies `(n + 1) * (1 - c) <= factor`; at least one position.
 
-    Fast-dLLM (Wu et al., arXiv:2505.22618). The published code also commits a last position that fails; this does not.
+    Fast-dLLM (Wu et al., arXiv:2505.22618). The published code makes an exception for the lowest-ranked open position,
+    which it commits even if that one fails the test; this rule does not.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -199,12 +209,13 @@ class Factor(Rule):
 
 @dataclass(frozen=True)
 class Frechet(Rule):
-    """The longest prefix of which all may be right together, and stay so, with more than `delta`; at least one.
+    """Commit the best positions whose tokens are jointly right with probability above `delta`; at least one position.
 
-    Whatever their dependence, tokens of confidences c are all right with a probability of at least the Fréchet bound
-    ``sum(c) - (n - 1)``. The n best are committed as long as that exceeds `delta` by what the n-th lacks of certainty:
-    ``sum(c) - (n - 1) - (1 - c_n) > delta``. Of equal confidences as many as under `Factor(1 - delta)`; of different
-    ones more, since each counts with its own. Fast-dLLM++ (arXiv:2606.02955).
+    Whatever the dependence between them, n tokens with confidences c are all right with a probability of at least the
+    Fréchet bound ``sum(c) - (n - 1)``. Positions are committed in score order while this bound exceeds `delta` by more
+    than the uncertainty of the n-th: ``sum(c) - (n - 1) - (1 - c_n) > delta``. If the confidences are equal, these are
+    as many positions as with `Factor(1 - delta)`. If they differ, there are more, since each position counts with its
+    own confidence. Fast-dLLM++ (arXiv:2606.02955).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -214,7 +225,7 @@ class Frechet(Rule):
 
     def select(self, step: Step) -> Tensor:
         best = step.candidates.sort(1, descending=True).values
-        # what each lacks of certainty, in integers of 2^-32, whose sums are exact in any order
+        # uncertainties 1 - c as integer multiples of 2^-32, whose sums are exact in any order
         lacks = ((1 - best.double()).clamp(0, 2.0**18) * 2.0**32).round().long()
         delta: float | Tensor = self.delta
         most = (1 - (delta.double() if isinstance(delta, Tensor) else delta)) * 2.0**32
@@ -224,9 +235,10 @@ class Frechet(Rule):
 
 @dataclass(frozen=True)
 class EntropyBound(Rule):
-    """Positions in order of entropy while the entropies before the last sum to at most `bound` nats; at least one.
+    """Commit the positions of lowest entropy while all entropies but the largest sum to at most `bound` nats.
 
-    EB-Sampler (Ben-Hamu et al., arXiv:2505.24857). Always ordered by entropy, whatever the configured score.
+    At least one position is committed. EB-Sampler (Ben-Hamu et al., arXiv:2505.24857). Positions are always ordered by
+    entropy, whatever the configured score.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
@@ -246,10 +258,10 @@ class EntropyBound(Rule):
 
 @dataclass(frozen=True)
 class EntropySum(Rule):
-    """Positions in order of entropy while the entropies, the last included, sum to less than `budget`; at least one.
+    """Commit the positions of lowest entropy while their entropies sum to less than `budget` nats; at least one.
 
-    "entropy_bounded" of JetEngine, which serves SDAR (Cheng et al., arXiv:2510.06303). Not the rule of EB-Sampler,
-    which leaves the largest entropy out of the sum: see `EntropyBound`.
+    "entropy_bounded" of JetEngine, which serves SDAR (Cheng et al., arXiv:2510.06303). Not the same as the EB-Sampler
+    (`EntropyBound`), which leaves the largest entropy out of the sum.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
@@ -267,10 +279,10 @@ class EntropySum(Rule):
 
 @dataclass(frozen=True)
 class HierarchicalThreshold(Rule):
-    """The best of every run of neighbouring open positions if above `low`, everything above `threshold`, the best.
+    """Commit positions with a score above `threshold`, and the best of each run of open neighbors if above `low`.
 
-    Hierarchical decoding of dInfer (Ma et al., arXiv:2510.08666): committed positions divide a block, and far-apart
-    ones depend little on each other.
+    At least the best position is committed. Hierarchical decoding of dInfer (Ma et al., arXiv:2510.08666): decided
+    positions divide a block into runs, and positions that are far apart depend little on each other.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -286,18 +298,19 @@ class HierarchicalThreshold(Rule):
         follows[:, 1:] = (position[:, 1:] == position[:, :-1] + 1) & step.eligible[:, :-1] & step.eligible[:, 1:]
         run = (~follows).cumsum(1) - 1
         best = torch.full_like(score, -torch.inf).scatter_reduce(1, run, score, "amax").gather(1, run)
-        first = torch.where(score == best, slots, len(slots))  # equals: the leftmost
+        first = torch.where(score == best, slots, len(slots))  # ties go to the leftmost
         first = torch.full_like(run, len(slots)).scatter_reduce(1, run, first, "amin").gather(1, run)
         winners = (slots == first) & (score > self.low)
-        # The best of all wins its run, so that it is missing only where nothing at all is above `low`.
+        # The overall best wins its run, so it is missing only if no score is above `low`; `fill` then commits it.
         return step.select("all", gate=winners | (score > self.threshold), need=1, fill=1)
 
 
 @dataclass(frozen=True)
 class LocalThreshold(Rule):
-    """Anchors, of at least `threshold`, and what is at least `relaxed` within `radius` of one; at least the best.
+    """Commit anchors (score at least `threshold`), and positions near an anchor whose score is at least `relaxed`.
 
-    LocalLeap (Kong et al., arXiv:2510.07081).
+    "Near" means at most `radius` positions away. At least the best position is committed. LocalLeap (Kong et al.,
+    arXiv:2510.07081).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -320,10 +333,10 @@ class LocalThreshold(Rule):
 
 @dataclass(frozen=True)
 class DilatedSchedule(Rule):
-    """Step t = 1, 2, … takes every ``length // base**t``-th position of the block, so that few neighbours go together.
+    """Commit every ``length // base**t``-th position of the block in step t = 1, 2, …, to keep neighbors apart.
 
-    DUS (Luxembourg et al., arXiv:2506.19037): about ``log(length) / log(base)`` forwards a block, whatever the model
-    says. A step whose positions are all given takes the best one.
+    DUS (Luxembourg et al., arXiv:2506.19037). A block takes about ``log(length) / log(base)`` forward passes, whatever
+    the model predicts. If none of a step's positions is open, the step commits the best open position instead.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -332,6 +345,6 @@ class DilatedSchedule(Rule):
     base: int = 2
 
     def select(self, step: Step) -> Tensor:
-        power = self.base ** (step.index + 1).clamp(max=30).double()  # beyond any length in any base
+        power = self.base ** (step.index + 1).clamp(max=30).double()  # exceeds any length in any base
         stride = torch.floor(step.block_length / power).clamp(min=1).int()
         return step.select("all", gate=step.index_in_block % stride[:, None] == 0, need=1, fill=1)

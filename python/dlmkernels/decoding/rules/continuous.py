@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samplers of continuous models: what is decoded are noisy vectors, one a position, and tokens are read off at the end.
+"""Samplers of continuous models, which decode one noisy vector per position and turn vectors into tokens at the end.
 
-A step takes the vectors z and what the model makes of them, the mean x of what they come from, to ``z' = a z + b x +
-c n`` with normal numbers n. A rule says which noise levels are walked through, and a, b and c of each step; the model
-says what its noise levels are.
+A step takes the vectors z and the model's estimate x of the noise-free vectors to ``z' = a z + b x + c n``, with
+standard normal numbers n. The rule defines the sequence of times and each step's a, b and c. The model defines the
+noise level at each time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..checks import Check, flag, number
 from .base import OF_THE_HEAD, SHARE, Rule
 
-#: Fields of a configuration about the order and the sampling of tokens, and about blocks.
+#: `DecodingConfig` fields on the order and the sampling of tokens, on blocks, and on the LM head.
 UNUSED = frozenset((
     "score", "order_temperature", "defer_token_ids", "temperature", "top_k", "top_p", "top_p_first", "keep_crossing",
     "distribution", "block_length", "sub_block_length", "sub_block_cache",
@@ -26,16 +26,17 @@ UNUSED = frozenset((
 
 
 class Walk(NamedTuple):
-    """The noise levels of N forwards, and what happens after each but the last.
+    """The times of N forward passes, and the step after each of them except the last.
 
     Attributes
     ----------
     time : Tensor
-        float64 `[N]`, of `[0, 1]`.
+        float64 `[N]`, values in `[0, 1]`.
     weights : Tensor
-        float64 `[N, 3]`: a, b and c of the step after each forward; the last row has no meaning.
+        float64 `[N, 3]`: a, b and c of the step after each forward pass. The last row is meaningless.
     first : Tensor
-        float64 `[2]`: what the vectors of given tokens, and noise, are multiplied by before the first forward.
+        float64 `[2]`: factors of the given tokens' vectors and of the noise added to them before the first forward
+        pass.
     """
 
     time: Tensor
@@ -45,14 +46,14 @@ class Walk(NamedTuple):
 
 @dataclass(frozen=True)
 class ContinuousRule(Rule):
-    """Base of the samplers of continuous models.
+    """Base class of the samplers of continuous models.
 
     Attributes
     ----------
     clean_context : bool
-        Whether given tokens are vectors without noise at all times; False: they have as much noise as the others.
+        Whether the vectors of given tokens are free of noise at all times. If False, they are as noisy as the others.
     clamps : bool
-        Whether what the model says is moved to the nearest vector of a token. For models that say vectors.
+        Whether the model's prediction is moved to the nearest token vector. For models that predict vectors.
     """
 
     clean_context: ClassVar[bool] = False
@@ -71,7 +72,7 @@ class ContinuousRule(Rule):
         return UNUSED
 
     def check_task(self, config: Any, prompt_embeds: Tensor | None) -> None:
-        """Refuse what has no meaning where vectors are decoded."""
+        """Raise a ValueError for options that are meaningless when vectors are decoded."""
         for name, is_asked in (
             ("cfg_scale", config.cfg_scale > 0), ("constraint", config.constraint is not None),
             ("inputs_embeds", prompt_embeds is not None), ("cache", config.cache != "none"),
@@ -80,17 +81,17 @@ class ContinuousRule(Rule):
                 raise ValueError(f"{name} cannot be used with rule {type(self).__name__}")
 
     def walk(self, gamma: Callable[[Tensor], Tensor], steps: int, device: torch.device) -> Walk:
-        """The plan of `steps` forwards; `gamma` gives the model's noise levels at times of `[0, 1]`, float64."""
+        """Plan `steps` forward passes; `gamma` maps times in `[0, 1]`, float64, to the model's noise levels."""
         raise NotImplementedError
 
 
 def signal(gamma: Tensor) -> Tensor:
-    """alpha of ``z = alpha x + sigma n``, by the logarithm gamma of sigma^2 / alpha^2, where both squares sum to 1."""
+    """Return alpha of ``z = alpha x + sigma n`` for ``gamma = ln(sigma^2 / alpha^2)``, with alpha^2 + sigma^2 = 1."""
     return torch.sigmoid(-gamma).sqrt()
 
 
 def toward(gamma: Tensor) -> Tensor:
-    """Weights `[N, 3]` of the steps along z = alpha x + sigma n with the noise n that z and x imply."""
+    """Return the weights `[N, 3]` of steps along z = alpha x + sigma n, keeping the noise n implied by z and x."""
     now, then = gamma, torch.cat((gamma[1:], gamma[-1:]))
     kept = signal(-then) / signal(-now)
     return torch.stack((kept, signal(then) - kept * signal(now), torch.zeros_like(now)), 1)
@@ -98,10 +99,11 @@ def toward(gamma: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class EmbeddingFlow(ContinuousRule):
-    """The probability flow of LangFlow (arXiv:2604.11748): no chance but the first noise.
+    """Probability flow of LangFlow (arXiv:2604.11748): deterministic apart from the initial noise.
 
-    N forwards at gamma of N quantiles, evenly spaced from 1 - eps to eps. Each says a mean embedding x, and z moves on
-    the line of its noise: ``z' = alpha' x + sigma' (z - alpha x) / sigma``. The tokens are the likeliest of the last.
+    N forward passes run at gamma of N quantiles, evenly spaced from 1 - eps to eps. Each predicts a mean embedding x,
+    and z moves along the line of its noise: ``z' = alpha' x + sigma' (z - alpha x) / sigma``. The last forward pass
+    decides: each position takes its most likely token.
     """
 
     limits: ClassVar[Mapping[str, Check]] = {"eps": number(0.0, 0.5, above=True)}
@@ -109,7 +111,7 @@ class EmbeddingFlow(ContinuousRule):
     eps: float = 1e-5
 
     def walk(self, gamma: Callable[[Tensor], Tensor], steps: int, device: torch.device) -> Walk:
-        # in float32, as the published program has them
+        # in float32, as in the published program
         q = torch.linspace(1.0 - self.eps, self.eps, steps, device=device, dtype=torch.float32)
         levels = gamma(q.double()).float().double()
         return Walk(q.double(), toward(levels), torch.stack((signal(levels[0]), signal(-levels[0]))))
@@ -117,13 +119,14 @@ class EmbeddingFlow(ContinuousRule):
 
 @dataclass(frozen=True)
 class LearnedNoise(ContinuousRule):
-    """The sampler of Plaid (Gulrajani and Hashimoto, arXiv:2305.18619) along a noise schedule that was learnt.
+    """Sampler of Plaid (Gulrajani and Hashimoto, arXiv:2305.18619), along a learned noise schedule.
 
-    N + 1 forwards: at N times evenly spaced from 1 to 0, and again at 0. Each of the first N - 1 is followed by a step
-    of 1 / N; at time 0 nothing moves, and the last forward decides. gamma is the model's own function of the time. The
-    noise that x implies is divided by `score_temperature`, which moves x away from z.
-    Then, with c = 1 - exp(gamma' - gamma), ``z' = alpha' / alpha (1 - c) z + c alpha' x + sqrt(c (1 - alpha'^2)) n``;
-    with ``ddim`` as in `EmbeddingFlow`.
+    N + 1 forward passes run at N times evenly spaced from 1 to 0, and once more at 0. Each of the first N - 1 is
+    followed by a step of size 1 / N. At time 0 nothing moves, and the last forward pass decides the tokens. gamma is
+    the model's own function of time. The noise implied by x is divided by `score_temperature`, so that values below 1
+    move x away from z. With c = 1 - exp(gamma' - gamma), the step is then
+    ``z' = alpha' / alpha (1 - c) z + c alpha' x + sqrt(c (1 - alpha'^2)) n``. With ``ddim``, it is the deterministic
+    step of `EmbeddingFlow`.
     """
 
     limits: ClassVar[Mapping[str, Check]] = {"score_temperature": number(0.0, above=True), "ddim": flag}
@@ -144,7 +147,7 @@ class LearnedNoise(ContinuousRule):
             share = -torch.expm1(then - now)
             a, b = (1 - share) * alpha_then / alpha, share * alpha_then
             c = (share * (1 - alpha_then**2)).sqrt()
-        # x is made of what the model says and of z
+        # x combines the model's prediction and z
         inverse = 1 / self.score_temperature
         weights = torch.stack((a + b * (1 - inverse) / alpha, b * inverse, c), 1)
         rests = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64, device=device)
@@ -154,12 +157,12 @@ class LearnedNoise(ContinuousRule):
 
 @dataclass(frozen=True)
 class VectorDenoising(ContinuousRule):
-    """The samplers of Diffusion-LM (Li et al., arXiv:2205.14217), whose model says clean vectors and not logits.
+    """Samplers of Diffusion-LM (Li et al., arXiv:2205.14217), whose model predicts clean vectors instead of logits.
 
-    N forwards at N of the steps that the model was trained with, evenly spaced, the last and the first among them. What
-    the model says, x, is moved to the nearest vector of a token (`clamp`). Then z is drawn from what it was one step
-    before, given x and z now (DDPM's posterior). With `eta` the step is DDIM's, whose noise is `eta` times that of the
-    posterior. The tokens are read off the last x. Given tokens have no noise at any time.
+    N forward passes run at N of the model's training steps, evenly spaced and including the last and the first. The
+    prediction x is moved to the nearest token vector (`clamp`). Then z is drawn from the posterior one step earlier,
+    given x and the current z (DDPM). With `eta`, the step is DDIM's, with `eta` times the noise of that posterior. The
+    tokens are read from the last x. Given tokens are free of noise at all times.
     """
 
     clean_context: ClassVar[bool] = True
@@ -190,19 +193,20 @@ class VectorDenoising(ContinuousRule):
 
 @dataclass(frozen=True)
 class SimplexDenoising(ContinuousRule):
-    """The sampler of SSD-LM (Han, Kumar and Tsvetkov, arXiv:2210.17432), block after block.
+    """Sampler of SSD-LM (Han, Kumar and Tsvetkov, arXiv:2210.17432), block after block.
 
-    A position is a vector of V numbers, at first K times noise. Each forward says logits; the tokens of their nucleus
-    become K, all others -K, and as much noise is put on that as one step less has. A block takes its share of `steps`,
-    and its tokens are the likeliest of its last forward.
+    Each position is a vector of V numbers (the vocabulary size), initially K times noise, where K is the model's
+    `simplex_scale`. Each forward pass predicts logits. The tokens of their nucleus are set to K and all others to -K,
+    and noise is added to the level of the next step. Each block takes its share of `steps`, and its tokens are the most
+    likely ones of its last forward pass.
 
     Attributes
     ----------
     nucleus : float
-        Probability of the tokens that become K: the likeliest that sum to it, the one that crosses it included.
+        Probability mass of the tokens set to K: the most likely tokens up to and including the one that reaches it.
     draw : bool
-        Whether one token of the nucleus, drawn by its probability, becomes K, and not all of them: the second of the
-        published programs (`ssd_model_decode_alt.py`).
+        If True, only one token of the nucleus, drawn by probability, is set to K instead of all of them. This is the
+        second published program (`ssd_model_decode_alt.py`).
     """
 
     limits: ClassVar[Mapping[str, Check]] = {"nucleus": SHARE, "draw": flag}

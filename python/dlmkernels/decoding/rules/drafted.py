@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules of causal models that know no masks: one token a forward, or as many as a drafter has guessed."""
+"""Rules for causal models without mask tokens: one token per forward pass, or several guessed by a drafter."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ def _width(name: str, value: Any) -> int | str | None:
 
 
 def _drafter(name: str, value: Any) -> Any:
-    """Known by what it has: a drafter needs transformers, and rules do not."""
+    """Accept a drafter by its attributes rather than its class, which would require importing transformers."""
     if getattr(getattr(value, "form", None), "drafts", None) is None:
         raise TypeError(
-            f"{name} must be what dlmkernels.load_drafter(path, target) returns; got {type(value).__name__}"
+            f"{name} must be a drafter from dlmkernels.load_drafter(path, target); got {type(value).__name__}"
         )
     return value
 
 
 @dataclass(frozen=True)
 class NextToken(Rule):
-    """One token a forward, from left to right, as a causal model is decoded without further ado.
+    """Decode one token per forward pass, from left to right: ordinary autoregressive decoding of a causal model.
 
-    For any causal model that transformers loads, whether or not it has a mask token; all of its tokens may be said. A
-    token is drawn with the noise of its place alone, so that `Drafted` with the same seed says the same.
+    Works with any causal model that transformers loads, with or without a mask token; any of its tokens may be
+    generated. The noise that samples a token depends only on its position, so that `Drafted` with the same seed
+    generates the same text.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -49,34 +50,35 @@ class NextToken(Rule):
         })  # fmt: skip
 
     def select(self, step):
-        raise TypeError(f"{type(self).__name__} has a program of its own and selects nothing of a step")
+        raise TypeError(f"{type(self).__name__} has its own decoding program and does not implement select")
 
 
 @dataclass(frozen=True)
 class Drafted(NextToken):
-    """What `NextToken` says, token for token, in fewer forwards: a drafter guesses, and the model verifies.
+    """Generate exactly the tokens of `NextToken` in fewer forward passes: a drafter guesses, and the model verifies.
 
     Speculative decoding (Leviathan et al., ICML 2023) with a block-diffusion drafter (DFlash, arXiv:2602.06036). In
-    each step the drafter fills a block of masks behind the last token, and one forward of the model reads the drafts.
-    From the left, a draft is accepted if it is the very token that the model says in its place; the first that is not
-    is replaced by that token, and after the last comes one more. So at any temperature, under any filter, the tokens
-    are the model's own. Drafts are drawn with the noise that the model draws with, so that they agree more often.
+    each step, the drafter fills a block of masks after the last token, and one forward pass of the model reads these
+    drafts. From left to right, a draft is accepted if it is the token that the model itself chooses at that position.
+    The first draft that differs is replaced by the model's token. If all are accepted, one more token follows them. At
+    any temperature and with any filter, the text is therefore the model's own. Drafts are sampled with the same noise
+    as the model's tokens, so that they agree more often.
 
     Attributes
     ----------
     drafter : Drafter
-        What `dlmkernels.load_drafter` has loaded for the model. `generate(…, drafter=drafter)` says the same as
+        Drafter that `dlmkernels.load_drafter` has loaded for the model. `generate(…, drafter=drafter)` is short for
         `generate(…, rule=Drafted(drafter))`.
     width : int or "auto", optional
-        How many tokens are drafted at once, at most as many as the drafter was trained for. None: that many. "auto":
-        each request asks for the number that decides most tokens a second, by how many of its drafts have been
-        accepted lately and how long steps take on this machine, which is measured when a batch of so many requests is
-        first decoded with the drafter; where drafts are worth nothing, none. The text is the same, but how many
-        forwards it takes is not.
+        Number of tokens to draft at once, at most the number that the drafter was trained for, which is the default.
+        With "auto", each request uses the number that decides the most tokens per second, possibly 0. It follows from
+        how many of the request's recent drafts were accepted and from the duration of a step on this machine, which is
+        measured the first time a batch of that size is decoded with the drafter. The text does not depend on it, but
+        the number of forward passes does.
     tree : int, optional
-        With a number, so many drafts in a tree, its likeliest paths, in place of a chain of the likeliest tokens
-        (DDTree, arXiv:2604.12989): `width` is its depth then. For drafters whose drafts are independent of each other
-        (DFlash) and targets without sliding windows.
+        If given, number of drafts, 2 to 255, in a tree of the most likely paths, instead of a chain of the most likely
+        tokens (DDTree, arXiv:2604.12989). `width` is then the depth of the tree. Requires a drafter whose drafts do not
+        depend on each other (DFlash) and a target without sliding windows.
     """
 
     limits: ClassVar[Mapping[str, Check]] = {
@@ -93,4 +95,6 @@ class Drafted(NextToken):
         if isinstance(self.width, int) and self.width > drafts:
             raise ValueError(f"width must be at most the drafter's {drafts} drafts; got {self.width}")
         if self.tree is not None and self.width == "auto":
-            raise ValueError("width='auto' cannot be used with tree, whose number of drafts is fixed")
+            raise ValueError(
+                f"width='auto' cannot be used with tree, whose number of drafts is fixed; got tree={self.tree}"
+            )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules of causal models that draft tokens and verify them, or read them in another order; each is a program's."""
+"""Rules for models that draft tokens and verify them, or read them in another order. Each has its own program."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ from .base import OF_THE_HEAD, Rule
 
 @dataclass(frozen=True)
 class Strided(Rule):
-    """Up to `stride` tokens a forward: drafts of the last forward are verified, and the next ones drafted, in one.
+    """Generate up to `stride` tokens per forward pass: each verifies the previous drafts and makes the next ones.
 
-    I-DLM (arXiv:2604.11035), for strictly causal models whose row i speaks of position i + 1. A forward takes the last
-    token, the drafts after it and stride - 1 masks. From the left, a draft is accepted if it is the very token that the
-    model chooses in that row; the first that is not is replaced by that token. If none is rejected, one more token is
-    taken, and the rows of the masks draft the next ones, with the noise of the forward that will verify them. So at
-    temperature 0 the tokens are those of decoding one after another, and at any other, under any filter, they have the
-    same distribution. Masks leave nothing in the cache.
+    I-DLM (arXiv:2604.11035), for strictly causal models whose output at position i predicts position i + 1. A forward
+    pass takes the last token, the drafts after it and stride - 1 masks. From left to right, a draft is accepted if it
+    is the token that the model itself chooses at that position. The first draft that differs is replaced by the model's
+    token. If none is rejected, one more token is committed, and the outputs at the masks draft the next tokens, sampled
+    with the noise that the next forward pass will verify them with. At temperature 0, the tokens are those of decoding
+    one by one; at any other temperature and with any filter, they have the same distribution. Masks leave nothing in
+    the KV cache.
 
     Attributes
     ----------
     stride : int
-        At least 2.
+        Maximum number of tokens per forward pass, at least 2.
     leniency : float, optional
-        With a number, drafts are accepted as I-DLM's program does it (at a temperature): the masks draft their most
-        likely tokens, a draft x is accepted with probability min(1, p(x) / (leniency q(x))), p and q the unfiltered
-        distributions of the forward that verifies and of the one that drafted it, and the first one rejected is
-        replaced by a draw from max(0, p - q). More drafts are accepted, of another distribution than the model's.
+        If given, drafts are accepted as in I-DLM's program (at temperatures above 0). The masks draft their most likely
+        tokens, and a draft x is accepted with probability min(1, p(x) / (leniency q(x))), where p and q are the
+        unfiltered distributions of the forward pass that verifies it and of the one that drafted it. The first draft
+        rejected is replaced by a draw from max(0, p - q). This accepts more drafts, but the text no longer follows the
+        model's distribution.
     """
 
     decodes: ClassVar[str] = "continuations"
@@ -48,21 +50,22 @@ class Strided(Rule):
     @property
     def ignores(self) -> frozenset[str]:
         names = {"block_length", "sub_block_length", "score", "defer_token_ids", "order_temperature", "seeded"}
-        # drafts are then compared under the tempered distribution
+        # with leniency, drafts are compared under the tempered distribution, whatever `distribution` is
         return OF_THE_HEAD | (names if self.leniency is None else names | {"distribution"})
 
     def select(self, step):
-        raise TypeError("Strided has a program of its own and selects nothing of a step")
+        raise TypeError("Strided has its own decoding program and does not implement select")
 
 
 @dataclass(frozen=True)
 class SelfSpeculative(Rule):
-    """A block drafted in one forward that sees all of it, and verified in another that reads it from the left.
+    """Draft a block in one forward pass that sees all of it, and verify it in a second, causal one.
 
-    The linear self-speculation of Nemotron-Labs-Diffusion (arXiv:2607.05722), for models that are causal in what is
-    decided (their row i then speaks of position i + 1) and fill the masks of a block in place. The block begins with
-    the last token. Drafts are accepted from the left while they are what the causal model says itself; its own token
-    comes after them. So the tokens are those of decoding one after another, drawn ones too: drafts are only compared.
+    Linear self-speculation of Nemotron-Labs-Diffusion (arXiv:2607.05722), for models that decode causally (their output
+    at position i then predicts position i + 1) and can also fill in the masks of a block in place. The block begins
+    with the last token. Drafts are accepted from the left as long as they are the tokens that the causal model itself
+    chooses; the model's own next token follows them. Since drafts are only compared with the model's choices, the
+    tokens are those of decoding one by one, even if they are sampled.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -74,22 +77,22 @@ class SelfSpeculative(Rule):
         return frozenset({"sub_block_length", "score", "defer_token_ids", "order_temperature"})
 
     def select(self, step):
-        raise TypeError("SelfSpeculative has a program of its own and selects nothing of a step")
+        raise TypeError("SelfSpeculative has its own decoding program and does not implement select")
 
 
 @dataclass(frozen=True)
 class S2D2(Rule):
-    """A block drafted in one forward, and verified in another as though blocks had one position each.
+    """Draft a block in one forward pass, and verify it in a second one that acts as if blocks had length one.
 
-    Self-speculation of S2D2 (arXiv:2603.25702), for block-diffusion models that know no causal attention: with blocks
-    of one position such a model decodes one token after another. The first forward fills a block of masks. The second
-    takes the drafts, and for each place a mask that sees the text, the drafts before it, and itself. From the left, a
-    draft is accepted if it is the very token that the mask in its place says, and the first that is not is replaced by
-    that. So the tokens are those of `block_length=1`; at a temperature they have the same distribution. `block_length`
-    is how many are drafted.
+    Self-speculation of S2D2 (arXiv:2603.25702), for block-diffusion models without causal attention. With blocks of one
+    position, such a model decodes one token after another. The first forward pass fills in a block of `block_length`
+    masks. The second takes the drafts, plus one mask per position that sees the text, the drafts before it, and itself.
+    From left to right, a draft is accepted if it is the token predicted by the mask at its position; the first draft
+    that differs is replaced by that token. The tokens are therefore those of `block_length=1`, or have the same
+    distribution at temperatures above 0.
 
-    The published program goes over to plain diffusion where it expects little of a verification. This one verifies
-    always, so that the text is exact.
+    The published program falls back to plain diffusion where verification promises little. This one always verifies, so
+    that the text is exact.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -101,17 +104,18 @@ class S2D2(Rule):
         return frozenset({"sub_block_length", "score", "defer_token_ids", "order_temperature", "seeded"})
 
     def select(self, step):
-        raise TypeError("S2D2 has a program of its own and selects nothing of a step")
+        raise TypeError("S2D2 has its own decoding program and does not implement select")
 
 
 @dataclass(frozen=True)
 class Reordered(Rule):
-    """A window of masks that slides with what is decided before it, all of it read again as if in another order.
+    """Fill a window of masks that slides along with the decided text, reading decided tokens first.
 
-    WeDLM (arXiv:2512.22737), for causal models that fill masks in place. A forward takes the decided tokens first, then
-    the masks of the window, each seeing those before it in this order, at its own place in the text. So what is decided
-    up to the first mask is final, and is appended to the cache. Masks are filled where entropy + `distance_penalty`
-    (distance from the first mask) is below `entropy_threshold` nats; at least the least.
+    WeDLM (arXiv:2512.22737), for causal models that fill in masks in place. A forward pass reads the decided tokens
+    first and then the masks of the window. Each sees what precedes it in this order, but keeps its own position in the
+    text. Tokens before the first mask are therefore final and are appended to the KV cache. A mask is filled if its
+    entropy + `distance_penalty` * (distance from the first mask) is below `entropy_threshold` nats. At least the one
+    with the smallest sum is filled.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
@@ -130,6 +134,6 @@ class Reordered(Rule):
         return frozenset({"block_length", "sub_block_length", "score", "defer_token_ids", "seeded"})
 
     def select(self, step: Step) -> Tensor:
-        distance = step.window.positions - step.window.positions[:, :1]  # slots ascend
+        distance = step.window.positions - step.window.positions[:, :1]  # positions ascend, so the first is the minimum
         score = -(step.entropy + self.distance_penalty * distance)
         return step.select("threshold", score=score, parameter=-self.entropy_threshold, strict=True, need=1, fill=1)

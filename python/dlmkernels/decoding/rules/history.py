@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules that look at how the model's mind changes from step to step, or at its logits as a whole."""
+"""Rules based on how the model's predictions change from step to step, or on its full logits."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from .confidence import Quota
 
 @dataclass(frozen=True)
 class StableThreshold(Rule):
-    """What is more confident than `threshold` and has moved less than `divergence` in each of the last steps.
+    """Commit positions with a score above `threshold` whose distribution has changed little in recent steps.
 
-    KLASS (Kim et al., arXiv:2511.05664): a position is stable when ``KL(p_t || p_{t-1}) < divergence`` nats held in
-    each of the last `history` steps. Where none is both, the quota of LLaDA.
+    KLASS (Kim et al., arXiv:2511.05664): a position is stable if ``KL(p_t || p_{t-1}) < divergence`` nats in each of
+    the last `history` steps. If no position is both stable and above `threshold`, LLaDA's quota is committed (`Quota`).
 
-    The distributions of the block are kept between steps: 4 V bytes a position. A block has no history when it is
-    entered (the authors' program reads all the canvas all the time, and carries it over).
+    The distributions of the block are kept between steps, at 4 V bytes per position, where V is the vocabulary size. A
+    block starts without history. (The authors' program reads the whole canvas in every step and carries the history
+    over.)
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -57,13 +58,14 @@ class StableThreshold(Rule):
 
 @dataclass(frozen=True)
 class CreditThreshold(Rule):
-    """A threshold on logits to which tokens that have been likeliest before are added.
+    """Commit by a threshold after raising the logits of tokens that were the most likely in earlier steps.
 
-    Credit decoding of dInfer (Ma et al., arXiv:2510.08666): at every step the credit M of each token at each open
-    position shrinks to `decay` M, the likeliest token gains ``max(p) ** exponent``, and proposals are made from
-    ``z + weight * ln(1 + M)``.
+    Credit decoding of dInfer (Ma et al., arXiv:2510.08666). At every step, the credit M of each token at each open
+    position decays to `decay` M, and the most likely token gains ``max(p) ** exponent``. Proposals are made from
+    ``z + weight * ln(1 + M)``, where z are the logits. Positions with a score of at least `threshold` are committed,
+    and always the best one.
 
-    Credits are kept for the block (4 V bytes a position) and start at 0 in each.
+    Credits are kept for the block, at 4 V bytes per position (V is the vocabulary size), and start at 0 in each block.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -91,12 +93,12 @@ class CreditThreshold(Rule):
 
 @dataclass(frozen=True)
 class SmoothedThreshold(Rule):
-    """A threshold that starts high, over inputs that carry the last step's distributions to the next.
+    """Commit by a threshold that starts high and falls, feeding the last step's distributions into the next inputs.
 
-    Iteration smoothing of dInfer (Ma et al., arXiv:2510.08666): at forward i of a block an open position's input is
-    the embedding of the mask plus ``min(first_weight + growth i, most_weight)`` times the mean embedding under the
-    distribution it had at forward i - 1; the threshold is ``max(1 - fall i, threshold)``. The first forward of a block
-    has the mask alone.
+    Iteration smoothing of dInfer (Ma et al., arXiv:2510.08666). In forward pass i = 0, 1, … of a block, the input of an
+    open position is the embedding of the mask token plus ``min(first_weight + growth i, most_weight)`` times the mean
+    embedding under the position's distribution in forward pass i - 1. The first forward pass has the mask alone. The
+    threshold is ``max(1 - fall i, threshold)``; the best position is always committed.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -125,27 +127,29 @@ class SmoothedThreshold(Rule):
 
 
 def _span(name: str, value: Any) -> tuple | None:
-    """Check of a half-open range that is not empty, or None."""
+    """Check that a value is None or a non-empty half-open range."""
     span = several(integer(0), 2, optional=True)(name, value)
     if span is not None and span[0] >= span[1]:
-        raise ValueError(f"{name} must be a range whose end lies behind its start; got {value!r}")
+        raise ValueError(f"{name} must be a range (start, end) with start < end; got {value!r}")
     return span
 
 
 @dataclass(frozen=True)
 class EarlyAnswer(Rule):
-    """LLaDA's quota, until the answer is clear: then everything that is still open is committed at once.
+    """Commit LLaDA's quota until the answer is clear, and then everything still open at once.
 
     Prophet (Li et al., arXiv:2508.19982): the answer is clear when the gap between the two largest logits, averaged
-    over its positions, reaches `gaps[0]` in the first third of the planned forwards, `gaps[1]` in the second and
-    `gaps[2]` in the last. The n-th of N forwards is in the second third from n / N = 0.33 on, in the last from 0.67.
+    over the answer's positions, reaches `gaps[0]` in the first third of the planned forward passes, `gaps[1]` in the
+    second, and `gaps[2]` in the last. Forward pass n of N belongs to the second third from n / N = 0.33 on, and to the
+    last from 0.67 on.
 
     Attributes
     ----------
     gaps : tuple of float
-        In units of logits.
+        Required mean gaps for the three thirds, in units of logits.
     answer : tuple of int, optional
-        Half-open range of generated positions, counted from the end of the prompt. None: all of them.
+        Positions of the answer, as a half-open range of generated positions counted from the end of the prompt. If
+        None, all of them.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules under which a request grows and shrinks."""
+"""Rules that change the length of a request while decoding it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from .base import OF_THE_HEAD, Action, Rule, row_sum
 
 
 class VariableLength(Rule):
-    """Base of the rules under which a request grows and shrinks, up to `max_new_tokens` of decoded tokens.
+    """Base class of rules that change a request's length, up to `max_new_tokens` decoded tokens.
 
-    For models with full attention, without a cache. In `act`, `step.room` says by how much each request may still grow.
+    For models with full attention, without a KV cache. In `act`, `step.room` int32 `[B]` is the number of positions by
+    which each request may still grow.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -30,46 +31,46 @@ class VariableLength(Rule):
 
     @property
     def most_growth(self) -> int:
-        """By how many positions at most a request grows in a step."""
+        """Maximum number of positions by which a request grows in a step."""
         raise NotImplementedError
 
     def max_insertions(self, most: int) -> int:
-        """How many positions may be inserted into a request of at most `most` decoded tokens, all in all."""
+        """Return the maximum number of insertions, in total, into a request of up to `most` decoded tokens."""
         return most
 
     def max_forwards(self, masks: int, most: int) -> int:
-        """Forwards after which such a request, which began with `masks`, is complete."""
+        """Return the maximum number of forward passes for a request of up to `most` tokens that starts with `masks`."""
         raise NotImplementedError
 
     def first_masks(self, most: int) -> int:
-        """How many masks a continuation begins with."""
+        """Return the number of masks that a continuation starts with."""
         return most
 
     def restrict(self, logits: Tensor, room: Tensor) -> None:
-        """Write -inf to the logits `[B, W, V]` of what must not be proposed."""
+        """Set the logits `[B, W, V]` of tokens that must not be proposed to -inf, given the `room` int32 `[B]`."""
 
 
 @dataclass(frozen=True)
 class Expanding(VariableLength):
-    """Masks that become two, or none: what is filled in finds its own length.
+    """Fill in masks that can become two or none, so that the filled-in text finds its own length.
 
-    DreamOn (arXiv:2602.01326). A forward takes the best `count` positions: one whose proposal is the expand token
-    becomes two masks, one whose proposal is the delete token is taken out, the others are committed. Where a request
-    has no room left, or has expanded `budget` times, the expand token is not proposed. Of several expansions that have
-    too little room together the first are made; the others leave their mask as it is.
+    DreamOn (arXiv:2602.01326). Each forward pass selects the best `count` positions. A position whose proposal is the
+    expand token becomes two masks, one whose proposal is the delete token is removed, and all others are committed. The
+    expand token is not proposed once a request has no room left or has expanded `budget` times. If there is room for
+    some of a step's expansions only, the leftmost are made and the others keep their mask.
 
-    For `infill`: a row has at most `max_new_tokens` decoded tokens, and ends where `DecodingOutput.length` says.
+    For `infill`. A row has at most `max_new_tokens` decoded tokens and ends at `DecodingOutput.length`.
 
     Attributes
     ----------
     expand_token_id : int, optional
-        Taken from the model's configuration where None.
+        If None, read from the model's configuration.
     delete_token_id : int, optional
-        Where neither the rule nor the model's configuration has one, the end tokens delete.
+        If None, read from the model's configuration. If that has none, the end tokens delete.
     count : int
-        Positions a forward.
+        Number of positions per forward pass.
     budget : int, optional
-        None: twice `max_new_tokens`.
+        Maximum number of expansions per request. If None, twice `max_new_tokens`.
     """
 
     decodes: ClassVar[str] = "infillings"
@@ -112,16 +113,17 @@ class Expanding(VariableLength):
 
 @dataclass(frozen=True)
 class Lengthening(VariableLength):
-    """A text that is as long as the model thinks it has to be.
+    """Let a text grow to the length that the model considers sufficient.
 
-    DAEDAL (arXiv:2508.00819). The end confidence of a forward is the sum of the probabilities of the last `end_window`
-    positions at which an end token is the likeliest, divided by `end_window`. A request begins with `first_length`
-    masks, and gets `growth` more as long as its end confidence is below `end_enough`; then `end_window` // 2 more. From
-    there on, block by block, a forward commits what is more confident than `threshold`, the best at least; and where
-    the end confidence is below `end_certain`, the least confident of the other open positions of the block, if it is
-    below `doubt`, becomes `growth` masks. `max_new_tokens` is the largest length; what does not fit is not inserted.
+    DAEDAL (arXiv:2508.00819). Consider the positions where an end token is the most likely. The end confidence of a
+    forward pass is the sum of the probabilities at the last `end_window` of them, divided by `end_window`. A request
+    starts with `first_length` masks and gets `growth` more in each forward pass while its end confidence is below
+    `end_enough`, then `end_window` // 2 more. From then on, block by block, a forward pass commits the positions with a
+    score above `threshold`, and at least the best. If the end confidence is below `end_certain`, the least confident of
+    the block's other open positions becomes `growth` masks, provided that its confidence is below `doubt`.
+    `max_new_tokens` is the maximum length; masks that do not fit are not inserted.
 
-    For `generate`; a row ends where `DecodingOutput.length` says.
+    For `generate`. Each row ends at `DecodingOutput.length`.
     """
 
     slots: ClassVar[str] = "canvas"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules by name, as command lines and requests give them: `threshold:0.9`."""
+"""Rules by name, as given on command lines and in requests: `threshold:0.9`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from . import (
     TimeQuota,
 )
 
-# name -> constructor, taking the number after the colon where there is one
+# name -> constructor, called with the number after the colon if there is one
 RULES: dict[str, Callable[..., Rule]] = {
     "quota": Quota,
     "time-quota": TimeQuota,
@@ -37,15 +37,15 @@ RULES: dict[str, Callable[..., Rule]] = {
 
 
 def parse_rule(text: str) -> Rule:
-    """A rule from its name: `quota`, `threshold:0.9`, `factor:1.0`, `entropy-bound:0.1`, …"""
+    """Create a rule from its name: `quota`, `threshold:0.9`, `factor:1.0`, `entropy-bound:0.1`, …"""
     name, colon, number = text.partition(":")
     if name not in RULES:
-        raise ValueError(f"unknown rule '{name}'; known: {', '.join(RULES)}, with a number after a colon, as in "
-                         "threshold:0.9")  # fmt: skip
+        raise ValueError(f"unknown rule '{name}'; known: {', '.join(RULES)}, optionally followed by a colon and a "
+                         "number, as in threshold:0.9")  # fmt: skip
     if not colon:
         return RULES[name]()
     if name == "quota":
-        raise ValueError("rule quota takes no number: --steps says how many forwards")
+        raise ValueError(f"rule quota takes no number; got '{number}'. Set the number of forward passes with --steps")
     try:
         value = float(number)
     except ValueError:

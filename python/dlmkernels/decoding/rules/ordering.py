@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules that say what must be decided before what, and leave the rest to another rule."""
+"""Rules that constrain the order of positions and leave everything else to another rule."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ def _rule(name: str, rule: Any) -> Rule:
     is_plain = rule.by_block and rule.slots == "open" and rule.noise == "mask" and not rule.token_ids
     if not is_plain or isinstance(rule, ReasonFirst) or type(rule).act is not Rule.act:
         raise ValueError(
-            f"{name} must be one that is decoded block by block, commits, and never takes back; got "
+            f"{name} must be a rule that is decoded block by block and only commits tokens, never revising them; got "
             f"{type(rule).__name__}"
         )
     if any(isinstance(getattr(rule, field), tuple) for field in rule.limits):
-        raise ValueError(f"{name} must say the same for every request within ReasonFirst; got {rule!r}")
+        raise ValueError(f"{name} must have the same values for every request within ReasonFirst; got {rule!r}")
     return rule
 
 
 @dataclass(frozen=True)
 class ReasonFirst(Rule):
-    """Another rule, under which the answer at a request's end waits for all that stands before it.
+    """Apply another rule, but hold back the answer at the end of a request until everything before it is decided.
 
-    A masked model that is asked for its reasoning and an answer is often sure of the answer's tokens first, and the
-    reasoning is then made to fit. The last `answer` positions of a request are not committed before everything left of
-    them is decided (arXiv:2608.05687).
+    A masked diffusion model that is asked for reasoning followed by an answer is often confident about the answer
+    first, and then makes the reasoning fit. With this rule, the last `answer` positions of a request are committed only
+    once everything to their left is decided (arXiv:2608.05687).
 
     Attributes
     ----------
     answer : int
-        How many positions the answer has, counted from the end of the request. Where that is longer than what is
-        decoded, nothing waits.
+        Length of the answer in positions, counted from the end of the request. If it exceeds the number of decoded
+        positions, nothing is held back.
     rule : Rule
-        What is committed of the positions that do not wait: any rule that is decoded block by block, commits and never
-        takes back, and says the same for every request.
+        Rule that selects among the positions not held back. It must be decoded block by block, only commit tokens and
+        never revise them, and have the same values for every request.
     """
 
     limits: ClassVar[Mapping[str, Check]] = {"answer": integer(1), "rule": _rule}

@@ -18,28 +18,29 @@ from .base import SHARE, Rule
 
 @dataclass(frozen=True)
 class Pipeline(Rule):
-    """Several blocks at once: a block is begun before the one on its left is finished.
+    """Decode several blocks at once: a block is started before the one to its left is finished.
 
-    Discrete Diffusion Forcing (arXiv:2508.09192), for models whose blocks see themselves and those before them. Once
-    `open_at` of the newest block is decided, the next one is opened, one a forward. A forward takes all open blocks and
-    commits what is surer than `threshold`; a block of which nothing is gets its best position all the same if it is
-    active, that is, if `activate_at` of the block before it is decided. Finished blocks leave on the left, into the
-    cache. Once an end token stands, no block is opened.
+    Discrete Diffusion Forcing (arXiv:2508.09192), for models whose blocks see themselves and earlier blocks. Once the
+    share `open_at` of the newest block is decided, the next block is opened, at most one per forward pass. A forward
+    pass covers all open blocks and commits every position with a score above `threshold`. A block without such a
+    position still commits its best one if it is active, which means that the share `activate_at` of the block before it
+    is decided. Finished blocks on the left move to the KV cache. Once an end token is decided, no further block is
+    opened (unless eos_policy="none").
 
     Attributes
     ----------
     threshold : float
-        What the score of a position must exceed.
+        Value that a position's score must exceed.
     open_at, activate_at : float
-        Shares of a block from 0 to 1.
+        Shares of a block, from 0 to 1.
     buffer : int, optional
-        How many blocks are open at once at most, so that forwards have a fixed width (the multi-block buffers of
-        Diffulex, github.com/SJTU-DENG-Lab/Diffulex). None: any number.
+        Maximum number of blocks open at once, which gives forward passes a fixed width (the multi-block buffers of
+        Diffulex, github.com/SJTU-DENG-Lab/Diffulex). If None, there is no limit.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     decodes: ClassVar[str] = "continuations"
-    #: whether an end token closes what stands behind it before everything left of it is decided
+    #: whether an end token overwrites everything after it at once, even if positions before it are still open
     closes_at_eos: ClassVar[bool] = False
     limits: ClassVar[Mapping[str, Check]] = {
         "threshold": number(), "open_at": SHARE, "activate_at": SHARE,
@@ -53,12 +54,14 @@ class Pipeline(Rule):
     buffer: int | None = field(default=None, kw_only=True)
 
     def select(self, step):
-        raise TypeError(f"{type(self).__name__} has a program of its own and selects by block")
+        raise TypeError(
+            f"{type(self).__name__} has its own decoding program, which calls select_by_block instead of select"
+        )
 
     def select_by_block(self, step: Step, is_active: Tensor) -> Tensor:
-        """Positions to commit, bool `[B, W]`, of the open blocks; `is_active` bool `[B, N]` says which are active.
+        """Return the positions to commit in the open blocks, bool `[B, W]`; `is_active` bool `[B, N]` is per block.
 
-        The blocks are N equal parts of the step's block, which is the whole of what is decoded.
+        The blocks are N equal parts of the step's block, which spans everything to be decoded.
         """
         return ByBlock(step, is_active.shape[1]).select(
             step.score, "threshold", parameter=self.threshold, strict=True, need=1, fill=is_active.flatten()
@@ -67,15 +70,16 @@ class Pipeline(Rule):
 
 @dataclass(frozen=True)
 class EntropyPipeline(Pipeline):
-    """The pipeline of d3LLM (arXiv:2601.07568), for models with full attention.
+    """Pipeline of d3LLM (arXiv:2601.07568), for models with full attention.
 
-    A forward commits what has an entropy of at most `threshold` nats, in all of the open blocks, and at least one
-    position in the first of the unfinished blocks that is active; with `best_of_all` the best position of all, too (its
-    program for LLaDA does, the one for Dream does not). What stands behind an end token is overwritten with it at once.
+    A forward pass commits every position of the open blocks whose entropy is at most `threshold` nats, and at least one
+    position in the first active block that is unfinished. With `best_of_all`, it also commits at least the best
+    position overall, as d3LLM's program for LLaDA does (the one for Dream does not). Everything after an end token is
+    overwritten with that token immediately.
 
-    With cache="prefix" a block goes into the cache `delay` forwards after it was found finished, when what it stands
-    among has settled; until then, and at every `refresh_interval`-th forward, all of the canvas is forwarded, and what
-    is in the cache written anew. Otherwise a forward takes what is not in the cache.
+    With cache="prefix", a block moves to the KV cache `delay` forward passes after it was found finished, when its
+    context has settled. Until then, and in every `refresh_interval`-th forward pass, the whole canvas is forwarded and
+    the cache is rewritten. All other forward passes cover only what is not in the cache.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
@@ -100,18 +104,18 @@ class EntropyPipeline(Pipeline):
 
 
 class ByBlock:
-    """A step's slots sorted into the `count` equal parts of its block, so that each part is a row of its own."""
+    """A step whose slots are sorted into the `count` equal parts of its block, one row per part."""
 
     def __init__(self, step: Step, count: int):
         self.step, self.count, self.length = step, count, step.standing.width // count
         self.place = torch.where(step.used, step.index_in_block, step.standing.width).long()
 
     def any(self, slots: Tensor) -> Tensor:
-        """In which parts one of the slots bool `[B, W]` lies: bool `[B, count]`."""
+        """Return which parts contain at least one of the slots bool `[B, W]`: bool `[B, count]`."""
         return self._sort(slots, False).view(len(slots), self.count, self.length).any(2)
 
     def select(self, score: Tensor, rule: str, **options: Any) -> Tensor:
-        """`Step.select` in each part; options that are tensors hold one value a part. Bool `[B, W]`."""
+        """Run `Step.select` in each part, bool `[B, W]`; options that are tensors hold one value per part."""
         step, shape = self.step, (len(score) * self.count, self.length)
         columns = torch.arange(step.standing.width, dtype=torch.int32, device=score.device)
         parts = replace(
@@ -123,10 +127,10 @@ class ByBlock:
             order_temperature=step.order_temperature or step.score_of.order_temperature,
         )
         chosen = parts.select(rule, score=self._sort(score, -torch.inf).view(shape), **options)
-        chosen = torch.nn.functional.pad(chosen.view(len(score), -1), (0, 1))  # the place of unused slots
+        chosen = torch.nn.functional.pad(chosen.view(len(score), -1), (0, 1))  # one more column for unused slots
         return chosen.gather(1, self.place)
 
     def _sort(self, values: Tensor, missing: float) -> Tensor:
-        """Values `[B, W]` of the slots at their places, `[B, count * length]`."""
+        """Sort the slots' `values` `[B, W]` to their places, `[B, count * length]`, with `missing` in all others."""
         places = values.new_full((len(values), self.step.standing.width + 1), missing)
         return places.scatter(1, self.place, values)[:, :-1].contiguous()

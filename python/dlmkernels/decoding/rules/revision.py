@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules that take decided tokens back: edit them, mask them again, or put noise in their place.
+"""Rules that revise decided tokens: they edit them, mask them again, or replace them with noise.
 
-Their windows hold all positions of the block that were not given, so that the model's opinion of the decided ones is
-heard too.
+Their windows hold all positions of the block that are not given, because they need the model's predictions for decided
+positions too.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .base import SHARE, Action, Rule, row_mean
 
 @dataclass(frozen=True)
 class TokenEditing(Rule):
-    """Commit above one threshold, replace decided tokens above another, and go on editing when all are decided.
+    """Commit tokens above one threshold and replace decided ones above another, even once the block is complete.
 
-    LLaDA2.1 (arXiv:2602.08676), "joint threshold": everything open that is more confident than `threshold`, at least
-    the best; every decided position whose proposal is another token and more confident than `edit_threshold`. A
-    complete block gets up to `max_post_steps` more forwards, until one of them edits nothing.
+    LLaDA2.1 (arXiv:2602.08676), "joint threshold". Open positions with a score above `threshold` are committed, and at
+    least the best. Decided positions whose proposal is a different token with a confidence above `edit_threshold` are
+    replaced. A complete block gets up to `max_post_steps` more forward passes, until one of them edits nothing.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -55,13 +55,13 @@ class TokenEditing(Rule):
 
 @dataclass(frozen=True)
 class RunEditing(Rule):
-    """Commit the leading run of open positions that are sure enough, and overwrite every decided token each step.
+    """Commit the leading run of confident open positions, and overwrite every decided token in each step.
 
-    DMax (Chen et al., arXiv:2604.08302): from the left, open positions as long as their confidence is at least
-    `threshold`, at least one; every decided position takes its proposal. At the next forward a decided position is
-    embedded by how sure it is, ``p E[token] + (1 - p) E[mask]``, stretched to the length
-    ``p |E[token]| + (1 - p) |E[mask]|``. A block ends when nothing is open and either nothing has changed or all of
-    it is at least `sure`; at the latest after twice as many forwards as it has positions.
+    DMax (Chen et al., arXiv:2604.08302). Open positions are committed from the left as long as their score is at least
+    `threshold`, and at least one. Every decided position takes its proposal. In the next forward pass, a decided
+    position's embedding reflects its confidence p (with `soft`): it is ``p E[token] + (1 - p) E[mask]``, rescaled to
+    the norm ``p |E[token]| + (1 - p) |E[mask]|``. A block ends when nothing is open and either nothing has changed or
+    all confidences are at least `sure`, and at the latest after twice as many forward passes as it has positions.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -105,12 +105,12 @@ class RunEditing(Rule):
 
 @dataclass(frozen=True)
 class Backtracking(Rule):
-    """Commit what is surer than the tokens so far were on average, and take back what has gained least.
+    """Commit positions more confident than past commits were on average, and remask those that have gained least.
 
-    Saber (Dong et al., arXiv:2510.18165): everything open that is more confident than the mean confidence with which
-    the decided tokens were committed, or the best `count` if those are fewer; then, unless the block is complete,
-    ``min(max(count // 2, ceil(committed / 8)), committed - 1)`` decided positions are masked again, those whose
-    confidence has grown least since the step before.
+    Saber (Dong et al., arXiv:2510.18165). A step commits the open positions whose score exceeds the mean confidence
+    with which the decided tokens were committed, or the best `count` if those are fewer. Then, unless the block is
+    complete, ``min(max(count // 2, ceil(committed / 8)), committed - 1)`` decided positions, new ones included, are
+    masked again: those whose confidence has grown least since the previous step.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -135,12 +135,12 @@ class Backtracking(Rule):
 
 @dataclass(frozen=True)
 class WideInNarrowOut(Rule):
-    """Commit freely, and take back what the model, not seeing it, would not say again.
+    """Commit generously, and remask tokens that the model would not predict again without seeing them.
 
-    WINO (Hong et al., arXiv:2507.18578): with n open positions, everything more confident than `threshold`, at most
-    ``min(max(0.7 n, 5), 20)``, at least the best. Where that is more than one, decided positions whose token has a
-    probability below `back_threshold`, given everything but itself, are masked again: the least likely, and fewer than
-    the step before has committed.
+    WINO (Hong et al., arXiv:2507.18578). With n open positions, a step commits those with a score above `threshold`, at
+    most ``min(max(0.7 n, 5), 20)`` and at least the best. If it commits more than one, decided positions whose token
+    has a probability below `back_threshold`, given everything except the token itself, are masked again: the least
+    likely ones, and fewer than the previous step committed.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"p_current"})
@@ -168,11 +168,12 @@ class WideInNarrowOut(Rule):
 
 @dataclass(frozen=True)
 class PathPlanning(Rule):
-    """Keep a growing share of all positions, the surest; mask the rest again.
+    """Keep a growing share of all positions, those of highest confidence, and mask the rest again.
 
-    P2 (Peng et al., arXiv:2502.03540), self-planning: at step i of S the ``n (S - 1 - i) // S`` of all n positions
-    with the lowest ``ln p(proposal)`` are masked or stay so, where the logarithm counts `stickiness` times at decided
-    positions: above 1 they are taken back more readily, at 0 never. The other open positions take their proposals.
+    P2 (Peng et al., arXiv:2502.03540), self-planning. In step i = 0, 1, … of S, of all n positions the
+    ``n (S - 1 - i) // S`` with the lowest ``ln p(proposal)`` become or stay masked. All other open positions take their
+    proposals. At decided positions, the logarithm is multiplied by `stickiness`: above 1, they are remasked more
+    readily; at 0, never.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -203,18 +204,18 @@ class PathPlanning(Rule):
 
 @dataclass(frozen=True)
 class AncestralRemask(TimeGrid):
-    """The reverse process with remasking: decided positions are masked again with probability sigma.
+    """Reverse process with remasking: decided positions are masked again with probability sigma.
 
-    ReMDM (Wang et al., arXiv:2503.00307). With ``alpha(t) = 1 - t``, an open position is decided with probability
-    ``(alpha(s) - (1 - sigma) alpha(t)) / (1 - alpha(t))``, which keeps the marginals of the forward process. With
-    ``most = (1 - alpha(s)) / alpha(t)``, the largest sigma that is possible, `strategy` is
+    ReMDM (Wang et al., arXiv:2503.00307). With ``alpha(t) = 1 - t`` and a step from time t to s, an open position is
+    decided with probability ``(alpha(s) - (1 - sigma) alpha(t)) / (1 - alpha(t))``, which keeps the marginals of the
+    forward process. Let ``most = (1 - alpha(s)) / alpha(t)`` be the largest possible sigma. `strategy` is one of
 
     - "cap": ``sigma = min(eta, most)``;
     - "rescale": ``sigma = eta min(1, most)``;
-    - "conf": ``sigma = min(1, most)`` shared among the decided positions in proportion to ``exp(-p)``, p the
-      confidence with which a token was committed;
-    - "loop": as "cap" while ``t_off < t <= t_on``, where alpha rests at `alpha_on`; before, alpha rises to it in
-      proportion; afterwards from it to 1; and sigma is 0 there.
+    - "conf": ``sigma = min(1, most)``, distributed over the decided positions in proportion to ``exp(-p)``, where p is
+      the confidence with which a token was committed;
+    - "loop": as "cap" while ``t_off < t <= t_on``, where alpha is held at `alpha_on`. Before that, alpha rises linearly
+      to `alpha_on`, and afterwards from there to 1, with ``sigma = 0`` in both phases.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -242,7 +243,7 @@ class AncestralRemask(TimeGrid):
         return self.finishing(step, Action(flips & step.is_open, remask=flips & step.decided))
 
     def shares(self, index: int, num_steps: int) -> tuple[float, float, float, float]:
-        """The largest sigma, at most 1; sigma of all positions; ``alpha(s) - alpha(t)``; and alpha(t)."""
+        """Return min(1, largest sigma), the sigma of all positions, ``alpha(s) - alpha(t)``, and alpha(t)."""
         t, s = self.times(index, num_steps)
         alpha_t, alpha_s = self.alpha(t), self.alpha(s)
         most = (1 - alpha_s) / alpha_t if alpha_t > 0 else math.inf
@@ -250,7 +251,7 @@ class AncestralRemask(TimeGrid):
         return min(1.0, most), sigma, alpha_s - alpha_t, alpha_t
 
     def alpha(self, t: float) -> float:
-        """Share of tokens that the forward process leaves at time t."""
+        """Return the share of tokens that the forward process has not replaced by time t."""
         if self.strategy != "loop":
             return 1 - t
         if t > self.t_on:
@@ -267,13 +268,13 @@ class AncestralRemask(TimeGrid):
 
 @dataclass(frozen=True)
 class RenoisedEntropyBound(Rule):
-    """Every step takes new samples at the positions of least entropy, and new noise everywhere else.
+    """In every step, sample new tokens at the positions of lowest entropy and put new noise everywhere else.
 
-    The sampler of DiffusionGemma, a model without a mask token. At step i of a block's N = `steps` the temperature is
-    ``t_min + (t_max - t_min) (N - i) / N``; all positions, whatever they held, are ordered by the entropy of the
-    tempered distribution, and those of `EntropyBound` take their sample, the others a token drawn uniformly. A request
-    ends, with the likeliest tokens, after N steps or when these have been the same for `stability` steps and the mean
-    entropy is below `entropy` nats.
+    The sampler of DiffusionGemma, a model without a mask token. In step i = 0, 1, … of a block's N = `steps`, the
+    temperature is ``t_min + (t_max - t_min) (N - i) / N``. All positions, whatever they hold, are ordered by the
+    entropy of the tempered distribution. Those that `EntropyBound` would commit take their samples, and all others take
+    a token drawn uniformly. A block ends with the most likely tokens: after N steps, or once these have not changed for
+    `stability` steps and the mean entropy is below `entropy` nats.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"entropy"})

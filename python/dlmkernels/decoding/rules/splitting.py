@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A rule that edits a block by its tokens, and by two that insert and delete."""
+"""A rule that edits a block with ordinary tokens and with two special ones that insert and delete."""
 
 from __future__ import annotations
 
@@ -19,28 +19,31 @@ from .revision import TokenEditing
 
 @dataclass(frozen=True)
 class SplitEditing(Rule):
-    """Edit a block of fixed size by its tokens, and by two that insert and delete.
+    """Edit a block of fixed size with ordinary tokens and with two special ones that insert and delete.
 
-    LLaDA2.2 as SGLang serves it ("joint threshold" with insertion and deletion; github.com/sgl-project/sglang). As in
-    `TokenEditing`, what is open is committed and decided tokens are replaced; but where the proposal is the split token
-    a mask is put before what stands there, and where it is the delete token the position is taken out. The block keeps
-    its size: what is pushed beyond its end is lost, and masks come in at its end when it shrinks.
+    LLaDA2.2 as served by SGLang ("joint threshold" with insertion and deletion; github.com/sgl-project/sglang). As in
+    `TokenEditing`, open positions are committed and decided tokens are replaced. In addition, a mask is inserted before
+    a position whose proposal is the split token, and a position whose proposal is the delete token is removed. The
+    block keeps its size: positions pushed past its end are lost, and masks are added at its end when it shrinks.
 
-    While masks are left that the block began with, a forward commits everything open that is more confident than
-    `threshold`, at least one more than there are inserted masks (the best); then all masks. Decided tokens are replaced
-    if the proposal is another and more confident than `edit_threshold`. Where a block has been as it is before, the
-    least confident change takes a token that has not been tried there. A block ends with a forward that changes
-    nothing, or with one that commits everything and neither splits nor deletes: the `max_post_steps`-th without a mask
-    of the first ones, or the last of ``length + max_post_steps + 1``.
+    While any of the masks that the block started with are left, a forward pass commits the open positions with a score
+    above `threshold`, or the best k if those are fewer than k, one more than the number of inserted masks. After that,
+    it commits all masks. Decided tokens are replaced if the proposal is a different token with a confidence above
+    `edit_threshold`. If the block holds the same tokens as in an earlier step, the least confident change takes a token
+    that has not been tried at this position.
+
+    A block ends with a forward pass that changes nothing, or with one that commits everything and neither splits nor
+    deletes: the `max_post_steps`-th without any mask of the first ones, or the last of
+    ``length + max_post_steps + 1``.
 
     Attributes
     ----------
     threshold, edit_threshold : float
-        What the confidence must exceed to commit, and to replace.
+        Values to exceed: the score to commit, and the confidence to replace a token.
     max_post_steps : int
-        At least 0.
+        Maximum number of forward passes once the masks that the block started with are gone, at least 0.
     delete_token_id, split_token_id : int, optional
-        Taken from the model's configuration where None.
+        If None, read from the model's configuration.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -95,7 +98,7 @@ class SplitEditing(Rule):
         )  # fmt: skip
 
     def _without_controls(self, step: Step) -> Tensor:
-        """Proposals other than the two tokens that insert and delete, int64 `[B, W]`."""
+        """Propose again, excluding the two tokens that insert and delete, int64 `[B, W]`."""
         assert self.delete_token_id is not None and self.split_token_id is not None
         bias = torch.zeros(1, 1, step.vocab_size, device=step.token.device)
         for token in (self.delete_token_id, self.split_token_id):
@@ -103,9 +106,9 @@ class SplitEditing(Rule):
         return step.again(bias).token
 
     def _varied(self, step: Step, token: Tensor, written: Tensor, where: Tensor) -> Tensor:
-        """The tokens with another at the least confident change, in requests of bool `[B]` whose block was so before.
+        """Change the least confident new token in the requests `where` bool `[B]` whose block repeats an earlier state.
 
-        It is the likeliest of those that have not been tried at this place.
+        It becomes the most likely token that has not been tried at this position. Returns the tokens, int64 `[B, W]`.
         """
         block = torch.where(step.used, step.current, -1)
         seen, tried = (self._history(step, name) for name in ("seen", "tried"))
@@ -123,7 +126,7 @@ class SplitEditing(Rule):
         return token
 
     def _history(self, step: Step, name: str) -> Tensor:
-        """What was kept under `name` at each step of the block, int64 `[B, steps, W]`; -2 for steps to come."""
+        """Return the values kept under `name` in each step of the block, int64 `[B, steps, W]`; -2 for future steps."""
         width = step.token.shape[1]
         steps = self.max_steps(step.standing.width, 0)
         nothing = step.token.new_full((len(step.token), steps, width), -2)
