@@ -233,7 +233,7 @@ def test_a_penalty_of_one_request_is_not_the_others(model):
 def test_bad_processors(model):
     for bad, error, message in [
         (lambda ids, scores: scores[:, 1:], ValueError, r"must return scores of shape \[\d+, 97\]"),
-        (lambda ids, scores: 1 / 0, ZeroDivisionError, "division"), (3, TypeError, "must be a function of token ids .* got 3"),
+        (lambda ids, scores: 1 / 0, ZeroDivisionError, "division"), (3, TypeError, "must be a function .* got 3"),
         ([3], TypeError, "logits_processor must be a function of token ids and scores, .* got 3"),
     ]:  # fmt: skip
         with pytest.raises(error, match=message):

@@ -29,7 +29,7 @@ METHODS = ("monte-carlo", "mean-field", "coupled", "bound")
 
 @dataclass(frozen=True)
 class LogLikelihood:
-    """Result of `log_likelihood`, in nats.
+    """Result of `log_likelihood`, in nats, for B answers padded to a length of L tokens.
 
     Attributes
     ----------

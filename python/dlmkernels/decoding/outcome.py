@@ -87,7 +87,7 @@ def output_of(
         warnings.warn(
             f"masks are left {unfinished.why(is_open)} (see `DecodingOutput.complete`)",
             RuntimeWarning,
-            stacklevel=6,  # whoever called `generate` or `infill`
+            stacklevel=6,  # the caller of `generate` or `infill`
         )
     tokens, steps, confidence = (x[:, :end] for x in (canvas.tokens, canvas.commit_step, canvas.confidence))
     if length is None:

@@ -17,6 +17,9 @@ from .stops import before_stop
 class DecodingOutput:
     """Result of `generate` and `infill`.
 
+    In the shapes below, B is the number of rows (one per request, or per copy of a request) and T the number of columns
+    (prompt, answer and padding).
+
     Attributes
     ----------
     sequences : Tensor
@@ -143,8 +146,8 @@ class DecodingOutput:
         """Log-probability of each token when it was committed (the logarithm of `confidence`), float32 `[B, T]`.
 
         The probability is taken under the distribution selected by `DecodingConfig.distribution` (by default the
-        model's own). 0 where `decoded` is False. The sum over a row is not the log-likelihood of the row, because each
-        term is conditioned on the canvas of its own step. For likelihoods, see `log_likelihood`.
+        model's own). 0 where `decoded` is False. The sum over a row is not the log-likelihood of the row: each term is
+        conditioned only on the tokens committed before its step. For likelihoods, see `log_likelihood`.
         """
         return torch.where(self.decoded, self.confidence.log(), 0.0)
 

@@ -67,7 +67,7 @@ class Task:
 
 
 class Program:
-    """Base of all programs."""
+    """Base class of all decoding programs."""
 
     def __init__(self, task: Task):
         self.task = task
@@ -88,7 +88,7 @@ class Program:
         #: values that the rule keeps from step to step
         self.memory: dict[str, Tensor] = {}
 
-    # --- the host's part ----------------------------------------------------------------------------------------------
+    # --- host side ----------------------------------------------------------------------------------------------------
 
     def form(self, report: tuple[int, ...], behind: int) -> Any:
         """Return the form of the next step, or None if there is nothing left to do.
@@ -105,7 +105,7 @@ class Program:
         """Return a form for the same kind of work, with shapes large enough for any rows in any state."""
         return form
 
-    # --- the device's part --------------------------------------------------------------------------------------------
+    # --- device side --------------------------------------------------------------------------------------------------
 
     def begin(self) -> Tensor:
         """Do the work that comes before the first step, and return the first report, int32 `[n]`.
@@ -170,7 +170,7 @@ class Program:
                 self.memory[name] = torch.zeros_like(value, memory_format=torch.contiguous_format)
             put(self.memory[name], value, taken)
 
-    # --- what comes out -----------------------------------------------------------------------------------------------
+    # --- output -------------------------------------------------------------------------------------------------------
 
     def denoises(self, form: Any) -> bool:
         """Return whether a step of this form runs the model and writes its tokens."""

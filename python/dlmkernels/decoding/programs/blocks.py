@@ -107,7 +107,7 @@ class BlockAfterBlock(Program):
         counts = torch.zeros(len(is_open), len(starts), dtype=torch.int64, device=is_open.device)
         return max(int(counts.scatter_add(1, block, is_open.long()).max()), 1)
 
-    # --- the host's part ----------------------------------------------------------------------------------------------
+    # --- host side ----------------------------------------------------------------------------------------------------
 
     def form(self, report: tuple[int, ...], behind: int) -> Form | None:
         slots = self._listing.numel()
@@ -131,7 +131,7 @@ class BlockAfterBlock(Program):
             rows = min(1 << (rows - 1).bit_length(), len(self._works))
         return replace(form, pending=pending, head=self._listing.numel(), is_limited=True, rows=rows, width=None)
 
-    # --- the device's part --------------------------------------------------------------------------------------------
+    # --- device side --------------------------------------------------------------------------------------------------
 
     def begin(self) -> Tensor:
         self._renoise(None)
@@ -374,7 +374,7 @@ class BlockAfterBlock(Program):
             return open_now
         return torch.stack((open_now, self.state.is_open.sum(1, dtype=torch.int32)), 1).flatten()
 
-    # --- what is shown ------------------------------------------------------------------------------------------------
+    # --- output -------------------------------------------------------------------------------------------------------
 
     def denoises(self, form: Form) -> bool:
         return form.kind == "denoise"
