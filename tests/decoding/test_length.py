@@ -338,7 +338,7 @@ class TestLengthening:
         table = Table([[0.0] * 6] * 5000).eval()
         with (
             pytest.warns(UserWarning),
-            pytest.raises(ValueError, match=r"windows of up to 4096 positions.*got None and"),
+            pytest.raises(ValueError, match=r"windows of up to 4096 positions.*got block_length=None and"),
         ):
             dk.generate(
                 table, torch.tensor([[2]]), mask_token_id=FEW_MASK, eos_token_id=1, rule=self.RULE, max_new_tokens=4500

@@ -87,5 +87,5 @@ def test_refusals(model):
         dk.generate(model, ids, rule=dk.S2D2(), cache="none")
     with pytest.raises(ValueError, match="block_length must be at least 2 with rule S2D2; got 1"):
         dk.generate(model, ids, rule=dk.S2D2(), cache="block", block_length=1)
-    with pytest.raises(ValueError, match="input_ids must have at least one token with rule S2D2"):
+    with pytest.raises(ValueError, match="input_ids must hold at least one token with rule S2D2"):
         dk.generate(model, ids[:, :0], rule=dk.S2D2(), cache="block")

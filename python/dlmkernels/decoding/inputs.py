@@ -190,7 +190,7 @@ def _rows_of_mapping(name: str, inputs: Mapping) -> list[list[int]]:
         )
     for number, row in enumerate(masks):
         if other := [x for x in row if x not in (0, 1)]:
-            raise ValueError(f"{name}: attention_mask must be 0 for padding and 1 for tokens; got {other[0]!r}")
+            raise ValueError(f"{name}: attention_mask must hold 0 for padding and 1 for tokens; got {other[0]!r}")
         if "0" in "".join("1" if x else "0" for x in row).strip("0"):
             raise ValueError(f"{name}: attention_mask of row {number} has a 0 between tokens; only padding may be 0")
     return [[token for token, is_token in zip(row, mask) if is_token] for row, mask in zip(rows, masks)]

@@ -213,7 +213,7 @@ def preset(name: str, **overrides) -> DecodingConfig:
         If there is no preset of this name.
     """
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; known presets: {', '.join(PRESETS)}")
+        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
     return PRESETS[name].replace(**overrides)
 
 

@@ -98,7 +98,7 @@ class Program:
         raise NotImplementedError
 
     def may_leave(self, form: Any) -> bool:
-        """Return whether a step of this form may leave open positions of the last step for good."""
+        """Return whether, from this step on, positions that the last step saw open may never be looked at again."""
         return self.rule.slots != "open"
 
     def widest(self, form: Any) -> Any:

@@ -31,7 +31,7 @@ class SelfVerifiedProgram(Program):
         super().__init__(task)
         _check(self.config, self.grid.length)
         if self.start == 0:
-            raise ValueError("input_ids must have at least one token with rule S2D2, which drafts from the last token")
+            raise ValueError("input_ids must hold at least one token with rule S2D2, which drafts from the last token")
         self.forward = Forward(self.model, self.state, self.config, self.special, self.grid, task.prompt_embeds)
         self.width, device = self.grid.length, self.state.tokens.device
         self.forward.cache = KVCache(self.forward.length + self.width + 1, len(self.state.tokens))

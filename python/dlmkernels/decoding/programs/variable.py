@@ -180,4 +180,4 @@ def _check(config: DecodingConfig, special: SpecialTokens, own_ends: Tensor | No
         if not special.eos:
             raise ValueError(f"eos_token_id is needed by rule {name}, and the model's configuration has none")
         if own_ends is not None and bool((own_ends < 0).all(1).any()):
-            raise ValueError(f"eos_token_id must have at least one token for each request with rule {name}")
+            raise ValueError(f"eos_token_id must hold at least one token for each request with rule {name}")
