@@ -329,7 +329,7 @@ class TestSelfSpeculative:
     @pytest.mark.parametrize("options,match", [
         ({"attention": "full", "cache": "none", "seeded": False}, "rule SelfSpeculative needs attention='causal-con"),
         ({"cache": "none"}, "rule SelfSpeculative needs .*cache='block'.*got .*'none'"),
-        ({"seeded": False}, "rule SelfSpeculative needs .*seeded; got .*False"),
+        ({"seeded": False}, "rule SelfSpeculative needs .*seeded=True; got .*False"),
         ({"logit_alignment": "shift"}, "rule SelfSpeculative needs logit_alignment='same'"),
         ({"cfg_scale": 1.0}, "cfg_scale cannot be used"),
         ({"block_length": 1}, "block_length must be at least 2 with rule SelfSpeculative; got 1"),

@@ -70,7 +70,7 @@ class TestModel:
             dk.load(path, family="diffusion-lm")
         with pytest.raises(ValueError, match=r"timesteps must be the step of each row, of shape \[2\]; got None"):
             model(torch.zeros(2, 3, LATENT))
-        with pytest.raises(ValueError, match="gradients cannot be had of the bound of family 'diffusion-lm'"):
+        with pytest.raises(ValueError, match="gradients are not supported for the bound of family 'diffusion-lm'"):
             dk.log_likelihood(model, torch.tensor([1]), torch.tensor([2]), gradients=True)
         torch.save({"word_embedding.weight": torch.ones(3, 2)}, tmp_path / "ema.pt")
         with pytest.raises(ValueError, match=r"it lacks position_embeddings\.weight, time_embed"):

@@ -250,7 +250,7 @@ def test_attention_must_be_full():
     model = build()
     model.config.dlm_family = "sdar"
     with pytest.raises(
-        ValueError, match="model must have full attention for method='monte-carlo'; that of family 'sdar' is 'block'"
+        ValueError, match="model must have full attention for method='monte-carlo'; models of family 'sdar' have"
     ):
         dk.log_likelihood(model, prompts(1, 4), prompts(1, 4), method="monte-carlo")
 

@@ -404,9 +404,9 @@ def test_positions_without_a_usable_logit():
 
 
 @pytest.mark.parametrize("options,match", [
-    ({"cache": "dual", "attention": "full"}, r"rule Pipeline needs attention='block' .*got 'full', 'dual' and 'same'"),
-    ({"cache": "prefix", "attention": "full"}, r"rule Pipeline needs .*got 'full', 'prefix' and 'same'"),
-    ({"cache": "none", "attention": "causal"}, r"rule Pipeline needs .*got 'causal', 'none' and 'same'"),
+    ({"cache": "dual", "attention": "full"}, r"rule Pipeline needs .*got attention='full', cache='dual' and "),
+    ({"cache": "prefix", "attention": "full"}, r"rule Pipeline needs .*got attention='full', cache='prefix' and "),
+    ({"cache": "none", "attention": "causal"}, r"rule Pipeline needs .*got attention='causal', cache='none' and "),
     ({"cfg_scale": 1.0}, r"cfg_scale cannot be used with rule Pipeline; got 1.0"),
     ({"seeded": True}, r"seeded cannot be used with rule Pipeline; got True"),
     ({"sub_block_length": 4}, r"sub_block_length cannot be used with rule Pipeline; got 4"),
@@ -428,7 +428,7 @@ def test_arguments_are_checked(loaded):
     with pytest.raises(ValueError, match="delay must be an integer of at least 1; got 0"):
         dk.EntropyPipeline(delay=0)
     with pytest.raises(
-        ValueError, match=r"\(EntropyPipeline, with logit_alignment='same': or 'prefix'\); got .*'shift'"
+        ValueError, match=r"\(or cache='prefix' for EntropyPipeline with logit_alignment='same'\); got .*'shift'"
     ):
         dk.generate(loaded("dream")[1], prompts(1, 4), config=dk.preset("d3llm-prefix"), max_new_tokens=4)
     with pytest.raises(ValueError, match="threshold must be a number; got None"):

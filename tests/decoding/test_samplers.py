@@ -332,7 +332,7 @@ class TestUniform:
         model = Pair()
         del model.config
         with pytest.raises(
-            ValueError, match="UniformState draws from the vocabulary, whose size the model does not say"
+            ValueError, match="UniformState draws from the vocabulary, but the model's vocab_size is unknown"
         ):
             sample(model, rule=dk.UniformState())
 

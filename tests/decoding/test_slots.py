@@ -217,5 +217,5 @@ def test_rows_that_stay():
     whole = torch.cat((ids, torch.full((2, 8), MASK)), 1)
     state = State.of(whole, whole == MASK, torch.zeros(2, dtype=torch.int32))
     program = program_of(config.rule)(Task(model, state, config, special, grid, 5, 13))
-    with pytest.raises(ValueError, match="the task has rows_change alone"):
+    with pytest.raises(ValueError, match="only if the task has rows_change=True"):
         program.renew(torch.tensor([0]))

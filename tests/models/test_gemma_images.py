@@ -103,17 +103,17 @@ def test_copies(model):
 
 def test_errors(model):
     inputs = processed(1)
-    with pytest.raises(ValueError, match="input_ids has 8 image tokens, and pixel_values makes 4 vectors"):
+    with pytest.raises(ValueError, match="input_ids has 8 image tokens, but pixel_values yields 4 vectors"):
         few = {name: inputs[name][:1] for name in ("pixel_values", "image_position_ids")}
         dk.generate(model, inputs | few, max_new_tokens=CANVAS)
     with pytest.raises(ValueError, match="cfg_scale cannot be used with pixel_values"):
         dk.generate(model, inputs, max_new_tokens=CANVAS, cfg_scale=1.0, mask_token_id=4)
     if model.config.text_config.use_bidirectional_attention == "vision":
-        with pytest.raises(ValueError, match=r"mm_token_type_ids of row 0 must be of its 13 tokens; got 12"):
+        with pytest.raises(ValueError, match=r"mm_token_type_ids of row 0 must have one entry .* 13 tokens; got 12"):
             short = {"mm_token_type_ids": inputs["mm_token_type_ids"][:, 1:], "attention_mask": None}
             dk.generate(model, inputs | short, max_new_tokens=CANVAS)
         narrow = build(use_bidirectional_attention="vision", sliding_window=3)
-        with pytest.raises(ValueError, match="an image of 4 tokens cannot be read, since the sliding window is of 3"):
+        with pytest.raises(ValueError, match="an image of 4 tokens does not fit into the model's sliding window of 3"):
             dk.generate(narrow, inputs, max_new_tokens=CANVAS)
     with pytest.raises(ValueError, match="input_ids holds pixel_values, which models of family 'masked' do not read"):
         dk.generate(small_models.build("llama"), inputs, max_new_tokens=4)

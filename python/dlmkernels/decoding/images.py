@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images in prompts as a model's own processor prepares them: DiffusionGemma's."""
+"""Images in prompts, as prepared by the processor of DiffusionGemma."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..models.adapt import DiffusionModel, EncoderDecoderModel
 from .config import DecodingConfig
 
-#: What a processor says of images beside the tokens.
+#: Keys under which a processor returns image data in addition to the tokens.
 PIXELS, PATCHES, KINDS = "pixel_values", "image_position_ids", "mm_token_type_ids"
 
 
@@ -22,9 +22,9 @@ class Images(NamedTuple):
     Attributes
     ----------
     embeds : Tensor
-        `[B, P, hidden]`: what stands in for the embeddings of the prompts' tokens.
+        `[B, P, hidden]`: input embeddings of the prompts, with the image vectors in place of image tokens.
     limit : Tensor, optional
-        int32 `[B, P]`: the last column that each column sees. None: its own.
+        int32 `[B, P]`: last column that each column may attend to. If None, the column itself.
     """
 
     embeds: Tensor
@@ -32,7 +32,7 @@ class Images(NamedTuple):
 
 
 def take_images(inputs: Any) -> tuple[Any, dict[str, Any] | None]:
-    """What a processor returned, without its images; and these, None where there are none."""
+    """Split a processor's output into the part without images and the image data (None if there is none)."""
     if not isinstance(inputs, Mapping) or inputs.get(PIXELS) is None:
         return inputs, None
     images = {name: inputs.get(name) for name in (PIXELS, PATCHES, KINDS, "attention_mask")}
@@ -42,20 +42,23 @@ def take_images(inputs: Any) -> tuple[Any, dict[str, Any] | None]:
 def embed_images(
     model: DiffusionModel, config: DecodingConfig, tokens: Tensor, origin: Tensor, images: dict[str, Any]
 ) -> Images:  # fmt: skip
-    """What `take_images` found, put in place of the image tokens of prompts int64 `[B, P]`, which begin at `origin`.
+    """Replace the image tokens of prompts int64 `[B, P]`, which start at column `origin`, by vectors of `images`.
+
+    `images` is the image data returned by `take_images`.
 
     Raises
     ------
     ValueError
-        When the model reads no images or these are not as many as the prompts have places for, or with guidance.
+        If the model does not read images, if the number of image vectors differs from the number of image tokens, if
+        an image is longer than the sliding window, or if guidance is on.
     """
     if not isinstance(model, EncoderDecoderModel):
         raise ValueError(
-            f"input_ids holds {PIXELS}, which models of family '{model.family.name}' do not read: let its vision tower "
-            "make vectors of the image, and pass the prompt as inputs_embeds"
+            f"input_ids holds {PIXELS}, which models of family '{model.family.name}' do not read: encode the image "
+            "with the model's vision tower, and pass the prompt as inputs_embeds"
         )
     if config.cfg_scale > 0:
-        raise ValueError(f"cfg_scale cannot be used with {PIXELS}: got {config.cfg_scale}")
+        raise ValueError(f"cfg_scale cannot be used with {PIXELS}; got {config.cfg_scale}")
     encoder: Any = model.model.model.encoder
     is_image = tokens == model.config.image_token_id
     embeds = model.embed(tokens)
@@ -66,13 +69,16 @@ def embed_images(
         ).pooler_output.to(embeds)  # fmt: skip
     count, places = vectors.numel() // embeds.shape[2], int(is_image.sum())
     if count != places:
-        raise ValueError(f"input_ids has {places} image tokens, and {PIXELS} makes {count} vectors")
+        raise ValueError(f"input_ids has {places} image tokens, but {PIXELS} yields {count} vectors")
     embeds = embeds.masked_scatter(is_image[..., None], vectors)
     return Images(embeds, _limit(model, tokens, origin, images))
 
 
 def _limit(model: EncoderDecoderModel, tokens: Tensor, origin: Tensor, images: dict[str, Any]) -> Tensor | None:
-    """The last column that each column sees where an image sees all of itself, int32 `[B, P]`; else None."""
+    """Compute the last column that each column sees, int32 `[B, P]`, if all tokens of an image see each other.
+
+    Returns None for models in which they do not, or if the processor returned no token types.
+    """
     text = model.text_config
     if text.use_bidirectional_attention != "vision" or images[KINDS] is None:
         return None
@@ -84,7 +90,9 @@ def _limit(model: EncoderDecoderModel, tokens: Tensor, origin: Tensor, images: d
     for row, first in enumerate(origin.tolist()):
         own = kinds[row] if mask is None else kinds[row][mask[row] != 0]
         if len(own) != length - first:
-            raise ValueError(f"{KINDS} of row {row} must be of its {length - first} tokens; got {len(own)}")
+            raise ValueError(
+                f"{KINDS} of row {row} must have one entry for each of its {length - first} tokens; got {len(own)}"
+            )
         is_image[row, first:] = (own == 1) | (own == 2)
     column = torch.arange(length, device=tokens.device).expand_as(tokens)
     behind = torch.where(is_image, length, column).flip(1).cummin(1).values.flip(1)
@@ -92,7 +100,7 @@ def _limit(model: EncoderDecoderModel, tokens: Tensor, origin: Tensor, images: d
     longest = int((behind - before - 1).max())
     if "sliding_attention" in text.layer_types and longest > text.sliding_window:
         raise ValueError(
-            f"{PIXELS}: an image of {longest} tokens cannot be read, since the sliding window is of "
-            f"{text.sliding_window}"
+            f"{PIXELS}: an image of {longest} tokens does not fit into the model's sliding window of "
+            f"{text.sliding_window} tokens"
         )
     return torch.where(is_image, behind - 1, column).int()

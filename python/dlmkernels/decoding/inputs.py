@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may be passed as a prompt: token ids, what a tokenizer returns, text, chats; all become one padded tensor."""
+"""Conversion of prompts (token ids, tokenizer output, text or chats) to one padded tensor."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor
 
 from .config import SpecialTokens
 
-#: keys of a tokenizer's result that say nothing a decoding needs
+#: keys of a tokenizer's output that decoding does not need
 HARMLESS = {"special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping", "num_truncated_tokens"}
-#: keys that say which segment a token belongs to: all of it is segment 0 here
+#: keys with the segment of each token; only segment 0 is supported
 SEGMENTS = ("token_type_ids", "mm_token_type_ids")
 
 Rows = Sequence[Sequence[int]]
 
 
 class Prompts(NamedTuple):
-    """Prompts in the form that a decoding takes.
+    """Prompts in the form that decoding takes.
 
     Attributes
     ----------
     tokens : object
-        int64 `[B, P]`, padded on the left; or what was passed, if it is neither text nor a list nor a mapping.
+        int64 `[B, P]`, padded on the left. A tensor or None that was passed as a prompt is kept unchanged.
     attention_mask : Tensor, optional
         `[B, P]`, 0 for padding.
     """
@@ -38,28 +38,31 @@ class Prompts(NamedTuple):
 def read_prompts(
     name: str, inputs, attention_mask: Tensor | None, tokenizer, device: torch.device, pad: int
 ) -> Prompts:  # fmt: skip
-    """Token ids `[B, P]` and their attention mask, from whatever `inputs` is; `name` is what errors call it.
+    """Convert `inputs` of any supported form to token ids `[B, P]` and their attention mask.
 
     Parameters
     ----------
+    name : str
+        Name of the argument in error messages.
     inputs : Tensor or str or sequence or mapping
-        A tensor is taken as it is. Text, a list of texts, a chat (a list of messages, each a dict with "role" and
-        "content") and a list of chats need the `tokenizer`. A list of ids is one prompt, a list of lists of ids (or of
-        1-D tensors) are several, of any lengths. A mapping is what a tokenizer returns: `input_ids`, and
-        `attention_mask` where there is padding, on whatever side.
+        A tensor is passed through unchanged, as is None. Text, a list of texts, a chat (a list of messages, each a
+        dict with "role" and "content") and a list of chats need the `tokenizer`. A list of ids is one prompt; a list of
+        lists of ids (or of 1-D tensors) is several prompts, of any lengths. A mapping is the output of a tokenizer:
+        `input_ids`, and `attention_mask` if there is padding, on either side.
     pad : int
-        Token that fills shorter rows up on the left.
+        Token with which shorter rows are padded on the left.
 
     Raises
     ------
     ValueError or TypeError
-        When it is none of these, holds no token, or needs a tokenizer that is not there.
+        If `inputs` has none of these forms, contains no token, or needs a tokenizer and none was passed.
     """
     if inputs is None or isinstance(inputs, Tensor):
         return Prompts(inputs, attention_mask)
     if attention_mask is not None:
         raise ValueError(
-            f"attention_mask belongs to a tensor of ids; {name} is {_kind(inputs)}, whose padding is known from itself"
+            f"attention_mask can only be passed with a tensor of token ids; {name} is {_kind(inputs)}, for which "
+            "padding is handled automatically"
         )
     if isinstance(inputs, Mapping):
         rows = _rows_of_mapping(name, inputs)
@@ -70,30 +73,30 @@ def read_prompts(
     else:
         rows = _rows_of_ids(name, inputs)
     if not rows:
-        raise ValueError(f"{name} is empty: it holds no prompt")
+        raise ValueError(f"{name} is empty: it must contain at least one prompt")
     if [] in rows:
-        raise ValueError(f"{name} holds no token in row {rows.index([])}")
+        raise ValueError(f"{name} has no tokens in row {rows.index([])}")
     return padded(rows, device, pad)
 
 
 def read_canvases(
     name: str, inputs, attention_mask: Tensor | None, tokenizer, device: torch.device, special: SpecialTokens
 ) -> Prompts:  # fmt: skip
-    """The same for canvases whose masks are to be filled: text must hold the mask token."""
+    """Like `read_prompts`, for canvases whose masks are to be filled in: text must contain the mask token."""
     found = read_prompts(name, inputs, attention_mask, tokenizer, device, filler(special))
     if _is_text(inputs) and not bool((found.tokens == special.mask).any()):
         mask = getattr(tokenizer, "mask_token", None) or tokenizer.decode([special.mask])
-        raise ValueError(f"{name} holds no mask token: write {mask!r} wherever a token is wanted")
+        raise ValueError(f"{name} contains no mask token: write {mask!r} wherever a token is to be filled in")
     return found
 
 
 def filler(special: SpecialTokens) -> int:
-    """What stands left of shorter prompts: the padding token, but never a mask."""
+    """Return the token that pads shorter prompts on the left: the padding token, unless that is the mask token."""
     return special.pad if special.pad != special.mask else int(special.mask == 0)
 
 
 def padded(rows: Rows, device: torch.device, pad: int) -> Prompts:
-    """Rows of any lengths as one tensor, padded on the left."""
+    """Combine rows of any lengths into one tensor, padded on the left."""
     width = max(map(len, rows))
     tokens = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], dtype=torch.int64, device="cpu")
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.int64, device="cpu")
@@ -101,9 +104,9 @@ def padded(rows: Rows, device: torch.device, pad: int) -> Prompts:
 
 
 def read_options(model, config, options: Mapping[str, Any], tokenizer) -> dict[str, Any]:
-    """The keywords of a decoding without token-type ids, and with the tokenizer's mask id where nobody else names one.
+    """Prepare the keyword options of a decoding: drop token-type ids, and take a missing mask id from the tokenizer.
 
-    A model's own configuration comes first: only what it leaves out is taken from the tokenizer.
+    The tokenizer's mask id is used only if neither the options, nor `config`, nor the model's configuration has one.
     """
     options = dict(options)
     for key in SEGMENTS:
@@ -122,7 +125,7 @@ def _get(source, name: str):
 
 
 def _is_text(inputs) -> bool:
-    """A text, a chat, or several of either."""
+    """Return whether `inputs` is a text, a chat, or a list of either."""
     if isinstance(inputs, str):
         return True
     if not isinstance(inputs, Sequence) or not inputs:
@@ -134,13 +137,13 @@ def _is_text(inputs) -> bool:
 
 
 def _tokenized(name: str, inputs, tokenizer) -> list[list[int]]:
-    """Ids of texts or chats; those of one where `inputs` is one."""
+    """Tokenize texts or chats; a single text or chat gives one row."""
     if tokenizer is None:
         raise ValueError(
-            f"{name} is text: pass tokenizer=transformers.AutoTokenizer.from_pretrained(…), or token ids instead"
+            f"{name} is text: pass tokenizer=transformers.AutoTokenizer.from_pretrained(…), or pass token ids instead"
         )
     if not callable(tokenizer):
-        raise TypeError(f"tokenizer must be a tokenizer of transformers; got {type(tokenizer).__name__}")
+        raise TypeError(f"tokenizer must be a transformers tokenizer; got {type(tokenizer).__name__}")
     one = isinstance(inputs, str) or isinstance(inputs[0], Mapping)
     items = [inputs] if one else list(inputs)
     return [_ids_of(name, item, tokenizer) for item in items]
@@ -151,25 +154,27 @@ def _ids_of(name: str, item, tokenizer) -> list[int]:
     if is_chat:
         if not isinstance(item, Sequence) or not all(isinstance(m, Mapping) and "role" in m for m in item):
             raise TypeError(
-                f"{name} must hold texts, or chats whose messages are dicts like {{'role': 'user', 'content': '…'}}; "
-                f"got {item!r}"
+                f"{name} must contain texts, or chats whose messages are dicts such as "
+                f"{{'role': 'user', 'content': '…'}}; got {item!r}"
             )
         if not getattr(tokenizer, "chat_template", None):
-            raise ValueError(f"{name} is a chat, but this tokenizer has no chat template: pass text, or set one")
+            raise ValueError(
+                f"{name} is a chat, but this tokenizer has no chat template: pass text, or set tokenizer.chat_template"
+            )
         item = tokenizer.apply_chat_template(list(item), add_generation_prompt=True, tokenize=False)
     ids = [int(i) for i in tokenizer(item, add_special_tokens=not is_chat)["input_ids"]]
     if not ids:
-        raise ValueError(f"{name} holds no token: the tokenizer makes nothing of {item!r}")
+        raise ValueError(f"{name} must contain at least one token; the tokenizer returned none for {item!r}")
     return ids
 
 
 def _rows_of_mapping(name: str, inputs: Mapping) -> list[list[int]]:
-    """The rows of what a tokenizer returned, without their padding."""
+    """Return the rows of a tokenizer's output, without their padding."""
     known = {"input_ids", "attention_mask", *SEGMENTS, *HARMLESS}
     if unknown := sorted(str(key) for key in inputs if key not in known):
-        raise ValueError(f"{name}: {', '.join(unknown)} cannot be used here; known: {', '.join(sorted(known))}")
+        raise ValueError(f"{name}: unsupported keys {', '.join(unknown)}; supported: {', '.join(sorted(known))}")
     if "input_ids" not in inputs:
-        raise ValueError(f"{name} must be what a tokenizer returns, with input_ids; got the keys {sorted(inputs)}")
+        raise ValueError(f"{name} must be the output of a tokenizer, with input_ids; got the keys {sorted(inputs)}")
     for key in SEGMENTS:
         if key in inputs:
             _check_segment(key, inputs[key])
@@ -179,7 +184,10 @@ def _rows_of_mapping(name: str, inputs: Mapping) -> list[list[int]]:
     mask = _as_lists(mask)
     masks = [_as_lists(row) for row in (mask if mask and isinstance(_as_lists(mask[0]), (list, tuple)) else [mask])]
     if [len(row) for row in masks] != [len(row) for row in rows]:
-        raise ValueError(f"{name}: attention_mask and input_ids must have the same lengths")
+        raise ValueError(
+            f"{name}: attention_mask and input_ids must have the same lengths; got {[len(row) for row in masks]} and "
+            f"{[len(row) for row in rows]}"
+        )
     for number, row in enumerate(masks):
         if other := [x for x in row if x not in (0, 1)]:
             raise ValueError(f"{name}: attention_mask must hold 0 for padding and 1 for tokens; got {other[0]!r}")
@@ -189,18 +197,18 @@ def _rows_of_mapping(name: str, inputs: Mapping) -> list[list[int]]:
 
 
 def _rows_of_ids(name: str, inputs) -> list[list[int]]:
-    """A list of ids, or of lists of ids, as rows."""
+    """Return a list of ids, or of lists of ids, as rows."""
     if isinstance(inputs, Sequence) and inputs and all(isinstance(i, Integral) for i in inputs):
         inputs = [inputs]
     rows = [_as_lists(row) for row in inputs] if isinstance(inputs, Sequence) and not isinstance(inputs, str) else None
     if rows is None or not all(isinstance(row, (list, tuple)) for row in rows):
         raise TypeError(
-            f"{name} must be an int64 tensor of token ids, a list of ids, a list of lists of ids, what a tokenizer "
-            f"returns, or text with tokenizer=…; got {_kind(inputs)}"
+            f"{name} must be an int64 tensor of token ids, a list of ids, a list of lists of ids, the output of a "
+            f"tokenizer, or text with tokenizer=…; got {_kind(inputs)}"
         )
     for row in rows:
         if not all(isinstance(i, Integral) and not isinstance(i, bool) for i in row):
-            raise TypeError(f"{name} must hold token ids, which are integers; got {row!r}")
+            raise TypeError(f"{name} must contain token ids, which are integers; got {row!r}")
     return [[int(i) for i in row] for row in rows]
 
 
@@ -211,8 +219,8 @@ def _as_lists(values):
 def _check_segment(key: str, values) -> None:
     if bool(torch.as_tensor(_flat(values), device="cpu").ne(0).any()):
         raise ValueError(
-            f"{key} other than 0 cannot be used: the prompt and what is decoded after it are one segment; pass the "
-            "tokenizer one text, or leave the key away"
+            f"{key} must be 0 everywhere, because a prompt and its answer form one segment: tokenize a single text, or "
+            f"omit {key}"
         )
 
 

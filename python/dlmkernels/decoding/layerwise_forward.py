@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forwards with a cache of features: of the whole canvas, but every layer computes the rows alone that need it."""
+"""Forward passes with a feature cache: they cover the whole canvas, but each layer computes only some of its rows."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from .state import put
 
 
 class LayerwiseForward(BlockForward):
-    """As `BlockForward`, with the parts that a `LayerwiseCache` has; a row's phase is the number of its part.
+    """A `BlockForward` with the parts of a `LayerwiseCache`; a row's phase is the index of its part, plus WHOLE.
 
-    Phases are counted over the forwards of a request, so that what becomes of it does not depend on its batch.
+    Phases depend on the number of forward passes of the request itself, so that its result does not depend on the rest
+    of the batch.
     """
 
     def __init__(self, features: LayerwiseCache, *args: Any, **options: Any):
@@ -31,25 +32,25 @@ class LayerwiseForward(BlockForward):
         self._parts = [name for name, _ in features.parts(self.state.step)]
         self.counted = frozenset(self._parts)
         rows = len(self.slots)
-        # a row more, which takes what unused rows write
+        # one extra row, to which unused rows write
         self.cache = KVCache(self.length, rows + 1)
-        #: what the layers have added to the rows of each request
+        #: for each request, the last computed change of every layer to its hidden states
         self.added = Kept(rows, self.length)
         self._all_rows = torch.arange(rows, dtype=torch.int32, device=self.origin.device)
-        #: where the response of each request begins, its first open column, int32 [S]
+        #: start of each request's response (its first open column), int32 [S]
         self._first = self.grid.first.clone()
-        self._next = ("whole", 0)  # part and width of the forward that is under way
+        self._next = ("whole", 0)  # part and width of the current forward pass
 
     def look(self, rows: Tensor | None = None) -> None:
         super().look(rows)
-        # all is decided of a row that has nothing open
+        # a row without open positions is fully decided
         behind = torch.where(self.state.is_open, self._columns, self.length).amin(1).int()
         put(self._first, torch.maximum(self.grid.first, torch.minimum(behind, self.grid.ends)), rows)
         if not self.rows_change:
             self.most_columns = int(self._response().max())
 
     def _response(self) -> Tensor:
-        """How many columns each request's response has, int32 `[S]`."""
+        """Return the number of columns of each request's response, int32 `[S]`."""
         return (self.grid.ends - torch.maximum(self._first, self.state.origin)).clamp(min=0)
 
     @property
@@ -63,7 +64,7 @@ class LayerwiseForward(BlockForward):
         return self._parts[phase - WHOLE]
 
     def phases(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Each row's phase, and how many columns its response has, int32 `[S]` each."""
+        """Return each row's phase and the number of columns of its response, int32 `[S]` each."""
         phase = torch.full_like(index, WHOLE)
         for number, (_, applies) in enumerate(self.features.parts(self.state.step)):
             phase = torch.where(applies, WHOLE + number, phase)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How likely a model finds an answer: estimates from masked forwards, for evaluation and reinforcement learning."""
+"""Log-likelihood of an answer under a model, estimated from noised forward passes.
+
+For evaluation and reinforcement learning.
+"""
 
 from __future__ import annotations
 
@@ -26,19 +29,20 @@ METHODS = ("monte-carlo", "mean-field", "coupled", "bound")
 
 @dataclass(frozen=True)
 class LogLikelihood:
-    """Result of `log_likelihood`, in nats.
+    """Result of `log_likelihood`, in nats, for B answers padded to a length of L tokens.
 
     Attributes
     ----------
     total : Tensor
         float64 `[B]`: estimate of ``ln p(answer | prompt)``, the sum of `per_token`.
     per_token : Tensor
-        float64 `[B, L]`: what each token of the answer contributes; 0 for padding.
+        float64 `[B, L]`: contribution of each token of the answer; 0 for padding.
     standard_error : Tensor
-        float64 `[B]`: of `total`, from the spread of the samples (which ignores that they are stratified, and so is
-        rather too large); NaN for a single sample.
+        float64 `[B]`: standard error of `total`, computed from the spread of the samples. It ignores that the samples
+        are stratified, so it tends to be too large. NaN for a single sample.
     num_forwards : int
-        Sequences forwarded for each answer.
+        Number of noised copies of each answer that were scored. Each takes one forward pass, but may take several with
+        method="bound" for models that attend block by block or whose noise is continuous.
     """
 
     total: Tensor
@@ -66,58 +70,61 @@ def log_likelihood(
     exact_divergence: bool = False,
     gradients: bool = False,
 ) -> LogLikelihood:
-    """Estimate ``ln p(answer | prompt)`` of a diffusion language model.
+    """Estimate ``ln p(answer | prompt)`` under a diffusion language model.
 
     Parameters
     ----------
     model : PreTrainedModel or DiffusionModel
-        As for `generate`.
+        Same as for `generate`.
     prompt : Tensor
-        int64 `[B, P]`, shorter ones padded on the left, or `[P]`.
+        int64 `[B, P]`, shorter prompts padded on the left; or `[P]` for one prompt.
     answer : Tensor
-        int64 `[B, L]`, shorter ones padded on the right, or `[L]`. Its tokens are what is scored, an end token
-        included if it holds one.
+        int64 `[B, L]`, shorter answers padded on the right; or `[L]` for one answer. Every token is scored, including
+        the end token if there is one.
     prompt_mask, answer_mask : Tensor, optional
-        `[B, P]` and `[B, L]`, 0 for padding.
+        `[B, P]` and `[B, L]`, 0 for padding and 1 for tokens.
     method : {"monte-carlo", "mean-field", "coupled", "bound"}, optional
-        None: "bound" for models of MDLM, SEDD, Duo, LangFlow, Plaid, Diffusion-LM and those with blocks, else
-        "monte-carlo".
+        If None, "bound" for MDLM, SEDD, Duo, LangFlow, Plaid, Diffusion-LM and all models that attend block by block,
+        otherwise "monte-carlo". The first three methods need a mask-based model with full attention.
 
-        - "monte-carlo": the bound of LLaDA (Nie et al., arXiv:2502.09992, equation 6). A sample masks l tokens of the
-          answer's L, drawn without replacement, and counts ``(L / l) sum ln p(token)`` over them. The l of the samples
-          are spread evenly over 1 … L from a random start. Unbiased for the evidence lower bound, which is the
-          log-likelihood itself where the model's conditionals are those of one joint distribution.
-        - "mean-field": all of the answer is masked at once and every token scored from that one forward (d1, Zhao et
-          al., arXiv:2504.12216, which masks the prompt's tokens too, with `prompt_mask_probability`).
-        - "coupled": a sample masks a random part of the answer in one forward and the rest of it in another, so that
-          every token is scored once, half in view of the others; one more sample masks everything. The mean over
-          `num_samples` pairs and that one (DiffuCoder, Gong et al., arXiv:2506.20639).
-        - "bound": the evidence lower bound by the noise that the model was trained with (see `bounds`): a sample draws
-          a time and puts noise on the answer until then. Models with blocks (BD3-LM, Arriola et al., arXiv:2503.09573)
-          have a time for each block, which sees the clean blocks before it; with blocks of one token it is the
-          log-likelihood itself. Of LangFlow it is the bound by its probability flow, of which a
-          sample takes `ode_steps` steps of Heun's method, four forwards and two backward passes each. The first three
-          methods need a model with full attention that knows masks.
+        - "monte-carlo": the bound of LLaDA (Nie et al., arXiv:2502.09992, equation 6). Each sample masks l of the
+          answer's L tokens, drawn without replacement, and contributes ``(L / l) sum ln p(token)`` over them. The
+          values of l are spread evenly over 1 … L from a random start. This estimate of the evidence lower bound is
+          unbiased. The bound equals the log-likelihood if the model's conditionals are consistent with one joint
+          distribution.
+        - "mean-field": mask the whole answer and score every token from a single forward pass (d1, Zhao et al.,
+          arXiv:2504.12216, which also masks prompt tokens: see `prompt_mask_probability`).
+        - "coupled": each sample masks a random part of the answer in one forward pass and the rest in another, so that
+          every token is scored exactly once, with the other part in view. One further sample masks everything. The
+          result is the mean over `num_samples` pairs and that sample (DiffuCoder, Gong et al., arXiv:2506.20639).
+        - "bound": the evidence lower bound for the noise process that the model was trained with (see `bounds`). Each
+          sample draws a time and noises the answer up to that time. In models with blocks (BD3-LM, Arriola et al.,
+          arXiv:2503.09573) each block has its own time and sees the clean blocks before it; with blocks of one token
+          the bound is the log-likelihood itself. For LangFlow, the bound follows from the model's probability flow:
+          each sample integrates it in `ode_steps` steps of Heun's method, with four forward and two backward passes
+          per step.
     num_samples : int, optional
-        128, 1, 1 and 128 for the four methods; for LangFlow's bound 1, for Diffusion-LM's as many as the model has
-        noise steps, so that each is looked at once.
+        Number of samples. By default 128 for "monte-carlo" and "bound", and 1 for "mean-field" and "coupled". The
+        bound of LangFlow defaults to 1 sample, that of Diffusion-LM to the model's number of noise steps, so that each
+        step is evaluated once.
     seed : int or Tensor, optional
-        As for `generate`: a request's masks depend on its seed alone.
+        Same as for `generate`. The masks of a request depend only on its seed.
     prompt_mask_probability : float
-        Share of the prompt's tokens that each sample masks.
+        Probability with which each sample masks each token of the prompt, from 0 to 1.
     batch_size : int
-        Sequences in a forward. The masks do not depend on it.
+        Number of sequences per forward pass. Does not change the masks.
     mask_token_id, logit_alignment, block_length
-        As in `DecodingConfig`.
+        Same as in `DecodingConfig`.
     ode_steps : int
-        Of LangFlow's bound.
+        Number of integration steps; only used by LangFlow's bound.
     exact_divergence : bool
-        Of LangFlow's bound: whether the divergence of the flow is computed, by as many backward passes an evaluation as
-        the answer's vectors have numbers, and not estimated by one random vector. What is left of the spread of the
-        samples, which `standard_error` tells, is then that of the noise on the answer.
+        Only for LangFlow's bound. If True, compute the divergence of the flow exactly, with one backward pass per
+        element of the answer's embedding vectors in each evaluation. If False, estimate it from one random vector. With
+        True, `standard_error` reflects only the noise put on the answer.
     gradients : bool
-        Whether `total` and `per_token` have gradients with respect to the model's parameters. Attention is then
-        computed by torch in float32, and of a model with blocks each block is forwarded with all that stands before it.
+        Whether `total` and `per_token` can be differentiated with respect to the model's parameters. Attention is then
+        computed by torch in float32, and in a model with blocks each block is forwarded together with everything
+        before it.
 
     Returns
     -------
@@ -126,7 +133,7 @@ def log_likelihood(
     Raises
     ------
     ValueError
-        When an argument has the wrong shape, dtype, device or range; the message names it.
+        If an argument has the wrong shape, dtype, device or range; the message names it.
     """
     if method is not None and method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}; got {method!r}")
@@ -142,9 +149,12 @@ def log_likelihood(
         raise ValueError(f"prompt_mask_probability must be a number from 0 to 1; got {prompt_mask_probability!r}")
     _check_method(model, method, prompt_mask_probability, block_length)
     if not isinstance(exact_divergence, bool) or (exact_divergence and model.family.name != "langflow"):
-        raise ValueError(f"exact_divergence must be a bool, and is for LangFlow's bound; got {exact_divergence!r}")
+        raise ValueError(
+            "exact_divergence must be a bool, and can only be True for models of family 'langflow'; got "
+            f"{exact_divergence!r} for family '{model.family.name}'"
+        )
     if is_flow and gradients:
-        raise ValueError(f"gradients cannot be had of the bound of family '{model.family.name}'")
+        raise ValueError(f"gradients are not supported for the bound of family '{model.family.name}'")
     has_blocks = model.family.attention == "block"
     config = DecodingConfig(
         rule=default_config(model.family.preset).rule, mask_token_id=mask_token_id, logit_alignment=logit_alignment,
@@ -156,8 +166,8 @@ def log_likelihood(
     tokens = torch.cat((prompt, answer), 1)
     if model.max_length is not None and tokens.shape[1] > model.max_length:
         raise ValueError(
-            f"prompt ({prompt.shape[1]} tokens) and answer ({answer.shape[1]}) are longer than the model's "
-            f"max_position_embeddings of {model.max_length}"
+            f"prompt ({prompt.shape[1]} tokens) and answer ({answer.shape[1]} tokens) are together longer than the "
+            f"model's max_position_embeddings of {model.max_length}"
         )
     seeds = seeds_of(seed, len(tokens), tokens.device)
     agree(model, {"prompt": tokens, "prompt_mask": origin, "answer_mask": lengths}, config, seeds, method, samples)
@@ -192,30 +202,35 @@ def _has_bound(model: DiffusionModel) -> bool:
 
 
 def _check_method(model: DiffusionModel, method: str, prompt_mask_probability: float, block_length: int | None) -> None:
-    """Refuse a method that is not for models of this family."""
+    """Raise a ValueError if the method or an option of it does not apply to models of this family."""
     family = model.family
     if method == "bound":
         if family.name == "ssd-lm":
             raise ValueError(
-                "model: there is no bound on the likelihood for models of family 'ssd-lm'. They are trained by the "
-                "cross-entropy of the tokens at random noise levels, and its authors publish no bound"
+                "model: there is no bound on the likelihood for models of family 'ssd-lm'. They are trained with the "
+                "cross-entropy of the tokens at random noise levels, and the authors have published no bound"
             )
         if prompt_mask_probability > 0:
-            raise ValueError("prompt_mask_probability has no meaning with method='bound', whose noise is the answer's")
+            raise ValueError(
+                "prompt_mask_probability has no effect with method='bound', which adds noise only to the answer; got "
+                f"{prompt_mask_probability}"
+            )
     elif family.noise == "continuous":
-        raise ValueError(f"method='{method}' is for models that know masks; those of family '{family.name}' do not")
-    elif family.attention != "full" or family.noise != "mask" or family.name == "sedd":
-        needed = "full attention" if family.attention != "full" else "logits of what masks hide"
         raise ValueError(
-            f"model must have {needed} for method='{method}'; that of family '{family.name}' "
-            + (f"is '{family.attention}'" if family.attention != "full" else "has others: use method='bound'")
+            f"method='{method}' needs a model with a mask token; models of family '{family.name}' have none"
+        )
+    elif family.attention != "full" or family.noise != "mask" or family.name == "sedd":
+        needed = "full attention" if family.attention != "full" else "logits for the tokens behind the masks"
+        raise ValueError(
+            f"model must have {needed} for method='{method}'; models of family '{family.name}' have "
+            + (f"attention '{family.attention}'" if family.attention != "full" else "none: use method='bound'")
         )
     if block_length is not None and family.attention != "block":
-        raise ValueError(f"block_length has no meaning for family '{family.name}', whose attention has no blocks")
+        raise ValueError(f"block_length has no effect for family '{family.name}', whose attention has no blocks")
 
 
 def _averaged(weighted: Iterator[Tensor], answer: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Mean float64 `[B, L]` of the samples, the standard error of its sum `[B]`, and how many there were."""
+    """Return the mean of the samples float64 `[B, L]`, the standard error of its sum `[B]`, and the sample count."""
     per_token = torch.zeros(answer.shape, dtype=torch.float64, device=answer.device)
     squares = torch.zeros(len(answer), dtype=torch.float64, device=answer.device)
     count = 0
@@ -233,10 +248,10 @@ def _averaged(weighted: Iterator[Tensor], answer: Tensor) -> tuple[Tensor, Tenso
 def _check_answer(
     model: DiffusionModel, answer: Tensor, mask: Tensor | None, batch: int, special: SpecialTokens
 ) -> tuple[Tensor, Tensor]:
-    """Validated answers `[B, L]` and their lengths, int32 `[B]`."""
+    """Validate the answers; return them as `[B, L]` with their lengths, int32 `[B]`."""
     if isinstance(answer, Tensor) and answer.dim() == 2 and len(answer) != batch:
         raise ValueError(f"answer must have as many rows as prompt, {batch}; got {len(answer)}")
-    flipped = None if mask is None else mask.flip(-1)  # padding on the right is padding on the left of the mirror image
+    flipped = None if mask is None else mask.flip(-1)  # mirrored, right padding becomes left padding
     mirrored = answer.flip(-1) if isinstance(answer, Tensor) and answer.dim() > 0 else answer
     try:
         mirrored, padding = check_tokens("answer", model, mirrored, flipped, special)
@@ -249,7 +264,7 @@ def _check_answer(
 
 
 class _Task:
-    """Prompts with answers, and the forwards that score masked tokens of the answers."""
+    """Prompts and answers, with the forward passes that score masked tokens of the answers."""
 
     def __init__(
         self, model: DiffusionModel, config: DecodingConfig, mask: int, tokens: Tensor, origin: Tensor, start: int,
@@ -265,10 +280,10 @@ class _Task:
         self.in_answer = (columns >= start) & (columns < start + lengths[:, None])
 
     def score(self, masks: Iterator[tuple[Tensor, Tensor, bool]], batch_size: int) -> Iterator[Tensor]:
-        """Weighted log-probabilities float64 `[B, L]` of each sample.
+        """Yield the weighted log-probabilities of each sample, float64 `[B, L]`.
 
-        `masks` yields what a forward masks, bool `[B, T]`; the weight of the request, float64 `[B]`; and whether the
-        sample is complete with it.
+        `masks` yields, for each forward pass, the masked positions, bool `[B, T]`; the weight of each request, float64
+        `[B]`; and whether this forward pass completes the sample.
         """
         at_once = max(batch_size // len(self.tokens), 1)
         sample: Tensor | float = 0.0
@@ -290,7 +305,7 @@ class _Task:
         yield from run()
 
     def _forward(self, masks: list[Tensor]) -> list[Tensor]:
-        """Log-probabilities float64 `[B, L]` of the masked answer tokens under each of some masks; 0 elsewhere."""
+        """Return the log-probabilities of the masked answer tokens, float64 `[B, L]` for each mask; 0 elsewhere."""
         if not masks:
             return []
         n, (batch, length) = len(masks), self.tokens.shape
@@ -327,7 +342,7 @@ class _Task:
 
 
 class _Draws:
-    """What each sample masks: drawn by the counter-based randomness of the ops, sample j being step j."""
+    """Draws the masks of each sample with the ops' counter-based random numbers; sample j uses those of step j."""
 
     def __init__(self, task: _Task, seeds: Tensor, prompt_mask_probability: float):
         self.task, self.seeds, self.in_prompt = task, seeds, prompt_mask_probability
@@ -341,25 +356,26 @@ class _Draws:
         ).selected  # fmt: skip
 
     def some(self, eligible: Tensor, count: Tensor, sample: int) -> Tensor:
-        """`count` `[B]` of the eligible tokens, every choice equally likely: bool `[B, T]`."""
+        """Draw `count` `[B]` of the eligible tokens, every subset equally likely; return bool `[B, T]`."""
         one = torch.ones(1, device=count.device)
         return self._select(eligible, sample, order_temperature=one, fill=count.int())
 
     def of_prompt(self, sample: int) -> Tensor:
-        """Tokens of the prompts that sample masks as well."""
+        """Draw the prompt tokens that are masked as well in this sample, bool `[B, T]`."""
         if self.in_prompt == 0:
             return torch.zeros_like(self.task.in_prompt)
         chance = torch.full(self.task.in_prompt.shape, self.in_prompt, device=self.seeds.device)
         return self._select(self.task.in_prompt, sample, "bernoulli", cost=chance)
 
     def masks(self, method: str, samples: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
+        """Yield the forward passes of `samples` samples, in the form that `_Task.score` takes."""
         task = self.task
         lengths, one = task.lengths.long(), torch.ones(len(task.lengths), dtype=torch.float64, device=self.seeds.device)
         if method == "mean-field":
             for j in range(samples):
                 yield task.in_answer | self.of_prompt(j), one, True
             return
-        # How many sizes there are, 1, 2 …; which of them each request begins with; then they follow evenly spaced.
+        # Each request uses mask sizes 1 … `sizes`: the first is drawn at random, the others follow at even spacing.
         sizes = lengths if method == "monte-carlo" else (lengths - 1).clamp(min=1)
         numbered = task.in_answer & (task.columns < task.start + sizes[:, None])
         first = self.some(numbered, torch.ones_like(sizes), 2**31 - 1).long().argmax(1) - task.start

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a decoding ends: its result, and what is said of the masks that are left."""
+"""The end of a decoding: building its result and explaining any remaining masks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .rules import Rule
 from .state import State
 from .step import Step
 
-# What a position's last step found there.
+# Findings of the last step that looked at a position.
 NOTHING_SEEN, NO_LOGIT, REFUSED, PROPOSED = range(4)
 
 
 class Unfinished:
-    """Why positions stay open: remembers what the last step that looked at a position found there."""
+    """Explains why positions stayed open: records what the last step that looked at each position found there."""
 
     def __init__(self, canvas: State, rule: Rule, constrained: Constrained | None = None):
         self.canvas, self.rule = canvas, rule
@@ -29,16 +29,16 @@ class Unfinished:
         self.last: Step | None = None
 
     def begin(self) -> None:
-        """Nothing has been looked at yet."""
+        """Reset all findings at the start of a decoding."""
         self.found.zero_()
         self.last = None
 
     def see(self, step: Step) -> None:
-        """Take notice of a step, as it stands when it has been decided what it does."""
+        """Note a step after its action has been decided."""
         self.last = step
 
     def settle(self) -> None:
-        """Remember what the last step has found, before one that may not look at its positions any more."""
+        """Record the findings of the last step, before a step that may no longer look at the same positions."""
         step = self.last
         if step is None:
             return
@@ -49,16 +49,16 @@ class Unfinished:
             refused = possible & ((step.token < 0) | self.constrained.is_stuck[:, None])
             found = found.masked_fill(refused, REFUSED)
         width = self.found.shape[1]
-        column = torch.where(step.used, step.window.positions, width).long()  # one more column, for the other slots
+        column = torch.where(step.used, step.window.positions, width).long()  # unused slots write to an extra column
         wider = torch.nn.functional.pad(self.found, (0, 1))
         self.found = wider.scatter(1, column, found.to(wider.dtype))[:, :width]
 
     def why(self, is_open: Tensor) -> str:
-        """Which rows have open positions, and for what reason; `is_open` bool `[B, n]`, of the first n columns."""
+        """Describe which rows have open positions and why; `is_open` bool `[B, n]` covers the first n columns."""
         self.settle()
         found = self.found[:, : is_open.shape[1]].masked_fill(~is_open, NOTHING_SEEN)
         has = {reason: (found == reason).any(1) for reason in (NO_LOGIT, REFUSED, PROPOSED)}
-        # Loops that always take what the model says look at no position again that it has said nothing of.
+        # Loops that always accept the model's tokens never revisit a position for which it proposed none.
         has[NO_LOGIT] |= is_open.any(1) & ~torch.stack(list(has.values())).any(0)
         reasons = {
             NO_LOGIT: "the model's logits there were NaN or -inf for every token that may be generated",
@@ -76,10 +76,10 @@ def output_of(
     canvas: State, prompt_length: int, end: int, unfinished: Unfinished, length: Tensor | None = None,
     asked: Tensor | None = None, pad: int = 0,
 ) -> DecodingOutput:  # fmt: skip
-    """The first `end` columns of a canvas as the result; a warning says where masks are left, and why.
+    """Build the result from the first `end` columns of a canvas, and warn if masks remain, saying where and why.
 
-    `length` int32 `[B]` says at which column each row ends. None: behind its last token that is not padding. What
-    stands from column `asked` int32 `[B]` on was not asked for: `pad` stands in its place.
+    `length` int32 `[B]` is the column at which each row ends; if None, the column after its last token that is not
+    padding. Everything from column `asked` int32 `[B]` on was not requested and is replaced by `pad`.
     """
     is_open = canvas.is_open[:, :end]
     complete = ~is_open.any(1)
@@ -87,7 +87,7 @@ def output_of(
         warnings.warn(
             f"masks are left {unfinished.why(is_open)} (see `DecodingOutput.complete`)",
             RuntimeWarning,
-            stacklevel=6,  # whoever called `generate` or `infill`
+            stacklevel=6,  # the caller of `generate` or `infill`
         )
     tokens, steps, confidence = (x[:, :end] for x in (canvas.tokens, canvas.commit_step, canvas.confidence))
     if length is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a decoding returns."""
+"""The result of a decoding run."""
 
 from __future__ import annotations
 
@@ -17,38 +17,42 @@ from .stops import before_stop
 class DecodingOutput:
     """Result of `generate` and `infill`.
 
+    In the shapes below, B is the number of rows (one per request, or per copy of a request) and T the number of columns
+    (prompt, answer and padding).
+
     Attributes
     ----------
     sequences : Tensor
-        int64 `[B, T]`: prompt and decoded tokens; left padding is kept.
+        int64 `[B, T]`: the prompt followed by the decoded tokens, including any left padding.
     num_forwards : Tensor
-        int32 `[B]`: model forwards each request took part in before it was finished.
+        int32 `[B]`: number of forward passes each request took part in before it was finished.
     commit_step : Tensor
-        int32 `[B, T]`: forward (from 0) at which a token was committed; -1 for given tokens, masks that are left, and
-        padding, after an end token too, whatever was committed there before.
+        int32 `[B, T]`: index of the forward pass (from 0) in which each token was committed. -1 for given tokens,
+        remaining masks and padding, including padding that replaced tokens committed after an end token.
     confidence : Tensor
-        float32 `[B, T]`: probability a token had when it was committed, 0 where `commit_step` is -1.
+        float32 `[B, T]`: probability of each token when it was committed; 0 where `commit_step` is -1.
     complete : Tensor
-        bool `[B]`: False where masks were left because their logits held no finite value, because the constraint
-        refused every token, or because the rule selected nothing. A warning says which.
+        bool `[B]`: False for rows with remaining masks, because the logits there held no finite value, the constraint
+        refused every token, or the rule selected nothing. A warning gives the reason.
     prompt_length : int
-        Columns before the first generated one (0 for `infill`).
+        Number of columns before the first generated one (0 for `infill`).
     length : Tensor
-        int32 `[B]`: column behind the last token of each row. What stands from there on is padding.
+        int32 `[B]`: column after the last token of each row. Everything from there on is padding.
     origin : Tensor, optional
-        int32 `[B]`: column at which each row starts, behind its padding on the left. None: at 0.
+        int32 `[B]`: column of the first token of each row, after any left padding. If None, every row starts at 0.
     tokenizer : optional
-        The one that was given to `generate` or `infill`: what `text` uses.
+        Tokenizer that was passed to `generate` or `infill`; the default for `text`.
     stop_strings : tuple of str
-        Those that ended a row. `length` is behind the token that completes the first of them; `text` ends before it.
+        The requested stop strings if any row ended at one of them, otherwise empty. In such a row, `length` is the
+        column after the token that completes the first stop string, and `text` ends before that string.
     top_ids, top_log_probability : Tensor, optional
-        With `top_logprobs=k`, int64 and float32 `[B, T, k]`: the likeliest tokens of each position when it was last
-        looked at before its token was committed, the likeliest first, and the logarithms of their probabilities; -1 and
-        0 where `decoded` is False.
+        With `top_logprobs=k`, int64 and float32 `[B, T, k]`: the k most likely tokens at each position, in descending
+        order, and their log-probabilities, as of the last step in which the position was still open. -1 and 0 where
+        `decoded` is False.
     entropy : Tensor, optional
         With `top_logprobs`, float32 `[B, T]`: entropy of the same distributions, in nats; 0 where `decoded` is False.
     recording : Recording, optional
-        With `trace=True`: everything that happened, step by step.
+        With `trace=True`: every event of the decoding, step by step.
     """
 
     sequences: Tensor
@@ -74,23 +78,32 @@ class DecodingOutput:
         )
 
     def text(self, tokenizer=None, *, skip_special_tokens: bool = True, full: bool = False) -> list[str]:
-        """What was decoded, as text: one string a row, without padding, up to the first of the stop strings.
+        """Convert the decoded tokens to text: one string per row, without padding, cut at the first stop string.
 
         Parameters
         ----------
         tokenizer : optional
-            Anything with transformers' `decode(ids, skip_special_tokens=…)`. None: the one that was given to `generate`
-            or `infill`.
+            Any object with a `decode(ids, skip_special_tokens=…)` method like that of transformers. If None, use the
+            tokenizer that was passed to `generate` or `infill`.
         skip_special_tokens : bool
-            Leave out end tokens, masks that are left, and what else the tokenizer takes for special.
+            Leave out end tokens, remaining masks and any other tokens that the tokenizer treats as special.
         full : bool
-            The prompt as well.
+            Include the prompt.
+
+        Returns
+        -------
+        list of str
+
+        Raises
+        ------
+        ValueError
+            If no tokenizer is available.
         """
         tokenizer = self.tokenizer if tokenizer is None else tokenizer
         if not hasattr(tokenizer, "decode"):
             raise ValueError(
-                "tokenizer is needed to turn ids into text: out.text(tokenizer), or dlmkernels.generate(…, "
-                f"tokenizer=tokenizer); got {tokenizer!r}"
+                "tokenizer is needed to turn token ids into text: call out.text(tokenizer), or pass "
+                f"tokenizer=tokenizer to generate or infill; got {tokenizer!r}"
             )
         answers = self._texts(tokenizer, self.prompt_length, skip_special_tokens)
         whole = self._texts(tokenizer, 0, skip_special_tokens) if full else answers
@@ -98,7 +111,7 @@ class DecodingOutput:
         return [text[: len(text) - count] for text, count in zip(whole, behind)]
 
     def _texts(self, tokenizer, start: int, skip_special_tokens: bool) -> list[str]:
-        """Each row from column `start` on, without padding, as text."""
+        """Convert each row to text, from column `start` on and without padding."""
         columns = torch.arange(self.sequences.shape[1], device=self.sequences.device)
         first = torch.full_like(self.length, start)
         if self.origin is not None:
@@ -111,43 +124,46 @@ class DecodingOutput:
 
     @property
     def generated(self) -> Tensor:
-        """`sequences` without the prompt."""
+        """The generated part of `sequences`, without the prompt: int64 `[B, T - prompt_length]`."""
         return self.sequences[:, self.prompt_length :]
 
     @property
     def decoded(self) -> Tensor:
-        """Which tokens the decoding has chosen, bool `[B, T]`.
+        """Mask of the tokens that were chosen by decoding, bool `[B, T]`.
 
-        False for what was given, for masks that are left, and for padding: before the prompt, after an end token, and
-        behind `length`. So padding is told apart from the same id among the decoded tokens.
+        False for given tokens, for remaining masks, and for padding: before the prompt, after an end token, and from
+        `length` on. This distinguishes padding from decoded tokens that happen to have the same id.
         """
         return self.commit_step >= 0
 
     @property
     def tokens_per_forward(self) -> Tensor:
-        """Decoded tokens over forwards, float32 `[B]`; 0 where there was nothing to decode."""
+        """Number of decoded tokens per forward pass, float32 `[B]`; 0 if there was nothing to decode."""
         return self.decoded.sum(1) / self.num_forwards.clamp(min=1)
 
     @property
     def log_probability(self) -> Tensor:
-        """Logarithm of `confidence`, float32 `[B, T]`: what each token's probability was when it was committed.
+        """Log-probability of each token when it was committed (the logarithm of `confidence`), float32 `[B, T]`.
 
-        From the distribution the configuration names (`distribution`, by default the model's own); 0 where `decoded`
-        is False. Their sum over a row is the logarithm of the product of the steps' choices, not of the row's
-        likelihood: see `log_likelihood`.
+        The probability is taken under the distribution selected by `DecodingConfig.distribution` (by default the
+        model's own). 0 where `decoded` is False. The sum over a row is not the log-likelihood of the row: each term is
+        conditioned only on the tokens committed before its step. For likelihoods, see `log_likelihood`.
         """
         return torch.where(self.decoded, self.confidence.log(), 0.0)
 
     @property
     def trace(self) -> Trace:
-        """Which token was committed when, with pictures; with `generate(…, trace=True)` all that happened."""
+        """History of the decoding: when each final token was committed, as data, text and pictures.
+
+        With `generate(…, trace=True)` it covers every event, including edits and remasked tokens.
+        """
         return Trace(
             self.sequences, self.commit_step, self.confidence, self.prompt_length, self.origin, self.length,
             self.tokenizer, self.recording, self.top_ids, self.top_log_probability, self.entropy,
         )  # fmt: skip
 
     def without_columns(self, count: int) -> DecodingOutput:
-        """The same without the first `count` columns, which must be padding in all rows."""
+        """Return a copy without the first `count` columns, which must be padding in all rows."""
         if count == 0:
             return self
         names = ("sequences", "commit_step", "confidence", "top_ids", "top_log_probability", "entropy")
@@ -160,5 +176,5 @@ class DecodingOutput:
         )  # fmt: skip
 
     def known_by(self, tokenizer) -> DecodingOutput:
-        """The same with the tokenizer that `text` uses."""
+        """Return a copy whose `text` uses `tokenizer` by default, or the output itself if `tokenizer` is None."""
         return self if tokenizer is None else replace(self, tokenizer=tokenizer)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each request says for itself: the fields of a configuration that hold a value for each of them.
+"""Per-request parameters: configuration fields that hold one value for each request.
 
-In a decoding these are tensors of its state, written when a row is given a request, and read by every step.
+During decoding they are tensors of the state, written when a request is assigned to a row and read by every step.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ OF_RULE = "rule."
 
 
 def parameters_of(config: DecodingConfig, batch: int, device: torch.device) -> dict[str, Tensor]:
-    """The fields of `config`, and of its rule ("rule.threshold"), that have a value for each of `batch` requests.
+    """Collect the fields of `config` and of its rule ("rule.threshold") that have one value per request.
 
-    Tensors `[B]` by name, of end tokens `[B, E]`. Raises a ValueError where one has another number of values.
+    Returns tensors `[B]` by name (`[B, E]` for end tokens), where B is `batch`. Raises a ValueError if a field has a
+    different number of values.
     """
     given = _given(config).items()
     found = {name: _values(name, values, batch, dtype, device) for name, (values, dtype) in given}
@@ -35,16 +36,16 @@ def parameters_of(config: DecodingConfig, batch: int, device: torch.device) -> d
 
 
 def lengths_of(config: DecodingConfig, batch: int, device: torch.device) -> Tensor:
-    """How many tokens each of `batch` requests gets at most, int32 `[B]`."""
+    """Return `max_new_tokens` of each of `batch` requests, int32 `[B]`."""
     lengths = config.max_new_tokens
     values = lengths if isinstance(lengths, tuple) else (lengths,) * batch
     return _values("max_new_tokens", values, batch, torch.int32, device)
 
 
 def with_parameters(config: DecodingConfig, parameters: dict[str, Tensor]) -> DecodingConfig:
-    """The configuration that a program reads: those fields are the tensors.
+    """Return the configuration that a program reads, with these fields replaced by the tensors `parameters`.
 
-    A rule's are `[B, 1]`, so that they can be compared with what there is of each slot.
+    Fields of the rule become `[B, 1]`, so that they broadcast against per-slot values.
     """
     if not parameters:
         return config
@@ -72,7 +73,7 @@ def _given(config: DecodingConfig) -> dict[str, tuple[tuple[Any, ...], torch.dty
 
 
 def changed(owner: Any, fields: dict[str, Any]) -> Any:
-    """A copy of a frozen dataclass with other fields, unchecked."""
+    """Return a copy of a frozen dataclass with these fields replaced, without any checks."""
     changed = copy.copy(owner)
     for name, value in fields.items():
         object.__setattr__(changed, name, value)

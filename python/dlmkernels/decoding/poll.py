@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one thing the host learns while a decoding runs: what each step reports of the positions that are still open."""
+"""Step reports: the only data the host reads while a decoding runs, such as the number of open positions."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from .checks import integer
 
 
 class OpenCount:
-    """What the steps report, read while the device goes on.
+    """Reads the reports of the steps while the device keeps working.
 
-    On a GPU each report travels to the host behind the step that made it, and the host takes the one that was sent
-    `lag` reports before the newest. It waits for that one if it must, and does not look whether a newer one has
-    arrived: what a forward computes on must not depend on how fast the host or the device happens to be, or two runs
-    could choose different matrix products and, at a near tie, different tokens. With a lag of 1 the device has a whole
-    step to do while the host waits. Open positions never grow within a block, so an old count is a valid bound: it can
-    cost a step that commits nothing, never a token. For the same reason the host need not look after every step: any
-    number of steps may be made between two calls of `latest`.
+    On a GPU, each report is copied to the host right after its step, and the host reads the report that was sent `lag`
+    reports before the newest. It waits for that report if necessary and never checks whether a newer one has arrived:
+    the shapes of a forward pass must not depend on the relative speed of host and device. Otherwise two runs could
+    choose different matrix products and, at a near tie, different tokens. With a lag of 1, the device still has a whole
+    step to run while the host waits. The number of open positions never grows within a block, so an old count is a
+    valid upper bound: using it may cost a step that commits nothing, but never changes a token. For the same reason the
+    host need not read after every step: any number of steps may run between two calls of `latest`.
 
     Parameters
     ----------
     *first : int
-        What is known to begin with.
+        Initial report.
     """
 
-    #: reports that are left under way, by the type of the device that makes them; where not named, none are
+    #: number of reports left in flight, by type of the device that produces them; 0 for types not listed
     lag_on: ClassVar[dict[str, int]] = {"cuda": 1}
 
     def __init__(self, *first: int):
-        self._known, self._number = first, 0  # the report that is known, and how many had been submitted with it
+        self._known, self._number = first, 0  # the last report read, and its number
         self._submitted = self._lag = 0
         self._ring: Ring | None = None
 
     @property
     def behind(self) -> int:
-        """How many reports have been submitted since the one that is known."""
+        """Number of reports submitted since the one that was last read."""
         return self._submitted - self._number
 
     @property
     def known(self) -> tuple[int, ...]:
-        """The report that `latest` gave."""
+        """The report that was last read."""
         return self._known
 
     def submit(self, counts: Tensor) -> None:
-        """Hand over a report: integers `[n]`, as many as there were first."""
+        """Submit a report: integers `[n]`, as many as in the initial report."""
         if self._ring is None:
             self._lag = self.lag_on.get(counts.device.type, 0)
             self._ring = Ring(counts, self._lag + 1)
@@ -55,7 +55,7 @@ class OpenCount:
         self._ring.put(self._submitted, counts)
 
     def latest(self) -> tuple[int, ...]:
-        """The report that was submitted `lag` before the newest."""
+        """Read the report that was submitted `lag` reports before the newest, waiting for it if necessary."""
         number = self._submitted - self._lag
         if self._ring is not None and number > self._number:
             self._known, self._number = self._ring.read(number), number
@@ -63,18 +63,18 @@ class OpenCount:
 
 
 class Ring:
-    """The newest reports, in host memory that is allocated once: a buffer for each, used again in turn.
+    """Ring buffer of the newest reports, in host memory that is allocated once.
 
-    Of a CUDA tensor the buffers are pinned, so that its values travel while host and device go on, behind what its
-    device's current stream has to do. A report that nobody has read by then is overwritten, which is in order: the
-    stream does one thing after the other, and only the reports of fixed age are ever read.
+    For CUDA tensors the buffers are pinned, so that copies run asynchronously, in order, on the current stream of the
+    report's device. A report that has not been read by the time its buffer is reused is overwritten. That is safe: the
+    stream runs in order, and only reports of a fixed age are ever read.
 
     Parameters
     ----------
     like : Tensor
-        A report.
+        A report, which sets shape, dtype and device.
     size : int
-        How many reports there are places for.
+        Number of reports that the ring holds.
     """
 
     def __init__(self, like: Tensor, size: int):
@@ -85,14 +85,14 @@ class Ring:
         self._events = [torch.cuda.Event() for _ in range(size)] if is_cuda else []
 
     def put(self, number: int, values: Tensor) -> None:
-        """Send a report on its way; `number` counts them."""
+        """Start copying report number `number` to the host."""
         place = number % len(self._buffers)
         self._buffers[place].copy_(values, non_blocking=True)
         if self._events:
-            self._events[place].record(torch.cuda.current_stream(values.device))  # the current device may be another
+            self._events[place].record(torch.cuda.current_stream(values.device))  # may not be the current device
 
     def read(self, number: int) -> tuple[int, ...]:
-        """The report of that number, once it is there."""
+        """Wait for report number `number` to arrive, and return it."""
         place = number % len(self._buffers)
         if self._events:
             self._events[place].synchronize()
@@ -100,7 +100,7 @@ class Ring:
 
 
 def check_polls(steps_per_poll: int) -> int:
-    """After how many steps the host looks at a report, checked."""
+    """Check `steps_per_poll`, the number of steps after which the host reads a report, and return it."""
     checked = integer(1)("steps_per_poll", steps_per_poll)
     assert isinstance(checked, int)
     return checked

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a request may ask for between the model's logits and the proposals, and have recorded there.
+"""Per-request options between logits and proposals: repetition penalty, logits processors and top log-probabilities.
 
-A repetition penalty and the records of the likeliest tokens are tensor operations, and can be captured. A logits
-processor is a function on the host: each step waits for the device, takes a float32 copy of the request's logits, and
-cannot be captured.
+The repetition penalty and the recording of top tokens are tensor operations and can be captured in a CUDA graph. A
+logits processor is a Python function that runs on the host. With one, each step waits for the device and makes a
+float32 copy of the request's logits, and steps cannot be captured.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ Processor = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Wishes:
-    """What one request asks for.
+    """Logit processing and recording options of one request.
 
     Attributes
     ----------
     repetition_penalty : float
-        Logits of tokens that the request holds (prompt and decided ones) are divided by it where they are positive and
-        multiplied where they are negative, as in transformers; 1: none.
+        Penalty for tokens that already occur in the request (in the prompt or among its decided tokens): their logits
+        are divided by it if positive and multiplied by it if negative, as in transformers. 1 means no penalty.
     processors : tuple of callables
-        Logits processors in the manner of transformers, called in turn with the decided tokens of the request, in
-        their order, and the logits of its open positions.
+        Logits processors as in transformers, called one after another with the given and decided tokens of the request,
+        in order of position, and the logits of its open positions.
     top_logprobs : int
-        How many of the likeliest tokens are recorded at each position; 0: none.
+        Number of most likely tokens recorded at each position; 0 for none.
     """
 
     repetition_penalty: float = 1.0
@@ -55,7 +55,7 @@ class Wishes:
     def of(
         cls, repetition_penalty: Any = 1.0, logits_processor: Any = None, top_logprobs: Any = 0
     ) -> Wishes:  # fmt: skip
-        """The same of what a caller passes, checked."""
+        """Check the arguments of a caller and build the options from them."""
         penalty = number(0.0, above=True)("repetition_penalty", repetition_penalty)
         if math.isinf(penalty):
             raise ValueError("repetition_penalty must be finite; got inf")
@@ -66,7 +66,9 @@ class Wishes:
             processors = list(logits_processor) if is_several else [logits_processor]
         for one in processors:
             if not callable(one):
-                raise TypeError(f"logits_processor must hold functions of ids and scores; got {one!r}")
+                raise TypeError(
+                    f"logits_processor must be a function of token ids and scores, or a list of them; got {one!r}"
+                )
         return cls(float(penalty), tuple(processors), integer(0)("top_logprobs", top_logprobs))
 
     def __bool__(self) -> bool:
@@ -74,7 +76,7 @@ class Wishes:
 
     @property
     def kind(self) -> tuple[int, bool, bool]:
-        """What a step has to do for it: how many tokens are recorded; whether there is a penalty; and processors."""
+        """The work a step has to do: the number of tokens to record, and whether there are a penalty and processors."""
         return self.top_logprobs, self.repetition_penalty != 1.0, bool(self.processors)
 
     @property
@@ -82,7 +84,7 @@ class Wishes:
         return self.repetition_penalty != 1.0 or bool(self.processors)
 
     def check(self, config: DecodingConfig, vocab: int | None) -> None:
-        """Refuse what cannot be honoured in a decoding of that configuration."""
+        """Raise a ValueError if a requested option cannot be combined with the configuration."""
         names = {
             "repetition_penalty": self.repetition_penalty != 1.0, "logits_processor": bool(self.processors),
             "top_logprobs": self.top_logprobs > 0,
@@ -92,29 +94,32 @@ class Wishes:
                 continue
             check_block_by_block(name, config.rule)
             if config.cfg_scale > 0 and name != "top_logprobs":
-                raise ValueError(f"{name} cannot be used with cfg_scale, which mixes the logits of two forwards")
+                raise ValueError(
+                    f"{name} cannot be used with cfg_scale={config.cfg_scale}, which combines the logits of two "
+                    "forward passes"
+                )
         if vocab is not None and self.top_logprobs > vocab:
-            raise ValueError(f"top_logprobs must be at most the number of logits, {vocab}; got {self.top_logprobs}")
+            raise ValueError(f"top_logprobs must be at most the vocabulary size, {vocab}; got {self.top_logprobs}")
 
 
 class RequestProposer(Proposer):
-    """A proposer that heeds the wishes of each row's request.
+    """A proposer that applies the options of each row's request.
 
     Attributes
     ----------
     errors : dict
-        What a row's processors have raised: its request has failed, and no other.
+        Exceptions raised by logits processors, by row. Only the request in that row fails.
     raises : bool
-        Whether what a processor raises is raised at once instead.
+        Whether an exception of a processor is raised immediately instead of being stored in `errors`.
     top_ids, top_logprobs : Tensor
-        int64 and float32 `[S, T + 1, k]`: the likeliest tokens of each position, when a step last could decide it; the
-        last column stands for none.
+        int64 and float32 `[S, T + 1, k]`: most likely tokens of each position, and their log-probabilities, as of the
+        last step that could decide it. The last column absorbs the writes of slots without an open position.
     entropy : Tensor
         float32 `[S, T + 1]`: entropy of the same distributions, in nats.
     """
 
     def __init__(self, program: Program, most_logprobs: int, has_penalty: bool):
-        """`has_penalty`: whether any request may have one: steps that are recorded do the same every time."""
+        """`has_penalty`: whether any request may have a penalty. Captured steps do the same work every time."""
         super().__init__(program.model, program.state, program.config, program.special)
         rows, columns = self.state.tokens.shape
         device = self.state.tokens.device
@@ -129,7 +134,7 @@ class RequestProposer(Proposer):
 
     @classmethod
     def install(cls, program: Program, wishes: Sequence[Wishes]) -> RequestProposer:
-        """Let a program that has not begun heed the wishes of its rows' requests."""
+        """Make a program that has not begun apply the options of its rows' requests."""
         kinds = [one.kind for one in wishes]
         new = cls(program, max(records for records, *_ in kinds), any(penalty for _, penalty, _ in kinds))
         for row, one in enumerate(wishes):
@@ -138,7 +143,7 @@ class RequestProposer(Proposer):
         return new
 
     def set(self, row: int, wishes: Wishes) -> None:
-        """A row holds another request, which asks for this."""
+        """Set the options of a new request in a row."""
         self.wishes[row] = wishes
         self.errors.pop(row, None)
         self.penalty[row] = wishes.repetition_penalty
@@ -171,14 +176,14 @@ class RequestProposer(Proposer):
             if len(where):
                 try:
                     logits[where] = self._ask(row, logits[where]).to(logits.dtype)
-                except Exception as error:  # a stranger's function: whatever it raises is its request's
+                except Exception as error:  # user code: any exception fails only its own request
                     if self.raises:
                         raise
                     self.errors[row] = error
         return logits
 
     def _ask(self, row: int, logits: Tensor) -> Tensor:
-        """What the processors of a row make of some of its logits `[n, V]`."""
+        """Apply the processors of a row to some of its logits `[n, V]`."""
         tokens = self.state.tokens[row][self._holds()[row]]
         scores = logits.float()
         for process in self.wishes[row].processors:
@@ -193,7 +198,7 @@ class RequestProposer(Proposer):
         return scores
 
     def _holds(self) -> Tensor:
-        """Which positions hold a token of the request, given or decided, bool `[S, T]`."""
+        """Return the positions that hold a token of the request, given or decided, bool `[S, T]`."""
         state = self.state
         columns = torch.arange(state.tokens.shape[1], dtype=torch.int32, device=state.tokens.device)
         inside = (columns >= state.origin[:, None]) & (columns < state.end[:, None])
@@ -203,7 +208,7 @@ class RequestProposer(Proposer):
         rows, slots = window.positions.shape
         vocab, count = logits.shape[1], len(logits)
         owner = torch.arange(rows, device=logits.device)[:, None].expand(rows, slots).flatten()
-        if row_map is not None:  # where a row of the logits speaks of no slot, any request's penalty will do
+        if row_map is not None:  # logit rows that belong to no slot may get the penalty of any request
             target = torch.where(row_map >= 0, row_map, count).long()
             owner = torch.zeros(count + 1, dtype=torch.int64, device=logits.device).scatter(0, target, owner)[:count]
         held = torch.where(self._holds(), self.state.tokens, vocab)
@@ -213,7 +218,7 @@ class RequestProposer(Proposer):
         return torch.where(seen[owner, :vocab], changed, logits)
 
     def recorded(self, out: DecodingOutput) -> DecodingOutput:
-        """The result with what was recorded of the tokens that are decoded."""
+        """Return the result with the recorded values of its decoded tokens."""
         if not self.top_ids.shape[2]:
             return out
         width, decoded = out.sequences.shape[1], out.decoded[..., None]
@@ -226,11 +231,11 @@ class RequestProposer(Proposer):
     # --- records ------------------------------------------------------------------------------------------------------
 
     def _record(self, step: Step) -> None:
-        """Write down the likeliest tokens of every position that the step may decide."""
+        """Record the most likely tokens of every position that the step may decide."""
         count = len(step.raw_logits) // (2 if self.config.cfg_scale > 0 else 1)
         z = self.clean(step.raw_logits, torch.arange(count, device=step.raw_logits.device))
         log_p = z.log_softmax(-1)
-        best, entropy = log_p.topk(self.top_ids.shape[2], -1), -(log_p.exp() * log_p).nansum(-1)  # 0 · -inf is none
+        best, entropy = log_p.topk(self.top_ids.shape[2], -1), -(log_p.exp() * log_p).nansum(-1)  # 0 · -inf counts as 0
         where = step.logit_rows
         column = torch.where(step.used & step.is_open, step.window.positions, self.top_ids.shape[1] - 1).long()
         self.entropy.scatter_(1, column, entropy[where])

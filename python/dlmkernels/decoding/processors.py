@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logits processors of transformers as options of a decoding, and as tokens that must not stand somewhere."""
+"""Translation of transformers' logits processors into options of `generate` and banned tokens."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from .resolve import check_block_by_block
 
 
 def as_list(ids) -> list[int]:
-    """Ids as a list: of a tensor, one id, several, or None."""
+    """Return ids (a tensor, one id, several ids, or None) as a list."""
     if isinstance(ids, Tensor):
         return ids.flatten().tolist()
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 class Bans:
-    """Tokens that must not be generated, anywhere or at some positions of the answer."""
+    """Tokens that must not be generated, anywhere or at certain positions of the answer."""
 
     def __init__(self, prompt_length: int, length: int):
         self.prompt_length, self.length = prompt_length, length
         self.everywhere: list[int] = []
-        #: which tokens are banned, or are the only ones, in which positions; and what asks for it
+        #: tokens that are banned, or the only ones allowed, at certain positions; and the options that require it
         self.somewhere: list[tuple[list[int], slice]] = []
         self.only: list[tuple[list[int], slice]] = []
         self.reasons: list[str] = []
 
     def ban(self, reason: str, ids, first: int = 0, last: int | None = None) -> None:
-        """Ban `ids` in the positions `[first, last)`."""
+        """Ban `ids` at positions `[first, last)` of the answer, or everywhere if `last` is None."""
         if last is None or (first <= 0 and last >= self.length):
             self.everywhere += as_list(ids)
         elif max(first, 0) < last:
@@ -42,20 +42,23 @@ class Bans:
             self.reasons.append(reason)
 
     def force(self, reason: str, ids, position: int) -> None:
-        """Allow nothing but `ids` in one position."""
+        """Allow only `ids` at one position of the answer."""
         self.only.append((as_list(ids), slice(position, position + 1)))
         self.reasons.append(reason)
 
     def options(self, model: DiffusionModel, ours: DecodingConfig) -> dict[str, Any]:
-        """The same as options of `generate`, beside those of the configuration `ours`."""
+        """Return the bans as options of `generate`, to be combined with the configuration `ours`."""
         options: dict[str, Any] = {}
         if self.everywhere:
             options["suppress_token_ids"] = list(dict.fromkeys([*ours.suppress_token_ids, *self.everywhere]))
         if self.reasons:
             if ours.constraint is not None:
-                raise ValueError(f"{self.reasons[0]} cannot be used with a constraint of decoding_config: put it there")
+                raise ValueError(
+                    f"{self.reasons[0]} cannot be used together with a constraint in decoding_config: include it in "
+                    "that constraint"
+                )
             if model.vocab_size is None:
-                raise ValueError(f"{self.reasons[0]} needs a model whose configuration says its vocab_size")
+                raise ValueError(f"{self.reasons[0]} needs a model whose configuration has a vocab_size")
             check_block_by_block(self.reasons[0], ours.rule)
             options["constraint"] = self._bitmask(model.vocab_size, model.device)
         return options
@@ -79,7 +82,7 @@ class Bans:
 def _bad_words(p, options: dict[str, Any], bans: Bans) -> None:
     for word in p.bad_word_ids:
         if len(word) != 1:
-            raise ValueError(f"bad_words_ids may hold words of one token with dlmkernels; got {word}")
+            raise ValueError(f"bad_words_ids: dlmkernels supports only words of a single token; got {word}")
         bans.ban("bad_words_ids", word)
 
 
@@ -89,7 +92,7 @@ def _top_p(p, options: dict[str, Any], bans: Bans) -> None:
     options["top_p"] = p.top_p
 
 
-#: What each class of processors comes to; the last two come to nothing.
+#: How each class of processor is translated; the last two need no translation.
 PROCESSORS: dict[str, Callable[[Any, dict[str, Any], Bans], Any]] = {
     "TemperatureLogitsWarper": lambda p, options, bans: options.update(temperature=p.temperature),
     "TopKLogitsWarper": lambda p, options, bans: options.update(top_k=p.top_k),
@@ -112,13 +115,13 @@ PROCESSORS: dict[str, Callable[[Any, dict[str, Any], Bans], Any]] = {
 
 
 def honour(processor, options: dict[str, Any], bans: Bans, samples: bool) -> None:
-    """Turn a logits processor into options of `generate` or bans; refuse one that cannot be."""
+    """Translate a logits processor into options of `generate` or bans; raise a ValueError if that is not possible."""
     name = type(processor).__name__
     is_theirs = type(processor).__module__.startswith("transformers.")
     if not is_theirs or name not in PROCESSORS:
         raise ValueError(
             f"logits_processor: {name} cannot be used with dlmkernels, which decodes many positions at once, in any "
-            "order; a constraint of decoding_config can say which tokens are allowed where"
+            "order. To restrict which tokens are allowed where, use the constraint of decoding_config"
         )
     if name.endswith("Warper") and not samples:
         raise ValueError(f"logits_processor: {name} has no effect without do_sample=True")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding programs: which columns each step forwards, which it decides, and where each row goes from there."""
+"""Decoding programs: loops that choose which columns each step forwards and decides, and how each row advances."""
 
 from ..rules import (
     S2D2,
@@ -29,7 +29,7 @@ from .strided import StridedProgram
 from .tree import TreeProgram
 from .variable import VariableProgram
 
-#: the programs of the rules that are not decoded block after block
+#: programs of the rules that are not decoded block after block
 PROGRAMS: dict[type[Rule], type[Program]] = {
     Strided: StridedProgram, SelfSpeculative: SpeculativeProgram, Reordered: ReorderedProgram,
     SimplexDenoising: SimplexProgram, ContinuousRule: ContinuousProgram,
@@ -39,7 +39,7 @@ PROGRAMS: dict[type[Rule], type[Program]] = {
 
 
 def program_of(rule: Rule) -> type[Program]:
-    """The program that decodes with a rule."""
+    """Return the program class that decodes with `rule`."""
     if isinstance(rule, Drafted) and rule.tree is not None:
         return TreeProgram
     return next((program for kind, program in PROGRAMS.items() if isinstance(rule, kind)), BlockAfterBlock)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a decoding program is, and the one loop that runs every program.
+"""Base class of decoding programs, and the single loop that runs all of them.
 
-A program is a plan and an advance. Its `step` is plan, forward, propose, select, write, advance: tensor operations
-alone, whose shapes are said by a `form`, and which write into tensors that are never replaced. It reads nothing on the
-host and hands back a report, a few integers. `form` is the host's part: from an old report it chooses the form of the
-next step, or finds that everything is decoded. So the steps of one form are the same calls on the same memory every
-time, and can be replayed as such.
+A program's `step` plans, forwards, proposes, selects, writes and advances. It consists of tensor operations only, which
+write into tensors that are never replaced. Their shapes are fixed by a `form`. A step reads nothing on the host and
+returns a report, a few integers. The host's part is the method `form`: from an earlier report it chooses the form of
+the next step, or finds that everything is decoded. All steps of one form therefore make the same calls on the same
+memory, so they can be captured once and replayed.
 """
 
 from __future__ import annotations
@@ -39,12 +39,18 @@ from ..streaming import Stream
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be decoded, and how: the arguments that all programs have in common.
+    """A decoding task: the arguments that all programs have in common.
 
-    Columns `[start, end)` of the state are decoded, and those that complete the last block of the grid. Where
-    `rows_change`, rows are given other requests while others are decoded (see `Grid.for_any`). `may_be_few`: whether a
-    forward may take the rows alone that need it; False pins the width of its matrix products. `prompt_limit`: see
-    `images.Images`; for DiffusionGemma.
+    Columns `[start, end)` of the state are decoded, plus any columns needed to complete the last block of the grid.
+
+    Attributes
+    ----------
+    rows_change : bool
+        Whether rows may be assigned new requests while other rows are being decoded (see `Grid.for_any`).
+    may_be_few : bool
+        Whether a forward pass may include only the rows that need it. False fixes the size of its matrix products.
+    prompt_limit : Tensor, optional
+        int32 `[B, P]`, for DiffusionGemma: `limit` of `images.Images`.
     """
 
     model: DiffusionModel
@@ -61,7 +67,7 @@ class Task:
 
 
 class Program:
-    """Base of all programs."""
+    """Base class of all decoding programs."""
 
     def __init__(self, task: Task):
         self.task = task
@@ -71,54 +77,55 @@ class Program:
         self.propose = Proposer(self.model, self.state, self.config, self.special)
         place = AnswerPlace.of(self.special, self.start, task.grid.asked.tolist(), self.model.vocab_size)
         self.constrained = Constrained(self.config.constraint, self.rule, self.state, place, self.end)
-        #: end tokens of each row's own, int64 [S, E], and whether they are read; else all rows have the same
+        #: per-row end tokens, int64 [S, E], or None if all rows share the same; and whether they are read
         self.own_ends = self.state.parameters.get(ENDS)
         self.reads_own_ends = self.own_ends is not None
         self.unfinished = Unfinished(self.state, self.rule, self.constrained)
-        #: after so many forwards what is open stays so; what a constraint has kept open gets forwards of its own
+        #: upper bound on forwards, doubled for extra forwards at positions that a constraint has kept open
         self.most_forwards = (self.end - self.start) * (2 if self.constrained.may_leave_open else 1)
-        #: told of every insertion and removal where positions came from, int32 `[S, T]`, -1 for new ones
+        #: called after every insertion or removal with each position's previous column, int32 `[S, T]`, -1 if new
         self.on_move: Callable[[Tensor], None] | None = None
-        #: what the rule keeps from step to step
+        #: values that the rule keeps from step to step
         self.memory: dict[str, Tensor] = {}
 
-    # --- the host's part ----------------------------------------------------------------------------------------------
+    # --- host side ----------------------------------------------------------------------------------------------------
 
     def form(self, report: tuple[int, ...], behind: int) -> Any:
-        """The form of the next step, None if there is nothing left to do.
+        """Return the form of the next step, or None if there is nothing left to do.
 
-        `report` is that of the step before the last `behind` ones.
+        `report` is the latest report known on the host. `behind` steps have been submitted since then.
         """
         raise NotImplementedError
 
     def may_leave(self, form: Any) -> bool:
-        """Whether positions that the last step saw open may be left by a step of this form, for good."""
+        """Return whether, from this step on, positions that the last step saw open may never be looked at again."""
         return self.rule.slots != "open"
 
     def widest(self, form: Any) -> Any:
-        """The form of the same work whose shapes serve any rows, whatever is left to do in them."""
+        """Return a form for the same kind of work, with shapes large enough for any rows in any state."""
         return form
 
-    # --- the device's part --------------------------------------------------------------------------------------------
+    # --- device side --------------------------------------------------------------------------------------------------
 
     def begin(self) -> Tensor:
-        """What there is to do before the first step; the first report, int32 `[n]`.
+        """Do the work that comes before the first step, and return the first report, int32 `[n]`.
 
-        Nothing is left of requests that the state held before.
+        Resets everything about requests that the state held before.
         """
         raise NotImplementedError
 
     def step(self, form: Any) -> Tensor:
-        """Plan, forward, propose, select, write, advance; what there is to report, int32 `[n]`."""
+        """Run one step (plan, forward, propose, select, write, advance) and return its report, int32 `[n]`."""
         raise NotImplementedError
 
     def decide(
         self, logits: Logits, window: TokenWindow, standing: Standing, act: Callable[[Step], Action],
         row_map: Tensor | None = None, first_alone: bool = False,
     ) -> tuple[Step, Action]:  # fmt: skip
-        """The step that these logits `[R or 2R, V]` make, and what `act` does of it, as far as a constraint accepts it.
+        """Turn logits `[R or 2R, V]` into a step, and let `act` choose an action that the constraint accepts.
 
-        `first_alone`: of what a constraint has kept open, a window's first slot alone may be decided by itself.
+        With `first_alone`, only the first used slot of a window may be committed when positions that a constraint has
+        kept open are decided one by one.
         """
         constrained = self.constrained
         step = self.propose.step(
@@ -131,15 +138,18 @@ class Program:
         return step, action
 
     def still_open(self, info: Tensor) -> Tensor:
-        """Open positions int32 `[S]` by the info of `ops.remask_`, 0 where a constraint accepts nothing more."""
+        """Return the number of open positions, int32 `[S]`, from the info of `ops.remask_`.
+
+        It is 0 in rows where a constraint accepts nothing more.
+        """
         return info[:, 1].masked_fill(self.constrained.is_stuck, 0)
 
     def commit(
         self, positions: Tensor, tokens: Tensor, chosen: Tensor, confidence: Tensor, fills: bool = True
     ) -> Tensor:
-        """Write the chosen ones of the tokens `[S, W]` at canvas `positions`; the info of `ops.remask_`.
+        """Commit the `chosen` tokens `[S, W]` at canvas `positions`, and return the info of `ops.remask_`.
 
-        `fills`: whether an end token among them is final.
+        `fills`: whether an end token among them ends the request, so that the rest of the row is filled with padding.
         """
         policy = "fill" if fills and self.config.eos_policy != "none" else "none"
         return self.state.write(
@@ -150,32 +160,32 @@ class Program:
 
     @property
     def ends(self) -> Tensor | None:
-        """End tokens int64 `[S, E]` of each row's own, None where all have the same."""
+        """Per-row end tokens, int64 `[S, E]`, or None if all rows have the same."""
         return self.own_ends if self.reads_own_ends else None
 
     def remember(self, step: Step, taken: Tensor | None = None) -> None:
-        """Write down what the rule keeps of the step, in the rows that took part, bool `[S]`; None: in all."""
+        """Store the values that the rule keeps from `step`, in the rows bool `[S]` that took part (None: all rows)."""
         for name, value in step.kept.items():
             if name not in self.memory:
                 self.memory[name] = torch.zeros_like(value, memory_format=torch.contiguous_format)
             put(self.memory[name], value, taken)
 
-    # --- what comes out -----------------------------------------------------------------------------------------------
+    # --- output -------------------------------------------------------------------------------------------------------
 
     def denoises(self, form: Any) -> bool:
-        """Whether a step of that form forwards the model and writes what it says."""
+        """Return whether a step of this form runs the model and writes its tokens."""
         return True
 
     def last_column(self) -> int:
-        """Column after the last of the first row, of what can be shown of it now."""
+        """Return the column after the last one of the first row that can be shown to a streamer now."""
         return self.end
 
     def finished_columns(self) -> int | None:
-        """Up to which column the first row is finished; None: up to its first open position."""
+        """Return the column up to which the first row is finished; None means up to its first open position."""
         return None
 
     def output(self) -> DecodingOutput:
-        """The result, when there is nothing left to do."""
+        """Return the result, once there is nothing left to do."""
         return output_of(
             self.state, self.start, self.end, self.unfinished, asked=self.grid.asked, pad=self.special.pad
         )  # fmt: skip
@@ -183,7 +193,7 @@ class Program:
 
 @torch.no_grad()
 def run(program: Program, streamer=None, steps_per_poll: int = 1) -> DecodingOutput:
-    """Run a program to its end; the host looks at a report after every `steps_per_poll` steps."""
+    """Run a program to its end; the host reads a report after every `steps_per_poll` steps."""
     program.unfinished.begin()
     counts = OpenCount(*program.begin().tolist())
     stream = Stream(streamer, program.state, program.start)

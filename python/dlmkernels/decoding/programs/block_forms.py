@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host's part of a decoding that goes block after block: which form the next step has."""
+"""Host side of block-after-block decoding: choosing the form of the next step."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ class Form:
 
     Attributes
     ----------
-    kind : {"enter", "append", "denoise"}
-        Rows come into a block; the context of a block is forwarded; a step of the rule.
+    kind : {"enter", "append", "denoise", "look"}
+        What the step does: rows enter a block; the context of a block is forwarded; one step of the rule; or only
+        report the state of the rows.
     part : str
         Which columns are forwarded (see `BlockForward`).
     pending : int
-        How many columns before the block "append" takes; how many of each row "open" takes.
+        For part "append", the number of columns forwarded before the block; for part "open", the number of columns
+        forwarded in each row.
     columns : tuple of int
-        How many columns the parts of the block have (see `BlockForward.columns_of`).
+        Number of columns in the parts of the block (see `BlockForward.columns_of`).
     head : int
-        For how many slots of the window, of all rows together, there are logits: as many as any.
+        Number of window slots, over all rows, for which logits are computed. An upper bound.
     is_limited : bool
-        Whether rows may have come to the last step of their block.
+        Whether rows may have reached the last step of their block.
     phase : int
-        Where rows enter their blocks by themselves: the phase of those that take part (see `RowForms`).
+        Phase of the rows that take part, if rows enter their blocks independently (see `RowForms`).
     rows, width : int, optional
-        How many rows take part, and how many columns of the whole canvas are forwarded. None: all.
+        Number of rows that take part, and number of columns forwarded of the whole canvas. If None, all.
     own_ends : bool
-        Whether rows have end tokens of their own.
+        Whether rows have their own end tokens.
     """
 
     kind: str
@@ -49,19 +51,20 @@ class Form:
 
 
 class BlockForms:
-    """Finds the form of the next step where rows enter their blocks together, from reports of earlier ones.
+    """Chooses the form of the next step from earlier reports, when all rows enter their blocks together.
 
-    A report holds a number for each row: how many positions of its block are open, at least 1 while it is in one; 0 if
-    it waits to enter another; -1 if nothing is left. With cache="delayed" there are twice as many, one after each of
-    these: the numbers of all open positions.
+    A report holds one number per row: the number of open positions in its block (at least 1 while the row is in a
+    block); 0 if the row is waiting to enter its next block; -1 if it has nothing left to do. With cache="delayed", each
+    of these numbers is followed by the number of open positions in the whole row.
 
     Parameters
     ----------
+    config : DecodingConfig
     blocks, most_steps : list
-        The blocks of a row, and after how many steps each ends.
+        The blocks of a row, and the maximum number of steps in each.
     forward : BlockForward
     has_last_entry : bool
-        Whether rows that are done with their last block have something left to do where others would enter the next.
+        Whether one more "enter" step is needed after the last block, to complete it.
     """
 
     def __init__(
@@ -73,10 +76,10 @@ class BlockForms:
         self.is_delayed = config.cache == "delayed"
 
     def begin(self) -> None:
-        """The host knows nothing yet, but that all rows have come into the first block."""
-        #: how many reports there have been, and which of them was of rows that entered
+        """Reset the host's knowledge: all rows have just entered the first block."""
+        #: number of reports so far, and the number of the report in which rows last entered a block
         self.reports, self.entered = 0, 0
-        #: number of the block, and of the step within it; how far what is final and forwarded reaches
+        #: number of the block, number of the step within it, and the column up to which decided tokens were forwarded
         self.number, self.index, self.done = 0, 0, -self.forward.depth
         self.num_done = 0  # rows that have nothing left to do
         self.open_before = self.forward.length
@@ -84,11 +87,11 @@ class BlockForms:
 
     @property
     def block(self) -> Block:
-        """The block that all rows are in, or wait for."""
+        """The block that all rows are in, or are waiting to enter."""
         return self.blocks[min(self.number, len(self.blocks) - 1)]
 
     def next(self, report: tuple[int, ...], behind: int, slots: int) -> Form | None:
-        """The form of the next step, None if there is nothing left to do; `slots` are all that windows have."""
+        """Return the form of the next step, or None if nothing is left to do; windows have `slots` slots in total."""
         open_now, open_in_all = (report[::2], max(report[1::2])) if self.is_delayed else (report, 0)
         known = self.reports - behind
         if known == self.entered:
@@ -113,7 +116,7 @@ class BlockForms:
         return Form("enter", columns=self.columns)
 
     def _append(self) -> Form | None:
-        """Forward the context of the block by itself, where that is called for and has not been done."""
+        """Return a form that forwards the block's context on its own, or None if that is not needed or already done."""
         block = self.block
         if not self.forward.commits_apart or block.outer <= self.done:
             return None
@@ -129,7 +132,7 @@ class BlockForms:
         return Form("denoise", part, pending, self.columns, head)
 
     def _part(self) -> tuple[str, int]:
-        """Which columns the next step forwards, and how many of them are not the block's own."""
+        """Choose the part that the next step forwards, and its `pending` columns (see `Form`)."""
         cache, block, interval = self.config.cache, self.block, self.config.refresh_interval
         whole = self.index < self.config.warmup or (interval is not None and self.index % interval == 0)
         if cache == "block":

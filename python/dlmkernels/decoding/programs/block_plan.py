@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the rows of a decoding are that goes block after block: tensors, written when rows come into a block."""
+"""Progress of the rows in block-after-block decoding, as tensors that are written when rows enter a block."""
 
 from __future__ import annotations
 
@@ -13,36 +13,37 @@ from ..schedule import Block, Grid
 from ..standing import Place, Standing, Tables
 from ..state import State
 
-# lines of the plan
+# rows of the plan tensor
 START, LENGTH, OUTER, OUTER_LENGTH, BEHIND, NUM_STEPS, PLAN, MAX_STEPS, LIMIT = range(9)
 
 
-#: of a block's length and planned steps: how many steps a rule has in it, and after how many it ends in any case
+#: maps a block's length and planned steps to the number of steps the rule has in it, and its maximum number of steps
 Limits: TypeAlias = Callable[[int, int], tuple[int, int]]
 
 
 class BlockPlan:
-    """The blocks as a table, and each row's line of it.
+    """Table of all blocks, and for each row the entry of its current block.
 
     Attributes
     ----------
     standing : Standing
-        What rules see of it.
+        The part of the plan that rules see.
     place : Place
-        What forwards need of it.
+        The part of the plan that forward passes need.
     max_steps, limit : Tensor
-        int32 `[S]`: steps that a rule has in the row's block, and after how many the block ends in any case.
+        int32 `[S]`: number of steps that the rule has in the row's block; and the number of steps after which the block
+        ends in any case, which includes extra steps for positions that a constraint has kept open.
     frontier : Tensor
-        int32 `[1]`: the last block that rows may come into.
+        int32 `[1]`: number of the last block that rows may enter.
     """
 
     def __init__(self, state: State, grid: Grid, blocks: list[Block], limits: Limits, listing: Tensor):
         rows, device = len(state.tokens), state.tokens.device
         self.state, self.grid, self.count = state, grid, len(blocks)
         width = max(b.length for b in blocks)
-        #: whether a schedule divides a number of steps among the blocks, so that requests are equally long
+        #: whether a fixed number of steps is divided among the blocks, which requires equally long requests
         self._is_shared = any(b.num_steps != b.length for b in blocks)
-        # lengths of blocks, or parts, that end with their request
+        # possible lengths of blocks, or sub-blocks, that are cut short by the end of their request
         last = set() if self._is_shared else {(n - 1) % width + 1 for n in grid.last_lengths}
         plans = sorted({b.num_steps for b in blocks} | last)
 
@@ -55,7 +56,7 @@ class BlockPlan:
         self._table = table(
             [b.start, b.length, b.outer, b.outer_length, b.behind, *steps(b.length, b.num_steps)] for b in blocks
         )
-        #: what of it depends on the length of such a block, by its length; None where all are as long as the table says
+        #: the length-dependent entries for each length of such a block; None if all blocks have their full length
         self._short = None
         if last - {width}:
             self._short = table(steps(n, n) if n in last else [0] * 4 for n in range(width + 1))
@@ -75,11 +76,11 @@ class BlockPlan:
         )  # fmt: skip
         self.place = Place(zeros(rows), zeros(rows), zeros(rows), zeros(rows), listing)
         self.frontier = zeros(1)
-        #: number of the block in which every column stands, int32 `[S, T]`, -1 left of all
+        #: number of the block that each column belongs to, int32 `[S, T]`; -1 left of the first block
         self.owner = zeros(rows, len(self._column))
 
     def begin(self) -> None:
-        """Find out where the blocks of the requests stand that the state holds now."""
+        """Compute the block layout of the requests that the state currently holds."""
         grid, column = self.grid, self._column - self.grid.first[:, None]
         self.owner.copy_(torch.searchsorted(self._starts, column, right=True, out_int32=True) - 1)
         if self._is_shared:
@@ -90,10 +91,19 @@ class BlockPlan:
             self.standing.planned.copy_(torch.minimum(grid.planned * grid.length, grid.ends - grid.first))
 
     def enter(self, works: Tensor, together: bool) -> tuple[Tensor, Tensor]:
-        """Rows that do not work, bool `[S]`, come into the next block with something open, as far as the frontier.
+        """Move rows that are not working into their next block with open positions, up to the frontier.
 
-        Which did, and which had something open in a later block, bool `[S]` each. `together`: forwards take the block
-        at the frontier in all rows, also in those that have nothing to decide there.
+        Parameters
+        ----------
+        works : Tensor
+            bool `[S]`: rows that are still working on a block.
+        together : bool
+            Whether forward passes take the block at the frontier in all rows, even where there is nothing to decide.
+
+        Returns
+        -------
+        tuple of Tensor
+            bool `[S]` each: rows that entered a block; and rows that had open positions in a later block.
         """
         state = self.state
         later = state.is_open & (self.owner > state.block[:, None])
@@ -114,12 +124,12 @@ class BlockPlan:
         return enters, has_later
 
     def _look_up(self) -> None:
-        """Write down each row's line of the table."""
+        """Copy each row's entry from the table."""
         plan, left = self._plan, self.grid.ends - self.grid.first
         plan.copy_(self._table.index_select(0, self.state.block.clamp(min=0)).T)
         if self._short is None:
             return
-        # a row's last block ends with it
+        # the last block of a row ends where the row ends
         length, outer = (left - plan[START]).clamp(min=0), (left - plan[OUTER]).clamp(min=0)
         steps = self._short.index_select(0, torch.minimum(plan[LENGTH], length)).T
         plan[NUM_STEPS:].copy_(torch.where(length < plan[LENGTH], steps, plan[NUM_STEPS:]))
@@ -127,11 +137,11 @@ class BlockPlan:
         plan[OUTER_LENGTH].clamp_(max=outer)
 
     def count_from_here(self, rows: Tensor) -> None:
-        """Let the next step be the first in its block, in rows bool `[S]`."""
+        """Make the next step count as the first of its block, in rows bool `[S]`."""
         state, tables = self.state, self.standing.tables
         state.entered.copy_(torch.where(rows, state.step, state.entered))
         tables.first.copy_(tables.line(self._line) - state.entered)
 
     def has_steps(self) -> Tensor:
-        """Which rows have a step left in their block, bool `[S]`."""
+        """Return which rows have steps left in their block, bool `[S]`."""
         return self.standing.index < self.limit

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program of most rules: block after block, from left to right, each until the rule is done with it.
+"""The program of most rules: decode block after block, from left to right, each until the rule is done with it.
 
-Every row has its own block, step and end. Without a cache, and where rows are given other requests on the way, a row
-enters its next block as soon as it is done with one. In a batch with a cache what enters needs another form of forward
-than what goes on, and the rows enter together.
+Every row has its own block, step and end. Without a cache, or if rows may be assigned new requests along the way, a row
+enters its next block as soon as it has finished one. In other batches with a cache, rows that enter a block need a
+different forward pass than rows that continue, so all rows enter their blocks together.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from .block_forms import BlockForms, Form
 from .block_plan import BlockPlan
 from .row_forms import RowForms
 
-#: Multiplications of a language-model head that take as long as finding out for which slots it need not run.
+#: Number of multiplications in the language-model head that cost as much as compacting its input to the used slots.
 COMPACTING = 500_000
 
 
 class BlockAfterBlock(Program):
-    """What a report holds: see `BlockForms` and `RowForms`."""
+    """Block-after-block decoding. Reports are described in `BlockForms` and `RowForms`."""
 
     def __init__(self, task: Task):
         super().__init__(task)
@@ -48,15 +48,15 @@ class BlockAfterBlock(Program):
             kind = partial(FORWARDS[type(features)], features)
         self.forward = kind(*what, rows_change=task.rows_change, prompt_limit=task.prompt_limit)
         self.reads_open = rule.slots == "open"
-        #: whether rows enter their blocks together, so that the host knows which one they are in
+        #: whether rows enter their blocks together, in which case the host knows the block that they are in
         self.together = not task.rows_change and features is None and (
             rows == 1 or config.cache != "none" or self.forward.commits_apart
         )  # fmt: skip
-        # A rule that takes tokens back may also take back an end token: that counts once its block is finished.
+        # A rule that can remask tokens can remask an end token too, so an end token counts once its block is finished.
         self.fills_at_once = config.eos_policy == "fill" and self.reads_open
         self.fills_at_end = config.eos_policy != "none" and not self.fills_at_once
         blocks = plan_blocks(config, self.grid)
-        # what a constraint has kept open when the rule has done its steps gets more, as long as they help
+        # positions that a constraint kept open get extra steps after those of the rule, as long as they make progress
         extra = int(self.constrained.may_leave_open)
 
         def limits(length: int, num_steps: int) -> tuple[int, int]:
@@ -72,14 +72,14 @@ class BlockAfterBlock(Program):
         self.row_forms = RowForms(
             config, least_steps, self.forward, slots, task.may_be_few and not self.model.is_compiled
         )  # fmt: skip
-        #: positions that a window may hold until its row enters another block, -1 for none, int32 [S, W]; the same as
-        #: an index; where there is one in a row that works, uint8
+        #: positions that windows may hold until the row enters another block, -1 for none, int32 [S, W]; the same,
+        #: clamped for indexing; and which of them are valid in rows that are working, uint8
         self._listing = torch.zeros(rows, slots, dtype=torch.int32, device=device)
         self._index = torch.zeros(rows, slots, dtype=torch.int64, device=device)
         self._valid = torch.zeros(rows, slots, dtype=torch.uint8, device=device)
-        self._works = torch.zeros(rows, dtype=torch.bool, device=device)  # which rows are in a block
-        self._is_over = torch.zeros_like(self._works)  # which rows have nothing left to do
-        #: the last report, where rows go by themselves
+        self._works = torch.zeros(rows, dtype=torch.bool, device=device)  # rows that are in a block
+        self._is_over = torch.zeros_like(self._works)  # rows that have nothing left to do
+        #: the last report, if rows advance independently
         self._open, self._phase, self._pending = (torch.zeros_like(state.origin) for _ in range(3))
         self._nothing = torch.full((), -1, dtype=torch.int32, device=device)
         self.plan = BlockPlan(state, self.grid, blocks, limits, self._listing)
@@ -87,7 +87,7 @@ class BlockAfterBlock(Program):
         self._columns = torch.arange(self.standing.width, dtype=torch.int32, device=device)
         self._row_map = torch.zeros(rows * slots + 1, dtype=torch.int32, device=device)
         self._numbers = torch.arange(rows * slots + 1, dtype=torch.int32, device=device)
-        self._row_cost = 0  # multiplications that a row of the head takes
+        self._row_cost = 0  # multiplications in the head per row
         self._how = {
             "step": state.step, "seed": state.seed, "origin": state.origin, "mask_token_id": self.special.mask,
             "vocab_size": self.model.vocab_size or 0, "eos_token_ids": self.special.eos,
@@ -95,7 +95,7 @@ class BlockAfterBlock(Program):
         }  # fmt: skip
 
     def _most_slots(self, starts: list[int], longest: int) -> int:
-        """How many slots a window has: one for each position that a step can decide, in the row that has most."""
+        """Return the number of slots of a window: the largest number of positions that a step can decide in any row."""
         if self.rule.slots == "canvas":
             return self.state.tokens.shape[1] - self.start
         if not self.reads_open or self.forward.rows_change:
@@ -107,7 +107,7 @@ class BlockAfterBlock(Program):
         counts = torch.zeros(len(is_open), len(starts), dtype=torch.int64, device=is_open.device)
         return max(int(counts.scatter_add(1, block, is_open.long()).max()), 1)
 
-    # --- the host's part ----------------------------------------------------------------------------------------------
+    # --- host side ----------------------------------------------------------------------------------------------------
 
     def form(self, report: tuple[int, ...], behind: int) -> Form | None:
         slots = self._listing.numel()
@@ -126,21 +126,21 @@ class BlockAfterBlock(Program):
     def widest(self, form: Form) -> Form:
         is_any = form.part in self.forward.counted and not (self.together and form.part == "append")
         pending = self.forward.most_columns if is_any else form.pending
-        rows = form.rows  # one form for each power of two, so that there are few
+        rows = form.rows  # rounded up to a power of two, to keep the number of forms small
         if rows is not None:
             rows = min(1 << (rows - 1).bit_length(), len(self._works))
         return replace(form, pending=pending, head=self._listing.numel(), is_limited=True, rows=rows, width=None)
 
-    # --- the device's part --------------------------------------------------------------------------------------------
+    # --- device side --------------------------------------------------------------------------------------------------
 
     def begin(self) -> Tensor:
         self._renoise(None)
         self.forward.begin()
         if self.forward.rows_change and self.row_forms.has_phases and not self.forward.takes_rows:
             raise ValueError(
-                f"cache='{self.config.cache}' and attention='{self.config.attention}' cannot be used where requests "
-                "come and go with a model whose rotary embedding depends on their lengths; use cache='none' and "
-                "attention='full'"
+                f"cache='{self.config.cache}' with attention='{self.config.attention}' is not supported when rows "
+                "receive new requests during decoding and the model's rotary embedding depends on the request's "
+                "length; use cache='none' and attention='full'"
             )
         self.forms.begin()
         self.row_forms.begin(self.grid.ends.tolist())
@@ -152,22 +152,22 @@ class BlockAfterBlock(Program):
         return self.enter()
 
     def _renoise(self, rows: Tensor | None) -> None:
-        """Begin with noise in rows bool `[S]`, None: in all, where the rule's noise is tokens out of the vocabulary."""
+        """Fill open positions with random tokens, in rows bool `[S]` (None: all), if that is the rule's noise."""
         if self.rule.noise != "uniform":
             return
         if self.model.vocab_size is None:
             name = type(self.rule).__name__
-            raise ValueError(f"{name} draws from the vocabulary, whose size the model does not say")
+            raise ValueError(f"rule {name} draws from the vocabulary, but the model's vocab_size is unknown")
         self.state.renoise(self.model.vocab_size, rows)
 
     def renew(self, rows: Tensor) -> None:
-        """Take notice that `rows` int64 `[n]`, which had nothing left to do, hold other requests (see `State.admit`).
+        """Start the new requests in `rows` int64 `[n]`, which had nothing left to do.
 
-        The grid holds them already (see `Grid.place`). They wait for their first block, so that in the report they
-        stand at 0 from now on. Only in tasks whose rows change.
+        Only for tasks with `rows_change`. Call it after `Grid.place` and `State.admit`. The new requests then wait for
+        their first block, and the report shows 0 for their rows.
         """
         if not self.forward.rows_change:
-            raise ValueError("rows can be given other requests where the task has rows_change alone")
+            raise ValueError("rows can be given new requests only if the task has rows_change=True; got False")
         is_new = torch.zeros_like(self._works).index_fill_(0, rows, True)
         self._renoise(is_new)
         self._works.masked_fill_(is_new, False)
@@ -187,7 +187,7 @@ class BlockAfterBlock(Program):
         return self.append(form) if form.kind == "append" else self.denoise(form)
 
     def enter(self) -> Tensor:
-        """Rows that are done with their block come into their next one, as far as the frontier."""
+        """Move rows that are done with their block into their next one, up to the frontier."""
         state, plan = self.state, self.plan
         if self.together:
             plan.frontier.add_(1)
@@ -207,12 +207,15 @@ class BlockAfterBlock(Program):
         return self._reported(torch.where(self._works, count.clamp(min=1), torch.where(has_later, 0, -1)), None)
 
     def _open_in_block(self) -> Tensor:
-        """Open positions of each row's block, bool `[S, columns]`."""
+        """Return the open positions of each row's block, bool `[S, columns]`."""
         columns = self.state.columns(self.standing.block_start, len(self._columns))
         return self.state.open_in(columns) & (self._columns < self.standing.block_length[:, None])
 
     def _list_positions(self) -> Tensor:
-        """List what the windows may hold until rows enter another block; open positions of the block, int32 `[S]`."""
+        """List the positions that windows may hold until rows enter another block.
+
+        Returns the number of open positions in each row's block, int32 `[S]`.
+        """
         state, is_open = self.state, self._open_in_block()
         columns = state.columns(self.standing.block_start, len(self._columns))
         if self.reads_open:
@@ -229,9 +232,9 @@ class BlockAfterBlock(Program):
         return is_open.sum(1, dtype=torch.int32)
 
     def _taking(self, form: Form) -> Rows | None:
-        """The rows that this step takes; None: all.
+        """Return the rows that this step takes, or None for all.
 
-        Not those that have come into another phase than the host knew, or for which the form has not the shapes.
+        Leaves out rows whose phase has changed since the host's report, and rows that do not fit the form's shapes.
         """
         if form.rows is None:
             return None
@@ -243,7 +246,7 @@ class BlockAfterBlock(Program):
         return Rows.chosen(takes, form.rows)
 
     def _window(self, is_limited: bool, rows: Rows | None = None) -> TokenWindow:
-        """The positions that this step may decide."""
+        """Return the window of positions that this step may decide."""
         if self.reads_open:
             used = (self.state.state.gather(1, self._index) & self._valid).bool()
             if is_limited:
@@ -259,9 +262,10 @@ class BlockAfterBlock(Program):
         return TokenWindow.of(torch.where(used, self._listing, self._nothing), self.state.origin, used)
 
     def _compacted(self, used: Tensor, head: int) -> tuple[Tensor | None, Tensor | None]:
-        """Which slots, of all rows together, have logits, int64 `[head]`; and which row of these each has, int32 `[N]`.
+        """Compact the slots of all rows to those that need logits.
 
-        None and None where all have.
+        Returns the indices of these slots, int64 `[head]`, and for each of the N slots the row of its logits, int32
+        `[N]` (-1 for none); or None and None if all slots get logits.
         """
         total = used.numel()
         if (total - head) * self._row_cost < COMPACTING:
@@ -271,7 +275,7 @@ class BlockAfterBlock(Program):
         return pick.clamp_(max=total - 1), row_map
 
     def append(self, form: Form) -> Tensor:
-        """Forward what is decided left of the block, and decide its first token by it if the model's family does so."""
+        """Forward the decided context left of the block; with `seeded`, also decide the block's first token from it."""
         state, rows = self.state, self._taking(form)
         in_block = state.columns(self.plan.place.outer, form.columns[0])
         took_part = self.forward.append_context(form.pending, rows) & state.open_in(in_block).any(1)
@@ -286,7 +290,7 @@ class BlockAfterBlock(Program):
             step, action = self.constrained.act(step, None, lambda step: Action(step.used))
             assert action.commit is not None
             self.commit(window.positions, step.token, action.commit, step.confidence, self.fills_at_once)
-            took_part = took_part & (window.positions[:, 0] < 0)  # the others have been counted
+            took_part = took_part & (window.positions[:, 0] < 0)  # the commit has counted the step of the others
         state.step.add_(took_part)
         taken = self._works if rows is None else self._works & rows.taken
         self.plan.count_from_here(taken)
@@ -296,7 +300,7 @@ class BlockAfterBlock(Program):
         return self._reported(open_now, rows)
 
     def denoise(self, form: Form) -> Tensor:
-        """A step of the rule."""
+        """Run one step of the rule."""
         state, constrained, rows = self.state, self.constrained, self._taking(form)
         window = self._window(form.is_limited, rows)
         pick, row_map = self._compacted(window.used, form.head)
@@ -335,7 +339,7 @@ class BlockAfterBlock(Program):
         return self._advance(info, action, rows)
 
     def _advance(self, info: Tensor, action: Action, rows: Rows | None) -> Tensor:
-        """Find out which rows are done with their block; what there is to report."""
+        """Determine which rows are done with their block, and return the report."""
         if self.reads_open:
             if self.together and self.forms.is_delayed:
                 return info[:, :2].flatten()
@@ -357,10 +361,7 @@ class BlockAfterBlock(Program):
         return works.int() if self.together else self._reported(works.int(), rows)
 
     def _reported(self, open_now: Tensor, rows: Rows | None) -> Tensor:
-        """The report with these numbers of open positions int32 `[S]`, of which those of some rows have changed.
-
-        None: of all.
-        """
+        """Build the report from the numbers of open positions, int32 `[S]`, which are new in `rows` (None: in all)."""
         if not self.together:
             if rows is not None:
                 open_now = torch.where(rows.taken, open_now, self._open)
@@ -373,7 +374,7 @@ class BlockAfterBlock(Program):
             return open_now
         return torch.stack((open_now, self.state.is_open.sum(1, dtype=torch.int32)), 1).flatten()
 
-    # --- what is shown ------------------------------------------------------------------------------------------------
+    # --- output -------------------------------------------------------------------------------------------------------
 
     def denoises(self, form: Form) -> bool:
         return form.kind == "denoise"
@@ -382,9 +383,9 @@ class BlockAfterBlock(Program):
         return int(self.standing.block_start[0]) if bool(self._works[0]) else self.start
 
     def finished(self) -> Tensor:
-        """Up to which column each row is final, int32 `[S]`.
+        """Return the column up to which each row is final, int32 `[S]`.
 
-        A block counts when the row has left it: until then an end token in it may still cut it short.
+        A block becomes final when the row leaves it: until then, an end token in it may still cut it short.
         """
         standing = self.standing
         reached = standing.block_start + torch.where(self._is_over, standing.block_length, 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program of continuous models: noisy vectors walk to what the model makes of them, and tokens come at the end."""
+"""The program of continuous models: denoise vectors step by step, and read the tokens from them at the end."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from ..rules.continuous import ContinuousRule
 from ..standing import Standing
 from .base import Program, Task
 
-#: Numbers the draws before the first step, which has 0.
+#: Step number of the random draws before the first step, which has number 0.
 BEFORE_THE_FIRST = -1
 
 
 class ContinuousProgram(Program):
-    """All rows walk together. A report is the largest number of open positions of any row.
+    """Denoises the vectors of all rows together, one noise level per step.
 
-    A form is "step", or "last" for the forward that decides. In between the canvas holds the tokens that are likeliest
-    so far, still open. Given tokens are vectors, too: theirs are known, with as much noise as the others have, or with
-    none where the rule or the model wants it so.
+    A report is the largest number of open positions in any row. A form is "step", or "last" for the forward pass that
+    decides. Until then, the canvas holds the currently most likely tokens, still open. Given tokens are vectors as
+    well: their clean vectors are known, and have the same noise as the others, or none if the rule or the model
+    requires that.
 
     Attributes
     ----------
@@ -49,19 +50,19 @@ class ContinuousProgram(Program):
         model: Any = self.model
         self.table: Tensor = model.latent_table()
         self.z = torch.zeros(rows, columns, self.table.shape[1], device=state.tokens.device)
-        #: the vectors of given tokens, and which are given, `[S, T, 1]`
+        #: clean vectors of given tokens, `[S, T, width]`, and which tokens are given, `[S, T, 1]`
         self.given, self.is_given = torch.zeros_like(self.z), torch.zeros_like(state.is_open)[..., None]
-        #: what the last forward said, `[S, T, width]`
+        #: clean vectors predicted by the last forward pass (for self-conditioning), `[S, T, width]`
         self.opinion = torch.zeros_like(self.z)
-        #: the likeliest tokens of the columns so far, and since which forward
+        #: currently most likely token of each column, and the forward pass since which it has been
         self.draft = torch.full_like(state.tokens, -1)
         self.since = torch.zeros_like(state.commit_step)
         self.walk = rule.walk(model.gamma, self.steps, state.tokens.device)
-        #: whether given tokens have no noise: the rule's way, or how the model was trained
+        #: whether given tokens have no noise, because of the rule or because the model was trained that way
         self.clean_context = rule.clean_context or getattr(self.model.config, "clean_context", False)
         self.is_random = bool(self.walk.weights[:, 2].any())
         self.levels, self.weights = model.told(self.walk.time).float(), self.walk.weights.float()
-        # of the nearest vector e of a token, e . x - |e|^2 / 2 is largest
+        # the token vector e nearest to x maximizes e . x - |e|^2 / 2
         self.half_squares = self.table.pow(2).sum(1) / 2
 
     def form(self, report: tuple[int, ...], behind: int) -> str | None:
@@ -86,7 +87,7 @@ class ContinuousProgram(Program):
         return state.is_open.sum(1, dtype=torch.int32).amax().view(1)
 
     def _normals(self, step: Tensor) -> Tensor:
-        """Normal numbers float32 `[S, T, width]` of a step int64 `[S]`, by request and place in it."""
+        """Draw normal numbers float32 `[S, T, width]` for a step int64 `[S]`, keyed by the request and the position."""
         position = torch.arange(self.z.shape[1], device=step.device) - self.state.origin[:, None]
         return normals(self.state.seed[:, None], position, step[:, None], self.z.shape[2])
 
@@ -110,18 +111,18 @@ class ContinuousProgram(Program):
         return self._decide(logits)
 
     def _clamped(self, vectors: Tensor) -> Tensor:
-        """The vectors of tokens `[N, width]` that are nearest, the first of them where several are."""
+        """Return the nearest token vectors `[N, width]`; on ties, that of the smallest token id."""
         nearest = (vectors.float() @ self.table.T - self.half_squares).argmax(1)
         return self.table.index_select(0, nearest)
 
     def _cleaned(self, logits: Tensor) -> Tensor:
-        """The logits with what the configuration adds and excludes."""
+        """Return the logits with the configured bias added and banned tokens excluded."""
         if self.config.logit_bias is None and not self.special.banned:
             return logits
         return self.propose.clean(logits, torch.arange(len(logits), device=logits.device))
 
     def _draft(self, logits: Tensor) -> None:
-        """Put the likeliest tokens at the open positions, and take notice of those that are new."""
+        """Write the most likely tokens to the open positions, and note which of them have changed."""
         here = slice(self.start, self.end)
         likeliest = logits.argmax(1).view(len(self.z), -1)
         is_new = likeliest != self.draft[:, here]
@@ -130,7 +131,7 @@ class ContinuousProgram(Program):
         self.state.tokens[:, here] = torch.where(self.is_given[:, here, 0], self.state.tokens[:, here], likeliest)
 
     def _move(self, mean: Tensor, now: Tensor) -> None:
-        """Take the vectors to the next noise level, by what the model says that they come from, `[N, width]`."""
+        """Move the vectors to the next noise level, given the predicted clean vectors `mean` `[N, width]`."""
         self.opinion[:, self.start : self.end] = mean.view(len(self.z), -1, self.z.shape[2]).float()
         self.opinion.copy_(torch.where(self.is_given, self.given, self.opinion))
         a, b, c = self.weights.index_select(0, now).T[..., None, None]
@@ -142,7 +143,7 @@ class ContinuousProgram(Program):
         self.z.copy_(z)
 
     def _decide(self, logits: Tensor) -> Tensor:
-        """Commit the likeliest tokens, with the forwards since which they have been that."""
+        """Commit the most likely tokens; the commit step is the forward pass since which each has been most likely."""
         state = self.state
         first = torch.full_like(state.origin, self.start)
         window = state.window(state.columns(first, self.end - self.start), self.end - self.start)

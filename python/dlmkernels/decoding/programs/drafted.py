@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding of causal models from left to right, one token a forward or as many as a drafter has guessed."""
+"""Left-to-right decoding of causal models: one token per forward, or several by verifying the tokens of a drafter."""
 
 from __future__ import annotations
 
@@ -18,18 +18,21 @@ from .widths import Widths, measured
 
 
 class CausalProgram(Program):
-    """One token a forward. A report is the largest number of open positions of any row, and how many drafts to verify.
+    """Decodes one token per forward.
 
-    A form is that number. Each row has its own last token, which no forward has read yet.
+    A report is the largest number of open positions in any row, and the number of drafts to verify. A form is that
+    number of drafts. Each row has its own last token, which no forward pass has read yet.
     """
 
-    #: how many drafts a step verifies at most
+    #: maximum number of drafts that a step verifies
     drafts = 0
 
     def __init__(self, task: Task):
         super().__init__(task)
         if self.config.cfg_scale > 0:
-            raise ValueError(f"cfg_scale cannot be used with rule {type(self.rule).__name__}")
+            raise ValueError(
+                f"cfg_scale cannot be used with rule {type(self.rule).__name__}; got {self.config.cfg_scale}"
+            )
         model = self.listened(self.model)
         self.forward = Forward(model, self.state, self.config, self.special, self.grid, task.prompt_embeds)
         device = self.state.tokens.device
@@ -38,11 +41,11 @@ class CausalProgram(Program):
         self.offset = torch.arange(self.drafts + 1, dtype=torch.int32, device=device)
         self._width = torch.full_like(self.last, self.drafts)
         if self.propose.samples:
-            # What is drawn depends on a token's place alone: not on how many forwards it took to come there.
+            # Random draws depend only on a token's position, not on the number of forwards it took to reach it.
             self.propose.options["step"] = torch.zeros_like(self.state.step)
 
     def listened(self, model):
-        """The model that is forwarded."""
+        """Return the model to run; subclasses may attach a listener to it."""
         return model
 
     def form(self, report: tuple[int, ...], behind: int) -> int | None:
@@ -86,21 +89,22 @@ class CausalProgram(Program):
         return self.report(info, (taken - 1).clamp(min=0), working)
 
     def report(self, info: Tensor, accepted: Tensor | None, working: Tensor | None = None) -> Tensor:
-        """The report of a step with this `info` that accepted so many drafts int32 `[S]` in the `working` rows."""
+        """Return the report of a step, given its `info` and the accepted drafts int32 `[S]` of the `working` rows."""
         return torch.stack((self.still_open(info).amax(), self.width().amax()))
 
     def width(self) -> Tensor:
-        """How many drafts each row asks for, int32 `[S]`."""
+        """Return the number of drafts that each row asks for, int32 `[S]`."""
         return self._width
 
-    # --- for those who guess ------------------------------------------------------------------------------------------
+    # --- for subclasses with drafts -----------------------------------------------------------------------------------
 
     def read(
         self, anchor: Tensor, columns: Tensor, end: Tensor, used: Tensor, window: TokenWindow
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Hidden states `[S, W + 1, hidden]` of the last tokens and of drafts behind them, and the drafts `[S, W]`.
+        """Draft tokens and forward them; return hidden states `[S, W + 1, hidden]` and the drafts `[S, W]`.
 
-        They stand at the `columns` int32 `[S, W + 1]` and see nothing from `end` int32 `[S]` on; others: see `draft`.
+        The hidden states are those of each row's last token and of the drafts after it. These are at `columns` int32
+        `[S, W + 1]` and see nothing from column `end` int32 `[S]` on. For the other arguments, see `draft`.
         """
         drafts = self.draft(anchor, used, window)
         tokens = torch.cat((anchor[:, None], drafts.clamp(min=0)), 1)
@@ -109,21 +113,21 @@ class CausalProgram(Program):
         return hidden, drafts
 
     def draft(self, anchor: Tensor, used: Tensor, window: TokenWindow) -> Tensor:
-        """Guesses of what comes behind the last tokens `anchor` int64 `[S]`, int64 `[S, W]`; -1 for none.
+        """Draft the tokens after the last tokens `anchor` int64 `[S]`: int64 `[S, W]`, -1 for none.
 
-        `window` holds the W places of the guesses, and of the token behind them. `used` bool `[S, W + 1]`: the last
-        tokens and as many guesses as a row asks for.
+        `window` holds the W positions of the drafts and the position after them. `used` bool `[S, W + 1]` marks the
+        last token and as many drafts as the row asks for.
         """
         return anchor[:, None][:, :0]
 
     def have_read(self, columns: Tensor, used: Tensor) -> None:
-        """The model has read the tokens at the columns int32 `[S, Q]` that are `used`."""
+        """Called after the model has read the `used` tokens at `columns` int32 `[S, Q]`."""
 
 
 class DraftedProgram(CausalProgram):
-    """The same with drafts. The drafter's cache holds what the model's layers made of the text that it has read.
+    """Decodes with drafts. The drafter's cache holds features of the model's layers for the text read so far.
 
-    What was drafted in vain is overwritten in both caches, since the next block begins where it stood.
+    Rejected drafts are overwritten in both caches, because the next block starts in their place.
     """
 
     def __init__(self, task: Task):
@@ -166,7 +170,7 @@ class DraftedProgram(CausalProgram):
             return anchor[:, None][:, :0]
         hidden = self.block(anchor, used)
         logits = self.drafter.logits(hidden.flatten(0, 1))
-        # a draft for each row that is used, and none in the place of the token behind them
+        # one draft for each used slot, and none at the position after the drafts
         asked = torch.where(self.offset[: hidden.shape[1]] < self.width()[:, None], window.positions[:, :-1], -1)
         places = TokenWindow(asked.contiguous(), window.origin)
         if not self.drafter.is_sequential:
@@ -174,8 +178,11 @@ class DraftedProgram(CausalProgram):
         return self._one_after_another(anchor, hidden, logits.unflatten(0, hidden.shape[:2]), places)
 
     def block(self, anchor: Tensor, used: Tensor) -> Tensor:
-        """What the drafter makes of a block behind the last tokens, `[S, W, d]`; `anchor` and `used` as in `draft`."""
-        # rows of the drafter's block: where each of them predicts the token behind it, the last draft needs none
+        """Run the drafter on a block that starts at the last tokens; return its hidden states `[S, W, d]`.
+
+        `anchor` and `used` are those of `draft`.
+        """
+        # a drafter whose positions predict the next token (`from_anchor`) needs one position less
         shorter = int(self.drafter.form.from_anchor)
         used = used[:, shorter:]
         columns = self.last[:, None] + self.offset[: used.shape[1]]
@@ -186,7 +193,7 @@ class DraftedProgram(CausalProgram):
         return hidden if self.drafter.form.from_anchor else hidden[:, 1:]
 
     def _one_after_another(self, before: Tensor, hidden: Tensor, logits: Tensor, places: TokenWindow) -> Tensor:
-        """Drafts that each depend on the one before."""
+        """Sample the drafts one after another, each conditioned on the one before, int64 `[S, W]`."""
         drafts, memory = [], None
         for i in range(hidden.shape[1]):
             given, memory = self.drafter.given(logits[:, i], hidden[:, i], before, memory)
@@ -196,7 +203,7 @@ class DraftedProgram(CausalProgram):
         return torch.stack(drafts, 1)
 
     def _places(self, columns: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
-        """Slots of the drafter's cache int32, -1 for columns that are no part of the request, and positions int64."""
+        """Return the drafter's cache slots (int32, -1 if unused or outside the request) and positions (int64)."""
         forward = self.forward
         outside = (columns < forward.origin[:, None]) | (columns >= forward.ends[:, None]) | ~used
         inside = columns.clamp(0, forward.length - 1).long()
@@ -206,11 +213,11 @@ class DraftedProgram(CausalProgram):
 def _check(drafter: Drafter, task: Task) -> None:
     model = task.model
     if not isinstance(drafter, Drafter):
-        raise TypeError(f"drafter must be what load_drafter returns; got {type(drafter).__name__}")
+        raise TypeError(f"drafter must be a Drafter returned by load_drafter; got {type(drafter).__name__}")
     if drafter.target is not model.model:
         raise ValueError(
-            "drafter was loaded for another model, whose embeddings and head it borrows: load it for this one, "
+            "drafter was loaded for another model, whose embeddings and head it uses: load it for this model with "
             "load_drafter(path, model)"
         )
     if model.is_compiled:
-        raise ValueError("drafter cannot be used with a compiled model, whose layers cannot be listened to")
+        raise ValueError("drafter cannot be used with a compiled model, because it needs the outputs of its layers")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program of D2F and d3LLM: several blocks of a request are decoded at once."""
+"""The program of D2F and d3LLM, which decodes several blocks of a request at once."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from .base import Program, Task
 
 
 class PipelinedProgram(Program):
-    """Each row opens its own blocks. A report is how many columns the longest row has to forward, and the largest
-    number of open positions in the opened blocks of any row. A form is the same two numbers, as bounds.
+    """Decodes all opened blocks of a row at once; each row opens its own blocks.
+
+    A report is the largest number of columns that any row has to forward, and the largest number of open positions in
+    the opened blocks of any row. A form is the same two numbers, as upper bounds.
     """
 
     def __init__(self, task: Task):
@@ -29,12 +31,12 @@ class PipelinedProgram(Program):
         self.pipeline = rule
         self.forward = Forward(self.model, state, config, self.special, grid, task.prompt_embeds)
         self.blocks = Blocks(state, grid, rule)
-        # Under block-causal attention nothing right of the open blocks is seen; otherwise all masks are.
+        # With block-causal attention, nothing right of the opened blocks is visible; otherwise all masks are.
         self.reach = grid.ends.clone()
         self.visibility = self.forward.block_causal() if config.attention == "block" else {}
-        #: column of each row that a forward starts at: what stands left is in the cache
+        #: column at which the forward pass of each row starts; everything to its left is in the cache
         self.first = torch.zeros_like(state.origin)
-        #: hidden state [S, hidden] of the last of those, where they do not change any more
+        #: hidden state of the last cached column, [S, 1, hidden], if cached columns no longer change
         self.carried: Tensor | None = None
         self.prefix: DelayedPrefix | None = None
         if config.cache == "prefix":
@@ -46,7 +48,7 @@ class PipelinedProgram(Program):
         if capacity == 0 or self.taken == self.most_forwards:
             return None
         self.taken += 1
-        # A report that is late may lack a block for each step it is behind; and not know of a prefix to be renewed.
+        # Each step since the report may have opened a block or, with a prefix cache, require refreshing the prefix.
         most, late = self.forward.length, behind * self.grid.length
         rows = min(rows + late, most) if self.prefix is None or not behind else most
         return rows, min(capacity + late, self.blocks.width)
@@ -55,7 +57,7 @@ class PipelinedProgram(Program):
         rows, most = self.forward.length, self.blocks.width
         if self.pipeline.buffer is None:
             return rows, most
-        # all open blocks, and those that have been finished since the last forward, which it appends to the cache
+        # all open blocks, plus those finished since the last forward pass, which are appended to the cache
         width = self.pipeline.buffer * self.grid.length
         return (min(rows, 2 * width) if form[0] <= 2 * width else rows), min(most, width)
 
@@ -81,7 +83,7 @@ class PipelinedProgram(Program):
         used = (columns < reach[:, None]) & works[:, None]
         seen = reach.clamp(max=rows) if self.config.cache == "none" else reach
         hidden = self.forward.at(columns, seen, used, **self.visibility)
-        # The row before the first forwarded one comes from the cached part; without one the first stands for it.
+        # The hidden state before the first forwarded column belongs to the cache; without one, use the first column's.
         head = hidden[:, :1]
         if self.config.cache == "block":
             has_context = (first > state.origin)[:, None, None]
@@ -116,16 +118,16 @@ class PipelinedProgram(Program):
 
 
 class Blocks:
-    """How far the blocks of a grid are: which are open in each row, and how much of each is decided.
+    """Progress of the blocks of a grid: which blocks each row has opened, and how much of each is decided.
 
     Attributes
     ----------
     opened : Tensor
-        int32 `[B]`: how many blocks have been opened.
+        int32 `[B]`: number of blocks opened so far.
     width : int
-        How many columns hold all N blocks of the row that has most.
+        Number of columns that hold N blocks, where N is the largest number of blocks in any row.
     columns : Columns
-        Those.
+        These columns.
     """
 
     def __init__(self, canvas: State, grid: Grid, rule: Pipeline):
@@ -147,7 +149,7 @@ class Blocks:
 
     @property
     def end(self) -> Tensor:
-        """Column after the open blocks, int32 `[B]`."""
+        """Column after the opened blocks, int32 `[B]`."""
         return torch.minimum(self.grid.first + self.opened * self.grid.length, self.grid.ends)
 
     @property
@@ -156,27 +158,30 @@ class Blocks:
         return torch.minimum(self.grid.first + self._finished() * self.grid.length, self.grid.ends)
 
     def _finished(self) -> Tensor:
-        """How many blocks from the left are finished, int32 `[B]`."""
+        """Return the number of consecutive finished blocks from the left, int32 `[B]`."""
         return (self._masks == 0).int().cumprod(1).sum(1, dtype=torch.int32)
 
     @property
     def num_open(self) -> Tensor:
-        """Open positions of the opened blocks, int32 `[B]`."""
+        """Number of open positions in the opened blocks, int32 `[B]`."""
         return self._masks.masked_fill(self._number >= self.opened[:, None], 0).sum(1, dtype=torch.int32)
 
     @property
     def is_active(self) -> Tensor:
-        """Blocks after one that is decided to the share that it takes, bool `[B, N]`; the prompt is decided."""
+        """Active blocks, bool `[B, N]`: those whose left neighbor is decided to the share `activate_at` of the rule.
+
+        The first block is always active.
+        """
         return torch.nn.functional.pad(self._share[:, :-1] >= self.rule.activate_at, (1, 0), value=True)
 
     def window(self, capacity: int, works: Tensor) -> TokenWindow:
-        """The open positions of the opened blocks, no more than `capacity`, in the rows bool `[B]` that work."""
+        """Return a window of up to `capacity` open positions in the opened blocks, in rows bool `[B]` that work."""
         window = self.canvas.window(self.columns, capacity)
         positions = window.positions.masked_fill((window.positions >= self.end[:, None]) | ~works[:, None], -1)
         return TokenWindow(positions, window.origin)
 
     def advance(self, may_open: Tensor) -> None:
-        """Take notice of what has been decided, and open a block where the newest asks for it, in rows bool `[B]`."""
+        """Update the progress, and open the next block in rows bool `[B]` whose newest block is decided far enough."""
         self._look()
         share = self._share.gather(1, (self.opened - 1).long()[:, None])[:, 0]
         may_open = may_open & (self.grid.first + self.opened * self.grid.length < self.grid.ends)
@@ -191,7 +196,7 @@ class Blocks:
 
 
 class DelayedPrefix:
-    """What d3LLM keeps of each row: finished blocks from the left, and each but a while after it was finished."""
+    """Cached prefix of each row in d3LLM: blocks from the left, each added `delay` forwards after it was finished."""
 
     def __init__(self, state: State, grid: Grid, config: DecodingConfig):
         assert isinstance(config.rule, EntropyPipeline)
@@ -199,18 +204,21 @@ class DelayedPrefix:
         self.delay, self.interval = config.rule.delay, config.refresh_interval
         self.forwards = torch.zeros_like(state.origin)
         self.kept = state.origin.clone()  # column up to which keys and values are in the cache
-        # forward at which the block from there on was found finished, -1: it is not
+        # forward in which the next block was found finished; -1 if it is not finished
         self.since = torch.zeros_like(state.origin)
 
     def begin(self, context: Tensor) -> Tensor:
-        """Column that the first forward starts at."""
+        """Return the column at which the first forward pass starts, int32 `[S]`."""
         self.forwards.fill_(0)
         self.kept.copy_(self.origin)
         self.since.copy_(torch.where(self.grid.first > self.origin, 0, -1))  # the prompt is a block too
         return self.advance(context)
 
     def advance(self, context: Tensor) -> Tensor:
-        """Column that the next forward starts at, int32 `[S]`, all blocks up to `context` `[S]` being finished."""
+        """Return the column at which the next forward pass starts, int32 `[S]`.
+
+        All blocks up to column `context` int32 `[S]` are finished.
+        """
         forwards, kept = self.forwards.add_(1), self.kept.clone()
         ripe = (self.since >= 0) & (forwards - self.since >= self.delay)
         next_end = torch.minimum(kept + self.grid.length, self.grid.ends)
@@ -231,8 +239,8 @@ def _check(config: DecodingConfig) -> None:
     if config.cache not in caches.get(config.attention or "", ()):
         raise ValueError(
             f"rule {name} needs attention='block' with cache='block' or 'none', or attention='full' with cache='none' "
-            "(EntropyPipeline, with logit_alignment='same': or 'prefix'); got "
-            f"{config.attention!r}, {config.cache!r} and {config.logit_alignment!r}"
+            "(or cache='prefix' for EntropyPipeline with logit_alignment='same'); got "
+            f"attention={config.attention!r}, cache={config.cache!r} and logit_alignment={config.logit_alignment!r}"
         )
     for option in ("cfg_scale", "seeded", "sub_block_length"):
         if getattr(config, option):

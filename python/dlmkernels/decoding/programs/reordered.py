@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program of WeDLM: a causal model reads what is decided before what is not, wherever that stands."""
+"""The program of WeDLM: a causal model that reads all decided tokens before the masks, whatever their positions."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from .base import Program, Task
 
 
 class ReorderedProgram(Program):
-    """Each row's window slides by what it has decided. A report is the largest number of open positions, twice.
+    """Decodes in a window of each row that slides past the decided tokens.
 
-    A form is the number of columns to forward: the prompt and the first window, later twice the window.
+    A report is the largest number of open positions in any row, twice. A form is the number of columns to forward:
+    first the prompt plus one window, later two windows.
     """
 
     def __init__(self, task: Task):
@@ -25,13 +26,13 @@ class ReorderedProgram(Program):
         if config.attention != "reordered" or config.logit_alignment != "same" or config.cache != "block":
             raise ValueError(
                 "rule Reordered needs attention='reordered', logit_alignment='same' and cache='block'; got "
-                f"{config.attention!r}, {config.logit_alignment!r} and {config.cache!r}"
+                f"attention={config.attention!r}, logit_alignment={config.logit_alignment!r} and cache={config.cache!r}"
             )
         if config.cfg_scale > 0:
-            raise ValueError("cfg_scale cannot be used with rule Reordered")
+            raise ValueError(f"cfg_scale cannot be used with rule Reordered; got {config.cfg_scale}")
         self.width = rule.window
         self.forward = Forward(self.model, self.state, config, self.special, self.grid, task.prompt_embeds)
-        #: how many columns of each row are in the cache for good
+        #: number of columns of each row that are final in the cache
         self.final = torch.zeros_like(self.state.origin)
 
     def form(self, report: tuple[int, ...], behind: int) -> int | None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host's part of a decoding whose rows enter their blocks by themselves: which form the next step has.
+"""Host side of decoding in which rows enter their blocks independently: choosing the form of the next step.
 
-What a row needs of a forward is its phase, which the device finds out and reports. A step takes the rows of one phase,
-and no more of them than its form says.
+A row's phase is the kind of forward pass it needs next; the device determines and reports it. A step takes rows of one
+phase, at most as many as its form allows.
 """
 
 from __future__ import annotations
@@ -13,54 +13,58 @@ from ..block_forward import APPEND, BlockForward
 from ..config import DecodingConfig
 from .block_forms import Form
 
-#: Widths of a canvas that steps may have are multiples of this.
+#: Canvas widths of steps are rounded up to a multiple of this.
 GRAIN = 16
 
 
 class RowForms:
-    """Finds the form of the next step from reports of earlier ones.
+    """Chooses the form of the next step from earlier reports.
 
-    A report holds three numbers for each of S rows, all of the first kind coming first. How many positions of its block
-    are open, at least 1 while it is in one; 0 if it waits to enter another; -1 if nothing is left. Its phase. How many
-    columns besides the block's own a forward in this phase has to take of it.
+    A report holds three groups of S numbers, one number per row in each group:
+
+    - the number of open positions in the row's block (at least 1 while the row is in a block); 0 if the row is waiting
+      to enter its next block; -1 if it has nothing left to do;
+    - the row's phase;
+    - the number of columns, besides those of the block, that a forward pass in this phase has to take.
 
     Parameters
     ----------
+    config : DecodingConfig
     least_steps : int
-        After how many steps a block ends, of whatever length it is.
+        Number of steps after which a block ends in any case, minimized over all block lengths.
     forward : BlockForward
     slots : int
-        How many slots the window of a row has.
+        Number of slots in the window of a row.
     may_be_few : bool
-        Whether a forward may take some of the rows. False: all that there are, whatever they need, so that the width of
-        its matrix products is always the same.
+        Whether a forward pass may take only some of the rows. If False, it always takes all rows, whatever they need,
+        so that the size of its matrix products is constant.
     """
 
     def __init__(self, config: DecodingConfig, least_steps: int, forward: BlockForward, slots: int, may_be_few: bool):
         self.forward, self.slots, self.may_be_few = forward, slots, may_be_few
         self.least_steps = least_steps
-        #: whether the rows are told apart by what they need, even where all are forwarded
+        #: whether rows have different phases, which must be told apart even when all rows are forwarded
         self.has_phases = config.cache != "none" or forward.commits_apart
         self.columns = forward.columns_of(None)
-        #: the phase in which a row stays until its block is done, unless it is refreshed
+        #: the phase of a row in the middle of a block, except for refreshes
         self.usual = forward.usual_phase
 
     def begin(self, ends: list[int]) -> None:
-        """Nothing is known yet of the rows, whose requests end at these columns, but that all have entered a block."""
+        """Reset the host's knowledge: all rows have just entered a block, and their requests end at columns `ends`."""
         self.ends = ends
-        #: forms of the steps whose reports are not known
+        #: forms of the steps whose reports have not arrived yet
         self._sent: deque[Form] = deque()
-        #: how many steps each row has taken in its block, or more; whether the last forward was not the usual
+        #: upper bound of the steps each row has taken in its block; whether the last forward had a special phase
         self._taken = [0] * len(ends)
         self._was_special = False
 
     def renew(self, rows: list[int], ends: list[int]) -> None:
-        """Rows hold other requests now, which end at these columns."""
+        """Note that `rows` hold new requests, which end at columns `ends`."""
         for row, end in zip(rows, ends, strict=True):
             self.ends[row] = end
 
     def next(self, report: tuple[int, ...], behind: int) -> Form | None:
-        """The form of the next step, None if there is nothing left to do."""
+        """Return the form of the next step, or None if there is nothing left to do."""
         count = len(self.ends)
         open_now, phase, pending = (report[i * count : (i + 1) * count] for i in range(3))
         while len(self._sent) > behind:
@@ -82,9 +86,9 @@ class RowForms:
         return self._send(self._form(chosen, rows, sum(open_now[r] for r in rows), max(pending[r] for r in rows)))
 
     def _choose(self, by_phase: dict[int, list[int]]) -> int | None:
-        """The phase whose rows are next; None if it has to be seen first what the steps under way have made of them.
+        """Choose the phase whose rows go next; None if reports of steps in flight are needed first.
 
-        Prompts and refreshed rows go first, but not twice in a row before the others.
+        Rows with a new prompt or a refresh go first, but not twice in a row while other rows are waiting.
         """
         usual = self.usual
         sent = {form.phase for form in self._sent if form.kind in ("append", "denoise")} - {usual}
@@ -97,13 +101,13 @@ class RowForms:
         count, self._was_special = len(self.ends), phase != self.usual
         may_be_few = self.may_be_few and self.forward.takes_rows
         taking = len(rows) if may_be_few else count
-        # What is not known yet of rows that have come into the phase may be as much as there can be.
+        # With steps in flight, rows may have just come into the phase, with the maximum number of open positions.
         head = taking * self.slots if self._sent else min(num_open, count * self.slots)
         is_limited = any(self._taken[row] >= self.least_steps for row in rows)
         for row in rows:
             self._taken[row] += 1
         some = taking if self.has_phases or taking < count else None
-        # Where all rows are taken, those are too that have come into a block since the report.
+        # If all rows are taken, they include rows that have entered a block since the report.
         ends = self.ends if some is None else [self.ends[row] for row in rows]
         width = -(-max(ends) // GRAIN) * GRAIN
         is_narrow = self.forward.takes_canvas(phase) and self.forward.rows_change and width < self.forward.length

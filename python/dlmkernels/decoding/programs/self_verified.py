@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""S2D2: a block-diffusion model drafts a block, and verifies it as though its blocks had one position each."""
+"""S2D2: a block-diffusion model drafts a block, then verifies it as if every position were a block of its own."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from .speculative import verified
 
 
 class SelfVerifiedProgram(Program):
-    """Each row advances by what it has accepted. A report is the largest number of open positions of any row.
+    """Drafts and verifies a block in two forward passes per step; each row advances by the tokens it accepts.
 
-    A step has two forwards. The first takes the last token, as a block of its own, and a block of masks behind it: it
-    drafts. The second takes the drafts, each a block of its own, and beside them a mask for each place, in slots behind
-    the canvas. Such a mask sees the text, the drafts before its place, and itself, and says what the model would say
-    there if it decoded one token after another. All steps have one form, True.
+    The first forward pass drafts: it takes the last token, as a block of its own, followed by a block of masks. The
+    second verifies: it takes the drafts, each as a block of its own, and one extra mask per position, in slots behind
+    the canvas. Each of these masks sees the text, the drafts before its position, and itself, so it predicts what the
+    model would predict there when decoding one token at a time.
+
+    A report is the largest number of open positions in any row. All steps have the same form, True.
     """
 
     def __init__(self, task: Task):
         super().__init__(task)
         _check(self.config, self.grid.length)
         if self.start == 0:
-            raise ValueError("input_ids must hold at least one token with rule S2D2, which forwards the last of them")
+            raise ValueError("input_ids must hold at least one token with rule S2D2, which drafts from the last token")
         self.forward = Forward(self.model, self.state, self.config, self.special, self.grid, task.prompt_embeds)
         self.width, device = self.grid.length, self.state.tokens.device
         self.forward.cache = KVCache(self.forward.length + self.width + 1, len(self.state.tokens))
@@ -38,7 +40,7 @@ class SelfVerifiedProgram(Program):
         self.offset = torch.arange(self.width + 1, dtype=torch.int32, device=device)
         self._drafting, self._verifying = (x.to(device) for x in visibilities(self.width))
         if self.propose.samples:
-            # What is drawn depends on a token's place alone: drafts and their verification draw with the same noise.
+            # Random draws depend only on a token's position, so drafts and their verification use the same noise.
             self.propose.options["step"] = torch.zeros_like(self.state.step)
 
     def form(self, report: tuple[int, ...], behind: int) -> bool | None:
@@ -48,7 +50,7 @@ class SelfVerifiedProgram(Program):
         return True
 
     def begin(self) -> Tensor:
-        """Forward the prompt: one block where blocks are counted from its end, else one block a token."""
+        """Forward the prompt: as a single block if blocks are counted from its end, else with one block per token."""
         self.taken = 0
         self.forward.begin()
         self.last.fill_(self.start - 1)
@@ -84,7 +86,7 @@ class SelfVerifiedProgram(Program):
             self.propose.head(hidden[:, width:].flatten(0, 1)), window, standing,
             lambda step: Action(verified(step, drafts[:, :-1].contiguous())), first_alone=True,
         )  # fmt: skip
-        state.step.add_(working)  # of two forwards, of which the commit counts one
+        state.step.add_(working)  # a step has two forwards; the commit below counts the other
         assert action.commit is not None
         chosen = action.commit.cumprod(1).bool()
         info = self.commit(window.positions, step.token, chosen, step.confidence)
@@ -94,10 +96,10 @@ class SelfVerifiedProgram(Program):
     def _forward(
         self, columns: Tensor, slots: Tensor, tokens: Tensor, end: Tensor, masks: Tensor, visible: Tensor
     ) -> Tensor:
-        """Hidden states of rows at canvas columns int32 `[S, Q]`, with their keys and values in `slots` `[S, Q]`.
+        """Return hidden states of tokens at canvas columns int32 `[S, Q]`, with keys and values in `slots` `[S, Q]`.
 
-        They see the text from its start to `end` int32 `[S]`, `masks` int32 `[S]` slots behind the canvas, and of each
-        other what `visible` int32 `[Q, words]` says.
+        They see the text from its start to column `end` int32 `[S]`, and the first `masks` int32 `[S]` slots behind the
+        canvas. Among themselves, they see what the bitmask `visible` int32 `[Q, words]` allows.
         """
         forward = self.forward
         inside = columns.clamp(0, forward.length - 1).long()
@@ -110,10 +112,11 @@ class SelfVerifiedProgram(Program):
 
 
 def visibilities(width: int) -> tuple[Tensor, Tensor]:
-    """Which new rows a row sees, as `ops.block_attention` takes it, int32 `[Q, words]`, of the two forwards of a step.
+    """Build the visibility bitmasks among new rows for the two forward passes of a step.
 
-    Of the first: the last token sees itself, the masks see all. Of the second: a draft sees the drafts up to itself,
-    the mask beside it those before it, and itself.
+    Both are int32 `[Q, words]`, as taken by `ops.block_attention`. In the first, the last token sees only itself, and
+    the masks see all rows. In the second, a draft sees the drafts up to and including itself, and the mask at its
+    position sees the drafts before that position, and itself.
     """
     drafting = torch.ones(width + 1, width + 1, dtype=torch.bool, device="cpu")
     drafting[0, 1:] = False
@@ -124,7 +127,7 @@ def visibilities(width: int) -> tuple[Tensor, Tensor]:
 
 
 def bits(rows: Tensor) -> Tensor:
-    """Words int32 `[…, ceil(K / 32)]` of bool `[…, K]`: bit i % 32 of word i / 32 stands for column i."""
+    """Pack bool `[…, K]` into int32 words `[…, ceil(K / 32)]`: column i becomes bit i % 32 of word i // 32."""
     padded = torch.nn.functional.pad(rows.long(), (0, -rows.shape[-1] % 32)).unflatten(-1, (-1, 32))
     words = (padded << torch.arange(32, device=rows.device)).sum(-1)
     return torch.where(words < 2**31, words, words - 2**32).int()
@@ -134,9 +137,9 @@ def _check(config: DecodingConfig, block_length: int) -> None:
     if config.attention != "block" or config.cache != "block" or config.logit_alignment != "same":
         raise ValueError(
             "rule S2D2 needs attention='block', cache='block' and logit_alignment='same'; got "
-            f"{config.attention!r}, {config.cache!r} and {config.logit_alignment!r}"
+            f"attention={config.attention!r}, cache={config.cache!r} and logit_alignment={config.logit_alignment!r}"
         )
     if config.cfg_scale > 0:
-        raise ValueError("cfg_scale cannot be used with rule S2D2")
+        raise ValueError(f"cfg_scale cannot be used with rule S2D2; got {config.cfg_scale}")
     if block_length < 2:
         raise ValueError(f"block_length must be at least 2 with rule S2D2; got {block_length}")

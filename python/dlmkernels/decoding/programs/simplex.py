@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program of SSD-LM: block after block, vectors over the vocabulary walk to what the model makes of them."""
+"""The program of SSD-LM: block after block, denoise vectors over the vocabulary."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .base import Program, Task
 
 @dataclass(frozen=True)
 class Form:
-    """Columns `[start, end)` of the block, and the number of the step within it, counted down to 1."""
+    """Columns `[start, end)` of the block, and the number of steps `left` in it, counting down to 1."""
 
     start: int
     end: int
@@ -30,8 +30,9 @@ class Form:
 
 
 class SimplexProgram(Program):
-    """All rows walk together, block after block, each seeing what stands before it. A report is the largest number of
-    open positions of any row.
+    """Denoises all rows together, block after block; each block sees everything before it.
+
+    A report is the largest number of open positions in any row.
     """
 
     def __init__(self, task: Task):
@@ -91,7 +92,7 @@ class SimplexProgram(Program):
         return state.is_open.sum(1, dtype=torch.int32).amax().view(1)
 
     def _renoise(self, form: Form, kept: Tensor | float, clean: Tensor | None = None) -> None:
-        """Vectors with the normal numbers of the coming forward, of which `kept` of the power is `clean`."""
+        """Set the vectors to the noise of the next forward, mixed with `clean`, which makes up `kept` of the power."""
         width = form.end - form.start
         position = torch.arange(form.start, form.end, device=self.z.device) - self.state.origin[:, None]
         step = self.state.step[:, None].long()
@@ -102,7 +103,7 @@ class SimplexProgram(Program):
         self.z[:, :width] = noise
 
     def _logits(self, form: Form, is_open: Tensor) -> Tensor:
-        """Logits `[S * width, V]` of the block, from all that stands before it and its noisy vectors."""
+        """Compute logits `[S * width, V]` of the block from everything before it and its noisy vectors."""
         state, forward, width = self.state, self.forward, form.end - form.start
         embeds = self.model.embed(state.tokens[:, : form.end]).clone()
         noisy = ops.soft_embedding(self.z[:, :width].flatten(0, 1), self.table).view(len(embeds), width, -1)
@@ -123,7 +124,7 @@ class SimplexProgram(Program):
         return self.propose.clean(logits, torch.arange(len(logits), device=logits.device))
 
     def _draft(self, logits: Tensor, here: slice, is_open: Tensor) -> None:
-        """Put the likeliest tokens at the open positions, and take notice of those that are new."""
+        """Write the most likely tokens to the open positions, and note which of them have changed."""
         likeliest = logits.argmax(1).view(is_open.shape)
         is_new = likeliest != self.draft[:, here]
         self.since[:, here] = torch.where(is_new, self.state.step[:, None], self.since[:, here])
@@ -131,7 +132,7 @@ class SimplexProgram(Program):
         self.state.tokens[:, here] = torch.where(is_open, likeliest, self.state.tokens[:, here])
 
     def _drawn(self, logits: Tensor, form: Form) -> Tensor:
-        """One token of the nucleus in each row, with the random numbers of the coming forward: bool `[N, V]`."""
+        """Draw one token of the nucleus per position, with the random numbers of the next forward: bool `[N, V]`."""
         state = self.state
         columns = torch.arange(form.start, form.end, dtype=torch.int32, device=logits.device)
         one = torch.ones(1, device=logits.device)
@@ -142,14 +143,17 @@ class SimplexProgram(Program):
         return torch.zeros_like(logits, dtype=torch.bool).scatter(1, token[:, None], True)
 
     def _nucleus(self, logits: Tensor) -> Tensor:
-        """The tokens of the nucleus, the one that crosses it among them: bool `[N, V]`."""
+        """Return the tokens of the nucleus, including the one that crosses its threshold: bool `[N, V]`."""
         p, order = logits.float().softmax(-1).sort(-1, descending=True)
         before = p.cumsum(-1) - p
         inside = torch.cat((torch.ones_like(order[:, :1], dtype=torch.bool), before[:, 1:] < self.nucleus), 1)
         return torch.zeros_like(inside).scatter(1, order, inside)
 
     def _decide(self, logits: Tensor, form: Form, is_open: Tensor) -> Tensor:
-        """Commit the likeliest tokens of the block, with the forwards since which they have been that."""
+        """Commit the most likely tokens of the block.
+
+        The commit step is the forward pass since which each token has been most likely.
+        """
         state = self.state
         columns = torch.arange(form.start, form.end, dtype=torch.int32, device=logits.device)
         window = TokenWindow(torch.where(is_open, columns, -1), state.origin)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Self-speculative decoding: a block drafted with all of itself in view, and verified one token after another."""
+"""Self-speculative decoding: draft a block with bidirectional attention, then verify it from left to right."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .base import Program, Task
 
 
 class SpeculativeProgram(Program):
-    """Each row advances by what it has accepted. A report is the largest number of open positions of any row, twice.
+    """Drafts and verifies a block in two forward passes per step; each row advances by the tokens it accepts.
 
-    All steps have one form, True.
+    A report is the largest number of open positions in any row, twice. All steps have the same form, True.
     """
 
     def __init__(self, task: Task):
@@ -61,7 +61,7 @@ class SpeculativeProgram(Program):
         tokens[:, 1:] = torch.where(drafts < 0, mask, drafts)
 
         hidden = self.forward.at(**block, tokens=tokens, causal_block=1)
-        # of the same step as the drafts: where something is drawn, from the same noise
+        # the same step number as the drafts, so that both are drawn with the same noise
         standing = Standing.in_one_block(last + 1, self.grid.length, state.step)
         step, action = self.decide(
             self.propose.head(hidden.flatten(0, 1)), window, standing, lambda step: Action(verified(step, drafts)),
@@ -76,7 +76,7 @@ class SpeculativeProgram(Program):
 
 
 def commit_after_prompt(program: Program, forward: Forward, last: Tensor) -> Tensor:
-    """Forward the prompts, and commit the token after each, whose column `last` int32 `[S]` then holds.
+    """Forward the prompts, commit the token after each, and store its column in `last` int32 `[S]`.
 
     Returns the info of `ops.remask_`.
     """
@@ -95,19 +95,22 @@ def commit_after_prompt(program: Program, forward: Forward, last: Tensor) -> Ten
 
 
 def verified(step: Step, drafts: Tensor) -> Tensor:
-    """The step's tokens, bool `[B, W + 1]`, up to the first that the draft int64 `[B, W]` in its place is not."""
+    """Return which tokens of the step are accepted, bool `[B, W + 1]`.
+
+    These are the tokens up to and including the first that differs from its draft int64 `[B, W]`.
+    """
     return (ops.verify_drafts(drafts, step.token.contiguous()).tokens >= 0) & step.used
 
 
 def _check(config: DecodingConfig, block_length: int) -> None:
     if config.attention != "causal-context" or config.cache != "block" or not config.seeded:
         raise ValueError(
-            "rule SelfSpeculative needs attention='causal-context', cache='block' and seeded; got "
-            f"{config.attention!r}, {config.cache!r} and {config.seeded!r}"
+            "rule SelfSpeculative needs attention='causal-context', cache='block' and seeded=True; got "
+            f"attention={config.attention!r}, cache={config.cache!r} and seeded={config.seeded!r}"
         )
     if config.logit_alignment != "same":
         raise ValueError(f"rule SelfSpeculative needs logit_alignment='same'; got {config.logit_alignment!r}")
     if config.cfg_scale > 0:
-        raise ValueError("cfg_scale cannot be used with rule SelfSpeculative")
+        raise ValueError(f"cfg_scale cannot be used with rule SelfSpeculative; got {config.cfg_scale}")
     if block_length < 2:
         raise ValueError(f"block_length must be at least 2 with rule SelfSpeculative; got {block_length}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Introspective strided decoding: strictly causal models draft with masks and verify what they drafted."""
+"""Introspective strided decoding: strictly causal models draft tokens with masks and verify their own drafts."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ from .speculative import verified
 
 
 class StridedProgram(Program):
-    """Each row advances by what it has accepted. A report is the largest number of open positions of any row, twice.
+    """Verifies the last drafts and drafts the next ones, in one forward pass per step.
 
-    A form is the number of columns of the prompt that are forwarded as well: all but the last in the first forward.
+    Each row advances by the tokens it accepts.
+    A report is the largest number of open positions in any row, twice. A form is the number of prompt columns that are
+    forwarded as well: all but the last in the first forward pass, then 0.
     """
 
     def __init__(self, task: Task):
@@ -33,23 +35,25 @@ class StridedProgram(Program):
         if config.attention != "causal" or config.logit_alignment != "shift" or config.cache != "block":
             raise ValueError(
                 "rule Strided needs attention='causal', logit_alignment='shift' and cache='block'; got "
-                f"{config.attention!r}, {config.logit_alignment!r} and {config.cache!r}"
+                f"attention={config.attention!r}, logit_alignment={config.logit_alignment!r} and cache={config.cache!r}"
             )
         if config.cfg_scale > 0:
-            raise ValueError("cfg_scale cannot be used with rule Strided")
+            raise ValueError(f"cfg_scale cannot be used with rule Strided; got {config.cfg_scale}")
         if config.logit_bias is not None and rule.leniency is not None and self.propose.samples:
             raise ValueError(
-                "logit_bias cannot be used with rule Strided where drafts are tested by a ratio (leniency)"
+                "logit_bias cannot be used with rule Strided if leniency is set, because drafts are then accepted by a "
+                f"probability ratio; got leniency={rule.leniency}"
             )
         if config.constraint is not None and rule.leniency is not None and self.propose.samples:
             raise ValueError(
-                "constraint cannot be used with rule Strided where drafts are tested by a ratio (leniency)"
+                "constraint cannot be used with rule Strided if leniency is set, because drafts are then accepted by a "
+                f"probability ratio; got leniency={rule.leniency}"
             )
         self.stride = rule.stride
         self.forward = Forward(self.model, state, config, self.special, self.grid, task.prompt_embeds)
         self.verify = Verifier(state, config, self.propose)
         batch, device = len(state.tokens), state.tokens.device
-        #: column of each row's last token; and what is drafted after it, -1 where nothing is
+        #: column of each row's last token; and the drafts after it, -1 for none
         self.last = torch.zeros(batch, dtype=torch.int32, device=device)
         self.drafts = state.tokens.new_zeros(batch, rule.stride - 1)
         self.offset = torch.arange(2 * rule.stride - 1, dtype=torch.int32, device=device)
@@ -71,7 +75,7 @@ class StridedProgram(Program):
 
     def step(self, form: int) -> Tensor:
         state, offset, last, stride = self.state, self.offset, self.last, self.stride
-        # Last token, drafts, masks: as many rows as this request has a use for.
+        # Last token, drafts, masks: as many columns as each request can use.
         inside = (last[:, None] + offset).clamp(max=state.tokens.shape[1] - 1).long()
         drafted = (self.drafts >= 0).int().cumprod(1).sum(1, dtype=torch.int32)
         tokens = torch.full_like(inside, self.special.mask)
@@ -96,15 +100,16 @@ class StridedProgram(Program):
         count = accepted + 1
         is_new = (offset[:stride] < count[:, None]) & may_come
         info = self.commit(torch.where(is_new, window, -1), token, is_new, p)
-        # The masks stood behind all drafts: what they draft follows if none was rejected.
+        # The masks came after all drafts, so their drafts are only valid if no draft was rejected.
         self.drafts.copy_(torch.where((accepted == drafted)[:, None], next_drafts, -1))
         last.add_(count).clamp_(max=self.end - 1)
         return self.still_open(info).amax().expand(2)
 
     def _constrained(self, logits: Tensor, window: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens int64 and probabilities float32 `[S, stride]` at the `window` int32 `[S, stride]`, by a constraint.
+        """Choose tokens at the `window` int32 `[S, stride]` under a constraint.
 
-        And how many of them follow one another, less one, int32 `[S]`.
+        Returns tokens int64 and probabilities float32 `[S, stride]`, and the number of consecutive tokens committed,
+        minus one, int32 `[S]`.
         """
         state, stride = self.state, self.stride
         has_row = self.offset[:stride] <= drafted[:, None]
@@ -119,33 +124,47 @@ class StridedProgram(Program):
 
 
 class Verifier:
-    """Accepts a prefix of the drafts, finds the token after it, and drafts the next ones: `ops.verify_drafts`."""
+    """Accepts a prefix of the drafts, chooses the token after it, and drafts the next tokens (`ops.verify_drafts`)."""
 
     def __init__(self, canvas: State, config: DecodingConfig, propose: Proposer):
         assert isinstance(config.rule, Strided)
         self.canvas, self.rule, self.propose = canvas, config.rule, propose
         self.by_ratio = config.rule.leniency is not None and propose.samples
-        self.draft_logits: Tensor | None = None  # those of the drafts, and their logsumexp, when they are compared
+        self.draft_logits: Tensor | None = None  # logits of the drafts, and their logsumexp, for the ratio test
         self.draft_logsumexp: Tensor | None = None
 
     def __call__(
         self, logits: Tensor, drafts: Tensor, drafted: Tensor, last: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Number of accepted drafts int32 `[B]`; the accepted and the next token int64 `[B, stride]`, -1 behind it,
-        with their probabilities; and the most likely tokens, or draws, of the masks' rows, int64 `[B, stride - 1]`.
+        """Verify the drafts and draft the next tokens.
 
-        `logits` `[B, 2 stride - 1, V]` are of the last token, the `drafted` ones of the `drafts` (-1 behind them) and
-        the masks.
+        Parameters
+        ----------
+        logits : Tensor
+            `[B, 2 stride - 1, V]`: logits of the last token, of the drafts and of the masks.
+        drafts : Tensor
+            int64 `[B, stride - 1]`: the drafts, -1 after the last of them.
+        drafted : Tensor
+            int32 `[B]`: number of drafts.
+        last : Tensor
+            int32 `[B]`: column of the last token.
+
+        Returns
+        -------
+        tuple of Tensor
+            Number of accepted drafts, int32 `[B]`; the accepted tokens and the one after them, int64 `[B, stride]`, -1
+            in the remaining places; their probabilities, float32 `[B, stride]`; and the next drafts, int64
+            `[B, stride - 1]`: the most likely or sampled tokens of the masks.
         """
         batch, rows = logits.shape[:2]
         verified, number = self.rule.stride, torch.arange(rows, dtype=torch.int32, device=logits.device)
-        # the rows of the last token and of the drafts, as many as there might be; then those of the masks
+        # logit rows of the last token and of the maximum number of drafts, followed by those of the masks
         row = torch.where(number < verified, number, number - verified + 1 + drafted[:, None])
         row_map = row + rows * torch.arange(batch, dtype=torch.int32, device=logits.device)[:, None]
         first = (last - self.canvas.origin + 1).contiguous()
         options: dict[str, Any] = dict(self.propose.options)
         if "seed" in options:
-            # A draft is drawn with the noise that its verification will use.
+            # Each draft is sampled with the same noise that its verification will use.
             options["position"] = (first[:, None] + row).flatten()
             options["step"] = (self.canvas.step[:, None] + (number >= verified).int()).flatten()
         if self.by_ratio:
@@ -177,7 +196,7 @@ class Verifier:
         return accepted, tokens, p, best[:, verified:].contiguous()
 
     def _remember(self, logits: Tensor, logsumexp: Tensor) -> None:
-        """Keep what the next forward will compare its drafts with."""
+        """Keep the logits of the drafts for the ratio test in the next forward pass."""
         if self.draft_logits is None or self.draft_logsumexp is None:
             self.draft_logits = torch.empty_like(logits)
             self.draft_logsumexp = torch.empty_like(logsumexp, memory_format=torch.contiguous_format)

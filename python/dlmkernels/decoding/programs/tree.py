@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trees of drafts: several guesses for a place, of which the target follows the one that it says itself."""
+"""Trees of drafts: several drafts per position, of which the target follows the one that equals its own token."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from .base import Task
 from .drafted import DraftedProgram
 from .self_verified import bits
 
-#: how many of the likeliest tokens of a place may be in a tree
+#: number of most likely tokens per depth that may be in a tree
 BRANCHES = 8
 
 
 class TreeProgram(DraftedProgram):
-    """Drafts in a tree of a fixed number of nodes, whose likeliest are found best first (DDTree, arXiv:2604.12989).
+    """Verifies drafts in a tree with a fixed number of nodes, chosen by best-first search (DDTree, arXiv:2604.12989).
 
-    All nodes are verified in one forward, in which each sees the text, its ancestors and itself. Their keys and values
-    are kept behind the canvas, and those on the path that the target follows are then moved to their places.
+    All nodes are verified in one forward pass, in which each sees the text, its ancestors and itself. Their keys and
+    values are written to cache slots behind the canvas. Those on the path that the target follows are then moved to
+    their places in the canvas.
     """
 
     def __init__(self, task: Task):
@@ -36,7 +37,10 @@ class TreeProgram(DraftedProgram):
         config = self.model.config
         slides = "sliding_attention" in (getattr(config, "layer_types", None) or ())
         if slides or (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)):
-            raise ValueError("tree needs a target without sliding windows, which count a draft's distance by its slot")
+            raise ValueError(
+                "tree needs a target model without sliding-window attention, which would measure the distance of a "
+                "draft by its cache slot"
+            )
         self.forward.cache = KVCache(self.forward.length + self.nodes + 1, len(self.state.tokens))
 
     def read(
@@ -51,13 +55,13 @@ class TreeProgram(DraftedProgram):
         tree = best_first(likely, self.nodes)
         token = torch.nn.functional.pad(best.ids.view(shape), (0, 1, 0, 1), value=-1).flatten(1).gather(1, tree.place)
 
-        # the last token is row 0, node n is row n + 1
+        # row 0 is the last token, row n + 1 is node n
         depth = torch.nn.functional.pad(tree.depth, (1, 0)).int()
         there = torch.nn.functional.pad(tree.is_there, (1, 0), value=True) & used[:, :1]
         place = last[:, None] + depth
         there = there & (place < end[:, None])
         number = torch.arange(self.nodes + 1, dtype=torch.int32, device=last.device)
-        # all nodes are written: what an earlier step has left behind the canvas must not be seen
+        # write all nodes, so that none sees keys and values left behind the canvas by an earlier step
         slots = torch.where(used[:, :1], torch.where(number == 0, place, forward.length + number), -1)
         behind = (forward.length + 1 + number[:: self.nodes]).expand(len(last), -1)
         ranges = torch.stack((torch.stack((forward.origin, last + 1), 1), behind), 1)
@@ -85,7 +89,7 @@ class TreeProgram(DraftedProgram):
         return rows_at(hidden, path), drafts
 
     def _move(self, source: Tensor, target: Tensor) -> None:
-        """Copy keys and values of all layers from slots int64 to slots int32 `[S, n]`; nowhere where that is -1."""
+        """Copy keys and values in all layers from `source` slots int64 to `target` slots int32 `[S, n]` (-1: skip)."""
         assert self.forward.cache is not None
         for k_cache, v_cache in self.forward.cache.layers():
             rows = source[:, :, None, None].expand(-1, -1, *k_cache.shape[2:])
@@ -94,20 +98,20 @@ class TreeProgram(DraftedProgram):
 
 
 class Tree:
-    """N nodes of S trees, in the order in which they were found.
+    """S trees of N nodes each, in the order in which the nodes were found.
 
     Attributes
     ----------
     parent : Tensor
-        int64 `[S, N]`: row of a node's parent: 0 for the root, n + 1 for node n.
+        int64 `[S, N]`: row of a node's parent; 0 for the root, n + 1 for node n.
     depth : Tensor
-        int64 `[S, N]`, from 1.
+        int64 `[S, N]`: depth of each node, from 1.
     place : Tensor
-        int64 `[S, N]`: where its token stands in a table `[D + 1, k + 1]` of D places and k tokens, laid out flat.
+        int64 `[S, N]`: flat index of the node's token in a table `[D + 1, k + 1]` of D depths and k tokens.
     is_there : Tensor
-        bool `[S, N]`: whether there are so many nodes.
+        bool `[S, N]`: whether the node exists; a tree may have fewer than N nodes.
     sees : Tensor
-        bool `[S, N + 1, N + 1]`: which rows are a row's ancestors, or itself.
+        bool `[S, N + 1, N + 1]`: whether each row sees each other row, that is, its ancestors and itself.
     """
 
     def __init__(self, parent: Tensor, depth: Tensor, place: Tensor, is_there: Tensor, sees: Tensor):
@@ -115,17 +119,18 @@ class Tree:
 
 
 def best_first(likely: Tensor, nodes: int) -> Tree:
-    """The `nodes` likeliest paths, of the logarithms of probabilities `[S, D, k]`, descending in each place.
+    """Find the `nodes` most likely paths, given log-probabilities `[S, D, k]` in descending order at each depth.
 
-    A path is as likely as its tokens are independently of each other. Once a path has been taken, the same with the
-    next token in its last place may be, and the same with the likeliest token in one more place.
+    The probability of a path is the product of the probabilities of its tokens, which are taken to be independent. Once
+    a path has been taken, two new candidates arise: the path with its last token replaced by the next most likely one,
+    and the path extended by the most likely token of the next depth.
     """
     trees, _, width = likely.shape
     device, none = likely.device, -torch.inf
     table = torch.nn.functional.pad(likely, (0, 1, 0, 1), value=none).flatten(1)
     across, last = width + 1, table.shape[1] - 1
     score = torch.full((trees, 2 * nodes + 1), none, device=device)
-    # of each path that may be taken next: its place in the table, its parent
+    # for each candidate path: index in the table, and parent
     place = torch.zeros((trees, 2 * nodes + 1), dtype=torch.int64, device=device)
     parent = torch.zeros_like(place)
     score[:, 0] = table[:, 0]
@@ -140,7 +145,7 @@ def best_first(likely: Tensor, nodes: int) -> Tree:
         score.scatter_(1, best, none)
         sees[:, n + 1] = sees.gather(1, above[:, :, None].expand(-1, -1, nodes + 1))[:, 0]
         sees[:, n + 1, n + 1].fill_(True)
-        # the next token of the same place, and the likeliest of the next place; of no node anything
+        # the next token at the same depth, and the most likely one at the next depth; arbitrary for missing nodes
         right, down = (x.clamp(max=last) for x in (at + 1, (at // across + 1) * across))
         beside = now - table.gather(1, at) + table.gather(1, right)
         for i, (value, where, above_it) in enumerate(
@@ -154,9 +159,9 @@ def best_first(likely: Tensor, nodes: int) -> Tree:
 
 
 def followed(parent: Tensor, token: Tensor, said: Tensor, depth: int) -> Tensor:
-    """Rows of the path that the target follows, int64 `[S, depth + 1]`, the root's first, then -1.
+    """Return the rows of the path that the target follows, int64 `[S, depth + 1]`: the root first, -1 after its end.
 
-    `parent` and `token` int64 `[S, N]` are those of the nodes, `said` int64 `[S, N + 1]` what the target says behind
+    `parent` and `token` int64 `[S, N]` describe the nodes; `said` int64 `[S, N + 1]` is the target's next token after
     each row.
     """
     row = torch.zeros_like(parent[:, :1])

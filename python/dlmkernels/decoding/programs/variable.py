@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program of the rules that change the length: each request grows and shrinks on a canvas of the largest length."""
+"""The program of rules that change the length: each request grows and shrinks on a canvas of the maximum length."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ..standing import Standing
 from ..state import FROZEN, State
 from .base import Program, Task
 
-#: Slots that `ops.splice_` takes.
+#: Maximum number of slots that `ops.splice_` takes.
 MOST_SLOTS = 4096
 
 
 class VariableProgram(Program):
-    """The canvas has the columns that each row may take.
+    """Decodes requests whose length varies, on a canvas wide enough for the maximum length of every row.
 
-    A report is the largest number of open positions of any row, and the length of the longest row that has some. A form
-    is the same two numbers, as bounds.
+    A report is the largest number of open positions in any row, and the length of the longest row that has any. A form
+    is the same two numbers, as upper bounds.
     """
 
     def __init__(self, task: Task):
@@ -34,7 +34,7 @@ class VariableProgram(Program):
         _check(config, self.special, self.own_ends)
         self.varying = rule
         self.most = most = config.longest
-        # Behind `length` a row is padding; it may not become longer than `limit`. Nothing moves left of `first`.
+        # A row is padding from `length` on, and may grow up to `limit`. Nothing left of `first` moves.
         self.length = length = state.end
         self.continues = rule.decodes == "continuations"
         self.limit, self.first = torch.zeros_like(length), torch.zeros_like(length)
@@ -50,14 +50,14 @@ class VariableProgram(Program):
         self.block_length = min(config.block_length or widest, widest)
         if self.block_length > MOST_SLOTS or (rule.slots == "canvas" and most > MOST_SLOTS):
             raise ValueError(
-                f"rule {type(rule).__name__} edits windows of up to {MOST_SLOTS} positions: give a smaller "
-                f"block_length or max_new_tokens; got {config.block_length} and {most}"
+                f"rule {type(rule).__name__} supports windows of up to {MOST_SLOTS} positions: choose a smaller "
+                f"block_length or max_new_tokens; got block_length={config.block_length} and max_new_tokens={most}"
             )
         self.inserted = torch.zeros_like(length)
-        self.began = torch.zeros_like(state.step)  # what a rule keeps is kept for the whole request
+        self.began = torch.zeros_like(state.step)  # the rule's memory lasts for the whole request
 
     def _measure(self) -> None:
-        """How long each request is, and how long it may become."""
+        """Set the current length and the maximum length of each request."""
         state, most = self.state, self.most
         if self.continues:
             self.length.fill_(self.start + self.varying.first_masks(most))
@@ -73,7 +73,7 @@ class VariableProgram(Program):
         if capacity == 0 or self.taken == self.varying.max_forwards(self.masks, self.most):
             return None
         self.taken += 1
-        # A report that is late may lack what each of the steps since then can have inserted.
+        # Each step since the report may have inserted up to `most_growth` positions.
         late = behind * self.varying.most_growth
         return min(capacity + late, self.block_length), min(rows + late, self.state.tokens.shape[1])
 
@@ -125,7 +125,7 @@ class VariableProgram(Program):
         return torch.stack((still_open.amax(), (length * (still_open > 0)).amax()))
 
     def _splice(self, start: Tensor, insert: Tensor, remove: Tensor | None) -> None:
-        """Insert masks before slots of the columns from `start` on, and take others out."""
+        """Insert masks before the slots of the columns from `start` on, and remove the slots in `remove`."""
         state, special = self.state, self.special
         moved = ops.splice_(
             state.tokens, start, insert=insert, remove=remove, length=self.length, state=state.state,
@@ -145,12 +145,15 @@ class VariableProgram(Program):
 
 
 def _by_place(values: Tensor, place: Tensor, width: int) -> Tensor:
-    """Values `[B, W]` of the slots at their places int64 `[B, W]`, `[B, width]`; 0 elsewhere. `width` is no place."""
+    """Scatter slot values `[B, W]` to their places int64 `[B, W]`, giving `[B, width]`, 0 elsewhere.
+
+    Slots with the place `width` are dropped.
+    """
     return values.new_zeros(len(values), width + 1).scatter(1, place, values)[:, :-1].contiguous()
 
 
 def _close(canvas: State, length: Tensor, pad: int) -> None:
-    """Make padding of what stands from column `length` int32 `[B]` on."""
+    """Turn everything from column `length` int32 `[B]` on into padding."""
     behind = torch.arange(canvas.tokens.shape[1], device=length.device) >= length[:, None]
     canvas.tokens.masked_fill_(behind, pad)
     canvas.state.masked_fill_(behind, FROZEN)
@@ -160,7 +163,8 @@ def _check(config: DecodingConfig, special: SpecialTokens, own_ends: Tensor | No
     name = type(config.rule).__name__
     if config.attention != "full" or config.cache != "none":
         raise ValueError(
-            f"rule {name} needs attention='full' and cache='none'; got {config.attention!r} and {config.cache!r}"
+            f"rule {name} needs attention='full' and cache='none'; got attention={config.attention!r} and "
+            f"cache={config.cache!r}"
         )
     if isinstance(config.max_new_tokens, tuple):
         raise ValueError(f"max_new_tokens must be one number with rule {name}; got {config.max_new_tokens}")
@@ -169,11 +173,11 @@ def _check(config: DecodingConfig, special: SpecialTokens, own_ends: Tensor | No
             raise ValueError(f"{option} cannot be used with rule {name}; got {getattr(config, option)!r}")
     if config.rule.decodes == "infillings" and config.eos_policy != "none":
         raise ValueError(
-            f"rule {name} needs eos_policy='none', since text may stand behind what is filled in; got "
+            f"rule {name} needs eos_policy='none', because text may follow the positions that are filled in; got "
             f"{config.eos_policy!r}"
         )
     if config.rule.decodes == "continuations":
         if not special.eos:
-            raise ValueError(f"eos_token_id is needed by rule {name}: the model's configuration has none")
+            raise ValueError(f"eos_token_id is needed by rule {name}, and the model's configuration has none")
         if own_ends is not None and bool((own_ends < 0).all(1).any()):
             raise ValueError(f"eos_token_id must hold at least one token for each request with rule {name}")

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many tokens to draft: as many as decide most tokens a second, by what this machine takes and drafts are worth."""
+"""Adaptive draft widths: draft the number of tokens that maximizes decoded tokens per second.
+
+The choice depends on measured step times on the current machine and on the acceptance rate of each row.
+"""
 
 from __future__ import annotations
 
@@ -13,41 +16,42 @@ from ...models.adapt import DiffusionModel
 from ...models.drafters import Drafter
 from ...window import AttentionWindow
 
-#: what a drafter is taken to be worth before anything is known: so many drafts of so many accepted
+#: prior for the acceptance rate of a drafter: number of accepted drafts, and number of drafts
 PRIOR_HITS, PRIOR_TRIES = 1.5, 2.0
-#: how much of what was seen counts at the next step, so that a request's later text may be another matter
+#: decay per step of past acceptance counts, so that the rate can change over the course of a request
 MEMORY = 0.9
 CONTEXT, REPEATS = 32, 3
 
 
 class Widths:
-    """How many drafts each of S rows asks for, by its own acceptance so far and a cost curve.
+    """Chooses how many drafts each of S rows asks for, from its acceptance rate so far and the cost of a step.
 
-    A draft is accepted with probability a, given that those before it are. Then w drafts decide 1 + a + … + a^w tokens
-    in one step, which takes `costs[w]`; the row asks for the w at which the quotient is largest. a is the share of
-    accepted drafts among those that were looked at, the latest counting most.
+    Let a be the probability that a draft is accepted, given that all drafts before it are. Then w drafts decide
+    1 + a + … + a^w tokens on average in one step, which takes `costs[w]` seconds. Each row asks for the w with the
+    largest ratio of the two. a is estimated as the fraction of accepted drafts among those examined, with recent drafts
+    weighted most.
 
     Attributes
     ----------
     now : Tensor
-        int32 `[S]`: what each row asks for.
+        int32 `[S]`: number of drafts that each row currently asks for.
     """
 
     def __init__(self, rows: int, costs: Tensor):
-        """`costs` float64 `[W + 1]`: seconds of a step with so many drafts, infinite where no step has so many."""
+        """`costs` float64 `[W + 1]`: seconds of a step with 0 … W drafts; infinite for widths that are not offered."""
         self._costs, self._power = costs, torch.arange(len(costs), dtype=torch.float64, device=costs.device)
         self._hits = torch.zeros(rows, dtype=torch.float64, device=costs.device)
         self._tries = torch.zeros_like(self._hits)
         self.now = torch.zeros(rows, dtype=torch.int32, device=costs.device)
 
     def begin(self) -> None:
-        """Nothing is known of the requests."""
+        """Reset the acceptance rates for new requests."""
         self._hits.zero_()
         self._tries.zero_()
         self._choose()
 
     def see(self, accepted: Tensor, working: Tensor) -> None:
-        """Take notice of how many drafts were accepted, int32 `[S]`, in the rows bool `[S]` that took a step."""
+        """Record the number of accepted drafts, int32 `[S]`, in the `working` rows bool `[S]` that took a step."""
         looked_at = accepted + (accepted < self.now)
         self._hits.copy_(torch.where(working, self._hits * MEMORY + accepted, self._hits))
         self._tries.copy_(torch.where(working, self._tries * MEMORY + looked_at, self._tries))
@@ -60,16 +64,16 @@ class Widths:
 
 
 def offered(most: int) -> list[int]:
-    """The widths that there are: 0, powers of 2, and the most."""
+    """Return the widths that are offered: 0, the powers of 2 below `most`, and `most`."""
     return sorted({0, most, *(2**i for i in range(most.bit_length()) if 2**i < most)})
 
 
 @torch.no_grad()
 def measured(model: DiffusionModel, drafter: Drafter, rows: int, most: int) -> Tensor:
-    """Seconds that a step of so many rows takes with 0 … `most` drafts, float64 `[most + 1]`.
+    """Measure the seconds that a step of `rows` rows takes with 0 … `most` drafts, float64 `[most + 1]`.
 
-    Measured once for each number of rows, at a short context, and kept with the drafter. Infinite where `offered` has
-    no such width.
+    Measured once per number of rows, with a short context, and stored in the drafter. Infinite for widths that
+    `offered` does not contain.
     """
     if (rows, most) not in drafter.costs:
         costs = torch.full((most + 1,), torch.inf, dtype=torch.float64, device="cpu")
@@ -81,7 +85,7 @@ def measured(model: DiffusionModel, drafter: Drafter, rows: int, most: int) -> T
 
 
 def _step(model: DiffusionModel, drafter: Drafter, rows: int, width: int) -> float:
-    """Seconds of one: the drafter's block, and the model's forward of the last token and the drafts."""
+    """Time one step in seconds: the drafter's block, and the model's forward pass of the last token and the drafts."""
     device, count = model.device, width + 1
     place = torch.arange(CONTEXT, CONTEXT + count, dtype=torch.int32, device=device).expand(rows, -1).contiguous()
     seen = torch.tensor([[0, CONTEXT + count]], dtype=torch.int32, device=device).expand(rows, -1).contiguous()
