@@ -198,7 +198,7 @@ def test_assistant(model):
 def test_cache_of_the_user(model):
     from transformers import DynamicCache
 
-    with pytest.raises(ValueError, match="cannot be used with dlmkernels, which keeps keys"):
+    with pytest.raises(ValueError, match="cannot be used with dlmkernels, which has its own KV cache"):
         theirs(model, prompts(1, 6), past_key_values=DynamicCache())
 
 
