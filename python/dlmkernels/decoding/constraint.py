@@ -97,8 +97,8 @@ class Constraint:
         """Return which of the `proposed` tokens may be written, bool `[B, T]`.
 
         `tokens` is the canvas; `proposed`, int64 `[B, T]`, holds the tokens about to be written into it and -1
-        elsewhere. The accepted tokens must be valid together, without the rejected ones. Called in every step that writes,
-        and again after each rejection, with tensors on the CPU, which are fetched in one transfer.
+        elsewhere. The accepted tokens must be valid together, without the rejected ones. Called in every step that
+        writes a token, and again after each rejection, with tensors on the CPU, which are fetched in one transfer.
         """
         raise NotImplementedError
 
