@@ -81,7 +81,7 @@ def test_models_without_a_mask_token(kind, tmp_path):
 @pytest.mark.parametrize(
     "options,match",
     [
-        ({"cache": "d2cache", "block_length": 4}, "cache='d2cache' decodes the response as one block"),
+        ({"cache": "d2cache", "block_length": 4}, "cache='d2cache' decodes the answer as a single block"),
         ({"rule": dk.Lengthening(), "cfg_scale": 0.5}, "cfg_scale cannot be used with rule Lengthening"),
         ({"rule": dk.S2D2()}, "rule S2D2 needs attention='block'"),
         ({"rule": dk.NextToken(), "cfg_scale": 0.5}, "cfg_scale cannot be used with rule NextToken"),

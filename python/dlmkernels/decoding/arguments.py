@@ -83,7 +83,7 @@ def _infer_origin(name: str, tokens: Tensor, special: SpecialTokens) -> Tensor:
     is_empty = leading == tokens.shape[1]
     if is_empty.any():
         raise ValueError(
-            f"row {int(is_empty.nonzero()[0])} of {name} consists of padding only (token {special.padding}); pass "
+            f"row {int(is_empty.nonzero()[0])} of {name} holds nothing but padding (token {special.padding}); pass "
             "attention_mask if that token is not padding"
         )
     return leading

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def without(bitmask: Tensor, token: Tensor, where: Tensor) -> Tensor:
-    """Clear the bits of `token` int64 `[B, W]` in int32 bitmasks `[B, W, n]` wherever `where`, bool `[B, W]`, is True."""
+    """Clear the bit of `token` int64 `[B, W]` in int32 bitmasks `[B, W, n]`, at the slots `where` bool `[B, W]`."""
     word, bit = (token.clamp(min=0) // 32)[..., None], _to_int32(1 << token.clamp(min=0) % 32)
     bit = torch.where(where, bit, 0)[..., None]
     return bitmask.scatter(2, word, bitmask.gather(2, word) & ~bit)

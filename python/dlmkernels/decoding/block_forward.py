@@ -270,7 +270,7 @@ class BlockForward(Forward):
         return self._select(hidden, part, pick, rows)
 
     def _select(self, hidden: Tensor, place: Tensor | str, pick: Tensor | None, rows: Rows | None) -> Tensor:
-        """Select the hidden states that predict the slots: those at `place` int64 `[S, W]` of `hidden` `[n, Q, hidden]`.
+        """Select the hidden states that predict the slots: `hidden` `[n, Q, hidden]` at `place` int64 `[S, W]`.
 
         With guidance, those of the unconditional half follow. `place` may be the name of a part.
         """

@@ -274,7 +274,7 @@ def _check_length(model, config: DecodingConfig, length: int, prompt_length: int
         return
     raise ValueError(
         f"input_ids ({prompt_length} tokens) and max_new_tokens ({end - prompt_length}) make a canvas of {length}"
-        f" tokens, longer than the model's max_position_embeddings of {longest}"
+        f", longer than the model's max_position_embeddings of {longest}"
         + (
             "; only answers can go beyond it, with cache='block' and without cfg_scale and sub_block_cache"
             if model.reach is not None
