@@ -236,7 +236,7 @@ class Bound:
         return forward
 
     def _hidden(self, noisy: Tensor, clean: Tensor, n: int, time: Tensor) -> Tensor:
-        """Return hidden states `[R, T, hidden]` of whole texts, without blocks."""
+        """Return hidden states `[R, T, hidden]` of whole texts, for models without blocks."""
         forward = self._forward(clean, n, "none")
         window = AttentionWindow(forward.slots.contiguous(), forward.kv_range, rotations=forward.rotations)
         return forward.run(None, forward.positions, window, noisy, {"time": time.float()})

@@ -213,11 +213,11 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
         With cache="block" and a `sub_block_length`: a forward pass computes only the current part, and reads the rest
         of the block as it was when the part was begun (Fast-dLLM v2; approximate).
     warmup : int
-        With approximate caches: the number of forward passes at the start of each block that compute the whole canvas;
-        with `sub_block_cache`, at the start of each part, the whole block.
+        With cache="prefix", "dual" and "delayed": the number of forward passes at the start of each block that compute
+        the whole canvas. With `sub_block_cache`: the number at the start of each part that compute the whole block.
     refresh_interval : int, optional
-        With these caches: repeat such a full forward pass every `refresh_interval` passes of a block (or part). If
-        None, never.
+        Where `warmup` applies: repeat such a full forward pass every `refresh_interval` passes of a block (or part).
+        If None, never.
     vicinity : tuple of int
         With cache="prefix" and "dual": how many positions left and right of the block each forward pass also computes
         (dInfer, arXiv:2510.08666).
@@ -227,7 +227,7 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
         attention="causal-context".
     seed : int or Tensor, optional
         Seed of a request's random draws, which do not depend on its batch. An int is the seed of every request, so that
-        equal requests give equal results; an int64 tensor `[B]` has one each. If None, seeds are drawn by torch.
+        equal requests give equal results; an int64 tensor `[B]` has one each. If None, torch draws them.
     cfg_scale : float
         Scale of classifier-free guidance; 0 disables it. The logits become u + (cfg_scale + 1)(c - u), with the usual
         logits c and the logits u of a canvas whose given tokens are masked. Doubles the work.

@@ -109,12 +109,13 @@ def generate(
         Each is called in every step with a request's decided tokens, int64 `[n, t]`, and the logits of its open
         positions, float32 `[n, V]`, and returns logits. Runs on the host.
     top_logprobs : int
-        Number of most likely tokens to record for each position, in `DecodingOutput.top_logprobs`; 0 records none.
+        Number of most likely tokens to record for each position, in `top_ids` and `top_log_probability` of the result.
+        0 records none.
     on_step : callable, optional
         Called with a `StepReport` after each step. Costs a device synchronization per step, as does `stop_strings`.
     graphs : {"auto", True, False}
-        Whether to capture steps as CUDA graphs and replay them. "auto" does so where possible; True raises an error
-        where it is not.
+        Whether to capture steps as CUDA graphs and replay them. "auto" does so where possible; True raises a
+        ValueError where it is not.
     steps_per_poll : int
         Number of steps that run before the host checks their results. Does not change the tokens. Values above 1 reduce
         host work between steps, at the cost of a few wasted steps at the end of each block. Useful for models whose
@@ -225,7 +226,7 @@ def infill(
 
     The other parameters, the result and the errors are those of `generate`. Blocks of `block_length` are counted from
     the first token of each canvas. `max_new_tokens` is only used by rules that change the length (`Expanding`): it is
-    the number of tokens that the masks of a row may become, and must be at least the number of masks in any row.
+    the largest number of tokens that the masks of a row may become, and at least the number of masks in any row.
     """
     overrides = read_options(model, config, overrides, tokenizer)
     model, config, special = prepare(model, config, overrides, "infillings")
