@@ -124,7 +124,7 @@ def test_several_answers(model):
         assert len(set(map(tuple, answers))) == 3
         if row == 0:
             assert served[0].generated_tokens == answers[0]
-    with pytest.raises(ValueError, match="num_return_sequences=2 has no effect without chance"):
+    with pytest.raises(ValueError, match="num_return_sequences=2 needs randomness"):
         dk.generate(model, ids, valid, num_return_sequences=2, **COMMON)
 
 

@@ -423,7 +423,7 @@ def test_embedded_prompts_are_checked(embeds, match, loaded):
     _, model = loaded("llada", checkpoints.llada)
     with pytest.raises(ValueError, match=match):
         dk.generate(model, inputs_embeds=embeds)
-    with pytest.raises(ValueError, match="input_ids or inputs_embeds must be given, and not both"):
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds must be given"):
         dk.generate(model, prompts(1, 4), inputs_embeds=torch.zeros(1, 4, 48))
 
 
