@@ -312,9 +312,9 @@ class TestErrors:
             dk.log_likelihood(made("duo")[1], torch.tensor([1]), torch.tensor([1]), **options)
 
     def test_families_without_a_bound(self):
-        with pytest.raises(ValueError, match="method='bound' has no meaning for models of family 'masked'"):
+        with pytest.raises(ValueError, match="method='bound' is not defined for models of family 'masked'"):
             dk.log_likelihood(lively(), prompts(1, 2), prompts(1, 2), method="bound")
         model = lively()
         model.config.dlm_family = "fast-dllm-v2"
-        with pytest.raises(ValueError, match="needs a model that scores every token of a block in its own place"):
+        with pytest.raises(ValueError, match="needs a model that predicts each token of a block at its own position"):
             dk.log_likelihood(model, prompts(1, 2), prompts(1, 2))

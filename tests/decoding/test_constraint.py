@@ -653,5 +653,5 @@ class TestErrors:
 
     @pytest.mark.parametrize("rule", UNIFORM_RULES, ids=str)
     def test_checkers_need_masks(self, model, rule):
-        with pytest.raises(ValueError, match=r"Balanced.accepts cannot be used with rule .*; `allowed` can"):
+        with pytest.raises(ValueError, match=r"Balanced.accepts cannot be used with rule .*; override `allowed`"):
             dk.generate(model, prompts(2, 5), constraint=Balanced(5), **options_for(rule))

@@ -198,7 +198,7 @@ def test_assistant(model):
 def test_cache_of_the_user(model):
     from transformers import DynamicCache
 
-    with pytest.raises(ValueError, match="cannot be used with dlmkernels, which keeps keys"):
+    with pytest.raises(ValueError, match="cannot be used with dlmkernels, which has its own KV cache"):
         theirs(model, prompts(1, 6), past_key_values=DynamicCache())
 
 
@@ -207,7 +207,7 @@ def test_what_the_checkpoint_asks_for():
     model = build()
     expected = theirs(model, prompts(1, 6))
     model.generation_config.no_repeat_ngram_size = 3
-    with pytest.warns(UserWarning, match="no_repeat_ngram_size=3 of the model's generation config is left out"):
+    with pytest.warns(UserWarning, match="no_repeat_ngram_size=3 of the model's generation config is ignored"):
         out = theirs(model, prompts(1, 6))
     assert torch.equal(out, expected)
 

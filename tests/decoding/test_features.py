@@ -247,7 +247,7 @@ class TestD2Cache:
         check_alone_and_in_a_batch(model, options | {"cache": dk.D2Cache(0.1, 4)})
 
     @pytest.mark.parametrize("options, message", [
-        ({"block_length": 4}, "cache='d2cache' decodes the response as one block"),
+        ({"block_length": 4}, "cache='d2cache' decodes the answer as a single block"),
         ({"rule": dk.TokenEditing(0.4, 0.3, 4)}, "cache='d2cache' needs a rule that takes nothing back; got TokenEditing"),
     ], ids=["blocks", "editing"])  # fmt: skip
     def test_refused_with_it(self, options, message):

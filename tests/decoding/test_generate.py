@@ -217,7 +217,7 @@ class TestStreaming:
         assert masks == list(range(15, -1, -1))
 
     def test_one_request_only(self, model):
-        with pytest.raises(ValueError, match=r"streamer takes one request; got a batch of 2"):
+        with pytest.raises(ValueError, match=r"streamer can follow only one request; got a batch of 2"):
             dk.generate(model, prompts(2, 6), streamer=self.Recorder(), **SHORT)
 
 

@@ -182,8 +182,8 @@ class TestExpanding:
         assert len(set(expected.length.tolist())) > 1
 
     @pytest.mark.parametrize("options,match", [
-        ({"max_new_tokens": 3}, "max_new_tokens must be at least the number of masks of any row, 7; got 3"),
-        ({"max_new_tokens": 500}, r"tokens is 12 long and may become 512 long, longer than the model's"),
+        ({"max_new_tokens": 3}, "max_new_tokens must be at least the number of masks in any row, 7; got 3"),
+        ({"max_new_tokens": 500}, r"tokens has length 12 and may grow to 512, more than the model's"),
         ({"cache": "dual"}, "rule Expanding needs attention='full' .* got attention='full' and cache='dual'"),
         ({"eos_policy": "fill"}, "rule Expanding needs eos_policy='none'.*got 'fill'"),
         ({"cfg_scale": 1.0}, "cfg_scale cannot be used with rule Expanding; got 1.0"),

@@ -124,7 +124,7 @@ def test_several_answers(model):
         assert len(set(map(tuple, answers))) == 3
         if row == 0:
             assert served[0].generated_tokens == answers[0]
-    with pytest.raises(ValueError, match="num_return_sequences=2 has no effect without chance"):
+    with pytest.raises(ValueError, match="num_return_sequences=2 needs randomness"):
         dk.generate(model, ids, valid, num_return_sequences=2, **COMMON)
 
 
@@ -281,7 +281,7 @@ def test_a_streamer_for_every_row(model, options):
             start = out.prompt_length - len(rows[row])
             assert streamer.tokens == out.sequences[row, start:].tolist() and streamer.ended == 1
             assert streamer.parts[0] == rows[row].tolist() and len(streamer.parts) > 2 and streamer.drafts > 2
-    with pytest.raises(ValueError, match=r"streamer must be one for each of the 3 requests \(None for none\); got 2"):
+    with pytest.raises(ValueError, match=r"streamer must have an entry \(or None\) for each of the 3 requests; got 2"):
         dk.generate(model, ids, valid, streamer=[None, Recorder()], **options)
 
 
@@ -306,7 +306,7 @@ def test_a_callback_after_each_step(model):
         assert report.prompt_length == 11 and report.tokens.shape == report.is_open.shape
         done = (out.commit_step >= 0) & (out.commit_step < report.num_forwards[:, None])
         assert torch.equal(report.tokens[done], out.sequences[done]) and not report.is_open[done].any()
-    with pytest.raises(TypeError, match="on_step must be a function"):
+    with pytest.raises(TypeError, match="on_step must be callable"):
         dk.generate(model, ids, valid, on_step=3, **COMMON)
 
 

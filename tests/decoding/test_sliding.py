@@ -78,7 +78,7 @@ def test_what_is_refused(made):
     _, model = made
     ids = torch.tensor([[1, 2]])
     for options in ({"cache": "none"}, {"cfg_scale": 1.0}):
-        with pytest.raises(ValueError, match=r"make a canvas of 2\d, longer .* of 12; beyond that only answers can go"):
+        with pytest.raises(ValueError, match=r"make a canvas of 2\d, longer .* of 12; only answers can go beyond it"):
             dk.generate(model, ids, max_new_tokens=20, **{"cache": "block"} | options)
-    with pytest.raises(ValueError, match=r"longer than the model's max_position_embeddings of 12; beyond that"):
+    with pytest.raises(ValueError, match=r"longer than the model's max_position_embeddings of 12; only answers"):
         dk.generate(model, torch.arange(1, 15)[None], max_new_tokens=4, cache="block")

@@ -40,7 +40,7 @@ def test_what_has_been_told_stays(model, rule, policy):
     ({"logit_bias": {1000: 1.0}}, "logit_bias must name ids from 0 to 97 - 1; got 1000"),
     ({"constraint": torch.ones(4, VOCAB, dtype=torch.bool)}, r"constraint must have shape \[n\], \[3, n\]"),
     ({"constraint": torch.ones(2, 3, VOCAB, dtype=torch.bool)}, r"constraint must have shape .* got \[2, 3, 97\]"),
-    ({"constraint": torch.tensor(True)}, "constraint must have a dimension of tokens"),
+    ({"constraint": torch.tensor(True)}, "constraint must have at least one dimension"),
     ({"given": 5}, "given must be a sequence of token ids; got int"),
     ({"given": torch.tensor([[-1, 5, 6]])}, r"given must be the ids of one answer, \[n\]; got shape \[1, 3\]"),
     ({"logits_processor": 5}, "logits_processor must be a function of token ids and scores, .* got 5"),
@@ -81,7 +81,7 @@ def test_models_without_a_mask_token(kind, tmp_path):
 @pytest.mark.parametrize(
     "options,match",
     [
-        ({"cache": "d2cache", "block_length": 4}, "cache='d2cache' decodes the response as one block"),
+        ({"cache": "d2cache", "block_length": 4}, "cache='d2cache' decodes the answer as a single block"),
         ({"rule": dk.Lengthening(), "cfg_scale": 0.5}, "cfg_scale cannot be used with rule Lengthening"),
         ({"rule": dk.S2D2()}, "rule S2D2 needs attention='block'"),
         ({"rule": dk.NextToken(), "cfg_scale": 0.5}, "cfg_scale cannot be used with rule NextToken"),

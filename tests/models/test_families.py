@@ -409,7 +409,7 @@ def test_embedded_prompts_of_models_without_embeddings():
 
     with (
         pytest.warns(UserWarning),
-        pytest.raises(ValueError, match="inputs_embeds needs a model of transformers; got Odd"),
+        pytest.raises(ValueError, match="inputs_embeds needs a transformers model; got Odd"),
     ):
         dk.generate(Odd().eval(), inputs_embeds=torch.zeros(1, 2, 8), mask_token_id=7)
 
@@ -423,7 +423,7 @@ def test_embedded_prompts_are_checked(embeds, match, loaded):
     _, model = loaded("llada", checkpoints.llada)
     with pytest.raises(ValueError, match=match):
         dk.generate(model, inputs_embeds=embeds)
-    with pytest.raises(ValueError, match="input_ids or inputs_embeds must be given, and not both"):
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds must be given"):
         dk.generate(model, prompts(1, 4), inputs_embeds=torch.zeros(1, 4, 48))
 
 
@@ -904,7 +904,7 @@ class TestEsm:
         options = {"max_new_tokens": 8, "steps": 4, "eos_policy": "none"}
         embeds = model.get_input_embeddings()(ids)
         if token_dropout:
-            with pytest.raises(ValueError, match=r"inputs_embeds cannot be used with this model: .* the whole row"):
+            with pytest.raises(ValueError, match=r"inputs_embeds cannot be used with this model: .* whole sequence"):
                 dk.generate(model, inputs_embeds=embeds, **options)
             return
         out = dk.generate(model, inputs_embeds=embeds, **options)

@@ -197,14 +197,14 @@ def test_likelihoods(folder, found):
 
 
 @pytest.mark.parametrize("what, words", {
-    "ids": "ValueError: the ranks of a tensor-parallel model must decode the same; they were given different input_ids",
-    "shape": "different input_ids",
-    "config": "they were given different config",
+    "ids": "ValueError: all ranks of a tensor-parallel model must be given the same arguments; these differ: input_ids",
+    "shape": "these differ: input_ids",
+    "config": "these differ: config",
     "engine": "decode it with generate, on all ranks",
     "graphs": "steps cannot be captured",
     "compile": "compile cannot be used with a tensor-parallel model",
-    "filters": "lm_head='sharded' cannot be used here: top_k and top_p look at all logits",
-    "vocabulary": "parts of 256 tokens for each rank",
+    "filters": "lm_head='sharded' cannot be used here: top_k and top_p need all logits",
+    "vocabulary": "at least one chunk of 256 tokens for each rank",
     "heads": "its num_key_value_heads of 1 cannot be divided among tp_size=2 ranks",
 }.items())  # fmt: skip
 def test_refusals(found, what, words):
@@ -213,7 +213,7 @@ def test_refusals(found, what, words):
 
 
 def test_a_model_of_one_process_has_no_shards(folder):
-    with pytest.raises(ValueError, match=r"lm_head='sharded' cannot be used here: the model is not divided"):
+    with pytest.raises(ValueError, match=r"lm_head='sharded' cannot be used here: the model is not split"):
         ranks.decode(ranks.load("llama", folder), **FULL, lm_head="sharded")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forwards of the rows that d²Cache chooses after each forward, anywhere on the canvas."""
+"""Forward passes over the canvas positions that d²Cache selects after each pass, wherever they are."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .step import Step
 
 
 class ActiveForward(BlockForward):
-    """As `BlockForward`, with the parts "whole" and "active", whose rows `learn` has chosen."""
+    """A `BlockForward` with the parts "whole" and "active"; `learn` chooses the columns of "active"."""
 
     counted = frozenset({"active"})
 
@@ -30,16 +30,16 @@ class ActiveForward(BlockForward):
         super().__init__(*args, **options)
         if self.grid.count > 1 or self.rows_change:
             raise ValueError(
-                f"cache='{how.name}' decodes the response as one block, in batches: leave block_length out"
+                f"cache='{how.name}' decodes the answer as a single block, and in batches only: leave out block_length"
             )
         self.how = how
         rows = len(self.slots)
-        # a row more, which takes what unused rows write
+        # one extra row, into which unused rows write
         self.cache = KVCache(self.length, rows + 1)
-        #: which positions the next forward takes, and which open ones it may decide, bool [S, T]
+        #: positions that the next forward pass computes, and those it may commit (`readable`), bool [S, T]
         self.active = torch.ones_like(self.state.is_open)
         self.readable = self._candidates = torch.ones_like(self.active)
-        #: what each position's confidence was when it was last seen, float32 [S, T + 1]
+        #: confidence of each position when it was last computed, float32 [S, T + 1]; the last column is a dummy
         self._confidence = torch.zeros(len(self.active), self.length + 1, device=self.origin.device)
         self._all_rows = torch.arange(len(self.active), device=self.origin.device)
         self._rollout: Rollout | None = None
@@ -60,7 +60,7 @@ class ActiveForward(BlockForward):
         return "whole" if phase == WHOLE else "active"
 
     def phases(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Each row's phase, and how many columns of it are forwarded, int32 `[S]` each."""
+        """Return each row's phase and the number of its columns to compute, int32 `[S]` each."""
         return torch.where(self.state.step == 0, WHOLE, REST).int(), self.active.sum(1, dtype=torch.int32)
 
     def columns_of(self, block: Block | None) -> tuple[int, ...]:
@@ -108,11 +108,11 @@ class ActiveForward(BlockForward):
         return super().run(columns, positions, replace(window, watch=self._rollout), tokens, moment, rows)
 
     def _valid(self) -> Tensor:
-        """The columns of each request, bool `[S, T]`."""
+        """Return which columns belong to each request, bool `[S, T]`."""
         return (self._columns >= self.state.origin[:, None]) & (self._columns < self.grid.ends[:, None])
 
     def learn(self, step: Step, rows: Rows | None) -> None:
-        """Choose what the next forward takes, when a step has been written."""
+        """After a step has been written, choose the positions that the next forward pass computes."""
         assert self._rollout is not None
         taken = None if rows is None else rows.taken
         column = torch.where(step.used, step.window.positions, self.length).long()

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks of one tensor-parallel model decode the same requests: what differs is said before the first forward.
+"""Check, before the first forward pass, that all ranks of a tensor-parallel model decode the same requests.
 
-Each layer waits for all ranks. Ranks that decode something else would wait for ever, or exchange what does not belong
-together.
+Every layer waits for all ranks. Ranks that decode something different would wait forever, or combine unrelated data.
 """
 
 from __future__ import annotations
@@ -22,24 +21,26 @@ from .config import DecodingConfig
 def agree(
     model: DiffusionModel, tokens: dict[str, Tensor], config: DecodingConfig, seeds: Tensor, *others: Any
 ) -> None:
-    """Give all ranks of a tensor-parallel model the seeds of the first one, in place; nothing for other models.
+    """Check that all ranks of a tensor-parallel model agree, and copy the first rank's seeds to them, in place.
+
+    Does nothing for other models.
 
     Parameters
     ----------
     model : DiffusionModel
     tokens : dict of Tensor
-        What must be the same on all ranks, by the name under which the caller has passed it.
+        Tensors that must be the same on all ranks, by the caller's name for them.
     config : DecodingConfig
-        Must be the same, too.
+        Must be the same on all ranks.
     seeds : Tensor
-        int64 `[B]`, contiguous. They need not be the same: where none was given, each rank has drawn its own.
+        int64 `[B]`, contiguous. They may differ between ranks: if the user gave none, each rank has drawn its own.
     others
-        Further values that must be the same.
+        Further values that must be the same on all ranks.
 
     Raises
     ------
     ValueError
-        On every rank, when they were given different requests or configurations.
+        On every rank, if their requests or configurations differ.
     """
     group = model.group
     if group is None:
@@ -53,7 +54,7 @@ def agree(
     if any(differs):
         names = [name for name, is_other in zip((*values, "config"), differs) if is_other]
         raise ValueError(
-            f"the ranks of a tensor-parallel model must decode the same; they were given different {', '.join(names)}"
+            f"all ranks of a tensor-parallel model must be given the same arguments; these differ: {', '.join(names)}"
         )
     dist.broadcast(seeds, dist.get_global_rank(group, 0), group=group)
 

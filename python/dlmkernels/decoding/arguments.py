@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of the tensors that a decoding is asked for with."""
+"""Checks of the tensors passed to `generate` and `infill`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def check_tokens(
     name: str, model: DiffusionModel, tokens: Tensor | None, attention_mask: Tensor | None, special: SpecialTokens,
     lowest: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Validated tokens `[B, T]` and the column at which each row starts, int32 `[B]`.
+    """Return the validated tokens `[B, T]` and the column at which each row starts, int32 `[B]`.
 
-    Without an attention mask, the model's padding token on the left of a row is padding, if it is nothing else.
-    `lowest`: 0, or -1 where that stands for what is to be decoded.
+    Without an attention mask, the model's padding token at the left of a row counts as padding, unless it has another
+    meaning too. `lowest`: the smallest valid id, 0, or -1 if that marks positions to decode.
     """
     if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
         got = f"a tensor of {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
@@ -28,7 +28,7 @@ def check_tokens(
     if tokens.dim() == 1:
         tokens = tokens[None]
     if tokens.dim() != 2 or len(tokens) == 0:
-        raise ValueError(f"{name} must have shape [batch, length], batch at least 1; got {list(tokens.shape)}")
+        raise ValueError(f"{name} must have shape [batch, length] with batch at least 1; got {list(tokens.shape)}")
     if tokens.device != model.device:
         raise ValueError(f"{name} must be on the model's device {model.device}; got {tokens.device}")
     if tokens.numel() > 0:
@@ -44,7 +44,7 @@ def check_tokens(
 
 
 def _check_mask(name: str, tokens: Tensor, attention_mask: Tensor) -> Tensor:
-    """The column at which each row starts, int32 `[B]`."""
+    """Check the attention mask, and return the column at which each row starts, int32 `[B]`."""
     if not isinstance(attention_mask, Tensor):
         raise ValueError(f"attention_mask must be a tensor; got {type(attention_mask).__name__}")
     if attention_mask.dim() == 1:
@@ -67,7 +67,7 @@ def _check_mask(name: str, tokens: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 def _infer_origin(name: str, tokens: Tensor, special: SpecialTokens) -> Tensor:
-    """The column at which each row starts, int32 `[B]`, by the padding tokens on its left."""
+    """Return the column at which each row starts, int32 `[B]`, after the padding tokens on its left."""
     nothing = torch.zeros(len(tokens), dtype=torch.int32, device=tokens.device)
     if special.padding is None or tokens.numel() == 0:
         return nothing
@@ -75,8 +75,8 @@ def _infer_origin(name: str, tokens: Tensor, special: SpecialTokens) -> Tensor:
     if special.padding_is_content:
         if (leading != leading[0]).any():
             warnings.warn(
-                f"{name} may be padded with token {special.padding}, and is taken as it is, since that token can also "
-                "be part of a text: pass a mask that is 0 for padding (attention_mask of generate and infill)",
+                f"{name} may be padded with token {special.padding}, but nothing is treated as padding, since that "
+                "token can also be part of a text: pass attention_mask (of generate and infill), 0 for padding",
                 UserWarning, stacklevel=4,
             )  # fmt: skip
         return nothing
@@ -84,25 +84,25 @@ def _infer_origin(name: str, tokens: Tensor, special: SpecialTokens) -> Tensor:
     if is_empty.any():
         raise ValueError(
             f"row {int(is_empty.nonzero()[0])} of {name} holds nothing but padding (token {special.padding}); pass "
-            "attention_mask if it is not padding"
+            "attention_mask if that token is not padding"
         )
     return leading
 
 
 def check_prompt(tokens: Tensor, attention_mask: Tensor | None, special: SpecialTokens) -> None:
-    """Refuse what `infill` is for, and prompts that are padded on the wrong side."""
+    """Raise a ValueError for prompts that hold mask tokens, which `infill` decodes, or that are padded on the right."""
     if (tokens == special.mask).any():
         raise ValueError(
-            f"input_ids holds the mask token ({special.mask}): generate decodes what comes after a prompt; "
-            "dlmkernels.infill decodes masks wherever they are"
+            f"input_ids holds the mask token ({special.mask}): generate continues a prompt; use dlmkernels.infill to "
+            "decode mask tokens anywhere"
         )
     if attention_mask is not None or special.padding is None or special.padding_is_content or tokens.numel() == 0:
         return
     is_padded = tokens[:, -1] == special.padding
     if is_padded.any():
         raise ValueError(
-            f"input_ids ends with the padding token ({special.padding}) in row {int(is_padded.nonzero()[0])}, and what "
-            "is decoded comes after it: pad prompts on the left (tokenizer.padding_side = 'left'), or pass "
+            f"input_ids ends with the padding token ({special.padding}) in row {int(is_padded.nonzero()[0])}, but the "
+            "answer comes right after the prompt: pad prompts on the left (tokenizer.padding_side = 'left'), or pass "
             "attention_mask if the token belongs to the prompt"
         )
 
@@ -110,7 +110,7 @@ def check_prompt(tokens: Tensor, attention_mask: Tensor | None, special: Special
 def check_given(
     model: DiffusionModel, given: Tensor, batch: int, config: DecodingConfig, special: SpecialTokens
 ) -> Tensor:  # fmt: skip
-    """Tokens of the answers that are given, int64 `[B, max_new_tokens]`."""
+    """Check `given`, the fixed tokens of the answers, and return it as int64 `[B, max_new_tokens]`."""
     shapes = ((config.longest,), (batch, config.longest))
     if not isinstance(given, Tensor) or given.dtype != torch.int64 or given.shape not in shapes:
         got = f"{given.dtype} of shape {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
@@ -121,15 +121,15 @@ def check_given(
     if low < -1 or (model.vocab_size is not None and high >= model.vocab_size):
         raise ValueError(f"given must hold ids from 0 to {model.vocab_size} - 1, or -1; got ids from {low} to {high}")
     if special.mask >= 0 and bool((given == special.mask).any()):
-        raise ValueError(f"given holds the mask token ({special.mask}): -1 stands where a token is to be decoded")
+        raise ValueError(f"given holds the mask token ({special.mask}): use -1 for each token that is to be decoded")
     check_block_by_block("given", config.rule)
     return given.expand(batch, -1)
 
 
 def check_embeds(model: DiffusionModel, embeds: Tensor, pad: int) -> Tensor:
-    """Tokens that stand for the embedded prompts, int64 `[B, P]`."""
+    """Check the input embeddings, and return placeholder tokens for their prompts, int64 `[B, P]`."""
     if not hasattr(model.model, "get_input_embeddings"):
-        raise ValueError(f"inputs_embeds needs a model of transformers; got {type(model.model).__name__}")
+        raise ValueError(f"inputs_embeds needs a transformers model; got {type(model.model).__name__}")
     table = model.model.get_input_embeddings()
     hidden = table.embedding_dim
     if not isinstance(embeds, Tensor) or embeds.dim() != 3 or embeds.shape[2] != hidden or embeds.numel() == 0:
@@ -141,18 +141,18 @@ def check_embeds(model: DiffusionModel, embeds: Tensor, pad: int) -> Tensor:
         )
     if not model.embeds_by_token:
         raise ValueError(
-            "inputs_embeds cannot be used with this model: what it embeds a token as depends on the whole row"
+            "inputs_embeds cannot be used with this model: its embedding of a token depends on the whole sequence"
         )
     return torch.full(embeds.shape[:2], pad, dtype=torch.int64, device=embeds.device)
 
 
 def check_streamer(streamer, batch: int) -> None:
     if streamer is not None and batch != 1:
-        raise ValueError(f"streamer takes one request; got a batch of {batch}")
+        raise ValueError(f"streamer can follow only one request; got a batch of {batch}")
 
 
 def seeds_of(seed: int | Tensor | None, batch: int, device: torch.device) -> Tensor:
-    """What each request's random draws depend on, int64 `[B]`."""
+    """Return the seed of each request, int64 `[B]`; drawn by torch if `seed` is None."""
     if seed is None:
         return torch.randint(2**63 - 1, (batch,), device="cpu").to(device)
     if isinstance(seed, Tensor):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forwards of a decoding that goes block after block: which columns each takes, with and without a cache.
+"""Forward passes of a decoding that goes block by block: which columns each computes, with and without a cache.
 
-What depends on the block alone (columns, slots, places of the answers) is written into buffers when a block is entered,
-so that a step finds it there.
+Everything that depends only on the block (columns, slots, which hidden state predicts which slot) is written into
+buffers when the block is entered, so that steps only read it.
 """
 
 from __future__ import annotations
@@ -19,58 +19,58 @@ from .schedule import Block
 from .standing import Place, Standing
 from .step import Step
 
-#: What a row needs of its next forward: its context to be appended to the cache, all of the canvas (with cache="block",
-#: all of the block), or the rest, that is, what the cache does not hold.
+#: Phases: what a row needs from its next forward pass. APPEND: append its context to the cache. WHOLE: compute all of
+#: the canvas (with cache="block", all of the block). REST: compute only what the cache does not hold.
 APPEND, WHOLE, REST = range(3)
 
 
 class BlockForward(Forward):
-    """The forwards of one decoding. Columns to forward, by `part`:
+    """The forward passes of one decoding. The columns that a pass computes are named by its `part`:
 
-    - "whole": all of the canvas;
-    - "part": what cache="prefix" and "dual" do not keep: the block, its vicinity, or all from there on;
-    - "open": with cache="delayed", what was open before the last step;
+    - "whole": the whole canvas;
+    - "part": what cache="prefix" and "dual" do not keep: the block and its vicinity, or everything from there on;
+    - "open": with cache="delayed", the positions that were open before the last step;
     - "block": with cache="block", the block of the grid;
-    - "append": the same, and before it what has been decided and is not in the cache;
-    - "inner": with sub_block_cache, the part of the block alone.
+    - "append": "block", preceded by decided columns that are not in the cache yet;
+    - "inner": with sub_block_cache, only the current part of the block.
 
-    Of the `counted` parts a form says how many columns of each row there are, no more than `most_columns`.
+    For the `counted` parts, the form gives the number of columns per row, which is at most `most_columns`.
     """
 
     counted: frozenset[str] = frozenset({"append", "open"})
-    #: whether a forward may speak of fewer positions than it was asked for: see `spoken_of`
+    #: whether a forward pass may predict fewer positions than requested: see `spoken_of`
     narrows: ClassVar[bool] = False
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         config = self.config
         self._longest = config.sub_block_length or self.grid.length
-        #: whether the context of a block is forwarded before the block, and not with it
+        #: whether the context of a block is computed in a forward pass of its own, before the block
         self.commits_apart = bool(config.seeded) or (
             config.cache == "block"
             and (not config.fuse_commit or config.attention == "causal-context" or self.reach is not None)
         )
-        self._carried: Tensor | None = None  # hidden state of the last of a block's context, [S, hidden]
-        #: with cache="block": column up to which what is decided is in the cache, -1 if nothing is, int32 [S]
+        self._carried: Tensor | None = None  # hidden state of the last context column, [S, hidden]
+        #: with cache="block": column up to which the cache holds decided columns, -1 if it holds none, int32 [S]
         self.kept = torch.full_like(self.state.origin, -1)
-        #: with cache="delayed": what was open before the last step, bool [S, T]
+        #: with cache="delayed": positions that were open before the last step, bool [S, T]
         self.was_open = self.state.is_open
-        # what a block's forwards need, and the same for blocks of other lengths, too
+        # buffers for the forward passes of the current block, and those for blocks of all lengths so far
         self._buffers: dict[str, Tensor] = {}
         self._all_buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._windows: dict[str, AttentionWindow] = {}
-        self._spread: dict[str, int] = {}  # how many hidden states a row has where all of a part are forwarded
-        self._before: dict[str, int] = {}  # how many rows of the context stand before those of a part
+        self._spread: dict[str, int] = {}  # hidden states per row if all columns of a part are computed
+        self._before: dict[str, int] = {}  # hidden states of the context put before those of a part
         self._place: Place
         self._row = torch.arange(len(self.state.tokens), device=self.origin.device)[:, None]
-        #: whether a forward may take some rows, and not all
+        #: whether a forward pass may compute only some of the batch rows
         self.takes_rows = False
-        #: which positions the next forward speaks of, bool [S, T]; None: any
+        #: positions that the next forward pass may predict, bool [S, T]; None: all
         self.readable: Tensor | None = None
         self.most_columns = self.length
 
     def _keep(self, name: str, value: Tensor) -> Tensor:
-        """The buffer of that name, with this value; there is one for each shape."""
+        """Copy `value` into the buffer of that name and shape, and return the buffer."""
         key = name, tuple(value.shape)
         if key not in self._all_buffers:
             self._all_buffers[key] = torch.empty_like(value, memory_format=torch.contiguous_format)
@@ -78,7 +78,7 @@ class BlockForward(Forward):
         return self._buffers[name].copy_(value)
 
     def _keep_place(self, part: str, row: Tensor, width: int) -> None:
-        """Where what speaks of the slots stands among `width` hidden states of each row, and of all rows together."""
+        """Store which of a row's `width` hidden states predicts each slot: its index in the row, and in the batch."""
         self._spread[part] = width
         self._keep(f"{part} rows", row)
         self._keep(f"{part} index", (row + self._row * width).flatten())
@@ -89,7 +89,7 @@ class BlockForward(Forward):
         self.kept.fill_(-1)
 
     def renew(self, rows: Tensor) -> None:
-        """Rows bool `[S]` hold other requests now, of which nothing has been forwarded."""
+        """Start over in rows bool `[S]`, which hold new requests now."""
         self.look(rows)
         self.forget(rows)
         self.was_open.copy_(torch.where(rows[:, None], self.state.is_open, self.was_open))
@@ -100,28 +100,29 @@ class BlockForward(Forward):
         plain = not self.config.rule.shadow and self.config.attention != "reordered"
         self.takes_rows = plain and self.rotations is None and self._given_embeds is None
 
-    # --- what rows need, where each goes by itself --------------------------------------------------------------------
+    # --- what rows need, if each advances by itself -------------------------------------------------------------------
 
     @property
     def usual_phase(self) -> int:
-        """The phase of rows in the middle of a block."""
+        """Phase of rows in the middle of a block."""
         cache = self.config.cache
         return WHOLE if cache == "none" or (cache == "block" and not self.config.sub_block_cache) else REST
 
     def takes_canvas(self, phase: int) -> bool:
-        """Whether a forward in a phase takes the canvas, as far as its rows reach."""
+        """Return whether a forward pass in this phase computes the canvas, up to the end of its longest row."""
         return phase == WHOLE
 
     def part_of(self, phase: int) -> str:
-        """Which columns are forwarded of rows in a phase."""
+        """Return the part that is computed for rows in this phase."""
         cache = self.config.cache
         rest = "open" if cache == "delayed" else "inner" if cache == "block" else "part"
         return {APPEND: "append", WHOLE: "block" if cache == "block" else "whole", REST: rest}[phase]
 
     def phases(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Each row's phase, and how many columns besides the block's own a forward in it takes, int32 `[S]` each.
+        """Return each row's phase, and its number of columns to append or still open, int32 `[S]` each.
 
-        `index` int32 `[S]`: number of its next step in the block.
+        The latter is the column count of the parts "append" (besides the block's own columns) and "open". `index` int32
+        `[S]`: number of the row's next step within its block.
         """
         config, nothing = self.config, torch.zeros_like(index)
         phase = nothing + WHOLE
@@ -140,10 +141,10 @@ class BlockForward(Forward):
         pending = (self._place.outer - torch.where(self.kept < 0, lowest, self.kept)).clamp(min=0)
         return torch.where(pending > 0, APPEND, phase).int(), pending
 
-    # --- a block is entered -------------------------------------------------------------------------------------------
+    # --- entering a block ---------------------------------------------------------------------------------------------
 
     def enter(self, place: Place, block: Block | None) -> None:
-        """Write down what the steps of a block need. `block`: the one all rows are in, None where they differ."""
+        """Prepare the buffers for a block's steps. `block`: the block that all rows are in, None if they differ."""
         self._place = place
         speaker = torch.maximum(place.window - self.shift, self.state.origin[:, None]).clamp(min=0).long()
         self._keep_place("whole", speaker, self.length)
@@ -168,10 +169,10 @@ class BlockForward(Forward):
                 self._prepare("inner", speaker, place.start - lead, columns[1], kv_range, self.shift - lead, stop)
 
     def columns_of(self, block: Block | None) -> tuple[int, ...]:
-        """How many columns of a block are forwarded, by the cache that there is; None: of any block.
+        """Return how many columns are computed for `block`, or at most for any block if None; depends on the cache.
 
-        With "prefix" and "dual" those of "part". With "block", and without a cache, those of "block" and "inner", and
-        how many of the latter stand left of the part.
+        With "prefix" and "dual": the columns of "part". With "block", and without a cache: those of "block", those of
+        "inner", and how many of the latter are left of the part.
         """
         cache, (left, right) = self.config.cache, self.config.vicinity
         if cache == "delayed":
@@ -191,9 +192,9 @@ class BlockForward(Forward):
         self, part: str, speaker: Tensor, first: Tensor, width: int, kv_range: Tensor | None, before: int = 0,
         stop: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Buffers for forwards of `width` columns from `first` int32 `[S]` on, with `before` rows put before them.
+        """Prepare buffers for forward passes of `width` columns starting at `first` int32 `[S]`.
 
-        From column `stop` int32 `[S]` on they are unused.
+        `before` hidden states of the context are put before the result. Columns from `stop` int32 `[S]` on are unused.
         """
         self._before[part] = before
         row = (speaker - first[:, None] + before).clamp(0, width + before - 1)
@@ -209,16 +210,16 @@ class BlockForward(Forward):
         )
 
     def _visibility(self, decided: bool) -> dict[str, Any]:
-        """What the rows of a forward see of each other, as arguments of `AttentionWindow`."""
+        """Return which columns of a forward pass attend to which, as arguments of `AttentionWindow`."""
         attention = self.config.attention
         if attention == "block":
             seen = self.block_causal()
-            # of a guided batch it is made anew every time, and a captured step reads what stood in the first
+            # with guidance it is a new tensor each time, but a captured step keeps reading the first one
             return seen | {"block_origin": self._keep("block origin", seen["block_origin"])} if self.is_guided else seen
         if attention == "causal" or (attention == "causal-context" and decided):
             return {"causal_block": 1}
         if attention == "causal-context" and self.cache is None:
-            # what is decided is causal; the block sees itself and what stands left of it
+            # decided columns are causal; the block attends to itself and everything left of it
             start = self.twice(self._place.outer)[:, None]
             end = start + self.twice(self._place.outer_length)[:, None]
             order = torch.where((self.slots < start) | (self.slots >= end), self.slots, end - 1)
@@ -229,11 +230,11 @@ class BlockForward(Forward):
         return {}
 
     def spoken_of(self, window: TokenWindow) -> TokenWindow:
-        """The slots of the window that the last forward spoke of."""
+        """Return the slots of the window that the last forward pass predicted."""
         return window
 
     def learn(self, step: Step, rows: Rows | None) -> None:
-        """Take notice of a step that has been written, in these rows; None: in all."""
+        """Update this object after a step has been written in `rows` (None: in all rows)."""
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
@@ -241,11 +242,11 @@ class BlockForward(Forward):
         self, part: str, window: TokenWindow, standing: Standing, pick: Tensor | None = None, pending: int = 0,
         width: int | None = None, rows: Rows | None = None,
     ) -> Tensor:  # fmt: skip
-        """Hidden states `[R, hidden]` (2 R under guidance) of the window's slots, or of those that `pick` `[R]` names.
+        """Run the model, and return hidden states `[R, hidden]` (with guidance, 2 R rows) for the window's slots.
 
-        `pending`: with "append", how many columns before the block are to be appended, at most; with "open", how many
-        are forwarded of each row. `width`: with "whole", how many columns; None: all. `rows`: the rows that are
-        forwarded, of S; None: all.
+        `pick` `[R]` selects slots; None returns all. `pending`: with "append", the maximum number of columns before the
+        block to append; with "open", the number of columns to compute per row. `width`: with "whole", the number of
+        columns; None: all. `rows`: the batch rows to compute, out of S; None: all.
         """
         moment = self.moment_of(standing)
         both = rows.twice() if rows is not None and self.is_guided else rows
@@ -262,16 +263,16 @@ class BlockForward(Forward):
             columns, positions = self._buffers[f"{part} columns"], self._buffers[f"{part} positions"]
             hidden = self.run(columns, positions, self._windows[part], moment=moment, rows=both)
         if self._before.get(part):
-            if self._carried is None:  # of a first block without a context, which asks for none of it
+            if self._carried is None:  # first block, without a context: it is never read
                 self._carried = hidden.new_zeros(len(self.origin), hidden.shape[2])
             before = self._carried if both is None else both.of(self._carried)
             hidden = torch.cat((before[:, None], hidden), 1)
         return self._select(hidden, part, pick, rows)
 
     def _select(self, hidden: Tensor, place: Tensor | str, pick: Tensor | None, rows: Rows | None) -> Tensor:
-        """What speaks of the slots: rows at `place` int64 `[S, W]` of each row's part of `hidden` `[n, Q, hidden]`.
+        """Select the hidden states that predict the slots: `hidden` `[n, Q, hidden]` at `place` int64 `[S, W]`.
 
-        And those of a guided batch's other half. `place` may be the name of a part.
+        With guidance, those of the unconditional half follow. `place` may be the name of a part.
         """
         count = len(self._row) if rows is None else len(rows.index)
         if isinstance(place, str) and rows is None and hidden.shape[1] == self._spread[place]:
@@ -311,7 +312,7 @@ class BlockForward(Forward):
         self.was_open.copy_(now if rows is None else torch.where(rows.taken[:, None], now, self.was_open))
 
     def _carry(self, hidden: Tensor, both: Rows | None) -> None:
-        """Keep hidden states `[n, hidden]` of the last of each row's context."""
+        """Store hidden states `[n, hidden]` of the last context column of each row."""
         if self._carried is None:
             self._carried = hidden.new_zeros(len(self.origin), hidden.shape[1])
         if both is None:
@@ -322,7 +323,7 @@ class BlockForward(Forward):
     def _append_with_block(
         self, pending: int, moment: dict[str, Tensor], rows: Rows | None, both: Rows | None
     ) -> Tensor:  # fmt: skip
-        """Hidden states of the block in one forward with what comes before it and is not in the cache yet."""
+        """Compute the block and the decided columns before it that are not cached yet; return the block's states."""
         first = self.twice(self._place.outer) - pending
         hidden = self._rows(first, pending + self._buffers["block columns"].shape[1], False, rows, both)
         if pending:
@@ -330,9 +331,9 @@ class BlockForward(Forward):
         return hidden[:, pending:]
 
     def append_context(self, pending: int, rows: Rows | None = None) -> Tensor:
-        """Forward what is decided left of the block and not in the cache; bool `[S]`: which rows have some.
+        """Compute the decided columns left of the block that are not cached yet; return which rows have a context.
 
-        `pending` and `rows` as above.
+        The result is bool `[S]`. `pending` and `rows` are as in `__call__`.
         """
         outer = self.twice(self._place.outer)
         both = rows.twice() if rows is not None and self.is_guided else rows
@@ -346,7 +347,7 @@ class BlockForward(Forward):
         return has_some if rows is None else has_some & rows.taken
 
     def last_of_context(self) -> Tensor:
-        """Hidden states `[S, hidden]` (twice under guidance) of the last row of what `append_context` has appended."""
+        """Return hidden states `[S, hidden]` (2 S with guidance) of the last column that `append_context` appended."""
         assert self._carried is not None
         return self._carried
 
@@ -356,7 +357,7 @@ class BlockForward(Forward):
         if rows is not None:
             is_new = columns >= self.twice(self.kept)[:, None]
             self._keep_up(rows)
-        # beyond the block nothing has been written
+        # nothing has been written beyond the block
         visibility = self._visibility(decided)
         if decided and self.limit is not None:
             limit = self.limit.gather(1, columns.clamp(0, self.length - 1).long())
@@ -367,12 +368,12 @@ class BlockForward(Forward):
         )  # fmt: skip
 
     def _keep_up(self, rows: Rows | None) -> None:
-        """In these rows what stands left of the block has been forwarded."""
+        """Record that everything left of the block has been computed in these rows."""
         if rows is not None:
             self.kept.copy_(torch.where(rows.taken, self._place.outer, self.kept))
 
     def _in_part(self, at_most: int, pick: Tensor | None, rows: Rows | None, both: Rows | None) -> Tensor:
-        """A forward for what was open before the last step, of which no request has more than `at_most`."""
+        """Compute the positions that were open before the last step, at most `at_most` per request."""
         pending = self.was_open.clone()
         self._note_open(rows)
         slots, origin = self.slots[: len(pending)], self.state.origin[:, None]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bounds on log-likelihoods by the noise that a model was trained with: MDLM, SEDD, Duo, and models with blocks.
+"""Lower bounds on log-likelihoods from a model's training noise: MDLM, SEDD, Duo, and models with blocks.
 
-A sample draws a time, puts noise on the answer as the forward process does until then, and weights what the model says
-of the clean tokens. Each process is a class with what it replaces tokens by, and with the terms of its bound.
+Each sample draws a time, adds the noise that the forward process has added by then to the answer, and weights the
+model's log-probabilities of the clean tokens. Each noise process is a class that defines how tokens are replaced and
+the terms of the bound.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from .forward import Forward
 from .schedule import Grid
 from .state import State
 
-#: Times are drawn from here to 1, as in the published programs.
+#: Smallest time; times are drawn from here to 1, as in the published programs.
 FIRST_TIME = 1e-3
-#: Logits that are looked at together.
+#: Maximum number of logits that are evaluated together.
 AT_ONCE = 2**24
 
 
 def logits_without(z: Tensor, token: int) -> Tensor:
-    """Logits float64 `[N, V]` with that token excluded; all of them where it is negative."""
+    """Return logits float64 `[N, V]` with `token` set to -inf; a negative `token` excludes none."""
     z = z.double()
     return z if token < 0 else z.index_fill(1, torch.tensor([token], device=z.device), -torch.inf)
 
@@ -38,34 +39,35 @@ def logits_without(z: Tensor, token: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Masking:
-    """Tokens become masks: MDLM (Sahoo et al., arXiv:2406.07524) and BD3-LM (arXiv:2503.09573).
+    """Noise that masks tokens: MDLM (Sahoo et al., arXiv:2406.07524) and BD3-LM (arXiv:2503.09573).
 
     Attributes
     ----------
     mask : int
+        The mask token.
     noise_eps : float
-        A token is masked by time t with probability (1 - noise_eps) t. BD3-LM's programs have 0 here.
+        A token is masked by time t with probability (1 - noise_eps) t. The BD3-LM code uses 0.
     """
 
     mask: int
     noise_eps: float = 1e-3
 
     def replaced(self, time: Tensor) -> Tensor:
-        """With what probability a token has been replaced by that time."""
+        """Return the probability that a token has been replaced by that time."""
         return (1 - self.noise_eps) * time
 
     def noise(self, bits: Tensor, vocab: int) -> Tensor:
-        """What a token is replaced by, given 32 random bits."""
+        """Return the replacement of each token, given 32 random bits each."""
         return torch.full_like(bits, self.mask)
 
     def scores(self, noisy: Tensor) -> Tensor:
-        """Which tokens have terms, by what has become of them."""
+        """Return which tokens contribute terms to the bound, given the noisy tokens."""
         return noisy == self.mask
 
     def terms(self, z: Tensor, clean: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
-        """Contributions to ln p of tokens `clean` that have become `noisy` by `time`, all `[N]`, of logits `[N, V]`.
+        """Return the terms ``ln p(clean) / t`` of ln p, `[N]`, from logits `z` `[N, V]`.
 
-        ``ln p(clean) / t``.
+        `clean`, `noisy` and `time`, all `[N]`, are the original tokens, what they have become, and by what time.
         """
         z = logits_without(z, self.mask)
         return (z.gather(1, clean[:, None])[:, 0] - z.logsumexp(1)) / time
@@ -73,10 +75,10 @@ class Masking:
 
 @dataclass(frozen=True)
 class Absorbing(Masking):
-    """The same for a model of the concrete score: SEDD (Lou et al., arXiv:2310.16834)."""
+    """Noise that masks tokens, for models of the concrete score: SEDD (Lou et al., arXiv:2310.16834)."""
 
     def terms(self, z: Tensor, clean: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
-        """``-sigma' (sum of s - r ln s(clean) + r (ln r - 1))``, r = 1 / (exp(sigma) - 1), over all but the mask."""
+        """Return ``-sigma' (sum of s - r ln s(clean) + r (ln r - 1))``, r = 1 / (exp(sigma) - 1); no s of the mask."""
         z = logits_without(z, self.mask)
         left = 1 - (1 - self.noise_eps) * time  # exp(-sigma)
         rate, r = (1 - self.noise_eps) / left, left / (1 - left)
@@ -86,7 +88,7 @@ class Absorbing(Masking):
 
 @dataclass(frozen=True)
 class Uniform:
-    """Tokens become others, drawn uniformly from all V: Duo (Sahoo et al., arXiv:2506.10892)."""
+    """Noise that replaces tokens by others, drawn uniformly from all V: Duo (Sahoo et al., arXiv:2506.10892)."""
 
     noise_eps: float = 1e-3
 
@@ -100,11 +102,11 @@ class Uniform:
         return torch.ones_like(noisy, dtype=torch.bool)
 
     def terms(self, z: Tensor, clean: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
-        """The bound's integrand.
+        """Return the integrand of the bound, with the sign of its contribution to ln p.
 
-        With ``y = V alpha onehot(clean) + 1 - alpha``, the same of the model's probabilities ``w``, and n the noisy
-        token, it is ``(-alpha') / (V alpha)`` times ``V / y[n] - V / w[n] - sum_j y[j] / y[n] ln((w[n] y[j]) / (w[j]
-        y[n]))``, taken for what it adds to ln p.
+        Let ``y = V alpha onehot(clean) + 1 - alpha``, let ``w`` be the same with the model's probabilities in place of
+        the one-hot vector, and n the noisy token. The integrand is ``(-alpha') / (V alpha)`` times ``V / y[n] - V /
+        w[n] - sum_j y[j] / y[n] ln((w[n] y[j]) / (w[j] y[n]))``.
         """
         vocab = z.shape[1]
         alpha = 1 - (1 - self.noise_eps) * time
@@ -125,7 +127,7 @@ Process = Masking | Absorbing | Uniform
 
 
 def process_of(model: DiffusionModel, special: SpecialTokens) -> Process | None:
-    """The noise that models of a family were trained with, None where there is no bound by it here."""
+    """Return the training noise of the model's family, or None if no bound is implemented for it."""
     name = model.family.name
     if model.family.attention == "block":
         return Masking(special.mask, 0.0)
@@ -141,18 +143,18 @@ def process_of(model: DiffusionModel, special: SpecialTokens) -> Process | None:
 
 
 class Bound:
-    """Samples of the bound for a batch of prompts with answers.
+    """Sampler of the bound for a batch of prompts with answers.
 
     Parameters
     ----------
     model, config, special
-        As of a decoding.
+        As for decoding.
     tokens : Tensor
-        int64 `[B, T]`.
-    origin, lengths, start
-        int32 `[B]`, int32 `[B]` and int: where rows and answers begin, and how many tokens the answers have.
+        int64 `[B, T]`: prompts and answers.
+    origin, start, lengths
+        int32 `[B]`, int and int32 `[B]`: first column of each row, first column of the answers, and their lengths.
     seeds : Tensor
-        int64 `[B]`.
+        int64 `[B]`: seed of each row's samples.
     """
 
     def __init__(
@@ -161,11 +163,11 @@ class Bound:
     ):  # fmt: skip
         process = process_of(model, special)
         if process is None:
-            raise ValueError(f"method='bound' has no meaning for models of family '{model.family.name}'")
+            raise ValueError(f"method='bound' is not defined for models of family '{model.family.name}'")
         if config.logit_alignment != "same" or config.seeded:
             raise ValueError(
-                "method='bound' needs a model that scores every token of a block in its own place; those of family "
-                f"'{model.family.name}' do not"
+                "method='bound' needs a model that predicts each token of a block at its own position; models of "
+                f"family '{model.family.name}' do not"
             )
         self.model, self.config, self.special, self.process = model, config, special, process
         self.tokens, self.origin, self.start, self.seeds = tokens, origin.int(), start, seeds
@@ -174,14 +176,14 @@ class Bound:
         self.in_answer = (self.columns >= start) & (self.columns < self.ends[:, None])
         self.has_blocks = config.attention == "block"
         grid = Grid.of(config, self.origin, start, tokens.shape[1], grows=False)
-        #: number of the block of each column, int64 `[B, T]`; one block where the model has none
+        #: block number of each column, int64 `[B, T]`; a single block if the model has none
         length = grid.length if self.has_blocks else tokens.shape[1]
         self.block_length, self.first = length, grid.first if self.has_blocks else torch.zeros_like(grid.first)
         self.block = ((self.columns - self.first[:, None]) // length).clamp(min=0)
         self.num_blocks = int(self.block.max()) + 1
 
     def samples(self, count: int, batch_size: int, gradients: bool) -> Iterator[Tensor]:
-        """Contributions to ln p of every token of the answers, float64 `[B, L]`, of `count` samples."""
+        """Yield `count` samples of each answer token's contribution to ln p, float64 `[B, L]`."""
         at_once = max(batch_size // len(self.tokens), 1)
         for first in range(0, count, at_once):
             some = range(first, min(first + at_once, count))
@@ -190,15 +192,15 @@ class Bound:
             yield from self.terms(noisy, time, gradients)[:, self.start :].split(len(self.tokens))
 
     def _noisy(self, sample: int, count: int) -> tuple[Tensor, Tensor]:
-        """The texts with the noise of a sample, int64 `[B, T]`, and the time of each column, float64 `[B, T]`.
+        """Return a sample's noisy texts, int64 `[B, T]`, and the time of each column, float64 `[B, T]`.
 
-        Times of a request's samples are spread evenly, those of its blocks apart from each other.
+        Times are stratified over a request's samples, and differ between its blocks.
         """
         seeds, step = self.seeds[:, None], torch.full((1, 1), sample, device=self.tokens.device)
         cell = uniforms(seeds, self.block, step, "time", torch.zeros_like(self.block))
         time = FIRST_TIME + (1 - FIRST_TIME) * ((sample + self.block) % count + cell) / count
         if self.has_blocks and self.block_length == 1:
-            time = torch.ones_like(time)  # the mask alone: the probability itself
+            time = torch.ones_like(time)  # only the mask remains: the term is the exact log-probability
         position = self.columns - self.origin[:, None]
         nothing = torch.zeros_like(position)
         changed = bernoulli(philox(seeds, position, step, "bernoulli", nothing), self.process.replaced(time))
@@ -207,7 +209,7 @@ class Bound:
         return torch.where(changed & self.in_answer, other, self.tokens), time
 
     def terms(self, noisy: Tensor, time: Tensor, gradients: bool = False) -> Tensor:
-        """Contributions to ln p, float64 `[R, T]`, of R = n B rows of noisy texts at times `[R, T]`."""
+        """Return the contributions to ln p, float64 `[R, T]`, for R = n B rows of noisy texts at times `[R, T]`."""
         n = len(noisy) // len(self.tokens)
         clean, in_answer = self.tokens.repeat(n, 1), self.in_answer.repeat(n, 1)
         scored = in_answer & self.process.scores(noisy)
@@ -217,7 +219,7 @@ class Bound:
         total = torch.zeros(clean.shape, dtype=torch.float64, device=clean.device)
         forward = self._by_block(clean, n, gradients)
         block = self.block.repeat(n, 1)
-        # from the last block on, so that each finds what is clean before it in the cache
+        # from the last block backward, so that each finds only clean blocks before it in the cache
         for number in reversed(range(self.num_blocks)):
             here = block == number
             if bool((scored & here).any()):
@@ -234,16 +236,16 @@ class Bound:
         return forward
 
     def _hidden(self, noisy: Tensor, clean: Tensor, n: int, time: Tensor) -> Tensor:
-        """Hidden states `[R, T, hidden]` of whole texts."""
+        """Return hidden states `[R, T, hidden]` of whole texts, for models without blocks."""
         forward = self._forward(clean, n, "none")
         window = AttentionWindow(forward.slots.contiguous(), forward.kv_range, rotations=forward.rotations)
         return forward.run(None, forward.positions, window, noisy, {"time": time.float()})
 
     def _by_block(self, clean: Tensor, n: int, gradients: bool):
-        """A function of a block's number and tokens `[R, T]`, which gives hidden states `[R, T, hidden]`, right there.
+        """Return a function from a block's number and tokens `[R, T]` to hidden states `[R, T, hidden]`.
 
-        With a cache the clean texts are forwarded once, and then each block alone; with gradients each block with all
-        that stands before it.
+        The result is valid in that block only. Without gradients, the clean texts are computed once into a cache, and
+        then each block alone; with gradients, each block is computed together with everything before it.
         """
         forward = self._forward(clean, n, "none" if gradients else "block")
         visible = forward.block_causal()
@@ -267,7 +269,7 @@ class Bound:
         return hidden_of
 
     def _scored(self, hidden: Tensor, clean: Tensor, noisy: Tensor, time: Tensor, scored: Tensor) -> Tensor:
-        """Terms float64 `[R, T]` of the scored positions, 0 elsewhere; the logits of some rows at a time."""
+        """Return the terms of the scored positions, float64 `[R, T]`, 0 elsewhere. Logits are computed in chunks."""
         rows = scored.flatten().nonzero()[:, 0]
         if len(rows) == 0:
             return torch.zeros(scored.shape, dtype=torch.float64, device=scored.device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops of every step, called without the checks of `dlmkernels.ops` as long as they succeed."""
+"""The ops of every step, called without the argument checks of `dlmkernels.ops` unless they fail."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from .._ops import ops as native
 
 
 def token_confidence(*args: Any, **options: Any) -> ops.TokenConfidence:
-    """`ops.token_confidence`, of tensors alone."""
+    """Call `ops.token_confidence`; per-row options must be tensors."""
     return ops.TokenConfidence(
         *_call(native.token_confidence.default, ops.token_confidence, args, options)
     )  # fmt: skip
 
 
 def lm_head_confidence(*args: Any, **options: Any) -> ops.TokenConfidence:
-    """`ops.lm_head_confidence`, of tensors alone."""
+    """Call `ops.lm_head_confidence`; per-row options must be tensors."""
     return ops.TokenConfidence(
         *_call(native.lm_head_confidence.default, ops.lm_head_confidence, args, options)
     )  # fmt: skip
 
 
 def shard_confidence(*args: Any, **options: Any) -> Tensor:
-    """`ops.shard_confidence`, of tensors alone."""
+    """Call `ops.shard_confidence`; per-row options must be tensors."""
     return _call(native.shard_confidence.default, ops.shard_confidence, args, options)
 
 
 def select_tokens(*args: Any, **options: Any) -> Tensor:
-    """Which slots `ops.select_tokens` selects, of tensors alone."""
+    """Return the slots that `ops.select_tokens` selects; per-row options must be tensors."""
     return _call(native.select_tokens.default, ops.select_tokens, args, options)[0]
 
 
 def remask_(*args: Any, **options: Any) -> Tensor:
-    """`ops.remask_`, of tensors alone."""
+    """Call `ops.remask_`; per-row options must be tensors."""
     return _call(native.remask_.default, ops.remask_, args, options)
 
 
@@ -45,5 +45,5 @@ def _call(op: Callable[..., Any], explained: Callable[..., Any], args: tuple[Any
     try:
         return op(*args, **options)
     except RuntimeError:
-        explained(*args, **options)  # refuses the same in words
+        explained(*args, **options)  # the checked op explains what is wrong
         raise

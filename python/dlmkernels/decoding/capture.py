@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps of a program as recordings: each form of a step is recorded once, model and head included, and then replayed.
+"""Capture and replay of a program's steps: each form of a step is recorded once, model and head included.
 
-A replayed step costs the host one call in place of some hundred. What can be recorded are steps that read nothing on
-the host and write into tensors that are never replaced, as those of all programs do (docs/programs.md); a model whose
-forward does not can still be decoded with, step by step.
+Replaying a step costs the host one call instead of hundreds. A step can be recorded if it reads nothing on the host and
+writes only into tensors that are never replaced. The steps of all programs do so (docs/programs.md). If a model's
+forward pass does not, its steps run without recording.
 """
 
 from __future__ import annotations
@@ -17,64 +17,64 @@ from torch import Tensor
 
 from .programs import Program
 
-#: whether steps are recorded: wherever that is possible; always, or an error; never
+#: whether steps are recorded: where possible; always, or raise an error; never
 GRAPHS = ("auto", True, False)
-#: steps of a form before it is recorded: what a step makes when it is first run is there from then on
+#: steps of a form that run before it is recorded, so that everything a first run allocates already exists
 WARM_UP = 2
 
 
 class Recording(Protocol):
-    """A step that can be run again.
+    """A recorded step, which can be replayed.
 
     Attributes
     ----------
     report : Tensor
-        What the step reports, in a tensor that is the same every time.
+        The step's report. Each replay overwrites this tensor.
     """
 
     report: Tensor
 
     def replay(self) -> None:
-        """Run it."""
+        """Run the step again."""
 
 
 class Recorder(Protocol):
     """Records steps."""
 
     def record(self, step: Callable[[], Tensor]) -> tuple[Recording, bool]:
-        """A recording of the step, and whether it has been run by that."""
+        """Record the step; return the recording, and whether recording it has also run it."""
 
 
 class Steps:
-    """Runs the steps of a program as they are."""
+    """Runs the steps of a program directly, without recording them."""
 
     def __init__(self, program: Program, is_widest: bool = False):
-        """`is_widest`: steps have the forms that serve any rows, so that what they compute depends on no other row."""
+        """`is_widest`: use forms whose shapes suit any rows, so that results do not depend on the other rows."""
         self.program, self._is_widest = program, is_widest or program.model.is_compiled
         self._step = program.step
 
     def __call__(self, form: Any) -> Tensor:
-        """Make a step of that form; its report."""
+        """Run a step of that form, and return its report."""
         return self._step(self.program.widest(form) if self._is_widest else form)
 
     def install(self) -> None:
-        """Let whoever runs the program run these steps."""
+        """Replace the program's `step` by this object."""
         self.program.__dict__["step"] = self
 
 
 class RecordedSteps(Steps):
-    """Records the steps of a program, one recording for each form, and replays them.
+    """Records the steps of a program, one recording per form, and replays them.
 
     Attributes
     ----------
     replayed, made : int
-        How many steps were replayed, of how many.
+        Number of steps replayed, and number of steps run in total.
     refusal : str, optional
-        Why nothing is recorded any more.
+        Why recording failed, after which no step is recorded; None if it has not failed.
     """
 
     def __init__(self, program: Program, recorder: Recorder, must: bool = False):
-        """`must`: a step that cannot be recorded is an error, and not run as it is."""
+        """`must`: raise an error if a step cannot be recorded, instead of running it without."""
         super().__init__(program, True)
         self._recorder, self._must = recorder, must
         self._recordings: dict[Hashable, Recording] = {}
@@ -108,7 +108,7 @@ class RecordedSteps(Steps):
         return recording.report
 
     def _refuse(self, error: Exception) -> None:
-        """Record nothing any more."""
+        """Stop recording after an error: warn, or raise if recording is required."""
         self.refusal = " ".join(str(error).split())[:200] or type(error).__name__
         if self._must:
             raise ValueError(f"graphs=True: a step of this decoding cannot be captured: {self.refusal}") from error
@@ -120,7 +120,7 @@ class RecordedSteps(Steps):
 
 
 class CudaRecording:
-    """A step as a CUDA graph."""
+    """A step captured as a CUDA graph."""
 
     def __init__(self, graph: torch.cuda.CUDAGraph, report: Tensor):
         self._graph, self.report = graph, report
@@ -130,18 +130,18 @@ class CudaRecording:
 
 
 class CudaRecorder:
-    """Captures steps as CUDA graphs that share one pool of memory."""
+    """Captures steps as CUDA graphs that share one memory pool."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self._pool: Any = None
 
     def record(self, step: Callable[[], Tensor]) -> tuple[CudaRecording, bool]:
-        """Capturing runs nothing on the device."""
+        """Capture the step, which runs nothing on the device."""
         with torch.cuda.device(self._device):
             graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
-            # other threads may use the device meanwhile
+            # other threads may use the device in the meantime
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 report = step()
             self._pool = graph.pool() if self._pool is None else self._pool
@@ -149,18 +149,18 @@ class CudaRecorder:
 
 
 def check_graphs(graphs: Any) -> None:
-    """Refuse what says neither yes nor no."""
+    """Raise a ValueError unless `graphs` is one of `GRAPHS`."""
     if not (graphs is True or graphs is False or (isinstance(graphs, str) and graphs == "auto")):
         raise ValueError(f"graphs must be 'auto', True or False; got {graphs!r}")
 
 
 def steps_of(program: Program, graphs: Any = "auto", is_widest: bool = False) -> Steps:
-    """What runs the steps of a program; `graphs` is one of `GRAPHS`, `is_widest` as in `Steps`.
+    """Return the object that runs the steps of a program. `graphs` is one of `GRAPHS`; `is_widest` as in `Steps`.
 
     Raises
     ------
     ValueError
-        With graphs=True, where the steps cannot be captured.
+        If graphs=True and the steps cannot be captured.
     """
     check_graphs(graphs)
     reason = why_not(program)
@@ -172,11 +172,11 @@ def steps_of(program: Program, graphs: Any = "auto", is_widest: bool = False) ->
 
 
 def why_not(program: Program) -> str | None:
-    """Why the steps of a program cannot be captured, as far as that is known beforehand; None if nothing is known."""
+    """Return why the steps of a program cannot be captured, as far as known in advance; None if nothing prevents it."""
     if program.state.tokens.device.type != "cuda":
-        return f"the model is on {program.state.tokens.device.type}, and graphs are CUDA's"
+        return f"the model is on {program.state.tokens.device.type}, and only CUDA devices have graphs"
     if program.model.is_compiled:
-        return "the model is compiled by torch.compile, whose forwards are captured by itself or not at all"
+        return "the model is compiled: torch.compile captures its forward passes itself, or not at all"
     if program.model.group is not None:
         return "the model's layers wait for other ranks"
     if getattr(program.model, "_rotaries", None):

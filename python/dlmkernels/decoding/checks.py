@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of what a caller passes: numbers of any kind become Python's, and what is none is refused by name."""
+"""Checks of arguments: numbers of any kind become Python numbers; invalid values raise an error that names them."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-#: takes a parameter's name and value; returns the value as it is kept, or raises
+#: takes a parameter's name and value; returns the value to store, or raises
 Check: TypeAlias = Callable[[str, Any], Any]
 
 FLOAT32 = torch.finfo(torch.float32)
 INT64 = torch.iinfo(torch.int64)
-#: what no length and no count exceeds, so that sums of two of them are int32
+#: upper limit of all lengths and counts, so that the sum of two of them fits into int32
 LONGEST = 2**30
-#: what is no field of a configuration, and how it is said all the same
+#: options that are not fields of a configuration, and how to pass them instead
 ELSEWHERE = {
-    "drafter": "a drafter is an argument of generate, and elsewhere a rule: rule=dlmkernels.Drafted(drafter)",
+    "drafter": "drafter is an argument of generate; elsewhere, pass rule=dlmkernels.Drafted(drafter)",
     "steps_per_poll": "steps_per_poll is an argument of generate and of Engine",
 }
 
 
 def plain(value: Any) -> Any:
-    """The Python number that a numpy scalar or a tensor of one value stands for; anything else as it is."""
+    """Convert a NumPy scalar or a 0-dimensional array or tensor to a Python number; return anything else as it is."""
     is_array = isinstance(value, Tensor) or type(value).__module__ == "numpy"
     if is_array and getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         return value.item()
@@ -34,9 +34,9 @@ def plain(value: Any) -> Any:
 
 
 def number(low: float = -math.inf, high: float = math.inf, *, above: bool = False, optional: bool = False) -> Check:
-    """A check for a number of `[low, high]` (`above`: greater than `low`).
+    """Return a check for a number in `[low, high]` (`above`: in `(low, high]`).
 
-    It must be one that float32 can hold, or an infinity that is one of the limits. `optional`: None is accepted.
+    It must be representable in float32, or an infinity within the limits. `optional`: None is accepted too.
     """
 
     def check(name: str, value: Any) -> float | None:
@@ -46,7 +46,7 @@ def number(low: float = -math.inf, high: float = math.inf, *, above: bool = Fals
         is_number = isinstance(x, int | float) and not isinstance(x, bool)
         fits = is_number and (math.isinf(x) or abs(x) <= FLOAT32.max)
         if not fits or not (low < x if above else low <= x) or not x <= high:
-            beyond = " that float32 can hold" if is_number and abs(x) > FLOAT32.max else ""
+            beyond = " within the range of float32" if is_number and abs(x) > FLOAT32.max else ""
             what = _or_none(optional) + _number_in(low, high, above) + beyond
             raise ValueError(f"{name} must be {what}; got {value!r}")
         return x if isinstance(x, int) else float(x)
@@ -62,7 +62,7 @@ def _number_in(low: float, high: float, above: bool) -> str:
 
 
 def integer(low: int, high: int = LONGEST, *, optional: bool = False) -> Check:
-    """A check for an integer of `[low, high]`. `optional`: None is accepted."""
+    """Return a check for an integer in `[low, high]`. `optional`: None is accepted too."""
 
     def check(name: str, value: Any) -> int | None:
         if value is None and optional:
@@ -78,7 +78,7 @@ def integer(low: int, high: int = LONGEST, *, optional: bool = False) -> Check:
 
 
 def temperature(name: str, value: Any) -> float:
-    """A check for a temperature: 0, or a number whose reciprocal float32 can hold."""
+    """Check a temperature: 0, or a number whose reciprocal is finite in float32."""
     x = number(0.0)(name, value)
     assert x is not None
     if x != 0 and not FLOAT32.tiny <= x <= FLOAT32.max:
@@ -90,12 +90,12 @@ def _or_none(optional: bool) -> str:
     return "None or " if optional else ""
 
 
-#: a check for a finite number of at least 0
+#: check for a finite number of at least 0
 amount = number(0, FLOAT32.max)
 
 
 def flag(name: str, value: Any) -> bool:
-    """A check for True or False."""
+    """Check that a value is True or False."""
     x = plain(value)
     if not isinstance(x, bool):
         raise TypeError(f"{name} must be True or False; got {value!r}")
@@ -103,12 +103,12 @@ def flag(name: str, value: Any) -> bool:
 
 
 def optional_flag(name: str, value: Any) -> bool | None:
-    """A check for True, False or None."""
+    """Check that a value is True, False or None."""
     return None if value is None else flag(name, value)
 
 
 def one_of(*choices: str | None) -> Check:
-    """A check for one of some names."""
+    """Return a check for one of the `choices`."""
 
     def check(name: str, value: Any) -> str | None:
         if not isinstance(value, str | None) or value not in choices:
@@ -119,9 +119,9 @@ def one_of(*choices: str | None) -> Check:
 
 
 def several(check_one: Check, count: int | None = None, *, optional: bool = False) -> Check:
-    """A check for a sequence (a list, a tuple, a tensor or an array of one dimension) of checked values.
+    """Return a check for a sequence (list, tuple, or 1-D tensor or array) whose values pass `check_one`.
 
-    It is kept as a tuple. `count`: how many values there must be.
+    The sequence is stored as a tuple. `count`: the required number of values. `optional`: None is accepted too.
     """
 
     def check(name: str, value: Any) -> tuple | None:
@@ -139,7 +139,7 @@ def several(check_one: Check, count: int | None = None, *, optional: bool = Fals
 
 
 class PerRequest:
-    """A check for one value for all requests, or a sequence `[B]` with one for each, which is kept as a tuple."""
+    """Check for one value for all requests, or a sequence `[B]` with one per request, which is stored as a tuple."""
 
     def __init__(self, check_one: Check):
         self._one, self._all = check_one, several(check_one)
@@ -155,20 +155,20 @@ class PerRequest:
 
 
 def each(value: Any) -> tuple:
-    """The values of a `per_request` field: one, or as many as there are requests."""
+    """Return the values of a `PerRequest` field as a tuple: a single value, or one per request."""
     return value if isinstance(value, tuple) else (value,)
 
 
 def normalize(owner: Any, limits: Mapping[str, Check]) -> None:
-    """Check fields of a frozen dataclass, and keep each as its check returns it."""
+    """Check fields of a frozen dataclass, and store the value that each check returns."""
     for name, check in limits.items():
         object.__setattr__(owner, name, check(name, getattr(owner, name)))
 
 
 class ComparedByValue:
-    """Equality and hash of a dataclass by its fields, tensors among them by their elements.
+    """Mixin that compares and hashes a dataclass by its fields, and compares tensors by their elements.
 
-    For dataclasses with ``eq=False``: the generated comparison asks a tensor for its truth.
+    For dataclasses with ``eq=False``: the generated comparison would evaluate a tensor as a bool and fail.
     """
 
     def _values(self) -> tuple[Any, ...]:
@@ -184,7 +184,7 @@ class ComparedByValue:
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Whether two values are the same, tensors among them by their elements."""
+    """Return whether two values are equal; tensors are compared by their elements."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return (a.dtype, a.shape, a.device) == (b.dtype, b.shape, b.device) and bool(torch.equal(a, b))
     return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)

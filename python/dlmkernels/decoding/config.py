@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that can be chosen about a decoding, checked before anything runs."""
+"""The configuration of a decoding: every option a user can set, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ EOS_POLICIES = ("none", "fill", "block")
 
 
 def _token_ids(name: str, value: Any) -> int | tuple | None:
-    """Check of one id or several, or of several for each request; which ids there are only the model knows."""
+    """Check one token id, several, or several per request. The model's vocabulary size is not known here."""
     value = plain(value)
     if value is None:
         return None
@@ -72,7 +72,7 @@ def _optional_token_id(name: str, value: Any) -> Any:
 
 
 def _seed(name: str, value: Any) -> int | Tensor | None:
-    """Check of a seed: one number, or one for each request."""
+    """Check a seed: one integer, or one per request."""
     value = plain(value)
     one = integer(INT64.min, INT64.max)
     if value is None or isinstance(value, Tensor):
@@ -89,7 +89,7 @@ def _vicinity(name: str, value: Any) -> tuple[int, ...]:
         raise ValueError(f"{name} must be two integers of at least 0; got {value!r}") from None
 
 
-#: what each field that is no object may be
+#: The check of each field whose value is not an object (such as a rule or a constraint).
 LIMITS: dict[str, Check] = {
     "max_new_tokens": PerRequest(integer(1)), "warmup": integer(1),
     **{name: integer(1, optional=True) for name in ("block_length", "sub_block_length", "steps", "refresh_interval")},
@@ -105,32 +105,31 @@ LIMITS: dict[str, Check] = {
 }  # fmt: skip
 
 
-#: The rule of a configuration that names none: as many tokens a forward as the model is sure of. On the demonstration's
-#: tasks it solves what one token a forward solves, within noise, in 3 to 17 tokens a forward (docs/decoding.md).
+#: The rule of a configuration that names none: commit every token the model is confident about. On the demo's tasks it
+#: solves as many as one token per forward does, within noise, at 3 to 17 tokens per forward (docs/decoding.md).
 DEFAULT_RULE: Rule = Threshold(0.95)
-#: The same where `steps` is given: the user has said how many forwards there are.
+#: The default rule if `steps` is given, that is, if the user has fixed the number of forward passes.
 FIXED_RULE: Rule = Quota()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class OfTheFamily:
-    """What the model's family says of a decoding: None leaves it to that.
+    """Options that default to what the model was trained with: if None, they follow the model or its family.
 
     Attributes
     ----------
     mask_token_id, eos_token_id, pad_token_id : int
-        Taken from the model's configuration when None. Several eos ids may be given; a sequence of sequences has
-        those of each request.
+        If None, taken from the model's configuration. `eos_token_id` may also be a sequence of several end tokens, or
+        a sequence of sequences with the end tokens of each request.
     logit_alignment : {"same", "shift"}, optional
-        Whether row i of the logits predicts position i (same) or i + 1 (shift). None: as the model's family.
+        Whether row i of the logits predicts position i ("same") or position i + 1 ("shift").
     attention : {"full", "block", "causal", "causal-context", "reordered"}, optional
-        What a position sees (see `models.families.Family`). None: as the model's family.
+        Which positions each position attends to (see `models.families.Family`).
     block_grid : {"absolute", "prompt", "both-ways"}, optional
-        Where the blocks of attention="block" are counted from (see `models.families.Family`). None: what the model's
-        family does.
+        Where blocks are counted from with attention="block" (see `models.families.Family`).
     seeded : bool, optional
-        Whether a block's first token is what the row before it predicts, committed before the block's first step.
-        None: what the model's family does.
+        Whether a block's first token is the one predicted by the row before the block. It is then committed before the
+        block's first step.
     """
 
     mask_token_id: int | None = None
@@ -144,21 +143,21 @@ class OfTheFamily:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class OfTheRule:
-    """What is there for the rules that ask for it: see `Rule.uses_steps` and `Rule.ignores`.
+    """Options that only some rules use: see `Rule.uses_steps` and `Rule.ignores`.
 
     Attributes
     ----------
     steps : int, optional
-        Forwards of the whole generation, for rules with a fixed schedule (`Quota`, `TimeQuota`), divided evenly among
-        the blocks; what is left over goes to the first blocks, one each. None: one forward a token. Adaptive rules take
-        as many as they need.
+        Total number of forward passes, for rules with a fixed schedule (`Quota`, `TimeQuota`). They are divided evenly
+        among the blocks; a remainder goes to the first blocks, one each. If None, one forward pass per token. Adaptive
+        rules take as many as they need.
     score : {"probability", "margin", "entropy", "random", "position"} or Score
-        What orders the positions: probability of the proposal, gap between the two best probabilities, negative
-        entropy, chance, left to right, or a score of `dlmkernels.scores`.
+        How positions are ranked: by probability of the proposed token, by gap between the two largest probabilities,
+        by negative entropy, at random, from left to right, or by a score from `dlmkernels.scores`.
     order_temperature : float
-        Above 0 the order is drawn at random, position i with weight exp(score / order_temperature).
+        If above 0, the ranking is drawn at random, position i with weight exp(score / order_temperature).
     defer_token_ids : sequence of int
-        Positions where one of these is proposed come last, whatever their score.
+        Positions at which one of these tokens is proposed are ranked last, whatever their score.
     """
 
     steps: int | None = None
@@ -171,89 +170,90 @@ class OfTheRule:
 class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
     """How to decode. Every field is also a keyword of `generate` and `infill`.
 
-    Numbers may be Python's, numpy's, or tensors of one value; where several are wanted, any sequence of them. What you
-    set has to have an effect in the decoding: an option that has none with the rule, the cache and the attention in use
-    is refused by name. The fields of a preset need not.
-
-    What a user chooses is below; what the model's family says, and what belongs to some rules, is in the two bases.
+    Numbers may be Python or NumPy numbers or 0-dimensional tensors; where several are accepted, any sequence of them.
+    Every option that you set must have an effect: one that has none with the rule, cache and attention in use is
+    rejected with an error that names it. Fields of a preset are exempt. `OfTheFamily` and `OfTheRule` list the options
+    that follow from the model's family or that only some rules use. The *canvas* is a request's prompt and its answer
+    positions, which hold mask tokens until they are committed.
 
     Attributes
     ----------
     max_new_tokens : int or sequence of int
-        Tokens generated after the prompt; at most so many with the rules that change the length. A sequence has one
-        number for each request: each is decoded as it is alone with its own.
+        Number of tokens to generate after the prompt; with rules that change the length, the maximum. A sequence gives
+        each request its own length; each is decoded as it would be alone.
     block_length : int, optional
-        Blocks are decoded left to right, each until it has no mask left. None: the length of the blocks the model
-        was trained with, where its attention has blocks; else one block.
+        Blocks are decoded from left to right, each until it has no mask token left. If None, the block length that the
+        model was trained with if its attention has blocks; otherwise the whole answer is one block.
     sub_block_length : int, optional
-        A block is decoded in parts of this length, left to right, each seeing the whole block (Fast-dLLM v2,
-        arXiv:2509.26328).
+        Decode each block in parts of this length, from left to right; each part attends to the whole block (Fast-dLLM
+        v2, arXiv:2509.26328).
     rule : Rule, optional
-        Which positions a step commits. None: `DEFAULT_RULE`, which commits all tokens the model is sure of; or, where
-        `steps` is given, `Quota()`, which takes exactly that many forwards.
+        Chooses the positions that a step commits. If None, `DEFAULT_RULE`, which commits every token that the model is
+        confident about; if `steps` is given, `Quota()`, which takes exactly that many forward passes.
     temperature : float or sequence of float
-        0: the most likely token; otherwise Gumbel-max sampling at this temperature. A sequence has one for each
-        request; so it is with `top_k` and `top_p`, and with the thresholds of rules.
+        If 0, take the most likely token; otherwise sample at this temperature (Gumbel-max). A sequence gives each
+        request its own value, as it does for `top_k`, `top_p` and the thresholds of rules.
     top_k, top_p : int, float, or sequence of them
-        Filters of the sampled distribution; 0 and 1 switch them off.
+        Filters on the distribution that tokens are sampled from. 0 and 1, respectively, disable them.
     top_p_first, keep_crossing : bool
-        Order of the filters, and whether the token that crosses `top_p` stays (see `ops.token_confidence`).
+        Order of the filters, and whether the token that crosses `top_p` is kept (see `ops.token_confidence`).
     distribution : {"raw", "tempered", "filtered"}
-        Which distribution the scores are read from: before temperature, after it, or after the filters.
+        The distribution that scores are computed from: before temperature, after it, or after the filters.
     cache : {"none", "prefix", "dual", "delayed", "block"} or FeatureCache
-        KV reuse. none: every forward takes the whole canvas (exact). prefix: keys and values left of the block are
-        kept from the block's first forward. dual: also those right of it; a forward then takes the block alone
-        (Fast-dLLM, arXiv:2505.22618). delayed: those of a token are kept from the forward after it was decided; a
-        forward takes what is open and what the last step decided (dKV-Cache, arXiv:2505.15781; with shifted logits, the
-        rows that speak of it). dllm-cache, sparse-dllm, d2cache: see `DLLMCache`, `SparseCache`, `D2Cache`. All are
-        approximations, for models with full attention; with the rule `EntropyPipeline`, prefix is d3LLM's. block: for
-        the other kinds, under which a finished block never changes again: it is appended once and a forward takes the
-        open block alone (exact). focus: the same with less work in a block (an approximation, see `FocusCache`).
+        How the KV cache is reused. "none": each forward pass computes the whole canvas (exact). For models with full
+        attention, all approximate: "prefix" keeps keys and values left of the block from the block's first forward
+        pass (with the rule `EntropyPipeline`, as d3LLM does); "dual" also those right of it, so that a pass computes
+        only the block (Fast-dLLM, arXiv:2505.22618); "delayed" keeps those of a token from the pass after its commit,
+        so that a pass computes the open positions and the ones just committed (dKV-Cache, arXiv:2505.15781; with
+        shifted logits, the rows that predict these); "dllm-cache", "sparse-dllm", "d2cache": see `DLLMCache`,
+        `SparseCache`, `D2Cache`. For other attention, where a finished block never changes again: "block" appends each
+        finished block once, and a pass computes only the open block (exact); "focus" computes even less of the block
+        (approximate, see `FocusCache`).
     sub_block_cache : bool
-        With cache="block" and a `sub_block_length`: a forward takes the part alone, and finds what the rest of the
-        block was when the part was begun (Fast-dLLM v2; an approximation).
+        With cache="block" and a `sub_block_length`: a forward pass computes only the current part, and reads the rest
+        of the block as it was when the part was begun (Fast-dLLM v2; approximate).
     warmup : int
-        With the caches that are approximations: how many forwards of the whole canvas a block begins with; of the whole
-        block a part, with `sub_block_cache`.
+        With cache="prefix", "dual" and "delayed": the number of forward passes at the start of each block that compute
+        the whole canvas. With `sub_block_cache`: the number at the start of each part that compute the whole block.
     refresh_interval : int, optional
-        With them: every so many forwards of a block (or part), one is like the first. None: none is.
+        Where `warmup` applies: repeat such a full forward pass every `refresh_interval` passes of a block (or part).
+        If None, never.
     vicinity : tuple of int
-        With cache="prefix" and "dual": positions left and right of the block that a forward takes, too (dInfer,
-        arXiv:2510.08666).
+        With cache="prefix" and "dual": how many positions left and right of the block each forward pass also computes
+        (dInfer, arXiv:2510.08666).
     fuse_commit : bool
-        With cache="block": append a finished block in the same forward that takes the next block's first step, which
-        saves a forward a block. It cannot be where the next block's first token comes from the finished one
-        (`seeded`), nor with attention="causal-context".
+        With cache="block": append a finished block in the forward pass of the next block's first step, which saves one
+        pass per block. Not possible if the next block's first token comes from the finished block (`seeded`), nor with
+        attention="causal-context".
     seed : int or Tensor, optional
-        What a request's random draws depend on, whatever batch it is in. An int is every request's seed (equal
-        requests then give equal results), an int64 tensor `[B]` one for each; None draws them from torch's generator.
+        Seed of a request's random draws, which do not depend on its batch. An int is the seed of every request, so that
+        equal requests give equal results; an int64 tensor `[B]` has one each. If None, torch draws them.
     cfg_scale : float
-        Classifier-free guidance: logits u + (cfg_scale + 1)(c - u), u from a canvas whose given tokens are masked.
-        Doubles the work.
+        Scale of classifier-free guidance; 0 disables it. The logits become u + (cfg_scale + 1)(c - u), with the usual
+        logits c and the logits u of a canvas whose given tokens are masked. Doubles the work.
     suppress_token_ids : sequence of int
-        Never generated. The mask token never is.
+        Tokens that are never generated. The mask token never is.
     constraint : Constraint or Tensor, optional
-        What the tokens must obey. A tensor says which tokens are allowed: bool `[V]`, or an int32 bitmask
-        `[ceil(V / 32)]` (bit v % 32 of word v // 32), for all positions; `[N, …]` or `[B, N, …]`, one for each of the N
-        = `max_new_tokens` positions of an answer (`infill`: of the canvas), B and N being that or 1. Fewer than V are
-        those of the first tokens, and the others are not allowed. Not with rules that insert or remove tokens, nor
-        with a `Strided` that tests drafts by a ratio.
+        A `Constraint` on the answer, or a tensor of allowed tokens: bool `[V]` or an int32 bitmask `[ceil(V / 32)]`
+        (bit v % 32 of word v // 32) for all positions; `[N, …]` or `[B, N, …]` for each of the N = `max_new_tokens`
+        positions of an answer (`infill`: of the canvas), where B and N may also be 1. Tokens beyond the end of a
+        shorter last dimension are not allowed. Cannot be used with rules that insert or remove tokens, nor with a
+        `Strided` that tests drafts by a ratio.
     logit_bias : dict or Tensor, optional
-        Added to the logits of every position: `{id: value}`, or a float tensor `[V]`. It is added to the guided logits
-        (after `cfg_scale`) and before temperature and filters. The model's distribution is the biased one for all that
-        follows: confidences, margins and entropies are read from it, whatever `distribution` is.
+        Added to the logits of every position, after guidance and before temperature and filters: `{id: value}`, or a
+        float tensor `[V]`. Confidence, margin and entropy are those of the biased logits, whatever `distribution` is.
     eos_policy : {"none", "fill", "block"}
-        fill: once an end token stands with nothing open before it, the rest of the request becomes padding and the
-        request is done. block: the same, but only when its block is finished, as must be with rules that take
-        committed tokens back. none: the full length is decoded.
+        "fill": once an end token is committed and no position before it is open, the rest of the request becomes
+        padding and the request is done. "block": the same, but only once the end token's block is finished, as rules
+        that revise committed tokens require. "none": decode the full length.
     lm_head : {"auto", "fused", "logits", "sharded"}
-        What the head's results come from. logits: the model's head and `ops.token_confidence`. fused:
-        `ops.lm_head_confidence`, which makes no logits. sharded: `ops.shard_confidence` of each rank's part of a
-        tensor-parallel model's vocabulary. Both are an error where they cannot be. auto: one of them where it can be
-        and is no slower (`decoding.head`). They round differently: a near tie may fall differently.
+        How logits are evaluated. "logits": the model's head, then `ops.token_confidence`. "fused":
+        `ops.lm_head_confidence`, which never stores the logits. "sharded": `ops.shard_confidence` on each rank's part
+        of a tensor-parallel model's vocabulary. The last two raise an error where they cannot be used. "auto": one of
+        them where it can be used and is no slower (see `decoding.head`). Rounding differs, which may flip near ties.
     logits_budget : int
-        Bytes that the logits of a step may take; rows are taken in slices where all of them would take more. Where
-        logits have to be kept for longer than a moment, this is exceeded (docs/memory.md says where).
+        Maximum size, in bytes, of the logits of a step. If they would take more, rows are processed in slices. It is
+        exceeded where logits must be kept for longer (docs/memory.md lists the cases).
     """
 
     max_new_tokens: int | Sequence[int] = 128
@@ -290,7 +290,7 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
         if not isinstance(self.rule, Rule):
             raise TypeError(f"rule must be a Rule such as dlmkernels.Threshold(0.9); got {self.rule!r}")
         if isinstance(self.constraint, Tensor) and self.constraint.dim() == 0:
-            raise ValueError("constraint must have a dimension of tokens; got a tensor of shape []")
+            raise ValueError("constraint must have at least one dimension, that of tokens; got a tensor of shape []")
         if self.constraint is not None and not isinstance(self.constraint, (Constraint, Tensor)):
             raise TypeError(f"constraint must be a Constraint or a tensor; got {self.constraint!r}")
         normalize(self, LIMITS)
@@ -298,32 +298,32 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
 
     @property
     def asked(self) -> frozenset[str]:
-        """Fields that whoever made this configuration has set to something else than their default.
+        """Fields that the user has set to something other than their default.
 
-        Each of them must have an effect in the decoding (see `effects`). Those of a preset are not among them: what a
-        decoder was published with may lie idle with another model, or beside what is changed.
+        Each of them must have an effect in the decoding (see `effects`). Fields set by a preset are not included, since
+        part of a published decoder may have no effect with another model or next to the user's own changes.
         """
         return self.__dict__["_asked"]
 
     @property
     def samples(self) -> bool:
-        """Whether tokens are drawn, and not the likeliest ones taken, in any request."""
+        """Whether any request samples its tokens instead of taking the most likely ones."""
         return any(t > 0 for t in each(self.temperature)) or self.rule.temperature(0, 1) is not None
 
     @property
     def filters(self) -> bool:
-        """Whether top-k or top-p leave something out, in any request."""
+        """Whether top-k or top-p is active in any request."""
         return any(k > 0 for k in each(self.top_k)) or any(p < 1 for p in each(self.top_p))
 
     @property
     def longest(self) -> int:
-        """`max_new_tokens` of the request that may get most."""
+        """The largest `max_new_tokens` of any request."""
         return max(each(self.max_new_tokens))
 
     def replace(self, **changes) -> DecodingConfig:
-        """A copy with some fields changed; an unknown field is a TypeError that lists the known ones.
+        """Return a copy with some fields changed. An unknown field raises a TypeError that lists the known ones.
 
-        A rule that nobody has named is chosen anew: `steps` alone asks for a fixed schedule.
+        A default rule is chosen again if `steps` changes: `steps` without a rule asks for a fixed schedule.
         """
         check_names(changes)
         if "steps" in changes and any(self.rule is rule for rule in (DEFAULT_RULE, FIXED_RULE)):
@@ -333,7 +333,7 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
         return new
 
     def as_preset(self) -> DecodingConfig:
-        """A copy of which no field has been asked for."""
+        """Return a copy in which no field counts as set by the user (see `asked`)."""
         new = dataclasses.replace(self)
         new._ask(())
         return new
@@ -344,12 +344,12 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
 
 
 def _default(name: str) -> Any:
-    """Default value of a field."""
+    """Return the default value of a field."""
     return DEFAULT_RULE if name == "rule" else DecodingConfig.__dataclass_fields__[name].default
 
 
 def check_names(options: Iterable[str]) -> None:
-    """Raise a TypeError unless all of them are names of fields."""
+    """Raise a TypeError unless every option is a field of `DecodingConfig`."""
     known = DecodingConfig.__dataclass_fields__
     if unknown := sorted(set(options) - set(known)):
         hint = "".join(f"; {text}" for name, text in ELSEWHERE.items() if name in unknown)
@@ -357,39 +357,39 @@ def check_names(options: Iterable[str]) -> None:
 
 
 def check_logit_bias(bias: Mapping[int, float] | Tensor | None) -> None:
-    """Raise unless `bias` is None, a float tensor `[V]` or a mapping from ids to numbers; none of them NaN or +inf."""
+    """Raise unless `bias` is None, a float tensor `[V]`, or a mapping from ids to numbers, without NaN and +inf."""
     if isinstance(bias, Tensor):
         if bias.dim() != 1 or not bias.is_floating_point() or bool((bias.isnan() | (bias == torch.inf)).any()):
             raise ValueError(
-                "logit_bias must be a float tensor [V] of numbers below infinity; got "
-                f"{bias.dtype} of shape {list(bias.shape)}" + ("" if bias.dim() != 1 else " with NaN or inf in it")
+                "logit_bias must be a float tensor [V] without NaN or +inf; got "
+                f"{bias.dtype} of shape {list(bias.shape)}" + ("" if bias.dim() != 1 else " with NaN or +inf in it")
             )
     elif bias is not None and not (
         isinstance(bias, Mapping)
         and all(isinstance(i, numbers.Integral) and not isinstance(i, bool) and i >= 0 for i in bias)
         and all(isinstance(x, numbers.Real) and -math.inf <= x < math.inf for x in bias.values())
     ):
-        raise ValueError(f"logit_bias must be {{token id: number below infinity}} or a tensor [V]; got {bias!r}")
+        raise ValueError(f"logit_bias must be {{id: number}} or a float tensor [V], without NaN or +inf; got {bias!r}")
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The ids a decoding needs, all known: from the configuration, else from the model.
+    """The token ids that a decoding needs, from the configuration or, failing that, from the model.
 
     Attributes
     ----------
     mask : int
-        -1 for models that have none.
+        The mask token; -1 for models without one.
     eos : list of int
-        May be empty.
+        The end tokens; may be empty.
     pad : int
-        What follows an end token.
+        The token that fills an answer after its end token.
     banned : list of int
-        Never proposed: the mask, what was asked for, and ids that the tokenizer does not know.
+        Tokens that are never proposed: the mask token, `suppress_token_ids`, and ids unknown to the tokenizer.
     padding : int, optional
-        What stands left of shorter prompts; None where neither the configuration nor the model says so.
+        The token that pads shorter prompts on the left. None if neither configuration nor model names it.
     padding_is_content : bool
-        Whether `padding` has another meaning too, so that it may be part of a prompt (it is an end token, say).
+        Whether `padding` has another meaning too (an end token, say), so that a prompt may contain it.
     """
 
     mask: int

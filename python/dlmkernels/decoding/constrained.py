@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A constraint at work: what it keeps from being proposed, and what it refuses of what a rule has decided."""
+"""Application of a constraint during decoding: restrict the proposals, and reject tokens that a rule has chosen."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .step import Step
 
 
 class Constrained:
-    """A decoding's constraint at work; without one, nothing happens."""
+    """Applies the constraint of a decoding; does nothing if there is none."""
 
     def __init__(self, constraint: Constraint | Tensor | None, rule: Rule, canvas: State, place: AnswerPlace, end: int):
         self.canvas, self.rule, self.mask_token = canvas, rule, place.mask
@@ -29,29 +29,29 @@ class Constrained:
         elif constraint is not None:
             constraint = constraint.bound(place)
         self.constraint = constraint
-        #: whether what a rule chooses is judged
+        #: whether the tokens that a rule chooses have to be accepted
         self.checks = constraint is not None and type(constraint).accepts is not Constraint.accepts
         if self.checks and self.rule.noise != "mask":
             raise ValueError(
                 f"constraint: {type(constraint).__name__}.accepts cannot be used with rule {type(self.rule).__name__}: "
-                "it judges tokens that take the place of masks, and this rule has none; `allowed` can be used"
+                "it checks tokens that replace mask tokens, and this rule has none; override `allowed` instead"
             )
         if constraint is not None and (not isinstance(constraint.attempts, int) or constraint.attempts < 1):
             raise ValueError(f"constraint: attempts must be an integer of at least 1; got {constraint.attempts!r}")
-        #: whether positions may stay open that another canvas can decide
+        #: whether positions may stay open until the canvas around them has changed
         is_given = getattr(constraint, "is_given", False)
         self.may_leave_open = constraint is not None and not is_given and self.rule.noise == "mask"
-        #: requests in which a position of the block has been kept open; and those that no step can change, bool `[B]`
+        #: requests in which a position of the block was kept open; and those that no step can change, bool `[B]`
         self.is_behind = torch.zeros_like(canvas.origin, dtype=torch.bool)
         self.is_stuck = self.is_behind
 
     def enter(self, rows: Tensor) -> None:
-        """Forget what was kept open in the block before, in rows bool `[B]`."""
+        """Start a new block in rows bool `[B]`: forget that positions were kept open in the previous one."""
         if self.may_leave_open:
             self.is_behind, self.is_stuck = self.is_behind & ~rows, self.is_stuck & ~rows
 
     def allowed(self, window: TokenWindow, vocab: int) -> Tensor | None:
-        """Bitmask int32 `[ceil(vocab / 32)]` for all of the window's slots, or `[B, W, ceil(vocab / 32)]`."""
+        """Return bitmasks of allowed tokens, int32 `[n]` or, by slot, `[B, W, n]`, n = ceil(vocab / 32); None: any."""
         if self.constraint is None:
             return None
         if isinstance(self.constraint, ConstraintOfEachRow):
@@ -63,11 +63,11 @@ class Constrained:
         self, step: Step, is_extra: Tensor | None, act: Callable[[Step], Action] | None = None,
         taken: Tensor | None = None,
     ) -> tuple[Step, Action]:  # fmt: skip
-        """What the rule, or `act`, does of the step, as far as it is accepted; and the step with the proposals used.
+        """Return the step with the proposals that were used, and the accepted part of the action of `act`.
 
-        In rows `is_extra` bool `[B]` (None: in no row) the rule's plan has come to its end: what is left open is
-        committed one by one. `taken` bool `[B]`: the rows that take part in the step; None: all.
-        One host round trip for each time that it decides.
+        `act`: decides the step; None: `Rule.act` of the rule. In rows `is_extra` bool `[B]` (None: in no row) the
+        rule's plan has ended, and remaining open positions are committed one by one. `taken` bool `[B]`: rows that take
+        part in the step; None: all. If tokens have to be accepted, each decision costs a device synchronization.
         """
         act = self.rule.act if act is None else act
         if not self.may_leave_open:
@@ -76,12 +76,12 @@ class Constrained:
         is_extra = torch.zeros_like(self.is_behind) if is_extra is None else is_extra
         was_behind = self.is_behind | is_extra
         for left in reversed(range(self.constraint.attempts)):
-            step.kept.clear()  # a rule has decided once, however often it was asked
+            step.kept.clear()  # only the last of the step's decisions counts
             action = self._decide(act(step), step, is_extra)
             token = step.token if action.token is None else action.token
             written = self._written(step, action, token)
             if not self.rule.draws:
-                # a plan that takes no notice of what was kept open may have come to its end
+                # the plan may have ended, since it does not account for positions that were kept open
                 idle = self.is_behind & ~(written | _mask(action.remask, step)).any(1)
                 rescue = _mask(one_each(step).commit, step) & idle[:, None]
                 action = replace(action, commit=_mask(action.commit, step) | rescue)
@@ -94,7 +94,7 @@ class Constrained:
             else:
                 action, written = _less(action, refused), written & ~refused
                 self.is_behind = self.is_behind | refused.any(1)
-        # in these the best that there is was tried, and this canvas would only be tried again
+        # in these rows even the best position was tried, and the next step would only see the same canvas again
         tries_all = is_extra if self.rule.draws else torch.ones_like(is_extra)
         nothing = ~(written | _mask(action.remask, step)).any(1)
         nothing = nothing if taken is None else nothing & taken
@@ -104,7 +104,7 @@ class Constrained:
 
     @staticmethod
     def _decide(action: Action, step: Step, is_extra: Tensor) -> Action:
-        """The action, or in the extra steps `one_each`."""
+        """Return the action, with `one_each` in its place in the rows `is_extra`."""
         alone, extra = one_each(step), is_extra[:, None]
 
         def otherwise(ours: Any, theirs: Tensor | None) -> Tensor | None:
@@ -118,19 +118,19 @@ class Constrained:
 
     @staticmethod
     def _written(step: Step, action: Action, token: Tensor) -> Tensor:
-        """The slots into which `ops.remask_` would write `token`, bool `[B, W]`."""
+        """Return the slots into which `ops.remask_` would write `token`, bool `[B, W]`."""
         commit, edit = _mask(action.commit, step), _mask(action.edit, step)
         written = (commit & step.is_open) | (edit & step.decided & (token != step.current))
         return written & (token >= 0) & ~_mask(action.remask, step) & ~_mask(action.renoise, step)
 
     def _refused(self, step: Step, action: Action, token: Tensor, written: Tensor) -> Tensor | None:
-        """Which of the `written` slots are refused, bool `[B, W]`; None if none is."""
+        """Return which of the `written` slots the constraint rejects, bool `[B, W]`; None if it rejects none."""
         assert self.constraint is not None
         tokens, length = self.canvas.tokens, self.canvas.tokens.shape[1]
         column = step.window.positions.long()
 
         def on_canvas(values: Tensor, where: Tensor, canvas: Tensor) -> Tensor:
-            wider = torch.nn.functional.pad(canvas, (0, 1))  # one more column, for the other slots
+            wider = torch.nn.functional.pad(canvas, (0, 1))  # one extra column, for the other slots
             return wider.scatter(1, torch.where(where, column, length), values)[:, :length]
 
         back = _mask(action.remask, step) & step.decided
@@ -148,7 +148,7 @@ class Constrained:
 
 
 def _less(action: Action, refused: Tensor) -> Action:
-    """The action without what was refused in the end, bool `[B, W]`."""
+    """Return the action without the slots that were finally rejected, bool `[B, W]`."""
 
     def less(mask: Tensor | None) -> Tensor | None:
         return None if mask is None else mask & ~refused
@@ -157,7 +157,7 @@ def _less(action: Action, refused: Tensor) -> Action:
 
 
 def one_each(step: Step) -> Action:
-    """Commit the best position of each request: what is done for positions that a rule's plan has left open."""
+    """Return the action that commits the best position of each request, for positions that a rule's plan left open."""
     return Action(commit=step.select("none", fill=1))
 
 

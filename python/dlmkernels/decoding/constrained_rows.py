@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A constraint of its own for each row of a program whose rows come and go."""
+"""A separate constraint for each batch row, in programs whose rows are given new requests while others decode."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from .constraint import AllowedTokens, AnswerPlace, Constraint
 
 @dataclass(frozen=True)
 class OwnConstraint:
-    """The constraint of one row, and how many columns its request has."""
+    """The constraint of one row, and the number of columns of its request."""
 
     constraint: Constraint
     width: int
 
 
 class ConstraintOfEachRow(Constraint):
-    """Asks the constraint of each row about that row alone, on the canvas that `generate` would show it.
+    """Asks each row's constraint about that row alone, on the canvas that `generate` would show it.
 
-    Rows that have none are free. What a constraint raises is kept in `errors`, by row, and the row goes on without it;
-    whoever owns the rows has to look there. `like` is one of those that are to come: all of them judge what is about to
-    be written or none does, and they have as many attempts.
+    Rows without a constraint are free. If a constraint raises an exception, it is stored in `errors`, by row, and the
+    row continues without it; the owner of the rows must check for errors. `like` is an example of the constraints to
+    come: either all or none of them override `accepts`, and they have the same number of attempts.
     """
 
     def __init__(self, like: Constraint | Tensor, rows: int):
@@ -44,9 +44,9 @@ class ConstraintOfEachRow(Constraint):
     def set(
         self, row: int, constraint: Constraint | Tensor, place: AnswerPlace, length: int, tokens: Tensor
     ) -> None:  # fmt: skip
-        """Give a row, int64 `tokens` `[1, T]`, a request's constraint.
+        """Set the constraint of a row with canvas `tokens`, int64 `[1, T]`.
 
-        `place` is that of its answer alone; `length` is how long this is with the suffix.
+        `place`: the columns of the row's answer. `length`: length of the answer including the suffix.
         """
         self.clear(row)
         if isinstance(constraint, Tensor):
@@ -60,12 +60,12 @@ class ConstraintOfEachRow(Constraint):
         self._own[row] = OwnConstraint(constraint, tokens.shape[1])
 
     def clear(self, row: int) -> None:
-        """Let a row be free."""
+        """Remove the constraint of a row."""
         self.errors.pop(row, None)
         self._own[row] = None
 
     def allowed_words(self, tokens: Tensor, positions: Tensor, vocab: int) -> Tensor | None:
-        """Bitmasks int32 `[B, W, ceil(vocab / 32)]`, None where no row has any; see `Constraint.allowed`."""
+        """Return bitmasks int32 `[B, W, ceil(vocab / 32)]`, or None if no row has any; see `Constraint.allowed`."""
         used = (positions >= 0).any(1).tolist()
         found: Tensor | None = None
         for row, own in enumerate(self._own):
@@ -87,13 +87,13 @@ class ConstraintOfEachRow(Constraint):
 
 
 class TokensOfEachRow(ConstraintOfEachRow):
-    """The same of tensors that say beforehand what is allowed."""
+    """A `ConstraintOfEachRow` for fixed tensors of allowed tokens."""
 
     is_given: ClassVar[bool] = True
 
 
 class JudgeOfEachRow(ConstraintOfEachRow):
-    """The same of constraints that judge what is about to be written."""
+    """A `ConstraintOfEachRow` for constraints that override `accepts`."""
 
     def accepts(self, tokens: Tensor, proposed: Tensor) -> Tensor:
         accepted = torch.ones_like(proposed, dtype=torch.bool)
@@ -112,7 +112,7 @@ class JudgeOfEachRow(ConstraintOfEachRow):
 
 
 def checked_bitmask(bitmask: object, positions: Tensor, vocab: int) -> Tensor:
-    """What `Constraint.allowed` has returned, with a bit for each of `vocab` logits: int32 `[n]` or `[B, W, n]`."""
+    """Check the result of `Constraint.allowed`; pad it to `vocab` bits per slot, int32 `[n]` or `[B, W, n]`."""
     words = -(-vocab // 32)
     if not isinstance(bitmask, Tensor) or bitmask.dtype != torch.int32 or bitmask.dim() == 0:
         raise ValueError(f"constraint: allowed tokens must be an int32 bitmask; got {kind_of(bitmask)}")
@@ -120,14 +120,14 @@ def checked_bitmask(bitmask: object, positions: Tensor, vocab: int) -> Tensor:
     if shape[:-1] not in ((), tuple(positions.shape)) or shape[-1] > words:
         slots = ", ".join(map(str, positions.shape))
         raise ValueError(
-            f"constraint: the bitmask must have shape [n] or [{slots}, n], n at most {words} for {vocab} logits; "
+            f"constraint: the bitmask must have shape [n] or [{slots}, n] with n at most {words} for {vocab} logits; "
             f"got {list(shape)}"
         )
     return torch.nn.functional.pad(bitmask, (0, words - shape[-1])).to(positions.device).contiguous()
 
 
 def checked_verdict(constraint: Constraint, accepted: object, proposed: Tensor) -> Tensor:
-    """What `Constraint.accepts` has returned, bool of the shape of what is proposed."""
+    """Check the result of `Constraint.accepts`: bool, of the shape of `proposed`, on the CPU."""
     if (
         not isinstance(accepted, Tensor) or accepted.dtype != torch.bool or accepted.shape != proposed.shape
         or accepted.device.type != "cpu"
@@ -140,7 +140,7 @@ def checked_verdict(constraint: Constraint, accepted: object, proposed: Tensor) 
 
 
 def kind_of(value: object) -> str:
-    """What kind of thing a value is, for messages."""
+    """Describe the type of a value for an error message; of a tensor, dtype, shape and device."""
     if not isinstance(value, Tensor):
         return type(value).__name__
     return f"{value.dtype} of shape {list(value.shape)} on {value.device}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Constraints: what the tokens of a decoding must obey, whatever the model says and the rule chooses."""
+"""Constraints on the tokens of an answer, enforced whatever the model predicts and the rule selects."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AnswerPlace:
-    """Where the answers of a decoding stand, and its special tokens.
+    """The canvas columns of a decoding's answers, and its special tokens.
 
     Attributes
     ----------
     start : int
-        The column at which all answers begin.
+        First column of every answer.
     ends : tuple of int
-        The column behind the last of each row's.
+        Column after the last one of each row's answer.
     mask, pad : int
+        Ids of the mask token (-1 for models without one) and of the padding token.
     eos, banned : tuple of int
         End tokens, and tokens that are never proposed.
     vocab : int, optional
-        How many logits the model has, where that is known.
+        Number of logits of the model, if known.
     """
 
     start: int
@@ -38,25 +39,26 @@ class AnswerPlace:
 
     @classmethod
     def of(cls, special: Any, start: int, ends: Sequence[int], vocab: int | None) -> AnswerPlace:
-        """The place of answers in a decoding with these `SpecialTokens`."""
+        """Create the place of a decoding's answers from its `SpecialTokens`."""
         eos, banned = tuple(special.eos), tuple(special.banned)
         return cls(start, tuple(ends), special.mask, special.pad, eos, banned, vocab)
 
 
 class Constraint:
-    """Base of all constraints. A subclass overrides `allowed`, `accepts`, or both.
+    """Base class of all constraints. A subclass overrides `allowed`, `accepts`, or both.
 
-    `allowed` says beforehand which tokens may be proposed, and the probabilities, margins and entropies that the rule
-    sees are those of the distribution over them. `accepts` judges what the rule is about to write, all of it together:
-    what it refuses is taken out of the distribution of its position, and the rule decides anew from the logits that are
-    there, without a forward, until everything is accepted (as in constrained decoding of diffusion models with
-    grammars, Mündler et al., arXiv:2508.10111). A position that has no candidate left stays open for the next forward,
-    which sees another canvas. Where the rule has nothing to say any more, what is open gets forwards of its own, one
-    position in each, until all is decided or nothing more is accepted.
+    `allowed` restricts the tokens that may be proposed. The rule then sees the probabilities, margins and entropies of
+    the distribution over these tokens. `accepts` checks the tokens that the rule is about to commit, all together. A
+    rejected token is removed from the distribution of its position, and the rule decides again from the same logits,
+    without another forward pass, until everything is accepted (as in constrained decoding of diffusion models with
+    grammars, Mündler et al., arXiv:2508.10111). A position without a remaining candidate stays open for the next
+    forward pass, which sees a different canvas. When the rule has nothing more to commit, each open position gets an
+    extra forward pass, one after another, until everything is decided or nothing more is accepted.
 
-    Canvases are int64 `[B, T]` and hold the mask token where nothing is decided. Answers begin in the same column in
-    every row; left of a shorter prompt, behind a shorter answer and behind an end token stands padding, `pad_token_id`.
-    Each row must be judged by itself, or its result depends on the batch. An engine asks about one row at a time.
+    A canvas holds prompt and answer: int64 `[B, T]`, with the mask token at open positions. Answers begin in the same
+    column in every row. Shorter prompts are padded on the left; `pad_token_id` also follows a shorter answer or an end
+    token. Judge each row independently of the others; otherwise its result depends on the batch. An engine asks about
+    one row at a time.
 
     >>> class NoRepeats(Constraint):
     ...     def accepts(self, tokens, proposed):
@@ -65,47 +67,47 @@ class Constraint:
     ...         return ~(torch.nn.functional.pad(same, (1, 0)) | torch.nn.functional.pad(same, (0, 1)))
     """
 
-    #: how often a step decides at most; what is refused the last time stays open, and nothing else is lost
+    #: maximum number of times that the rule decides in a step; tokens rejected at the last one stay open
     attempts: int = 100
-    #: whether what is allowed depends on nothing but the position, so that what is open now stays possible
+    #: whether `allowed` depends on the position only, so that an open position never loses its candidates
     is_given: ClassVar[bool] = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
     def bound(self, place: AnswerPlace) -> Constraint:
-        """What judges the answers of one decoding, of whose canvas it is told beforehand; itself, if it need not know.
+        """Return the constraint for one decoding, whose answers are at `place`. By default, the constraint itself.
 
-        An engine asks for each request, as it is admitted. What is returned must be of the same kind: judge what is
-        about to be written or not, with as many attempts.
+        Called before decoding; by an engine, for each request as it is admitted. The result must override `accepts` if
+        and only if this class does, and have the same `attempts`.
         """
         return self
 
     def allowed(self, tokens: Tensor, positions: Tensor) -> Tensor | None:
-        """Which tokens may stand at canvas `positions` int32 `[B, W]` (-1: a slot that is not used).
+        """Return the tokens that may be proposed at canvas `positions`, int32 `[B, W]` (-1: an unused entry).
 
-        Called once a step, with tensors on the model's device; reading their values stops a GPU. Returns int32 bitmasks
-        `[B, W, n]`, one for each slot, or `[n]` for all, bit v % 32 of word v // 32 being 1 where token v is allowed
-        (the layout of xgrammar and llguidance); None: any token. Tokens for which there is no word, n being less than
-        V / 32, are not allowed.
+        Called once per step, with tensors on the model's device; reading their values synchronizes a GPU. Returns int32
+        bitmasks `[B, W, n]`, one per position, or `[n]` for all: bit v % 32 of word v // 32 is 1 if token v is allowed
+        (the layout of xgrammar and llguidance). None allows any token. If n is less than V / 32, the tokens without a
+        word are not allowed.
         """
         return None
 
     def accepts(self, tokens: Tensor, proposed: Tensor) -> Tensor:
-        """Which of the `proposed` tokens are all right: bool `[B, T]`.
+        """Return which of the `proposed` tokens may be written, bool `[B, T]`.
 
-        `tokens` is the canvas, `proposed` int64 `[B, T]` what is to be written into it, -1 where nothing is. To write
-        exactly what is accepted must be all right. Called at least once a step, with tensors on the CPU: they are
-        fetched in one transfer.
+        `tokens` is the canvas; `proposed`, int64 `[B, T]`, holds the tokens about to be written into it and -1
+        elsewhere. The accepted tokens must be valid together, without the rejected ones. Called in every step that
+        writes a token, and again after each rejection, with tensors on the CPU, which are fetched in one transfer.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class AllowedTokens(Constraint):
-    """Bitmasks given for all positions beforehand: int32 `[n]`, or `[B, N, n]` for the N columns from `start` on.
+    """Fixed bitmasks of allowed tokens: int32 `[n]`, or `[B, N, n]` for the N columns from `start` on.
 
-    B and N may be 1. Behind those columns everything is allowed.
+    B and N may be 1. If N is greater than 1, everything is allowed after these columns.
     """
 
     is_given: ClassVar[bool] = True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several answers to one prompt: each has a seed of its own, which follows from that of the first."""
+"""Seeds of several answers to one prompt, all derived from the seed of the request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ALL = 2**64 - 1
 
 
 def seed_of_copy(seed: int, number: int) -> int:
-    """Seed of a request's copy, an int64; that of copy 0 is the request's own."""
+    """Return the seed of a request's copy, an int64. Copy 0 has the request's own seed."""
     if number == 0:
         return seed
     z = (seed + number * INCREMENT) & ALL
@@ -22,6 +22,6 @@ def seed_of_copy(seed: int, number: int) -> int:
 
 
 def seeds_of_copies(seeds: Tensor, count: int) -> Tensor:
-    """Seeds int64 `[B * count]` of so many copies of each request, side by side; `seeds` int64 `[B]`."""
+    """Return seeds int64 `[B * count]` for `count` adjacent copies of each request, from `seeds` int64 `[B]`."""
     copies = [seed_of_copy(seed, k) for seed in seeds.tolist() for k in range(count)]
     return seeds.new_tensor(copies)

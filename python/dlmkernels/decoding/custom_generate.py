@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The front door of transformers: `model.generate(…, custom_generate=dlmkernels.custom_generate)`.
+"""Entry point for transformers: `model.generate(…, custom_generate=dlmkernels.custom_generate)`.
 
-transformers turns what its user passes into a generation config, logits processors, stopping criteria and inputs of
-the model, and calls a custom function with these. Each of them is honoured here, or refused by name, or listed as what
-makes no difference to the tokens.
+transformers turns the user's arguments into a generation config, logits processors, stopping criteria and model inputs,
+and passes these to a custom generation function. Here each of them is either honored, rejected with an error that names
+it, or listed as one that does not affect the tokens.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from .output import DecodingOutput
 from .processors import Bans, as_list, honour
 from .resolve import ConfigLike, configuration
 
-#: Fields of a generation config that are honoured: by what is below, or (lengths, number of sequences, filters, end
-#: tokens, processors) by what transformers has made of them before it calls us.
+#: Fields of a generation config that are honored: by the code below, or (lengths, number of sequences, filters, end
+#: tokens, processors) through what transformers builds from them before it calls `custom_generate`.
 HONOURED = frozenset({
     "max_length", "max_new_tokens", "min_length", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p",
     "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id", "num_return_sequences",
     "return_dict_in_generate", "pad_token_id", "eos_token_id", "token_healing", "repetition_penalty",
 })  # fmt: skip
-#: Those that make no difference to the tokens: speed and memory; what belongs to methods of decoding that are refused
-#: (assistants); what our distributions do by themselves (they are normalised, and never choose a NaN); records.
+#: Fields that do not affect the tokens: speed and memory; settings of decoding methods that are rejected (assistants);
+#: what the distributions here do anyway (they are normalized, and never select a NaN); metadata.
 INDIFFERENT = frozenset({
     "use_cache", "compile_config", "disable_compile", "continuous_batching_config", "is_assistant",
     "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_early_exit",
@@ -43,9 +43,9 @@ INDIFFERENT = frozenset({
 
 
 class Refused(NamedTuple):
-    """A field that has no counterpart in parallel decoding.
+    """A field of a generation config that has no counterpart in parallel decoding.
 
-    `off`: the values that switch it off, beside None; `made`: the class of what transformers makes of it.
+    `off`: the values, besides None, that disable it. `made`: the class of the object that transformers builds from it.
     """
 
     off: tuple[Any, ...] = ()
@@ -73,25 +73,25 @@ REFUSED: dict[str, Refused] = {
     "watermarking_config": Refused((), "WatermarkLogitsProcessor"), "output_attentions": Refused((False,)),
     "output_hidden_states": Refused((False,)), "output_scores": Refused((False,)), "output_logits": Refused((False,)),
 }  # fmt: skip
-#: What to use instead of some of them.
+#: Alternatives that error messages suggest for rejected fields.
 INSTEAD = {
     "guidance_scale": "cfg_scale of decoding_config", "cache_implementation": "cache of decoding_config",
     "stop_strings": "eos_token_id",
-    "output_scores": "return_dict_in_generate, whose result has the tokens' confidence",
+    "output_scores": "return_dict_in_generate, whose result includes the confidence of each token",
 }  # fmt: skip
-#: Those that matter to sampling alone.
+#: Rejected fields that only matter when sampling.
 SAMPLING = frozenset({"min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"})
-#: Inputs of the model that transformers adds and that make no difference here: positions are counted and keys kept by
-#: ourselves.
+#: Model inputs that transformers adds and that are ignored, since dlmkernels computes positions and keeps a KV cache
+#: itself.
 OWN_INPUTS = frozenset({"use_cache", "logits_to_keep", "cache_position"})
 CACHES = ("past_key_values", "cache", "cache_params")
-#: How many tokens transformers generates where nobody says.
+#: How many tokens transformers generates if no length is given.
 DEFAULT_LENGTH = 20
 
 
 @dataclass
 class GenerateDiffusionOutput(ModelOutput):
-    """What `generate` of transformers returns with `return_dict_in_generate`: see `DecodingOutput`."""
+    """Result of `generate` of transformers with `return_dict_in_generate=True`. See `DecodingOutput` for the fields."""
 
     sequences: Tensor | None = None
     commit_step: Tensor | None = None
@@ -109,30 +109,32 @@ def custom_generate(
     >>> model.generate(**tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=128,
     ...                custom_generate=dlmkernels.custom_generate, decoding_config="fast-dllm")
 
-    Honoured are the lengths (`max_new_tokens`, `max_length`, `min_new_tokens`, `min_length`), `eos_token_id`,
-    `pad_token_id`, `suppress_tokens`, `begin_suppress_tokens`, `bad_words_ids` of one token each,
-    `forced_eos_token_id`, `repetition_penalty`, `num_return_sequences`, `return_dict_in_generate`, `streamer`,
-    `attention_mask`, `inputs_embeds`, and with `do_sample=True` temperature, top_k and top_p; logits processors and
-    stopping criteria of transformers' own classes that say the same. Everything else that would change the tokens
-    (beams, other penalties, other processors and criteria, an assistant …) is refused by name; where it comes from the
-    checkpoint's generation config, and not from the call, a warning says that it is left out.
+    These arguments of transformers are honored: the lengths (`max_new_tokens`, `max_length`, `min_new_tokens`,
+    `min_length`), `eos_token_id`, `pad_token_id`, `suppress_tokens`, `begin_suppress_tokens`, `bad_words_ids` of one
+    token each, `forced_eos_token_id`, `repetition_penalty`, `num_return_sequences`, `return_dict_in_generate`,
+    `streamer`, `attention_mask`, `inputs_embeds`, and with `do_sample=True` temperature, top_k and top_p; also the
+    logits processors and stopping criteria of transformers that are equivalent to these. Anything else that would
+    change the tokens (beams, other penalties, other processors and criteria, an assistant …) raises a ValueError that
+    names it. If it comes from the checkpoint's generation config rather than from the call, it is ignored with a
+    warning.
 
     Parameters
     ----------
     decoding_config : DecodingConfig, str or dict, optional
-        How to decode, as `config` of `generate`; what the call of transformers says takes precedence.
+        How to decode, as `config` of `generate`. Arguments of the call of transformers take precedence.
 
     Returns
     -------
     Tensor or GenerateDiffusionOutput
-        int64 `[B, P + max_new_tokens]`, padded behind an end token; with `inputs_embeds` alone, what was generated.
+        int64 `[B, P + max_new_tokens]`, padded after an end token; with `inputs_embeds` alone, only the generated
+        tokens.
     """
     caller = _caller()
     if caller.get("assistant_model") is not None:
-        raise ValueError("assistant_model cannot be used with dlmkernels: many tokens are decoded at once without one")
+        raise ValueError("assistant_model cannot be used with dlmkernels, which decodes many tokens at once anyway")
     for name in ("negative_prompt_ids", "negative_prompt_attention_mask"):
         if caller.get(name) is not None:
-            raise ValueError(f"{name} cannot be used with dlmkernels here: negative_prompt of dlmkernels.generate can")
+            raise ValueError(f"{name} cannot be used here: use negative_prompt of dlmkernels.generate")
     if caller.get("synced_gpus"):
         raise ValueError("synced_gpus cannot be used with dlmkernels: each process takes as many forwards as it needs")
     if caller.get("streamer") is not None:
@@ -172,10 +174,10 @@ def _as_model_output(out: DecodingOutput, sequences: Tensor) -> GenerateDiffusio
 
 
 def _caller() -> dict[str, Any]:
-    """Arguments of the `generate` of transformers that has called us; nothing if something else has.
+    """Return the arguments of the `generate` of transformers that is calling, or an empty dict for another caller.
 
-    It keeps `streamer` and `assistant_model` from a custom function (it hands on what is in the function's own
-    signature, and these it has taken out before), so that they would be lost without a word.
+    transformers does not pass `streamer` and `assistant_model` on to a custom function: it removes both from the
+    keyword arguments before it looks at the function's signature. Without this look-up they would be silently ignored.
     """
     frame = sys._getframe(2)
     name, module = frame.f_code.co_name, frame.f_globals.get("__name__")
@@ -183,7 +185,7 @@ def _caller() -> dict[str, Any]:
 
 
 class _WithoutPrompt:
-    """A streamer that has been given the prompt already."""
+    """A streamer whose first `put`, of the prompt, is skipped because transformers has already made it."""
 
     def __init__(self, streamer):
         self._streamer, self._has_prompt = streamer, False
@@ -203,20 +205,20 @@ class _WithoutPrompt:
 
 
 def _inputs(input_ids: Tensor, given: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-    """The attention mask and the input embeddings among the model's inputs; others are refused."""
+    """Return the attention mask and input embeddings of the model's inputs, and reject all other inputs."""
     given = {name: value for name, value in given.items() if value is not None and name not in OWN_INPUTS}
     mask, embeds, positions = (given.pop(name, None) for name in ("attention_mask", "inputs_embeds", "position_ids"))
     for name in CACHES:
         cache = given.pop(name, None)
         if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0):
-            raise ValueError(f"{name} cannot be used with dlmkernels, which keeps keys and values of its own")
+            raise ValueError(f"{name} cannot be used with dlmkernels, which has its own KV cache")
     if positions is not None:
         _check_positions(positions, input_ids if embeds is None else embeds[..., 0], mask)
     types = given.pop("token_type_ids", None)
     if types is not None and bool((types != 0).any()):
-        raise ValueError("token_type_ids must be 0: dlmkernels decodes texts of one type")
+        raise ValueError("token_type_ids must all be 0: a prompt and its answer are one segment")
     if given:
-        raise ValueError(f"{', '.join(sorted(given))} cannot be used with dlmkernels, which decodes texts alone")
+        raise ValueError(f"{', '.join(sorted(given))} cannot be used with dlmkernels, which decodes only text")
     return mask, embeds
 
 
@@ -224,16 +226,16 @@ def _check_positions(positions: Tensor, tokens: Tensor, mask: Tensor | None) -> 
     valid = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask != 0
     counted = valid.long().cumsum(1) - 1
     if positions.shape[-1] != tokens.shape[1] or bool(((positions != counted) & valid).any()):
-        raise ValueError("position_ids must count each prompt's tokens from 0: dlmkernels counts them so by itself")
+        raise ValueError("position_ids must count each prompt's tokens from 0, as dlmkernels does by itself")
 
 
 # --- the generation config -----------------------------------------------------------------------------------------
 
 
 def _check_generation_config(model, config) -> set[str]:
-    """Refuse what cannot be honoured, and warn where it is the checkpoint that asks for it.
+    """Reject fields that cannot be honored; those that come from the checkpoint only cause a warning.
 
-    Returns the classes of what transformers has made of the latter.
+    Returns the class names of the processors and criteria that transformers built from the latter.
     """
     left_out: set[str] = set()
     inherited = getattr(model, "generation_config", None)
@@ -243,17 +245,17 @@ def _check_generation_config(model, config) -> set[str]:
         instead = f"; use {INSTEAD[name]}" if name in INSTEAD else ""
         if inherited is None or value != getattr(inherited, name, None):
             raise ValueError(f"{name}={value!r} cannot be used with dlmkernels{instead}")
-        if name in REFUSED:  # what is not transformers' own is the checkpoint's business
+        if name in REFUSED:  # other fields are not transformers' own; they are left to the checkpoint
             left_out.add(REFUSED[name].made)
             warnings.warn(
-                f"{name}={value!r} of the model's generation config is left out: parallel decoding has no counterpart "
-                f"of it{instead}", UserWarning, stacklevel=5,
+                f"{name}={value!r} of the model's generation config is ignored: parallel decoding has no counterpart "
+                f"to it{instead}", UserWarning, stacklevel=5,
             )  # fmt: skip
     return left_out
 
 
 def refuse_others(model, config) -> None:
-    """Refuse fields of a generation config that would change the tokens and have no counterpart here."""
+    """Reject fields of a generation config that would change the tokens but have no counterpart here."""
     _check_generation_config(model, config)
 
 
@@ -264,7 +266,7 @@ def _is_on(name: str, value: Any, config) -> bool:
 
 
 def _ids_of(model, config, criteria) -> dict[str, Any]:
-    """End and padding tokens, where the call says something else than the model's generation config."""
+    """Return end and padding tokens, as options, where the call differs from the model's generation config."""
     ends: list[int] = []
     for one in criteria:
         if type(one).__name__ == "EosTokenCriteria":
@@ -272,7 +274,7 @@ def _ids_of(model, config, criteria) -> dict[str, Any]:
         elif type(one).__name__ != "MaxLengthCriteria":
             raise ValueError(
                 f"stopping_criteria: {type(one).__name__} cannot be used with dlmkernels, which decodes many positions "
-                "at once; end tokens (eos_token_id) and a length can"
+                "at once; use end tokens (eos_token_id) or a length"
             )
     if config is None:
         return {"eos_token_id": ends} if ends else {}
@@ -286,7 +288,7 @@ def _ids_of(model, config, criteria) -> dict[str, Any]:
 
 
 def _length(config, criteria, prompt_length: int, ours: DecodingConfig) -> int:
-    """How many tokens are to be generated."""
+    """Return the number of tokens to generate."""
     lengths = [one.max_length for one in criteria if type(one).__name__ == "MaxLengthCriteria"]
     if config is not None and config.max_length is not None:
         lengths.append(config.max_length)
@@ -297,6 +299,6 @@ def _length(config, criteria, prompt_length: int, ours: DecodingConfig) -> int:
     if is_default and "max_new_tokens" in ours.asked and ours.max_new_tokens != length:
         raise ValueError(
             f"max_new_tokens={ours.max_new_tokens} of decoding_config has no effect, since generate of transformers "
-            f"has a length of its own: pass max_new_tokens={ours.max_new_tokens} to it"
+            f"sets its own length: pass max_new_tokens={ours.max_new_tokens} to generate instead"
         )
     return length

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which options can have an effect in a decoding, so that none is taken without one."""
+"""Checks that every option a user sets can have an effect in the decoding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .scores import Random, score_named
 
 
 class Need(NamedTuple):
-    """When a field of a configuration makes a difference, and how to say what it needs."""
+    """The condition under which a field of a configuration has an effect, and its description for messages."""
 
     is_met: Callable[[DecodingConfig], bool]
     text: str
@@ -32,11 +32,12 @@ def _refreshes(c: DecodingConfig) -> bool:
     return c.cache in APPROXIMATE or (c.sub_block_cache and _by_parts(c))
 
 
-BY_BLOCK = "a rule that is decoded block by block"
+BY_BLOCK = "a rule that decodes block by block"
 FILTERED = "temperature above 0 or distribution='filtered'"
 APPROXIMATED = "cache='prefix', 'dual' or 'delayed', or sub_block_cache"
 
-#: Fields that need others; those of `Rule.ignores` need another rule, and the rest always has an effect.
+#: Fields that only have an effect together with others. Those in `Rule.ignores` need another rule; all other fields
+#: always have an effect.
 NEEDS: dict[str, Need] = {
     "steps": Need(lambda c: c.rule.uses_steps, "a rule with a fixed schedule, such as Quota (others take as many "
                   "forwards as they need)"),
@@ -48,46 +49,46 @@ NEEDS: dict[str, Need] = {
     "keep_crossing": Need(lambda c: _filters(c) and min(each(c.top_p)) < 1, "top_p below 1 and " + FILTERED),
     "distribution": Need(
         lambda c: c.samples or (c.distribution == "filtered" and c.filters),
-        "temperature above 0 ('filtered': or top_k or top_p)",
+        "temperature above 0 (or, for 'filtered', top_k or top_p)",
     ),
     "order_temperature": Need(
-        lambda c: not isinstance(score_named(c.score), Random), "another score than 'random', which is all chance"
+        lambda c: not isinstance(score_named(c.score), Random), "a score other than 'random', which is random already"
     ),
     "sub_block_cache": Need(_by_parts, "cache='block' and sub_block_length"),
     "warmup": Need(_refreshes, APPROXIMATED),
     "refresh_interval": Need(_refreshes, APPROXIMATED),
     "vicinity": Need(
         lambda c: c.cache == "dual" or (c.cache == "prefix" and c.vicinity[0] > 0),
-        "cache='dual', or on the left of a block cache='prefix'",
+        "cache='dual', or, for positions left of the block, cache='prefix'",
     ),
     "fuse_commit": Need(
         lambda c: is_by_block(c.cache) and c.rule.by_block and not c.seeded and c.attention != "causal-context",
-        "cache='block' or 'focus' with " + BY_BLOCK + ", not seeded and without attention='causal-context'",
+        "cache='block' or 'focus' with " + BY_BLOCK + ", seeded=False, and attention other than 'causal-context'",
     ),
     "eos_token_id": Need(
         lambda c: c.eos_policy != "none" or "eos_policy" in c.asked or c.rule.reads_ends,
-        "eos_policy='fill' or 'block', or a rule that looks for the end",
+        "eos_policy='fill' or 'block', or a rule that reads end tokens",
     ),
-    "eos_policy": Need(lambda c: c.eos_policy != "block" or c.rule.by_block, "where it is 'block', " + BY_BLOCK),
+    "eos_policy": Need(lambda c: c.eos_policy != "block" or c.rule.by_block, "another value, or " + BY_BLOCK),
     "block_grid": Need(lambda c: c.attention == "block", "attention='block'"),
 }  # fmt: skip
 
-#: Those of `infill` alone.
+#: The same for `infill`.
 NEEDS_TO_INFILL = NEEDS | {
     "max_new_tokens": Need(lambda c: isinstance(c.rule, VariableLength), "a rule that changes the length"),
 }
 
 
 def check_effects(wanted: DecodingConfig, resolved: DecodingConfig, infills: bool = False) -> None:
-    """Raise a ValueError for an option that was asked for and makes no difference.
+    """Raise a ValueError for an option that the user has set but that has no effect.
 
-    `wanted` is what the caller wants, `resolved` what is decoded with: nothing in it is left to the model any more.
+    `wanted` is the user's configuration. `resolved` is the one used for decoding, with the model's defaults filled in.
     """
     needs, rule = NEEDS_TO_INFILL if infills else NEEDS, type(resolved.rule).__name__
     for name in sorted(wanted.asked):
         need = needs.get(name)
         if name in resolved.rule.ignores:
-            what = f"rule {rule} takes no notice of it"
+            what = f"rule {rule} ignores it"
         elif need is not None and not need.is_met(resolved):
             what = f"it needs {need.text}"
         else:

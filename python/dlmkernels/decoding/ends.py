@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""End tokens of each request's own, so that requests that end at different tokens can share forwards.
+"""Separate end tokens for each request, so that requests with different end tokens can share forward passes.
 
-`ops.remask_` takes one list of end tokens for all rows. Where rows differ, theirs are a tensor of the state, and what
-follows does in plain tensor operations what the op does with the list.
+`ops.remask_` takes one list of end tokens for all rows. If rows differ, their end tokens are a tensor of the state, and
+the functions below implement with tensor operations what the op does with the list.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import Tensor
 from .. import ops
 
 OPEN, FROZEN, DIRTY = ops.STATE_OPEN, ops.STATE_FROZEN, ops.STATE_DIRTY
-#: what the tensor is called among the parameters of a state
+#: name of this tensor among the parameters of a state
 ENDS = "eos_token_id"
-#: what stands where a row has fewer end tokens than another: neither a token nor -1, which is "no proposal"
+#: filler for rows with fewer end tokens than others: neither a token id nor -1, which means "no proposal"
 NO_TOKEN = -2
 
 
 def own_ends(ids: Any) -> tuple[tuple[int, ...], ...] | None:
-    """End tokens of each request, where a configuration's `eos_token_id` has them; None where all have the same."""
+    """Return the end tokens of each request, from a configuration's `eos_token_id`; None if all have the same."""
     return ids if isinstance(ids, tuple) and any(isinstance(own, tuple) for own in ids) else None
 
 
 def end_ids(ids: Any) -> list[int]:
-    """All end tokens that a configuration's `eos_token_id` names, of any request."""
+    """Return all end tokens in a configuration's `eos_token_id`, of any request."""
     own = own_ends(ids)
     if own is not None:
         return list(dict.fromkeys(token for ends in own for token in ends))
@@ -36,7 +36,7 @@ def end_ids(ids: Any) -> list[int]:
 
 
 class Canvas(Protocol):
-    """What is read and written here of a `State`."""
+    """The attributes of a `State` that are read and written here."""
 
     @property
     def tokens(self) -> Tensor: ...
@@ -49,25 +49,24 @@ class Canvas(Protocol):
 
 
 def end_table(ids: Sequence[Sequence[int]], device: torch.device, width: int | None = None) -> Tensor:
-    """End tokens of each request, int64 `[B, E]`, with `NO_TOKEN` behind them; E is `width`, or what is needed."""
+    """Return the end tokens of each request, int64 `[B, E]`, padded with `NO_TOKEN` to E = `width` or as needed."""
     width = max([1, *(len(own) for own in ids)]) if width is None else width
     rows = [[*own, *[NO_TOKEN] * (width - len(own))] for own in ids]
     return torch.tensor(rows, dtype=torch.int64, device="cpu").view(len(ids), width).to(device)
 
 
 def is_end(tokens: Tensor, ends: Tensor) -> Tensor:
-    """Which of the tokens int64 `[B, W]` are end tokens of their row, of which there are `ends` `[B, E]`."""
+    """Return which of the tokens int64 `[B, W]` are among the end tokens `ends` `[B, E]` of their row."""
     return (tokens[:, :, None] == ends[:, None, :]).any(2)
 
 
 def end_rows(state: Canvas, info: Tensor, ends: Tensor, end: Tensor, pad: int | None) -> None:
-    """What `ops.remask_` does about end tokens, with end tokens `ends` int64 `[S, E]` of each row's own.
+    """Process end tokens as `ops.remask_` does, with separate end tokens `ends` int64 `[S, E]` for each row.
 
-    It finds the end of each request, which is the first of its end tokens that is decided and has nothing given behind
-    it. With a `pad`, what stands behind it becomes that in rows in which nothing before it is open. Columns from `end`
-    int32 `[S]` on do not count. `info` int32 `[S, 9]` is what the op has returned, called without end tokens; its
-    columns of what is open, of the end and of completeness are brought up to date, and that of changed tokens grows by
-    those of the padding.
+    The end of a request is its first end token that is decided and not followed by a given token. If `pad` is not None,
+    everything after the end becomes `pad` in rows without an open position before the end. Columns from `end` int32
+    `[S]` on are ignored. `info` int32 `[S, 9]` is the result of the op, called without end tokens. Its columns for open
+    positions, the end and completeness are updated, and the padding is added to its count of changed tokens.
     """
     width = state.tokens.shape[1]
     column = torch.arange(width, dtype=torch.int32, device=ends.device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forwards with an eviction: a block sees itself and what its second forward has kept of the rest."""
+"""Forward passes with eviction: a block attends to itself and to what its second pass has kept of the rest."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from .features.sparse import Eviction
 from .schedule import Block
 from .standing import Place, Standing
 
-#: the phase of a row whose forward, of the whole canvas, says what is kept
+#: phase of a row whose forward pass, over the whole canvas, also selects what is kept
 EVICT = REST + 1
 
 
 class EvictingForward(BlockForward):
-    """As `BlockForward`, with the parts "whole", "evict" (whole, and what is kept is chosen) and "part" (the block)."""
+    """A `BlockForward` with the parts "whole", "evict" (whole, and selects what is kept) and "part" (the block)."""
 
     def __init__(self, sparse: SparseCache, *args: Any, **options: Any):
         super().__init__(*args, **options)
         if self.model.rotations(self.ends - self.origin) is not None:
             raise ValueError(
-                f"cache='{sparse.name}' needs a model whose rotary frequencies are the same for every request"
+                f"cache='{sparse.name}' needs a model whose rotary frequencies do not depend on a request's length"
             )
         self.sparse = sparse
         rows = len(self.slots)
-        # a row more, which takes what unused rows write
+        # one extra row, into which unused rows write
         self.cache: KVCache = KVCache(self.length, rows + 1)
         self._width = self.columns_of(None)[0]
-        #: what is kept of each row, and behind it the block
+        #: the kept keys and values of each row, followed by those of the block
         self.small = KVCache(int(self.length * sparse.keep) + self._width, rows + 1)
         self._all_rows = torch.arange(rows, device=self.origin.device)
         self._evicts = False
@@ -62,7 +62,7 @@ class EvictingForward(BlockForward):
         return (self.shift + (self._longest if block is None else block.length),)
 
     def _forwarded(self) -> tuple[Tensor, Tensor]:
-        """The columns that "part" takes, those of the request: a half-open range, int32 `[S]` (twice) each."""
+        """Return the request's columns in "part", as first and last + 1: int32 `[S]` each (2 S with guidance)."""
         start, length = self.twice(self._place.start), self.twice(self._place.length)
         first = torch.maximum(start - self.shift, self.origin)
         return first, torch.maximum(torch.minimum(start + length, self.ends), first)
@@ -76,7 +76,7 @@ class EvictingForward(BlockForward):
         self._prepare("part", speaker, begin, self._width, None, stop=place.start + place.length)
         window = self._windows["part"]
         assert window.slots is not None
-        # the block stands right behind what is kept
+        # the block comes right after the kept slots
         slots = torch.where(window.slots >= 0, window.slots - first[:, None] + kept[:, None], -1)
         seen = torch.stack((torch.zeros_like(kept), kept + last - first), 1)
         self._windows["part"] = replace(

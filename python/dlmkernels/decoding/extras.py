@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `generate` takes for its requests beyond a configuration: more answers, a suffix, who follows, what is noted."""
+"""Arguments of `generate` beyond the configuration: several answers, a suffix, streamers, callbacks, records."""
 
 from __future__ import annotations
 
@@ -27,24 +27,22 @@ from .streaming import Listeners
 
 
 def drafting(drafter: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a decoding with a drafter, where there is one."""
+    """Return the options with the rule that a drafter stands for; unchanged if `drafter` is None."""
     if drafter is None:
         return options
     if "rule" in options:
-        raise ValueError(
-            "drafter and rule were both given, and a drafter is a rule: pass rule=dlmkernels.Drafted(drafter, …) alone"
-        )
+        raise ValueError("drafter and rule cannot both be given: pass only rule=dlmkernels.Drafted(drafter, …)")
     return {**options, "rule": Drafted(drafter)}
 
 
 def check_copies(count: Any, config: DecodingConfig) -> int:
-    """How many answers each request gets."""
+    """Check `num_return_sequences`, the number of answers to each request, and return it."""
     count = integer(1)("num_return_sequences", count)
     assert isinstance(count, int)
     drawn_order = config.order_temperature > 0 or config.score == "random"
     if count > 1 and not (config.samples or config.rule.draws or drawn_order):
         raise ValueError(
-            f"num_return_sequences={count} has no effect without chance: temperature is 0, and all would be equal"
+            f"num_return_sequences={count} needs randomness: temperature is 0, so all answers would be equal"
         )
     return count
 
@@ -52,7 +50,7 @@ def check_copies(count: Any, config: DecodingConfig) -> int:
 def check_suffix(
     model: DiffusionModel, suffix: Any, batch: int, config: DecodingConfig, special: SpecialTokens
 ) -> Tensor | None:  # fmt: skip
-    """Tokens behind the answers, int64 `[B, K]`; None if there are none."""
+    """Check the tokens that follow the answers; return them as int64 `[B, K]`, or None if there are none."""
     if suffix is None:
         return None
     if not isinstance(suffix, Tensor):
@@ -60,7 +58,7 @@ def check_suffix(
             suffix = torch.tensor(suffix, dtype=torch.int64, device="cpu")
         except (TypeError, ValueError):
             raise ValueError(
-                f"suffix must be token ids, as many in each row: int64 [K] or [B, K]; got {suffix!r}"
+                f"suffix must be token ids, the same number in each row: int64 [K] or [B, K]; got {suffix!r}"
             ) from None
     if suffix.dtype != torch.int64 or suffix.dim() not in (1, 2) or suffix.numel() == 0:
         raise ValueError(
@@ -82,9 +80,10 @@ def check_given_tokens(
     model: DiffusionModel, given: Tensor | None, suffix: Any, lengths: Tensor, config: DecodingConfig,
     special: SpecialTokens,
 ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
-    """What stands in the answers from the start, suffixes included, int64 `[B, N]`, -1 where a token is wanted.
+    """Return the fixed tokens of the answers and suffixes, and the length of each answer with its suffix.
 
-    Also how many columns each answer takes with its suffix, int32 `[B]`; `lengths` are those without.
+    The tokens are int64 `[B, N]`, -1 where one is to be decoded; None if there are none. The lengths are int32 `[B]`,
+    as are the `lengths` of the answers without suffix.
     """
     batch = len(lengths)
     if given is not None:
@@ -103,18 +102,18 @@ def check_given_tokens(
 def listeners_of(
     streamer: Any, batch: int, on_step: Any = None, stop_strings: Any = None, tokenizer=None, trace: Any = False
 ) -> Any:  # fmt: skip
-    """Who follows a decoding of so many requests: None, a streamer, or several `Listeners`."""
+    """Return what follows the decoding of `batch` requests: None, a single streamer, or `Listeners`."""
     stops = check_stop_strings(stop_strings, tokenizer)
     if on_step is not None and not callable(on_step):
-        raise TypeError(f"on_step must be a function of a StepReport; got {type(on_step).__name__}")
+        raise TypeError(f"on_step must be callable with a StepReport; got {type(on_step).__name__}")
     if not isinstance(trace, bool):
         raise TypeError(f"trace must be True or False; got {trace!r}")
     streamers = streamer if isinstance(streamer, Sequence) else [streamer]
     if isinstance(streamer, Sequence) and len(streamer) != batch:
-        raise ValueError(f"streamer must be one for each of the {batch} requests (None for none); got {len(streamer)}")
+        raise ValueError(f"streamer must have an entry (or None) for each of the {batch} requests; got {len(streamer)}")
     if streamer is not None and not isinstance(streamer, Sequence) and batch != 1:
         raise ValueError(
-            f"streamer takes one request; got a batch of {batch}: pass a list of streamers, one for each request"
+            f"streamer can follow only one request; got a batch of {batch}: pass a list with one streamer per request"
         )
     found = Listeners([s for s in streamers] if streamer is not None else [], on_step, stops, tokenizer, trace)
     if not found:
@@ -123,7 +122,7 @@ def listeners_of(
 
 
 def put_prompts(listeners: Any, prompts: Tensor, origin: Tensor) -> None:
-    """Hand each streamer its request's prompt: of one request as it was passed, of several without padding."""
+    """Pass each streamer the prompt of its request: as given for a single request, without padding for several."""
     if not isinstance(listeners, Listeners):
         if listeners is not None:
             listeners.put(prompts[0].cpu())
@@ -134,14 +133,14 @@ def put_prompts(listeners: Any, prompts: Tensor, origin: Tensor) -> None:
 
 
 def equip(program: Program, listeners: Any, wishes: Wishes, graphs: bool | str) -> RequestProposer | None:
-    """Let a program that has not begun do all that its requests ask for; what heeds their wishes, if they have any."""
+    """Equip a program, before it begins, for its requests; return the proposer that serves their wishes, if any."""
     proposer = None
     if wishes:
         proposer = RequestProposer.install(program, [wishes] * len(program.state.tokens))
         proposer.raises = True
     records = isinstance(listeners, Listeners) and listeners.records
     if records and graphs is True:
-        raise ValueError("graphs=True cannot be used with trace=True: what a captured step moves is not told")
+        raise ValueError("graphs=True cannot be used with trace=True: captured steps do not report what they move")
     steps_of(program, False if wishes.processors or records else graphs).install()
     if isinstance(listeners, Listeners):
         listeners.recorder = Recorder(program) if records else None
@@ -154,7 +153,7 @@ def equip(program: Program, listeners: Any, wishes: Wishes, graphs: bool | str) 
 
 
 def completed(out: DecodingOutput, listeners: Any, proposer: RequestProposer | None, pad: int) -> DecodingOutput:
-    """The result as the requests have asked for it."""
+    """Return the result cut at stop strings, with the records that the requests asked for."""
     if isinstance(listeners, Listeners):
         out = listeners.cut(out, pad)
         if isinstance(listeners.recorder, Recorder):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forwards of the caches that look into the layers."""
+"""The forward passes of the caches that work inside the layers."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of each request will not change any more."""
+"""How much of each request is final, that is, will not change anymore."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .programs.blocks import BlockAfterBlock
 
 
 def finished_columns(program: Program, is_open: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Up to which column each of the rows int64 `[n]` (None: all) is final while a program runs, int64 `[n]`.
+    """Return the column up to which each of the rows int64 `[n]` (None: all) is final, int64 `[n]`.
 
-    `is_open` bool `[n, T]`: which of their columns are open. What a rule may still take back is final when its block
-    is; where a program has no such blocks, nothing is before its end.
+    `is_open` bool `[n, T]`: the open columns of these rows. Tokens that a rule may still revise are final once their
+    block is finished; in a program without such blocks, only when it ends.
     """
     columns = torch.arange(is_open.shape[1], device=is_open.device)
     final = torch.where(is_open, columns, is_open.shape[1]).amin(1)

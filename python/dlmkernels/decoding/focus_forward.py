@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forwards of blocks that go on after the first layers with the rows that FOCUS chooses."""
+"""Forward passes over blocks that continue, after the first layers, with only the positions that FOCUS selects."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from .step import Step
 
 
 class FocusForward(BlockForward):
-    """As `BlockForward` with cache="block": the same parts, whose layers compute some of their columns.
+    """A `BlockForward` with cache="block" and the same parts, whose layers compute only some of their columns.
 
-    `readable` does not say what a forward speaks of, since that is known after it: see `spoken_of`.
+    The predicted positions are known only after the forward pass. They are not in `readable`; see `spoken_of`.
     """
 
     counted = BlockForward.counted | {"block"}
@@ -36,11 +36,11 @@ class FocusForward(BlockForward):
         super().__init__(model, state, changed(config, {"cache": "block"}), special, *args, **options)
         self.model, self.how = self.model.by_layers(how.name, experts=True), how
         rows, device = len(state.tokens), self.origin.device
-        #: which tokens of the block are forwarded no more, and which positions the last forward spoke of, bool [S, T]
+        #: tokens of the block that are no longer computed, and positions that the last pass predicted, bool [S, T]
         self._settled, self._spoken = torch.zeros_like(state.is_open), torch.ones_like(state.is_open)
-        #: up to which column all layers have keys and values of the block, -1 if of none, int32 [S]
+        #: column up to which all layers have keys and values of the block, -1 if they have none, int32 [S]
         self._done = torch.full_like(self.state.origin, -1)
-        #: tokens decided in the block, and forwards that decided some, int32 [S]
+        #: number of tokens decided in the block, and of forward passes that decided any, int32 [S]
         self._decided, self._forwards = torch.zeros_like(self._done), torch.zeros_like(self._done)
         self._all_rows = torch.arange(2 * rows if self.is_guided else rows, device=device)
         self._is_step = self._measures = False
@@ -57,7 +57,7 @@ class FocusForward(BlockForward):
         width: int | None = None, rows: Rows | None = None,
     ) -> Tensor:  # fmt: skip
         self._note_open(rows)
-        # forms that serve any rows say of columns that there are as many as there can be
+        # forms whose shapes suit any rows give the maximum number of columns
         self._is_step, self._measures = True, pending < self.most_columns
         hidden = super().__call__(part, window, standing, pick, pending, width, rows)
         self._is_step = False
@@ -75,7 +75,7 @@ class FocusForward(BlockForward):
         return hidden
 
     def _block(self, slots: Tensor) -> Tensor:
-        """Which of the columns int `[S, Q]` stand in the rows' blocks; of a guided batch `[2 S, Q]`."""
+        """Return which of the columns int `[S, Q]` are in their row's block; `[2 S, Q]` with guidance."""
         first, length = self._place.outer[:, None], self._place.outer_length[:, None]
         if len(slots) > len(first):
             first, length = torch.cat((first, first)), torch.cat((length, length))
@@ -103,7 +103,7 @@ class FocusForward(BlockForward):
         return Narrowing(**parts, rows=cache, half=half, measures=self._measures)
 
     def _take_notice(self, plan: Narrowing, rows: Rows | None) -> None:
-        """Write down what the forward spoke of, and how far all layers have the block now."""
+        """Store the positions that the pass predicted, and how far all layers have the block's keys and values now."""
         count = len(self._row) if rows is None else len(rows.index) // (2 if self.is_guided else 1)
         column, reached = plan.spoken(count, self.length)
         spoken = torch.zeros_like(self._spoken[:1]).repeat(count, 1)
@@ -123,7 +123,7 @@ class FocusForward(BlockForward):
         return TokenWindow.of(torch.where(used, window.positions, -1), window.origin, used)
 
     def learn(self, step: Step, rows: Rows | None) -> None:
-        """Count what a step has decided, and find out which tokens need not be forwarded again."""
+        """Count the tokens that a step has decided, and find the ones that need not be computed again."""
         taken = None if rows is None else rows.taken
         columns = self.slots[: len(self._settled)]
         inside = self._block(columns)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forwards of a canvas: what the model is given of each row, what it may see there, and where its answers stand."""
+"""Forward passes over a canvas: the model's inputs for each row, and which columns may attend to which."""
 
 from __future__ import annotations
 
@@ -21,18 +21,20 @@ from .state import State, put
 
 
 class Forward:
-    """Runs the model on columns of the canvas. Under guidance the batch is doubled, the conditional half first.
+    """Runs the model on columns of the canvas. Guidance doubles the batch, with the conditional half first.
+
+    With guidance, the attributes have 2 S rows.
 
     Attributes
     ----------
     shift : int
-        1 where row i of the logits speaks of position i + 1, else 0.
+        1 if row i of the logits predicts position i + 1, else 0.
     origin, ends : Tensor
-        int32 `[S]` (twice under guidance): where each row starts, and how far it may reach.
+        int32 `[S]`: first column of each row, and the column at which it must end.
     slots, positions : Tensor
-        int32 and int64 `[S, T]` (twice): every column; and its place in the request.
+        int32 and int64 `[S, T]`: the number of every column, and its position within the request.
     kv_range : Tensor, optional
-        int32 `[S, 2]` (twice): what of the canvas is the row's; None: all of it.
+        int32 `[S, 2]`: the range of columns that belongs to each row; None: all of the canvas.
     """
 
     def __init__(
@@ -40,9 +42,9 @@ class Forward:
         prompt_embeds: Tensor | None = None, ends: Tensor | None = None, rows_change: bool = False,
         prompt_limit: Tensor | None = None,
     ):  # fmt: skip
-        """`ends` int32 `[S]`: how far each request may reach where that is less than the grid's end. `rows_change`:
-        whether rows are given other requests while others are decoded. `prompt_limit` int32 `[S, P]`: the last column
-        that each column of the prompts sees where context is causal; None: its own.
+        """`ends` int32 `[S]`: where each request ends, if before the end of the grid. `rows_change`: whether rows are
+        given new requests while others are decoded. `prompt_limit` int32 `[S, P]`: the last column that each prompt
+        column attends to if the context is causal; None: itself.
         """  # fmt: skip
         self.model, self.state, self.config, self.special, self.grid = model, state, config, special, grid
         self.shift = 1 if config.logit_alignment == "shift" else 0
@@ -54,35 +56,35 @@ class Forward:
         self.slots = self._columns.int().expand(rows, self.length)
         self.positions = torch.zeros(rows, self.length, dtype=torch.int64, device=self.origin.device)
         self.kv_range: Tensor | None = None
-        self._to_decode = torch.ones_like(self.origin)  # positions of each row that are open at first
+        self._to_decode = torch.ones_like(self.origin)  # number of positions of each row that are open at first
         self.cache = KVCache(self.length, rows) if config.cache != "none" else None
         self.rows_change = rows_change
-        #: how many columns a block sees, itself included, of a canvas that is longer than that; None: all
+        #: number of columns that a block attends to, itself included, if the canvas is longer; None: all
         self.reach = model.reach if config.cache == "block" and self.length > (model.reach or 0) else None
-        #: `prompt_limit` for all columns of the canvas, int32 `[S, T]`
+        #: `prompt_limit`, extended to all columns of the canvas, int32 `[S, T]`
         self.limit: Tensor | None = None
         if prompt_limit is not None:
             self.limit = self.slots.clone()
             self.limit[:, : prompt_limit.shape[1]] = prompt_limit
-        #: whether the model is told where its decoding stands
+        #: whether the model takes the time, that is, the progress of the decoding, as input
         self.takes_time = model.takes_time
-        # Guidance doubles the batch: the second half sees something else where tokens were given.
+        # with guidance, the second half of the batch sees other tokens in place of the given ones
         self.unconditional: Unconditional | None = None
-        #: input embeddings of all the canvas `[S, T, hidden]` (twice), where a rule has set some; and which of them
+        #: input embeddings set by a rule, `[S, T, hidden]` (2 S with guidance), and which columns have some, `[S, T]`
         self.embeds: Tensor | None = None
         self.embedded: Tensor | None = None
-        #: what the last forward said of all the canvas `[S, T, hidden]` (twice), for models with self-conditioning
+        #: mean embeddings of the last predictions, `[S, T, hidden]` (2 S with guidance), for self-conditioning models
         self.opinion: Tensor | None = None
 
     def begin(self) -> None:
-        """Nothing has been forwarded yet of the requests that the state holds."""
+        """Start decoding the requests that the state holds."""
         self.look()
         self.forget(torch.ones_like(self.state.origin, dtype=torch.bool))
 
     def look(self, rows: Tensor | None = None) -> None:
-        """Find out where the requests stand that the state holds now, new ones in rows bool `[S]`; None: in all."""
+        """Read the positions of the requests from the state. Rows bool `[S]` hold new requests; None: all do."""
         state, grid = self.state, self.grid
-        #: the largest number of columns that any row has left of its first block; where rows change, that there may be
+        #: largest number of columns that any row has before its first block; if rows change, that any may have
         self.depth = grid.span[1] if self.rows_change else max(int((grid.first - state.origin).max()), 0)
         if self.is_guided:
             if self.unconditional is None:
@@ -97,7 +99,7 @@ class Forward:
             if self._given_embeds is not None:
                 blind = self.model.embed(other.tokens[:, : self._given_embeds.shape[1]])
                 self.prompt_embeds = torch.cat((self._given_embeds, blind))
-        #: for models whose rotary embedding depends on the length: that of a request is its canvas's
+        # for models whose rotary embedding depends on a request's length, which is that of its canvas
         ends = self.ends if self._given_ends is None else self.twice(self._given_ends)
         self.rotations = self.model.rotations(ends - self.origin)
         self.positions.copy_((self._columns - self.origin[:, None]).clamp(min=0))
@@ -110,9 +112,9 @@ class Forward:
 
     @torch.no_grad()
     def reserve(self) -> None:
-        """Allocate the cache of keys and values now, which else happens in the first forward that has one.
+        """Allocate the KV cache now instead of in the first forward pass that uses it.
 
-        It takes a forward of one column of each row, which writes nothing.
+        This runs a forward pass over one column per row, which writes nothing.
         """
         if self.cache is None:
             return
@@ -121,17 +123,17 @@ class Forward:
 
     @property
     def length(self) -> int:
-        """T, columns of the canvas."""
+        """T, the number of columns of the canvas."""
         return self.state.tokens.shape[1]
 
     def twice(self, x: Tensor) -> Tensor:
-        """`x` `[S, …]` for both halves of a guided batch."""
+        """Repeat `x` `[S, …]` for both halves of the batch with guidance; return it as it is without."""
         return torch.cat((x, x)) if self.is_guided else x
 
-    # --- what the next forward is told beyond the tokens --------------------------------------------------------------
+    # --- inputs of the next forward pass beyond the tokens ------------------------------------------------------------
 
     def forget(self, rows: Tensor) -> None:
-        """Forget what was set for the next forward, in rows bool `[S]` that come into another block."""
+        """Discard what was set for the next forward pass in rows bool `[S]`, which enter another block."""
         if self.embedded is not None:
             self.embedded.masked_fill_(self.twice(rows)[:, None], False)
         if self.opinion is not None:
@@ -140,13 +142,13 @@ class Forward:
     def condition_next(
         self, window: TokenWindow, logits: Logits, temperature: float | Tensor, rows: Tensor | None = None
     ) -> None:
-        """In the next forward, let the model know the distributions of the window's slots, of logits `[N or 2N, V]`.
+        """Condition the next forward pass on the distributions of the window's slots, from logits `[N or 2N, V]`.
 
-        Here and below in some rows, bool `[S]`, and what was set for the others stays; None: in all.
+        `rows` bool `[S]` (None: all): the rows to set. Other rows keep what was set for them.
         """
         assert isinstance(self.model, EncoderDecoderModel)
         positions = self.twice(window.positions)
-        if isinstance(temperature, Tensor):  # one for each row of the logits
+        if isinstance(temperature, Tensor):  # one per row of the logits
             temperature = self.twice(temperature).repeat_interleave(len(logits) // len(positions))
         model = self.model
 
@@ -156,21 +158,21 @@ class Forward:
 
         soft = by_rows(logits, mean).unflatten(0, positions.shape)
         column = torch.where(positions >= 0, positions, self.length).long()[..., None].expand_as(soft)
-        nothing = soft.new_zeros(len(soft), self.length + 1, soft.shape[2])  # one more column, for the other slots
+        nothing = soft.new_zeros(len(soft), self.length + 1, soft.shape[2])  # one extra column, for the other slots
         opinion = nothing.scatter(1, column, soft)[:, :-1]
         if self.opinion is None:
             self.opinion = torch.zeros_like(opinion)
         put(self.opinion, opinion, rows if rows is None else self.twice(rows))
 
     def embed_next(self, window: TokenWindow, embeds: Tensor, where: Tensor, rows: Tensor | None = None) -> None:
-        """In the next forward, let `embeds` `[S, W, hidden]` stand in for the tokens' where `where` says so."""
+        """In the next forward pass, embed the slots `where` bool `[S, W]` as `embeds` `[S, W, hidden]`."""
         if not self.model.embeds_by_token:
             raise ValueError(
-                f"rule {type(self.config.rule).__name__} cannot be used with this model: what it embeds a token as "
-                "depends on the whole row"
+                f"rule {type(self.config.rule).__name__} cannot be used with this model: its embedding of a token "
+                "depends on the whole sequence"
             )
         column = torch.where(where, window.positions, self.length).long()
-        # one more column, for the other slots
+        # one extra column, for the other slots
         embedded = torch.zeros_like(self.state.is_open[:, :1]).repeat(1, self.length + 1).scatter(1, column, True)
         own = embeds.new_zeros(len(embeds), self.length + 1, embeds.shape[2])
         own = self.twice(own.scatter(1, column[..., None].expand_as(embeds), embeds)[:, :-1])
@@ -183,16 +185,17 @@ class Forward:
         put(self.embeds, own, rows)
         put(self.embedded, embedded, rows)
 
-    # --- forwards -----------------------------------------------------------------------------------------------------
+    # --- forward passes -----------------------------------------------------------------------------------------------
 
     def at(
         self, columns: Tensor, end: Tensor, used: Tensor | None = None, tokens: Tensor | None = None,
         rows: Rows | None = None, start: Tensor | None = None, **visibility: Any,
     ) -> Tensor:  # fmt: skip
-        """Hidden states `[S, Q, hidden]` of the canvas columns int32 `[S, Q]`, which see nothing from `end` `[S]` on.
+        """Compute hidden states `[S, Q, hidden]` of canvas columns int32 `[S, Q]`, which attend to `[start, end)`.
 
-        And nothing before `start` `[S]`, where that is given. Columns outside of the request, and those not `used` bool
-        `[S, Q]`, are unused slots. `tokens` int64 `[S, Q]` stand in for what the canvas holds there. `rows`: see `run`.
+        `start` and `end` are int32 `[S]`; if `start` is None, the request's first column. Columns outside of the
+        request, and those not `used` bool `[S, Q]`, become unused slots. `tokens` int64 `[S, Q]` replace those of the
+        canvas. `rows`: see `run`.
         """
         outside = (columns < self.origin[:, None]) | (columns >= self.ends[:, None])
         inside = columns.clamp(0, self.length - 1).long()
@@ -207,10 +210,10 @@ class Forward:
         self, columns: Tensor | None, positions: Tensor, window: AttentionWindow, tokens: Tensor | None = None,
         moment: dict[str, Tensor] | None = None, rows: Rows | None = None,
     ) -> Tensor:  # fmt: skip
-        """Hidden states `[S, Q, hidden]` of the columns int64 `[S, Q]`, or of all (None), at `positions` `[S, Q]`.
+        """Compute hidden states `[S, Q, hidden]` of columns int64 `[S, Q]` (None: all) at `positions` `[S, Q]`.
 
-        `moment`: arguments of `Moment`, for backbones that may take the time. `rows`: which are forwarded (of both
-        halves of a guided batch), the only ones of the result, then `[n, Q, hidden]`; None: all.
+        `moment`: arguments of `Moment`, for models that take the time. `rows`: the batch rows to compute (with
+        guidance, of both halves); the result then holds only these, `[n, Q, hidden]`. None: all.
         """
         if tokens is None:
             tokens = self.tokens()
@@ -231,7 +234,7 @@ class Forward:
         return self.model.hidden(tokens, positions, window, embeds, opinion, Moment(**told))  # type: ignore[call-arg]
 
     def moment_of(self, standing: Standing) -> dict[str, Tensor]:
-        """What a model that takes the time is told of a step, as arguments of `Moment`."""
+        """Return what a model that takes the time is told about a step, as arguments of `Moment`."""
         if not self.takes_time:
             return {}
         moment = {
@@ -245,14 +248,14 @@ class Forward:
         return moment
 
     def tokens(self) -> Tensor:
-        """What stands on the canvas, int64 `[S, T]`, for both halves of a guided batch."""
+        """Return the tokens of the canvas, int64 `[S, T]`; with guidance, for both halves."""
         tokens = self.state.tokens
         return tokens if self.unconditional is None else torch.cat((tokens, self.unconditional.see(tokens)))
 
     def _embeds(self, tokens: Tensor, columns: Tensor | None) -> Tensor | None:
-        """Input embeddings at the columns, those of the prompt and of the rule where they gave some.
+        """Return input embeddings at the columns, or None if tokens suffice.
 
-        None if neither did.
+        They are the prompt's or the rule's where these are given, else those of the tokens.
         """
         if self.prompt_embeds is None and self.embeds is None:
             return None
@@ -266,30 +269,30 @@ class Forward:
         given = (columns < self.prompt_embeds.shape[1])[:, :, None]
         return torch.where(given, _at(self.prompt_embeds, columns), embeds)
 
-    # --- what rows see, as arguments of AttentionWindow ---------------------------------------------------------------
+    # --- attention patterns, as arguments of AttentionWindow ----------------------------------------------------------
 
     def block_causal(self) -> dict[str, Any]:
-        """The blocks of the grid see themselves and what stands left."""
+        """Let each block of the grid attend to itself and to everything left of it."""
         first = self.twice(self.grid.first)
         if self.config.block_grid == "absolute" and self.state.negative is None:
             origin = self.origin
         elif self.config.block_grid == "prompt":
             origin = first
-        else:  # a negative prompt is cut into blocks from its end: what is decoded must be one block in both halves
+        else:  # count blocks of a negative prompt from its end, so that the answer has the same blocks in both halves
             origin = first % self.grid.length
         return {"causal_block": self.grid.length, "block_origin": origin}
 
     def seen_from(self, end: Tensor) -> Tensor:
-        """The first column that a block sees which ends before column `end`, int32 `[S]` (twice)."""
+        """Return the first column that a block ending before column `end` attends to, int32 `[S]`."""
         return self.origin if self.reach is None else torch.maximum(self.origin, end - self.reach)
 
     def reading_order(self) -> Tensor:
-        """Place of every column if what is decided were read before what is open: int32 `[S, T]`."""
+        """Return each column's place in an order with all decided columns before all open ones, int32 `[S, T]`."""
         return torch.where(self.twice(self.state.is_open), self.slots + self.length, self.slots).contiguous()
 
 
 def _at(values: Tensor, columns: Tensor | None) -> Tensor:
-    """`values` `[S, T, hidden]` at columns int64 `[S, Q]`, the nearest that there is: `[S, Q, hidden]`."""
+    """Gather `values` `[S, T, hidden]` at columns int64 `[S, Q]`, clamped to the last one: `[S, Q, hidden]`."""
     if columns is None:
         return values
     inside = columns.clamp(max=values.shape[1] - 1)
@@ -297,6 +300,6 @@ def _at(values: Tensor, columns: Tensor | None) -> Tensor:
 
 
 def rows_at(hidden: Tensor, row: Tensor) -> Tensor:
-    """Rows `row` `[S, W]` of `hidden` `[S, Q, hidden]`, the nearest that there is."""
+    """Gather `hidden` `[S, Q, hidden]` at indices `row` `[S, W]`, clamped to the valid range: `[S, W, hidden]`."""
     inside = row.clamp(0, hidden.shape[1] - 1).long()
     return hidden.gather(1, inside[:, :, None].expand(-1, -1, hidden.shape[2]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The front doors: `generate` after a prompt, `infill` wherever the masks are."""
+"""Public entry points: `generate` continues a prompt; `infill` fills in mask tokens anywhere in a sequence."""
 
 from __future__ import annotations
 
@@ -59,45 +59,72 @@ def generate(
     Parameters
     ----------
     model : PreTrainedModel or DiffusionModel
-        A diffusion language model loaded by transformers, or what `adapt` made of it. It must be in evaluation mode.
+        A diffusion language model loaded by transformers, or the result of `adapt`. It must be in evaluation mode.
     input_ids : Tensor or str or list or mapping
-        int64 `[B, P]` prompts, shorter ones padded on the left; `[P]` is one prompt. On the model's device. An empty
-        prompt `[B, 0]` is decoded after nothing: B samples of the model's own. Or text, a list of texts, a chat (a list
-        of messages with "role" and "content") or a list of chats, which need the `tokenizer`; a list of ids, or of
-        lists of ids of any lengths; or what a tokenizer returns (`input_ids` with `attention_mask`, padded on either
-        side), or DiffusionGemma's processor, with images. All of these are padded here, on the left.
+        The prompts, in one of these forms. Those that are not tensors are padded here, on the left.
+
+        - int64 `[B, P]` on the model's device, shorter prompts padded on the left; `[P]` is one prompt. `[B, 0]` is B
+          empty prompts, which draws B unconditional samples from the model.
+        - Text, a list of texts, a chat (a list of messages with "role" and "content") or a list of chats. These need
+          the `tokenizer`.
+        - A list of token ids, or a list of such lists, of any lengths.
+        - The result of a tokenizer (`input_ids` with `attention_mask`, padded on either side), or of DiffusionGemma's
+          processor, with images.
     attention_mask : Tensor, optional
-        `[B, P]`, 0 for padding. Without it, the model's padding token (`pad_token_id`) on the left of a row is taken
-        for padding where it is nothing else; a warning says so where it may be something else (an end token, say).
+        `[B, P]`, 0 for padding; for `input_ids` in a tensor. If None, padding tokens (`pad_token_id`) on the left of a
+        row are treated as padding. Exception: a padding token that also has another meaning (an end token, say) is
+        treated as part of the prompt, with a warning if rows begin with different numbers of it.
     config : DecodingConfig, str or dict, optional
-        How to decode: a configuration, the name of a preset, or fields of a configuration. None: the decoder that the
-        model's family was published with.
+        How to decode: a configuration, the name of a preset, or a dict of configuration fields. If None, the adaptive
+        decoder that the model's family was published with, or `DecodingConfig()` if it has none.
     streamer : transformers streamer, or list of them, optional
-        Receives the prompt, each finished block, and (if it has `put_draft`) the canvas after each step. For several
-        requests a list with one for each, or None. Reading the canvas for it costs a device synchronisation a step.
+        Receives the prompt, each finished block, and (if it has a method `put_draft`) the canvas after each step, that
+        is, prompt and answer with mask tokens at open positions. For several requests, a list with a streamer or None
+        for each. Reading the canvas costs a device synchronization per step.
     drafter : Drafter, optional
-        What `load_drafter` has loaded for this model, a causal one: its tokens are decoded from left to right, as many
-        a forward as the drafter has guessed right. The same as `rule=Drafted(drafter)`.
+        A drafter for this model, which must be causal, from `load_drafter`. Tokens are decoded from left to right, as
+        many per forward pass as the drafter guessed correctly. Equivalent to `rule=Drafted(drafter)`.
     tokenizer : PreTrainedTokenizer, optional
-        Reads text; names the mask token where the model does not; and is what `DecodingOutput.text` uses.
+        Tokenizes text, supplies the mask token if the model names none, and is the default of `DecodingOutput.text`.
     negative_prompt : optional
-        With `cfg_scale`: what the unconditional half of the guidance sees in place of the prompt, in any of the forms
-        of `input_ids`, and of any length. One for all requests, or one each. None: masks in place of all that is given.
+        With `cfg_scale`: the prompt for the unconditional half of classifier-free guidance, in any form of `input_ids`
+        and of any length. One for all requests, or one each. If None, that half sees mask tokens in place of the
+        prompt and the given tokens.
     inputs_embeds : Tensor, optional
-        `[B, P, hidden]`: input embeddings of the prompts, in place of `input_ids`. The result then holds padding where
-        the prompts were.
+        `[B, P, hidden]`: input embeddings of the prompts, in place of `input_ids`. The result then holds padding tokens
+        in the columns of the prompts.
     given : Tensor, optional
-        int64 `[B, max_new_tokens]` or `[max_new_tokens]`: tokens that stand in the answer from the start and stay, -1
-        where one is to be decoded. Block by block only.
+        int64 `[B, max_new_tokens]` or `[max_new_tokens]`: tokens of the answer that are fixed from the start, -1 where
+        one is to be decoded. Needs a rule that decodes block by block, as does `suffix`.
+    suffix : Tensor, optional
+        int64 `[K]` or `[B, K]`: fixed tokens that follow each answer. They do not count toward `max_new_tokens`.
+    num_return_sequences : int
+        Number of answers to each prompt, in adjacent rows of the result. Above 1, decoding must involve randomness.
+    stop_strings : str or sequence of str, optional
+        Texts that end an answer; need the `tokenizer`. The answer ends with the token that completes one of them.
+    repetition_penalty : float
+        Divides positive and multiplies negative logits of tokens that the request already holds, as in transformers; 1
+        disables it.
+    logits_processor : callable or sequence of callables, optional
+        Each is called in every step with a request's decided tokens, int64 `[n, t]`, and the logits of its open
+        positions, float32 `[n, V]`, and returns logits. Runs on the host.
+    top_logprobs : int
+        Number of most likely tokens to record for each position, in `top_ids` and `top_log_probability` of the result.
+        0 records none.
+    on_step : callable, optional
+        Called with a `StepReport` after each step. Costs a device synchronization per step, as does `stop_strings`.
+    graphs : {"auto", True, False}
+        Whether to capture steps as CUDA graphs and replay them. "auto" does so where possible; True raises a
+        ValueError where it is not.
     steps_per_poll : int
-        After how many steps the host looks at what they report. The tokens are the same whatever it is. More than 1
-        spares the host work between steps, and makes steps in vain at the end of a block: for models whose steps take
-        a GPU less time than the host.
+        Number of steps that run before the host checks their results. Does not change the tokens. Values above 1 reduce
+        host work between steps, at the cost of a few wasted steps at the end of each block. Useful for models whose
+        steps take less time on the GPU than on the host.
     trace : bool
-        Record everything that happens, for `out.trace`: what was committed, edited, taken back, inserted and removed in
-        each forward. Costs a device synchronisation a step; steps are not captured then.
+        Record every change of the canvas in `out.trace`: tokens committed, edited, remasked, inserted and removed by
+        each forward pass. Costs a device synchronization per step and disables `graphs`.
     **overrides
-        Fields of `DecodingConfig`, which take precedence. One that makes no difference is an error.
+        Fields of `DecodingConfig`, which take precedence over `config`. An option without effect is an error.
 
     Returns
     -------
@@ -106,10 +133,10 @@ def generate(
     Raises
     ------
     ValueError
-        When an argument has the wrong shape, dtype, device or range, an option has no effect, the canvas is longer
-        than the model can encode, or an id the decoding needs is unknown. The message names it.
+        If an argument has the wrong shape, dtype, device or range, an option has no effect, the canvas is longer than
+        the model can encode, or a token id that the decoding needs is unknown. The message names the argument.
     TypeError
-        When an option is unknown or of the wrong kind.
+        If an option is unknown or of the wrong type.
 
     Examples
     --------
@@ -124,7 +151,7 @@ def generate(
         "input_ids", input_ids, attention_mask, tokenizer, model.device, filler(special)
     )  # fmt: skip
     if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("input_ids or inputs_embeds must be given, and not both")
+        raise ValueError("exactly one of input_ids and inputs_embeds must be given")
     if inputs_embeds is not None:
         input_ids = check_embeds(model, inputs_embeds, special.pad)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -188,19 +215,18 @@ def infill(
     trace: bool = False,
     **overrides,
 ) -> DecodingOutput:
-    """Decode the mask tokens of a canvas wherever they stand; every other token is kept.
+    """Decode the mask tokens of a canvas, wherever they are, and keep every other token.
 
     Parameters
     ----------
     tokens : Tensor or str or list or mapping
-        int64 `[B, T]` or `[T]`, holding -1 or `mask_token_id` where a token is wanted. Models whose noise is other
-        tokens (Duo) have no mask token: for them it is -1. Or one of the other forms in which `generate` takes prompts;
-        in text, `tokenizer.mask_token` stands where a token is wanted.
+        The canvases: int64 `[B, T]` or `[T]`, with -1 or `mask_token_id` at each position to decode. For models without
+        a mask token, whose noise is other tokens (Duo), use -1. Also accepts the other forms of `input_ids` of
+        `generate`; in text, write `tokenizer.mask_token` for each token to decode.
 
-    The other parameters, the result and the errors are those of `generate`; `block_length` divides each canvas from its
-    first token on.
-    `max_new_tokens` has a meaning for rules that change the length alone (`Expanding`): it is what the masks of a row
-    may become, and no less than there are.
+    The other parameters, the result and the errors are those of `generate`. Blocks of `block_length` are counted from
+    the first token of each canvas. `max_new_tokens` is only used by rules that change the length (`Expanding`): it is
+    the largest number of tokens that the masks of a row may become, and at least the number of masks in any row.
     """
     overrides = read_options(model, config, overrides, tokenizer)
     model, config, special = prepare(model, config, overrides, "infillings")
@@ -217,13 +243,13 @@ def infill(
         least, most = is_open.sum(1).aminmax()
         if most > config.longest:
             raise ValueError(
-                f"max_new_tokens must be at least the number of masks of any row, {int(most)}; got {config.longest}"
+                f"max_new_tokens must be at least the number of masks in any row, {int(most)}; got {config.longest}"
             )
         width += config.longest - int(least)
-        grown = f" and may become {width} long"
+        grown = f" and may grow to {width}"
     if model.max_length is not None and width > model.max_length:
         raise ValueError(
-            f"tokens is {length} long{grown}, longer than the model's max_position_embeddings of {model.max_length}"
+            f"tokens has length {length}{grown}, more than the model's max_position_embeddings of {model.max_length}"
         )
     more = (0, width - length)
     check_streamer(streamer, batch)
@@ -240,7 +266,7 @@ def infill(
 
 
 def _check_length(model, config: DecodingConfig, length: int, prompt_length: int, end: int) -> None:
-    """Refuse canvases of `length` columns that are longer than what the model has positions for."""
+    """Raise a ValueError if a canvas of `length` columns is longer than the model can encode."""
     longest = model.max_length
     if longest is None or length <= longest:
         return
@@ -251,7 +277,7 @@ def _check_length(model, config: DecodingConfig, length: int, prompt_length: int
         f"input_ids ({prompt_length} tokens) and max_new_tokens ({end - prompt_length}) make a canvas of {length}"
         f", longer than the model's max_position_embeddings of {longest}"
         + (
-            "; beyond that only answers can go, with cache='block' and without guidance and sub_block_cache"
+            "; only answers can go beyond it, with cache='block' and without cfg_scale and sub_block_cache"
             if model.reach is not None
             else ""
         )
@@ -259,11 +285,11 @@ def _check_length(model, config: DecodingConfig, length: int, prompt_length: int
 
 
 def _check_without_prompt(config: DecodingConfig, given: Tensor | None, negative_prompt) -> None:
-    """Refuse what needs a prompt."""
+    """Raise a ValueError if the rule or guidance needs a prompt; called for empty prompts."""
     if isinstance(config.rule, (Strided, SelfSpeculative, NextToken)):
         raise ValueError(
-            f"input_ids must hold at least one token with rule {type(config.rule).__name__}, which reads the first "
-            "token of the answer off the last one of the prompt"
+            f"input_ids must hold at least one token with rule {type(config.rule).__name__}, which predicts the first "
+            "token of the answer from the last token of the prompt"
         )
     if config.cfg_scale > 0 and given is None and negative_prompt is None:
-        raise ValueError("cfg_scale has no effect without a prompt: guidance hides what is given, and nothing is")
+        raise ValueError("cfg_scale has no effect without a prompt: guidance masks given tokens, and there are none")

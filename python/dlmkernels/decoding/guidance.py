@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classifier-free guidance: what the unconditional half of a batch sees in place of the prompt."""
+"""Classifier-free guidance: the tokens that the unconditional half of a batch sees in place of the prompt."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from .state import NegativePrompt, State, put
 
 @dataclass(frozen=True)
 class PromptPair:
-    """A batch of prompts and of negative prompts, both padded on the left to the longer of the two.
+    """A batch of prompts and one of negative prompts, both left-padded to the longer of the two lengths.
 
     Attributes
     ----------
     tokens, origin : Tensor
-        int64 `[B, P]` and int32 `[B]`: the prompts.
+        int64 `[B, P]` and int32 `[B]`: the prompts, and the column at which each begins.
     negative : NegativePrompt, optional
-        The others.
+        The negative prompts.
     added : int
-        How many columns of padding the prompts have got.
+        Number of padding columns that were added to the prompts.
     """
 
     tokens: Tensor
@@ -34,7 +34,7 @@ class PromptPair:
     added: int = 0
 
     def widened(self, values: Tensor | None) -> Tensor | None:
-        """Values `[B, P, …]` of the prompts' columns before that, with zeros in the new ones."""
+        """Extend values `[B, P - added, …]` of the original columns to all P columns, with zeros in the added ones."""
         return None if values is None else pad(values, (0, 0) * (values.dim() - 2) + (self.added, 0))
 
 
@@ -42,12 +42,12 @@ def pair_prompts(
     tokens: Tensor, origin: Tensor, negative_prompt, tokenizer, config: DecodingConfig, special: SpecialTokens,
     vocab: int | None,
 ) -> PromptPair:  # fmt: skip
-    """Prompts `[B, P]` beside what the unconditional half sees instead, of any length; None: masks, as many."""
+    """Pair prompts `[B, P]` with negative prompts of any length; None: mask tokens replace the prompts."""
     if negative_prompt is None:
         return PromptPair(tokens, origin)
     name, batch = "negative_prompt", len(tokens)
     if not config.cfg_scale > 0:
-        raise ValueError(f"{name} is for guidance: pass cfg_scale above 0, too; got {config.cfg_scale}")
+        raise ValueError(f"{name} needs classifier-free guidance: pass cfg_scale above 0; got {config.cfg_scale}")
     if isinstance(negative_prompt, Tensor):
         if negative_prompt.dtype != torch.int64 or negative_prompt.dim() not in (1, 2):
             raise ValueError(f"{name} must be int64 [P] or [B, P]; got {_shape(negative_prompt)}")
@@ -72,14 +72,14 @@ def pair_prompts(
 
 
 class Unconditional:
-    """The canvas as the unconditional half sees it: masks where tokens were given, or a prompt of its own.
+    """The canvas of the unconditional half: mask tokens in place of given tokens, or a negative prompt.
 
     Attributes
     ----------
     origin : Tensor
-        int32 `[B]`: where its requests start.
+        int32 `[B]`: first column of each request in this half.
     tokens, replaced : Tensor
-        int64 and bool `[B, T]`: what stands there instead, and where.
+        int64 and bool `[B, T]`: the replacement tokens, and the columns in which they are used.
     """
 
     def __init__(self, canvas: State, mask_token: int):
@@ -95,12 +95,12 @@ class Unconditional:
             self.replaced[:, : width - behind] = True
 
     def look(self, rows: Tensor | None = None) -> None:
-        """Find out what is given now in rows bool `[B]`; None: in all."""
+        """Read from the state which tokens are given in rows bool `[B]`; None: in all rows."""
         if self._canvas.negative is None:
             put(self.replaced, ~self._canvas.is_open, rows)
 
     def see(self, tokens: Tensor) -> Tensor:
-        """The canvas' tokens int64 `[B, T]` with what was given replaced."""
+        """Return the tokens of the canvas, int64 `[B, T]`, as this half sees them."""
         return torch.where(self.replaced, self.tokens, tokens)
 
 

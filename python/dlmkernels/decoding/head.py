@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From hidden states to what is asked of their logits, with no more logits in memory than the budget.
+"""From hidden states to statistics of their logits, with no more logits in memory than the budget allows.
 
-Logits are by far the largest tensors of a decoding: float32 ones of 256 rows of 262,144 tokens take 256 MiB, and what
-is computed from them is a few numbers a row. Three ways lead from hidden states to these numbers:
+Logits are by far the largest tensors of a decoding: in float32, 256 rows of 262,144 tokens take 256 MiB. Only a few
+numbers per row are computed from them. There are three ways from hidden states to these numbers:
 
-- *logits*: the model's head, then `ops.token_confidence`, where the logits fit the budget;
-- *slices*: the same for a part of the rows at a time, where they do not;
-- *fused*: `ops.lm_head_confidence`, which makes no logits at all, where it is no slower (`prefers_fused`).
+- *logits*: the model's head, then `ops.token_confidence`, if the logits fit the budget;
+- *slices*: the same for some of the rows at a time, if they do not;
+- *fused*: `ops.lm_head_confidence`, which never stores the logits, where it is no slower (`prefers_fused`).
 
-Of a tensor-parallel model each rank has a part of the vocabulary, and there is a fourth way:
+In a tensor-parallel model, each rank holds a part of the vocabulary. This adds a fourth way:
 
-- *sharded*: `ops.shard_confidence` of the rank's own logits, then `ops.combine_shards` of what all ranks say.
+- *sharded*: `ops.shard_confidence` on each rank's own logits, then `ops.combine_shards` on the results of all ranks.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from .config import DecodingConfig
 from .hidden_rows import HiddenRows
 from .sharded_rows import ShardedRows
 
-#: Below this size, in bytes, a processor's caches hold the weights, and torch's linear layer is the faster one.
+#: Below this size, in bytes, the weights fit into a processor's caches, and torch's linear layer is faster.
 LARGE_WEIGHT = 64 << 20
-#: Up to so many rows the fused head is no slower (benchmarks/README.md); in bfloat16 with products of it in hardware.
+#: Up to this many rows, the fused head is no slower (benchmarks/README.md); bfloat16: on CPUs with bfloat16 products.
 MOST_ROWS = {torch.bfloat16: 32, torch.float16: 512, torch.float32: 512}
-#: Bytes of logits that `ops.lm_head_confidence` has room for where it filters; beyond, it would read the weights again.
+#: Bytes of logits that `ops.lm_head_confidence` can hold when it filters; for more, it would read the weights again.
 FILTERED = 7_500_000
 
 
 class Head:
-    """A model's language-model head in a decoding.
+    """The language-model head, as used by a decoding.
 
     Attributes
     ----------
     model : DiffusionModel
     budget : int
-        Bytes that logits may take.
+        Maximum size of the logits, in bytes.
     may_fuse : bool
-        Whether all that is asked of the logits is asked of the fused head once a step.
+        Whether a single call of the fused head per step can compute everything that is needed of the logits.
     """
 
     def __init__(self, model: DiffusionModel, config: DecodingConfig, filters: bool):
-        """`filters`: whether top-k or top-p leave something out."""
+        """`filters`: whether top-k or top-p is active."""
         self.model, self.budget, self.mode = model, config.logits_budget, config.lm_head
         self.is_guided, self.filters = config.cfg_scale > 0, filters
         obstacle = obstacle_to_fusion(model, config)
@@ -55,15 +55,15 @@ class Head:
         obstacle = obstacle_to_sharding(model, config, filters) if self.mode in ("auto", "sharded") else "not asked for"
         if self.mode == "sharded" and obstacle:
             raise ValueError(f"lm_head='sharded' cannot be used here: {obstacle}; use 'auto'")
-        #: this rank's part of the head, where results are made of what all ranks say
+        #: this rank's part of the head, if the ranks combine their results; else None
         self.shard = model.head_shard() if obstacle is None else None
-        #: number of logits of a row, and their dtype, once a head that is no linear layer has shown them
+        #: number of logits per row and their dtype, known once a head that is not a linear layer has been run
         self._shown: tuple[int, torch.dtype] | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor | HiddenRows:
-        """Logits `[R, V]` of hidden states `[R, hidden]`, or what answers for them."""
+        """Return logits `[R, V]` of hidden states `[R, hidden]`, or `HiddenRows` that compute them on demand."""
         if isinstance(self.model, LogitsModel):
-            return self.model.logits(hidden)  # there already
+            return self.model.logits(hidden)  # the model has computed logits already
         if self.shard is not None:
             return ShardedRows(self.model.logits, hidden, self.shard, self.is_guided, self.budget)
         weight = self.model.linear_head()
@@ -91,41 +91,41 @@ class Head:
 
 
 def obstacle_to_fusion(model: DiffusionModel, config: DecodingConfig) -> str | None:
-    """Why the fused head cannot serve a decoding, or only by working several times a step; None if it can."""
+    """Return why the fused head cannot be used, or would have to run several times per step; None if it can be used."""
     weight = model.linear_head()
     if weight is None:
         return f"the head of {type(model.model).__name__} is not a plain linear layer without a bias"
     if weight.device.type not in ("cpu", "cuda"):
-        return f"it has kernels for CPUs and CUDA alone, and the head is on {weight.device}"
+        return f"it has kernels for CPUs and CUDA only, and the head is on {weight.device}"
     if config.rule.reads_logits:
         return f"rule {type(config.rule).__name__} reads the logits themselves"
     if config.constraint is not None:
-        return "a constraint may refuse tokens, and asks for others of the same logits"
+        return "a constraint may reject tokens, and then needs others from the same logits"
     if model.self_conditions:
-        return "the model takes in the whole distribution of the last forward"
+        return "the model is conditioned on the whole distribution of the last forward pass"
     return None
 
 
 def obstacle_to_sharding(model: DiffusionModel, config: DecodingConfig, filters: bool) -> str | None:
-    """Why ranks cannot exchange words in place of logits, or only by gathering the logits as well; None if they can."""
+    """Return why ranks cannot exchange statistics alone, without gathering the logits; None if they can."""
     if model.group is None:
-        return "the model is not divided among ranks (transformers' DistributedConfig(tp_size=…))"
+        return "the model is not split across ranks (transformers' DistributedConfig(tp_size=…))"
     if config.rule.reads_logits:
         return f"rule {type(config.rule).__name__} reads the logits themselves"
     if filters:
-        return "top_k and top_p look at all logits of a position"
+        return "top_k and top_p need all logits of a position"
     if model.head_shard() is None:
         return (
-            "its head is not a plain linear layer without a bias, divided by the vocabulary, with at least one of its "
-            "parts of 256 tokens for each rank"
+            "its head is not a plain linear layer without a bias, split by vocabulary, with at least one chunk of 256 "
+            "tokens for each rank"
         )
     return None
 
 
 def prefers_fused(weight: Tensor, rows: int, filters: bool) -> bool:
-    """Whether `ops.lm_head_confidence` is no slower than the linear layer of `weight` `[V, d]` on so many rows.
+    """Return whether `ops.lm_head_confidence` is no slower than the linear layer of `weight` `[V, d]`.
 
-    It has not been measured on a GPU: there it is used where `lm_head="fused"` asks for it.
+    It has not been measured on a GPU, where it is used only with `lm_head="fused"`.
     """
     if weight.device.type == "cuda":
         return False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step is told of the model's logits: the logits, or hidden states that answer for them."""
+"""The model's logits as a step gets them: as a tensor, or as hidden states from which they are computed on demand."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .calls import lm_head_confidence, token_confidence
 
 
 class HiddenRows:
-    """Hidden states in place of logits `[R, V]` that are not all in memory at any time.
+    """Hidden states that stand for logits `[R, V]`, which are never all in memory at once.
 
     Attributes
     ----------
     logits : callable
-        The model's head: hidden states `[n, hidden]` to logits `[n, V]`.
+        The model's head, from hidden states `[n, hidden]` to logits `[n, V]`.
     shape : tuple of int
-        (R, V), that of the logits. Under guidance R counts both halves.
+        (R, V), the shape of the logits. With guidance, R counts both halves.
     weight : Tensor, optional
-        `[V, hidden]` of the fused head; None: logits are made in slices.
+        `[V, hidden]`: weight of the fused head. If None, logits are computed in slices.
     """
 
     def __init__(
@@ -33,23 +33,23 @@ class HiddenRows:
         self.logits, self.hidden, self.weight, self.is_guided = logits, hidden, weight, is_guided
         self.shape = len(hidden), vocab
         self.device, self.dtype = hidden.device, dtype
-        #: rows of a slice
+        #: number of rows in a slice
         self.count = max(1, budget // (vocab * dtype.itemsize))
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def all(self) -> Tensor:
-        """All logits `[R, V]`, whatever the budget."""
+        """Compute all logits `[R, V]`, regardless of the budget."""
         return self.logits(self.hidden)
 
     def rows(self, rows: Tensor) -> Tensor:
-        """Logits of some rows, float32 `[n, V]`."""
+        """Compute the logits of rows int64 `[n]`, float32 `[n, V]`."""
         parts = (self.logits(self.hidden[part]).float() for part in rows.split(self.count))
         return torch.cat(list(parts))
 
     def of_tokens(self, rows: Tensor, tokens: Tensor) -> Tensor:
-        """Logits of one token in each of some rows, int64 `[n]` both; float32 `[n]`."""
+        """Compute the logit of one token in each of some rows, float32 `[n]`; `rows` and `tokens` are int64 `[n]`."""
         if self.weight is not None:
             return self._of_tokens_fused(rows, tokens)
         parts = (
@@ -59,9 +59,9 @@ class HiddenRows:
         return torch.cat(list(parts))
 
     def _of_tokens_fused(self, rows: Tensor, tokens: Tensor) -> Tensor:
-        """With the bits that they have in the fused head: a vocabulary of these tokens, of which each row may use one.
+        """Compute them bit for bit as the fused head does, on a vocabulary of just these tokens.
 
-        The logsumexp of a single logit is the logit.
+        A bitmask allows each row only its own token, and the logsumexp of a single logit is the logit.
         """
         assert self.weight is not None
         found = []
@@ -77,14 +77,14 @@ class HiddenRows:
         return torch.cat(found)
 
     def by_rows(self, of_logits: Callable[[Tensor, slice], Tensor]) -> Tensor:
-        """See the function `by_rows`."""
+        """Apply a function to all logits, slice by slice: see the function `by_rows`."""
         ranges = [slice(first, first + self.count) for first in range(0, len(self), self.count)]
         return torch.cat([of_logits(self.logits(self.hidden[rows]), rows) for rows in ranges])
 
     def confidence(self, row_map: Tensor, options: dict[str, Any]) -> ops.TokenConfidence:
-        """`ops.token_confidence` of the logits, under guidance those of both halves.
+        """Compute `ops.token_confidence` of the logits; with guidance, of those of both halves.
 
-        `row_map` int32 `[N]`: the row of each output, -1 for an unused one. `options`: its other arguments.
+        `row_map` int32 `[N]`: the row that each output reads, -1 if unused. `options`: other arguments of the op.
         """
         if self.weight is None:
             return self._sliced(row_map, options)
@@ -107,7 +107,7 @@ class HiddenRows:
         return found
 
     def _slices(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """Number of a slice's first row, its logits, and those of the same rows of the unconditional half."""
+        """Yield for each slice its first row, its logits, and those of the same rows in the unconditional half."""
         logits = self.logits
         if not self.is_guided:
             for i, part in enumerate(self.hidden.split(self.count)):
@@ -119,15 +119,15 @@ class HiddenRows:
             yield i * count, logits(part), logits(blind)
 
 
-#: what a step is told of the model's logits
+#: the model's logits as a step gets them
 Logits = Tensor | HiddenRows
 
 
 def by_rows(logits: Logits, of_logits: Callable[[Tensor, slice], Tensor]) -> Tensor:
-    """What a function makes of logits `[n, V]`, and of the rows that they are: a tensor `[n, …]`, of all rows."""
+    """Apply a function of logits `[n, V]` and their slice of rows to all logits; concatenate the results `[n, …]`."""
     return logits.by_rows(of_logits) if isinstance(logits, HiddenRows) else of_logits(logits, slice(None))
 
 
 def whole(logits: Logits) -> Tensor:
-    """All logits `[R, V]`, for what changes them or keeps them for longer than a step, whatever the budget."""
+    """Return all logits `[R, V]`, regardless of the budget, to modify them or keep them for longer than a step."""
     return logits.all() if isinstance(logits, HiddenRows) else logits
