@@ -310,9 +310,9 @@ def test_probability_of_a_token_under_a_bias():
     ("bias", "message"),
     [
         (torch.zeros(3), "each of the 97 logits"),
-        (torch.zeros(1, 97), "logit_bias must be a float tensor"),
-        (torch.full((97,), torch.nan), "logit_bias must be a float tensor"),
-        (torch.zeros(97, dtype=torch.int64), "logit_bias must be a float tensor"),
+        (torch.zeros(1, 97), r"logit_bias must be a float tensor .* got torch.float32 of shape \[1, 97\]$"),
+        (torch.full((97,), torch.nan), r"logit_bias must be a float tensor .* shape \[97\] with NaN or \+inf in it$"),
+        (torch.zeros(97, dtype=torch.int64), r"logit_bias must be a float tensor .* got torch.int64 of shape \[97\]$"),
         ({97: 1.0}, "ids from 0 to 97 - 1; got 97"),
         ({-1: 1.0}, "logit_bias must be"),
         ({"a": 1.0}, "logit_bias must be"),

@@ -242,6 +242,8 @@ class TestErrors:
     @pytest.mark.parametrize("kwargs,match", [
         ({"input_ids": torch.zeros(1, 4)}, r"input_ids must be an int64 tensor.*float32"),
         ({"input_ids": []}, r"input_ids is empty"),
+        ({"input_ids": [[5], [3, 2**63]]}, r"input_ids must contain token ids, which fit into 64 bits; got 9223372036854775808"),
+        ({"input_ids": [-(2**63) - 1]}, r"input_ids must contain token ids, which fit into 64 bits; got -9223372036854775809"),
         ({"input_ids": torch.zeros(0, 4, dtype=torch.int64)}, r"input_ids must have shape.*\[0, 4\]"),
         ({"input_ids": torch.zeros(1, 2, 3, dtype=torch.int64)}, r"input_ids must have shape"),
         ({"input_ids": torch.full((1, 4), 97)}, r"input_ids must hold ids from 0 to 97 - 1; got ids from 97"),

@@ -359,11 +359,10 @@ def check_names(options: Iterable[str]) -> None:
 def check_logit_bias(bias: Mapping[int, float] | Tensor | None) -> None:
     """Raise unless `bias` is None, a float tensor `[V]`, or a mapping from ids to numbers, without NaN and +inf."""
     if isinstance(bias, Tensor):
-        if bias.dim() != 1 or not bias.is_floating_point() or bool((bias.isnan() | (bias == torch.inf)).any()):
-            raise ValueError(
-                "logit_bias must be a float tensor [V] without NaN or +inf; got "
-                f"{bias.dtype} of shape {list(bias.shape)}" + ("" if bias.dim() != 1 else " with NaN or +inf in it")
-            )
+        fits = bias.dim() == 1 and bias.is_floating_point()
+        if not fits or bool((bias.isnan() | (bias == torch.inf)).any()):
+            kind = f"{bias.dtype} of shape {list(bias.shape)}" + (" with NaN or +inf in it" if fits else "")
+            raise ValueError(f"logit_bias must be a float tensor [V] without NaN or +inf; got {kind}")
     elif bias is not None and not (
         isinstance(bias, Mapping)
         and all(isinstance(i, numbers.Integral) and not isinstance(i, bool) and i >= 0 for i in bias)

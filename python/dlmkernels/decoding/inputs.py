@@ -209,6 +209,8 @@ def _rows_of_ids(name: str, inputs) -> list[list[int]]:
     for row in rows:
         if not all(isinstance(i, Integral) and not isinstance(i, bool) for i in row):
             raise TypeError(f"{name} must contain token ids, which are integers; got {row!r}")
+        if beyond := [i for i in row if not -(2**63) <= i < 2**63]:
+            raise ValueError(f"{name} must contain token ids, which fit into 64 bits; got {beyond[0]}")
     return [[int(i) for i in row] for row in rows]
 
 
