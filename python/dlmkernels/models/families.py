@@ -196,9 +196,9 @@ class Family:
     seeded : bool
         Whether the first token of a block is predicted by the last row of the context.
     mask_token_id, eos_token_ids, num_tokens : int, tuple of int, int
-        Mask token, end tokens and number of ids of the tokenizer that the published checkpoints share. They are used
-        if the configuration does not specify them and has this `vocab_size`. Logits of ids from `num_tokens` on are
-        never chosen.
+        Mask token, end tokens and number of ids of the tokenizer that the published checkpoints share. They apply to
+        models with this `vocab_size`. The mask token is used if the configuration has none, the end tokens are added to
+        those of the configuration, and ids from `num_tokens` on are never chosen.
     vocab_size : int, optional
         Number of logits of the published checkpoints.
     noise : {"mask", "uniform", "continuous"}
