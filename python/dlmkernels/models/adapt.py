@@ -383,7 +383,7 @@ class TimedModel(DiffusionModel):
         """Return the noise level, float32 `[B]`, that the model receives for a forward pass over `tokens` `[B, Q]`.
 
         The diffusion time is taken from the rule's time grid. For rules without one, it is the fraction of the
-        positions being decoded that are still masked.
+        positions to be decoded that are not yet committed.
         """
         if moment is None:
             if self.config.time != "none":

@@ -105,7 +105,9 @@ def _weights(path_or_id: str | PathLike, where: Mapping[str, Any], allow_pickle:
         return load_file(file)
     file = cached_file(path_or_id, PICKLE, **where, **QUIET) if allow_pickle else None
     if file is None:
-        raise ValueError(f"{ADAPTER_CONFIG} exists but {WEIGHTS} does not; {PICKLE} is only read with allow_pickle=True")
+        raise ValueError(
+            f"there is no {WEIGHTS} next to {ADAPTER_CONFIG}; {PICKLE} is read only with allow_pickle=True"
+        )
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
