@@ -35,9 +35,9 @@ def attention_forward(
     """Write new keys and values into the layer's cache, then attend. Implements transformers' attention interface.
 
     `query` `[B, H, Q, D]` and `key` `[B, G, Q, D]` are already rotated; `value` is `[B, G, Q, D]`. Under
-    `torch.autocast` their dtypes may differ. `s_aux` `[H]` are attention sinks: one additional logit per head that takes
-    part in the softmax but has no value. `attention_mask` is ignored, because `dlm_window` determines what is attended
-    to. Returns the output `[B, Q, H, D]`, and None for the attention weights.
+    `torch.autocast` their dtypes may differ. `s_aux` `[H]` are attention sinks: one additional logit per head that
+    takes part in the softmax but has no value. `attention_mask` is ignored, because `dlm_window` determines what is
+    attended to. Returns the output `[B, Q, H, D]`, and None for the attention weights.
 
     Raises
     ------
@@ -100,8 +100,8 @@ def attention_forward(
     if window.watch is not None:
         if sliding_window is not None:
             raise ValueError(
-                f"model: its {type(module).__name__} has a sliding window of {sliding_window}, which cannot be combined "
-                "with a cache that evicts keys: use another cache"
+                f"model: its {type(module).__name__} has a sliding window of {sliding_window}, which cannot be "
+                "combined with a cache that evicts keys: use another cache"
             )
         window.watch(index, q, k_cache, v_cache, q.shape[-1] ** -0.5 if scaling is None else scaling)
     if s_aux is not None:

@@ -23,7 +23,7 @@ class BackboneInput:
     Attributes
     ----------
     tokens : Tensor
-        int64 `[B, T]`: the whole canvas, that is, prompt and answer positions (undecided ones hold mask tokens).
+        int64 `[B, T]`: the whole canvas, that is, the prompt and answer positions.
     attention_mask : Tensor, optional
         int64 `[B, T]`: 1 for tokens and 0 for padding. None if there is no padding.
     positions : Tensor
@@ -60,18 +60,18 @@ class Backbone(LogitsModel):
     """Wrapper that lets `generate` and `infill` decode with any module.
 
     Each forward pass processes the whole canvas (prompt and answer positions) with the module's own attention, so there
-    is no KV-cache reuse. The module's attention must be bidirectional; this is not checked.
+    is no KV-cache reuse. The module must attend to the whole canvas; this is not checked.
 
     Parameters
     ----------
     module : torch.nn.Module
         The module, in evaluation mode.
     call : callable, optional
-        `call(module, inputs)`, with a `BackboneInput`, returns logits `[B, T, V]`: a tensor, a tuple or list whose first
-        element is that tensor, a mapping with the key "logits", or an object with the attribute `logits`. If None, the
-        call is `module(tokens)`, or `module(tokens, attention_mask=…)` if there is padding.
+        `call(module, inputs)`, with a `BackboneInput`, returns logits `[B, T, V]`: a tensor, a tuple or list whose
+        first element is that tensor, a mapping with the key "logits", or an object with the attribute `logits`. If
+        None, the call is `module(tokens)`, or `module(tokens, attention_mask=…)` if there is padding.
     vocab_size : int, optional
-        Number of tokens V. If None, it is taken from `module.config` or the first forward pass.
+        Vocabulary size V. If None, it is taken from `module.config`, or from the logits.
     max_length : int, optional
         Maximum length of the canvas, in tokens. If None, `module.config.max_position_embeddings`, if it exists.
     device : torch.device, optional
@@ -146,9 +146,7 @@ class Backbone(LogitsModel):
                 f"call must return logits of shape [{tokens.shape[0]}, {tokens.shape[1]}, V]; got {list(logits.shape)}"
             )
         if self.vocab_size is not None and logits.shape[2] < self.vocab_size:
-            raise ValueError(
-                f"call must return at least {self.vocab_size} logits per position; got {logits.shape[2]}"
-            )
+            raise ValueError(f"call must return at least {self.vocab_size} logits per position; got {logits.shape[2]}")
         return logits
 
 

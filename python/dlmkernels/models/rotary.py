@@ -2,9 +2,9 @@
 """Rotary embeddings with length-dependent frequencies, made independent of the other requests in the batch.
 
 In transformers, the scalings "dynamic" (NTK) and "longrope" (LongRoPE, arXiv:2402.13753) choose their frequencies in
-every forward pass, based on the largest position in it. The result for a request would then depend on longer requests in
-the same batch, and cached keys could have other frequencies than the queries that read them. Here, a request uses the
-frequencies for its full length in all of its forward passes. They are computed by transformers.
+every forward pass, based on the largest position in it. The result for a request would then depend on longer requests
+in the same batch, and cached keys could have other frequencies than the queries that read them. Here, a request uses
+the frequencies for its full length in all of its forward passes. They are computed by transformers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _in_use: ContextVar[Rotations | None] = ContextVar("dlmkernels_rotations", defau
 
 @contextmanager
 def use(rotations: Rotations | None) -> Iterator[None]:
-    """Use the given frequencies in forward passes within this context."""
+    """Use the given frequencies in this thread's forward passes within the `with` block."""
     token = _in_use.set(rotations)
     try:
         yield
@@ -94,8 +94,7 @@ class RequestRotary(nn.Module):
         return tuple(tables)
 
     def _reached(self, length: int) -> tuple[int, ...]:
-        """Return a key that identifies the frequencies for a length, for each layer type: 0 up to the original length.
-        """
+        """Return a key for a length's frequencies, one number for each layer type: 0 up to the original length."""
         reached = []
         for kind, scaling in _scaled(self.stock).items():
             original = self._original_length(kind)
