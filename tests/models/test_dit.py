@@ -314,7 +314,9 @@ class TestTrainingFiles:
         self.write(path)
         with pytest.raises(ValueError, match=r"is a pickle: pass allow_pickle=True"):
             dk.load(path, family="mdlm")
-        with pytest.raises(ValueError, match=r"family must be one of mdlm, bd3-lm, duo, sedd .*; got None"):
+        with pytest.raises(
+            ValueError, match=r"family must be one of mdlm, bd3-lm, duo, sedd, diffusion-lm for .*; got None"
+        ):
             dk.load(path, allow_pickle=True)
         self.write(path, ema={"shadow_params": [torch.ones(3)]})
         with pytest.raises(ValueError, match=r"its moving averages \(ema\) do not match the parameters"):

@@ -172,7 +172,7 @@ GRIDS = ("absolute", "prompt", "both-ways")
 
 @dataclass(frozen=True)
 class Family:
-    """How checkpoints of one family are decoded. Numbers are those of the published checkpoints.
+    """Properties of one family of checkpoints that determine how they are decoded, with the published values.
 
     Attributes
     ----------

@@ -37,7 +37,7 @@ EXPERTS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """How to load a checkpoint.
+    """Instructions for loading a checkpoint: stock class, configuration and renaming of weights.
 
     Attributes
     ----------
@@ -114,7 +114,7 @@ def pick(raw: Mapping, *names: str) -> dict[str, Any]:
 
 
 def require(raw: Mapping, **allowed: Any) -> None:
-    """Raise ValueError if a field that is present has none of its allowed values, the ones the stock class implements.
+    """Raise ValueError if a field is present with a value other than those that the stock class implements.
 
     None, False and 0 count as equal.
     """
