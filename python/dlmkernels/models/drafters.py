@@ -37,7 +37,7 @@ RENAMED = {
     "candidate_selector.predecessor_codebook.weight": "candidate_selector.predecessor_codebook",
     "candidate_selector.successor_codebook.weight": "candidate_selector.successor_codebook",
 }  # fmt: skip
-#: weights that are ignored: copies of the target's weights, and `t2d`, which is the inverse of `d2t`
+#: weights that are ignored: copies of the target's weights, and `t2d`, which is redundant with `d2t`
 NOT_NEEDED = {"verifier_norm.weight", "verifier_lm_head.weight", "t2d"}
 MASK_FILE = "mask_embedding.pt"
 
