@@ -68,7 +68,9 @@ class TestModel:
         _, model, path = made
         with pytest.raises(ValueError, match="is a pickle: pass allow_pickle=True"):
             dk.load(path, family="diffusion-lm")
-        with pytest.raises(ValueError, match=r"timesteps must be the step of each row, of shape \[2\]; got None"):
+        with pytest.raises(
+            ValueError, match=r"timesteps must be the step number of each batch row, of shape \[2\]; got None"
+        ):
             model(torch.zeros(2, 3, LATENT))
         with pytest.raises(ValueError, match="gradients are not supported for the bound of family 'diffusion-lm'"):
             dk.log_likelihood(model, torch.tensor([1]), torch.tensor([2]), gradients=True)

@@ -438,7 +438,7 @@ def test_what_a_backbone_cannot_be():
             dk.generate(
                 dk.Backbone(net, vocab_size=20, max_length=8), [[1, 2]], **{"max_new_tokens": 4} | options, **IDS
             )
-    with pytest.raises(ValueError, match="device is needed"):
+    with pytest.raises(ValueError, match="device must be given"):
         dk.generate(dk.Backbone(nn.Identity().eval()), [[1, 2]], max_new_tokens=4, **IDS)
     with pytest.raises(ValueError, match="training"):
         dk.generate(dk.Backbone(Net().train(), vocab_size=20), [[1, 2]], max_new_tokens=4, **IDS)

@@ -313,7 +313,7 @@ class TestErrors:
                 sure = (left != 9).float()[..., None]
                 return type("Out", (), {"logits": self.table(left) * sure})()
 
-        with pytest.warns(UserWarning, match="no KV reuse"):
+        with pytest.warns(UserWarning, match="without KV-cache reuse"):
             out = dk.generate(Bigram().eval(), torch.tensor([[2], [4]]), max_new_tokens=4, mask_token_id=9)
         assert out.generated.tolist() == [[3, 4, 5, 6], [5, 6, 7, 8]]
 

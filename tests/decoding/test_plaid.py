@@ -74,7 +74,7 @@ class TestModel:
         _, model, folder = made
         with pytest.raises(ValueError, match="is a pickle: pass allow_pickle=True"):
             dk.load(folder)
-        with pytest.raises(ValueError, match=r"timesteps must be gamma of each row, of shape \[2\]; got None"):
+        with pytest.raises(ValueError, match=r"timesteps must be gamma of each batch row, of shape \[2\]; got None"):
             model(torch.zeros(2, 3, LATENT))
         with pytest.raises(ValueError, match=rf"inputs_embeds must have shape \[batch, length, {LATENT}\]"):
             model(torch.zeros(2, 3, 1), torch.zeros(2))

@@ -160,7 +160,7 @@ class TestWhatIsNotImplemented:
         ids=lambda options: next(iter(options)),
     )  # fmt: skip
     def test_is_refused(self, options):
-        with pytest.raises(ValueError, match=f"Identity attends with {next(iter(options))}"):
+        with pytest.raises(ValueError, match=f"Identity uses the attention argument {next(iter(options))}"):
             self.call(**options)
 
     def test_what_has_no_effect_is_taken(self):

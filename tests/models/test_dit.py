@@ -217,10 +217,10 @@ class TestLoading:
         ("duo", {"causal": True}, r"causal=True, which is not supported"),
         ("bd3-lm", {"adaln": False}, r"adaln=False, which is not supported"),
         ("bd3-lm", {"time_conditioning": True}, r"time_conditioning=True, which is not supported"),
-        ("mdlm", {"n_heads": 5}, r"hidden_size must be an even multiple of num_attention_heads; got 48 and 5"),
-        ("mdlm", {"hidden_dim": 96}, r"wrong shapes|does not fit its configuration|hidden_size=96"),
+        ("mdlm", {"n_heads": 5}, r"hidden_size must be an even multiple of num_attention_heads; got hidden_size=48 and num_attention_heads=5"),
+        ("mdlm", {"hidden_dim": 96}, r"wrong shapes|does not match its configuration|hidden_size=96"),
         ("langflow", {"use_bias": False}, r"use_bias=False, which is not supported"),
-        ("langflow", {"n_blocks": 5000}, r"n_blocks=5000, and its weights are of"),
+        ("langflow", {"n_blocks": 5000}, r"n_blocks=5000, but its weights have"),
     ])  # fmt: skip
     def test_what_is_refused(self, name, change, match, tmp_path):
         research.write(name, tmp_path)
@@ -240,7 +240,7 @@ class TestLoading:
     @pytest.mark.parametrize("change,match", [
         ({"time": "t"}, r"config\.time must be 'sigma' or 'none' or 'gamma'; got 't'"),
         ({"noise": "cosine"}, r"config\.noise must be 'loglinear' or 'gumbel'; got 'cosine'"),
-        ({"head": "flow"}, r"belong together; got 'flow', 'sigma' and 'loglinear'"),
+        ({"head": "flow"}, r"must be used together; got head='flow', time='sigma' and noise='loglinear'"),
     ])  # fmt: skip
     def test_configurations(self, change, match):
         with pytest.raises(ValueError, match=match):
@@ -304,7 +304,7 @@ class TestTrainingFiles:
     def test_blocks(self, tmp_path, made):
         path = tmp_path / "last.ckpt"
         self.write(path, "bd3-lm")
-        with pytest.raises(ValueError, match=r"does not show how long its blocks are: pass block_size=…"):
+        with pytest.raises(ValueError, match=r"length of its blocks cannot be inferred from it: pass block_size=…"):
             dk.load(path, family="bd3-lm", allow_pickle=True)
         model = dk.load(path, family="bd3-lm", allow_pickle=True, block_size=BLOCK)
         assert torch.equal(model(texts()).logits, made("bd3-lm")[1](texts()).logits)
@@ -314,23 +314,27 @@ class TestTrainingFiles:
         self.write(path)
         with pytest.raises(ValueError, match=r"is a pickle: pass allow_pickle=True"):
             dk.load(path, family="mdlm")
-        with pytest.raises(ValueError, match=r"family must be one of mdlm, bd3-lm, duo, sedd .*; got None"):
+        with pytest.raises(
+            ValueError, match=r"family must be one of mdlm, bd3-lm, duo, sedd, diffusion-lm for .*; got None"
+        ):
             dk.load(path, allow_pickle=True)
         self.write(path, ema={"shadow_params": [torch.ones(3)]})
-        with pytest.raises(ValueError, match=r"its moving averages \(ema\) are not those of the parameters"):
+        with pytest.raises(ValueError, match=r"its moving averages \(ema\) do not match the parameters"):
             dk.load(path, family="mdlm", allow_pickle=True)
         self.write(path, without_frequencies=True)
-        with pytest.raises(ValueError, match=r"how many heads there are: pass num_attention_heads=…"):
+        with pytest.raises(
+            ValueError, match=r"number of attention heads cannot be inferred from it: pass num_attention_heads=…"
+        ):
             dk.load(path, family="mdlm", allow_pickle=True)
         assert dk.load(path, family="mdlm", allow_pickle=True, num_attention_heads=research.HEADS)
         torch.save([1, 2], path)
-        with pytest.raises(ValueError, match=r"holds no dict but a list"):
+        with pytest.raises(ValueError, match=r"must contain a dict; got list"):
             dk.load(path, family="mdlm", allow_pickle=True)
         path.write_bytes(b"\x80\x02nonsense")
         with pytest.raises(ValueError, match=r"cannot be loaded: it cannot be read"):
             dk.load(path, family="mdlm", allow_pickle=True)
         torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
-        with pytest.raises(ValueError, match=r"holds a program \(TorchScript\)"):
+        with pytest.raises(ValueError, match=r"contains a TorchScript program"):
             dk.load(path, family="mdlm", allow_pickle=True)
 
 
@@ -340,17 +344,19 @@ class TestCalls:
         _, model = made(name)
         what = {"input_ids": texts()} if name != "langflow" else {"inputs_embeds": torch.zeros(2, 3, HIDDEN)}
         kind = "gamma" if name == "langflow" else "sigma"
-        with pytest.raises(ValueError, match=rf"timesteps must be given: {kind} of each row, float of shape \[2\]"):
+        with pytest.raises(
+            ValueError, match=rf"timesteps must be {kind} of each batch row, float of shape \[2\]; got None"
+        ):
             model(**what)
         for wrong in (torch.ones(3), torch.ones(2, 1), 0.5):
             with pytest.raises(
-                ValueError, match=rf"timesteps must be {kind} of each row, a tensor of shape \[2\]; got"
+                ValueError, match=rf"timesteps must be {kind} of each batch row, a tensor of shape \[2\]; got"
             ):
                 model(**what, timesteps=wrong)
 
     def test_wrong_inputs(self, made):
         _, model = made("mdlm")
-        with pytest.raises(ValueError, match="input_ids or inputs_embeds must be given, and not both"):
+        with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds must be given; got neither"):
             model()
         with pytest.raises(ValueError, match=r"attention_mask must have shape \[2, 13\]"):
             model(texts(), attention_mask=torch.ones(2, 5))
@@ -550,7 +556,7 @@ class TestDecoding:
 
     def test_a_forward_without_time(self, made):
         adapted = adapt(made("duo")[1])
-        with pytest.raises(ValueError, match="duo models are told the noise level, and this forward has none"):
+        with pytest.raises(ValueError, match="duo models need the noise level, but this forward pass provides none"):
             adapted.hidden(texts(), torch.arange(13).expand(2, -1), AttentionWindow())
 
 

@@ -47,9 +47,9 @@ def test_what_can_be_no_hub_id_is_not_looked_for_there(name, asked):
 
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"config\.json' is a file; expected the folder that holds config\.json"):
+    with pytest.raises(ValueError, match=r"config\.json' is a file; expected the folder that contains config\.json"):
         dk.load(tmp_path / "config.json")
-    with pytest.raises(TypeError, match="path_or_id must be a folder or a hub id; got int"):
+    with pytest.raises(TypeError, match="path_or_id must be a folder or Hub id, as a string or path; got int"):
         dk.load(3)
 
 
@@ -57,7 +57,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(asked):
     names, start = asked(ConnectionError("no route")), time.perf_counter()
     with pytest.raises(
         ValueError,
-        match=r"no folder 'nope', and no model of that name was downloaded before; the hub cannot be reached \(ConnectionError\)",
+        match=r"no folder 'nope' and no downloaded model of that name in the cache, and the Hub cannot be reached \(ConnectionError\)",
     ):
         dk.load("nope")
     assert names == ["nope"] and time.perf_counter() - start < 10
@@ -75,7 +75,7 @@ def test_what_was_downloaded_before_is_used(asked, monkeypatch):
 def test_downloads_switched_off(where, asked, monkeypatch):
     names = asked(AssertionError())
     monkeypatch.setattr(files.constants, "HF_HUB_OFFLINE", not where)
-    with pytest.raises(ValueError, match="downloaded before; downloads are switched off"):
+    with pytest.raises(ValueError, match="in the cache, and downloads are switched off"):
         dk.load("nope", **where)
     assert names == []
 
@@ -85,9 +85,9 @@ def test_what_the_hub_answers(asked):
 
     response = SimpleNamespace(status_code=404, headers={}, request=None, text="", url="")
     for kind, match in (
-        (errors.RepositoryNotFoundError, "no folder 'nope', and the hub shows no model of that name"),
-        (errors.RevisionNotFoundError, "'nope' has no revision 'x' on the hub"),
-        (errors.HfHubHTTPError, "the hub answers 404"),
+        (errors.RepositoryNotFoundError, "no folder 'nope', and no model of that name on the Hub"),
+        (errors.RevisionNotFoundError, "'nope' has no revision 'x' on the Hub"),
+        (errors.HfHubHTTPError, "the Hub responded with HTTP status 404"),
     ):
         asked(kind("…", response=response))
         with pytest.raises(ValueError, match=match):
@@ -166,11 +166,11 @@ def test_fields_inside_the_text_configuration():
 
 
 @pytest.mark.parametrize("name,match", [
-    ("max_positon_embeddings", "neither an argument of from_pretrained nor a field of LlamaConfig; near it: max_position_embeddings"),
+    ("max_positon_embeddings", "neither an argument of from_pretrained nor a field of LlamaConfig. Did you mean max_position_embeddings"),
     ("devicemap", "neither an argument of from_pretrained nor a field of LlamaConfig"),
     ("_attn_implementation", "neither"), ("to_dict", "neither"), ("auto_map", "neither"),
-    ("state_dict", "load takes no state_dict"), ("use_safetensors", "load takes no use_safetensors: see allow_pickle"),
-    ("dlm_family", "load takes no dlm_family: pass family"), ("config", "load takes no config: pass its fields by name"),
+    ("state_dict", "load does not accept state_dict"), ("use_safetensors", "load does not accept use_safetensors: use allow_pickle"),
+    ("dlm_family", "load does not accept dlm_family: use family"), ("config", "load does not accept config: pass configuration fields as keywords"),
 ])  # fmt: skip
 def test_keywords_that_are_none(name, match, checkpoint):
     with pytest.raises(TypeError, match=match):

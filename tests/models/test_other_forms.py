@@ -52,7 +52,7 @@ def test_a_form_that_cannot_be_read_forbids_nothing(change):
     checkpoint.config |= change
     model = foreign(checkpoint)
     model.forward = lambda input_ids, **named: SimpleNamespace(logits=table[input_ids])  # what it is does not matter
-    with pytest.warns(UserWarning, match=r"its configuration says 'llada', but it cannot be read"):
+    with pytest.warns(UserWarning, match=r"its configuration has model_type='llada', but it does not match"):
         out = dk.generate(model, prompts(1, 5), max_new_tokens=4, rule=dk.Quota())
     assert out.complete.all()
 

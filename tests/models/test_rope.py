@@ -185,5 +185,5 @@ def test_a_model_that_attends_by_itself_is_refused():
     with pytest.warns(UserWarning, match="does not know model type 'own'"):
         adapted = adapt(model, causal=True)
     ids, valid = batch()
-    with pytest.raises(ValueError, match="requests of different lengths cannot be decoded in one batch by Own"):
+    with pytest.raises(ValueError, match="requests of different lengths cannot share a batch with Own"):
         generate(adapted, ids, valid, max_new_tokens=4)

@@ -205,7 +205,7 @@ def test_likelihoods(folder, found):
     "compile": "compile cannot be used with a tensor-parallel model",
     "filters": "lm_head='sharded' cannot be used here: top_k and top_p need all logits",
     "vocabulary": "at least one chunk of 256 tokens for each rank",
-    "heads": "its num_key_value_heads of 1 cannot be divided among tp_size=2 ranks",
+    "heads": "its num_key_value_heads=1 must be divisible by tp_size=2",
 }.items())  # fmt: skip
 def test_refusals(found, what, words):
     for rank in found:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make a loaded model decodable: one object with `hidden` and `logits`, whatever the model is."""
+"""Prepare loaded models for decoding, behind one interface (`hidden` and `logits`) for every kind of model."""
 
 from __future__ import annotations
 
@@ -31,27 +31,29 @@ from .wrappers import unwrap
 
 
 class DiffusionModel:
-    """A model prepared for decoding. Parameters are shared with the model it was made from, and it is not changed.
+    """A model prepared for decoding. It shares the parameters of the original model, which is left unchanged.
 
-    Any number of threads may decode with one model, or with one object of this class, and call the model itself
-    meanwhile: what decodes is a second tree of modules beside the model (see `twin`).
+    Any number of threads may decode with one model, or with one object of this class, while others call the model
+    itself: decoding uses a second tree of modules that shares the parameters (see `twin`).
 
     Attributes
     ----------
     model : PreTrainedModel
-        The adapted model, without its wrappers.
+        The adapted model, without wrappers.
     family : Family
-        How models of its kind are decoded.
+        Family that determines how the model is decoded.
     reuses_kv : bool
-        Whether a forward may take part of the canvas and find the rest in a cache.
+        Whether a forward pass may process part of the canvas (prompt and answer positions) and read the keys and values
+        of the rest from a KV cache.
     embeds_by_token : bool
-        Whether a token's input embedding depends on nothing but the token.
+        Whether a token's input embedding depends only on the token itself.
     is_compiled : bool
-        Whether its forward is compiled, which takes a while for every new shape.
+        Whether the forward pass is compiled. Each new shape then takes a while to compile.
     self_conditions : bool
-        Whether a forward takes in what the one before it said of the same positions (`opinion` of `hidden`).
+        Whether the model uses self-conditioning: a forward pass takes the previous prediction for the same positions as
+        input (`opinion` of `hidden`).
     takes_time : bool
-        Whether a forward is told where its decoding stands (`moment` of `hidden`).
+        Whether a forward pass receives the progress of the decoding (`moment` of `hidden`).
     """
 
     reuses_kv = True
@@ -67,16 +69,16 @@ class DiffusionModel:
         self._build()
 
     def _build(self) -> None:
-        """The modules that decode."""
+        """Build the modules used for decoding."""
         self._architecture.check_family(self.family.name)
         self._twin = twin_of(self.model, NAME)
         self._rotaries = rotary.fix_lengths(self._twin)
         self._head = self._architecture.head(self._twin)
 
     def renewed(self, family: Family | None = None) -> DiffusionModel:
-        """The same of the model as it is now: attributes of its modules may have changed, an adapter been disabled.
+        """Return a copy that reflects the model's current state, such as changed attributes or a disabled adapter.
 
-        Itself if it is compiled, which it is as it was then.
+        A compiled model returns itself unless `family` is a different one, because compilation fixed its state.
         """
         if self.is_compiled and family in (None, self.family):
             return self
@@ -88,17 +90,18 @@ class DiffusionModel:
         return new
 
     def compiled(self) -> DiffusionModel:
-        """The same with its forward compiled by torch.compile, as the model is now; each shape is compiled once.
+        """Return a copy of the model in its current state whose forward pass is compiled, once for each shape.
 
         Raises
         ------
         ValueError
-            When the model's forward is more than one stack of layers, its own, or depends on a request's length.
+            If the model is of an unknown type, conditioned on the noise level, tensor-parallel, has more than one stack
+            of layers, or has rotary frequencies that depend on the request's length.
         """
         if type(self) is not DiffusionModel or self._rotaries:
             raise ValueError(
-                f"compile cannot be used with {type(self.model).__name__}, which is not of a known type with one stack "
-                "of layers and rotary frequencies that are the same for every request"
+                f"compile cannot be used with {type(self.model).__name__}; expected a model of a known type with one "
+                "stack of layers and rotary frequencies that are the same for every request"
             )
         if self.group is not None:
             raise ValueError("compile cannot be used with a tensor-parallel model, whose layers wait for other ranks")
@@ -110,12 +113,19 @@ class DiffusionModel:
         return new
 
     def by_layers(self, cache: str, experts: bool = False) -> DiffusionModel:
-        """The same, whose layers compute what `AttentionWindow.layers` says; `experts`: see `layerwise.check`.
+        """Return a copy whose layers compute only what `AttentionWindow.layers` asks for.
+
+        Parameters
+        ----------
+        cache : str
+            Cache policy that needs this; named in error messages.
+        experts : bool
+            See `layerwise.check`.
 
         Raises
         ------
         ValueError
-            When its layers cannot be run in parts; the message names `cache`, which asks for it.
+            If the model's layers cannot be run on part of the positions.
         """
         if type(self) is not DiffusionModel or self.is_compiled or self._rotaries:
             what = "is compiled" if self.is_compiled else f"is of class {type(self.model).__name__}"
@@ -129,11 +139,11 @@ class DiffusionModel:
         return new
 
     def generate_batch(self, inputs, *args: Any, **options: Any):
-        """`dlmkernels.generate_batch` of this model."""
+        """Call `dlmkernels.generate_batch` with this model."""
         return _engine().generate_batch(self, inputs, *args, **options)
 
     def init_continuous_batching(self, *args: Any, **options: Any):
-        """`dlmkernels.engine.batch.init_continuous_batching` of this model: an `Engine`, not started yet."""
+        """Return an `Engine` for this model, not started yet (`dlmkernels.engine.batch.init_continuous_batching`)."""
         return _engine().init_continuous_batching(self, *args, **options)
 
     @property
@@ -142,38 +152,42 @@ class DiffusionModel:
 
     @property
     def device(self) -> torch.device:
-        """Where tokens are expected, and hidden states and logits returned."""
+        """Device on which the model expects tokens and returns hidden states and logits."""
         return input_device(self.model)
 
     @property
     def vocab_size(self) -> int | None:
-        """Number of logits, or None when the model does not say."""
+        """Number of logits per position, or None if the configuration does not say."""
         return self.config.vocab_size
 
     @property
     def max_length(self) -> int | None:
-        """Longest canvas the model's position encoding was made for, or None when it does not say."""
+        """Longest canvas, in tokens, that the position encoding supports, or None if the configuration does not say."""
         length = longest_canvas(self.config)
         return None if length is None else length - self._offset
 
     @property
     def reach(self) -> int | None:
-        """Of models with blocks that go on beyond `max_length`: how many positions a block sees, itself included."""
+        """Number of positions a block attends to, itself included, if the model can decode beyond `max_length`.
+
+        None for all other models.
+        """
         return None
 
     @property
     def block_length(self) -> int | None:
-        """Length of the blocks the model was trained with, None where it has none or does not say."""
+        """Length of the blocks the model was trained with, or None if it has none or the length is unknown."""
         return getattr(self.config, "block_size", None) or self.family.block_length
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Input embeddings `[B, Q, hidden]` of tokens `[B, Q]`."""
+        """Return the input embeddings `[B, Q, hidden]` of `tokens` `[B, Q]`."""
         return self._twin.get_input_embeddings()(tokens).to(tokens.device)
 
     def rotations(self, lengths: Tensor) -> rotary.Rotations | None:
-        """What `AttentionWindow.rotations` holds for requests of these lengths, integer `[B]`; None if of no account.
+        """Return the value of `AttentionWindow.rotations` for requests of the given lengths, integer `[B]`.
 
-        A request's length counts everything from its first token to the end of its canvas.
+        A request's length runs from its first token to the end of its canvas. Returns None if the model's rotary
+        frequencies do not depend on it.
         """
         if not self._rotaries:
             return None
@@ -182,23 +196,34 @@ class DiffusionModel:
 
     @property
     def rule_options(self) -> dict[str, Any]:
-        """Fields of the family's rule that come with the checkpoint."""
+        """Options of the family's rule that the checkpoint specifies."""
         return {}
 
     def hidden(
         self, tokens: Tensor, positions: Tensor, window: AttentionWindow, embeds: Tensor | None = None,
         opinion: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Last hidden states `[B, Q, hidden]` of the rows `tokens` int64 `[B, Q]` standing at `positions` `[B, Q]`.
+        """Run a forward pass and return the last hidden states `[B, Q, hidden]`.
 
-        `embeds` `[B, Q, hidden]`, where given, stands in for the tokens' own input embeddings. `opinion`
-        `[B, Q, hidden]`, for models with self-conditioning: mean embeddings under what the last forward said.
+        Parameters
+        ----------
+        tokens : Tensor
+            int64 `[B, Q]`: the tokens to process.
+        positions : Tensor
+            int64 `[B, Q]`: their positions.
+        window : AttentionWindow
+            The positions each token attends to, and the KV cache.
+        embeds : Tensor, optional
+            `[B, Q, hidden]`: replaces the tokens' input embeddings.
+        opinion : Tensor, optional
+            `[B, Q, hidden]`, for models with self-conditioning: mean token embeddings under the distributions that the
+            previous forward pass predicted.
         """
         inputs = {"input_ids": tokens} if embeds is None else {"inputs_embeds": embeds}
         if not self.reuses_kv and window.kv_range is not None:
-            # for the embeddings alone: visibility is the window's
+            # Only the embeddings use this mask; the window decides what is attended to.
             inputs["attention_mask"] = _valid(tokens, window.kv_range)
-        window.attended.clear()  # a window may serve several forwards
+        window.attended.clear()  # a window may be used for several forward passes
         with rotary.use(window.rotations):
             hidden = self._twin.base_model(
                 **inputs, position_ids=positions + self._offset, dlm_window=window, use_cache=False
@@ -207,21 +232,21 @@ class DiffusionModel:
         return hidden.to(tokens.device)
 
     def _check_attended(self, window: AttentionWindow, layers: int) -> None:
-        """Raise where layers did not call our attention function: nobody knows what they have seen."""
+        """Raise ValueError if some layers bypassed our attention function, so that what they attended to is unknown."""
         if len(window.attended) < layers:
             raise ValueError(
-                f"model: {layers - len(window.attended)} of its {layers} layers do not attend through transformers' "
-                "attention interface, as though their attention was replaced: restore it before decoding"
+                f"model: {layers - len(window.attended)} of its {layers} layers did not use transformers' attention "
+                "interface; their attention seems to have been replaced. Restore it before decoding"
             )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits `[..., V]` of hidden states `[..., hidden]`."""
+        """Return the logits `[..., V]` of hidden states `[..., hidden]`."""
         return self._head(hidden).to(hidden.device)
 
     def linear_head(self) -> Tensor | None:
-        """Weights `[V, hidden]` of the head if logits are hidden states times these and nothing else, else None.
+        """Return the head's weights `[V, hidden]` if the logits are exactly `hidden @ weights.T`, else None.
 
-        That is a linear layer of torch's own without a bias, where nothing that has been hung on it takes part.
+        This requires a plain `torch.nn.Linear` without a bias, forward hooks or a replaced forward.
         """
         head = getattr(self, "_head", None)
         if type(head) is not torch.nn.Linear or head.bias is not None or "forward" in head.__dict__:
@@ -233,23 +258,24 @@ class DiffusionModel:
 
     @property
     def group(self) -> Any:
-        """The process group of a tensor-parallel model, whose ranks must make the same forwards; None of others."""
+        """Process group of a tensor-parallel model, whose ranks must run the same forward passes; None for others."""
         return group_of(self.model)
 
     def head_shard(self) -> HeadShard | None:
-        """This rank's part of the head of a tensor-parallel model, None where there is none that could be used alone.
+        """Return this rank's shard of a tensor-parallel model's head, or None if there is none that works on its own.
 
-        All ranks must ask for it together (see `parallel.head_shard`).
+        All ranks must call this together (see `parallel.head_shard`).
         """
         return head_shard(self._head) if type(self) is DiffusionModel else None
 
 
 class EncoderDecoderModel(DiffusionModel):
-    """DiffusionGemma, as in transformers: two stacks of layers that share their matrices.
+    """DiffusionGemma, as in transformers: an encoder and a decoder that share their weight matrices.
 
-    The encoder is causal and reads what is decided, its keys and values are the context. The decoder reads the open
-    block, which sees the context and all of itself. Only the decoder conditions on its own last opinion, and each has
-    its own scale for every layer, so that no one forward can be both. What images are read as comes in as embeddings.
+    The causal encoder reads the committed tokens; its keys and values are the context. The decoder reads the open
+    block, which attends to the context and to all of itself. Only the decoder uses self-conditioning, and the two
+    stacks have different scales in every layer, so one forward pass cannot serve as both. Images are passed as
+    embeddings.
     """
 
     self_conditions = True
@@ -261,8 +287,8 @@ class EncoderDecoderModel(DiffusionModel):
             raise ValueError(
                 "model must have a causal encoder; its configuration has use_bidirectional_attention='all'"
             )
-        # Up to transformers 5.17 the encoder reads padding in an image's place, later the image's token itself. The
-        # two are told apart by what the function that finds those places is called with.
+        # Up to transformers 5.17 the encoder replaces image tokens with padding; later versions keep them. The
+        # signature of `get_placeholder_mask` tells which version this is.
         finds = inspect.signature(model.model.encoder.get_placeholder_mask).parameters
         self._blank = None if "image_features" in finds else model.config.image_token_id
 
@@ -298,7 +324,7 @@ class EncoderDecoderModel(DiffusionModel):
     ) -> Tensor:  # fmt: skip
         is_context = window.causal_block == 1 or window.q_limit is not None
         stack = self._twin.model.encoder.language_model if is_context else self._twin.model.decoder
-        if is_context and self._blank is not None:  # an image's place without the image
+        if is_context and self._blank is not None:  # replace image tokens with padding
             tokens = tokens.masked_fill(tokens == self._blank, self.text_config.pad_token_id)
         x = self.embed(tokens) if embeds is None else embeds
         if not is_context:
@@ -313,9 +339,10 @@ class EncoderDecoderModel(DiffusionModel):
         return stack.norm(x).to(tokens.device)
 
     def mean_embedding(self, logits: Tensor, temperature: float | Tensor) -> Tensor:
-        """Mean embeddings `[N, hidden]` under softmax(logits / temperature), of logits `[N, V]`; 0 stands for 1.
+        """Return the mean embeddings `[N, hidden]` under softmax(logits / temperature), for `logits` `[N, V]`.
 
-        `temperature`: one number, or float32 `[P]`, of which each serves N / P consecutive rows.
+        `temperature` is a number, or float32 `[P]` whose entries each apply to N / P consecutive rows. A temperature of
+        0 means 1.
         """
         table = self._twin.model.decoder.embed_tokens
         at = temperature if isinstance(temperature, Tensor) else torch.full((1,), temperature, device=logits.device)
@@ -323,26 +350,26 @@ class EncoderDecoderModel(DiffusionModel):
 
 
 class TimedModel(DiffusionModel):
-    """A model of `models.dit`: every forward is told the noise level of each row."""
+    """A model whose forward pass receives the noise level of each batch row, such as those of `models.dit`."""
 
     takes_time = True
 
     def _build(self) -> None:
         super()._build()
-        #: a head that is put together from others, once for every decoding
+        #: a combined head matrix and its bias, computed once for each decoding
         self._matrix: tuple[Tensor, Tensor] | None = None
 
     @property
     def reach(self) -> int | None:
-        """BD3-LM's: positions are relative, so that its window of `max_length` moves on over a longer text."""
+        """`max_length` for BD3-LM, whose relative positions let a window of this length move along a longer text."""
         return self.max_length if getattr(self.config, "block_size", None) else None
 
     def linear_head(self) -> None:
-        """None: what `hidden` returns has further columns."""
+        """Return None: the output of `hidden` has additional columns."""
         return None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits `[…, V]` of what `hidden` returned."""
+        """Return the logits `[…, V]` of the output of `hidden`."""
         twin: Any = self._twin
         if self._matrix is None and hasattr(twin, "head_matrix"):
             with torch.no_grad():
@@ -353,36 +380,37 @@ class TimedModel(DiffusionModel):
         return torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias)
 
     def level(self, tokens: Tensor, moment: Moment | None) -> Tensor:
-        """What the model is told of a forward of `tokens` `[B, Q]`, float32 `[B]`.
+        """Return the noise level, float32 `[B]`, that the model receives for a forward pass over `tokens` `[B, Q]`.
 
-        The time is that of the rule's grid; of rules without one, the share of what is decoded that is still open.
+        The diffusion time is taken from the rule's time grid. For rules without one, it is the fraction of the
+        positions to be decoded that are not yet committed.
         """
         if moment is None:
             if self.config.time != "none":
                 raise ValueError(
-                    f"model: {self.family.name} models are told the noise level, and this forward has none"
+                    f"model: {self.family.name} models need the noise level, but this forward pass provides none"
                 )
             return torch.zeros(len(tokens), dtype=torch.float32, device=tokens.device)
         twin: Any = self._twin
         return twin.level(moment.masked if moment.time is None else moment.time)
 
     def gamma(self, time: Tensor) -> Tensor:
-        """Of continuous models: the logarithm of noise power over signal power at times float64 of `[0, 1]`."""
+        """Return the logarithm of noise power over signal power at times in `[0, 1]`, float64 (continuous models)."""
         twin: Any = self._twin
         return twin.gamma(time)
 
     def told(self, time: Tensor) -> Tensor:
-        """Of continuous models: what they are told at times float64 of `[0, 1]`; most of them gamma."""
+        """Return the noise level that a continuous model receives at times in `[0, 1]`, float64; usually `gamma`."""
         twin: Any = self._twin
         return twin.told(time) if hasattr(twin, "told") else twin.gamma(time)
 
     @property
     def says_vectors(self) -> bool:
-        """Whether the model says clean vectors, off which tokens are read, and not logits."""
+        """Whether the model predicts clean vectors, from which tokens are derived, rather than logits."""
         return getattr(self.config, "says_vectors", False)
 
     def latent_table(self) -> Tensor:
-        """Of continuous models: what each token is in the space that noise is added in, float32 `[V, width]`."""
+        """Return each token's vector in the space in which noise is added, float32 `[V, width]` (continuous models)."""
         twin: Any = self._twin
         return twin.latent_table().float().contiguous()
 
@@ -390,10 +418,11 @@ class TimedModel(DiffusionModel):
         self, tokens: Tensor, positions: Tensor, window: AttentionWindow, embeds: Tensor | None = None,
         opinion: Tensor | None = None, moment: Moment | None = None, level: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """As `DiffusionModel.hidden`, with what the noise level adds to the logits in further columns.
+        """Like `DiffusionModel.hidden`, with additional columns for the noise level's contribution to the logits.
 
-        `moment` says where the decoding stands, or `level` float32 `[B]` what the model is told. `embeds` and `opinion`
-        of continuous models are noisy vectors `[B, Q, width]` and the last forward's mean of what they come from.
+        The noise level is computed from `moment`, the progress of the decoding, unless `level`, float32 `[B]`, is
+        given. For continuous models, `embeds` `[B, Q, width]` are noisy vectors, and `opinion` is the previous forward
+        pass's mean prediction of the clean vectors.
         """
         twin: Any = self._twin
         level = self.level(tokens, moment) if level is None else level
@@ -405,15 +434,16 @@ class TimedModel(DiffusionModel):
 
 
 class LogitsModel(DiffusionModel):
-    """Any model that returns `.logits`: the whole canvas is forwarded each time and its own attention is used.
+    """Any model that returns `.logits`. Each forward pass processes the whole canvas with the model's own attention.
 
     Parameters
     ----------
     model : Module
-        Without its wrappers.
+        The model without wrappers.
     family : Family
+        Family that determines how the model is decoded.
     outermost : callable, optional
-        What is called: the model with its wrappers. None: `model`.
+        The callable to run: the model with its wrappers. If None, `model`.
     """
 
     reuses_kv = False
@@ -422,16 +452,16 @@ class LogitsModel(DiffusionModel):
         self.model, self.family = model, family
         self._outermost = model if outermost is None else outermost
         self._by_length = any(map(rotary.depends_on_length, model.modules()))
-        #: whether the first canvas has to tell how the model attends
+        #: whether the model's attention must still be tested for causality, with the first canvas
         self._is_undecided = False
 
     def _build(self) -> None:
-        """Nothing: the model decodes itself."""
+        """Do nothing: the model itself is called."""
 
     def refuse_causal(self, canvas: Tensor | None = None) -> None:
-        """Raise if the model attends causally, as short forwards show, or those of a `canvas` `[B, T]`.
+        """Raise ValueError if test forward passes on a short text, or on `canvas` `[B, T]`, show causal attention.
 
-        A model that cannot make short forwards is tried with the first canvas that it is to decode.
+        If the model cannot process the short text, the test is postponed to the first canvas to be decoded.
         """
         special = (getattr(self.config, kind, None) for kind in ("pad_token_id", "mask_token_id", "eos_token_id"))
         avoid = {i for value in special for i in (value if isinstance(value, list) else [value])}
@@ -448,10 +478,10 @@ class LogitsModel(DiffusionModel):
         self._is_undecided = False
         if found:
             raise ValueError(
-                f"model: {type(self.model).__name__} attends causally, so that a mask would not see what stands behind "
-                "it. A diffusion language model must be loaded so that its attention is known: with dlmkernels.load, "
-                "or by a stock class of transformers and dlmkernels.adapt(model, family=…); known types: "
-                f"{known_types()}. If causal attention is what you want, decode dlmkernels.adapt(model, causal=True)"
+                f"model: {type(self.model).__name__} attends causally, so mask tokens would not see the tokens after "
+                "them. Load a diffusion language model with dlmkernels.load, or with its stock transformers class "
+                f"followed by dlmkernels.adapt(model, family=…). Known model types: {known_types()}. If you do want "
+                "causal attention, use dlmkernels.adapt(model, causal=True)"
             )
 
     @property
@@ -477,7 +507,7 @@ class LogitsModel(DiffusionModel):
         self, tokens: Tensor, positions: Tensor, window: AttentionWindow, embeds: Tensor | None = None,
         opinion: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Logits stand in for hidden states: their rows are picked the same way."""
+        """Return the logits in place of hidden states; rows are selected from them in the same way."""
         if self._is_undecided:
             self.refuse_causal(tokens)
         inputs = (tokens,) if embeds is None else ()
@@ -485,9 +515,9 @@ class LogitsModel(DiffusionModel):
         if window.kv_range is not None:
             if self._by_length:
                 raise ValueError(
-                    "input_ids: requests of different lengths cannot be decoded in one batch by "
+                    "input_ids: requests of different lengths cannot share a batch with "
                     f"{type(self.model).__name__}, whose rotary embedding depends on the longest of them: decode them "
-                    "one by one"
+                    "one at a time"
                 )
             named["attention_mask"] = _valid(tokens, window.kv_range)
         return self._outermost(*inputs, **named).logits.to(tokens.device)
@@ -500,13 +530,13 @@ class LogitsModel(DiffusionModel):
 
 
 def _valid(tokens: Tensor, kv_range: Tensor) -> Tensor:
-    """An attention mask int64 `[B, T]` of the columns in each row's range, int32 `[B, 2]`."""
+    """Return an attention mask int64 `[B, T]` that is 1 at the columns within each row's range, int32 `[B, 2]`."""
     columns = torch.arange(tokens.shape[1], device=tokens.device)
     return ((columns >= kv_range[:, :1]) & (columns < kv_range[:, 1:])).long()
 
 
 def _engine() -> Any:
-    """The module of the engine, which knows of models; they ask for it by its name, when it is wanted."""
+    """Import the engine's module on demand; the engine imports models, so a top-level import would be circular."""
     return importlib.import_module("dlmkernels.engine.batch")
 
 
@@ -518,39 +548,40 @@ def adapt(
     Parameters
     ----------
     model : PreTrainedModel
-        Three kinds are known. A stock transformers model of a known architecture, loaded by whomever, decodes with
-        KV reuse. So does a model of a published family loaded by its own code (`trust_remote_code`): its parameters
-        are placed into the stock class of its architecture, without a copy (separate expert matrices excepted, which
-        the stock class holds as one tensor). Any other module whose call returns `.logits` `[B, T, V]` decodes without
-        KV reuse, through its own attention; a warning says so.
+        There are three cases. A stock transformers model of a known architecture decodes with KV-cache reuse, however
+        it was loaded. So does a model of a published family loaded with its own code (`trust_remote_code`): its
+        parameters are placed into the architecture's stock class without copying (except separate expert matrices,
+        which the stock class stores as one tensor). Any other module that returns `.logits` `[B, T, V]` decodes through
+        its own attention, without KV-cache reuse; a warning says so.
 
-        It may be wrapped by `torch.compile`, by PEFT (whose adapters stay active) or for parallel execution, in any
-        order: what is decoded is the model within, layer by layer and not compiled.
+        The model may be wrapped by `torch.compile`, PEFT (whose adapters stay active) or a parallelism wrapper, in any
+        order. In the first two cases the wrapped model is decoded layer by layer, without the compilation.
     family : str, optional
-        How it is decoded (a key of `FAMILIES`). None: what its configuration says, else "masked".
+        Family that determines how the model is decoded (a key of `FAMILIES`). If None, it is taken from the
+        configuration, or the architecture's default family is used ("masked" for most).
     causal : bool, optional
-        For models that decode through their own attention. None: three short forwards find out whether it is causal,
-        and a model whose attention is causal is refused, since masks would then not see what stands behind them. True:
-        causal attention is what is wanted. False: it is known to be bidirectional, nothing is tried.
-
+        Only for models that decode through their own attention. If None, three short forward passes test whether it is
+        causal; if so, the model is rejected, because mask tokens could not attend to the tokens after them. Pass True
+        if causal attention is intended, or False to skip the test for a model known to be bidirectional.
     compile : bool
-        Let torch.compile make its forward, on a GPU and on the CPU. That takes a while for every form of a step that a
-        decoding has (a few), the first time; so keep what is returned. Steps then have their widest form. What is set
-        on the model's modules later is not seen.
+        Whether to compile the forward pass with torch.compile, on a GPU or the CPU. Each step shape of a decoding
+        (there are a few) takes a while to compile the first time, so keep the returned object. Steps always use their
+        widest shape, and later changes to the model's modules have no effect.
 
     Returns
     -------
     DiffusionModel
-        Shares the model's parameters; the model itself is left as it is. Attributes that are set on the model's modules
-        later (an adapter disabled, say) are seen by the next `generate`, `infill` or `adapt`.
+        The prepared model. It shares the parameters of `model`, which is left unchanged. Attributes set on the model's
+        modules later (a disabled adapter, for example) take effect at the next `generate`, `infill` or `adapt`.
 
     Raises
     ------
     TypeError
-        When `model` is not a torch module or has no language-model head.
+        If `model` is not a torch module that returns logits, or has no language-model head.
     ValueError
-        When the family is not known, the model's configuration fits several, its attention is causal and not known to
-        dlmkernels, or a wrapper changes what the model within computes.
+        If the family is unknown, the configuration fits several families, the model decodes through its own attention
+        and is causal, `causal` is given for a model that does not, `compile` cannot be used with the model, or a
+        wrapper or adapter has an effect that cannot be followed.
     """
     if family is not None and family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {family!r}")
@@ -572,22 +603,22 @@ def adapt(
     model_type = getattr(adapted.config, "model_type", None) or type(within).__name__
     what = f"does not know model type '{model_type}'"
     if model_type in FORMS:
-        what = f"knows model type '{model_type}' in its published form, which this {type(within).__name__} has not"
+        what = f"knows model type '{model_type}' only in its published form, unlike this {type(within).__name__}"
     if model_type in ARCHITECTURES:
         what = (
             f"knows model type '{model_type}' as {ARCHITECTURES[model_type].model_class}, not {type(within).__name__}"
         )
-    # at this line, so that Python shows it once and not for every place that decodes
+    # stacklevel=1, so that Python shows the warning once rather than once per calling line
     warnings.warn(
-        f"dlmkernels {what}: decoding forwards the whole canvas each step through the model's own attention (no KV "
-        f"reuse). Known types: {known_types()}",
+        f"dlmkernels {what}: each step runs the whole canvas through the model's own attention, without KV-cache "
+        f"reuse. Known model types: {known_types()}",
         stacklevel=1,
     )
     return adapted
 
 
 def _adapt_known(model, family: str | None) -> DiffusionModel | None:
-    """A model of a known architecture or published family, None if it is of neither."""
+    """Adapt a model of a known architecture or published family; return None for any other model."""
     if not isinstance(model, PreTrainedModel):
         return None
     config = model.config
@@ -612,15 +643,15 @@ def _adapted(model: PreTrainedModel, architecture: Architecture, family: Family)
 
 
 def unloaded(model: PreTrainedModel, family: str | None) -> DiffusionModel:
-    """A stock model whose parameters have no values yet, as it will be decoded; for finding out what that takes."""
+    """Adapt a stock model whose parameters have no values yet, to find out how much memory decoding it takes."""
     architecture = ARCHITECTURES.get(model.config.model_type)
     if architecture is None or not isinstance(model, architecture.load_class()):
-        raise ValueError(f"model: {type(model).__name__} is none of the types that are known: {known_types()}")
+        raise ValueError(f"model must be of a known model type; got {type(model).__name__}. Known: {known_types()}")
     return _adapted(model, architecture, FAMILIES[family or architecture.family])
 
 
 def _family_named(model) -> str | None:
-    """The family of a published form that could not be read: its logits speak of the same positions all the same."""
+    """Return the family of a published form that `_restock` could not convert; its logit alignment still applies."""
     form = form_of(model.config.to_dict()) if isinstance(model, PreTrainedModel) else None
     return form.family if form is not None and isinstance(form.family, str) else None
 
@@ -628,31 +659,31 @@ def _family_named(model) -> str | None:
 def _check_unused(causal: bool | None, model: DiffusionModel) -> None:
     if causal is not None:
         raise ValueError(
-            "causal is for models that decode through their own attention; what "
-            f"{type(model.model).__name__} sees is chosen by its family, or by attention=… of generate; got {causal}"
+            f"causal must be None for {type(model.model).__name__}, whose attention is set by its family, or by "
+            f"attention=… of generate; got {causal}. It is only for models that decode through their own attention"
         )
 
 
-#: transformers changes settings of the process (torch's default dtype among them) while it builds a model.
+#: Held while transformers builds a model, because it changes process-wide settings such as torch's default dtype.
 _building = threading.Lock()
 
 
 def _restock(model: PreTrainedModel, family: str | None) -> DiffusionModel | None:
-    """A model of a published family as a stock one that shares its parameters.
+    """Convert a model of a published family to its stock class, sharing the parameters.
 
-    None, after a warning, if its configuration or its weights are not what they are in that family.
+    Warns and returns None if its configuration or its weights do not match that family.
     """
     check_loaded(model, may_be_elsewhere=False)
     if group_of(model) is not None:
         raise ValueError(
-            f"model: {type(model).__name__} is divided among ranks, and its parameters go into a stock class: load it "
-            "with dlmkernels.load(…, distributed_config=…)"
+            f"model: {type(model).__name__} is divided among ranks, so its parameters cannot be moved into the stock "
+            "class: load it with dlmkernels.load(…, distributed_config=…)"
         )
     state = model.state_dict()
     if any(".base_layer." in name for name in state):
         raise ValueError(
-            f"model: {type(model).__name__} has adapters, and its parameters go into a stock class: merge "
-            "them first (merge_and_unload of PEFT)"
+            f"model: {type(model).__name__} has adapters, so its parameters cannot be moved into the stock class: "
+            "merge them first (merge_and_unload of PEFT)"
         )
     try:
         how = plan(model.config.to_dict(), family)
@@ -662,8 +693,8 @@ def _restock(model: PreTrainedModel, family: str | None) -> DiffusionModel | Non
         raise
     except ValueError as error:
         warnings.warn(
-            f"model: its configuration says '{model.config.model_type}', but it cannot be read as one of those "
-            f"({error}): its own forward is used",
+            f"model: its configuration has model_type='{model.config.model_type}', but it does not match that type's "
+            f"published form ({error}). Its own forward pass is used instead",
             stacklevel=4,
         )
         return None

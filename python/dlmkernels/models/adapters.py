@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low-rank adapters in PEFT's format, merged into the weights they adapt (LoRA, arXiv:2106.09685)."""
+"""Merge low-rank adapters in PEFT format into the weights they adapt (LoRA, arXiv:2106.09685)."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ PREFIX = "base_model.model."
 
 
 def base_of(config: Mapping[str, Any]) -> str | None:
-    """The base model that an adapter's configuration names, None if it names none.
+    """Return the base model named in an adapter's configuration, or None if it names none.
 
     Raises
     ------
     ValueError
-        When it names a folder relative to somewhere, which would be another one for each user.
+        If it is neither a Hub id nor an absolute path. A relative path would be a different folder for each user.
     """
     base = config.get("base_model_name_or_path")
     if base in (None, ""):
         return None
     if not isinstance(base, str) or not (os.path.isabs(base) or HUB_ID.fullmatch(base)) or ".." in base.split("/"):
         raise ValueError(
-            f"the adapter's configuration has base_model_name_or_path={base!r}; expected a hub id or the full path of "
-            "a folder: pass base=… to say which model it is for"
+            f"the adapter's configuration has base_model_name_or_path={base!r}; expected a Hub id or the absolute path "
+            "of a folder. Pass base=… to name its base model"
         )
     return base
 
@@ -47,13 +47,13 @@ def merge(
 ) -> None:  # fmt: skip
     """Add the adapter's updates to the model's weights: W + s B A, with s = alpha / r, or alpha / sqrt(r) (rsLoRA).
 
-    `key_mapping` says what became of the names that the adapter knows the weights by.
+    `key_mapping` maps the weight names that the adapter uses to those of the model.
 
     Raises
     ------
     ValueError
-        When the adapter is of another kind, one of its matrices is missing or of another shape, or it adapts a weight
-        that the model does not have.
+        If the adapter is not a plain LoRA, one of its matrices is missing or of the wrong shape, or it adapts a weight
+        that the model does not have or that is quantized.
     """
     unsupported = {
         "peft_type": config.get("peft_type", "LORA") != "LORA", "bias": config.get("bias", "none") != "none",
@@ -72,14 +72,20 @@ def merge(
         if weight is None:
             raise ValueError(f"the adapter adapts {module}, which the model does not have")
         if a.dim() != 2 or b.dim() != 2 or 0 in (*a.shape, *b.shape):
-            raise ValueError(f"the adapter of {module} has matrices {list(b.shape)} and {list(a.shape)}")
+            raise ValueError(
+                f"the adapter of {module} has matrices of shapes {list(b.shape)} and {list(a.shape)}; expected two "
+                "dimensions, none of them 0"
+            )
         if not weight.is_floating_point():
-            raise ValueError(f"the adapter cannot be merged into {name}: it is quantised ({weight.dtype})")
+            raise ValueError(
+                f"the adapter cannot be merged into {name}, which is quantized ({weight.dtype}): load the base model "
+                "without quantization"
+            )
         shape = (b.shape[0], a.shape[1])
         if (shape[::-1] if config.get("fan_in_fan_out") else shape) != weight.shape or a.shape[0] != b.shape[1]:
             raise ValueError(
-                f"the adapter of {module} has matrices {list(b.shape)} and {list(a.shape)} for a weight of "
-                f"{list(weight.shape)}"
+                f"the adapter of {module} has matrices of shapes {list(b.shape)} and {list(a.shape)}, which do not fit "
+                f"its weight of shape {list(weight.shape)}"
             )
         rank = a.shape[0]
         alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
@@ -99,17 +105,19 @@ def _weights(path_or_id: str | PathLike, where: Mapping[str, Any], allow_pickle:
         return load_file(file)
     file = cached_file(path_or_id, PICKLE, **where, **QUIET) if allow_pickle else None
     if file is None:
-        raise ValueError(f"there is no {WEIGHTS} beside {ADAPTER_CONFIG}")
+        raise ValueError(
+            f"there is no {WEIGHTS} next to {ADAPTER_CONFIG}; {PICKLE} is read only with allow_pickle=True"
+        )
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _pairs(weights: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module name -> (A, B)."""
+    """Return the matrices (A, B) of each adapted module, by its name."""
     found: dict[str, dict[str, Tensor]] = {}
     for name, weight in weights.items():
         match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])(?:\.default)?\.weight", name)
         if match is None:
-            raise ValueError(f"the adapter holds {name}, which is not a LoRA matrix of a linear layer")
+            raise ValueError(f"the adapter contains {name}, which is not a LoRA matrix of a linear layer")
         found.setdefault(match[1], {})[match[2]] = weight
     for module, pair in found.items():
         if len(pair) != 2:
@@ -118,13 +126,16 @@ def _pairs(weights: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
-    """PEFT's per-module values: the first pattern that ends the module's name."""
+    """Return the value of the first pattern that matches the end of the module's name, as in PEFT, or the default."""
     if not isinstance(patterns, (Mapping, type(None))):
         raise ValueError(f"the adapter's configuration has alpha_pattern={patterns!r}; expected an object")
     for pattern, value in (patterns or {}).items():
-        # Without groups and with few repetitions, a pattern cannot take longer than the name is long, to the third.
+        # Untrusted patterns: without groups and with few repetitions, matching takes at most cubic time.
         if "(" in pattern or len(re.findall(r"[*+?{]", pattern)) > 3:
-            raise ValueError(f"the adapter's configuration has an alpha_pattern that is not supported: '{pattern}'")
+            raise ValueError(
+                f"the adapter's configuration has the alpha_pattern '{pattern}'; expected no groups and at most 3 "
+                "repetitions"
+            )
         if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module):
             return value
     return default

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any torch module as a model that can be decoded: what it is called with, and what is made of its answer."""
+"""Decode with any torch module, by wrapping it in a `Backbone` that maps its inputs and outputs."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .moment import Moment as Moment
 
 @dataclass(frozen=True)
 class BackboneInput:
-    """What `Backbone` hands to its `call`. B is twice the batch under guidance.
+    """Inputs that `Backbone` passes to its `call`. Under classifier-free guidance, B is twice the batch size.
 
     Attributes
     ----------
     tokens : Tensor
-        int64 `[B, T]`: the whole canvas.
+        int64 `[B, T]`: the whole canvas, that is, the prompt and answer positions.
     attention_mask : Tensor, optional
-        int64 `[B, T]`, 0 for padding; None where there is none.
+        int64 `[B, T]`: 1 for tokens and 0 for padding. None if there is no padding.
     positions : Tensor
-        int64 `[B, T]`, counted from each request's first token.
+        int64 `[B, T]`: positions, counted from each request's first token.
     moment : Moment
-        Where the decoding stands.
+        Progress of the decoding.
     """
 
     tokens: Tensor
@@ -39,47 +39,54 @@ class BackboneInput:
 
     @property
     def timesteps(self) -> Tensor:
-        """Diffusion time t, float32 `[B]`, from 1 towards 0.
+        """Diffusion time t, float32 `[B]`, decreasing from 1 towards 0.
 
-        It is that of the rule's own grid where the rule walks one (`Ancestral`, `UniformState`, …); else 1 - progress
-        with rules that go block after block, and the share of masks with the others.
+        Taken from the rule's own time grid if it has one (`Ancestral`, `UniformState`, …). For other rules it is 1 -
+        progress if decoding goes block by block, else the fraction of positions not yet committed.
         """
         if self.moment.time is not None:
             return self.moment.time
         return self.moment.masked if self.moment.progress is None else 1 - self.moment.progress
 
     def sigma(self, eps: float = 1e-3) -> Tensor:
-        """Total noise of the log-linear schedule at time t, ``-ln(1 - (1 - eps) t)``, float32 `[B]`.
+        """Return the total noise of the log-linear schedule at time t, ``-ln(1 - (1 - eps) t)``, float32 `[B]`.
 
-        The time that MDLM (arXiv:2406.07524) and SEDD (arXiv:2310.16834) condition on.
+        MDLM (arXiv:2406.07524) and SEDD (arXiv:2310.16834) are conditioned on this value.
         """
         return -torch.log1p(-(1 - eps) * self.timesteps)
 
 
 class Backbone(LogitsModel):
-    """A module of any kind, wrapped so that `generate` and `infill` can decode with it.
+    """Wrapper that lets `generate` and `infill` decode with any module.
 
-    The whole canvas is forwarded each time and the module attends by itself, so there is no KV reuse. It must see the
-    whole canvas: nothing checks that here.
+    Each forward pass processes the whole canvas (prompt and answer positions) with the module's own attention, so there
+    is no KV-cache reuse. The module must attend to the whole canvas; this is not checked.
 
     Parameters
     ----------
     module : torch.nn.Module
-        In evaluation mode.
+        The module, in evaluation mode.
     call : callable, optional
-        `call(module, inputs)` with a `BackboneInput` returns logits `[B, T, V]`: a tensor, a tuple or list whose first
-        element they are, a mapping with the key "logits", or an object with `.logits`. None: `module(tokens)`, and
-        `module(tokens, attention_mask=…)` where prompts are padded.
+        `call(module, inputs)`, with a `BackboneInput`, returns logits `[B, T, V]`: a tensor, a tuple or list whose
+        first element is that tensor, a mapping with the key "logits", or an object with the attribute `logits`. If
+        None, the call is `module(tokens)`, or `module(tokens, attention_mask=…)` if there is padding.
     vocab_size : int, optional
-        V. None: what `module.config` says, or the first forward.
+        Vocabulary size V. If None, it is taken from `module.config`, or from the logits.
     max_length : int, optional
-        Longest canvas that the module can encode.
+        Maximum length of the canvas, in tokens. If None, `module.config.max_position_embeddings`, if it exists.
     device : torch.device, optional
-        None: that of the module's first parameter.
+        Device of the module's inputs. If None, that of its first parameter.
+
+    Raises
+    ------
+    TypeError
+        If `module` is not a torch module or `call` is not callable.
+    ValueError
+        If `vocab_size` or `max_length` is not a positive integer.
 
     Examples
     --------
-    A model that is conditioned on the noise level, as MDLM and SEDD are:
+    Decode with a model that is conditioned on the noise level, such as MDLM or SEDD:
 
     >>> model = dlmkernels.Backbone(net, lambda net, x: net(x.tokens, x.sigma()), vocab_size=50258)
     >>> out = dlmkernels.generate(model, ids, mask_token_id=50257, config="mdlm", steps=128)
@@ -113,7 +120,7 @@ class Backbone(LogitsModel):
             return self._device
         first = next(self.model.parameters(), None)
         if first is None:
-            raise ValueError("device is needed: the module has no parameters that would show where it is")
+            raise ValueError("device must be given, because the module has no parameters to infer it from")
         return first.device
 
     @property
@@ -129,7 +136,7 @@ class Backbone(LogitsModel):
         opinion: Tensor | None = None, moment: Moment | None = None,
     ) -> Tensor:  # fmt: skip
         if embeds is not None:
-            raise ValueError("embeddings cannot be passed to a Backbone: its call takes token ids")
+            raise ValueError("a Backbone does not accept input embeddings: its call takes token ids")
         mask = None if window.kv_range is None else _valid(tokens, window.kv_range)
         if moment is None:
             moment = Moment(torch.ones(len(tokens), device=tokens.device))
@@ -139,7 +146,7 @@ class Backbone(LogitsModel):
                 f"call must return logits of shape [{tokens.shape[0]}, {tokens.shape[1]}, V]; got {list(logits.shape)}"
             )
         if self.vocab_size is not None and logits.shape[2] < self.vocab_size:
-            raise ValueError(f"call must return {self.vocab_size} logits a position; got {logits.shape[2]}")
+            raise ValueError(f"call must return at least {self.vocab_size} logits per position; got {logits.shape[2]}")
         return logits
 
 
@@ -150,7 +157,7 @@ def _plain_call(module, inputs: BackboneInput):
 
 
 def _logits_of(output) -> Tensor:
-    """The logits in what a module returned."""
+    """Extract the logits from a module's output."""
     found = output
     if isinstance(output, Mapping):
         found = output.get("logits")
@@ -160,7 +167,7 @@ def _logits_of(output) -> Tensor:
         found = getattr(output, "logits", None)
     if not isinstance(found, Tensor):
         raise TypeError(
-            "call must return logits: a tensor, a tuple with them first, a dict with 'logits', or an object with "
-            f".logits; got {type(output).__name__}"
+            "call must return logits: a tensor, a tuple or list that starts with one, a dict with 'logits', or an "
+            f"object with .logits; got {type(output).__name__}"
         )
     return found

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a checkpoint: where they are, and what they say before anything is built from them."""
+"""The files of a checkpoint: locate them, and read configurations and weight shapes before building a model."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from transformers.utils import (
 )
 from transformers.utils.hub import cached_files, extract_commit_hash
 
-#: Arguments of `from_pretrained` that say where a file is found.
+#: Arguments of `from_pretrained` that determine where files are looked up.
 WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 QUIET: dict[str, Any] = {
     f"_raise_exceptions_for_{trouble}": False for trouble in ("missing_entries", "connection_errors", "gated_repo")
 }
 ADAPTER_CONFIG = "adapter_config.json"
-#: The name of the model that comes with the package.
+#: Name of the model that ships with the package.
 DEMO = "demo"
-#: That of the causal one, and of its drafter.
+#: Names of the causal model that ships with the package, and of its drafter.
 DEMO_CAUSAL, DEMO_DRAFTER = "demo-causal", "demo-drafter"
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
-#: How long the hub may take to say whether it knows a model.
+#: Timeout, in seconds, for asking the Hub whether a model exists.
 HUB_SECONDS = 5.0
 
 Shapes = dict[str, tuple[int, ...]]
@@ -46,20 +46,20 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def locate(path_or_id: str | PathLike, where: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The folder or hub id, and `where` with what was learned on the way.
+    """Return the folder or Hub id, and the lookup arguments `where`.
 
-    A folder comes first. What cannot be a hub id is not looked for there; a hub that does not answer is asked once,
-    and what it had sent before is used.
+    A local folder takes precedence. A name that cannot be a Hub id is not looked up there. If the Hub cannot be used,
+    the model must already be in the local cache, and `local_files_only` is added to `where`.
 
     Raises
     ------
     TypeError
-        When `path_or_id` is no path.
+        If `path_or_id` is not a string or path.
     ValueError
-        When there is no such folder, nor a model of that name on the hub.
+        If there is neither a folder nor a model of that name on the Hub.
     """
     if not isinstance(path_or_id, (str, PathLike)):
-        raise TypeError(f"path_or_id must be a folder or a hub id; got {type(path_or_id).__name__}")
+        raise TypeError(f"path_or_id must be a folder or Hub id, as a string or path; got {type(path_or_id).__name__}")
     name = os.path.expanduser(os.fspath(path_or_id))
     if name == DEMO:
         from ..demo import MODEL_DIR
@@ -72,14 +72,14 @@ def locate(path_or_id: str | PathLike, where: dict[str, Any]) -> tuple[str, dict
 
         return str(CAUSAL_DIR if name == DEMO_CAUSAL else DRAFTER_DIR), where
     if os.path.exists(name):
-        raise ValueError(f"path_or_id: '{name}' is a file; expected the folder that holds {CONFIG_NAME}")
+        raise ValueError(f"path_or_id: '{name}' is a file; expected the folder that contains {CONFIG_NAME}")
     if isinstance(path_or_id, PathLike) or not HUB_ID.fullmatch(name):
         raise ValueError(f"path_or_id: there is no folder '{name}'")
     return name, where | _reach(name, where)
 
 
 def _reach(name: str, where: Mapping[str, Any]) -> dict[str, Any]:
-    """What `where` needs in addition for a model on the hub."""
+    """Return what to add to `where` for a model on the Hub; raise ValueError if the model cannot be found."""
     trouble = "downloads are switched off"
     if not (where.get("local_files_only") or constants.HF_HUB_OFFLINE):
         try:
@@ -88,22 +88,22 @@ def _reach(name: str, where: Mapping[str, Any]) -> dict[str, Any]:
             )  # fmt: skip
             return {}
         except RevisionNotFoundError:
-            raise ValueError(f"path_or_id: '{name}' has no revision '{where.get('revision')}' on the hub") from None
+            raise ValueError(f"path_or_id: '{name}' has no revision '{where.get('revision')}' on the Hub") from None
         except RepositoryNotFoundError:
             raise ValueError(
-                f"path_or_id: there is no folder '{name}', and the hub shows no model of that name (a private one "
-                "needs token=…)"
+                f"path_or_id: there is no folder '{name}', and no model of that name on the Hub (if it is private, "
+                "pass token=…)"
             ) from None
         except HfHubHTTPError as error:
-            trouble = f"the hub answers {error.response.status_code}"
-        except Exception as error:  # which one depends on the HTTP client
-            trouble = f"the hub cannot be reached ({type(error).__name__})"
+            trouble = f"the Hub responded with HTTP status {error.response.status_code}"
+        except Exception as error:  # the error's class depends on the HTTP client
+            trouble = f"the Hub cannot be reached ({type(error).__name__})"
     places = {key: where[key] for key in ("cache_dir", "revision") if where.get(key)}
     for file in (CONFIG_NAME, ADAPTER_CONFIG):
         if isinstance(try_to_load_from_cache(name, file, **places), str):
             return {"local_files_only": True}
     raise ValueError(
-        f"path_or_id: there is no folder '{name}', and no model of that name was downloaded before; {trouble}"
+        f"path_or_id: there is no folder '{name}' and no downloaded model of that name in the cache, and {trouble}"
     )
 
 
@@ -111,12 +111,12 @@ def _reach(name: str, where: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_object(path_or_id: str, name: str, where: Mapping[str, Any]) -> tuple[dict[str, Any], str | None] | None:
-    """The JSON object in a file of the checkpoint and the revision it is from, None if there is no such file.
+    """Return the JSON object in a file of the checkpoint, and its revision; None if there is no such file.
 
     Raises
     ------
     ValueError
-        When the file holds something else.
+        If the file does not contain a JSON object.
     """
     file = cached_file(path_or_id, name, **where, **QUIET)
     if file is None:
@@ -124,19 +124,19 @@ def read_object(path_or_id: str, name: str, where: Mapping[str, Any]) -> tuple[d
     with open(file, encoding="utf-8") as stream:
         value = json.load(stream)
     if not isinstance(value, dict):
-        raise ValueError("it holds no object")
+        raise ValueError(f"{name} must contain a JSON object; got {type(value).__name__}")
     return value, extract_commit_hash(file, None)
 
 
 def weight_files(
     path_or_id: str, where: Mapping[str, Any], allow_pickle: bool = False, variant: str | None = None
 ) -> list[str]:
-    """The files that hold the weights, those that transformers would read.
+    """Return the files that contain the weights, the same ones that transformers would read.
 
     Raises
     ------
     ValueError
-        When there are none, or the index of them names a file that is missing or outside of the checkpoint's folder.
+        If there are none, or their index names a file that is missing or outside the checkpoint's folder.
     """
     kinds = [(SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)][: 1 + bool(allow_pickle)]
     for names in kinds:
@@ -147,7 +147,10 @@ def weight_files(
         file = cached_file(path_or_id, index, **where, **QUIET)
         if file is not None:
             return _shards(path_or_id, index, file, where)
-    raise ValueError(f"there is no {_with_variant(SAFE_WEIGHTS_NAME, variant)}")
+    raise ValueError(
+        f"there is no {_with_variant(SAFE_WEIGHTS_NAME, variant)}; load reads pickled weights only with "
+        "allow_pickle=True"
+    )
 
 
 def _with_variant(name: str, variant: str | None) -> str:
@@ -156,27 +159,27 @@ def _with_variant(name: str, variant: str | None) -> str:
 
 
 def _shards(path_or_id: str, index: str, file: str, where: Mapping[str, Any]) -> list[str]:
-    """The files that an index names."""
+    """Return the weight files named in an index."""
     try:
         with open(file, encoding="utf-8") as stream:
             read = json.load(stream)
         names, metadata = sorted(set(read["weight_map"].values()), key=str), read["metadata"]
-        metadata.keys()  # transformers adds to it
+        metadata.keys()  # transformers adds keys to it
     except Exception as error:
-        raise ValueError(f"{index} is not an index of weights: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{index} is not a valid weight index: {type(error).__name__}: {error}") from error
     for name in names:
         if not _is_inside(name):
-            raise ValueError(f"{index}: {name!r} cannot be read: it does not name a file in the checkpoint's folder")
+            raise ValueError(f"{index} names {name!r}; expected a file in the checkpoint's folder")
         if os.path.isdir(path_or_id) and cached_file(path_or_id, name, **where, **QUIET) is None:
-            raise ValueError(f"there is no {name}, which {index} names")
+            raise ValueError(f"{index} names {name}, but there is no such file")
     files = cached_files(path_or_id, names, **where, **QUIET)
     if files is None or len(files) < len(names):
-        raise ValueError(f"some of the files that {index} names are missing")
+        raise ValueError(f"some of the files named in {index} are missing")
     return list(files)
 
 
 def _is_inside(name: Any) -> bool:
-    """Whether a name is that of a file in or below the folder; where a link of that name leads is the user's affair."""
+    """Return whether a name is that of a file in or below the folder. Symbolic links are not resolved."""
     if not isinstance(name, str) or not name or re.search(r"[\\:\0]", name):
         return False
     path = PurePosixPath(name)
@@ -184,18 +187,18 @@ def _is_inside(name: Any) -> bool:
 
 
 def weight_shapes(files: list[str]) -> Shapes:
-    """Names and shapes of all weights in these files; no weight is read.
+    """Return names and shapes of all weights in the files, without reading the weights.
 
     Raises
     ------
     ValueError
-        When a file cannot be read.
+        If a file cannot be read.
     """
     shapes: Shapes = {}
     for file in files:
         try:
             shapes |= _header(file)
-        except Exception as error:  # safetensors and pickle have no error in common
+        except Exception as error:  # errors of safetensors and pickle share no base class
             raise ValueError(f"{os.path.basename(file)} cannot be read: {' '.join(str(error).split())}") from error
     return shapes
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a model's inputs belong: on one device, on several, or with a part on disk."""
+"""Find the device of a model's inputs, for models on one device, on several, or partly offloaded."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import nn
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """The device on which a model reads its tokens: that of its input embeddings, or where a hook brings them.
+    """Return the device on which a model expects its tokens: the one on which its input embeddings are executed.
 
-    Models with parts elsewhere carry the hooks of accelerate, which know on which device a module is executed.
+    In models with offloaded or dispatched parts, accelerate's hooks determine the device of each module.
     """
     table = _input_embeddings(model)
     for module in (table, model) if table is not None else (model,):
@@ -24,17 +24,17 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def check_loaded(model: nn.Module, may_be_elsewhere: bool = True) -> None:
-    """Raise if parameters have no values, and no hook that brings them from where they are.
+    """Raise ValueError if parameters are on the meta device, so that they have no values.
 
-    `may_be_elsewhere`: whether hooks count.
+    If `may_be_elsewhere`, parameters that an offloading hook of accelerate loads on demand are accepted.
     """
     for module in model.modules():
         empty = (weight for weight in module._parameters.values() if weight is not None and weight.is_meta)
         weight = next(empty, None)
         if weight is not None and not (may_be_elsewhere and _offloads(module)):
             name = next(name for name, parameter in model.named_parameters() if parameter is weight)
-            rest = "" if may_be_elsewhere else " in memory: its parts on disk or in CPU memory cannot be shared"
-            raise ValueError(f"model: its parameter {name} is on the device 'meta', it has no values{rest}")
+            rest = "" if may_be_elsewhere else " in memory; offloaded parameters cannot be shared with a stock class"
+            raise ValueError(f"model: its parameter {name} is on the device 'meta' and has no values{rest}")
 
 
 def _input_embeddings(model: nn.Module) -> nn.Module | None:
@@ -45,7 +45,7 @@ def _input_embeddings(model: nn.Module) -> nn.Module | None:
 
 
 def _hooks(module: nn.Module) -> list:
-    """accelerate's hooks of a module."""
+    """Return accelerate's hooks of a module."""
     hook = getattr(module, "_hf_hook", None)
     return list(getattr(hook, "hooks", [hook])) if hook is not None else []
 
@@ -54,7 +54,7 @@ def _execution_device(module: nn.Module) -> torch.device | None:
     for hook in _hooks(module):
         device = getattr(hook, "execution_device", None)
         if device is not None:
-            # "cuda" without a number is some device; its tensors know which
+            # "cuda" has no index; a tensor's device does
             return torch.empty(0, device=device).device
     return None
 

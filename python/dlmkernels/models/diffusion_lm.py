@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Diffusion-LM (Li et al., arXiv:2205.14217): a BERT without tokens, from noisy vectors to clean ones.
+"""Diffusion-LM (Li et al., arXiv:2205.14217): a BERT that maps noisy vectors, rather than tokens, to clean vectors.
 
-The modules have their published names, behind the prefix `backbone.` but for the table and the head, which share a
-matrix. The trunk is transformers' own BERT.
+The modules have their published names, with the prefix `backbone.` except for the embedding table and the head, which
+share a matrix. The trunk is transformers' own BERT encoder.
 """
 
 from __future__ import annotations
@@ -17,25 +17,27 @@ from transformers import BertConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.bert.modeling_bert import BertEncoder
 
-#: What the largest time is told as, however many steps there are.
+#: Times are passed to the model on a scale from 0 to this value, whatever the number of steps.
 TIME_SCALE = 1000
+#: Longest period of the time embedding.
 LONGEST = 10_000
-#: The square-root schedule begins as though this share of the steps had been taken.
+#: The square-root schedule starts as if this fraction of the steps had been taken; and the largest noise of one step.
 OFFSET, MOST_BETA = 1e-4, 0.999
 
 
 class DiffusionLMConfig(PreTrainedConfig):
-    """Sizes of a `DiffusionLM`.
+    """Configuration of a `DiffusionLM`.
 
     Attributes
     ----------
     vocab_size, hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, max_position_embeddings : int
+        Sizes of the BERT encoder and its embeddings.
     embed_dim : int
-        Dimensions of the space that noise is added in (`in_channel`).
+        Number of dimensions of the space in which noise is added (`in_channel` in the published code).
     time_dim : int
-        Width of the sinusoids that tell the time (`num_channels`).
+        Width of the sinusoidal time embedding (`num_channels` in the published code).
     noise_steps : int
-        Steps that the model was trained with.
+        Number of diffusion steps in training.
     """
 
     model_type = "dlm_diffusion_lm"
@@ -55,13 +57,13 @@ class DiffusionLMConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = True
-    #: what the model is told, and that it says vectors and not logits
+    #: how the noise level is passed to the model, and that it predicts vectors rather than logits
     time: str = "index"
     says_vectors: bool = True
 
 
 class Trunk(nn.Module):
-    """Noisy vectors and times in, clean vectors out."""
+    """The transformer, from noisy vectors and times to clean vectors."""
 
     def __init__(self, config: DiffusionLMConfig):
         super().__init__()
@@ -85,7 +87,7 @@ class Trunk(nn.Module):
         self, inputs_embeds: Tensor, level: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None,
         opinion: Tensor | None = None, **how: Any,
     ) -> BaseModelOutput:  # fmt: skip
-        """Clean vectors `[B, Q, embed_dim]`; the arguments are those of `dit.DiT`, without self-conditioning."""
+        """Return clean vectors `[B, Q, embed_dim]`. Arguments are as in `dit.DiT`, but `opinion` is ignored."""
         half = self.config.time_dim // 2
         rate = torch.exp(-math.log(LONGEST) * torch.arange(half, dtype=torch.float32, device=level.device) / half)
         angle = level.float()[:, None] * rate
@@ -96,7 +98,7 @@ class Trunk(nn.Module):
 
 
 class DiffusionLM(PreTrainedModel):
-    """Diffusion-LM with its table and its head."""
+    """Diffusion-LM with its embedding table and its head."""
 
     config_class = DiffusionLMConfig
     base_model_prefix = "backbone"
@@ -119,50 +121,68 @@ class DiffusionLM(PreTrainedModel):
         return self.lm_head
 
     def kept(self, device: torch.device) -> Tensor:
-        """What is left of the signal's power after each step of the square-root schedule, float64 `[T]`."""
+        """Return the signal power that remains after each of the T steps of the square-root schedule, float64 `[T]`."""
         i = torch.arange(self.config.noise_steps + 1, dtype=torch.float64, device=device)
         power = 1 - torch.sqrt(i / self.config.noise_steps + OFFSET)
         return (power[1:] / power[:-1]).clamp(min=1 - MOST_BETA).cumprod(0)
 
     def gamma(self, time: Tensor) -> Tensor:
-        """The logarithm of noise power over signal power at times of `[0, 1]`, the first and the last step."""
+        """Return the logarithm of noise power over signal power at times from 0 (first step) to 1 (last step)."""
         index = (time * (self.config.noise_steps - 1)).round().long()
         power = self.kept(time.device)[index]
         return torch.log1p(-power) - power.log()
 
     def told(self, time: Tensor) -> Tensor:
-        """What the model is told: the number of the step, of 1000."""
+        """Return the noise level that the model receives: the step number, scaled to 1000 steps."""
         steps = self.config.noise_steps
         return (time * (steps - 1)).round() * (TIME_SCALE / steps)
 
     def latent_table(self) -> Tensor:
-        """What each token is in the space that noise is added in, `[V, embed_dim]`."""
+        """Return each token's vector in the space in which noise is added, `[V, embed_dim]`."""
         return self.word_embedding.weight
 
     def readable(self, hidden: Tensor, level: Tensor, inputs_embeds: Tensor) -> Tensor:
         return hidden
 
     def head(self, readable: Tensor) -> Tensor:
-        """Logits `[…, V]` of clean vectors."""
+        """Return the logits `[…, V]` for clean vectors `[…, embed_dim]`."""
         return F.linear(readable, self.lm_head.weight, self.lm_head.bias)
 
     def forward(
         self, inputs_embeds: Tensor, timesteps: Tensor | None = None, attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None, **kwargs: Any,
     ) -> BaseModelOutput:  # fmt: skip
-        """Clean vectors `[B, T, embed_dim]` (`last_hidden_state`) of noisy ones at steps `timesteps` `[B]`, of 1000.
+        """Predict clean vectors from noisy ones.
+
+        Parameters
+        ----------
+        inputs_embeds : Tensor
+            `[B, T, embed_dim]`: noisy vectors.
+        timesteps : Tensor
+            `[B]`: step number of each batch row, scaled to 1000 steps.
+        attention_mask : Tensor, optional
+            Mask for the attention function. If None, all positions are attended to.
+        position_ids : Tensor, optional
+            `[B, T]`: positions. If None, 0, 1, ….
+
+        Returns
+        -------
+        BaseModelOutput
+            `last_hidden_state` `[B, T, embed_dim]`: clean vectors.
 
         Raises
         ------
         ValueError
-            When the time is missing or of the wrong shape, or the vectors have other dimensions.
+            If `timesteps` is missing or of the wrong shape, or `inputs_embeds` has the wrong shape.
         """
         dim = self.config.embed_dim
         if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != dim:
             raise ValueError(f"inputs_embeds must have shape [batch, length, {dim}]; got {list(inputs_embeds.shape)}")
         if not isinstance(timesteps, Tensor) or timesteps.shape != inputs_embeds.shape[:1]:
             got = list(timesteps.shape) if isinstance(timesteps, Tensor) else timesteps
-            raise ValueError(f"timesteps must be the step of each row, of shape [{len(inputs_embeds)}]; got {got}")
+            raise ValueError(
+                f"timesteps must be the step number of each batch row, of shape [{len(inputs_embeds)}]; got {got}"
+            )
         positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
         positions = (positions if position_ids is None else position_ids).expand(inputs_embeds.shape[:2])
         return self.backbone(inputs_embeds, timesteps.float(), positions, attention_mask)

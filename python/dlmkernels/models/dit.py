@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transformer that SEDD, MDLM, BD3-LM, Duo and LangFlow share: every layer is modulated by the noise level.
+"""The transformer shared by SEDD, MDLM, BD3-LM, Duo and LangFlow, in which the noise level modulates every layer.
 
-DiT (Peebles and Xie, arXiv:2212.09748) with rotary positions, as SEDD (Lou et al., arXiv:2310.16834) first used it for
-text. The modules have the names under which all five publish their weights, behind the prefix `backbone.`. What differs
-between them is in `DiTConfig`: which number tells the noise level, what is made of the last layer's output, and what a
-position sees.
+It is DiT (Peebles and Xie, arXiv:2212.09748) with rotary positions, first used for text by SEDD (Lou et al.,
+arXiv:2310.16834). The module names are those under which all five publish their weights, with the prefix `backbone.`.
+`DiTConfig` selects what differs between them: how the noise level is expressed, how the head uses the last layer's
+output, and what a position attends to.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-#: What the time embedding is made of: how many frequencies, and the longest period.
+#: Number of frequencies and longest period of the time embedding.
 FREQUENCIES, LONGEST = 128, 10_000
 ROPE_BASE = 10_000
 NORM_EPS = 1e-5
@@ -30,35 +30,39 @@ NOISES = ("loglinear", "gumbel")
 
 
 class DiTConfig(PreTrainedConfig):
-    """Sizes of a `DiTForDiffusionLM`, and what it is told and tells.
+    """Configuration of a `DiTForDiffusionLM`: its sizes, the form of its noise level, and its head.
 
     Attributes
     ----------
     vocab_size : int
-        Columns of the head, the mask's among them where there is one.
+        Number of logits per position, including the mask token's if there is one.
     hidden_size, cond_dim, num_hidden_layers, num_attention_heads, max_position_embeddings : int
-        The feed-forward layers have four times the hidden size; `cond_dim` is the width of the time embedding.
+        `cond_dim` is the width of the time embedding. The width of the feed-forward layers is 4 * `hidden_size`.
     block_size : int, optional
-        Length of the blocks of BD3-LM: a position sees its own block and those before it. None: everything.
+        Block length of BD3-LM, in which a position attends to its own block and earlier ones. If None, all positions
+        are attended to.
     time : {"sigma", "none", "gamma"}
-        What number the model is told: the total noise sigma = -ln(alpha) (SEDD, Duo, MDLM where it is conditioned on
-        time), none (MDLM and BD3-LM as published, whose time embedding is that of 0), or gamma, the logarithm of noise
-        power over signal power (LangFlow).
+        How the noise level is passed to the model. "sigma": the total noise, sigma = -ln(alpha) (SEDD, Duo, and MDLM
+        with time conditioning). "none": not at all; the time embedding is always that of 0 (MDLM and BD3-LM as
+        published). "gamma": the logarithm of noise power over signal power (LangFlow).
     head : {"logits", "score", "flow"}
-        logits: those of the clean token. score: logarithms of SEDD's concrete score, scaled by the noise level. flow:
-        LangFlow's logits, to which the noisy embeddings add their products with the embedding table.
+        What the model outputs. "logits": logits of the clean token. "score": logarithms of SEDD's concrete score,
+        scaled by the noise level. "flow": LangFlow's logits, which include products of the noisy embeddings and the
+        embedding table.
     noise : {"loglinear", "gumbel"}
-        Schedule. loglinear: alpha = 1 - (1 - noise_eps) t. gumbel: quantiles of gamma, see `GumbelSchedule`.
+        Noise schedule. "loglinear": alpha = 1 - (1 - noise_eps) t. "gumbel": quantiles of gamma, see `GumbelSchedule`.
     noise_eps : float
+        Signal that remains at t = 1 in the "loglinear" schedule.
     self_conditioning : bool
-        Whether the input takes in the mean embeddings under what the last forward said.
+        Whether the input includes the mean embeddings under the distributions that the previous forward pass predicted.
     normalized_embedding : bool
-        Whether embeddings are rows of the table brought to length sqrt(hidden_size).
+        Whether embeddings are rows of the table scaled to length sqrt(hidden_size).
     clean_context : bool
-        Of LangFlow: whether the model was trained with given tokens (a prompt) free of noise, as in DiffuSeq (Gong et
-        al., arXiv:2210.08933). False, as published: given tokens have as much noise as the others.
+        LangFlow only: whether the model was trained with noise-free given tokens (a prompt), as in DiffuSeq (Gong et
+        al., arXiv:2210.08933). If False, as published, given tokens are as noisy as the others.
     gumbel_loc, gumbel_scale, gumbel_cutoff : float
-        Of the schedule before training; location and scale of a checkpoint are among its weights.
+        Parameters of the "gumbel" schedule. The location and scale are initial values; a checkpoint's weights include
+        the trained ones.
     """
 
     model_type = "dlm_dit"
@@ -88,7 +92,7 @@ class DiTConfig(PreTrainedConfig):
 
 
 def check_config(config: DiTConfig) -> None:
-    """Raise ValueError, naming the field, if a configuration is of no model that can be built."""
+    """Raise ValueError, naming the field, if a configuration is invalid."""
     for name, allowed in (("time", TIMES), ("head", HEADS), ("noise", NOISES)):
         if getattr(config, name) not in allowed:
             expected = " or ".join(map(repr, allowed))
@@ -96,12 +100,13 @@ def check_config(config: DiTConfig) -> None:
     hidden, heads = config.hidden_size, config.num_attention_heads
     if hidden % heads or (hidden // heads) % 2:
         raise ValueError(
-            f"config.hidden_size must be an even multiple of num_attention_heads; got {hidden} and {heads}"
+            "config.hidden_size must be an even multiple of num_attention_heads; got "
+            f"hidden_size={hidden} and num_attention_heads={heads}"
         )
     if (config.time == "gamma") != (config.head == "flow") or (config.noise == "gumbel") != (config.head == "flow"):
         raise ValueError(
-            "config.head='flow', time='gamma' and noise='gumbel' belong together; got "
-            f"{config.head!r}, {config.time!r} and {config.noise!r}"
+            "config.head='flow', time='gamma' and noise='gumbel' must be used together; got "
+            f"head={config.head!r}, time={config.time!r} and noise={config.noise!r}"
         )
 
 
@@ -109,7 +114,7 @@ def check_config(config: DiTConfig) -> None:
 
 
 class TokenTable(nn.Module):
-    """The embedding table, a bare parameter; with `normalized`, of rows of length sqrt(hidden)."""
+    """The embedding table, stored as a bare parameter. If `normalized`, rows are scaled to length sqrt(hidden)."""
 
     def __init__(self, rows: int, width: int, normalized: bool):
         super().__init__()
@@ -118,7 +123,7 @@ class TokenTable(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The rows that tokens are embedded as, `[V, hidden]`."""
+        """Embeddings of all tokens, `[V, hidden]`, after normalization if any."""
         if not self.normalized:
             return self.embedding
         rows = F.normalize(self.embedding.float(), dim=-1) * math.sqrt(self.embedding_dim)
@@ -132,18 +137,18 @@ class TokenTable(nn.Module):
 
 
 class Zeroed(nn.Linear):
-    """A linear layer that begins training at zero."""
+    """A linear layer whose weights are initialized to zero."""
 
 
 class TimeEmbedding(nn.Module):
-    """Cosines and sines of a number through two layers; always in float32, whatever the weights are."""
+    """Sinusoidal embedding of the noise level, followed by two layers; computed in float32 for weights of any dtype."""
 
     def __init__(self, width: int):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, level: Tensor) -> Tensor:
-        """`[B, width]` of levels float32 `[B]`."""
+        """Return embeddings `[B, width]` of noise levels float32 `[B]`."""
         k = torch.arange(FREQUENCIES, dtype=torch.float32, device=level.device)
         angle = level.float()[:, None] * torch.exp(-math.log(LONGEST) * k / FREQUENCIES)
         x = torch.cat((angle.cos(), angle.sin()), -1)
@@ -156,7 +161,7 @@ class TimeEmbedding(nn.Module):
 
 
 class Norm(nn.Module):
-    """LayerNorm with a weight and no bias, in float32."""
+    """LayerNorm with a weight but no bias, computed in float32."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -167,12 +172,12 @@ class Norm(nn.Module):
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a norm gives, shifted and scaled by the noise level: `[B, Q, hidden]` in `dtype`."""
+    """Modulate a norm's output by the noise level's shift and scale; return `[B, Q, hidden]` in `dtype`."""
     return (x * (1 + scale) + shift).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of `[B, H, Q, D]`: element i turns with element i + D / 2, by angles `[B, 1, Q, D / 2]`."""
+    """Apply rotary embedding to `[B, H, Q, D]`: rotate elements i and i + D / 2 by angles `[B, 1, Q, D / 2]`."""
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
@@ -181,7 +186,7 @@ def plain_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """transformers' attention interface in two products, for attn_implementation="eager"."""
+    """Compute attention with plain matrix products, for attn_implementation="eager" (transformers' interface)."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = query @ key.transpose(2, 3) * scale
     if attention_mask is not None:
@@ -191,7 +196,7 @@ def plain_attention(
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward layer. The noise level modulates what they read, and gates what they add."""
+    """Attention and a feed-forward layer. The noise level modulates their inputs and gates their outputs."""
 
     is_causal = False
 
@@ -225,7 +230,7 @@ class Block(nn.Module):
 
 
 class OutputLayer(nn.Module):
-    """The last norm with its modulation, and the head."""
+    """The final norm with its modulation, and the head."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -234,14 +239,14 @@ class OutputLayer(nn.Module):
         self.adaLN_modulation = Zeroed(config.cond_dim, 2 * config.hidden_size)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """What the head reads, `[B, Q, hidden]`."""
+        """Return the modulated final norm, the head's input, `[B, Q, hidden]`."""
         dtype = self.linear.weight.dtype
         shift, scale = self.adaLN_modulation(c.to(dtype))[:, None].chunk(2, -1)
         return modulated(self.norm_final(x), shift, scale, dtype)
 
 
 class GumbelSchedule(nn.Module):
-    """LangFlow's schedule: gamma as a quantile of a Gumbel distribution whose location and scale were learnt."""
+    """LangFlow's schedule: gamma is a quantile of a Gumbel distribution with learned location and scale."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -250,17 +255,17 @@ class GumbelSchedule(nn.Module):
         self.cutoff = config.gumbel_cutoff
 
     def forward(self, q: Tensor) -> Tensor:
-        """gamma at quantiles q, in their dtype; beyond the cutoff at either end it rests."""
-        # the published program takes quantiles of torch's Gumbel distribution, whose uniform numbers end before 1
+        """Return gamma at quantiles q, in their dtype; it is constant beyond the cutoff at either end."""
+        # The published code uses torch's Gumbel distribution, which clamps quantiles to just below 1.
         q = q.clamp(self.cutoff, 1 - self.cutoff) * (1 - torch.finfo(torch.float32).eps)
         gamma = self.loc.to(q.dtype) - self.scale.to(q.dtype) * (-q.log()).log()
-        # what the published program takes for the quantile 1 - cutoff
+        # the value that the published code uses at the quantile 1 - cutoff
         most = self.loc.to(q.dtype) - self.scale.to(q.dtype) * math.log(self.cutoff)
         return torch.minimum(gamma, most)
 
 
 class DiT(nn.Module):
-    """Embeddings and noise levels in, hidden states out."""
+    """The transformer, from embeddings and noise levels to hidden states."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -277,22 +282,23 @@ class DiT(nn.Module):
         self, inputs_embeds: Tensor, level: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None,
         opinion: Tensor | None = None, **how: Any,
     ) -> BaseModelOutput:  # fmt: skip
-        """Hidden states `[B, Q, hidden]` as the head reads them.
+        """Return the hidden states `[B, Q, hidden]`, after the final norm.
 
         Parameters
         ----------
         inputs_embeds : Tensor
-            `[B, Q, hidden]`.
+            `[B, Q, hidden]`: input embeddings.
         level : Tensor
-            float32 `[B]`: sigma or gamma of each row.
+            float32 `[B]`: noise level of each batch row, sigma or gamma.
         position_ids : Tensor
-            `[B, Q]`.
+            `[B, Q]`: positions.
         attention_mask : Tensor, optional
-            bool `[B, 1, Q, K]`.
+            bool `[B, 1, Q, K]`: positions that each position attends to.
         opinion : Tensor, optional
-            `[B, Q, hidden]`, with self-conditioning: mean embeddings under what the last forward said; None: zeros.
+            `[B, Q, hidden]`, for self-conditioning: mean embeddings under the distributions that the previous forward
+            pass predicted. If None, zeros.
         **how
-            For the attention function.
+            Further arguments of the attention function.
         """
         x = inputs_embeds
         if self.config.self_conditioning:
@@ -300,14 +306,14 @@ class DiT(nn.Module):
             x = x + self.self_cond_proj(torch.cat((x, opinion), -1))
         c = F.silu(self.sigma_map(level))
         turns = self._turns(position_ids)
-        # the residual stream stays in float32 where the branches have fewer bits
+        # The residual stream stays in float32 even if the branches use fewer bits.
         x = x.float()
         for block in self.blocks:
             x = block(x, c, turns, attention_mask, **how)
         return BaseModelOutput(last_hidden_state=self.output_layer(x, c))
 
     def _turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the rotary embedding, float32 `[B, 1, Q, D / 2]`."""
+        """Return cosines and sines of the rotary embedding, each float32 `[B, 1, Q, D / 2]`."""
         half = self.config.hidden_size // self.config.num_attention_heads // 2
         i = torch.arange(half, dtype=torch.float32, device=positions.device)
         angle = positions[:, None, :, None].float() * ROPE_BASE ** (-i / half)
@@ -318,14 +324,14 @@ class DiT(nn.Module):
 
 
 class DiTForDiffusionLM(PreTrainedModel):
-    """The published models of SEDD, MDLM, BD3-LM, Duo and LangFlow, as `DiTConfig` says which."""
+    """The published models of SEDD, MDLM, BD3-LM, Duo and LangFlow; `DiTConfig` selects which."""
 
     config_class = DiTConfig
     base_model_prefix = "backbone"
     _supports_sdpa = True
     _supports_attention_backend = True
     _no_split_modules = ["Block"]  # noqa: RUF012
-    # what can be computed, and what serves training alone
+    # weights that can be recomputed or are used only in training
     _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
         r"rotary_emb\.inv_freq", r"sampling_eps_(min|max)", r"proposal\.entropy"
     ]  # fmt: skip
@@ -340,7 +346,7 @@ class DiTForDiffusionLM(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """As published: modulations and the head begin at zero."""
+        """Initialize as published: modulations and the head start at zero."""
         if isinstance(module, nn.Linear):
             (nn.init.zeros_ if isinstance(module, Zeroed) else nn.init.xavier_uniform_)(module.weight)
             if module.bias is not None:
@@ -360,7 +366,7 @@ class DiTForDiffusionLM(PreTrainedModel):
         return self.backbone.output_layer.linear
 
     def level(self, time: Tensor) -> Tensor:
-        """What the model is told at diffusion time `time` `[B]`, from 1 (noise) to 0: sigma, 0 or gamma, float32."""
+        """Return the noise level float32 `[B]` (sigma, 0 or gamma) at diffusion times `[B]`, from 1 (noise) to 0."""
         if self.config.noise == "gumbel":
             return self.proposal(time.double()).float()
         if self.config.time == "none":
@@ -368,18 +374,18 @@ class DiTForDiffusionLM(PreTrainedModel):
         return -torch.log1p(-(1 - self.config.noise_eps) * time.double()).float()
 
     def gamma(self, time: Tensor) -> Tensor:
-        """The logarithm of noise power over signal power at quantiles `time`, in their dtype."""
+        """Return the logarithm of noise power over signal power at quantiles `time`, in their dtype."""
         return self.proposal(time)
 
     def latent_table(self) -> Tensor:
-        """What each token is in the space that noise is added in, `[V, hidden]`."""
+        """Return each token's vector in the space in which noise is added, `[V, hidden]`."""
         return self.backbone.vocab_embed.weight
 
     def readable(self, hidden: Tensor, level: Tensor, inputs_embeds: Tensor) -> Tensor:
-        """What `head` reads: the hidden states `[B, Q, hidden]`, and beside them what the noise level adds to logits.
+        """Return the input of `head`: the hidden states `[B, Q, hidden]`, and columns that depend on the noise level.
 
-        score: one more column, the logarithm that scales the score. flow: as many columns again, the noisy embeddings
-        times alpha / sigma^2.
+        For head "score", there is one additional column with the logarithm that scales the score. For "flow", there are
+        `hidden` additional columns: the noisy embeddings times alpha / sigma^2.
         """
         if self.config.head == "score":
             scale = -torch.log(torch.expm1(level)) - math.log(self.config.vocab_size - 1)
@@ -390,14 +396,14 @@ class DiTForDiffusionLM(PreTrainedModel):
         return hidden
 
     def head_matrix(self) -> tuple[Tensor, Tensor] | None:
-        """The head as one matrix for all that `readable` returns, and its bias; None where it is no such thing."""
+        """Return the head as one matrix for the output of `readable`, and its bias; None unless the head is "flow"."""
         if self.config.head != "flow":
             return None
         linear = self.backbone.output_layer.linear
         return torch.cat((linear.weight, self.backbone.vocab_embed.weight), 1), linear.bias
 
     def head(self, readable: Tensor) -> Tensor:
-        """Logits `[…, V]` of what `readable` returns."""
+        """Return the logits `[…, V]` for the output of `readable`."""
         linear, width = self.backbone.output_layer.linear, self.config.hidden_size
         if self.config.head == "logits":
             return linear(readable)
@@ -409,36 +415,42 @@ class DiTForDiffusionLM(PreTrainedModel):
         inputs_embeds: Tensor | None = None, position_ids: Tensor | None = None, self_condition: Tensor | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput:  # fmt: skip
-        """Logits, or logarithms of the concrete score, of every position.
+        """Compute the logits, or the logarithms of the concrete score, for every position.
 
         Parameters
         ----------
         input_ids : Tensor, optional
-            int64 `[B, T]`.
+            int64 `[B, T]`: tokens.
         timesteps : Tensor, optional
-            float `[B]`: sigma or gamma of each row, whichever `config.time` says. Without effect where that is "none".
+            float `[B]`: noise level of each batch row, sigma or gamma according to `config.time`. Ignored if that is
+            "none".
         attention_mask : Tensor, optional
-            `[B, T]`, 0 for padding; or bool `[B, 1, T, T]`, what each position sees. None: everything; with
-            `config.block_size` its own block and those before it.
+            `[B, T]`, 0 for padding; or bool `[B, 1, T, T]`, the positions that each position attends to. If None, all
+            positions are attended to or, with `config.block_size`, a position's own block and earlier ones.
         inputs_embeds : Tensor, optional
-            `[B, T, hidden]` in place of `input_ids`.
+            `[B, T, hidden]`: input embeddings, in place of `input_ids`.
         position_ids : Tensor, optional
-            `[B, T]`. None: 0, 1, ….
+            `[B, T]`: positions. If None, 0, 1, ….
         self_condition : Tensor, optional
-            `[B, T, hidden]`: mean embeddings under what the last forward said.
+            `[B, T, hidden]`: mean embeddings under the distributions that the previous forward pass predicted.
 
         Returns
         -------
         MaskedLMOutput
-            `logits` `[B, T, V]`. Those of a score are 0 at the token that stands there.
+            `logits` `[B, T, V]`. With head "score", the entry of a position's current token is 0 if `input_ids` is
+            given.
 
         Raises
         ------
         ValueError
-            When the noise level is missing or of the wrong shape, or neither or both of ids and embeddings are given.
+            If the noise level is missing or of the wrong shape, `attention_mask` has the wrong shape, or not exactly
+            one of `input_ids` and `inputs_embeds` is given.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("input_ids or inputs_embeds must be given, and not both")
+            raise ValueError(
+                "exactly one of input_ids and inputs_embeds must be given; got "
+                f"{'neither' if input_ids is None else 'both'}"
+            )
         x = self.backbone.vocab_embed(input_ids) if inputs_embeds is None else inputs_embeds
         level = self._checked_level(timesteps, x)
         positions = torch.arange(x.shape[1], device=x.device) if position_ids is None else position_ids
@@ -455,14 +467,14 @@ class DiTForDiffusionLM(PreTrainedModel):
         if name == "none":
             return torch.zeros(len(x), dtype=torch.float32, device=x.device)
         if timesteps is None:
-            raise ValueError(f"timesteps must be given: {name} of each row, float of shape [{len(x)}]")
+            raise ValueError(f"timesteps must be {name} of each batch row, float of shape [{len(x)}]; got None")
         if not isinstance(timesteps, Tensor) or timesteps.shape != (len(x),):
             got = list(timesteps.shape) if isinstance(timesteps, Tensor) else type(timesteps).__name__
-            raise ValueError(f"timesteps must be {name} of each row, a tensor of shape [{len(x)}]; got {got}")
+            raise ValueError(f"timesteps must be {name} of each batch row, a tensor of shape [{len(x)}]; got {got}")
         return timesteps.float()
 
     def _visible(self, x: Tensor, attention_mask: Tensor | None) -> Tensor | None:
-        """What each position sees, bool `[B, 1, T, T]`; None: everything."""
+        """Return which positions each position attends to, bool `[B, 1, T, T]`, or None for all."""
         if attention_mask is not None and attention_mask.dim() == 4:
             return attention_mask.bool()
         visible = None
@@ -476,6 +488,6 @@ class DiTForDiffusionLM(PreTrainedModel):
                 f"attention_mask must have shape {list(x.shape[:2])}, or [B, 1, T, T]; got {list(attention_mask.shape)}"
             )
         is_token = (attention_mask != 0)[:, None, None, :]
-        # padding sees itself, so that no row sees nothing
+        # Padding attends to itself, so that no attention row is empty.
         here = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
         return (is_token if visible is None else is_token & visible) | here

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the configuration of a block-diffusion drafter says, whichever of the published forms it has.
+"""Configurations of block-diffusion drafters, translated from each published form to one `DraftForm`.
 
-The forms: DFlash and DFlash 2 (arXiv:2602.06036 and its program), DSpark (arXiv:2607.05147), the speculators library's
-of all three, and the assistant of Muse Glimmer in transformers.
+The published forms are DFlash and DFlash 2 (arXiv:2602.06036 and its code), DSpark (arXiv:2607.05147), the speculators
+library's form of all three, and the Muse Glimmer assistant in transformers.
 """
 
 from __future__ import annotations
@@ -14,64 +14,68 @@ from typing import Any
 
 from . import fields
 
-#: the fields of a Qwen3 configuration that the layers of a drafter follow
+#: fields of a Qwen3 configuration that define a drafter's layers
 OF_THE_LAYERS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "rms_norm_eps", "hidden_act", "attention_bias", "max_position_embeddings", "rope_theta", "rope_scaling",
     "rope_parameters", "layer_types", "sliding_window",
 )  # fmt: skip
-#: classes of published checkpoints, and what they are here
+#: class names in published checkpoints, and the kind of drafter each stands for
 CLASSES = {
     "DFlashDraftModel": "dflash", "DFlash2DraftModel": "dflash2", "Qwen3DSparkModel": "dspark",
     "DSparkDraftModel": "dspark", "MuseGlimmerAssistantModel": "muse",
 }  # fmt: skip
 SPECULATORS = ("dflash", "dflash2", "dspark")
-#: what would change a drafter's forward in a way that is not implemented; each with what means that it does not
+#: fields that change a drafter's forward pass in ways not implemented here, each with its values that have no effect
 UNKNOWN_TO_US: dict[str, tuple[Any, ...]] = {
     "projector_type": (None, ""), "shift_label": (None, False), "attention_sink_bias": (None, False),
     "attention_value_scale": (None, 1, 1.0), "pure_draft_prefix_len": (None, 0), "gru_hidden_dim": (None, 0),
     "emb_dim": (None, 0), "target_hidden_size": (None,),
 }  # fmt: skip
-#: rotary embeddings whose frequencies depend on how long a text is
+#: rotary embeddings whose frequencies depend on the sequence length
 BY_LENGTH = ("dynamic", "longrope")
 MOST_ROWS = 256
 
 
 @dataclass(frozen=True)
 class DraftForm:
-    """A drafter's configuration.
+    """Configuration of a drafter.
 
     Attributes
     ----------
     kind : {"dflash", "dflash2", "dspark", "muse"}
+        Architecture of the drafter.
     layers : dict
         Fields of the Qwen3 configuration of its layers.
     block_size : int
-        Rows of its block: the last token, then masks.
+        Number of rows in its block: the last token, followed by mask tokens.
     taps : tuple of int
-        The target's layers, counted from 0, whose outputs it sees.
+        Indices, from 0, of the target's layers whose outputs the drafter sees.
     mask_token_id : int
+        Mask token, in the target's vocabulary.
     from_anchor : bool
-        Whether row i of the block predicts the token behind it, so that there are as many drafts as rows. Otherwise a
-        row predicts the token in its own place, and the first row predicts nothing.
+        Whether row i of the block predicts the token that follows it, so that every row yields a draft. Otherwise each
+        row predicts the token at its own position, and the first row predicts nothing.
     causal : tuple of bool
-        For each layer: whether a row of the block sees none of the rows after it.
+        Whether attention within the block is causal, for each layer.
     embedding_scale, output_multiplier : float
-        Factors of the embeddings and of the logits.
+        Factors applied to the embeddings and to the logits.
     softcap : float
-        Of the logits; 0: none.
+        Soft cap on the logits; 0 for none.
     convolution : tuple of int, optional
-        DFlash 2: taps, and channels that share a kernel.
+        DFlash 2: kernel size, and number of channels that share a kernel.
     selector : tuple of int, optional
-        DFlash 2: rank, and candidates of each position.
+        DFlash 2: rank, and number of candidates for each position.
     markov : str, optional
-        DSpark: how the logits of a row depend on the token before it: "vanilla", "gated" or "rnn"; None: they do not.
+        DSpark: how a row's logits depend on the preceding token: "vanilla", "gated" or "rnn". None for no dependence.
     rank : int
         DSpark: rank of that dependence.
     confidence : str, optional
-        DSpark: what its estimate of acceptance reads: "hidden", or "markov" (the token before as well); None: none.
+        DSpark: input of its acceptance estimate: "hidden" for the hidden state, "markov" for the preceding token as
+        well. None for no estimate.
     draft_vocab : int, optional
-        How many tokens its own head knows; None: it has the target's head, or one as large.
+        Number of tokens that the drafter's own head covers. None if it covers the target's whole vocabulary, or the
+        drafter uses the target's head.
     """
 
     kind: str
@@ -93,22 +97,24 @@ class DraftForm:
 
     @property
     def drafts(self) -> int:
-        """How many tokens it drafts at once."""
+        """Number of tokens drafted at once."""
         return self.block_size if self.from_anchor else self.block_size - 1
 
 
 def kind_of(raw: Mapping[str, Any]) -> str:
-    """Which form a configuration has.
+    """Return the kind of drafter that a configuration describes.
 
     Raises
     ------
     ValueError
-        When it is none of those known here.
+        If its form is unknown.
     """
     theirs = raw.get("speculators_model_type")
     if theirs is not None:
         if theirs not in SPECULATORS:
-            raise ValueError(f"speculators_model_type {theirs!r} is none of {', '.join(SPECULATORS)}")
+            raise ValueError(
+                f"its configuration has speculators_model_type={theirs!r}; expected one of {', '.join(SPECULATORS)}"
+            )
         return theirs
     if raw.get("model_type") == "muse_glimmer_assistant":
         return "muse"
@@ -117,18 +123,18 @@ def kind_of(raw: Mapping[str, Any]) -> str:
         if name in CLASSES:
             return CLASSES[name]
     raise ValueError(
-        f"architectures {named!r} is none of {', '.join(CLASSES)}, and there is no speculators_model_type: this is "
-        "not a drafter that dlmkernels knows"
+        f"its configuration has architectures={named!r} and no speculators_model_type, so it is not a known drafter; "
+        f"expected one of {', '.join(CLASSES)}"
     )
 
 
 def read_form(raw: Mapping[str, Any], num_layers: int, vocab: int, mask_token_id: int | None = None) -> DraftForm:
-    """A drafter's configuration, for a target of `num_layers` layers and `vocab` tokens.
+    """Read a drafter's configuration, for a target with `num_layers` layers and a vocabulary of `vocab` tokens.
 
     Raises
     ------
     ValueError
-        When something is missing, out of range or not implemented; the message names the field.
+        If a field is missing, out of range or not implemented. The message names the field.
     """
     fields.check({"config.json": dict(raw)})
     kind, is_speculators = kind_of(raw), "speculators_model_type" in raw
@@ -155,7 +161,7 @@ def read_form(raw: Mapping[str, Any], num_layers: int, vocab: int, mask_token_id
         )
     if "sliding_attention" in types:
         window = _integer("sliding_window", layers.get("sliding_window"), 1, fields.MOST - 1)
-        # transformers counts the token at the window's distance in where it looks both ways, and the others do not
+        # A bidirectional window in transformers includes the token at distance `sliding_window`; others exclude it.
         layers["sliding_window"] = window + 1 if kind == "muse" else window
     _check_rope(layers)
     mask = value("mask_token_id", mask_token_id) if mask_token_id is None else mask_token_id
@@ -191,7 +197,7 @@ def _part(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _refuse_unknown(raw: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Refuse what would change the forward and is not implemented: drafts would be bad, and nothing would tell."""
+    """Raise ValueError for fields that are not implemented, because ignoring them would silently give bad drafts."""
     for part in (raw, own):
         for name, without_effect in UNKNOWN_TO_US.items():
             if part.get(name) not in without_effect:
@@ -207,16 +213,19 @@ def _check_rope(layers: Mapping[str, Any]) -> None:
         if not isinstance(rope, Mapping):
             raise ValueError(f"its configuration has {name}={rope!r}; expected an object")
         if rope.get("rope_type", rope.get("type")) in BY_LENGTH:
-            raise ValueError(f"its configuration has {name}={dict(rope)!r}: frequencies that depend on the length")
+            raise ValueError(
+                f"its configuration has {name}={dict(rope)!r}; rotary frequencies that depend on the length are not "
+                "supported"
+            )
 
 
 def _taps(raw: Mapping[str, Any], value, num_layers: int, count: int, is_speculators: bool) -> tuple[int, ...]:
-    """Which layers of the target are seen. speculators counts the embeddings as the first, and the others do not."""
+    """Return the tapped layers of the target. The speculators form counts the embeddings as layer 0; others do not."""
     name = "aux_hidden_state_layer_ids" if is_speculators else "target_layer_ids"
     listed = raw.get(name) if is_speculators else value(name)
     said = value("num_target_layers")
     if said is not None and said != num_layers:
-        raise ValueError(f"it was made for a target of {said} layers; this one has {num_layers}")
+        raise ValueError(f"its configuration has num_target_layers={said}; this target has {num_layers} layers")
     if listed is None and is_speculators:
         raise ValueError(f"its configuration has no {name}")
     if listed is None:
@@ -225,14 +234,14 @@ def _taps(raw: Mapping[str, Any], value, num_layers: int, count: int, is_specula
         else:
             listed = [round(1 + i * (num_layers - 4) / (count - 1)) for i in range(count)]
     if not isinstance(listed, list) or not listed:
-        raise ValueError(f"its configuration has {name}={listed!r}; expected a list of layers")
+        raise ValueError(f"its configuration has {name}={listed!r}; expected a non-empty list of layer numbers")
     first = 1 if is_speculators else 0
-    # the output of the last layer is not among the hidden states that transformers returns: that is normalised
+    # The last layer cannot be tapped: the last hidden states that transformers returns are already normalized.
     last = num_layers - 2 + first
     if any(not isinstance(i, int) or isinstance(i, bool) or not first <= i <= last for i in listed):
         raise ValueError(
-            f"its configuration has {name}={listed!r}; expected numbers from {first} to {last}, layers of a target "
-            f"that has {num_layers}, without the last"
+            f"its configuration has {name}={listed!r}; expected numbers from {first} to {last}, because the target has "
+            f"{num_layers} layers and the last cannot be used"
         )
     return tuple(i - first for i in listed)
 
@@ -249,7 +258,7 @@ def _is_causal(kind: str, type_: str, raw: Mapping[str, Any], value, is_speculat
     if _flag("causal_head", value("causal_head", False)):
         return True
     said = raw.get("is_causal")
-    # DeepSpec's program passes is_causal=False to every layer
+    # DeepSpec's code passes is_causal=False to every layer.
     return (is_sliding and kind != "dspark") if said is None else _flag("is_causal", said)
 
 
@@ -265,7 +274,10 @@ def _of_dflash2(value, hidden: int, is_speculators: bool) -> dict[str, Any]:
     }.items():  # fmt: skip
         _integer(name, numbers[name], 1, most)
     if hidden % numbers["conv_group_size"]:
-        raise ValueError(f"its configuration has conv_group_size={numbers['conv_group_size']}, no divisor of {hidden}")
+        raise ValueError(
+            f"its configuration has conv_group_size={numbers['conv_group_size']}; expected a divisor of "
+            f"hidden_size={hidden}"
+        )
     return {
         "convolution": (numbers["conv_kernel_size"], numbers["conv_group_size"]),
         "selector": (numbers["selector_rank"], numbers["selector_top_k"]),
@@ -283,7 +295,9 @@ def _of_dspark(value) -> dict[str, Any]:
             "markov" if _flag("confidence_head_with_markov", value("confidence_head_with_markov", True)) else "hidden"
         )
     if confidence == "markov" and rank == 0:
-        raise ValueError("its configuration has confidence_head_with_markov and markov_rank=0")
+        raise ValueError(
+            "its configuration has confidence_head_with_markov=true, which requires a markov_rank of at least 1; got 0"
+        )
     return {"markov": how if rank else None, "rank": rank, "confidence": confidence}
 
 

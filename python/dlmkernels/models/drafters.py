@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block-diffusion drafters: small models that guess the next tokens of a causal one, their target, all at once.
+"""Block-diffusion drafters: small models that predict several next tokens of a causal target model at once.
 
-A drafter has no embedding and usually no head, those are the target's. Of the text it sees what some layers of the
-target have made of it: one vector a token, from which every layer of the drafter makes a key and a value, kept in its
-cache. What it forwards is a block, the last token and masks behind it. Formulas: DFlash (arXiv:2602.06036), DSpark
-(arXiv:2607.05147), and the programs that they were published with.
+A drafter uses the target's embeddings and usually its head. It sees the text through the outputs of some ("tapped")
+layers of the target: one vector per token, from which each layer of the drafter computes a key and a value that it
+keeps in its KV cache. A forward pass of the drafter processes one block: the last token followed by mask tokens.
+Formulas: DFlash (arXiv:2602.06036), DSpark (arXiv:2607.05147), and the code published with them.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from .attention import NAME
 from .checkpoint import QUIET, WHERE, locate, read_object, weight_files, weight_shapes
 from .draft_forms import DraftForm, read_form
 
-#: how others name what we name otherwise
+#: weight names in other published forms, and the corresponding names here
 RENAMED = {
     "encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight",
     "candidate_selector.predecessor_codebook.weight": "candidate_selector.predecessor_codebook",
     "candidate_selector.successor_codebook.weight": "candidate_selector.successor_codebook",
 }  # fmt: skip
-#: copies of the target's weights, and maps that say the same as `d2t`
+#: weights that are ignored: copies of the target's weights, and `t2d`, which is redundant with `d2t`
 NOT_NEEDED = {"verifier_norm.weight", "verifier_lm_head.weight", "t2d"}
 MASK_FILE = "mask_embedding.pt"
 
 
 class Convolution(nn.Module):
-    """DFlash 2: the taps before and after a sublayer, whose kernels depend on the sublayer's input."""
+    """DFlash 2: kernels of the convolutions before and after a sublayer, computed from the sublayer's input."""
 
     def __init__(self, width: int, taps: int, group: int):
         super().__init__()
@@ -52,14 +52,14 @@ class Convolution(nn.Module):
         self.kernel_projection = nn.Linear(width, 2 * taps * (width // group), bias=False)
 
     def kernels(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Kernels `[B, W, taps, d]` of the sublayer's input and output, of the input `x` `[B, W, d]`."""
+        """Return the kernels `[B, W, taps, d]` for a sublayer's input and output, given its input `x` `[B, W, d]`."""
         change = self.kernel_projection(x).unflatten(-1, (2, self.taps, -1)).repeat_interleave(self.group, -1)
         kernels = self.base_kernel.to(x.dtype) + change
         return kernels[:, :, 0], kernels[:, :, 1]
 
 
 def convolved(x: Tensor, kernel: Tensor) -> Tensor:
-    """Row t of `x` `[B, W, d]` becomes the sum over o of kernel[t, o] x[t - o]; before the first row there is none."""
+    """Convolve `x` `[B, W, d]` along its rows: row t becomes the sum over o of kernel[t, o] x[t - o], zero-padded."""
     return sum(
         (functional.pad(x, (0, 0, o, 0))[:, : x.shape[1]] * kernel[:, :, o] for o in range(kernel.shape[2])),
         torch.zeros_like(x),
@@ -67,7 +67,7 @@ def convolved(x: Tensor, kernel: Tensor) -> Tensor:
 
 
 class Selector(nn.Module):
-    """DFlash 2: scores of the likeliest tokens in each place, given the one before."""
+    """DFlash 2: weights for scoring the likeliest tokens of each position given the preceding token."""
 
     def __init__(self, vocab: int, width: int, rank: int):
         super().__init__()
@@ -77,7 +77,7 @@ class Selector(nn.Module):
 
 
 class Markov(nn.Module):
-    """DSpark: what the token before adds to the logits."""
+    """DSpark: correction of the logits that depends on the preceding token."""
 
     def __init__(self, how: str, vocab: int, known: int, width: int, rank: int):
         super().__init__()
@@ -90,9 +90,10 @@ class Markov(nn.Module):
             self.joint_proj = nn.Linear(2 * rank + width, 3 * rank)
 
     def forward(self, hidden: Tensor, before: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What is added to the logits, `[B, known]`, of rows `hidden` `[B, d]` behind embeddings `before` `[B, rank]`.
+        """Return the correction `[B, known]` to add to the logits, and the memory for the next row.
 
-        `memory` `[B, rank]`: what the row before has handed on, None at the first.
+        `hidden` `[B, d]` are the rows' hidden states, `before` `[B, rank]` the embeddings of the preceding tokens, and
+        `memory` `[B, rank]` is the memory returned for the previous row (None for the first row).
         """
         if self.how == "vanilla":
             return self.markov_w2(before), None
@@ -105,7 +106,7 @@ class Markov(nn.Module):
 
 
 class Confidence(nn.Module):
-    """DSpark: an estimate of whether the target accepts a draft. It is read with the others, and not used."""
+    """DSpark: estimate of whether the target accepts a draft. Its weights are loaded but not used."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -113,7 +114,7 @@ class Confidence(nn.Module):
 
 
 class DraftModule(nn.Module):
-    """The weights of a drafter under their published names: stock layers of Qwen3, and what is added to them."""
+    """Modules of a drafter, with the published weight names: stock Qwen3 layers and the form's additional modules."""
 
     def __init__(self, form: DraftForm, config: Qwen3Config, vocab: int, has_embedding: bool, has_head: bool):
         super().__init__()
@@ -141,16 +142,16 @@ class DraftModule(nn.Module):
 
 
 class Drafter:
-    """A drafter and the target it drafts for; what `load_drafter` returns and `generate` takes.
+    """A drafter bound to its target model, as returned by `load_drafter` and accepted by `generate`.
 
     Attributes
     ----------
     form : DraftForm
-        What its configuration says.
+        Configuration of the drafter.
     module : Module
-        Its weights.
+        Its modules and weights.
     target : PreTrainedModel
-        The model it drafts for, whose embeddings and head it borrows.
+        The model it drafts for, whose embeddings and head it shares unless it has its own.
     """
 
     def __init__(self, form: DraftForm, config: Qwen3Config, module: Any, target: DiffusionModel):
@@ -162,7 +163,7 @@ class Drafter:
         self._width = config.head_dim
         keys = [layer.self_attn.k_proj for layer in module.layers]
         values = [layer.self_attn.v_proj for layer in module.layers]
-        # keys and values of all layers are products of the same vectors: one product makes them
+        # All layers compute keys and values from the same vectors, so one matrix product serves them all.
         self._weight = torch.cat([x.weight for pair in zip(keys, values) for x in pair]).detach()
         self._bias = None
         if keys[0].bias is not None:
@@ -173,9 +174,9 @@ class Drafter:
         self._ids: Tensor | None = None
         if form.draft_vocab is not None:
             self._ids = torch.arange(form.draft_vocab, device=device) + module.d2t
-        #: seconds of steps with so many rows and drafts, where they were measured
+        #: measured step times in seconds, by number of rows and of drafts
         self.costs: dict[tuple[int, int], Tensor] = {}
-        #: what stands in for the embedding of the mask, `[d]` or one for each row of the block
+        #: replaces the mask token's embedding: `[d]`, or one vector for each masked row of the block
         self.mask_embedding: Tensor | None = None
 
     def __repr__(self) -> str:
@@ -183,7 +184,7 @@ class Drafter:
         return f"<{form.kind} drafter of {form.drafts} tokens for {type(self.target).__name__}, taps {form.taps}>"
 
     def changed(self, **fields: Any) -> Drafter:
-        """The same with other fields of its form, such as `taps`: for experiments, as it was trained with its own."""
+        """Return a copy with other fields in its form, such as `taps`, for experiments; training used the original."""
         other = object.__new__(Drafter)
         other.__dict__.update(self.__dict__, form=replace(self.form, **fields), costs={})
         return other
@@ -191,9 +192,18 @@ class Drafter:
     # --- forwards ---------------------------------------------------------------------------------------------------
 
     def inject(self, taps: Tensor, slots: Tensor, positions: Tensor, cache: KVCache) -> None:
-        """Write keys and values of text into the cache, of what the tapped layers have made of it `[B, K, n d]`.
+        """Compute keys and values of the text from the outputs of the tapped layers, and write them into the cache.
 
-        `slots` int32 `[B, K]`: where they go, -1 nowhere; `positions` int64 `[B, K]`: their places in the text.
+        Parameters
+        ----------
+        taps : Tensor
+            `[B, K, n d]`: outputs of the n tapped layers, concatenated.
+        slots : Tensor
+            int32 `[B, K]`: cache slot of each token; -1 writes nothing.
+        positions : Tensor
+            int64 `[B, K]`: position of each token in the text.
+        cache : KVCache
+            The drafter's cache.
         """
         module = self.module
         context = module.hidden_norm(module.fc(taps.to(module.fc.weight.dtype)))
@@ -207,9 +217,10 @@ class Drafter:
             ops.block_attention(k[:, :0], k, v, k_cache, v_cache, slots[:, :0], k_slots=slots)
 
     def hidden(self, anchor: Tensor, positions: Tensor, window: AttentionWindow) -> Tensor:
-        """Hidden states `[B, W, d]` of the block whose first token is `anchor` int64 `[B]`, masks behind it.
+        """Return the hidden states `[B, W, d]` of a block: the token `anchor`, int64 `[B]`, followed by mask tokens.
 
-        Its rows stand at `positions` int64 `[B, W]` and write into the window's slots.
+        `positions`, int64 `[B, W]`, are the positions of its rows. Their keys and values are written to the window's
+        slots.
         """
         module = self.module
         x = self._block(anchor, positions.shape[1])
@@ -220,7 +231,7 @@ class Drafter:
         return module.norm(x)
 
     def _block(self, anchor: Tensor, rows: int) -> Tensor:
-        """Embeddings `[B, W, d]`: rows of the table as they are, whatever the target's own module does with them."""
+        """Return the block's embeddings `[B, W, d]`: raw rows of the table, without the target's own scaling."""
         mask = self._table[self.form.mask_token_id]
         if self.mask_embedding is not None:
             mask = self.mask_embedding.to(mask.dtype)
@@ -230,7 +241,7 @@ class Drafter:
         return (x * self.form.embedding_scale).to(self.module.norm.weight.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits `[N, known]` of hidden states `[N, d]`, of the tokens that its head knows."""
+        """Return the logits `[N, known]` of hidden states `[N, d]`, for the tokens that the drafter's head knows."""
         logits = self._head(hidden)
         if self.form.output_multiplier != 1.0:
             logits = logits * self.form.output_multiplier
@@ -239,7 +250,7 @@ class Drafter:
         return logits
 
     def of_all(self, logits: Tensor) -> Tensor:
-        """Logits `[N, V]` of the target's tokens, of those that the head knows; minus infinity for the others."""
+        """Expand logits of the tokens the head knows to `[N, V]`, with minus infinity for the target's other tokens."""
         if self._ids is None:
             return logits
         full = torch.full((len(logits), self.vocab), -torch.inf, dtype=logits.dtype, device=logits.device)
@@ -247,13 +258,25 @@ class Drafter:
 
     @property
     def is_sequential(self) -> bool:
-        """Whether what a draft is likely to be depends on the drafts before it."""
+        """Whether the distribution of each draft depends on the preceding drafts."""
         return self.form.markov is not None or self.form.selector is not None
 
     def given(
         self, logits: Tensor, hidden: Tensor, before: Tensor, memory: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Logits `[B, V]` of a row with those of `logits`, behind the tokens int64 `[B]`; and what is handed on."""
+        """Return one row's logits `[B, V]` given the preceding tokens, and the memory for the next row.
+
+        Parameters
+        ----------
+        logits : Tensor
+            `[B, known]`: the row's logits without this dependence.
+        hidden : Tensor
+            `[B, d]`: its hidden states.
+        before : Tensor
+            int64 `[B]`: the preceding tokens.
+        memory : Tensor, optional
+            `[B, rank]`: the memory returned for the previous row, None for the first row.
+        """
         if self.form.markov is not None:
             markov = self.module.markov_head
             change, memory = markov(hidden, markov.markov_w1(before).to(hidden.dtype), memory)
@@ -276,7 +299,7 @@ def _half_turned(x: Tensor) -> Tensor:
 
 
 def _forward_layer(layer: Any, x: Tensor, rotations: tuple[Tensor, Tensor], window: AttentionWindow) -> Tensor:
-    """A stock layer, and the convolutions around its sublayers if it has them."""
+    """Run a stock layer, with the convolutions around its sublayers if it has any."""
     for norm, name, sublayer in (
         (layer.input_layernorm, "attention_conv", lambda a: _attend(layer, a, rotations, window)),
         (layer.post_attention_layernorm, "mlp_conv", layer.mlp),
@@ -298,12 +321,12 @@ def _attend(layer: Any, a: Tensor, rotations: tuple[Tensor, Tensor], window: Att
 
 
 class Tapped:
-    """A target whose forwards leave behind what some of its layers put out.
+    """A target model whose forward passes record the outputs of some of its layers.
 
     Attributes
     ----------
     model : DiffusionModel
-        The same as the target, with parameters shared.
+        Copy of the target that shares its parameters and does the recording.
     """
 
     def __init__(self, target: DiffusionModel, taps: tuple[int, ...]):
@@ -320,23 +343,23 @@ class Tapped:
             self._found[index] = out[0] if isinstance(out, tuple) else out
             return out
 
-        # of the twin that this object alone decodes with, not of the user's module
+        # This replaces the forward of our own twin, not of the user's module.
         layer.__dict__["forward"] = noted
 
     def take(self) -> Tensor:
-        """What the layers have put out in the last forward, side by side, `[B, Q, n d]`."""
+        """Return and clear the outputs of the n tapped layers in the last forward pass, concatenated `[B, Q, n d]`."""
         found = torch.cat([self._found[index] for index in self._taps], -1)
         self._found.clear()
         return found
 
 
 def layers_of(target: DiffusionModel) -> nn.ModuleList:
-    """The layers of the modules that decode.
+    """Return the layers of the twin that `target` decodes with.
 
     Raises
     ------
     ValueError
-        When they cannot be found.
+        If the layers cannot be found.
     """
     count = target.config.num_hidden_layers
     lists = [x for x in target._twin.base_model.children() if isinstance(x, nn.ModuleList) and len(x) == count]
@@ -351,44 +374,47 @@ def layers_of(target: DiffusionModel) -> nn.ModuleList:
 def load_drafter(
     path_or_id: str | PathLike, target, *, mask_token_id: int | None = None, allow_pickle: bool = False, **where: Any
 ) -> Drafter:  # fmt: skip
-    """Load a block-diffusion drafter for a causal model, for `generate(target, …, drafter=drafter)`.
+    """Load a block-diffusion drafter for a causal model, to be used in `generate(target, …, drafter=drafter)`.
 
     Parameters
     ----------
     path_or_id : str or path
-        A local folder or a hub id, with `config.json` and weights in safetensors: DFlash, DFlash 2, DSpark, the
-        speculators library's form of these, or transformers' MuseGlimmerAssistant. "demo-drafter" is the one that
-        comes with the package, for `dlmkernels.load("demo-causal")`.
+        A local folder or Hub id with `config.json` and safetensors weights: a DFlash, DFlash 2 or DSpark drafter, one
+        of these in the form of the speculators library, or transformers' MuseGlimmerAssistant. "demo-drafter" is the
+        drafter that ships with the package, for `dlmkernels.load("demo-causal")`.
     target : PreTrainedModel or DiffusionModel
-        The causal model that it drafts for, of a known architecture. Its embeddings and its head are borrowed; it is
-        not changed.
+        The causal model to draft for, of a known architecture. The drafter shares its embeddings and head; the model
+        is not changed.
     mask_token_id : int, optional
-        The token that stands for a mask, where the configuration does not say or says wrong.
+        The mask token, if the configuration does not give it or gives a wrong one.
     allow_pickle : bool
-        Also read `mask_embedding.pt` with `torch.load(weights_only=True)`, where there is one.
+        Whether `mask_embedding.pt`, if present, may be read with `torch.load(weights_only=True)`.
     **where
-        `revision`, `token`, `cache_dir` and the like, as in `load`.
+        `revision`, `token`, `cache_dir` and similar arguments, as in `load`.
 
     Returns
     -------
     Drafter
-        In the target's dtype, on its device.
+        The drafter, in the target's dtype and on its device.
 
     Raises
     ------
     TypeError
-        When an argument is unknown or of the wrong kind.
+        If an argument is unknown or of the wrong type.
     ValueError
-        When there is no such checkpoint, its form is not known, a field of its configuration is missing, out of range
-        or not implemented, it does not fit the target, or weights are missing, unexpected or of another shape.
+        If the checkpoint does not exist, its form is unknown, a configuration field is missing, out of range or not
+        implemented, it does not fit the target, weights are missing, unexpected or of the wrong shape, or it has a
+        `mask_embedding.pt` and `allow_pickle` is False.
 
     Notes
     -----
-    No code of the checkpoint is run. The layers are those of transformers' Qwen3.
+    No code from the checkpoint is run. The layers are those of transformers' Qwen3.
     """
     for name in where:
         if name not in WHERE:
-            raise TypeError(f"load_drafter takes no {name}; beside its own arguments it takes {', '.join(WHERE)}")
+            raise TypeError(
+                f"load_drafter got an unexpected argument {name}; in addition to its own it accepts {', '.join(WHERE)}"
+            )
     adapted = adapt(target)
     _check_target(adapted)
     path, where = locate(path_or_id, where)
@@ -403,7 +429,7 @@ def load_drafter(
         mask_file = cached_file(path, MASK_FILE, **where, **QUIET)
         if mask_file is not None:
             drafter.mask_embedding = _mask_embedding(mask_file, form, allow_pickle).to(adapted.device)
-    except Exception as error:  # what the stock configurations raise has no common base
+    except Exception as error:  # errors raised by stock configurations share no base class
         said = " ".join(str(error).split())
         if isinstance(error, KeyError):
             said = f"it lacks {said}"
@@ -412,7 +438,7 @@ def load_drafter(
 
 
 def _check_target(target: DiffusionModel) -> None:
-    """Refuse what cannot be drafted for."""
+    """Raise ValueError if `target` cannot be drafted for."""
     name = type(target.model).__name__
     if type(target) is not DiffusionModel or not target.reuses_kv:
         raise ValueError(f"target must be a causal model of a known type with one stack of layers; got {name}")
@@ -423,7 +449,7 @@ def _check_target(target: DiffusionModel) -> None:
 def _build(
     form: DraftForm, path: str, where: Mapping[str, Any], target: DiffusionModel, vocab: int
 ) -> Drafter:  # fmt: skip
-    """The drafter, its weights checked: nothing may be missing, left over or of another shape."""
+    """Build the drafter, checking that no weight is missing, unexpected or of the wrong shape."""
     files = weight_files(path, where)
     shapes = {RENAMED.get(name, name): shape for name, shape in weight_shapes(files).items()}
     shapes = {name: shape for name, shape in shapes.items() if name not in NOT_NEEDED}
@@ -434,10 +460,13 @@ def _build(
     config._attn_implementation = NAME
     width = target.config.hidden_size
     if config.hidden_size != width:
-        raise ValueError(f"its configuration has hidden_size={config.hidden_size}; the target's is {width}")
+        raise ValueError(f"its configuration has hidden_size={config.hidden_size}; expected the target's, {width}")
     has_head = "lm_head.weight" in shapes
     if form.draft_vocab is not None and not has_head:
-        raise ValueError(f"its configuration has draft_vocab_size={form.draft_vocab}, and it has no lm_head of its own")
+        raise ValueError(
+            f"its configuration has draft_vocab_size={form.draft_vocab}, which requires an lm_head of its own, but its "
+            "weights have none"
+        )
     with torch.device("meta"):
         module = DraftModule(form, config, vocab, "embed_tokens.weight" in shapes, has_head)
     _check_weights(module, shapes)
@@ -474,21 +503,23 @@ def _check_weights(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> 
 
 
 def _check_map(d2t: Tensor, known: int, vocab: int) -> None:
-    """Token i of the drafter is token i + d2t[i] of the target, another for each."""
+    """Raise ValueError unless token i of the drafter maps to a distinct token i + d2t[i] of the target."""
     if d2t.dtype != torch.int64:
         raise ValueError(f"d2t must be int64; got {d2t.dtype}")
     ids = torch.arange(known, device=d2t.device) + d2t
     if int(ids.min()) < 0 or int(ids.max()) >= vocab or len(ids.unique()) < known:
-        raise ValueError(f"d2t must lead to {known} different tokens of the target's {vocab}")
+        raise ValueError(f"d2t must map the drafter's {known} tokens to distinct ones among the target's {vocab}")
 
 
 def _mask_embedding(file: str, form: DraftForm, allow_pickle: bool) -> Tensor:
     if not allow_pickle:
-        raise ValueError(f"it has a {MASK_FILE}, a pickle: pass allow_pickle=True, with which its tensors are read")
+        raise ValueError(f"it has a {MASK_FILE}, which is a pickle: pass allow_pickle=True to read the tensors in it")
     content = torch.load(file, map_location="cpu", weights_only=True)
     embedding = content.get("embedding") if isinstance(content, Mapping) else None
     width = form.layers["hidden_size"]
     shapes = {(width,), (1, width), (form.block_size - 1, width)}
     if not isinstance(embedding, Tensor) or tuple(embedding.shape) not in shapes:
-        raise ValueError(f"{MASK_FILE} must hold 'embedding' of shape [{width}] or [{form.block_size - 1}, {width}]")
+        raise ValueError(
+            f"{MASK_FILE} must contain a tensor 'embedding' of shape [{width}] or [{form.block_size - 1}, {width}]"
+        )
     return embedding[0] if embedding.shape[0] == 1 and embedding.dim() == 2 else embedding

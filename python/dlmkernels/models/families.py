@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model families as data: how a stock class is reached into, and how a kind of checkpoint is decoded."""
+"""Model families as data: which parts of each stock class are used, and how each kind of checkpoint is decoded."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Architecture:
-    """What has to be known of a stock class to forward parts of a canvas through it.
+    """Facts about a stock model class that are needed to run parts of a canvas (prompt and answer) through it.
 
     Attributes
     ----------
     model_class : str
-        The class with its language-model head.
+        Name of the class that includes the language-model head.
     head : callable
-        `head(model)` returns the module that maps hidden states to logits.
+        `head(model)` returns the module or function that maps hidden states to logits.
     position_offset : callable
-        `position_offset(config)`: what the model adds to a position before its embedding table.
+        `position_offset(config)` returns the number that the model adds to a position before looking up its embedding.
     family : str
-        How models of this architecture are decoded where nothing else says so, a key of `FAMILIES`.
+        Default family of the architecture's models, a key of `FAMILIES`.
     whole_canvas : callable
-        `whole_canvas(config)`: whether what a row becomes depends on all of its tokens even before attention, so that
-        no part of a canvas can be forwarded alone.
+        `whole_canvas(config)` returns whether a batch row's embeddings depend on all of its tokens even before
+        attention, so that part of a canvas cannot be run alone.
     two_stacks : bool
-        Whether what is decided is read by an encoder and what is open by a decoder (see `adapt.EncoderDecoderModel`).
+        Whether an encoder reads the committed tokens and a decoder the open ones (see `adapt.EncoderDecoderModel`).
     timed : bool
-        Whether a forward is told the noise level (see `adapt.TimedModel`).
+        Whether the forward pass takes the noise level as input (see `adapt.TimedModel`).
     only : tuple of str
-        The families that its models can be of, where that is not any.
+        The families allowed for the architecture's models. Empty if all are.
     module : str
-        Where the class is found.
+        Module that contains the class.
     """
 
     model_class: str
@@ -51,7 +51,7 @@ class Architecture:
     module: str = "transformers"
 
     def check_family(self, name: str) -> None:
-        """Raise if models of this architecture cannot be decoded as this family."""
+        """Raise ValueError if models of this architecture cannot be decoded as the given family."""
         if self.two_stacks and name != self.family:
             raise ValueError(f"family must be '{self.family}' for this model; got '{name}'")
         if self.only and name not in self.only:
@@ -72,7 +72,7 @@ def _soft_capped_head(model):
 
 
 def _gemma_head(model):
-    """The same where there may be no cap, in the dtype of the logits."""
+    """Return the head with its optional soft cap, computed in the dtype of the logits."""
     cap = model.config.final_logit_softcapping
     return model.lm_head if cap is None else lambda hidden: cap * (model.lm_head(hidden) / cap).tanh()
 
@@ -139,7 +139,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "modernbert": Architecture("ModernBertForMaskedLM", head=lambda model: nn.Sequential(model.head, model.decoder)),
     "roberta": Architecture("RobertaForMaskedLM", _lm_head, position_offset=_after_padding),
     "xlm-roberta": Architecture("XLMRobertaForMaskedLM", _lm_head, position_offset=_after_padding),
-    # Rotary ESM counts from anywhere; with token dropout an embedding is scaled by the share of masks in its row.
+    # Rotary ESM only uses relative positions. With token dropout, embeddings are scaled by the row's mask ratio.
     "esm": Architecture(
         "EsmForMaskedLM", _lm_head,
         position_offset=lambda config: 0 if config.position_embedding_type == "rotary" else _after_padding(config),
@@ -172,39 +172,41 @@ GRIDS = ("absolute", "prompt", "both-ways")
 
 @dataclass(frozen=True)
 class Family:
-    """How checkpoints of one kind are decoded; the numbers are those of the published checkpoints.
+    """Properties of one family of checkpoints that determine how they are decoded, with the published values.
 
     Attributes
     ----------
     name : str
-        What `load(..., family=…)` and `config.dlm_family` call it.
+        Name of the family in `load(..., family=…)` and `config.dlm_family`.
     logit_alignment : {"same", "shift"}
-        Whether the logits of position i are found in row i or in row i - 1.
+        Whether the logits that predict position i are in row i ("same") or row i - 1 ("shift").
     attention : {"full", "block", "causal", "causal-context", "reordered"}
-        What a position sees. full: everything. block: its own block and those before it. causal: what stands left of
-        it. causal-context: decided blocks see what stands left, the open block sees them and all of itself. reordered:
-        causal, as if what is decided stood before what is open.
+        Which positions a position attends to. "full": all. "block": its own block and earlier ones. "causal": those to
+        its left. "causal-context": committed blocks are causal, and the open block attends to them and to all of
+        itself. "reordered": causal, as if all committed tokens preceded the open ones.
     block_grid : {"absolute", "prompt", "both-ways"}
-        Where blocks are counted from. absolute: the request's first token. prompt: the end of its prompt, which is
-        one block that sees itself. both-ways: the end of its prompt, which has blocks too, only the first of them
-        shorter.
+        Where the block grid starts. "absolute": at the request's first token. "prompt": at the end of the prompt,
+        which forms a single block. "both-ways": at the end of the prompt, which is divided into blocks as well,
+        counted backwards so that only its first block may be shorter.
     block_length : int, optional
-        Length of the blocks of "block" and "causal-context" attention where the configuration does not say.
+        Block length for "block" and "causal-context" attention if the configuration does not give one.
     whole_blocks : bool
-        Whether the last block is decoded whole, however much of it was asked for (those of the absolute grid are).
+        Whether the last block is always decoded in full, even if fewer tokens were requested. On the absolute grid,
+        blocks always are.
     seeded : bool
-        Whether a block's first token is the one that the last row of the context predicts.
+        Whether the first token of a block is predicted by the last row of the context.
     mask_token_id, eos_token_ids, num_tokens : int, tuple of int, int
-        Of the tokenizer that the published checkpoints share: used where the configuration is silent and has this
-        `vocab_size`. `num_tokens` is how many ids the tokenizer knows; the logits beyond them are never chosen.
+        Mask token, end tokens and number of ids of the tokenizer that the published checkpoints share. They apply to
+        models with this `vocab_size`. The mask token is used if the configuration has none, the end tokens are added to
+        those of the configuration, and ids from `num_tokens` on are never chosen.
     vocab_size : int, optional
         Number of logits of the published checkpoints.
     noise : {"mask", "uniform", "continuous"}
-        What the model takes noise away from: masks, tokens drawn uniformly, or noisy embeddings.
+        Noise that the model removes: mask tokens, uniformly drawn tokens, or noise on embeddings.
     preset : str, optional
-        What `generate` does by default: the decoder the family was published with, one of `PRESETS`. None where that is
-        a fixed schedule (LLaDA, Dream, RND1, DiffuLLaMA, MDLM, SEDD): there the default is that of `DecodingConfig`,
-        and the published decoder is asked for by its name.
+        Default decoder of `generate`, a key of `PRESETS`: the one that the family was published with. None if that is a
+        fixed schedule (LLaDA, Dream, RND1, DiffuLLaMA, MDLM, SEDD). The default is then that of `DecodingConfig`, and
+        the published decoder must be requested by name.
     """
 
     name: str
@@ -222,7 +224,7 @@ class Family:
     preset: str | None = None
 
     def knows_ids_of(self, config) -> bool:
-        """Whether the ids written here are those of the tokenizer of a model of this configuration."""
+        """Return whether this family's token ids apply to a model with the given configuration."""
         return self.vocab_size is not None and getattr(config, "vocab_size", None) == self.vocab_size
 
 
@@ -262,9 +264,9 @@ FAMILIES: dict[str, Family] = {
         Family("ssd-lm", noise="continuous", preset="ssd-lm"),
         # Plaid, arXiv:2305.18619
         Family("plaid", noise="continuous", preset="plaid"),
-        # BD3-LM, arXiv:2503.09573: any model that denoises a block after clean ones
+        # BD3-LM, arXiv:2503.09573: any model that denoises one block given clean earlier ones
         Family("bd3-lm", attention="block", block_grid="absolute"),
-        # the same as trained by github.com/ZHZisZZ/dllm, which pads prompts to whole blocks
+        # BD3-LM as trained by github.com/ZHZisZZ/dllm, which pads prompts to whole blocks
         Family("a2d-bd3lm", attention="block", block_grid="both-ways"),
         # SDAR, arXiv:2510.06303
         Family("sdar", attention="block", block_grid="absolute", block_length=4, **QWEN3_IDS, preset="sdar"),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint's `config.json` may say: which fields are heeded, of what kind, and how large.
+"""Validation of a checkpoint's `config.json`: which fields are used, and their allowed types and ranges.
 
-A configuration is data from a stranger. It may not choose code (which attention, which kernels, which file to read
-instead), and may not describe a model that its own weights are not of: that could take all memory, or all time.
+A configuration is untrusted data. It may not select code (attention implementations, kernels, other files to read), nor
+describe a model larger than its weights, which could exhaust memory or take unbounded time.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 
 from .checkpoint import Shapes
 
-#: Fields that choose code, files or devices, or that make lists of any length; only the user may say such things.
+#: Fields that select code, files or devices, or that create lists of any length. Only the user may set them.
 UNHEEDED = {
     "auto_map", "custom_generate", "custom_pipelines", "name_or_path", "transformers_weights", "configuration_files",
     "device_map", "device_mesh", "tp_plan", "tp_size", "torchscript", "compression_config",
     "num_labels", "id2label", "label2id", "problem_type",
 }  # fmt: skip
-#: Those that transformers has, and those that it may have one day.
+#: Further fields of this kind, including ones that future versions of transformers may add.
 CHOOSES_CODE = re.compile(r"_|.*(implementation|kernel|fusion|distributed|remote_code)")
-#: Quantisers that work with what is installed. The others of transformers fetch kernels from the hub.
+#: Quantizers that only use installed libraries. The others in transformers download kernels from the Hub.
 LOCAL_QUANTIZERS = (
     "aqlm", "auto-round", "awq", "bitnet", "bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit",
     "compressed-tensors", "gptq", "higgs", "hqq", "quanto", "quark", "spqr", "torchao", "vptq",
@@ -31,7 +31,7 @@ LOCAL_QUANTIZERS = (
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 
 LAYERS = {"num_hidden_layers", "n_layers", "n_layer", "n_blocks"}
-#: Numbers that are a dimension of some weight, or count what each has its share of one.
+#: Fields that are a dimension of some weight, or count parts of such a dimension (heads, for example).
 SIZES = {
     "vocab_size", "embedding_size", "hidden_size", "d_model", "n_embd", "intermediate_size", "mlp_hidden_size",
     "n_inner", "num_attention_heads", "n_heads", "n_head", "num_key_value_heads", "n_kv_heads", "head_dim",
@@ -40,7 +40,7 @@ SIZES = {
     "hidden_dim", "cond_dim",
     "global_head_dim", "num_global_key_value_heads", "n_positions", "type_vocab_size", "first_k_dense_replace",
 }  # fmt: skip
-#: Numbers that no weight shows.
+#: Integer fields that no weight's shape reveals.
 COUNTS = {
     "max_position_embeddings", "max_sequence_length", "model_length", "num_experts_per_tok", "top_k_experts",
     "sliding_window", "local_attention", "canvas_length", "decoder_sparse_step", "n_group", "topk_group",
@@ -50,20 +50,20 @@ REALS = {
     "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "rope_theta", "attention_dropout", "mlp_ratio",
     "initializer_range", "routed_scaling_factor", "partial_rotary_factor", "factor",
 }  # fmt: skip
-#: Those that cannot be zero, which elsewhere stands for "none".
+#: Fields that must be at least 1. In others, 0 means "none".
 NEEDED = {
     "vocab_size", "hidden_size", "hidden_dim", "cond_dim", "d_model", "n_embd", "num_attention_heads", "n_heads",
     "n_head",
 }  # fmt: skip
 MOST_LAYERS, MOST = 10_000, 2**31 - 1
-#: How many weights may be packed into one element of a quantised checkpoint: two bits each in 64.
+#: Most weights that one element of a quantized checkpoint can hold: 2 bits each in 64 bits.
 PACKED = 32
 
 
 def heeded(raw: Mapping[str, Any], config_class: type | None = None) -> dict[str, Any]:
-    """The fields of a configuration that may be followed, those of configurations inside it likewise.
+    """Return the fields of a configuration that may be used, filtering nested configurations likewise.
 
-    `config_class`: what is an attribute or method there and no field is not heeded either.
+    If `config_class` is given, names of its attributes and methods that are not fields are dropped as well.
     """
     fields: dict[str, Any] = {}
     for name, value in raw.items():
@@ -78,26 +78,26 @@ def heeded(raw: Mapping[str, Any], config_class: type | None = None) -> dict[str
 
 
 def _by_layer(value: Any) -> dict[str, Any]:
-    """The fields that some layers have for themselves, by the numbers of these layers."""
+    """Filter the fields that apply to single layers, which are given by layer number."""
     is_number = re.compile(r"\d{1,4}").fullmatch  # below MOST_LAYERS
     if not isinstance(value, Mapping) or not all(
         is_number(str(layer)) and isinstance(own, Mapping) for layer, own in value.items()
     ):
         raise ValueError(
-            f"its configuration has per_layer_config={value!r}; expected the fields of layers by their number"
+            f"its configuration has per_layer_config={value!r}; expected an object that maps layer numbers to fields"
         )
     return {layer: heeded(own) for layer, own in value.items()}
 
 
 def _is_no_field(name: str, config_class: type | None) -> bool:
-    """Whether a class has this attribute for its own use: a method, a property, a constant of the class."""
+    """Return whether the name is an attribute of the class that is not a field (a method, property or constant)."""
     if config_class is None or name in field_names(config_class):
         return False
     return hasattr(config_class, name)
 
 
 def field_names(config_class: type) -> set[str]:
-    """The fields of a configuration class of transformers, under all of their names."""
+    """Return the names of all fields of a transformers configuration class, aliases included."""
     found = {"rope_theta", "rope_scaling", "torch_dtype"} | set(getattr(config_class, "attribute_map", {}))
     if dataclasses.is_dataclass(config_class):
         return found | {field.name for field in dataclasses.fields(config_class)}
@@ -109,13 +109,13 @@ def field_names(config_class: type) -> set[str]:
 
 
 def check(raw: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming the field, if one is not of its kind or out of any reason."""
+    """Raise ValueError, naming the field, if a field has the wrong type or is out of range."""
     for name, value in _fields(raw):
         leaf = name.rpartition(".")[2]
         if leaf in LAYERS:
             _check_number(name, value, 1, MOST_LAYERS)
         elif leaf in SIZES or leaf in COUNTS:
-            # -1 is how some say "none"
+            # some configurations use -1 for "none"
             _check_number(name, value, 1 if leaf in NEEDED else -1, MOST)
         elif leaf.endswith("_token_id"):
             _check_ids(name, value)
@@ -129,12 +129,12 @@ def check(raw: Mapping[str, Any]) -> None:
 
 
 def ids(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The token ids among some fields."""
+    """Return the fields that are token ids."""
     return {name: value for name, value in raw.items() if name.endswith("_token_id")}
 
 
 def _fields(raw: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Name and value of every field, those inside others under the names of both."""
+    """Yield name and value of every field. The names of nested fields are joined by dots."""
     for name, value in raw.items():
         if (
             isinstance(value, Mapping)
@@ -164,8 +164,10 @@ def _check_ids(name: str, value: Any) -> None:
 
 
 def check_quantizer(raw: Mapping[str, Any], chosen: Any) -> None:
-    """Raise ValueError if the configuration asks for a quantiser that brings code of its own, which the user
-    has not `chosen`."""
+    """Raise ValueError if the configuration asks for a quantizer that may bring its own code.
+
+    `chosen` is the user's `quantization_config`. If it is not None, any quantizer is allowed.
+    """
     for name, value in raw.items():
         if name == "quantization_config" and value is not None:
             method = value.get("quant_method") if isinstance(value, Mapping) else value
@@ -177,16 +179,16 @@ def check_quantizer(raw: Mapping[str, Any], chosen: Any) -> None:
                 method = "bitsandbytes"
             if method not in LOCAL_QUANTIZERS and chosen is None:
                 raise ValueError(
-                    f"its configuration asks for the quantiser {method!r}. Without being told to, load uses those that "
-                    f"are installed libraries ({', '.join(LOCAL_QUANTIZERS)}): pass quantization_config=… to choose "
-                    "it yourself"
+                    f"its configuration asks for the quantizer {method!r}. By default, load only uses quantizers that "
+                    f"are installed libraries ({', '.join(LOCAL_QUANTIZERS)}). To use another, pass "
+                    "quantization_config=…"
                 )
         elif isinstance(value, Mapping):
             check_quantizer(value, chosen)
 
 
 def check_sizes(raw: Mapping[str, Any], shapes: Shapes) -> None:
-    """Raise ValueError, naming the field, if a configuration is of a larger model than these weights are of."""
+    """Raise ValueError, naming the field, if a configuration describes a larger model than its weights' shapes."""
     layers = 1 + max((int(i) for name in shapes for i in re.findall(r"\.(\d{1,9})\.", name)[:1]), default=-1)
     largest = max((n for shape in shapes.values() for n in shape), default=0)
     largest *= PACKED if _is_quantised(raw) else 1
@@ -194,15 +196,15 @@ def check_sizes(raw: Mapping[str, Any], shapes: Shapes) -> None:
         leaf = name.rpartition(".")[2]
         most = layers if leaf in LAYERS else largest if leaf in SIZES else None
         if most is not None and isinstance(value, int) and value > most:
-            of = f"{layers} layers" if leaf in LAYERS else f"at most {largest} in any dimension"
-            raise ValueError(f"its configuration has {name}={value}, and its weights are of {of}")
+            of = f"{layers} layers" if leaf in LAYERS else f"no dimension above {largest}"
+            raise ValueError(f"its configuration has {name}={value}, but its weights have {of}")
 
 
 def check_model(model, raw: Mapping[str, Any], names: Mapping[str, str], shapes: Shapes) -> None:
-    """Raise ValueError if `model`, built on no device, is not the one that these weights are of.
+    """Raise ValueError if `model`, built on the meta device, does not match the shapes of the checkpoint's weights.
 
-    `names` tells what the weights are called in the model. Those that have to be put together from others are left to
-    transformers; how many numbers there are in all is compared here.
+    `names` maps the weights' names in the checkpoint to those in the model. Weights that have to be assembled from
+    several are left to transformers to check; here, only the total number of elements is compared.
     """
     wanted = {name: tuple(x.shape) for name, x in (*model.named_parameters(), *model.named_buffers())}
     if not _is_quantised(raw):
@@ -216,7 +218,9 @@ def check_model(model, raw: Mapping[str, Any], names: Mapping[str, str], shapes:
     described = sum(x.numel() for x in model.parameters())
     stored = sum(math.prod(shape) for shape in shapes.values()) * (PACKED if _is_quantised(raw) else 1)
     if described > 2 * stored + 2**20:
-        raise ValueError(f"its configuration describes a model of {described} parameters; its weights are {stored}")
+        raise ValueError(
+            f"its configuration describes a model of {described} parameters, but its weights have at most {stored}"
+        )
 
 
 def _is_quantised(raw: Mapping[str, Any]) -> bool:
@@ -224,10 +228,10 @@ def _is_quantised(raw: Mapping[str, Any]) -> bool:
 
 
 def longest_canvas(config) -> int | None:
-    """Most positions that a model's position encoding was made for, None where its configuration does not say.
+    """Return the largest number of positions that the position encoding supports, or None if it is not configured.
 
-    A rotary encoding stretched by a factor reaches that many times as far as the model was first trained: where
-    `max_position_embeddings` says the one, and where it says the other.
+    A rotary encoding scaled by a factor supports that many times the original training length. Some configurations give
+    the original length in `max_position_embeddings`, others the scaled one; both are handled.
     """
     length = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaDA2.0 and 2.1: GLM-4-MoE under other names, with queries, keys and values in one matrix (arXiv:2512.15745).
+"""LLaDA2.0 and 2.1: GLM-4-MoE with other weight names and a fused query-key-value matrix (arXiv:2512.15745).
 
-Partial rotary embedding, per-head norms of queries and keys, sigmoid router with groups and a selection bias, shared
-expert, dense first layers: all of it is the stock class. What is here are the names, and the one matrix taken apart.
+The stock class already implements the partial rotary embedding, per-head norms of queries and keys, sigmoid router with
+groups and a selection bias, shared experts and dense first layers. This module renames the weights and splits the fused
+matrix.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class LLaDA2ForCausalLM(Glm4MoeForCausalLM):
 
 
 class SplitHeads(ConversionOps):
-    """One matrix of query, key and value heads, one kind below another, as three."""
+    """Split a matrix that stacks the rows of all query heads, key heads and value heads into three matrices."""
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
@@ -40,7 +41,7 @@ class SplitHeads(ConversionOps):
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         rows = [n * config.head_dim for n in (heads, groups, groups)]
         if fused.shape[0] != sum(rows):
-            raise ValueError(f"query_key_value has {fused.shape[0]} rows, expected {sum(rows)}")
+            raise ValueError(f"query_key_value has {fused.shape[0]} rows; expected {sum(rows)}")
         return dict(zip(target_patterns, (part.contiguous() for part in fused.split(rows))))
 
     @property

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load a checkpoint onto its stock transformers class, without running any code that comes with it."""
+"""Load a checkpoint into its stock transformers class, without running any code that ships with it."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from .published import Plan, Question, UnknownField, plan, renamed
 
 OF_ONE_REPOSITORY = ("revision", "subfolder", "_commit_hash")
 KINDS = ("missing_keys", "unexpected_keys")
-#: What `from_pretrained` takes beyond its signature, in any of the versions of transformers.
+#: Keywords that `from_pretrained` accepts beyond its signature, in any supported version of transformers.
 PASSED_ON = {
     "allow_all_kernels", "attn_implementation", "device_map", "device_mesh", "disable_mmap", "distributed_config",
     "dtype", "experts_implementation", "fusion_config", "generation_config", "kernel_config", "low_cpu_mem_usage",
     "max_memory", "offload_buffers", "offload_folder", "offload_state_dict", "quantization_config", "subfolder",
     "torch_dtype", "tp_plan", "tp_size", "tqdm_class", "use_kernels", "variant",
 }  # fmt: skip
-#: What `load` says itself, and how it is told.
+#: Keywords of `from_pretrained` that `load` rejects, each with the reason or what to use instead.
 OWN = {
-    "config": "pass its fields by name", "ignore_mismatched_sizes": "shapes must be right",
-    "key_mapping": "families say it", "output_loading_info": "what does not fit is an error",
-    "state_dict": "weights come from the checkpoint", "use_safetensors": "see allow_pickle",
-    "dlm_family": "pass family", "gguf_file": "GGUF files are not read", "weights_only": "it is always so",
+    "config": "pass configuration fields as keywords", "ignore_mismatched_sizes": "all shapes must match",
+    "key_mapping": "the family determines it", "output_loading_info": "any mismatch is an error",
+    "state_dict": "weights come from the checkpoint", "use_safetensors": "use allow_pickle",
+    "dlm_family": "use family", "gguf_file": "GGUF files are not supported", "weights_only": "it is always True",
     "adapter_kwargs": "adapters are merged", "adapter_name": "adapters are merged",
 }  # fmt: skip
 
@@ -49,51 +49,52 @@ def load(
     Parameters
     ----------
     path_or_id : str or path
-        A local folder or a hub id, in Hugging Face format: the published form of any known family, a stock
-        transformers model, or a LoRA adapter in PEFT's format, which is merged into its base (PEFT is not needed).
-        "demo" is the small model that comes with the package ("./demo": a folder of that name). Or a file that a
-        training of MDLM, BD3-LM, Duo, SEDD or Diffusion-LM has left (`.ckpt`, `.pth`, `.pt`), whose moving averages are
-        taken; this needs `family`, `allow_pickle`, and `block_size` or `num_attention_heads` where nothing in the file
-        shows them. Or a folder with the files of Plaid or SSD-LM, which need `allow_pickle`.
+        A local folder or Hub id in Hugging Face format: a published checkpoint of any known family, a stock
+        transformers model, or a LoRA adapter in PEFT format, which is merged into its base model (PEFT is not needed).
+        "demo" is the small model that ships with the package (write "./demo" for a local folder of that name).
+        Also accepted: a training checkpoint (`.ckpt`, `.pth`, `.pt`) of MDLM, BD3-LM, Duo, SEDD or Diffusion-LM, from
+        which the moving averages of the weights are read. It needs `family` and `allow_pickle`, and `block_size` or
+        `num_attention_heads` if the file does not reveal them. Or a folder with the published files of Plaid or
+        SSD-LM, which need `allow_pickle`.
     family : str, optional
-        How it is decoded (a key of `FAMILIES`), where its configuration does not tell: a `LlamaForCausalLM` may have
-        been trained as anything.
+        Family that determines how the model is decoded (a key of `FAMILIES`). Needed if the configuration does not
+        identify it; a `LlamaForCausalLM`, for example, may have been trained in any way.
     base : str or path, optional
-        The model an adapter is for, where it is not where `adapter_config.json` says.
+        Base model of an adapter, if it is not at the location given in `adapter_config.json`.
     allow_pickle : bool
-        Also read `pytorch_model.bin`, with `torch.load(weights_only=True)`, and files of trainings, of which nothing
-        but tensors is read. Off: safetensors alone.
+        Whether to also read `pytorch_model.bin`, with `torch.load(weights_only=True)`, and training checkpoints, from
+        which only tensors are read. If False, only safetensors files are read.
     **kwargs
         Arguments of transformers' `from_pretrained` (`dtype`, `device_map`, `quantization_config`, `revision`,
-        `attn_implementation`, …), and fields of the configuration in place of the checkpoint's
+        `attn_implementation`, …), and configuration fields that override the checkpoint's
         (`max_position_embeddings`, `mask_token_id`, …).
 
     Returns
     -------
     PreTrainedModel
-        In evaluation mode, ready for `generate`. Its class is the stock one of the architecture, and it can be saved
-        and loaded again by transformers alone; `config.dlm_family` keeps the family.
+        The model, in evaluation mode and ready for `generate`. It is an instance of the architecture's stock class, so
+        transformers alone can save it and load it again. The family is stored in `config.dlm_family`.
 
     Raises
     ------
     TypeError
-        When a keyword is neither an argument of `from_pretrained` nor a field of the configuration.
+        If `path_or_id` is not a string or path, or a keyword is neither a supported argument of `from_pretrained` nor
+        a configuration field.
     ValueError
-        When there is no such checkpoint, the model type is not known or fits several families, a field of the
-        configuration is not what it must be, weights are missing, unexpected or of another shape, or the files cannot
-        be read.
+        If the checkpoint does not exist, its model type is unknown or fits several families, a configuration field has
+        an invalid value, weights are missing, unexpected or of the wrong shape, or the files cannot be read.
 
     Notes
     -----
-    A checkpoint is data. None of its code is run; what its configuration says of implementations (of attention, of
-    experts), of kernels and of other files is not heeded, its quantiser must be an installed library unless
-    `quantization_config` is passed, and its index of weights may name files in its own folder alone.
+    A checkpoint is treated as data, and none of its code is run. Configuration fields that select implementations (of
+    attention or experts), kernels or other files are ignored. Its quantizer must be an installed library unless
+    `quantization_config` is passed, and its weight index may only name files in its own folder.
     """
     for name in OWN.keys() & kwargs.keys():
-        raise TypeError(f"load takes no {name}: {OWN[name]}")
+        raise TypeError(f"load does not accept {name}: {OWN[name]}")
     if kwargs.pop("trust_remote_code", False):
         raise ValueError(
-            "trust_remote_code is not supported: load runs no code from a checkpoint. Load the model yourself and "
+            "trust_remote_code is not supported: load never runs code from a checkpoint. Load the model yourself and "
             "pass it to dlmkernels.generate"
         )
     if str(path_or_id).endswith(training_files.SUFFIXES) and os.path.isfile(os.path.expanduser(path_or_id)):
@@ -112,9 +113,10 @@ def load(
 def outline(
     path_or_id: str | PathLike, family: str | None = None, dtype: Any = None
 ) -> tuple[Callable[[], PreTrainedModel], str]:
-    """What makes the model of a checkpoint without its weights, and its family. The configuration alone is read.
+    """Return a function that builds the checkpoint's model without its weights, and the name of its family.
 
-    `dtype`: of the parameters; None: what the configuration says, else bfloat16. Raises as `load` does.
+    Reads only the configuration. `dtype` is the dtype of the parameters; if None, the one in the configuration, or
+    bfloat16 if it has none. Raises the same errors as `load`.
     """
     path, where = locate(path_or_id, {})
     raw, _ = _read(path, CONFIG_NAME, where)
@@ -129,9 +131,9 @@ def outline(
 
 
 def _load_training_file(path: str | PathLike, family: str | None, allow_pickle: bool, kwargs: dict[str, Any]):
-    """The model of a file that a training has left."""
+    """Load a training checkpoint, or a folder with the files of Plaid or SSD-LM."""
     if not allow_pickle:
-        raise ValueError(f"path_or_id: '{path}' is a pickle: pass allow_pickle=True, with which its tensors are read")
+        raise ValueError(f"path_or_id: '{path}' is a pickle: pass allow_pickle=True to read the tensors in it")
     changes = {name: value for name, value in kwargs.items() if name not in _passed_on()}
     try:
         if os.path.isdir(path):
@@ -157,7 +159,7 @@ def _load_training_file(path: str | PathLike, family: str | None, allow_pickle: 
 
 
 def _read(path: str, name: str, where: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """A JSON file of the checkpoint, None if there is none, and `where` to find the rest of the same revision."""
+    """Read a JSON file of the checkpoint (None if absent); also return `where`, pinned to the same revision."""
     try:
         found = read_object(path, name, where)
     except Exception as error:  # a file may hold anything
@@ -172,7 +174,7 @@ def _load(
     path: str, raw: dict[str, Any] | None, family: str | None, where: dict[str, Any], allow_pickle: bool,
     kwargs: dict[str, Any], ask: Callable[[Plan], None] = lambda how: None,
 ):  # fmt: skip
-    """The model at `path`, whose configuration is `raw`. `ask(plan)` may raise a question before weights are read."""
+    """Load the model at `path` with configuration `raw`. `ask(plan)` may raise `Question` before weights are read."""
     if not raw:
         raise ValueError(f"path_or_id: no readable model configuration at '{path}': there is no {CONFIG_NAME}")
     changes = {name: value for name, value in kwargs.items() if name not in _passed_on()}
@@ -189,7 +191,7 @@ def _load(
         fields.check_model(empty, how.raw, renamed(shapes, how.key_mapping), shapes)
     except UnknownField:
         raise
-    except Exception as error:  # what the stock configurations raise has no common base
+    except Exception as error:  # errors raised by stock configurations share no base class
         raise ValueError(f"path_or_id: '{path}' cannot be loaded: {_say(error)}") from error
     how.config._commit_hash = where.get("_commit_hash")
     passed = {name: value for name, value in (kwargs | where).items() if name in _passed_on()}
@@ -198,13 +200,13 @@ def _load(
 
 @functools.cache
 def _passed_on() -> set[str]:
-    """Names of the arguments that are for `from_pretrained`."""
+    """Return the names of the keywords that are passed on to `from_pretrained`."""
     named = inspect.signature(PreTrainedModel.from_pretrained).parameters.values()
     return (PASSED_ON | {*WHERE} | {p.name for p in named if p.kind is not p.VAR_KEYWORD}) - OWN.keys()
 
 
 def _load_adapted(path: str, adapter: dict, base, family: str | None, where: dict, allow_pickle: bool, kwargs: dict):
-    """The base of an adapter, and the adapter merged into it."""
+    """Load an adapter's base model and merge the adapter into it."""
     key_mapping: dict[str, str] = {}
 
     def ask(how: Plan) -> None:
@@ -212,10 +214,11 @@ def _load_adapted(path: str, adapter: dict, base, family: str | None, where: dic
         key_mapping = how.key_mapping
         if family is None and f"d2f-{how.family.name}" in FAMILIES:
             raise Question(
-                f"nothing says how it was trained: pass family='{how.family.name}' or family='d2f-{how.family.name}'"
+                "its configuration does not reveal how it was trained: pass "
+                f"family='{how.family.name}' or family='d2f-{how.family.name}'"
             )
 
-    # the base has its own revision and folder
+    # These apply to the adapter's repository; the base model has its own.
     base_where = {name: value for name, value in where.items() if name not in OF_ONE_REPOSITORY}
     kwargs = {name: value for name, value in kwargs.items() if name not in OF_ONE_REPOSITORY}
     try:
@@ -225,7 +228,7 @@ def _load_adapted(path: str, adapter: dict, base, family: str | None, where: dic
         base_path, base_where = locate(base, base_where)
         raw, base_where = _read(base_path, CONFIG_NAME, base_where)
         if _read(base_path, ADAPTER_CONFIG, base_where)[0] is not None:
-            raise ValueError(f"its base '{base_path}' is an adapter, too")
+            raise ValueError(f"its base '{base_path}' is itself an adapter; expected a full model")
         model = _load(base_path, raw, family, base_where, allow_pickle, kwargs, ask)
         adapters.merge(model, path, adapter, key_mapping, where, allow_pickle)
     except UnknownField:
@@ -236,11 +239,11 @@ def _load_adapted(path: str, adapter: dict, base, family: str | None, where: dic
 
 
 def from_pretrained(how: Plan, path_or_id: str | PathLike | None, **kwargs: Any):
-    """The model of a plan, its weights checked: nothing may be missing, left over or of another shape."""
+    """Load the model described by a plan, and check that no weight is missing, unexpected or of the wrong shape."""
     kwargs |= {"config": how.config, "key_mapping": how.key_mapping or None, "output_loading_info": True}
     what = f"path_or_id: the checkpoint at '{path_or_id}'" if path_or_id else "model: its checkpoint"
     try:
-        # Shapes that differ are collected rather than raised, so that all of them can be named.
+        # Mismatched shapes are collected rather than raised, so that the error can name all of them.
         model, report = how.model_class.from_pretrained(path_or_id, ignore_mismatched_sizes=True, **kwargs)
     except Exception as error:  # safetensors, OS and JSON errors share no base class
         raise ValueError(f"{what} cannot be loaded: {_unconverted(error) or _say(error)}") from error
@@ -250,26 +253,26 @@ def from_pretrained(how: Plan, path_or_id: str | PathLike | None, **kwargs: Any)
         shapes = (f"{name} {list(found)}, expected {list(wanted)}" for name, found, wanted in report["mismatched_keys"])
         problems.append(f"wrong shapes: {'; '.join(sorted(shapes))}")
     if problems:
-        raise ValueError(f"{what} does not fit its configuration; " + "; ".join(problems))
-    # The model is a stock one from here on, and is saved under the names of its class.
+        raise ValueError(f"{what} does not match its configuration; " + "; ".join(problems))
+    # From here on this is a stock model, to be saved under its class's weight names.
     model._weight_conversions = None
     return model.eval()
 
 
 def _say(error: Exception) -> str:
-    """What an error says, in one line."""
+    """Return an error's message on one line."""
     text = " ".join(str(error).split())
     return f"it lacks {text}" if isinstance(error, KeyError) else text or type(error).__name__
 
 
 def _unconverted(error: Exception) -> str:
-    """Which weights of another shape, or with a part missing, could not be put together. "" where that is not it.
+    """Describe the weights that transformers failed to convert (a wrong shape or a missing part), or return "".
 
-    transformers prints their names in a report, and raises without them.
+    transformers only prints their names in a report, and raises an error that does not name them.
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
         errors = getattr(frame.f_locals.get("loading_info"), "conversion_errors", None)
-        if errors:  # a traceback, what the error says, and for which weights
+        if errors:  # each a traceback, the error's message, and the weights concerned
             said = {name: [*what.strip().splitlines(), ""][-3:][0] for name, what in errors.items()}
             return "; ".join(f"{name} does not fit: {what}" for name, what in sorted(said.items()))
     return ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a decoding stands when it forwards a model that is conditioned on the time."""
+"""Progress of a decoding, as input for models that are conditioned on time."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Moment:
-    """Where a decoding stands when it forwards the model.
+    """Progress of a decoding at one forward pass, for each of the B batch rows.
 
     Attributes
     ----------
     masked : Tensor
-        float32 `[B]`: share of what is to be decoded that is still open, from 1 to 0.
+        float32 `[B]`: fraction of the positions to be decoded that are not yet committed, from 1 to 0.
     step, num_steps : Tensor, optional
-        int32 `[B]`: number of the step within the row's block, from 0, and how many are planned for the block. None
-        with rules that do not go block after block.
+        int32 `[B]`: index of the step within the row's current block, from 0, and number of steps planned for that
+        block. None if decoding does not go block by block.
     progress : Tensor, optional
-        float32 `[B]`: share of the steps planned for the whole generation that lies behind, from 0 to 1; None as above.
+        float32 `[B]`: fraction of the steps planned for the whole generation that are done, from 0 to 1. None if
+        decoding does not go block by block.
     time : Tensor, optional
-        float32 `[B]`: diffusion time, from 1 (noise) to 0, of rules that walk a time grid; None with the others.
+        float32 `[B]`: diffusion time, from 1 (noise) to 0, for rules that follow a time grid. None for other rules.
     """
 
     masked: Tensor

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensor parallelism: models whose matrices transformers has divided among ranks.
+"""Tensor parallelism: models whose weight matrices transformers has sharded over ranks.
 
-`from_pretrained(…, distributed_config=DistributedConfig(tp_size=n))` gives every rank a part of the heads of attention,
-of the feed-forward layers and of the vocabulary, as a `DTensor` each, and lets the layers add up what the ranks have. A
-model so loaded decodes like any other, as long as all ranks make the same forwards.
+`from_pretrained(…, distributed_config=DistributedConfig(tp_size=n))` gives every rank a shard, stored as `DTensor`, of
+the attention heads, the feed-forward layers and the vocabulary; the layers sum the ranks' results. A model loaded this
+way decodes like any other, as long as all ranks run the same forward passes.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-#: Where the vocabulary may be divided for `ops.shard_confidence`: at multiples of so many tokens.
+#: `ops.shard_confidence` needs shards of the vocabulary that start at multiples of this number of tokens.
 CHUNK = 256
-#: Heads whose shards had to be moved to multiples of `CHUNK`: (version of the weights, what is kept of them).
+#: Re-sharded heads, for weights whose shards do not start at multiples of `CHUNK`: (version of the weights, shard).
 _moved: Any = WeakTensorKeyDictionary()
 
 
 @dataclass(frozen=True)
 class HeadShard:
-    """A rank's part of a language-model head.
+    """A rank's shard of a language-model head.
 
     Attributes
     ----------
     weight : Tensor
-        `[n, hidden]`: those of tokens `[first, first + n)`.
+        `[n, hidden]`: weights of tokens `[first, first + n)`.
     first : int
-        A multiple of 256.
+        First token of the shard, a multiple of 256.
     vocab : int
-        Tokens of the whole vocabulary.
+        Size of the whole vocabulary.
     group : ProcessGroup
-        The ranks among which it is divided; each of them has at least one token.
+        Process group over which the head is sharded. Each rank has at least one token.
     """
 
     weight: Tensor
@@ -45,12 +45,12 @@ class HeadShard:
 
 
 def group_of(model: Any) -> Any:
-    """The process group among which the parameters of a model are divided, None where they are not.
+    """Return the process group over which a model's parameters are sharded, or None if they are not.
 
     Raises
     ------
     ValueError
-        When they are divided in another way than by tensor parallelism (FSDP, pipelines).
+        If they are sharded in another way than by tensor parallelism (FSDP or pipelines, for example).
     """
     if not isinstance(model, nn.Module) or not dist.is_available() or not dist.is_initialized():
         return None
@@ -61,7 +61,7 @@ def group_of(model: Any) -> Any:
 
 
 def check_division(model: nn.Module) -> None:
-    """Raise a ValueError if a model is divided in a way in which its layers do not decode."""
+    """Raise ValueError if a model is sharded in a way that decoding does not support."""
     group = group_of(model)
     if group is None:
         return
@@ -70,23 +70,23 @@ def check_division(model: nn.Module) -> None:
     style = (getattr(model, "_tp_plan", None) or {}).get("lm_head")
     if style == "colwise":
         raise ValueError(
-            "model: its tp_plan has lm_head='colwise', with which each rank has the logits of a part of the "
-            "vocabulary: leave lm_head out of the plan, or say 'colwise_gather_output'"
+            "model: its tp_plan has lm_head='colwise', which leaves each rank with the logits of only a part of the "
+            "vocabulary: remove lm_head from the plan, or use 'colwise_gather_output'"
         )
     divided = any(name.endswith("k_proj.weight") and _is_divided(p) for name, p in model.named_parameters())
     for name in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(config, name, None)
         if divided and isinstance(heads, int) and heads % ranks:
             raise ValueError(
-                f"model: its {name} of {heads} cannot be divided among tp_size={ranks} ranks: each needs whole heads"
+                f"model: its {name}={heads} must be divisible by tp_size={ranks}, so that each rank has whole heads"
             )
 
 
 def head_shard(head: Any) -> HeadShard | None:
-    """This rank's part of a head that is a linear layer without a bias, divided by the vocabulary; None of any other.
+    """Return this rank's shard of a linear head without bias that is sharded over the vocabulary, or None.
 
-    The ranks of a group must call this together: where shards do not begin at multiples of 256, the first call gathers
-    the weights once, and keeps the rank's part of them beside the model.
+    All ranks of a group must call this together. If shards do not start at multiples of 256, the first call gathers the
+    weights and keeps a suitable shard on each rank, in addition to the model's own.
     """
     if type(head) is not nn.Linear or head.bias is not None or head._forward_hooks or head._forward_pre_hooks:
         return None
@@ -98,7 +98,7 @@ def head_shard(head: Any) -> HeadShard | None:
     chunks = -(-vocab // CHUNK)
     if chunks < ranks:
         return None
-    width = -(-vocab // ranks)  # as torch divides
+    width = -(-vocab // ranks)  # how torch splits a dimension
     if width % CHUNK == 0 and width * (ranks - 1) < vocab:
         return HeadShard(weight.to_local().detach(), rank * width, vocab, group)
     first, last = (chunks * r // ranks * CHUNK for r in (rank, rank + 1))
@@ -122,7 +122,7 @@ def _group(parameter: Any) -> Any:
     others = sorted(name for name, size in sizes.items() if name != "tp" and size > 1)
     if others or (mesh.ndim > 1 and "tp" not in sizes):
         raise ValueError(
-            f"model: its parameters are divided over the dimensions {', '.join(others) or names} of a device mesh; "
-            "only tensor parallelism (tp_size) is decoded with"
+            f"model: its parameters are sharded over the device mesh dimensions {', '.join(others) or names}; only "
+            "tensor parallelism (tp_size) is supported"
         )
     return mesh.get_group("tp") if mesh.ndim > 1 else mesh.get_group()

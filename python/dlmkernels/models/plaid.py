@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plaid (Gulrajani and Hashimoto, arXiv:2305.18619): a transformer on noisy embeddings of a few dimensions.
+"""Plaid (Gulrajani and Hashimoto, arXiv:2305.18619): a transformer on low-dimensional noisy embeddings.
 
-Noise is on embeddings of unit length in a space of 16 dimensions or so, along a schedule that is learnt with the rest.
-The modules have the names under which the four files of weights are published: `noise_schedule`, `gamma_bounds`,
-`embedding_matrix` and, here behind the prefix `backbone.`, `model`.
+Noise is added to unit-length embeddings in a space of about 16 dimensions, with a learned schedule. The module names
+are those of the four published weight files: `noise_schedule`, `gamma_bounds`, `embedding_matrix` and `model`, the last
+of which has the prefix `backbone.` here.
 """
 
 from __future__ import annotations
@@ -20,25 +20,26 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .dit import ROPE_BASE, Norm, plain_attention, rotate
 
-#: Frequencies of the time embedding run from exp(-5) to exp(5).
+#: Number of frequencies of the time embedding, which range from exp(-5) to exp(5).
 FREQUENCIES, REACH = 32, 5.0
-#: Of the root-mean-square norms.
+#: Epsilon of the root-mean-square norms.
 EPS = 1e-5
-#: The width at which the head was scaled for all others.
+#: Reference width for the scaling of the head.
 HEAD_WIDTH = 256
 HIDDEN_UNITS = 1024
 
 
 class PlaidConfig(PreTrainedConfig):
-    """Sizes of a `PlaidForDiffusionLM`.
+    """Configuration of a `PlaidForDiffusionLM`.
 
     Attributes
     ----------
     vocab_size, hidden_size, num_hidden_layers, num_attention_heads, max_position_embeddings : int
+        Sizes of the transformer.
     embed_dim : int
-        Dimensions of the space that noise is added in.
+        Number of dimensions of the space in which noise is added.
     gamma_0, gamma_1 : float
-        Ends of the noise schedule before training; those of a checkpoint are among its weights.
+        Initial values of the ends of the noise schedule. A checkpoint's weights include the trained ones.
     """
 
     model_type = "dlm_plaid"
@@ -56,7 +57,7 @@ class PlaidConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = False
-    #: what the model is told, as in `dit.DiTConfig`
+    #: how the noise level is passed to the model, as in `dit.DiTConfig`
     time: str = "gamma"
 
 
@@ -80,7 +81,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward layer, each adding 1 / sqrt(number of layers) of what it gives."""
+    """Attention and a feed-forward layer, whose outputs are scaled by 1 / sqrt(number of layers) before being added."""
 
     is_causal = False
 
@@ -106,7 +107,7 @@ class Block(nn.Module):
 
 
 class Readout(nn.Module):
-    """The head: what it reads is scaled by 256 / width (the maximal update parametrisation)."""
+    """The head. Its input is scaled by 256 / width (maximal update parametrization)."""
 
     def __init__(self, config: PlaidConfig):
         super().__init__()
@@ -119,7 +120,7 @@ class Readout(nn.Module):
 
 
 class Plaid(nn.Module):
-    """Noisy vectors and noise levels in, hidden states out."""
+    """The transformer, from noisy vectors and noise levels to hidden states."""
 
     def __init__(self, config: PlaidConfig):
         super().__init__()
@@ -136,7 +137,7 @@ class Plaid(nn.Module):
         self, inputs_embeds: Tensor, level: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None,
         opinion: Tensor | None = None, **how: Any,
     ) -> BaseModelOutput:  # fmt: skip
-        """Hidden states `[B, Q, hidden]`; the arguments are those of `dit.DiT`, vectors being `[B, Q, embed_dim]`."""
+        """Return hidden states `[B, Q, hidden]`. Arguments are as in `dit.DiT`, with vectors `[B, Q, embed_dim]`."""
         dim, gamma = self.config.embed_dim, level.float()[:, None, None]
         variance = torch.sigmoid(-gamma) / dim + torch.sigmoid(gamma)
         dtype = self.input_linear.weight.dtype
@@ -153,14 +154,14 @@ class Plaid(nn.Module):
         return BaseModelOutput(last_hidden_state=self.output_norm(x))
 
     def _time(self, level: Tensor) -> Tensor:
-        """Sines and cosines of gamma `[B]`, float32 `[B, 64]`."""
+        """Return the sinusoidal embedding of gamma `[B]`, float32 `[B, 64]`."""
         rate = torch.linspace(-REACH, REACH, FREQUENCIES, device=level.device).exp()
         angle = rate * level[:, None]
         return torch.cat((angle.sin(), angle.cos()), 1)
 
 
 class Schedule(nn.Module):
-    """A monotone function of the time that is 0 at 0 and 1 at 1, by a layer of tanh; in float64."""
+    """A learned monotone function from time 0 to 1 onto 0 to 1, a tanh layer computed in float64."""
 
     def __init__(self):
         super().__init__()
@@ -179,7 +180,7 @@ class Schedule(nn.Module):
 
 
 class Bounds(nn.Module):
-    """gamma at times 0 and 1."""
+    """Learned values of gamma at times 0 and 1."""
 
     def __init__(self, config: PlaidConfig):
         super().__init__()
@@ -188,7 +189,7 @@ class Bounds(nn.Module):
 
 
 class UnitTable(nn.Module):
-    """The embedding table, whose rows are brought to length 1."""
+    """The embedding table, with rows normalized to length 1."""
 
     def __init__(self, config: PlaidConfig):
         super().__init__()
@@ -205,7 +206,7 @@ class UnitTable(nn.Module):
 
 
 class PlaidForDiffusionLM(PreTrainedModel):
-    """Plaid with its noise schedule and its table."""
+    """Plaid with its noise schedule and its embedding table."""
 
     config_class = PlaidConfig
     base_model_prefix = "backbone"
@@ -222,7 +223,7 @@ class PlaidForDiffusionLM(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Linear layers alone: the others make their own beginnings."""
+        """Initialize linear layers; other modules initialize themselves."""
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
 
@@ -233,27 +234,27 @@ class PlaidForDiffusionLM(PreTrainedModel):
         return self.backbone.output_linear
 
     def gamma(self, time: Tensor) -> Tensor:
-        """The logarithm of noise power over signal power at times of `[0, 1]`, float64."""
+        """Return the logarithm of noise power over signal power at times in `[0, 1]`, float64."""
         first, last = self.gamma_bounds.gamma_0.double(), self.gamma_bounds.gamma_1.double()
         return first + (last - first) * self.noise_schedule(time)
 
     def latent_table(self) -> Tensor:
-        """What each token is in the space that noise is added in, `[V, embed_dim]`."""
+        """Return each token's vector in the space in which noise is added, `[V, embed_dim]`."""
         return self.embedding_matrix.weight
 
     def readable(self, hidden: Tensor, level: Tensor, inputs_embeds: Tensor) -> Tensor:
-        """What `head` reads: the hidden states, and the noisy vectors times alpha / sigma^2."""
+        """Return the input of `head`: the hidden states, concatenated with the noisy vectors times alpha / sigma^2."""
         factor = (torch.sigmoid(-level).sqrt() / torch.sigmoid(level))[:, None, None]
         return torch.cat((hidden, (factor * inputs_embeds).to(hidden.dtype)), -1)
 
     def head_matrix(self) -> tuple[Tensor, Tensor]:
-        """The head as one matrix for all that `readable` returns, and its bias, float32."""
+        """Return the head as one matrix for the output of `readable`, and its bias, both float32."""
         readout = self.backbone.output_linear
         own, table = readout.scale * readout.weight.float(), self.embedding_matrix.weight.float()
         return torch.cat((own, table), 1), readout.bias.float()
 
     def head(self, readable: Tensor) -> Tensor:
-        """Logits `[…, V]` of what `readable` returns."""
+        """Return the logits `[…, V]` for the output of `readable`."""
         width, readout = self.config.hidden_size, self.backbone.output_linear
         logits = readout(readable[..., :width].to(readout.weight.dtype))
         return logits + F.linear(readable[..., width:], self.embedding_matrix.weight.to(readable.dtype))
@@ -262,32 +263,37 @@ class PlaidForDiffusionLM(PreTrainedModel):
         self, inputs_embeds: Tensor, timesteps: Tensor | None = None, attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None, self_condition: Tensor | None = None, **kwargs: Any,
     ) -> MaskedLMOutput:  # fmt: skip
-        """Logits of every position.
+        """Compute the logits for every position.
 
         Parameters
         ----------
         inputs_embeds : Tensor
             `[B, T, embed_dim]`: noisy vectors.
         timesteps : Tensor
-            `[B]`: gamma of each row.
+            `[B]`: gamma of each batch row.
         attention_mask : Tensor, optional
-            bool `[B, 1, T, T]`, what each position sees; None: everything.
+            bool `[B, 1, T, T]`: positions that each position attends to. If None, all.
         position_ids : Tensor, optional
-            `[B, T]`. None: 0, 1, ….
+            `[B, T]`: positions. If None, 0, 1, ….
         self_condition : Tensor, optional
-            `[B, T, embed_dim]`: mean embeddings under what the last forward said.
+            `[B, T, embed_dim]`: mean embeddings under the distributions that the previous forward pass predicted.
+
+        Returns
+        -------
+        MaskedLMOutput
+            `logits` `[B, T, V]`.
 
         Raises
         ------
         ValueError
-            When gamma is missing or of the wrong shape, or the vectors have other dimensions.
+            If `timesteps` is missing or of the wrong shape, or `inputs_embeds` has the wrong shape.
         """
         dim = self.config.embed_dim
         if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != dim:
             raise ValueError(f"inputs_embeds must have shape [batch, length, {dim}]; got {list(inputs_embeds.shape)}")
         if not isinstance(timesteps, Tensor) or timesteps.shape != inputs_embeds.shape[:1]:
             got = list(timesteps.shape) if isinstance(timesteps, Tensor) else timesteps
-            raise ValueError(f"timesteps must be gamma of each row, of shape [{len(inputs_embeds)}]; got {got}")
+            raise ValueError(f"timesteps must be gamma of each batch row, of shape [{len(inputs_embeds)}]; got {got}")
         positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
         positions = (positions if position_ids is None else position_ids).expand(inputs_embeds.shape[:2])
         level = timesteps.float()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which way a model attends that is decoded by its own attention: three short forwards tell."""
+"""Test with three short forward passes whether a model's own attention is causal."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-#: Tokens of the forwards.
+#: Number of tokens in each forward pass.
 LENGTH = 8
-#: Rounding can move a causal model's earlier logits too (where other tokens share a matrix product), by so little.
+#: Relative tolerance: even in a causal model, rounding can change earlier logits slightly when later tokens change.
 ROUNDING = 0.05
 
 
 def short_text(ids: Sequence[int], device: torch.device) -> Tensor:
-    """Tokens `[1, LENGTH]` for a forward, spread evenly over `ids`, so that they differ as in a text."""
+    """Return tokens int64 `[1, LENGTH]` for a test, spread evenly over `ids`, so that they vary as in a real text."""
     return torch.tensor([[ids[(2 * i + 1) * len(ids) // (2 * LENGTH)] for i in range(LENGTH)]], device=device)
 
 
 @torch.no_grad()
 def is_causal(model, tokens: Tensor, ids: Sequence[int]) -> bool:
-    """Whether later tokens leave the logits of earlier positions alone, while earlier tokens do move later logits.
+    """Return whether changing the last token leaves earlier logits alone while changing the first moves later ones.
 
     Parameters
     ----------
     model : callable
-        `model(tokens)` has `.logits` `[B, T, V]`.
+        `model(tokens)` returns an object with `.logits` `[B, T, V]`.
     tokens : Tensor
-        int64 `[B, T]`: of the first forward; in the second their last ones are others, in the third their first ones.
+        int64 `[B, T]`: tokens of the first forward pass. The second changes the last token of each row, and the third
+        the first token.
     ids : sequence of int
-        Tokens that have no meaning of their own, as padding and masks have.
+        Ordinary tokens, excluding special ones such as padding and mask tokens.
     """
     first, last = tokens.clone(), tokens.clone()
     for changed in (first[:, 0], last[:, -1]):
@@ -42,7 +43,7 @@ def is_causal(model, tokens: Tensor, ids: Sequence[int]) -> bool:
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
-    """Largest difference; logits that are the same infinity do not differ."""
+    """Return the largest absolute difference; equal infinities do not differ."""
     if a.numel() == 0:
         return 0.0
     return torch.where(a == b, 0.0, (a - b).abs()).nan_to_num(0.0).max().item()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published checkpoint forms: from a `config.json` to a family, a stock configuration and the names of its weights.
+"""Published checkpoint forms: translate a `config.json` to a family, a stock configuration and names of weights.
 
-Nothing that comes with a checkpoint is executed: its configuration is read as data and translated here.
+No code that ships with a checkpoint is executed. Its configuration is read as data and translated here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.core_model_loading import WeightRenaming
 from . import fields as config_fields
 from .families import ARCHITECTURES, FAMILIES, Family
 
-#: Fields that mean the same in every configuration.
+#: Fields with the same meaning in every configuration.
 COMMON = (
     "torch_dtype", "dtype", "quantization_config", "bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id",
     "initializer_range", "tie_word_embeddings",
@@ -37,9 +37,22 @@ EXPERTS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """How a checkpoint is loaded: onto which class, with which configuration, its weights renamed how.
+    """Instructions for loading a checkpoint: stock class, configuration and renaming of weights.
 
-    `raw` is the file's configuration with the user's changes, `left_out` a pattern of weights that are not loaded.
+    Attributes
+    ----------
+    family : Family
+        Family of the model.
+    model_class : type
+        Stock class that the weights are loaded into.
+    config : PreTrainedConfig
+        Configuration of the stock class.
+    key_mapping : dict
+        Patterns of weight names and their replacements, applied in order.
+    raw : mapping
+        Configuration of the checkpoint, with the user's changes.
+    left_out : str, optional
+        Pattern that matches the start of the names of weights that are not loaded.
     """
 
     family: Family
@@ -50,7 +63,7 @@ class Plan:
     left_out: str | None = None
 
     def leaves_out(self, name: str) -> bool:
-        """Whether a weight of this name is none of the language model's."""
+        """Return whether the weight of this name is skipped because it is not part of the language model."""
         return self.left_out is not None and re.match(self.left_out, name) is not None
 
 
@@ -61,13 +74,13 @@ class Form:
     Attributes
     ----------
     family : str or callable
-        Name of the family, or a function of the raw configuration that finds it or returns a question for the user.
+        Name of the family, or a function that determines it from the raw configuration, or raises `Question`.
     translate : callable
-        From the raw configuration to (stock model type, fields of its configuration).
+        Maps the raw configuration to (stock model type, fields of its configuration).
     key_mapping : dict
-        Patterns of weight names and what they become, in this order.
+        Patterns of weight names and their replacements, applied in order.
     left_out : str, optional
-        Pattern of the names, at their start, of weights that are not loaded: those that read images.
+        Pattern that matches the start of the names of weights that are not loaded, such as those of vision towers.
     """
 
     family: str | Callable[[Mapping], str]
@@ -77,15 +90,15 @@ class Form:
 
 
 class Question(ValueError):
-    """Raised when the configuration fits several families."""
+    """Raised if the configuration fits several families, so that the user must choose one."""
 
 
 class UnknownField(TypeError):
-    """Raised for a keyword that is no field of the configuration."""
+    """Raised for a keyword that is not a field of the configuration."""
 
 
 def renamed(names: Iterable[str], key_mapping: Mapping[str, str]) -> dict[str, str]:
-    """What weights of a checkpoint are called in the stock class."""
+    """Map the names of a checkpoint's weights to their names in the stock class."""
     renamings = [WeightRenaming(old, new) for old, new in key_mapping.items()]
     found = {}
     for name in names:
@@ -96,14 +109,14 @@ def renamed(names: Iterable[str], key_mapping: Mapping[str, str]) -> dict[str, s
 
 
 def pick(raw: Mapping, *names: str) -> dict[str, Any]:
-    """The fields of these names that are present and not None."""
+    """Return the named fields that are present and not None."""
     return {name: raw[name] for name in names if raw.get(name) is not None}
 
 
 def require(raw: Mapping, **allowed: Any) -> None:
-    """Each field, where present, must have one of the allowed values: no stock class does anything else.
+    """Raise ValueError if a field is present with a value other than those that the stock class implements.
 
-    None, False and 0 count as one.
+    None, False and 0 count as equal.
     """
     for name, values in allowed.items():
         values = values if isinstance(values, tuple) else (values,)
@@ -114,7 +127,7 @@ def require(raw: Mapping, **allowed: Any) -> None:
 
 
 def need(raw: Mapping, *names: str) -> list:
-    """The values of these fields, which must be there."""
+    """Return the values of the named fields, or raise ValueError if some are missing."""
     if absent := [name for name in names if raw.get(name) is None]:
         raise ValueError(f"its configuration lacks {', '.join(absent)}")
     return [raw[name] for name in names]
@@ -124,7 +137,7 @@ def need(raw: Mapping, *names: str) -> list:
 
 
 def _llada(raw: Mapping):
-    """LLaDA-8B: an OLMo-style configuration of what is a Llama."""
+    """Translate LLaDA-8B's configuration, which describes a Llama with OLMo's field names."""
     require(
         raw, block_type="llama", layer_norm_type="rms", activation_type="silu", rope=True, alibi=False,
         attention_layer_norm=False, include_bias=False, include_qkv_bias=False, bias_for_layer_norm=False,
@@ -147,7 +160,7 @@ def _llada(raw: Mapping):
 
 
 def _llada_as_llama(raw: Mapping):
-    """LLaDA under the names of Llama's fields and weights: LLaDA-V's language model (arXiv:2505.16933)."""
+    """Translate a LLaDA configuration with Llama's field names, as in LLaDA-V's language model (arXiv:2505.16933)."""
     require(raw, attention_bias=False, mlp_bias=False, hidden_act="silu", pretraining_tp=(1,))
     return "llama", pick(raw, *DECODER)
 
@@ -168,7 +181,7 @@ LLADA_KEYS = {
 
 
 def _llada_moe(raw: Mapping):
-    """LLaDA-MoE: Qwen3-MoE with OLMoE's names in its configuration and weights of the top-k as they are."""
+    """Translate LLaDA-MoE: Qwen3-MoE with OLMoE's field names, and without normalizing the top-k router weights."""
     require(
         raw, qk_layernorm=True, clip_qkv=None, partial_rotary_factor=(1, None), shared_expert_intermediate_size=None,
         moe_router_enable_expert_bias=False, moe_router_score_function=("softmax", None), norm_topk_prob=False,
@@ -191,7 +204,7 @@ def _dream(raw: Mapping):
 
 
 def _rnd1(raw: Mapping):
-    """RND1: its configuration class sets what the published checkpoint has, whatever the file leaves out."""
+    """Translate RND1. Fields missing from the file default to the published checkpoint's, as in its own class."""
     require(raw, attention_bias=False, use_sliding_window=False, decoder_sparse_step=1)
     defaults = {
         "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
@@ -214,18 +227,18 @@ def _sdar_moe(raw: Mapping):
 
 
 def _sdar_family(raw: Mapping) -> str:
-    """SDAR's blocks have 4 to 64 tokens; I-DLM publishes strictly causal models, blocks of up to 3, in its form."""
+    """Tell SDAR, with blocks of 4 to 64 tokens, from strictly causal I-DLM models, with blocks of up to 3."""
     block = raw.get("block_size")
     if block is None:
         raise Question(
-            "its configuration has SDAR's form and no block_size: it may be a block-causal SDAR or a strictly causal "
-            "I-DLM. Pass family='sdar' or family='i-dlm'"
+            "its configuration has SDAR's form but no block_size, so it may be a block-causal SDAR or a strictly "
+            "causal I-DLM. Pass family='sdar' or family='i-dlm'"
         )
     return "sdar" if block >= 4 else "i-dlm"
 
 
 def _a2d(stock: str):
-    """Stock models turned into diffusion models by dllm; their configurations do not say which kind."""
+    """Return the translation for stock models that dllm converted; their configurations do not give the family."""
 
     def translate(raw: Mapping):
         fields = {key: value for key, value in raw.items() if key not in COMMON}
@@ -236,8 +249,8 @@ def _a2d(stock: str):
 
 def _a2d_family(raw: Mapping) -> str:
     raise Question(
-        "its configuration does not say how it was trained: pass family='masked' (mdlm) or family='a2d-bd3lm' and "
-        "give generate the block_length"
+        "its configuration does not say how it was trained: pass family='masked' (trained as MDLM), or "
+        "family='a2d-bd3lm' and then block_length=… to generate"
     )
 
 
@@ -253,10 +266,13 @@ def _llada2(raw: Mapping):
     )  # fmt: skip
     shared = raw.get("num_shared_experts") or 0
     if shared < 1:
-        raise ValueError("its configuration has no shared expert (num_shared_experts), which is not supported")
+        raise ValueError(f"its configuration has num_shared_experts={shared}; expected at least 1")
     rotary, factor = raw.get("rotary_dim"), raw.get("partial_rotary_factor", 0.5)
     if rotary is not None and rotary != int(raw["head_dim"] * factor):
-        raise ValueError(f"its configuration has rotary_dim={rotary} and partial_rotary_factor={factor}")
+        raise ValueError(
+            f"its configuration has rotary_dim={rotary}, which contradicts partial_rotary_factor={factor} and "
+            f"head_dim={raw['head_dim']}"
+        )
     names = ("moe_intermediate_size", "num_experts_per_tok", "n_group", "topk_group", "routed_scaling_factor",
              "first_k_dense_replace")  # fmt: skip
     return "llada2_moe", pick(raw, *DECODER, *names) | {
@@ -280,15 +296,17 @@ NEMOTRON_KEYS = {r"^encoder\.": "model.", r"^diffusion_head\.": "lm_head."}
 
 
 def _wedlm(raw: Mapping):
-    """WeDLM: Qwen2.5 (biases, no norms of queries and keys) or Qwen3 (norms, no biases)."""
+    """Translate WeDLM: Qwen2.5 (biases, no query and key norms) or Qwen3 (query and key norms, no biases)."""
     require(raw, use_sliding_window=False)
     norms, biases = bool(raw.get("qk_norm", False)), bool(raw.get("attention_bias", True))
     if norms == biases:
-        raise ValueError(f"its configuration has qk_norm={norms} and attention_bias={biases}, which is not supported")
+        raise ValueError(
+            f"its configuration has qk_norm={norms} and attention_bias={biases}; expected exactly one of them to be set"
+        )
     return "qwen3" if norms else "qwen2", pick(raw, *DECODER)
 
 
-#: DiffuLLaMA and DiffuGPT: names of the wrapper that some of their checkpoints were saved in, by stock model type.
+#: DiffuLLaMA and DiffuGPT: some checkpoints were saved from a wrapper with other names. Key: stock model type.
 WRAPPED_KEYS = {
     "gpt2": {r"^denoise_model\.": "transformer.", r"^embed_tokens\.": "transformer.wte."},
     "llama": {r"^denoise_model\.": "model.", r"^embed_tokens\.": "model.embed_tokens."},
@@ -296,7 +314,7 @@ WRAPPED_KEYS = {
 
 
 def _dit(raw: Mapping, defaults: Mapping[str, Any], **fields: Any) -> tuple[str, dict[str, Any]]:
-    """One of the models of `models.dit` that were published for transformers; its class has these defaults."""
+    """Translate a model of `models.dit` published for transformers, given the defaults of its configuration class."""
     require(raw, causal=(False, None), adaln=True)
     sizes = {
         "vocab_size": "vocab_size", "hidden_size": "hidden_dim", "cond_dim": "cond_dim",
@@ -305,7 +323,7 @@ def _dit(raw: Mapping, defaults: Mapping[str, Any], **fields: Any) -> tuple[str,
     return "dlm_dit", {ours: raw.get(theirs, defaults.get(theirs)) for ours, theirs in sizes.items()} | fields
 
 
-#: What the configuration classes of MDLM, BD3-LM and Duo say of what is not in the file.
+#: Defaults of the published configuration classes of MDLM, BD3-LM and Duo.
 DIT_DEFAULTS = {
     "vocab_size": 50258, "hidden_dim": 768, "cond_dim": 129, "n_blocks": 12, "n_heads": 12, "model_length": 1024,
 }  # fmt: skip
@@ -313,7 +331,7 @@ BERT_VOCABULARY, BERT_MASK = 30522, 103
 
 
 def _last_is_mask(raw: Mapping) -> dict[str, Any]:
-    """The mask token of MDLM and BD3-LM: their own last one, unless the tokenizer has one, as BERT's."""
+    """Return the mask token of MDLM and BD3-LM: the last id, or BERT's own mask token with BERT's tokenizer."""
     vocab = raw.get("vocab_size", DIT_DEFAULTS["vocab_size"])
     return {"mask_token_id": BERT_MASK if vocab == BERT_VOCABULARY else vocab - 1}
 
@@ -324,7 +342,7 @@ def _mdlm(raw: Mapping):
 
 
 def _bd3lm(raw: Mapping):
-    """BD3-LM; without blocks in its attention (cross_attn), the model that it was trained from."""
+    """Translate BD3-LM. Without `cross_attn` it is the MDLM model that training started from, and has no blocks."""
     require(raw, time_conditioning=False)
     fields = _last_is_mask(raw) | pick(raw, "mask_token_id")
     if not raw.get("cross_attn", True):
@@ -361,7 +379,7 @@ def _langflow(raw: Mapping):
 
 
 def _sedd(raw: Mapping):
-    """SEDD: the tree of settings of its training. Its vocabulary is the tokenizer's and, last, the mask."""
+    """Translate SEDD's nested training settings. Its vocabulary is the tokenizer's, followed by the mask token."""
     (tokens,) = need(raw, "tokens")
     model, graph, noise = (raw[name] for name in SEDD_PARTS)
     require(graph, type="absorb")
@@ -369,22 +387,22 @@ def _sedd(raw: Mapping):
     require(model, scale_by_sigma=True)
     hidden, cond, layers, heads, length = need(model, "hidden_size", "cond_dim", "n_blocks", "n_heads", "length")
     if not isinstance(tokens, int) or not 0 < tokens < config_fields.MOST:
-        raise ValueError(f"its configuration has tokens={tokens!r}; expected how many there are")
+        raise ValueError(f"its configuration has tokens={tokens!r}; expected the size of the vocabulary")
     return "dlm_dit", {
         "vocab_size": tokens + 1, "hidden_size": hidden, "cond_dim": cond, "num_hidden_layers": layers,
         "num_attention_heads": heads, "max_position_embeddings": length, "mask_token_id": tokens, "head": "score",
     }  # fmt: skip
 
 
-#: Parts of SEDD's configuration, which has no model type.
+#: Parts of SEDD's configuration, which identify it because it has no model type.
 SEDD_PARTS = ("model", "graph", "noise")
 DIT_KEYS = {r"^backbone\._orig_mod\.": "backbone."}
 #: SEDD's weights have no prefix.
 SEDD_KEYS = {r"^(vocab_embed|sigma_map|rotary_emb|blocks|output_layer)\.": r"backbone.\1."}
-#: What LLaVA-like models hold beside their language model.
+#: Weights of LLaVA-like models that are not part of the language model.
 VISION = r"(model\.)?(vision_tower|vision_resampler|mm_projector|image_newline)\b"
 
-#: Key: the file's `model_type`, then what tells apart those that share one (see `form_of`).
+#: Key: the file's `model_type`, extended where two forms share one (see `form_of`).
 FORMS: dict[str, Form] = {
     "llada": Form("llada", _llada, LLADA_KEYS),
     "llada, Llama's names": Form("llada", _llada_as_llama),
@@ -416,15 +434,15 @@ FORMS: dict[str, Form] = {
 
 
 def form_of(raw: Mapping) -> Form | None:
-    """The published form of a raw configuration, None if it is a stock one."""
+    """Return the published form of a raw configuration, or None if it has none (a stock or unknown model type)."""
     model_type = raw.get("model_type")
     if model_type is None and all(isinstance(raw.get(part), Mapping) for part in SEDD_PARTS):
         model_type = "sedd"
     if not isinstance(model_type, str):
         return None
     if raw.get("dlm_family") and model_type in ARCHITECTURES:
-        return None  # saved again by transformers after `load`
-    # LLaDA-8B and LLaDA-MoE have one model type, and so have two ways to write LLaDA-8B's configuration
+        return None  # loaded by `load` and saved by transformers
+    # LLaDA-8B and LLaDA-MoE share a model type, and LLaDA-8B's configuration has two sets of field names.
     if model_type == "llada" and (raw.get("num_experts") or 0) > 0:
         model_type = "lladamoe"
     elif "d_model" not in raw and f"{model_type}, Llama's names" in FORMS:
@@ -437,23 +455,24 @@ def known_types() -> str:
 
 
 def plan(raw: Mapping, family: str | None = None, changes: Mapping[str, Any] | None = None) -> Plan:
-    """How to load the checkpoint of a raw configuration (the contents of `config.json`).
+    """Determine how to load a checkpoint from its raw configuration.
 
     Parameters
     ----------
     raw : mapping
+        Contents of `config.json`.
     family : str, optional
-        A key of `FAMILIES`; None: what the configuration says.
+        A key of `FAMILIES`. If None, it is taken from the configuration.
     changes : mapping, optional
-        Fields, by the name that the file or the stock configuration has for them, to put in place of the file's.
+        Fields that override the file's, by their names in the file or in the stock configuration.
 
     Raises
     ------
     UnknownField
-        When a change is of no field.
+        If a change does not name a field.
     ValueError
-        When the model type is not known, the configuration asks for what the stock class does not do, a field is not
-        what it must be, or it fits several families.
+        If the model type is unknown, the configuration asks for something that the stock class does not implement, a
+        field has an invalid value, or the configuration fits several families.
     """
     if family is not None and family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {family!r}")
@@ -463,14 +482,14 @@ def plan(raw: Mapping, family: str | None = None, changes: Mapping[str, Any] | N
     for name in ("block_size", "bd_size"):
         block = raw.get(name)
         if block is not None and (not isinstance(block, int) or block < 1):
-            raise ValueError(f"its configuration has blocks of {block!r} tokens ({name})")
+            raise ValueError(f"its configuration has {name}={block!r}; expected an integer of at least 1")
     form = form_of(raw)
     if form is None:
         model_type = raw.get("model_type")
         if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
             raise ValueError(
-                f"it has model type '{model_type}'; known types: {known_types()}. Other models can be loaded by their "
-                "own class and passed to dlmkernels.generate"
+                f"its configuration has model_type={model_type!r}; expected one of {known_types()}. Load other models "
+                "with their own class and pass them to dlmkernels.generate"
             )
         name = family or raw.get("dlm_family") or ARCHITECTURES[model_type].family
         ARCHITECTURES[model_type].check_family(name)
@@ -479,12 +498,12 @@ def plan(raw: Mapping, family: str | None = None, changes: Mapping[str, Any] | N
     else:
         name = family or (form.family if isinstance(form.family, str) else form.family(raw))
         model_type, fields = form.translate(raw)
-        # how long its blocks are, under one name
+        # Forms name the block length differently; here it has one name.
         blocks = {"block_size": raw.get("block_size") or raw.get("bd_size")}
         fields = pick(raw, *COMMON) | pick(blocks, "block_size") | fields
         key_mapping, left_out = form.key_mapping, form.left_out
     if not isinstance(name, str) or name not in FAMILIES:
-        raise ValueError(f"its configuration names the family {name!r}; known families: {', '.join(FAMILIES)}")
+        raise ValueError(f"its configuration has dlm_family={name!r}; expected one of {', '.join(FAMILIES)}")
     model_class = ARCHITECTURES[model_type].load_class()
     config_class = model_class.config_class
     fields = _changed(fields, changes, raw, config_class)
@@ -498,7 +517,7 @@ def plan(raw: Mapping, family: str | None = None, changes: Mapping[str, Any] | N
 
 
 def _changed(fields: dict[str, Any], changes: Mapping, raw: Mapping, config_class: Any) -> dict[str, Any]:
-    """The fields of a stock configuration with the user's changes, which may be of those inside `text_config`."""
+    """Apply the user's changes to the fields of a stock configuration, including those inside its `text_config`."""
     inner = getattr(config_class, "sub_configs", {}).get("text_config")
     names = config_fields.field_names(config_class) | {"mask_token_id", "block_size"}
     inner_names = set() if inner is None else config_fields.field_names(inner)
@@ -511,6 +530,6 @@ def _changed(fields: dict[str, Any], changes: Mapping, raw: Mapping, config_clas
             near = difflib.get_close_matches(name, names | inner_names, 3)
             raise UnknownField(
                 f"load got an unexpected keyword '{name}': neither an argument of from_pretrained nor a field of "
-                f"{config_class.__name__}" + (f"; near it: {', '.join(near)}" if near else "")
+                f"{config_class.__name__}" + (f". Did you mean {', '.join(near)}?" if near else "")
             )
     return fields

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary embeddings whose frequencies depend on the length: fixed for a request, whatever stands beside it.
+"""Rotary embeddings with length-dependent frequencies, made independent of the other requests in the batch.
 
-Of the scalings that transformers knows, "dynamic" (NTK) and "longrope" (LongRoPE, arXiv:2402.13753) choose their
-frequencies anew in every forward, by the largest position that is in it. A request would then be decoded differently
-beside a longer one, and keys in a cache would be of other frequencies than the queries that read them. Here a request
-keeps the frequencies of its full length from its first forward to its last. They are transformers' own.
+In transformers, the scalings "dynamic" (NTK) and "longrope" (LongRoPE, arXiv:2402.13753) choose their frequencies in
+every forward pass, based on the largest position in it. The result for a request would then depend on longer requests
+in the same batch, and cached keys could have other frequencies than the queries that read them. Here, a request uses
+the frequencies for its full length in all of its forward passes. They are computed by transformers.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .twin import twin_of
 
-#: Rows of a batch that have the same frequencies, and the stock module with those; None stands for all rows.
+#: Batch rows that share the same frequencies (None for all rows), each with a stock module that has these frequencies.
 Groups = list[tuple[Tensor | None, nn.Module]]
-#: By the id of each `RequestRotary` of a model.
+#: Groups for each `RequestRotary` of a model, by its id.
 Rotations = Mapping[int, Groups]
 
 _in_use: ContextVar[Rotations | None] = ContextVar("dlmkernels_rotations", default=None)
@@ -30,7 +30,7 @@ _in_use: ContextVar[Rotations | None] = ContextVar("dlmkernels_rotations", defau
 
 @contextmanager
 def use(rotations: Rotations | None) -> Iterator[None]:
-    """In forwards of this thread, let the rows have these frequencies."""
+    """Use the given frequencies in this thread's forward passes within the `with` block."""
     token = _in_use.set(rotations)
     try:
         yield
@@ -39,12 +39,12 @@ def use(rotations: Rotations | None) -> Iterator[None]:
 
 
 def depends_on_length(module: nn.Module) -> bool:
-    """Whether a module is a stock rotary embedding that chooses its frequencies by the length."""
+    """Return whether a module is a stock rotary embedding whose frequencies depend on the length."""
     return bool(_scaled(module))
 
 
 def fix_lengths(tree: nn.Module) -> list[RequestRotary]:
-    """Put a `RequestRotary` in place of every length-dependent rotary embedding below `tree`."""
+    """Replace every length-dependent rotary embedding in `tree` by a `RequestRotary`, and return these."""
     found: dict[int, RequestRotary] = {}
     for parent in list(tree.modules()):
         for name, child in parent._modules.items():
@@ -54,7 +54,7 @@ def fix_lengths(tree: nn.Module) -> list[RequestRotary]:
 
 
 class RequestRotary(nn.Module):
-    """A stock rotary embedding with the frequencies of each request's length."""
+    """A stock rotary embedding that uses the frequencies for each request's own length."""
 
     stock: Any
 
@@ -64,7 +64,7 @@ class RequestRotary(nn.Module):
         self.eval()
 
     def groups(self, lengths: Sequence[int]) -> Groups:
-        """The rows of a batch of requests of these lengths, by the frequencies that they have."""
+        """Group the batch rows of requests of the given lengths by their frequencies."""
         reached = [self._reached(length) for length in lengths]
         modules = {key: self._with_frequencies(key) for key in dict.fromkeys(reached)}
         if len(modules) == 1:
@@ -75,7 +75,7 @@ class RequestRotary(nn.Module):
         ]
 
     def forward(self, x: Tensor, position_ids: Tensor, *args, **kwargs):
-        """Cosines and sines of the positions `[B, Q]`, as the stock module returns them."""
+        """Return cosines and sines for `position_ids` `[B, Q]`, as the stock module does."""
         position_ids = position_ids.to(x.device)
         groups = (_in_use.get() or {}).get(id(self))
         if groups is None:
@@ -94,7 +94,7 @@ class RequestRotary(nn.Module):
         return tuple(tables)
 
     def _reached(self, length: int) -> tuple[int, ...]:
-        """What a length comes to for the frequencies of each kind of layer: 0 up to the length of training."""
+        """Return a key for a length's frequencies, one number for each layer type: 0 up to the original length."""
         reached = []
         for kind, scaling in _scaled(self.stock).items():
             original = self._original_length(kind)
@@ -110,7 +110,7 @@ class RequestRotary(nn.Module):
         return self.stock.original_max_seq_len
 
     def _with_frequencies(self, reached: tuple[int, ...]) -> nn.Module:
-        """The stock module with frequencies that stay what they are."""
+        """Return a twin of the stock module whose frequencies are fixed."""
         stock, scaled = self.stock, _scaled(self.stock)
         module = twin_of(stock)
         vars(module)["_buffers"] = dict(stock._buffers)
@@ -120,7 +120,7 @@ class RequestRotary(nn.Module):
                 frequencies = getattr(stock, f"{prefix}original_inv_freq")
                 factor = getattr(stock, f"{prefix}attention_scaling")
             else:
-                # a tensor where transformers has one: its arithmetic is that of float32 then
+                # a tensor in the same case as in transformers, whose arithmetic is then in float32
                 device = getattr(stock, f"{prefix}inv_freq").device
                 seq_len = length if scaling == "longrope" else torch.tensor(length, device=device)
                 frequencies, factor = ROPE_INIT_FUNCTIONS[scaling](
@@ -135,7 +135,7 @@ class RequestRotary(nn.Module):
 
 
 def _types(module: nn.Module) -> dict[str | None, str]:
-    """The scaling of a rotary embedding for each kind of layer, under None where all layers have one."""
+    """Return a rotary embedding's scaling for each layer type; the key is None if all layers share one."""
     types = vars(module).get("rope_type")
     if isinstance(types, str):
         return {None: types}
@@ -143,5 +143,5 @@ def _types(module: nn.Module) -> dict[str | None, str]:
 
 
 def _scaled(module: nn.Module) -> dict[str | None, str]:
-    """Those that depend on the length."""
+    """Return the entries of `_types` whose frequencies depend on the length."""
     return {kind: name for kind, name in _types(module).items() if "dynamic" in name or name == "longrope"}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SSD-LM (Han, Kumar and Tsvetkov, arXiv:2210.17432): a RoBERTa that reads distributions over tokens.
+"""SSD-LM (Han, Kumar and Tsvetkov, arXiv:2210.17432): a RoBERTa whose inputs are distributions over tokens.
 
-A noisy position is a vector of V numbers. What is read of it is the mean of a table of its own under their softmax, and
-a linear function of the time; a decided position is read as ever.
+A noisy position is a vector of V logits. Its input embedding is the mean of a separate embedding table under their
+softmax, plus a linear function of the time. Committed positions use RoBERTa's own token embeddings.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from transformers import RobertaConfig, RobertaForMaskedLM
 
 
 class SSDLMConfig(RobertaConfig):
-    """A RoBERTa's configuration, and
+    """Configuration of a RoBERTa, extended for SSD-LM.
 
     Attributes
     ----------
     block_size : int
-        Tokens that are decoded together, after everything before them.
+        Number of tokens decoded together, given all tokens to their left.
     simplex_scale : float
-        K: a clean token is the vector with K in its place and -K elsewhere.
+        Scale K of the simplex. A clean token is the vector that is K at the token's index and -K elsewhere.
     """
 
     model_type = "dlm_ssd_lm"
@@ -31,7 +31,7 @@ class SSDLMConfig(RobertaConfig):
 
 
 class SSDLMForDiffusion(RobertaForMaskedLM):
-    """RoBERTa with the two layers that read noisy positions."""
+    """RoBERTa with two additional layers that embed noisy positions."""
 
     config_class = SSDLMConfig
     _keys_to_ignore_on_load_unexpected = [r"position_ids", r"roberta\.pooler"]  # noqa: RUF012
@@ -43,16 +43,16 @@ class SSDLMForDiffusion(RobertaForMaskedLM):
         self.post_init()
 
     def simplex_table(self) -> Tensor:
-        """What the mean of a noisy position is taken of, `[V, hidden]`."""
+        """Return the embedding table for noisy positions, `[V, hidden]`."""
         return self.embed_sum.weight.T.contiguous()
 
     def time_embedding(self, progress: Tensor) -> Tensor:
-        """What times `[…]`, from 1 to 0, add to noisy positions: `[…, hidden]`."""
+        """Return the contribution `[…, hidden]` of times `[…]`, from 1 to 0, to the embeddings of noisy positions."""
         return self.timestep(progress[..., None].to(self.timestep.weight.dtype))
 
 
 def kept_power(steps: int, device: torch.device) -> Tensor:
-    """What is left of the signal's power after 0, 1, …, `steps` steps of the cosine schedule, float64."""
+    """Return the signal power left after 0, 1, …, `steps` steps of the cosine schedule, float64 `[steps + 1]`."""
     t = torch.arange(steps + 1, dtype=torch.float64, device=device) / steps
     power = torch.cos((t + 1e-4) / (1 + 1e-4) * torch.pi / 2) ** 2
     return power / power[0]

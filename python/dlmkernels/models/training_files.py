@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that trainings of SEDD, MDLM, BD3-LM and Duo have left: pickles of weights and of their moving averages.
+"""Training checkpoints of SEDD, MDLM, BD3-LM and Duo (pickles of weights and moving averages), and similar files.
 
-Such a file has no configuration: the sizes are those of its weights. Beside them it holds objects of the programs that
-wrote it (settings, a tokenizer), so that torch's own safe loading refuses it. Here tensors, numbers, text, lists and
-dicts are read; in place of everything else stands an object that does nothing, and no code is found or called by name.
+A training checkpoint has no configuration, so the model's sizes are inferred from the weights. It also contains objects
+of the training program (settings, a tokenizer), so torch's own safe loading rejects it. Here, only tensors, numbers,
+text, lists and dicts are read. Everything else is replaced by an inert placeholder, and no other code is looked up or
+called. Diffusion-LM, SSD-LM and Plaid publish pickles that are read in the same way.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from torch import Tensor
 from .published import Plan, plan
 
 SUFFIXES = (".ckpt", ".pth", ".pt")
-#: `model_type` of the published form whose fields say the same
+#: `model_type` of the published form with equivalent fields (SEDD's has none), by family
 MODEL_TYPES = {"mdlm": "mdlm", "bd3-lm": "bd3lm", "duo": "DUO", "sedd": None}
 PREFIX = re.compile(r"^(backbone\.|module\.|_orig_mod\.)+")
 
 
 class Nothing:
-    """Stands for an object of a class that is not read. It takes whatever a pickle does with it."""
+    """Placeholder for an object of a class that is not read. It ignores everything that a pickle does with it."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Nothing:
         return object.__new__(cls)
@@ -57,7 +58,7 @@ class Nothing:
         pass
 
 
-#: The functions and classes that tensors are made with.
+#: The functions and classes needed to restore tensors.
 READ = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch", "Size"): torch.Size,
@@ -68,7 +69,7 @@ READ = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Finds what tensors are made with, and nothing else."""
+    """Unpickler that resolves only what is needed to restore tensors, and replaces everything else by `Nothing`."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "bool"):
@@ -77,7 +78,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _pickle_module() -> types.ModuleType:
-    """What `torch.load` takes for the module pickle."""
+    """Return a substitute for the `pickle` module, to be passed to `torch.load`."""
     module = types.ModuleType("pickle")
     module.Unpickler = _Unpickler  # type: ignore[attr-defined]
     module.load = lambda file, **options: _Unpickler(file, **options).load()  # type: ignore[attr-defined]
@@ -85,37 +86,37 @@ def _pickle_module() -> types.ModuleType:
 
 
 def read_training_file(path: str) -> dict[str, Any]:
-    """The dict in such a file, its tensors in memory of the CPU.
+    """Return the dict stored in a training checkpoint, with its tensors on the CPU.
 
     Raises
     ------
     ValueError
-        When it holds something else, or cannot be read.
+        If the file cannot be read or contains something other than a dict.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith(("/constants.pkl", ".py")) for name in archive.namelist()):
-                raise ValueError("it holds a program (TorchScript), which is not read")
+                raise ValueError("it contains a TorchScript program, which is not supported; expected a dict")
     try:
         content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_pickle_module())
-    except Exception as error:  # of whatever kind a damaged pickle has
+    except Exception as error:  # a damaged pickle can raise any kind of error
         raise ValueError(f"it cannot be read: {' '.join(str(error).split()) or type(error).__name__}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"it holds no dict but a {type(content).__name__}")
+        raise ValueError(f"it must contain a dict; got {type(content).__name__}")
     return content
 
 
 def weights_of(content: Mapping[str, Any], averaged: bool = True) -> dict[str, Tensor]:
-    """The weights by their names without a prefix; with `averaged`, the moving averages where the file has them.
+    """Return the weights by their names without prefixes, or their moving averages if `averaged` and the file has them.
 
     Raises
     ------
     ValueError
-        When there are no weights, or the averages are not those of all parameters.
+        If there are no weights, or the averages do not match the parameters.
     """
     named = content.get("state_dict", content.get("model", content))
     if not isinstance(named, Mapping) or not any(isinstance(w, Tensor) for w in named.values()):
-        raise ValueError("it holds no weights: expected them under 'state_dict' or 'model'")
+        raise ValueError("it contains no weights; expected tensors under 'state_dict' or 'model', or at the top level")
     tensors = {PREFIX.sub("", str(name)): w for name, w in named.items() if isinstance(w, Tensor)}
     weights = {name: w for name, w in tensors.items() if re.match("vocab_embed|sigma_map|blocks|output_layer", name)}
     ema = content.get("ema")
@@ -123,33 +124,37 @@ def weights_of(content: Mapping[str, Any], averaged: bool = True) -> dict[str, T
         return weights | {name: w for name, w in tensors.items() if name == "rotary_emb.inv_freq"}
     averages = ema.get("shadow_params")
     if not isinstance(averages, list) or [w.shape for w in averages] != [w.shape for w in weights.values()]:
-        raise ValueError("its moving averages (ema) are not those of the parameters, one for each in their order")
+        raise ValueError("its moving averages (ema) do not match the parameters; expected one for each, in their order")
     return dict(zip(weights, averages)) | {n: w for n, w in tensors.items() if n == "rotary_emb.inv_freq"}
 
 
 def plan_of(weights: Mapping[str, Tensor], family: str | None, changes: Mapping[str, Any]) -> Plan:
-    """How weights are loaded whose sizes are all that is known, and what the user adds in `changes`.
+    """Determine how to load a training checkpoint, from the shapes of its weights and the user's `changes`.
 
     Raises
     ------
     ValueError
-        When the family is none of theirs, or something is needed that no weight shows.
+        If the family is not one with such files, or a required field can be found neither in the weights nor in
+        `changes`.
     """
     if family not in MODEL_TYPES:
-        raise ValueError(f"family must be one of {', '.join(MODEL_TYPES)} for a training's file; got {family!r}")
+        raise ValueError(
+            f"family must be one of {', '.join(MODEL_TYPES)}, diffusion-lm for a training checkpoint; got {family!r}"
+        )
     table, inner = weights.get("vocab_embed.embedding"), weights.get("sigma_map.mlp.2.weight")
     if table is None or inner is None:
         raise ValueError(
-            "it lacks vocab_embed.embedding or sigma_map.mlp.2.weight (its model is none of these families)"
+            "it lacks vocab_embed.embedding or sigma_map.mlp.2.weight; expected the weights of a model of family "
+            f"{', '.join(MODEL_TYPES)}"
         )
     vocab, hidden = table.shape
     frequencies = weights.get("rotary_emb.inv_freq")
     heads = None if frequencies is None else hidden // (2 * len(frequencies))
     heads = changes.get("num_attention_heads", changes.get("n_heads", heads))
     if heads is None:
-        raise ValueError("it does not show how many heads there are: pass num_attention_heads=…")
+        raise ValueError("the number of attention heads cannot be inferred from it: pass num_attention_heads=…")
     if family == "bd3-lm" and changes.get("block_size") is None:
-        raise ValueError("it does not show how long its blocks are: pass block_size=…")
+        raise ValueError("the length of its blocks cannot be inferred from it: pass block_size=…")
     layers = 1 + max((int(found[1]) for name in weights if (found := re.match(r"blocks\.(\d+)\.", name))), default=-1)
     length = changes.get("max_position_embeddings", 1024)
     if family == "sedd":
@@ -171,12 +176,12 @@ def plan_of(weights: Mapping[str, Tensor], family: str | None, changes: Mapping[
 
 
 def read_diffusion_lm(content: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Plan, dict[str, Tensor]]:
-    """How the weights of a file of Diffusion-LM are loaded, and the weights.
+    """Return how to load a training checkpoint of Diffusion-LM, and its weights.
 
     Raises
     ------
     ValueError
-        When a weight that shows a size is missing.
+        If a weight that determines a size is missing.
     """
     weights = {name: w for name, w in content.items() if isinstance(w, Tensor) and name != "position_ids"}
     sizes = {
@@ -184,7 +189,7 @@ def read_diffusion_lm(content: Mapping[str, Any], changes: Mapping[str, Any]) ->
         "input_transformers.layer.0.intermediate.dense.weight": 0,
     }  # fmt: skip
     if absent := [name for name in sizes if name not in weights]:
-        raise ValueError(f"it lacks {', '.join(absent)} (its model is no Diffusion-LM)")
+        raise ValueError(f"it lacks {', '.join(absent)}; expected the weights of a Diffusion-LM")
     vocab, positions, time, inner = (weights[name].shape[axis] for name, axis in sizes.items())
     layers = [int(f[1]) for name in weights if (f := re.match(r"input_transformers\.layer\.(\d+)\.", name))]
     raw = {
@@ -200,22 +205,22 @@ def read_diffusion_lm(content: Mapping[str, Any], changes: Mapping[str, Any]) ->
 
 # --- SSD-LM: a RoBERTa and two files ----------------------------------------------------------------------------------
 
-#: The layers that SSD-LM's weights have beside a RoBERTa's, by the files they are in.
+#: Files with the layers that SSD-LM adds to a RoBERTa, and the prefix of their weights here.
 SSD_FILES = {"embed_sum_layer.pt": "embed_sum.", "timestep_layer.pt": "timestep."}
 
 
 def is_ssd_lm(folder: str) -> bool:
-    """Whether a folder holds the two files that SSD-LM has beside a RoBERTa."""
+    """Return whether a folder contains the two files that SSD-LM adds to a RoBERTa."""
     return all(os.path.isfile(os.path.join(folder, name)) for name in SSD_FILES)
 
 
 def read_ssd_lm(folder: str, changes: Mapping[str, Any]) -> tuple[Plan, dict[str, Tensor]]:
-    """How SSD-LM's weights are loaded, and the weights.
+    """Return how to load SSD-LM, and its weights.
 
     Raises
     ------
     ValueError
-        When a file is missing or cannot be read, or the configuration is none of a RoBERTa.
+        If a file cannot be read, or the configuration is not that of a RoBERTa or does not match the weights.
     """
     weights: dict[str, Tensor] = {}
     for name, prefix in {"pytorch_model.bin": "", **SSD_FILES}.items():
@@ -225,18 +230,18 @@ def read_ssd_lm(folder: str, changes: Mapping[str, Any]) -> tuple[Plan, dict[str
     with open(os.path.join(folder, "config.json"), encoding="utf-8") as stream:
         raw = json.load(stream)
     if not isinstance(raw, dict) or raw.get("model_type") != "roberta":
-        raise ValueError("its configuration is none of a RoBERTa")
+        raise ValueError("its configuration is not that of a RoBERTa; expected model_type='roberta'")
     if raw.get("vocab_size") != weights["embed_sum.weight"].shape[1]:
         raise ValueError(
-            f"embed_sum_layer.pt is of {weights['embed_sum.weight'].shape[1]} tokens, and its configuration has "
-            f"vocab_size={raw.get('vocab_size')}"
+            f"its configuration has vocab_size={raw.get('vocab_size')}; expected "
+            f"{weights['embed_sum.weight'].shape[1]}, as in embed_sum_layer.pt"
         )
     return plan({**raw, "model_type": "dlm_ssd_lm"}, "ssd-lm", changes), weights
 
 
 # --- Plaid: four files ------------------------------------------------------------------------------------------------
 
-#: The files that Plaid's weights are published in, and the prefix of their names here.
+#: Files in which Plaid's weights are published, and the prefix of their names here.
 PLAID_FILES = {
     "model.pt": "backbone.", "noise_schedule.pt": "noise_schedule.", "gamma_bounds.pt": "gamma_bounds.",
     "embedding_matrix.pt": "embedding_matrix.",
@@ -244,17 +249,18 @@ PLAID_FILES = {
 
 
 def is_plaid(folder: str) -> bool:
-    """Whether a folder holds Plaid's four files, and no configuration."""
+    """Return whether a folder contains Plaid's four files."""
     return all(os.path.isfile(os.path.join(folder, name)) for name in PLAID_FILES)
 
 
 def read_plaid(folder: str, changes: Mapping[str, Any]) -> tuple[Plan, dict[str, Tensor]]:
-    """How Plaid's weights are loaded, and the weights.
+    """Return how to load Plaid, and its weights.
 
     Raises
     ------
     ValueError
-        When a file cannot be read, a weight that shows a size is missing, or no weight shows how many heads there are.
+        If a file cannot be read, a weight that determines a size is missing, or the number of attention heads is
+        unknown.
     """
     weights: dict[str, Tensor] = {}
     for name, prefix in PLAID_FILES.items():
@@ -272,5 +278,5 @@ def read_plaid(folder: str, changes: Mapping[str, Any]) -> tuple[Plan, dict[str,
         "num_attention_heads": changes.get("num_attention_heads", heads),
     }  # fmt: skip
     if raw["num_attention_heads"] is None:
-        raise ValueError("it does not show how many heads there are: pass num_attention_heads=…")
+        raise ValueError("the number of attention heads cannot be inferred from it: pass num_attention_heads=…")
     return plan(raw, "plaid", changes), weights

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A second tree of modules beside a loaded model: the same parameters, a configuration of its own.
+"""A second tree of modules for a loaded model, with the same parameters but its own configuration.
 
-What a model attends through is a field of its configuration, which every layer reads at every call. To decode with our
-attention function that field must say so, and the user's own calls must never see it. So the model is not changed:
-each of its modules gets a twin, and the twins refer to each other and to a copy of the configuration.
+The attention function of a model is a field of its configuration, which every layer reads in every call. Decoding needs
+our attention function there, but the user's own calls must not be affected. So the model is left unchanged: each of its
+modules gets a twin, and the twins refer to each other and to a copy of the configuration.
 """
 
 from __future__ import annotations
@@ -19,30 +19,35 @@ from transformers import PreTrainedConfig
 
 Model = TypeVar("Model", bound=nn.Module)
 
-#: What `nn.Module` keeps of its own: dictionaries of parameters, buffers and hooks, shared with the twin.
+#: Attributes of `nn.Module` itself: dictionaries of parameters, buffers and hooks, which twins share.
 _SHARED = frozenset(nn.Module().__dict__)
 _PLAIN = frozenset((bool, int, float, complex, str, bytes, type(None), torch.Tensor, torch.dtype, torch.device))
 _FUNCTIONS = (MethodType, FunctionType, functools.partial, type(None))
 
 
 def twin_of(model: Model, attention: str | None = None) -> Model:
-    """A tree of modules that computes what `model` computes in evaluation mode, through another attention function.
+    """Return a tree of modules that computes what `model` does in evaluation mode, with another attention function.
 
-    Each module has a twin of the same class with a shallow copy of its attributes. The dictionaries of parameters,
-    buffers and hooks are the same objects, so that `.to(…)`, weights loaded later and hooks are followed. Attributes
-    set on the model after this call, and modules that are replaced, are not: a twin is cheap, make another one.
+    Each module gets a twin of the same class with a shallow copy of its attributes. The dictionaries of parameters,
+    buffers and hooks are shared, so `.to(…)`, weights loaded later and hooks affect the twin as well. Attributes set on
+    the model after this call and modules replaced later do not; a twin is cheap, so make a new one.
 
     Parameters
     ----------
     model : Module
-        It is left as it is.
+        The model, which is left unchanged.
     attention : str, optional
-        Name of the attention function, as registered with transformers. None: the model's own.
+        Name of the attention function, as registered with transformers. If None, the model's own is used.
+
+    Returns
+    -------
+    Module
+        The twin of `model`.
 
     Raises
     ------
     ValueError
-        When a module's `forward` was replaced by an object that cannot be made to speak of the twin.
+        If a module's `forward` was replaced by an object that cannot be redirected to the twin.
     """
     return _Twins(model, attention).of(model)
 
@@ -53,7 +58,7 @@ class _Twins:
         modules = list(model.modules())
         self._twins: dict[int, Any] = {id(m): object.__new__(type(m)) for m in modules}
         for module in modules:
-            # what torch.compile has made stands for what it was made from, which is among the modules too
+            # A module compiled by torch.compile gets the twin of the original, which is among the modules too.
             if "_orig_mod" in module._modules:
                 self._twins[id(module)] = self._twins[id(_uncompiled(module))]
         for module in modules:
@@ -61,7 +66,7 @@ class _Twins:
                 self._fill(self._twins[id(module)], module)
 
     def of(self, value):
-        """What the twins have in place of `value`; `value` itself where it does not lead into the model."""
+        """Return the twins' counterpart of `value`, or `value` itself if it does not refer to the model."""
         if type(value) in _PLAIN:
             return value
         if id(value) in self._twins:
@@ -93,16 +98,16 @@ class _Twins:
         children = type(module._modules)()
         children.update((name, self._twins.get(id(child), child)) for name, child in module._modules.items())
         state |= {"_modules": children, "training": False}
-        state.pop("_compiled_call_impl", None)  # of `module.compile()`: it would call the model itself
-        # not by assignment, which modules catch
+        state.pop("_compiled_call_impl", None)  # set by `module.compile()`; it would call the original model
+        # direct assignment would go through `nn.Module.__setattr__`
         twin.__dict__.update(state)
 
     def _object(self, module: nn.Module, value):
-        """The `forward` of a module, where it was replaced by an object that can be called."""
+        """Return the twin's counterpart of a module's `forward` that was replaced by a callable object."""
         if not hasattr(value, "__dict__") or isinstance(value, type):
             raise ValueError(
-                f"model: the forward of its {type(module).__name__} was replaced by a {type(value).__name__}, which "
-                "cannot be followed: restore it before decoding"
+                f"model: the forward method of its {type(module).__name__} was replaced by an object of type "
+                f"{type(value).__name__}, which cannot be copied: restore it before decoding"
             )
         twin = object.__new__(type(value))
         twin.__dict__.update((name, self.of(item)) for name, item in vars(value).items())
@@ -114,12 +119,12 @@ class _Twins:
         return twin
 
     def _function(self, value: FunctionType):
-        """A function with what it has closed over; one that torch.compile has made, without it."""
+        """Return the counterpart of a function, with its closure redirected to the twins and torch.compile removed."""
         original = getattr(value, "_torchdynamo_orig_callable", None)
         if original is not None:
             return self.of(original)
         cells = value.__closure__ or ()
-        self._twins[id(value)] = value  # a function may have closed over itself
+        self._twins[id(value)] = value  # a function's closure may contain the function itself
         contents = [self.of(cell.cell_contents) if _is_filled(cell) else None for cell in cells]
         changed = [_is_filled(cell) and new is not cell.cell_contents for cell, new in zip(cells, contents)]
         if any(changed):
@@ -131,7 +136,7 @@ class _Twins:
         return self._twins[id(value)]
 
     def _config(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """A copy with our attention function, in the configurations of its parts as well."""
+        """Return a copy of a configuration, nested ones included, with the twins' attention function."""
         if self._attention is None:
             return config
         twin = self._twins[id(config)] = object.__new__(type(config))

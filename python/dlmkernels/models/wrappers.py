@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What models are wrapped in: compilation, data parallelism, adapters of PEFT. The model within, and what to refuse."""
+"""Unwrap models from torch.compile, parallelism wrappers and PEFT, and reject wrappers that cannot be removed."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import nn
 from .devices import input_device
 from .twin import twin_of
 
-#: Classes that run what they hold as `module`, on more devices or in more processes.
+#: Wrapper classes that run their attribute `module` on several devices or in several processes.
 _PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
-#: Kinds of PEFT adapters with an effect that is not in the layers they adapt.
+#: PEFT adapter types with an effect outside the layers they adapt.
 _OUTSIDE = ("ADAPTION_PROMPT", "POLY", "SHADOW", "XLORA")
 
 
 def unwrap(model):
-    """The model within any nesting of `torch.compile`, PEFT and parallel wrappers; adapters stay active in its layers.
+    """Return the model inside any nesting of `torch.compile`, PEFT and parallelism wrappers. Adapters stay active.
 
     Raises
     ------
     ValueError
-        When an adapter acts outside of the layers that it adapts (prompt learning, for one), or the model's parameters
-        are sharded.
+        If an adapter acts outside the layers that it adapts (such as prompt learning), or the model's parameters are
+        sharded.
     """
     while True:
         inner = _inner(model)
@@ -34,8 +34,8 @@ def unwrap(model):
 
 
 def _inner(model):
-    """What one wrapper holds, None where `model` is none."""
-    compiled = getattr(model, "_torchdynamo_orig_callable", None)  # of a method, or of what is compiled already
+    """Return what the outermost wrapper contains, or None if `model` is not a wrapper."""
+    compiled = getattr(model, "_torchdynamo_orig_callable", None)  # a compiled method or callable
     if compiled is not None:
         return getattr(compiled, "__self__", compiled)
     if not isinstance(model, nn.Module):
@@ -57,7 +57,7 @@ def _is_parallel(model: nn.Module) -> bool:
 
 
 def _only_holds(model: nn.Module, held: nn.Module) -> bool:
-    """Whether a wrapper of another class hands everything to the module that it holds: seen by a short forward."""
+    """Return whether a wrapper of another class only calls the module in it, tested with a short forward pass."""
     if list(model._modules.values()) != [held] or model._parameters or model._buffers:
         return False
     twin: Any = twin_of(model)
@@ -65,7 +65,7 @@ def _only_holds(model: nn.Module, held: nn.Module) -> bool:
         tokens = torch.ones((1, 4), dtype=torch.int64, device=input_device(held))
         with torch.no_grad():
             outer, inner = twin(tokens).logits, twin.module(tokens).logits
-    except Exception:  # it takes something else, or returns something else
+    except Exception:  # it has other inputs or outputs
         return False
     return torch.equal(outer, inner)
 
@@ -79,8 +79,8 @@ def _check_adapters(model) -> None:
         outside = getattr(config, "is_prompt_learning", False) or kind in _OUTSIDE
         if outside or getattr(config, "alora_invocation_tokens", None):
             raise ValueError(
-                f"model: its adapter '{name}' is of type {kind} and acts outside of the layers it adapts, which "
-                "dlmkernels does not follow: disable it, or use one whose weights are in the layers (LoRA, IA3, …)"
+                f"model: its adapter '{name}' of type {kind} acts outside the layers it adapts, which dlmkernels does "
+                "not support: disable it, or use one that acts within the layers (LoRA, IA3, …)"
             )
 
 
@@ -89,6 +89,6 @@ def _check_whole(model: nn.Module) -> None:
         p.numel() == 0 or type(p).__name__ == "FlatParameter" for p in model.parameters()
     ):
         raise ValueError(
-            "model: its parameters are sharded over processes: decode within "
+            "model: its parameters are sharded over processes: decode inside "
             "FullyShardedDataParallel.summon_full_params(model), or load it without sharding"
         )
