@@ -72,7 +72,7 @@ class TestModel:
 
     def test_what_is_refused(self, made, tmp_path):
         _, model, folder = made
-        with pytest.raises(ValueError, match="is a pickle: pass allow_pickle=True"):
+        with pytest.raises(ValueError, match="holds pickle files: pass allow_pickle=True"):
             dk.load(folder)
         with pytest.raises(ValueError, match=r"timesteps must be gamma of each batch row, of shape \[2\]; got None"):
             model(torch.zeros(2, 3, LATENT))

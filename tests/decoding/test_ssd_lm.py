@@ -51,7 +51,7 @@ class TestModel:
 
     def test_what_is_refused(self, made, tmp_path):
         folder = made[3]
-        with pytest.raises(ValueError, match="is a pickle: pass allow_pickle=True"):
+        with pytest.raises(ValueError, match="holds pickle files: pass allow_pickle=True"):
             dk.load(folder)
         research.write_ssd_lm(tmp_path)
         torch.save({"weight": torch.ones(4, 7)}, tmp_path / "embed_sum_layer.pt")

@@ -133,7 +133,9 @@ def outline(
 def _load_training_file(path: str | PathLike, family: str | None, allow_pickle: bool, kwargs: dict[str, Any]):
     """Load a training checkpoint, or a folder with the files of Plaid or SSD-LM."""
     if not allow_pickle:
-        raise ValueError(f"path_or_id: '{path}' is a pickle: pass allow_pickle=True to read the tensors in it")
+        if os.path.isdir(path):
+            raise ValueError(f"path_or_id: '{path}' holds pickle files: pass allow_pickle=True to read their tensors")
+        raise ValueError(f"path_or_id: '{path}' is a pickle: pass allow_pickle=True to read its tensors")
     changes = {name: value for name, value in kwargs.items() if name not in _passed_on()}
     try:
         if os.path.isdir(path):
