@@ -161,7 +161,7 @@ def test_a_job_that_is_done_is_left_as_it_is(done, tmp_path, capsys, monkeypatch
     target = source.with_name("out.jsonl")
     monkeypatch.setattr("dlmkernels.cli.batch.load", None)  # nothing is loaded
     assert main(command(source, target)[3:]) == 0 and target.read_bytes() == text
-    assert "0 lines answered, 18 had been answered before" in capsys.readouterr().err
+    assert "0 lines answered, 18 already answered by an earlier run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("cut", [0, 150, -1])
