@@ -70,7 +70,7 @@ def reason_against(config: dk.DecodingConfig) -> str | None:
     if config.rule.noise == "continuous":
         return "needs a model trained with noise on embedding vectors; this one was trained with mask tokens"
     if config.rule.noise != "mask":
-        return "needs a model trained with other tokens as noise; this one was trained with mask tokens"
+        return "needs a model trained with random tokens as noise; this one was trained with mask tokens"
     if isinstance(config.rule, dk.ScoreAncestral):
         return "needs a model whose logits are log probability ratios; this one's are log probabilities"
     if isinstance(config.rule, (dk.Strided, dk.SelfSpeculative, dk.Reordered)):

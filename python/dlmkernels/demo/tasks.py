@@ -53,7 +53,7 @@ def decode(ids: Sequence[int] | np.ndarray) -> str:
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem. ``canvas`` is text with ``_`` for each blank; its first ``prompt_length`` characters are the prompt."""
+    """One problem. ``canvas`` has ``_`` for each blank; its first ``prompt_length`` characters are the prompt."""
 
     task: str
     canvas: str
