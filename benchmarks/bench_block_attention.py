@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""block_attention beside plain torch: a block of queries against a cache in which its own keys are replaced."""
+"""Benchmark block_attention against plain torch: a block of queries attends to a cache after updating its own keys."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ class Case:
     batch: int
     keys: int
     dtype: torch.dtype = torch.bfloat16
-    queries: int = 0  # 0: a block of the model
+    queries: int = 0  # 0: the model's block length
 
     @property
     def block(self):
@@ -42,15 +42,15 @@ FULL = [
 
 
 class Setting:
-    """The tensors of a case: ours with positions before heads, torch's (`_t`) with heads before positions."""
+    """The tensors of a case: ours as `[B, position, head, d]`, and for torch (`_t`) as `[B, head, position, d]`."""
 
     def __init__(self, case):
         s, b, n, dtype = case.shape, case.batch, case.block, case.dtype
         self.q = torch.randn(b, n, s.heads, s.head_dim).to(dtype)
         self.k_new, self.v_new = (torch.randn(b, n, s.kv_heads, s.head_dim).to(dtype) for _ in range(2))
         caches = [torch.randn(b, s.kv_heads, case.keys, s.head_dim).to(dtype) for _ in range(2)]
-        self.k_cache, self.v_cache = (x.transpose(1, 2) for x in caches)  # in memory as KVCache lays them out
-        self.first = (case.keys - n) // 2  # the block stands in the middle of the canvas, as with a dual cache
+        self.k_cache, self.v_cache = (x.transpose(1, 2) for x in caches)  # the memory layout of KVCache
+        self.first = (case.keys - n) // 2  # the block is in the middle of the canvas, as with a dual cache
         self.slots = torch.arange(self.first, self.first + n, dtype=torch.int32).expand(b, n).contiguous()
         ours = (self.q, self.k_new, self.v_new, self.k_cache, self.v_cache)
         heads_first = [x.transpose(1, 2).clone(memory_format=torch.contiguous_format) for x in ours]
@@ -66,7 +66,7 @@ class Setting:
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=self.grouped)
 
     def with_new(self, cache, new):
-        """The cache with the block's rows in their place, in new memory."""
+        """Return a copy of the cache with the block's rows replaced."""
         left, right = cache[:, :, : self.first], cache[:, :, self.first + new.shape[2] :]
         return torch.cat((left, new, right), 2)
 
@@ -94,7 +94,7 @@ def test_block_attention(benchmark, harness, case):
 
 @pytest.mark.parametrize("keys", [1024, 4096])
 def test_tree_of_drafts(benchmark, harness, keys):
-    """32 drafts in a binary tree behind the context, each of which sees its ancestors."""
+    """32 drafts in a binary tree after the context; each attends to its ancestors."""
     t = Setting(Case(LLADA, 1, keys))
     n = t.q.shape[1]
     sees = torch.eye(n, dtype=torch.bool)
@@ -117,14 +117,14 @@ def test_tree_of_drafts(benchmark, harness, keys):
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding in fp32, as LLaDA's code does it."""
+    """Apply rotary embeddings in fp32, as LLaDA's code does."""
     left, right = x.float().chunk(2, -1)
     return torch.cat((left * cos - right * sin, right * cos + left * sin), -1).to(x.dtype)
 
 
 @pytest.mark.parametrize("keys", [1024, 4096])
 def test_keys_rotated_once(benchmark, harness, keys):
-    """Keys kept rotated beside Fast-dLLM's, which rotates those of the whole canvas in every forward."""
+    """Caching rotated keys, against Fast-dLLM, which rotates the keys of the whole canvas in every forward."""
     case = Case(LLADA, 1, keys)
     t = Setting(case)
     angles = torch.outer(torch.arange(case.keys), 10000.0 ** -(torch.arange(0, 1, 2 / case.shape.head_dim)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decodings of a LangFlow with random weights, beside a plain loop in the manner of its published program."""
+"""Benchmark decoding a LangFlow model with random weights against a plain loop like its published program."""
 
 import functools
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ def build(size):
 
 @torch.no_grad()
 def plain_decode(model, noise, case):
-    """The loop of LangFlow (arXiv:2604.11748): a tensor of probabilities, the table normalised anew, z in float64."""
+    """LangFlow's loop (arXiv:2604.11748): full probability tensors, the table normalized in each step, z in float64."""
     q = torch.linspace(1 - 1e-5, 1e-5, case.steps, device=noise.device)
     gamma, z, opinion = model.gamma(q.double()).float(), noise, None
     softplus = torch.nn.functional.softplus

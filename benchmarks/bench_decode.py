@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole decodings of a small random Llama, beside a plain loop in the manner of the published programs.
+"""Benchmark whole decodings of a small random Llama against a plain loop like those of published programs.
 
-Both commit the same number of positions in every forward (a fixed schedule), so that they run the same forwards
-whatever the random weights say.
+Both commit the same number of positions in every forward (a fixed schedule), so they run the same forwards regardless
+of the random weights.
 """
 
 import functools
@@ -34,7 +34,7 @@ class Case:
     steps: int = 16
     size: str = "small"
     dtype: torch.dtype = torch.float32
-    softmax: torch.dtype = torch.float64  # of the plain loop
+    softmax: torch.dtype = torch.float64  # dtype of the softmax in the plain loop
 
     @property
     def mask(self):
@@ -56,7 +56,7 @@ FULL = [
 
 @functools.cache
 def build(size, dtype):
-    """Random Llama."""
+    """Build a Llama with random weights."""
     torch.manual_seed(0)
     vocabulary, width, inner, layers, heads = SIZES[size]
     config = transformers.LlamaConfig(
@@ -70,7 +70,7 @@ def build(size, dtype):
 
 
 def plain_attention(module, query, key, value, attention_mask, scaling=None, bench_cache=None, **kwargs):
-    """Bidirectional SDPA; with a cache, rows `bench_cache[1]` of it are replaced and the whole of it is attended."""
+    """Bidirectional SDPA. With a cache, rows `bench_cache[1]` of it are updated and queries attend to all of it."""
     if bench_cache is not None:
         layers, rows = bench_cache
         if rows is None:
@@ -87,7 +87,7 @@ transformers.AttentionInterface.register("dlmkernels_bench_plain", plain_attenti
 
 @torch.no_grad()
 def plain_decode(model, ids, case):
-    """Fast-dLLM's loop (arXiv:2505.22618): logits of every forwarded row, softmax of all of them, topk for each."""
+    """Fast-dLLM's loop (arXiv:2505.22618): logits and softmax of every forwarded position, one topk per batch row."""
     attention = model.config._attn_implementation
     model.config._attn_implementation = "dlmkernels_bench_plain"
     try:
@@ -135,7 +135,7 @@ def ours(model, ids, case):
 def test_decode(benchmark, harness, case):
     ids = torch.randint(4, case.mask, (case.batch, case.prompt))
 
-    # Compared in float32: in bfloat16 near ties are many, and after the first that falls otherwise all tokens differ.
+    # Compare in float32: bfloat16 has many near ties, and all tokens differ after the first that is broken differently.
     model = build(case.size, torch.float32)
     out = ours(model, ids, case)
     assert int(out.num_forwards[0]) == case.steps
@@ -151,7 +151,7 @@ def test_decode(benchmark, harness, case):
 
 
 def test_compiled(benchmark, harness, case):
-    """A forward that torch.compile has made, beside the same one as it is."""
+    """A forward compiled by torch.compile, against the eager one."""
     model = build(case.size, case.dtype)
     ids = torch.randint(4, case.mask, (case.batch, case.prompt))
     eager, compiled = dk.adapt(model), dk.adapt(model, compile=True)
@@ -164,9 +164,9 @@ def test_compiled(benchmark, harness, case):
 
 @pytest.mark.parametrize("batch", [1, 32])
 def test_step_overhead(benchmark, harness, batch):
-    """What a step takes beyond the model's forward and its head: Python, torch and the ops."""
+    """Time per step outside the model's forward and its head: Python, torch and the ops."""
     if harness.floors is not None:
-        pytest.skip("a GPU's forwards go on while Python does")
+        pytest.skip("on a GPU the model runs concurrently with Python, so this time cannot be separated")
     case = Case("dual", batch=batch, new=128, steps=128, size="vocabulary 4096")
     model = build(case.size, case.dtype)
     in_model = started = 0.0
@@ -180,7 +180,7 @@ def test_step_overhead(benchmark, harness, batch):
         in_model += time.perf_counter() - started
 
     ids = torch.randint(4, case.mask, (case.batch, case.prompt))
-    # Hooks, since `generate` runs modules of its own, which share nothing but parameters and hooks with the model's.
+    # Hooks, because `generate` runs its own modules, which share only parameters and hooks with the model's.
     for module in (model.model, model.lm_head):
         module.register_forward_pre_hook(enters)
         module.register_forward_hook(leaves)

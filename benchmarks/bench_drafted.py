@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drafted decoding beside one token a forward: a random target of 8 layers, a drafter of one, and a given acceptance.
+"""Benchmark drafted decoding against one token per forward, at a given acceptance rate.
 
-The drafter runs, and what it says is then replaced: a draft is the target's own token with the given probability, and
-a wrong one otherwise. So everything is paid for, and how many tokens a forward decides is known.
+The target has 8 random layers, the drafter has one. The drafter runs, but its drafts are then replaced: each is the
+target's own token with the given probability, and a wrong one otherwise. So the full cost is measured, and the number
+of tokens per forward is known.
 
     python benchmarks/bench_drafted.py --acceptance 0.8 --width 7 --batch 1
 """
@@ -30,7 +31,7 @@ HIDDEN, VOCAB, LAYERS = 1024, 4096, 8
 
 
 def build(dtype: torch.dtype) -> tuple[torch.nn.Module, dk.Drafter]:
-    """The target, and a drafter of one narrower layer that sees one of its layers."""
+    """Build the target, and a drafter with one narrower layer that sees the output of one of the target's layers."""
     torch.manual_seed(0)
     sizes = dict(
         hidden_size=HIDDEN, vocab_size=VOCAB, num_attention_heads=16, head_dim=64, max_position_embeddings=1024
@@ -55,7 +56,7 @@ def build(dtype: torch.dtype) -> tuple[torch.nn.Module, dk.Drafter]:
 
 
 class Accepted(drafted.DraftedProgram):
-    """Drafts that are right with a given probability."""
+    """Drafted decoding whose drafts are correct with a given probability."""
 
     acceptance = 0.8
     known: torch.Tensor
@@ -74,8 +75,8 @@ class Accepted(drafted.DraftedProgram):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--acceptance", type=float, default=0.8, help="of each draft, given those before it")
-    parser.add_argument("--width", default=7, type=lambda x: x if x == "auto" else int(x), help="drafts at once")
+    parser.add_argument("--acceptance", type=float, default=0.8, help="probability that a draft is correct")
+    parser.add_argument("--width", default=7, type=lambda x: x if x == "auto" else int(x), help="drafts per forward")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--pairs", type=int, default=5)
@@ -101,8 +102,8 @@ def main() -> None:
     faster = statistics.median(one[0] / other[0] for one, other in pairs)
     same = (plain.sequences == fast.sequences).float().mean().item()
     print(f"{processor()}, {torch.get_num_threads()} threads, {args.dtype}, batch {args.batch}, width {args.width}")
-    print(f"one token a forward: {min(one[0] for one, _ in pairs) / args.new_tokens * 1e3:.2f} ms a token")
-    print(f"drafted: {gain:.2f} tokens a forward, {faster:.2f} times faster: {faster / gain:.2f} of the gain")
+    print(f"one token per forward: {min(one[0] for one, _ in pairs) / args.new_tokens * 1e3:.2f} ms per token")
+    print(f"drafted: {gain:.2f} tokens per forward, {faster:.2f} times faster: {faster / gain:.2f} of that gain")
     print(f"{same:.1%} of the tokens are the same")
 
 

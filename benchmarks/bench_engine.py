@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine beside static batches of `generate`, and beside the scheduler of I-DLM restated.
+"""Benchmark the engine against static batches of `generate`, and against a reimplementation of I-DLM's scheduler.
 
-The model is the demonstration's, and answers are compared before anything is timed. Two loads:
+The model is the demo's, and answers are compared before anything is timed. There are two loads:
 
-- mixed: additions (17 tokens), running sums (32) and Sudokus (49 blanks of 81), all there at once.
-- closed: C clients, each of which sends its next request when it has the answer to its last; blocks of four tokens.
+- mixed: additions (17 tokens), running sums (32) and Sudokus (49 blanks of 81), all submitted at once.
+- closed: C clients, each of which sends its next request after the answer to its last one; blocks of four tokens.
 """
 
 import functools
@@ -52,7 +52,7 @@ def tensor(values):
 
 @functools.cache
 def requests(count):
-    """Prompts, and what stands in their answers: -1 where a token is to be decoded."""
+    """Return pairs of prompts and answers; an answer has its given tokens, and -1 where a token is to be decoded."""
     kinds = (("addition", None), ("running-sum", None), ("sudoku", 32))
     problems = [p for name, hard in kinds for p in TASKS[name].make(count // 3 + 1, seed=5, difficulty=hard)]
     random.Random(0).shuffle(problems)
@@ -69,7 +69,7 @@ def options(case):
 
 
 def by_engine(case):
-    """Answers, forwards of one row each, and the engine's metrics."""
+    """Decode with the engine. Returns the answers, the number of forwarded batch rows, and the engine's metrics."""
     engine = dk.Engine(model(), slots=case.slots, max_length=LENGTH, **options(case))
     queue = list(enumerate(requests(case.requests)))
     names, answers = {}, {}
@@ -90,7 +90,10 @@ def by_engine(case):
 
 
 def by_batches(case, by_length=False):
-    """Static batches of `generate`, in the order of arrival or of length; answers and forwards of one row each."""
+    """Decode in static batches of `generate`, in order of arrival or of length.
+
+    Returns the answers and the number of forwarded batch rows.
+    """
     asked = requests(case.requests)
     order = sorted(range(len(asked)), key=lambda k: len(asked[k][1])) if by_length else list(range(len(asked)))
     answers, rows = {}, 0
@@ -107,10 +110,11 @@ def by_batches(case, by_length=False):
 
 
 class StationaryBatch:
-    """I-DLM's scheduler as its published code has it: one batch that lives on (thuEcstasy/I-DLM, scheduler.py).
+    """I-DLM's scheduler as in its published code: one persistent batch (thuEcstasy/I-DLM, scheduler.py).
 
-    A round takes in what has come, drops rows that are done, forwards the rows that are there, new ones with the
-    prompt alone, which decides nothing, and then the host reads what each row's block has become and decides.
+    A round admits new requests, forwards all rows, and drops the rows that are done. The first forward of a new row
+    only processes its prompt and decides nothing. After each forward, the host reads the results of each row's block
+    and decides which tokens to commit.
     """
 
     def __init__(self, case):
@@ -153,7 +157,7 @@ class StationaryBatch:
         self.running = [row for row in rows if not self.finish(row)]
 
     def decide(self, row, chances, proposed, size):
-        """Commit what is sure, at least the best, and go to the next block when this one is full."""
+        """Commit the confident tokens, at least the best one, and go to the next block when this one is full."""
         here = range(row["block"], min(row["block"] + size, row["end"]))
         is_open = [k for k in here if row["open"][k]]
         if is_open:
@@ -186,7 +190,7 @@ def test_engine(benchmark, harness, case):
     theirs = StationaryBatch(case)
     loop_answers, loop_rows = theirs.run()
     same = sum(a == b for a, b in zip(answers, loop_answers))
-    assert same >= 0.95 * case.requests  # near ties fall otherwise in a softmax of all logits
+    assert same >= 0.95 * case.requests  # a softmax over all logits breaks near ties differently
     batch_answers, batch_rows = by_batches(case)
     assert batch_answers == answers
     tokens = sum(answer.count(-1) for _, answer in requests(case.requests))

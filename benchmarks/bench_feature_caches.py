@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Caches on a long prompt, where they matter most; and, run as a program, on the demonstration's tasks, where one can
-see what they cost.
+"""Benchmark caches on a long prompt, where they matter most; run as a program, also on the demo's tasks, which show
+their effect on quality.
 
-All commit one token a forward, so that they take the same number of forwards whatever the weights say. `rows` counts
-what every layer's feed-forward is given: positions times layers, in thousands. The program's rates are by processor
-time, so run it with one thread; other programs then matter little.
+All decodings commit one token per forward, so they take the same number of forwards regardless of the weights. `rows`
+counts the inputs of all feed-forward layers: positions times layers, in thousands. The program's rates are based on
+processor time, so run it with one thread; other programs then have little influence.
 """
 
 import statistics
@@ -24,7 +24,7 @@ CACHES = {
     "dllm-cache": {"cache": "dllm-cache"}, "sparse-dllm": {"cache": "sparse-dllm"},
     "d2cache": {"cache": "d2cache", "block_length": None, "score": dk.scores.DensityWeighted()},
 }  # fmt: skip
-#: those of models whose blocks see those before them
+#: Caches for models with block attention, in which each block attends to the blocks before it.
 OF_BLOCKS = {
     name: {"cache": name, "attention": "block", "logit_alignment": "same"} for name in ("none", "block", "focus")
 }
@@ -53,7 +53,7 @@ FULL = [
 
 
 class Rows:
-    """Counts the rows that a model's layers compute, while it is in force."""
+    """Context manager that counts the rows processed by a model's feed-forward layers."""
 
     def __init__(self, model):
         self._layers, self.count = model.model.layers, 0
@@ -62,7 +62,7 @@ class Rows:
         def count(module, inputs):
             self.count += inputs[0].numel() // inputs[0].shape[-1]
 
-        # a twin of the model decodes, which shares its hooks
+        # decoding uses a copy of the model that shares its hooks
         self._hooks = [layer.mlp.register_forward_pre_hook(count) for layer in self._layers]
         return self
 
@@ -102,7 +102,7 @@ def test_long_prompt(benchmark, harness, case):
 
 
 def main(problems: int) -> None:
-    """Print the tables: every cache on the demonstration's tasks, and on a long prompt."""
+    """Print the tables: every cache on the demo's tasks (unless `problems` is 0), and on a long prompt."""
     torch.manual_seed(0)
     if problems:
         print_tasks(problems)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""lm_head_candidates beside the LM head and the candidates of its logits."""
+"""Benchmark lm_head_candidates against the LM head followed by a selection of candidates from its logits."""
 
 from dataclasses import dataclass
 

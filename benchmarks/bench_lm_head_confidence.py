@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""lm_head_confidence beside the LM head and what may be done with its logits."""
+"""Benchmark lm_head_confidence against the LM head followed by the confidence computed from its logits."""
 
 from dataclasses import dataclass
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""remask_ beside the torch ops that write and count the same."""
+"""Benchmark remask_ against torch ops that give the same results."""
 
 from dataclasses import dataclass
 
@@ -60,7 +60,7 @@ def test_commit(benchmark, harness, case):
         return (tokens == MASK).sum(1)
 
     def recording():
-        """The same results as ours, window by window, by torch.where."""
+        """The same results as ours, computed with torch.where on the window."""
         window = (slice(None), slice(first, t))
         act = commit & (tokens[window] == MASK)
         tokens[window] = torch.where(act, proposal, tokens[window])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""select_tokens beside the per-request loops of published decoders."""
+"""Benchmark select_tokens against the per-request loops of published decoders."""
 
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ FULL = [Case(256, 32), Case(64, 1024)]
 
 
 def quota_loop(score, eligible, quota):
-    """LLaDA and Fast-dLLM: torch.topk for one request after another."""
+    """LLaDA and Fast-dLLM: one torch.topk per request."""
     score = torch.where(eligible, score, -torch.inf)
     chosen = torch.zeros_like(eligible)
     for row in range(len(score)):
@@ -38,7 +38,7 @@ def quota_loop(score, eligible, quota):
 
 
 def threshold_loop(score, eligible, threshold):
-    """Fast-dLLM: sort each request's scores, then look at one position after another on the host."""
+    """Fast-dLLM: sort each request's scores, then check the positions one by one on the host."""
     count = eligible.sum(1)
     score = torch.where(eligible, score, -torch.inf)
     chosen = torch.zeros_like(eligible)

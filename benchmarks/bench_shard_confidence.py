@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a rank of several does with its share of the logits, beside what one does with the same logits alone."""
+"""Benchmark a rank's work on its shard of the logits against token_confidence on the same logits."""
 
 from dataclasses import dataclass
 

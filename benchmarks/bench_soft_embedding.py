@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""soft_embedding beside a tensor of probabilities."""
+"""Benchmark soft_embedding against a softmax tensor times the embedding table."""
 
 from dataclasses import dataclass
 
@@ -47,7 +47,7 @@ def test_whole_distribution(benchmark, harness, case):
 
 def test_top_1_and_mask(benchmark, harness, case):
     logits, weight = case.inputs()
-    logits.scatter_(1, logits.argmax(1, keepdim=True), 20.0)  # ours would keep two equal logits
+    logits.scatter_(1, logits.argmax(1, keepdim=True), 20.0)  # make the maximum unique, because ours keeps ties
     one = torch.ones(1, dtype=torch.int32)
     tolerance = {"rtol": 0, "atol": 1e-4 if case.dtype == torch.float32 else 6e-2}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""splice_ beside the list and cat operations of published programs."""
+"""Benchmark splice_ against the list and cat operations of published programs."""
 
 from dataclasses import dataclass
 
@@ -44,7 +44,7 @@ def test_expand_and_delete(benchmark, harness, case):
         )
 
     def published():
-        """DreamOn: one torch.cat for each expanded or deleted position, from right to left, row by row."""
+        """DreamOn: one torch.cat per expanded or deleted position, from right to left, row by row."""
         for row in range(b):
             x, n = tokens[row], t - w
             for i in reversed(range(w)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""token_confidence beside what published decoders do with the logits of the open positions."""
+"""Benchmark token_confidence against what published decoders compute from the logits of masked positions."""
 
 import functools
 from dataclasses import dataclass
@@ -38,13 +38,13 @@ FULL = [
 
 
 def fp32_softmax_max(z):
-    """The least that plain torch can do."""
+    """The cheapest version in plain torch."""
     return F.softmax(z, -1, dtype=torch.float32).max(-1)
 
 
 @functools.cache
 def compiled():
-    """The same by torch.compile, in the form that needs no [R, V] tensor."""
+    """Token and confidence with torch.compile, in a form that needs no other [R, V] tensor."""
 
     def token_and_confidence(z):
         z = z.float()
@@ -55,7 +55,7 @@ def compiled():
 
 
 def float64_softmax(z):
-    """Fast-dLLM: argmax of the logits, its probability from a float64 softmax."""
+    """Fast-dLLM: argmax of the logits, and its probability from a float64 softmax."""
     token = z.argmax(-1)
     return F.softmax(z.to(torch.float64), -1).gather(-1, token[:, None])[:, 0], token
 
@@ -69,7 +69,7 @@ def margin_by_sort(z):
 
 
 def margin_by_top2(z):
-    """The same with torch.topk."""
+    """The margin with torch.topk instead of a full sort."""
     top, token = F.softmax(z, -1).topk(2, -1)
     return top[:, 0] - top[:, 1], token[:, 0]
 
@@ -110,7 +110,7 @@ def filtered_multinomial(z, top_k=0, top_p=1.0):
 
 
 def limits(z) -> list[Limit]:
-    """Every logit must be read, and raised to a power."""
+    """Return lower bounds on the time: every logit must be read and exponentiated."""
     return [read_limit(z), *exp_limits(z)]
 
 
@@ -153,7 +153,7 @@ def test_sample(benchmark, harness, case):
             z, temperature=temperature, seed=seed, position=position, with_margin=False, with_entropy=False
         )
 
-    # Another generator draws other tokens: what can be compared is the probability of those that were drawn.
+    # Different generators draw different tokens, so compare the probabilities of those that ours has drawn.
     token = ours().token
     torch.testing.assert_close(
         ours().confidence, F.softmax(z.double(), -1).gather(-1, token[:, None])[:, 0].float(), rtol=1e-4, atol=1e-7

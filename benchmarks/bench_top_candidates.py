@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""top_candidates beside topk and logsumexp."""
+"""Benchmark top_candidates against topk and logsumexp."""
 
 from dataclasses import dataclass
 

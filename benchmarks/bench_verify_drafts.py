@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verify_drafts beside rejection sampling on whole tensors of probabilities."""
+"""Benchmark verify_drafts against rejection sampling on full probability tensors."""
 
 from dataclasses import dataclass
 
@@ -40,7 +40,7 @@ def test_rejection(benchmark, harness, case):
         return ops.verify_drafts(drafts, token, **rows, **totals, **key)
 
     def whole_tensors():
-        """Softmax of both, a coin a draft, and a draw from the rest for each row, as I-DLM's program does."""
+        """I-DLM: softmax of both models, one coin per draft, and one sample per row from the residual distribution."""
         p, q = torch.softmax(target, -1), torch.softmax(drafter, -1)
         ratio = p[:, :w].gather(2, drafts[..., None]) / q.gather(2, drafts[..., None])
         accepted = (torch.rand(b, w, device=target.device) < ratio[..., 0]).int().cumprod(1).sum(1)

@@ -11,17 +11,17 @@ from harness import Harness
 
 def pytest_addoption(parser):
     shapes = parser.getgroup("shapes").addoption
-    shapes("--full", action="store_true", help="the large shapes as well (minutes)")
-    shapes("--smallest", action="store_true", help="one shape a benchmark: whether everything runs, not how fast")
-    parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where to run (default cpu)")
+    shapes("--full", action="store_true", help="also run the large shapes (takes minutes)")
+    shapes("--smallest", action="store_true", help="one small shape per benchmark, to test that everything runs")
+    parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="device to run on (default cpu)")
     parser.addoption("--seconds", type=float, default=0.7, help="time for each comparison (default 0.7)")
-    parser.addoption("--comparisons", type=Path, help="append each comparison as a line of JSON when it ends")
+    parser.addoption("--comparisons", type=Path, help="file to which each comparison is appended as a line of JSON")
 
 
 def pytest_configure(config):
     option = config.getoption
     config.harness = Harness(option("--seconds"), option("--device"), option("--comparisons"))
-    if option("--device") != "cpu":  # where the inputs are made; the harness takes it away before it times anything
+    if option("--device") != "cpu":  # device of the inputs; the harness resets it before timing anything
         torch.set_default_device(option("--device"))
 
 
@@ -36,9 +36,9 @@ def _seeded():
 
 
 def pytest_generate_tests(metafunc):
-    """A benchmark with an argument `case` takes its cases from QUICK and, with --full, FULL of its module.
+    """Run a benchmark with an argument `case` for the cases in QUICK and, with --full, in FULL of its module.
 
-    With --smallest it takes SMALLEST, or where there is none the first of QUICK.
+    With --smallest, the cases are SMALLEST or, if there is no such list, the first of QUICK.
     """
     if "case" in metafunc.fixturenames:
         module, option = metafunc.module, metafunc.config.getoption
@@ -49,13 +49,13 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """--smallest leaves out what has no choice of shapes: those are large."""
+    """With --smallest, deselect benchmarks without a choice of shapes, because these are large."""
     if config.getoption("--smallest"):
         items[:] = [item for item in items if "case" in item.fixturenames]
 
 
 def machine(harness):
-    """What ran the benchmarks, since a time means nothing without its processor: one or two lines."""
+    """Yield one or two lines that describe the machine, without which times mean nothing."""
     if (floors := harness.floors) is not None:
         yield (
             f"{torch.cuda.get_device_name()}; torch {torch.__version__}; floors: "
@@ -68,7 +68,7 @@ def machine(harness):
         f"on {os.cpu_count()} processors, load {load:.1f}"
     )
     if load > threads + 1:
-        yield "other programs were running: compare the rows of a group, trust no single time"
+        yield "other programs were running: only compare rows within a group, and do not trust single times"
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Timing on a GPU: by events around captured graphs; and the two floors, bytes over bandwidth and flops over rate."""
+"""Timing on a GPU with events around CUDA graphs, and lower bounds on times from memory bandwidth and flop rate."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Function = Callable[[], object]
 
 
 def waits(run: Function) -> bool:
-    """Whether the host waits for the device in `run`, as for a value that it reads: such a function fits no graph.
+    """Return whether `run` synchronizes with the device, for example to read a value, so that it cannot be captured.
 
-    It is called to find out. A capture that fails may leave torch's generator in a state in which every later call of
-    it fails, so it must not be tried.
+    This calls `run`. Trying to capture it instead could leave torch's generator in a state in which every later call
+    fails.
     """
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
@@ -30,10 +30,10 @@ def waits(run: Function) -> bool:
 
 
 class Repeated:
-    """Many calls of a function in one CUDA graph, so that launching costs nothing; called plainly if it waits.
+    """Times many calls of a function in one CUDA graph, which removes launch overhead.
 
-    `restore` runs before every call: it puts back what the call changes. Its own time, measured in the same way, is
-    taken off.
+    A function that synchronizes with the device is called without a graph. `restore` runs before every call and undoes
+    what the call changes. Its time is measured in the same way and subtracted.
     """
 
     def __init__(self, run: Function, restore: Function | None = None, target_ms: float = 2.0):
@@ -44,7 +44,7 @@ class Repeated:
         self._restore = None if restore is None else self._many(restore)
 
     def seconds(self) -> float:
-        """Time of one call."""
+        """Measure the time of one call, in seconds."""
         own = _milliseconds(self._whole) - (_milliseconds(self._restore) if self._restore else 0.0)
         return max(own, 1e-6) / self.calls * 1e-3
 
@@ -76,13 +76,13 @@ def _milliseconds(run: Function) -> float:
 
 
 class Floors:
-    """What the card does with nothing else to do, measured when first asked for."""
+    """Peak rates of the GPU, measured on first use."""
 
-    @functools.cache  # noqa: B019 - one object a run
+    @functools.cache  # noqa: B019 - one object per run
     def bytes_a_second(self, moved: int = 2**31) -> float:
-        """Reading and writing together: the better of a copy and a sum that move this many bytes again and again.
+        """Measure bandwidth, reads plus writes: the better of a copy and a sum that repeatedly move `moved` bytes.
 
-        What fits in the caches stays there, as it does for an op that is timed.
+        Data that fits in the caches stays there, as it does for the timed ops.
         """
         words = max(1, moved // 8)
         a, b = (torch.zeros(words, dtype=torch.float32, device="cuda") for _ in range(2))
@@ -91,13 +91,13 @@ class Floors:
 
     @functools.cached_property
     def flops_a_second(self) -> float:
-        """A large bf16 product by torch's library."""
+        """Rate of a large bf16 matrix product in torch."""
         n = 8192
         a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         return 2 * n**3 / self._seconds(lambda: torch.mm(a, b))
 
     def seconds(self, moved: float, flops: float) -> tuple[str, float]:
-        """The larger of the two floors, and its name."""
+        """Return the name and the time of the larger of the two floors."""
         copy = ("bytes / bandwidth", moved / self.bytes_a_second(int(moved)))
         product = ("flops / bf16 product", flops / self.flops_a_second)
         return max(copy, product, key=lambda floor: floor[1])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paired timing: ours and its baselines take turns in one run, beside a limit of the machine measured in between."""
+"""Paired timing: our op, its baselines and a limit of the machine are measured alternately in one run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from device import Floors, Function, Repeated
 
-# Three quarters of the rounds must be this far beyond a limit before it is taken for wrong.
+# A limit is considered wrong if three quarters of the rounds exceed it by more than this.
 NOISE = 0.05
 
 
@@ -30,8 +30,8 @@ NOISE = 0.05
 class Row:
     """One timed candidate.
 
-    `ratio` is its time over ours, the median over the rounds; None for ours and the limit. `share` is what ours reaches
-    of the limit, the median over the rounds, `low_share` the lower quartile.
+    `ratio` is its time over ours, as the median over rounds; None for ours and for limits. `share` is the fraction of
+    the limit that ours reaches, as the median over rounds, and `low_share` its lower quartile.
     """
 
     name: str
@@ -45,21 +45,21 @@ class Row:
 
 @dataclass
 class Comparison:
-    """The rows of one group: the limits if there are any, baselines, ours last."""
+    """The rows of one group: limits, if any, then baselines, then ours."""
 
     group: str
     rows: list[Row] = field(default_factory=list)
 
 
 class Limit:
-    """What the machine allows: work a second, measured by something that does nothing else."""
+    """A limit of the machine: `run` does `work` and nothing else; its rate is reported in `unit`."""
 
     def __init__(self, name: str, run: Function, work: float, unit: str):
         self.name, self.run, self.work, self.unit = name, run, work, unit
 
 
 def read_limit(*tensors: Tensor) -> Limit:
-    """Reading the same tensors once, in the same cache state: a sum over their bytes taken as float32."""
+    """Return the limit for reading tensors once, in the same cache state: a sum of their bytes read as float32."""
     flat = [t.contiguous().view(-1).view(torch.float32) for t in tensors]
 
     def run():
@@ -70,10 +70,10 @@ def read_limit(*tensors: Tensor) -> Limit:
 
 
 def exp_limits(*tensors: Tensor) -> list[Limit]:
-    """One exponential for each element of the tensors, of values in registers (`limits.cpp`); none without a compiler.
+    """Return the limit for one exponential per element, on values in registers (`limits.cpp`); [] without a compiler.
 
-    (`torch.exp2` takes longer than the ops do, and would be no limit.) One thread does its share; the others' would
-    take the same time, and no time goes into starting them.
+    `torch.exp2` cannot be used, because it is slower than the ops. Only one thread runs and does its share. Other
+    threads would take the same time, and starting them is not measured.
     """
     library = _limits()
     if library is None:
@@ -87,7 +87,7 @@ def exp_limits(*tensors: Tensor) -> list[Limit]:
 
 @functools.cache
 def _limits() -> ctypes.CDLL | None:
-    """limits.cpp, compiled for this very processor; None where there is no compiler."""
+    """Compile and load limits.cpp for this processor. Returns None if there is no compiler."""
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         return None
@@ -103,11 +103,11 @@ def _limits() -> ctypes.CDLL | None:
 
 
 def arithmetic_limits(dtype: torch.dtype) -> list[Limit]:
-    """Multiplications and additions in registers, by the quickest instructions that the processor has for `dtype`: of
-    floats, for bf16 also of pairs or in tile registers; none without a compiler.
+    """Return the limit for multiply-adds in registers, with the processor's fastest instructions for `dtype`.
 
-    One thread does its share, as in `exp_limits`: a second one that has just been started shares its processor at
-    first.
+    These are fp32 instructions and, for bf16, also those on pairs of values or on tile registers. Without a compiler
+    the result is []. As in `exp_limits`, only one thread runs, because a second thread would share the first one's
+    processor right after its start.
     """
     library = _limits()
     if library is None:
@@ -128,7 +128,7 @@ def arithmetic_limits(dtype: torch.dtype) -> list[Limit]:
 
 
 def tighter(*limits: tuple[Limit, float]) -> tuple[Limit, float]:
-    """Of limits, each with the work that one call has in its unit, the one under which the call takes longest."""
+    """Return the limit that bounds a call's time most, out of pairs of a limit and the call's work in its unit."""
 
     def seconds(limit: Limit, work: float) -> float:
         limit.run()
@@ -138,10 +138,10 @@ def tighter(*limits: tuple[Limit, float]) -> tuple[Limit, float]:
 
 
 def product_timing(dtype: torch.dtype, flops: float, moved: float, *read: Tensor) -> dict:
-    """Arguments of `Harness.compare` for products of `flops` operations that must read the tensors `read`.
+    """Return arguments of `Harness.compare` for matrix products of `flops` operations that must read tensors `read`.
 
-    On a GPU, which the inputs' default device tells, the harness measures what the card can do, and needs to know that
-    `work` is operations and that `moved` bytes are read and written.
+    If the default device is a GPU, the harness measures the GPU's limits itself. It only needs to know that `work` is
+    in operations and that `moved` bytes are read and written.
     """
     if torch.get_default_device().type == "cuda":
         return {"limit": Limit("", lambda: None, 0.0, "GFLOP/s"), "work": flops, "moved": moved}
@@ -151,7 +151,7 @@ def product_timing(dtype: torch.dtype, flops: float, moved: float, *read: Tensor
 
 
 def touch(*tensors: Tensor) -> Function:
-    """Reads tensors, so that every candidate finds them in the same state of the caches."""
+    """Return a function that reads tensors, so that every candidate starts with the same cache state."""
 
     def run():
         for t in tensors:
@@ -161,7 +161,7 @@ def touch(*tensors: Tensor) -> Function:
 
 
 class Harness:
-    """Runs comparisons and keeps their results for the summary; each goes to the file `lines` as well when it ends."""
+    """Runs comparisons and keeps their results for the summary. Each result is also appended to the file `lines`."""
 
     def __init__(self, seconds: float, device: str = "cpu", lines: Path | None = None):
         self.seconds = seconds
@@ -184,30 +184,35 @@ class Harness:
         unit: str = "",
         clock: Callable[[], float] = time.perf_counter,
     ) -> Comparison:
-        """Time `ours` through the `benchmark` fixture, and between its rounds each baseline once.
+        """Time `ours` with the `benchmark` fixture, and between its rounds each baseline once.
 
         Parameters
         ----------
         benchmark : fixture
-            pytest-benchmark's; the other rows go to its `extra_info`.
+            The fixture of pytest-benchmark. The other rows go to its `extra_info`.
         group : str
+            Title of the comparison.
         ours : callable
         baselines : dict
             name -> callable.
         before : callable, optional
-            Called before each candidate, outside its time: brings the caches into one state. On a CPU only.
+            Called before each candidate, untimed, to bring the caches into the same state. On a CPU only.
         restore : callable, optional
-            Called before each candidate, outside its time: puts back what the candidates change.
-        limit : Limit or list of them, optional
-            Timed in turn with the others; of several the slowest is what ours is measured against.
+            Called before each candidate, untimed, to undo what candidates change.
+        limit : Limit or list of Limit, optional
+            Timed alternately with the others. Ours is compared with the slowest of them.
         work : float
-            Bytes, floating-point operations or tokens of one call of ours; the limit's unit where there is one.
+            Bytes, floating-point operations or tokens of one call of ours; in the unit of the limit if there is one.
         moved : float
-            Bytes that one call must read and write, where `work` is something else: for a GPU's floors.
+            Bytes that one call must read and write, if `work` is not in bytes. Used for a GPU's floors.
         unit : str
-            Unit of the rate where there is no limit: "tokens/s".
+            Unit of the rate if there is no limit, such as "tokens/s".
         clock : callable, optional
-            Seconds; one that stands still for what is not to count. On a CPU only.
+            Returns the time in seconds. May exclude time that should not count. On a CPU only.
+
+        Returns
+        -------
+        Comparison
         """
         if self.floors is not None:
             with _no_default_device():
@@ -227,7 +232,7 @@ class Harness:
         names = list(others)
 
         def others_first():
-            for i in range(len(names)):  # another one goes first each round
+            for i in range(len(names)):  # a different one goes first in each round
                 name = names[(i + len(own)) % len(names)]
                 times[name].append(_timed(others[name], before, clock))
             before()
@@ -243,12 +248,12 @@ class Harness:
             seconds = statistics.median(times[limit.name])
             bounds.append(Row(limit.name, seconds, None, limit.work / seconds, limit.unit))
             shares = [t / o * work / limit.work for t, o in zip(times[limit.name], own)]
-            if mine.share is None or statistics.median(shares) > mine.share:  # the tighter of them counts
+            if mine.share is None or statistics.median(shares) > mine.share:  # the tightest limit counts
                 mine.unit, mine.share, mine.low_share = limit.unit, *_middle_and_low(shares)
         return self._ended(benchmark, Comparison(group, [*bounds, *rows, mine]))
 
     def _compare_on_gpu(self, benchmark, group, ours, baselines, restore, limit, work, moved, unit) -> Comparison:
-        """The same on a GPU: device time of captured graphs, the caches as the call before left them."""
+        """Implement `compare` on a GPU, with device times of CUDA graphs and caches as the previous call left them."""
         for run in (*baselines.values(), ours):
             (restore or (lambda: None))()
             run()
@@ -287,16 +292,16 @@ class Harness:
         return result
 
     def passed_limits(self) -> list[str]:
-        """A line for each comparison that is quicker than its limit, by more than noise: the limit is wrong."""
+        """Return a line for each comparison that is faster than its limit by more than noise, so the limit is wrong."""
         return [
-            f"WRONG LIMIT, passed in three quarters of the rounds ({row.share:.0%} of it): {comparison.group}"
+            f"WRONG LIMIT, exceeded in three quarters of the rounds ({row.share:.0%} of it): {comparison.group}"
             for comparison in self.comparisons
             for row in comparison.rows
             if row.low_share is not None and row.low_share > 1 + NOISE
         ]
 
     def table(self) -> list[str]:
-        """All comparisons as lines of text."""
+        """Return all comparisons as lines of text."""
         width = max((len(row.name) for c in self.comparisons for row in c.rows), default=0)
         lines = [f"  {'':<{width}}  {'median':>11}  {'ours is':>13}  {'rate':>15}  {'of the limit':>12}"]
         for comparison in self.comparisons:
@@ -312,18 +317,18 @@ class Harness:
 
 
 def _paired(times: list[float], own: list[float]) -> float:
-    """Median over the rounds of a baseline's time over ours."""
+    """Return the ratio of a baseline's time to ours, as the median over rounds."""
     return statistics.median(t / o for t, o in zip(times, own))
 
 
 def _middle_and_low(shares: list[float]) -> tuple[float, float]:
-    """Median and lower quartile."""
+    """Return the median and the lower quartile."""
     return statistics.median(shares), statistics.quantiles(shares, n=4)[0]
 
 
 @contextlib.contextmanager
 def _no_default_device():
-    """While something is timed: a default device adds microseconds to every call of torch."""
+    """Unset the default device during timing, because it adds microseconds to every torch call."""
     before = torch.get_default_device()
     torch.set_default_device(None)
     try:
@@ -340,7 +345,7 @@ def _timed(run: Function, before: Function, clock: Callable[[], float]) -> float
 
 
 def _short(x: float) -> str:
-    """Three significant digits."""
+    """Format a number with three significant digits."""
     digits = max(0, 2 - math.floor(math.log10(x))) if x > 0 else 0
     return f"{x:,.{digits}f}"
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What this processor can do in a second, for harness.py: multiplications and additions, and
-// exponentials, in registers, in one thread. Compiled with -march=native where it runs.
+// Peak rates of this processor for harness.py: multiply-adds and exponentials in registers, in one
+// thread. Compiled with -march=native on the machine that runs it.
 #if defined(__AVX512BF16__) || defined(__AMX_BF16__)
 #include <immintrin.h>
 #endif
@@ -27,7 +27,7 @@ typedef int Integers __attribute__((vector_size(kBytes)));
 
 extern "C" {
 
-// Operations done.
+// Multiply-adds of fp32 values. Returns the number of operations.
 double multiply_add_float(long repeats) {
   Vector sum[kSums], x = Vector{} + 0.9999f;
 #pragma GCC unroll 20
@@ -42,7 +42,7 @@ double multiply_add_float(long repeats) {
   return 2.0 * repeats * kSums * (kBytes / 4);
 }
 
-// The same with pairs of bf16; 0 where the processor has no instruction for it.
+// Multiply-adds of bf16 pairs. Returns 0 if the processor has no instruction for it.
 double multiply_add_bfloat16(long repeats) {
 #if defined(__AVX512BF16__)
   __m512 sum[kSums];
@@ -63,7 +63,7 @@ double multiply_add_bfloat16(long repeats) {
 #endif
 }
 
-// The same in tile registers; 0 where there are none, or the system refuses them.
+// Multiply-adds in tile registers. Returns 0 if there are none or the system denies their use.
 double multiply_add_tiles(long repeats) {
 #if defined(__AMX_BF16__) && defined(__linux__)
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // see csrc/cpu/isa.cpp
@@ -95,9 +95,10 @@ double multiply_add_tiles(long repeats) {
 #endif
 }
 
-// Exponentials done: 2^x of small x to float accuracy, in as few steps as that takes (to the
-// nearest integer by adding 1.5 * 2^23, a polynomial of degree 5 for the rest, the integer added to
-// the exponent). No range is checked and nothing is loaded or summed, as an op must.
+// Exponentials: 2^x of small x to float accuracy, in as few steps as possible (rounding to the
+// nearest integer by adding 1.5 * 2^23, a polynomial of degree 5 for the rest, and adding the
+// integer to the exponent). Unlike in an op, no range is checked and nothing is loaded or summed.
+// Returns the number of exponentials.
 double exponentials(long repeats) {
   constexpr int kAtOnce = 8;
   Vector x[kAtOnce];

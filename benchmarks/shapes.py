@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes of published models, by name: what the benchmarks are run at."""
+"""Shapes of published models, at which the benchmarks run."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one model, as its configuration file gives them; `block` is the block length it is decoded with."""
+    """Sizes of a model according to its configuration file. `block` is the block length used for decoding."""
 
     name: str
     vocab: int

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server under load on this machine alone: `python benchmarks/soak_server.py [--requests 1000] [--concurrency 32]`.
+"""Load test of a local server: `python benchmarks/soak_server.py [--requests 1000] [--concurrency 32]`.
 
-Of the requests, 5 % are cut off by their client and 5 % are malformed; all others are compared with the answers that
-`generate` gives. Prints what was answered, how fast, and how much memory the process had in each tenth of the run; ends
-with status 1 if an answer is missing, wrong or given twice, or if anything is left in the server.
+Of the requests, 5 % are cut off by the client and 5 % are malformed; all others are compared with the answers of
+`generate`. Prints the outcomes, the speed, and the memory of the server after each tenth of the run. The exit status is
+1 if an answer is missing, wrong or given twice, or if any request remains in the server.
 """
 
 import argparse
@@ -29,13 +29,13 @@ PROMPTS = [f"A{a:016d}+{b:016d}=" for a, b in [(10**k, 7 * 10**k + 1) for k in r
 
 
 def resident(process: int) -> int:
-    """Bytes of memory that a process has."""
+    """Return the resident memory of a process in bytes."""
     with open(f"/proc/{process}/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
 class Soak:
-    """Clients of one server."""
+    """The clients of one server, and their statistics."""
 
     def __init__(self, url: str, expected: dict[str, str]):
         self.url, self.expected = url, expected
@@ -46,7 +46,7 @@ class Soak:
         self.client = httpx.Client(timeout=120, limits=httpx.Limits(max_connections=64))
 
     def wait_for_server(self) -> None:
-        """Return when it answers."""
+        """Wait until the server answers."""
         while True:
             try:
                 if self.client.get(self.url + "/health").status_code == 200:
@@ -55,7 +55,7 @@ class Soak:
                 time.sleep(0.1)
 
     def left(self) -> int:
-        """Answers that are still on their way after ten seconds at most."""
+        """Return the number of unfinished answers, after waiting up to ten seconds for them."""
         for _ in range(100):
             left = self.client.get(self.url + "/health").json()["answers_in_flight"]
             if not left:
@@ -64,7 +64,7 @@ class Soak:
         return left
 
     def one(self, number: int) -> None:
-        """One request of the kind that its number says."""
+        """Send one request, whose kind is drawn from its number."""
         draw = random.Random(number)
         kind = draw.random()
         prompt = draw.choice(PROMPTS)
@@ -160,13 +160,13 @@ def main() -> int:
         status = server.wait(60)
     twice = sum(count > 1 for count in soak.ids.values())
     done = soak.counts["whole"] + soak.counts["stream"]
-    print(dict(soak.counts), f"left {left}, twice {twice}")
+    print(dict(soak.counts), f"unfinished: {left}, answered twice: {twice}")
     slowest = statistics.quantiles(soak.seconds, n=100)[98]
     print(
-        f"{args.requests / seconds:.1f} requests/s, {17 * done / seconds:.0f} tokens/s; seconds a request: median "
-        f"{statistics.median(soak.seconds):.3f}, 99 % {slowest:.3f}"
+        f"{args.requests / seconds:.1f} requests/s, {17 * done / seconds:.0f} tokens/s; seconds per request: median "
+        f"{statistics.median(soak.seconds):.3f}, 99th percentile {slowest:.3f}"
     )
-    print("MiB by tenths of the run:", *memory)
+    print("MiB after each tenth of the run:", *memory)
     good = {"whole", "stream", "cut off", "malformed"}
     return int(bool(status or left or twice or set(soak.counts) - good or sum(soak.counts.values()) != args.requests))
 

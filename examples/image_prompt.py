@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An image in the prompt: what a vision tower makes of it stands between the embeddings of words.
+"""Put an image into a prompt, as embeddings from a vision tower between those of tokens.
 
     python examples/image_prompt.py
 
-LLaVA-like diffusion models (LLaDA-V, LaViDa) read an image as some hundred vectors: a vision tower's patches, brought
-to the width of the language model by a small projector. `generate` takes them as `inputs_embeds`, among the embeddings
-of the tokens before and after. Here the tower is a CLIP of transformers, and all weights are random: what is printed
-shows that the image matters, and says nothing of it. For a real model, load its language model with `dlmkernels.load`
-(which leaves the weights that read images out), and its tower and projector with the classes that they were saved from.
+LLaVA-like diffusion models (LLaDA-V, LaViDa) read an image as a few hundred vectors: the patches of a vision tower,
+projected to the width of the language model. `generate` takes them as `inputs_embeds`, together with the embeddings of
+the tokens before and after. Here the tower is a CLIP model of transformers and all weights are random, so the output
+depends on the image but does not describe it. For a real model, load its language model with `dlmkernels.load` (which
+skips the weights that read images), and its tower and projector with the classes that they were saved from.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MASK = 99
 
 
 def build(seed: int = 0) -> tuple[transformers.LlamaForCausalLM, transformers.CLIPVisionModel, nn.Module]:
-    """A small language model, a vision tower, and what stands between them; all random."""
+    """Build a small language model, a vision tower and the projector between them, all with random weights."""
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -41,7 +41,7 @@ def build(seed: int = 0) -> tuple[transformers.LlamaForCausalLM, transformers.CL
         )
     ).eval()
     projector = nn.Sequential(nn.Linear(48, 64), nn.GELU(), nn.Linear(64, 64)).eval()
-    with torch.no_grad():  # weights of unit gain, so that much depends on context
+    with torch.no_grad():  # weights with a large gain, so that outputs depend strongly on the context
         for module in (model, projector):
             for p in module.parameters():
                 if p.dim() == 2:
@@ -51,16 +51,16 @@ def build(seed: int = 0) -> tuple[transformers.LlamaForCausalLM, transformers.CL
 
 @torch.no_grad()
 def embedded_prompt(model, tower, projector, before: Tensor, pixels: Tensor, after: Tensor) -> Tensor:
-    """Input embeddings `[B, P, hidden]` of tokens, an image, and tokens again.
+    """Return the input embeddings `[B, P, hidden]` of tokens, an image, and more tokens.
 
     Parameters
     ----------
     before, after : Tensor
-        int64 `[B, n]` and `[B, m]`.
+        Token ids, int64 `[B, n]` and `[B, m]`.
     pixels : Tensor
-        float32 `[B, 3, height, width]`, as the tower's image processor makes them.
+        float32 `[B, 3, height, width]`, as the tower's image processor returns them.
     """
-    patches = tower(pixel_values=pixels).last_hidden_state[:, 1:]  # the first speaks of the image as a whole
+    patches = tower(pixel_values=pixels).last_hidden_state[:, 1:]  # without the first vector, a summary of the image
     words = model.get_input_embeddings()
     return torch.cat((words(before), projector(patches).to(words.weight.dtype), words(after)), 1)
 

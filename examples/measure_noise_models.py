@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Held-out perplexity and solved boards of the demonstration's three models, on Sudoku.
+"""Measure perplexity and solved boards of the demo's three diffusion models on held-out Sudokus.
 
     python examples/measure_noise_models.py --problems 64
 
-Perplexity is ``exp(-ln p(board) / 81)``, of boards of which nothing is given, by the bound of each model: of the masked
-model that of LLaDA, of the others that which they were trained with. There are 6,670,903,752,021,072,936,960 boards
-(Felgenhauer and Jarvis, "Mathematics of Sudoku I", 2006), so that no model can be below 1.860 if all are as likely; one
-that knows digits alone is at 9.
+Perplexity is ``exp(-ln p(board) / 81)`` per cell, for boards without given cells. It uses the bound of each model:
+LLaDA's for the masked model, and the training objective for the others. There are 6,670,903,752,021,072,936,960 boards
+(Felgenhauer and Jarvis, "Mathematics of Sudoku I", 2006). If all are equally likely, no model can be below 1.860. A
+model that only knows that there are nine digits has a perplexity of 9.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dlmkernels.info import processor
 SUDOKU = TASKS["sudoku"]
 CLUES = (40, 60, 70, 76)
 CONFIDENCE = {"rule": dk.Threshold(0.95)}
-# folder; samplers, by name, as options of `generate`
+# name -> folder, and samplers by name, as options of `generate`
 MODELS = {
     "masked": (MODEL_DIR, {"Threshold(0.95)": CONFIDENCE}),
     "mdlm": (
@@ -36,7 +36,7 @@ MODELS = {
 
 
 def solved(model, clues: int, count: int, seed: int, options: dict) -> tuple[float, float]:
-    """Of boards of so many clues: the share that is filled in as the rules say, and that of cells as they were."""
+    """Decode boards with `clues` given cells. Returns the shares of valid boards and of cells like the original's."""
     problems, whole = (SUDOKU.make(count, seed=seed, difficulty=n) for n in (clues, 81))
     ids, boards = (torch.stack([torch.from_numpy(p.ids) for p in some]) for some in (problems, whole))
     is_open = ids == MASK_ID
@@ -59,7 +59,7 @@ def perplexity(model, args: argparse.Namespace) -> str:
     )  # fmt: skip
     nats = -out.total / 81
     mean, error = nats.mean().item(), nats.std().item() / math.sqrt(len(nats))
-    return f"{mean:.4f} ± {error:.4f} nats a cell, perplexity {math.exp(mean):.3f}"
+    return f"{mean:.4f} ± {error:.4f} nats per cell, perplexity {math.exp(mean):.3f}"
 
 
 def measure(name: str, args: argparse.Namespace) -> None:
@@ -69,14 +69,14 @@ def measure(name: str, args: argparse.Namespace) -> None:
     for sampler, options in samplers.items():
         for clues in CLUES:
             share, right = solved(model, clues, args.problems, args.seed, options)
-            print(f"{name}, {sampler}, {clues} clues: {share:.0%} solved, {right:.0%} of the cells right", flush=True)
+            print(f"{name}, {sampler}, {clues} clues: {share:.0%} solved, {right:.0%} of cells correct", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--problems", type=int, default=64)
-    parser.add_argument("--samples", type=int, default=64, help="of the masked models' bounds, for each board")
-    parser.add_argument("--ode-steps", type=int, default=64, help="of the continuous model's bound")
+    parser.add_argument("--samples", type=int, default=64, help="samples per board for the masked models' bounds")
+    parser.add_argument("--ode-steps", type=int, default=64, help="ODE steps for the continuous model's bound")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--models", default=",".join(MODELS))
     args = parser.parse_args()

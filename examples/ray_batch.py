@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file of prompts decoded by Ray Data: `python examples/ray_batch.py MODEL prompts.jsonl out.jsonl --workers 2`.
+"""Decode a file of prompts with Ray Data: `python examples/ray_batch.py MODEL prompts.jsonl out.jsonl --workers 2`.
 
-Each worker is an actor that loads the model once. Answers are those of `dlmkernels generate --input`: they depend on a
-line's own content and number, not on the worker or the batch that it was in. Needs the extra `ray`.
+Each worker is an actor that loads the model once. The answers are the same as those of `dlmkernels generate --input`.
+They depend on a line's content and number, not on its worker or batch. Needs the extra `ray`.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import ray
 
 
 class Decoder:
-    """An engine in an actor."""
+    """Ray actor with an engine."""
 
     def __init__(self, model: str, slots: int, seed: int, options: dict):
         import dlmkernels as dk
@@ -36,7 +36,7 @@ def decode(
     model: str, source: str, target: str, workers: int = 2, gpus: float = 0, slots: int = 16, batch_size: int = 256,
     seed: int = 0, **options,
 ) -> int:  # fmt: skip
-    """Answers to the lines of `source`, in their order, into `target`; how many there were."""
+    """Answer the lines of `source` and write the answers to `target` in order. Returns their number."""
     with open(source, encoding="utf-8") as file:
         lines = [{"line": number, "text": text} for number, text in enumerate(file, 1)]
     data = ray.data.from_items(lines).map_batches(
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("source")
     parser.add_argument("target")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--gpus", type=float, default=0, help="GPUs for each worker")
+    parser.add_argument("--gpus", type=float, default=0, help="GPUs per worker")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--block-length", type=int)
     args = parser.parse_args()

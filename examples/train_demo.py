@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the demonstration model on one CPU thread, export it, and measure it.
+"""Train the demo model on one CPU thread and export it, or evaluate an exported model.
 
     python examples/train_demo.py --minutes 65 --output /tmp/demo-model
     python examples/train_demo.py --evaluate python/dlmkernels/demo/model
 
-The model is a masked diffusion model: a plain Llama that sees the whole canvas in both directions and predicts
-every blank at once. In training a random share of a canvas is blanked and the cross-entropy of the blanks is
-minimised. Needs torch, numpy, transformers and safetensors; a C++ compiler makes ``torch.compile`` work.
+The model is a masked diffusion model: a plain Llama that attends to the whole canvas (prompt and answer) in both
+directions and predicts all blanks at once. Training blanks a random share of each canvas and minimizes the
+cross-entropy of the blanks. Needs torch, numpy, transformers and safetensors, and a C++ compiler for ``torch.compile``.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ SHAPE = dict(
     tie_word_embeddings=False,
 )
 ROPE_THETA = 10000.0
-ROWS = {"sudoku": 44, "addition": 10, "running-sum": 10}  # canvases in a batch
-WEIGHT = {"sudoku": 1.0, "addition": 4.0, "running-sum": 4.0}  # of a blank: a Sudoku has many more of them
+ROWS = {"sudoku": 44, "addition": 10, "running-sum": 10}  # canvases per batch
+WEIGHT = {"sudoku": 1.0, "addition": 4.0, "running-sum": 4.0}  # loss weight of a blank; Sudokus have many more blanks
 LENGTH = max(task.length for task in TASKS.values())
 
 
-# ---- Model: module names follow transformers' Llama, so the state dict loads there unchanged. ----
+# ---- Model: module names are those of transformers' Llama, so that it loads the state dict unchanged. ----
 
 
 class RMSNorm(nn.Module):
@@ -66,13 +66,13 @@ class Layer(nn.Module):
         batch, length, d = x.shape
         heads = SHAPE["num_attention_heads"]
         attn, mlp = self.self_attn, self.mlp
-        # One product for q, k and v, one for gate and up: fewer, larger ones are faster on a CPU.
+        # One matrix product for q, k and v, and one for gate and up: fewer, larger products are faster on a CPU.
         weight = torch.cat([attn[k].weight for k in ("q_proj", "k_proj", "v_proj")])
         qkv = F.linear(self.input_layernorm(x), weight)
         q, k, v = qkv.view(batch, length, 3, heads, d // heads).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        # Softmax written out, as the backward of fused attention is slow on CPUs at these sizes. It skips the pass
-        # that finds the maximum, scores stay far from 60, and divides after the product with v.
+        # Softmax is written out because the backward pass of fused attention is slow on CPUs at these sizes. It does
+        # not subtract the maximum, because scores stay far below 60, and divides after the product with v.
         scores = q @ k.transpose(-1, -2) * (d // heads) ** -0.5
         weight = torch.exp(scores.float().clamp(-60, 60)) * visible
         context = (weight @ v).float() / weight.sum(-1, keepdim=True)
@@ -110,7 +110,10 @@ class Denoiser(nn.Module):
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     def forward(self, ids: Tensor, targets: Tensor, visible: Tensor) -> Tensor:
-        """Cross-entropy at every position, float32 ``[B, T]``; ``visible``, float ``[B, 1, 1, T]``, hides padding."""
+        """Return the cross-entropy at every position, float32 ``[B, T]``.
+
+        ``visible``, float ``[B, 1, 1, T]``, is 0 for padding, which is not attended to, and 1 elsewhere.
+        """
         x = self.model["embed_tokens"](ids)
         for layer in self.model["layers"]:
             x = layer(x, self.cos, self.sin, visible)
@@ -122,14 +125,14 @@ class Denoiser(nn.Module):
 
 
 def make_batch(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Noisy ids, targets (int64) and the mask of blanks (bool), ``[B, T]`` each, one block of rows per task."""
+    """Return noisy ids and targets (int64), and which positions are blank (bool), ``[B, T]`` each, grouped by task."""
     targets = np.full((sum(ROWS.values()), LENGTH), PAD_ID, dtype=np.int64)
     blank = np.zeros(targets.shape, dtype=bool)
     start = 0
     for name, rows in ROWS.items():
         task = TASKS[name]
         part = slice(start, start + rows)
-        # Noise level, U(0, 1) stratified over the rows. Most Sudoku rows are moved to where the deductions are.
+        # Noise level, U(0, 1) stratified over the rows. Most Sudoku rows get medium levels, which need deductions.
         t = (rng.permutation(rows) + rng.random(rows)) / rows
         if name == "sudoku":
             t = np.where(rng.random(rows) < 0.75, 0.2 + 0.55 * t, t)
@@ -175,7 +178,7 @@ def train(args: argparse.Namespace) -> None:
             save = elapsed + 300
         if progress >= 1:
             break
-        # Warm-up, plateau, linear decay to zero. By the clock unless --steps is given.
+        # Warm-up, plateau, linear decay to zero; progress is measured in time unless --steps is given.
         lr = args.lr * min(1, (step + 1) / 200, (1 - progress) / args.decay)
         ids, targets, blank = make_batch(np.random.default_rng([args.seed, step]))
         visible = (ids != PAD_ID).float()[:, None, None, :]
@@ -202,7 +205,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def export(state: dict[str, Tensor], folder: Path) -> None:
-    """Write a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load without code of its own."""
+    """Write a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load without remote code."""
     from safetensors.torch import save_file
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -211,7 +214,7 @@ def export(state: dict[str, Tensor], folder: Path) -> None:
     special = dict(mask_token_id=MASK_ID, pad_token_id=PAD_ID, eos_token_id=EOS_ID, bos_token_id=None)
     rope = {"rope_type": "default", "rope_theta": ROPE_THETA}
     config = LlamaConfig(**SHAPE, **special, rope_parameters=rope, architectures=["LlamaForCausalLM"], dtype="bfloat16")
-    config.use_cache = False  # attention looks both ways: there is no causal cache
+    config.use_cache = False  # attention is bidirectional, so there is no causal cache
     config.save_pretrained(folder)
     tensors = {k: v.to(torch.bfloat16).contiguous() for k, v in state.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -225,21 +228,21 @@ def export(state: dict[str, Tensor], folder: Path) -> None:
     )
     fast.model_max_length = SHAPE["max_position_embeddings"]
     fast.save_pretrained(folder)
-    # The class name that every version of transformers knows.
+    # A class name that every version of transformers knows.
     path = folder / "tokenizer_config.json"
     entries = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     path.write_text(json.dumps(entries, indent=2) + "\n")
 
 
-# ---- Evaluation: a plain decode loop over the exported folder ----
+# ---- Evaluation of an exported folder, with a plain decoding loop ----
 
 
 @torch.no_grad()
 def decode_canvases(model: nn.Module, ids: Tensor, order: str, seed: int = 0) -> tuple[Tensor, float]:
-    """Fill the blanks of ``[B, T]`` canvases; returns them and the mean number of forwards a canvas took.
+    """Fill the blanks of canvases ``[B, T]``. Returns them and the mean number of forwards per canvas.
 
-    ``order``: ``confidence`` or ``random`` fill one blank a forward; a number is a threshold: all blanks at least
-    that probable are filled, and always the most probable one.
+    If ``order`` is ``confidence`` or ``random``, each forward fills one blank. If it is a number, each forward fills
+    all blanks with at least this probability, and always the most probable one.
     """
     ids, forwards = ids.clone(), 0
     generator = torch.Generator().manual_seed(seed)
@@ -278,15 +281,15 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=65, help="length of training, decay included")
-    parser.add_argument("--steps", type=int, default=0, help="length in steps instead: repeatable on any machine")
-    parser.add_argument("--decay", type=float, default=0.4, help="last share of training with falling learning rate")
+    parser.add_argument("--minutes", type=float, default=65, help="training time, including learning rate decay")
+    parser.add_argument("--steps", type=int, default=0, help="train for this many steps instead, reproducibly")
+    parser.add_argument("--decay", type=float, default=0.4, help="final share of training with decaying learning rate")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="demo-model", help="folder for the exported model")
-    parser.add_argument("--checkpoint", help="file to save to every five minutes, and to continue from if it exists")
-    parser.add_argument("--evaluate", metavar="FOLDER", help="measure an exported model instead of training")
-    parser.add_argument("--problems", type=int, default=200, help="held-out problems for each row of the table")
+    parser.add_argument("--checkpoint", help="file to save to every five minutes, and to resume from if it exists")
+    parser.add_argument("--evaluate", metavar="FOLDER", help="evaluate an exported model instead of training")
+    parser.add_argument("--problems", type=int, default=200, help="held-out problems per row of the table")
     parser.add_argument("--orders", default="confidence,random,0.9,0.99")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the demonstration's causal model, and the drafter that guesses its next tokens, on the CPU.
+"""Train the demo's causal model, and the drafter that guesses its next tokens, on the CPU.
 
     python examples/train_drafter.py target --minutes 20 --output /tmp/causal
     python examples/train_drafter.py drafter --minutes 8 --target /tmp/causal --output /tmp/drafter
 
-The causal model is a Llama that answers the demonstration's tasks from left to right. Beside the loss of the next token
-it has one of blocks of masks, so that it can also draft for itself (rule ``SelfSpeculative``). The drafter has the form
-of DFlash (arXiv:2602.06036): two Qwen3 layers that see what the frozen model's layers have made of the text, a token
-and masks, and fill the masks at once. Its labels are the tokens that the model itself would say. Needs what
-train_demo.py needs.
+The causal model is a Llama that answers the demo's tasks from left to right. Besides the next-token loss it is trained
+to fill blocks of mask tokens, so that it can also draft for itself (rule ``SelfSpeculative``). The drafter has the
+architecture of DFlash (arXiv:2602.06036): two Qwen3 layers that see the outputs of the frozen model's layers for the
+text, one token and mask tokens, and fill all masks at once. Its labels are the tokens that the model itself predicts.
+The requirements are those of train_demo.py.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from dlmkernels.demo.tasks import EOS_ID, MASK_ID, PAD_ID, TASKS, encode
 
 VOCAB, WIDTH, INNER, HEADS, EPS, THETA = 32, 128, 256, 4, 1e-6, 10000.0
 LAYERS, DRAFT_LAYERS, BLOCK = 5, 2, 16
-TAPS = [1, 2, 3]  # the target's layers, from 0, whose outputs the drafter sees
-MASK = 18  # what blocks are made of: prompts of Sudokus hold the blank, whose embedding it shares
-DECAY = 7.0  # how fast the weight of a draft falls with its distance: exp(-(i - 1) / DECAY)
-ROWS = {  # texts in a batch
+TAPS = [1, 2, 3]  # layers of the target, from 0, whose outputs the drafter sees
+MASK = 18  # mask token of blocks; not the blank, which occurs in prompts of Sudokus, but with the same embedding
+DECAY = 7.0  # the loss weight of a draft falls with its distance i from the known token: exp(-(i - 1) / DECAY)
+ROWS = {  # texts per batch
     "target": {"sudoku": 10, "addition": 20, "running-sum": 16},
     "drafter": {"sudoku": 4, "addition": 8, "running-sum": 10},
 }
-CLUES = 36, 77  # the Sudokus of the training have that many
-BLOCKS = {"target": 1, "drafter": 4}  # blocks of masks in each text of a batch
+CLUES = 36, 77  # range of the number of clues in training Sudokus; the end is exclusive
+BLOCKS = {"target": 1, "drafter": 4}  # blocks of mask tokens per text
 
 
 class Texts(NamedTuple):
-    """Some texts of one task: ids int64 `[B, T]`, where the answer starts, first tokens of blocks int64 `[B, N]`."""
+    """Texts of one task: ids int64 `[B, T]`, start of the answers, and positions of the blocks int64 `[B, N]`."""
 
     ids: Tensor
     start: int
@@ -49,7 +49,7 @@ class Texts(NamedTuple):
 
 
 def texts(name: str, rows: int, blocks: int, rng: np.random.Generator) -> Texts:
-    """Training rows with an end token behind each; a Sudoku's solution comes behind its puzzle."""
+    """Make training texts that end with an end token. A Sudoku is written as puzzle, ``=``, and solution."""
     task = TASKS[name]
     ids = task.training_rows(rows, rng)
     start = task.prompt_length
@@ -64,7 +64,7 @@ def texts(name: str, rows: int, blocks: int, rng: np.random.Generator) -> Texts:
     return Texts(torch.from_numpy(ids), start, torch.from_numpy(anchors))
 
 
-# ---- Models: names of the modules follow transformers, so that the state dicts load there unchanged. ----
+# ---- Models: module names are those of transformers, so that it loads the state dicts unchanged. ----
 
 
 class RMSNorm(nn.Module):
@@ -77,7 +77,7 @@ class RMSNorm(nn.Module):
 
 
 class Layer(nn.Module):
-    """A layer of Llama, or of Qwen3, which normalises queries and keys."""
+    """A layer of Llama, or of Qwen3, which normalizes queries and keys."""
 
     def __init__(self, normalises: bool):
         super().__init__()
@@ -91,7 +91,10 @@ class Layer(nn.Module):
         self.normalises = normalises
 
     def forward(self, x: Tensor, context: Tensor | None, angles: Tensor, visible: Tensor) -> Tensor:
-        """`x` `[B, Q, d]` behind `context` `[B, C, d]`; `angles` `[B, C + Q, 16]` and `visible` `[B, Q, C + Q]`."""
+        """Process `x` `[B, Q, d]`, which follows `context` `[B, C, d]`.
+
+        `angles` is `[B, C + Q, 16]`, `visible` (which positions are attended to) is bool `[B, Q, C + Q]`.
+        """
         attn, mlp = self.self_attn, self.mlp
         own = self.input_layernorm(x)
         seen = own if context is None else torch.cat([context.type_as(own), own], 1)
@@ -121,7 +124,7 @@ def angles_of(positions: Tensor) -> Tensor:
 
 
 class Causal(nn.Module):
-    """The causal model, as transformers' Llama."""
+    """The causal model, equivalent to transformers' Llama."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,7 +135,7 @@ class Causal(nn.Module):
         initialise(self)
 
     def forward(self, ids: Tensor, positions: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits `[B, Q, V]`, and the outputs of the tapped layers, `[B, Q, taps * d]`."""
+        """Return the logits `[B, Q, V]`, and the outputs of the layers in `TAPS`, `[B, Q, taps * d]`."""
         x, angles, taps = self.model["embed_tokens"](ids), angles_of(positions), []
         for i, layer in enumerate(self.model["layers"]):
             x = layer(x, None, angles, visible)
@@ -141,7 +144,7 @@ class Causal(nn.Module):
 
 
 class Drafter(nn.Module):
-    """A DFlash drafter: no embedding and no head of its own."""
+    """A DFlash drafter, which uses the embedding and the LM head of its target."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,14 +166,15 @@ def initialise(model: nn.Module) -> None:
             nn.init.normal_(p, std=0.02 if small else p.shape[1] ** -0.5)
 
 
-# ---- Blocks of masks ----
+# ---- Blocks of mask tokens ----
 
 
 class Blocks(NamedTuple):
-    """Blocks behind a batch of texts, side by side, `[B, N * BLOCK]`.
+    """The blocks of a batch of texts, one after another, each field `[B, N * BLOCK]` unless stated otherwise.
 
-    `visible` `[B, N * BLOCK, T + N * BLOCK]`: the text before a block, and the block. `place`: where a row's label
-    stands in the text (clamped), `weight` 0 for anchors and rows behind the text.
+    `visible` `[B, N * BLOCK, T + N * BLOCK]` lets each block attend to the text before it and to itself. `place` is the
+    position of each token's label in the text (clamped to its length), `weight` its loss weight, which is 0 for the
+    known first token and beyond the end of the text.
     """
 
     ids: Tensor
@@ -193,7 +197,7 @@ def blocks_of(batch: Texts) -> Blocks:
 
 
 def target_loss(model: nn.Module, batch: Texts) -> tuple[Tensor, Tensor]:
-    """Loss of the next tokens of the answers, and of the blocks; one forward for both."""
+    """Return the next-token loss of the answers and the loss of the blocks, from one forward."""
     length, blocks = batch.ids.shape[1], blocks_of(batch)
     positions = torch.cat([torch.arange(length).expand(len(batch.ids), -1), blocks.positions], 1)
     causal = torch.ones(length, length, dtype=torch.bool).tril()
@@ -210,13 +214,13 @@ def draft_loss(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
 
 
 def drafter_loss(drafter: nn.Module, target: Causal, batch: Texts) -> tuple[Tensor, Tensor]:
-    """Loss of the blocks, and the mean number of drafts before the first that the target would not say."""
+    """Return the loss of the blocks, and the mean number of drafts accepted, those before the first wrong one."""
     length, blocks = batch.ids.shape[1], blocks_of(batch)
     positions = torch.arange(length).expand(len(batch.ids), -1)
     causal = torch.ones(length, length, dtype=torch.bool).tril().expand(len(batch.ids), -1, -1)
     with torch.no_grad():
         logits, taps = target(batch.ids, positions, causal)
-        said = F.pad(logits.argmax(-1)[:, :-1], (1, 0))  # what the target says of each position, given the text
+        said = F.pad(logits.argmax(-1)[:, :-1], (1, 0))  # the target's prediction for each position
         x = target.model["embed_tokens"](blocks.ids)
     hidden = drafter(taps, x, torch.cat([positions, blocks.positions], 1), blocks.visible)
     logits, labels = F.linear(hidden, target.lm_head.weight), said.gather(1, blocks.place)
@@ -232,7 +236,7 @@ def train(args: argparse.Namespace) -> None:
     is_target = args.what == "target"
     model: nn.Module = Causal() if is_target else Drafter()
     if not is_target:
-        TASKS["sudoku"].pool_size = 4096  # each stands for its symmetries
+        TASKS["sudoku"].pool_size = 4096  # enough, because each grid is shuffled by symmetries
         target = Causal()
         target.load_state_dict(load_file(Path(args.target) / "model.safetensors"))
         target = target.to(torch.float32).requires_grad_(False)
@@ -281,7 +285,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def export(state: dict[str, Tensor], what: str, folder: Path) -> None:
-    """Write a folder: a Llama that transformers loads, or a drafter in the published form."""
+    """Write a folder with a Llama that transformers loads, or with a drafter in the format of DFlash."""
     config: dict[str, object] = dict(
         vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=INNER, num_attention_heads=HEADS,
         num_key_value_heads=HEADS, head_dim=WIDTH // HEADS, rms_norm_eps=EPS, hidden_act="silu", attention_bias=False,
@@ -308,17 +312,17 @@ def export(state: dict[str, Tensor], what: str, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["target", "drafter"])
-    parser.add_argument("--minutes", type=float, default=20, help="length of training, decay included")
-    parser.add_argument("--steps", type=int, default=0, help="length in steps instead: repeatable on any machine")
-    parser.add_argument("--decay", type=float, default=0.4, help="last share of training with falling learning rate")
+    parser.add_argument("--minutes", type=float, default=20, help="training time, including learning rate decay")
+    parser.add_argument("--steps", type=int, default=0, help="train for this many steps instead, reproducibly")
+    parser.add_argument("--decay", type=float, default=0.4, help="final share of training with decaying learning rate")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--target", help="folder of the trained causal model, for the drafter")
+    parser.add_argument("--target", help="folder of the trained causal model, required for the drafter")
     parser.add_argument("--output", required=True, help="folder for the exported model")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     if args.what == "drafter" and not args.target:
-        parser.error("a drafter needs --target")
+        parser.error("training the drafter needs --target, the folder of the causal model")
     train(args)
 
 

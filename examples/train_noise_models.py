@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the demonstration's two models that are told the noise level, on one CPU thread, and export them.
+"""Train the demo's two models that are conditioned on the noise level, on one CPU thread, and export them.
 
     python examples/train_noise_models.py mdlm --minutes 45 --output /tmp/mdlm
     python examples/train_noise_models.py langflow --minutes 45 --output /tmp/langflow
 
 Both are `DiTForDiffusionLM`s of the sizes below, trained on Sudoku. ``mdlm`` (Sahoo et al., arXiv:2406.07524) is a
-masked model that is told the time; ``langflow`` (arXiv:2604.11748) sees embeddings under Gaussian noise. Some cells of
-most boards are given, and get no noise (as in DiffuSeq, arXiv:2210.08933). In both cases the loss is the cross-entropy
+masked model conditioned on time. ``langflow`` (arXiv:2604.11748) sees embeddings with Gaussian noise. In most boards
+some cells are given and get no noise (as in DiffuSeq, arXiv:2210.08933). The loss of both models is the cross-entropy
 of the clean tokens.
 """
 
@@ -35,9 +35,9 @@ KINDS = {
         clean_context=True, gumbel_loc=2.5, gumbel_scale=0.5,
     ),
 }  # fmt: skip
-ROWS = 18  # boards in a batch
+ROWS = 18  # boards per batch
 TASK = TASKS["sudoku"]
-NEVER = -1e4  # logit of what is never said
+NEVER = -1e4  # logit of tokens that are never predicted
 LENGTH = TASK.length
 
 
@@ -48,15 +48,15 @@ def build(kind: str) -> DiTForDiffusionLM:
     )  # fmt: skip
     config.dlm_family = kind
     model = DiTForDiffusionLM(config)
-    with torch.no_grad():  # tokens that are no answer, and have no gradient from here on
+    with torch.no_grad():  # tokens that are never an answer; at this logit they get no gradient
         model.backbone.output_layer.linear.bias[[MASK_ID, PAD_ID]] = NEVER
     return model
 
 
 def make_batch(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Solved boards int64 `[B, T]`, which of their cells get noise bool `[B, T]`, and times float64 `[B]`."""
+    """Return solved boards int64 `[B, T]`, which cells get noise bool `[B, T]`, and times float64 `[B]`."""
     tokens = TASK.training_rows(ROWS, rng)
-    # of two thirds of the boards some cells are given
+    # two thirds of the boards have some given cells
     share = np.maximum(0.0, 1.5 * rng.random((ROWS, 1)) - 0.5)
     noisy = rng.random(tokens.shape) >= share
     noisy[:, : TASK.prompt_length] = False
@@ -65,23 +65,26 @@ def make_batch(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Objective(nn.Module):
-    """What is minimised; its forward is what `torch.compile` compiles."""
+    """The training objective. Its `forward` is the part that `torch.compile` compiles."""
 
     def __init__(self, kind: str):
         super().__init__()
         self.kind, self.model = kind, build(kind)
         if kind == "langflow":
-            # cross-entropy of pure noise, in nats; the schedule's location and scale are fitted with it
+            # cross-entropy of pure noise, in nats; fitted together with the schedule's location and scale
             self.entropy = nn.Parameter(torch.tensor(1.0))
 
     def forward(self, x: Tensor, tokens: Tensor, level: Tensor, opinion: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Cross-entropies `[B, T]` and logits `[B, T, V]` of input embeddings `[B, T, hidden]` at levels `[B]`."""
+        """Return cross-entropies `[B, T]` and logits `[B, T, V]`, given input embeddings `x` and noise levels `[B]`.
+
+        `x` is `[B, T, hidden]`. `opinion`, the self-conditioning input, has the same shape or is None.
+        """
         logits = self.model(inputs_embeds=x, timesteps=level, self_condition=opinion).logits.float()
         losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
         return losses.view_as(tokens), logits
 
     def losses(self, tokens: Tensor, noisy: Tensor, times: Tensor, step: int, run) -> tuple[Tensor, Tensor, Tensor]:
-        """Cross-entropies `[B, T]`, which of them count bool `[B, T]`, and the loss of the schedule."""
+        """Return cross-entropies `[B, T]`, which of them count bool `[B, T]`, and the loss of the noise schedule."""
         generator = torch.Generator().manual_seed(step)
         table = self.model.latent_table()
         if self.kind == "mdlm":
@@ -95,12 +98,12 @@ class Objective(nn.Module):
         noise = torch.randn(clean.shape, generator=generator)
         x = torch.where(noisy[..., None], signal * clean + spread * noise, clean)
         opinion = torch.zeros_like(clean)
-        if step % 2:  # in half of the steps the model hears what it said without having heard anything
+        if step % 2:  # self-conditioning on a first prediction, in every second step
             with torch.no_grad():
                 mean = run(x, tokens, gamma, opinion)[1].softmax(-1) @ table
                 opinion = torch.where(noisy[..., None], mean, clean)
         losses = run(x, tokens, gamma, opinion)[0]
-        # the schedule, as in LangFlow: the cross-entropy at gamma follows entropy times the distribution function
+        # as in LangFlow, the schedule is fitted so that the cross-entropy at gamma is entropy times the Gumbel CDF
         level = (losses.detach() * noisy).sum(1) / noisy.sum(1).clamp(min=1)
         proposal = self.model.proposal
         share = (-((proposal.loc - gamma) / proposal.scale).exp()).exp()
@@ -147,7 +150,7 @@ def train(args: argparse.Namespace) -> None:
             save = elapsed + 120
         if progress >= 1:
             break
-        # warm-up, plateau, linear decay to zero; by the clock unless --steps is given
+        # warm-up, plateau, linear decay to zero; progress is measured in time unless --steps is given
         lr = args.lr * min(1, (step + 1) / 100, (1 - progress) / args.decay)
         tokens, noisy, times = make_batch(np.random.default_rng([args.seed, step]))
         with torch.autocast("cpu", torch.bfloat16):
@@ -175,10 +178,10 @@ def train(args: argparse.Namespace) -> None:
 
 
 def export(kind: str, state: dict[str, Tensor], folder: Path) -> None:
-    """Write a folder that `dk.load` loads, in bfloat16; the tokenizer is that of the demonstration's first model."""
+    """Write a folder that `dk.load` loads, in bfloat16. The tokenizer is that of the demo's masked model."""
     model = build(kind)
     model.load_state_dict(state)
-    model.config._attn_implementation_internal = None  # the choice of whoever loads it
+    model.config._attn_implementation_internal = None  # chosen when the model is loaded
     model.to(torch.bfloat16).save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
 
@@ -186,15 +189,15 @@ def export(kind: str, state: dict[str, Tensor], folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=KINDS)
-    parser.add_argument("--minutes", type=float, default=45, help="length of training, decay included")
-    parser.add_argument("--steps", type=int, default=0, help="length in steps instead: repeatable on any machine")
-    parser.add_argument("--decay", type=float, default=0.4, help="last share of training with falling learning rate")
+    parser.add_argument("--minutes", type=float, default=45, help="training time, including learning rate decay")
+    parser.add_argument("--steps", type=int, default=0, help="train for this many steps instead, reproducibly")
+    parser.add_argument("--decay", type=float, default=0.4, help="final share of training with decaying learning rate")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--grids", type=int, default=1024, help="Sudoku grids searched for; their symmetries are used")
+    parser.add_argument("--grids", type=int, default=1024, help="Sudoku grids to search for; symmetries give the rest")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--output", required=True, help="folder for the exported model")
-    parser.add_argument("--checkpoint", help="file to save to every two minutes, and to continue from if it exists")
+    parser.add_argument("--checkpoint", help="file to save to every two minutes, and to resume from if it exists")
     torch.set_num_threads(1)
     train(parser.parse_args())
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two decodings of the same Sudoku side by side, on a page to watch: `python examples/watch.py watch.html`.
+"""Write a page that plays two decodings of the same Sudoku side by side: `python examples/watch.py watch.html`.
 
-The picture at the top of the README is a screenshot of this page, after the third forward:
+The picture in the README is a screenshot of this page after the third forward:
 
     chromium --headless --window-size=1200,560 --screenshot=docs/images/watch.png "file://$PWD/watch.html#forward=3"
 """

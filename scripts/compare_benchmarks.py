@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare benchmarks with earlier ones: by how much each op's lead over its baselines has changed.
+"""Compare two benchmark runs: how the speedup of each op over its baselines has changed.
 
     python scripts/compare_benchmarks.py EARLIER NOW [--tolerance 0.15]
 
-Each file is pytest-benchmark's JSON of benchmarks/, or the benchmarks.json that scripts/gpu.py writes. What is compared
-is the ratio of a baseline's time to ours, both measured in turn in one run: that holds where single times do not. A
-ratio that has fallen by more than the tolerance, and a comparison that is there no more, are faults. Exit status 1 if
-there is one, 2 if a file cannot be read.
+Each file is the JSON that pytest-benchmark writes for benchmarks/, or the benchmarks.json of scripts/gpu.py. The script
+compares the ratio of a baseline's time to ours. Both are measured alternately in one run, which makes the ratio more
+stable than single times. A ratio that fell by more than the tolerance, or a comparison that is missing, is a fault. The
+exit status is 1 if there is a fault, 2 if a file cannot be read, and 0 otherwise.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Ratios = dict[tuple[str, str], float]  # (comparison, baseline) -> the baseline'
 
 
 def ratios(file: Path) -> Ratios:
-    """The ratios in a file. ValueError where it holds no comparisons."""
+    """Read the ratios in a file. Raises ValueError if it contains no comparisons."""
     content = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
-        raise ValueError(f"{file}: not a file of benchmarks")
+        raise ValueError(f"{file}: not a file of benchmark results")
     if "benchmarks" in content:
         infos = [b["extra_info"] for b in content["benchmarks"]]
         comparisons = {info["group"]: info["comparison"] for info in infos if "comparison" in info}
@@ -36,12 +36,12 @@ def ratios(file: Path) -> Ratios:
         if row["ratio"] is not None
     }
     if not found:
-        raise ValueError(f"{file}: holds no comparisons")
+        raise ValueError(f"{file}: contains no comparisons")
     return found
 
 
 def compare(earlier: Ratios, now: Ratios, tolerance: float) -> tuple[list[str], int]:
-    """A table in Markdown, and the number of faults."""
+    """Return the lines of a Markdown table, and the number of faults."""
     lines = ["| comparison | baseline | earlier | now | change | |", "|---|---|---|---|---|---|"]
     faults = 0
     for key in dict.fromkeys([*earlier, *now]):
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("earlier", type=Path)
     parser.add_argument("now", type=Path)
-    parser.add_argument("--tolerance", type=float, default=0.15, help="share of a ratio (default %(default)s)")
+    parser.add_argument("--tolerance", type=float, default=0.15, help="accepted drop of a ratio (default %(default)s)")
     options = parser.parse_args(arguments)
     if not 0 <= options.tolerance < 1:
         parser.error(f"--tolerance must be at least 0 and below 1; got {options.tolerance}")

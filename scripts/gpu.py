@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build for the GPU of this machine, prove the kernels on it, measure them, and write the results down.
+"""Build for the GPU of this machine, test and benchmark the kernels on it, and save the results.
 
     python scripts/gpu.py [--quick] [--only STEP ...] [--out FOLDER] [--budget SECONDS] [--dry-run]
 
-Uses the torch, nvcc and packages that are there, and no network. What a step needs is looked for first; a step that
-lacks a tool, fails or hangs does not stop those that do without it. All steps together take less than ten minutes on
-16 cores: each may use the time that is left, less what those after it are promised. Logs go to build/gpu/; results to
-benchmarks/results/<gpu>/: environment.json, steps.json, benchmarks.json and table.md, written as soon as there is
-something to write; golden outputs of the instruction wrappers, which the native tests compare with their models
-everywhere, to tests/cpp/golden/. Exit status 1 if anything failed or could not run.
+Uses the installed torch, nvcc and packages, and no network. Before each step, its tools are looked for. A step that
+lacks a tool, fails or hangs does not stop steps that do not depend on it. All steps together take less than ten minutes
+on 16 cores: each may use the remaining time, minus the time reserved for later steps. Logs go to build/gpu/. Results go
+to benchmarks/results/<gpu>/ as soon as they are available: environment.json, steps.json, benchmarks.json and table.md.
+Golden outputs of the instruction wrappers, against which the native tests check their models on any machine, go to
+tests/cpp/golden/. The exit status is 1 if anything failed or could not run.
 
---dry-run needs no GPU: every step is replaced by what is nearest to it on the CPU, at the smallest shapes, and
-everything goes to build/gpu/dry-run/. It shows that the script works, and nothing about the kernels.
+--dry-run needs no GPU: every step is replaced by its closest equivalent on the CPU, at the smallest shapes, and all
+files go to build/gpu/dry-run/. It tests the script, not the kernels.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ from steps import Run, Step, missing  # noqa: E402
 BUDGET = 570.0  # seconds
 DECODING = ("tests/test_cuda.py", "tests/decoding/test_graphs.py")
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
-# gpu_tests rounds as the host does; gpu_tests_shipped is compiled as the library is.
-NATIVE_PROGRAMS = {"native": "gpu_tests", "native-shipped": "gpu_tests_shipped"}  # by the step that runs it
-# Tests of small shapes; the first is the name of one in every op's file.
+# gpu_tests rounds like the host; gpu_tests_shipped is compiled like the library.
+NATIVE_PROGRAMS = {"native": "gpu_tests", "native-shipped": "gpu_tests_shipped"}  # step -> program
+# Tests at small shapes; the file of every op has one with the first name.
 SANITIZED = ("under_every_schedule", "test_ptx", "test_row_reduce", "test_tile_product")
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
-ON_HOST, ON_CARD = ("cmake", "ninja", "c++"), ("cmake", "ninja", "c++", "nvcc")  # what a native build needs
+ON_HOST, ON_CARD = ("cmake", "ninja", "c++"), ("cmake", "ninja", "c++", "nvcc")  # programs that a native build needs
 OF_MODELS, OF_BENCHMARKS = ("pytest", "transformers"), ("pytest", "transformers", "pytest_benchmark")
 
 
 def op_tests() -> list[str]:
-    """The file of tests of every op, as the schemas name them."""
+    """Return the test file of every op in the schemas."""
     schemas = (ROOT / "csrc" / "torch" / "ops.cpp").read_text(encoding="utf-8")
     return [f"tests/ops/test_{op.rstrip('_')}.py" for op in re.findall(r'DLM_DEF\(\s*m,\s*"(\w+)\(', schemas)]
 
 
 def plan(about: dict, logs: Path, quick: bool) -> list[list[Step]]:
-    """Groups of steps that run side by side, the most valuable first; what they are promised is less than `BUDGET`."""
+    """Return groups of parallel steps, most important first. The groups' time limits add up to less than `BUDGET`."""
     native = logs / "native"
     programs = {step: native / name for step, name in NATIVE_PROGRAMS.items()}
-    for program in programs.values():  # one that is there later has been built
+    for program in programs.values():  # so that an existing program is a freshly built one
         program.unlink(missing_ok=True)
     make = ["ninja", "-C", str(native), "-k", "0", *(f"{name}_program" for name in NATIVE_PROGRAMS.values())]
     golden = {"native": ["--dump-golden", str(logs / "golden"), about["gpu"]]}
@@ -72,13 +72,13 @@ def plan(about: dict, logs: Path, quick: bool) -> list[list[Step]]:
            for step, program in programs.items())],
         [benchmarks(logs, ["--device", "cuda", *size])],
         [Step(f"sanitizer-{tool}", [*sanitize, tool, str(programs["native"]), *SANITIZED], 90, "configure-native",
-              ("compute-sanitizer",), skipped="a quick run has no sanitizers" if quick else "")
+              ("compute-sanitizer",), skipped="no sanitizers with --quick" if quick else "")
          for tool in SANITIZERS],
     ]  # fmt: skip
 
 
 def plan_on_cpu(logs: Path) -> list[list[Step]]:
-    """The same groups with what is nearest to each step on a CPU: the build that is there, and the smallest shapes."""
+    """Return the same groups with the closest equivalents on a CPU: the existing build, and the smallest shapes."""
     program = ROOT / "build" / "cpp" / "simt_plain"  # the kernels' source, compiled for the host
     make = (
         f"import sys; sys.path.insert(0, 'tests/support'); import simt_programs; simt_programs.build('{program.name}')"
@@ -98,7 +98,7 @@ def plan_on_cpu(logs: Path) -> list[list[Step]]:
 
 
 def without_card(name: str) -> Step:
-    return Step(name, [], 0, skipped="needs a card")
+    return Step(name, [], 0, skipped="needs a GPU")
 
 
 def configure(native: Path, architecture: str) -> Step:
@@ -108,7 +108,10 @@ def configure(native: Path, architecture: str) -> Step:
 
 
 def benchmarks(logs: Path, options: list[str], folder: Path = ROOT / "benchmarks") -> Step:
-    """Each comparison is a line of comparisons.jsonl when it ends; pytest-benchmark writes its own file at the end."""
+    """Return the step that runs the benchmarks.
+
+    Each comparison is appended to comparisons.jsonl as soon as it ends; pytest-benchmark writes its file at the end.
+    """
     comparisons, whole = logs / "comparisons.jsonl", logs / "pytest-benchmark.json"
     for file in (comparisons, whole):
         file.unlink(missing_ok=True)
@@ -118,7 +121,7 @@ def benchmarks(logs: Path, options: list[str], folder: Path = ROOT / "benchmarks
 
 
 def write_comparisons(logs: Path, results: Path, about: dict) -> None:
-    """benchmarks.json and table.md, of the comparisons that have ended."""
+    """Write benchmarks.json and table.md from the comparisons that have ended."""
     file = logs / "comparisons.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
     if not lines:
@@ -130,13 +133,13 @@ def write_comparisons(logs: Path, results: Path, about: dict) -> None:
 
 
 def table(comparisons: dict[str, list[dict]], about: dict) -> str:
-    """Markdown: ours beside its floor and every baseline."""
+    """Return a Markdown table of our times, their floors and all baselines."""
     lines = [
         f"{about['gpu']}, driver {about['driver']}, torch {about['torch']}, {about['nvcc']}, {about['date']}, commit "
-        f"{about['commit']}. Time of one call, median. Floor: on a GPU the larger of bytes over measured bandwidth and "
-        "flops over the measured rate of a bf16 product.",
+        f"{about['commit']}. Times are medians per call. Floor: a lower bound; on a GPU the larger of bytes over "
+        "measured bandwidth and flops over the measured rate of a bf16 matrix product.",
         "",
-        "| what | floor | dlmkernels | of the floor | baselines |",
+        "| benchmark | floor | dlmkernels | floor / time | baselines |",
         "|---|---|---|---|---|",
     ]
     for group, rows in comparisons.items():
@@ -156,7 +159,7 @@ def microseconds(seconds: float) -> str:
 
 
 def search_path() -> str:
-    """PATH, with this Python's programs (ninja of a virtual environment) and the CUDA toolkit's."""
+    """Return PATH extended by this Python's programs (ninja in a virtual environment) and the CUDA toolkit's."""
     toolkit = Path(os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda") / "bin"
     before = [str(Path(sys.executable).parent)]
     if shutil.which("nvcc") is None and toolkit.is_dir():
@@ -165,13 +168,13 @@ def search_path() -> str:
 
 
 def environment(on_cpu: bool) -> dict:
-    """Card, driver, toolkit, torch, commit, and which tools are missing."""
+    """Return GPU, driver, toolkit, torch, commit, and the missing tools. Exits if there is no CUDA device."""
     import torch
 
     card: dict
     if on_cpu:
         sys.path.insert(0, str(ROOT / "python"))
-        from dlmkernels.info import processor  # which has been built
+        from dlmkernels.info import processor  # already built
 
         card = {"gpu": processor(), "capability": ""}
     elif torch.cuda.is_available():
@@ -184,8 +187,8 @@ def environment(on_cpu: bool) -> dict:
         }
     else:
         sys.exit(
-            f"no CUDA device: torch {torch.__version__} (CUDA {torch.version.cuda}) of {sys.executable} sees none; "
-            "PYTHON=... names another Python, --dry-run needs no device"
+            f"no CUDA device: torch {torch.__version__} (CUDA {torch.version.cuda}) of {sys.executable} finds none; "
+            "use another Python with PYTHON=..., or --dry-run, which needs no device"
         )
     name = re.sub(r"\W+", "-", card["gpu"].removeprefix("NVIDIA ")).strip("-").lower()
     return card | {
@@ -203,7 +206,7 @@ def environment(on_cpu: bool) -> dict:
 
 
 def output(command: list[str]) -> str:
-    """Last line that a program prints, "unknown" where it cannot be run."""
+    """Return the last line that a program prints, or "unknown" if it cannot be run."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20)
         return done.stdout.strip().splitlines()[-1]
@@ -213,13 +216,14 @@ def output(command: list[str]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="no sanitizers, small benchmarks")
-    parser.add_argument("--only", nargs="+", default=[], metavar="STEP", help="these steps alone")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the results go")
-    parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help="for all steps (%(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU: whether the script works")
+    parser.add_argument("--quick", action="store_true", help="skip the sanitizers, and use small benchmarks")
+    parser.add_argument("--only", nargs="+", default=[], metavar="STEP", help="run only these steps")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder for the results")
+    parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS",
+                        help="time for all steps (default %(default)s)")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="test the script itself, on the CPU")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly end, which ends the steps as well
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a clean exit, which also ends running steps
     os.environ["PATH"] = search_path()
     about = environment(options.dry_run)
     print(json.dumps(about, indent=2))

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of docs/models.md that says how much memory published models need.
+"""Generate the table in docs/models.md of how much memory published models need.
 
     python scripts/model_memory.py            # print the table
-    python scripts/model_memory.py --write    # put it into docs/models.md, between its two marks
+    python scripts/model_memory.py --write    # replace the table in docs/models.md, between its two markers
 
-The sizes are those of the published configurations. `dlmkernels.plan` builds each model without memory for its weights
-and counts, so neither weights nor network are needed.
+The sizes are those of the published configurations. `dlmkernels.plan` builds each model without allocating its weights,
+so neither weights nor network access are needed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import dlmkernels as dk
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 BEGIN, END = "<!-- begin: python scripts/model_memory.py --write -->", "<!-- end -->"
 
-#: Requests decoded at a time and tokens of each, its prompt included.
+#: Pairs of batch size and tokens per request, including the prompt.
 LOADS = ((1, 1024), (1, 4096), (16, 4096))
 
 QWEN3 = {
@@ -62,7 +62,7 @@ NEMOTRON = {
 
 @dataclass(frozen=True)
 class Published:
-    """A published model: its name on the hub, what its configuration says of sizes, and how long its blocks are."""
+    """A published model: its name on the Hub, the sizes in its configuration, and its block length."""
 
     name: str
     config: dict[str, Any]
@@ -123,7 +123,7 @@ MODELS = (
 
 
 def plans(model: Published) -> list[dk.MemoryPlan]:
-    """What `dlmkernels.plan` says of a model, for each of `LOADS`."""
+    """Return the memory plan of a model for each of `LOADS`."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(model.config))
         return [
@@ -133,7 +133,7 @@ def plans(model: Published) -> list[dk.MemoryPlan]:
 
 
 def row(model: Published) -> str:
-    """A row of the table."""
+    """Return a model's row of the table."""
     made = plans(model)
     sizes = [made[0].weights, *(plan.total for plan in made)]
     cells = [f"`{model.name}`", f"{made[0].parameters / 1e9:.2f}", *(f"{size / 2**30:.1f}" for size in sizes)]
@@ -141,7 +141,7 @@ def row(model: Published) -> str:
 
 
 def table() -> str:
-    """The whole table as Markdown."""
+    """Return the whole table as Markdown."""
     loads = " | ".join(f"{batch} × {length:,}" for batch, length in LOADS)
     head = f"| model | parameters (billions) | weights | {loads} |\n|{'---|' * (3 + len(LOADS))}"
     return "\n".join([head, *map(row, MODELS)])

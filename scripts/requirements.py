@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Print what an extra of pyproject.toml asks for, with what the build needs: `python scripts/requirements.py dev`.
+"""Print the requirements of the build and of an extra in pyproject.toml: `python scripts/requirements.py dev`.
 
-pip can install an extra only together with the package; the Makefile installs the tools first, so that an edited
-source rebuilds the package and nothing else. Reads the few TOML lines it needs by itself: Python 3.10 has no tomllib.
+pip can install an extra only together with the package. The Makefile installs the requirements first, so that editing a
+source file only rebuilds the package. This script parses the few TOML lines it needs itself, because Python 3.10 has no
+tomllib.
 """
 
 import ast
@@ -14,15 +15,15 @@ TEXT = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf
 
 
 def entry(name: str) -> list[str]:
-    """The list of strings that `name = [...]` holds."""
+    """Return the list of strings in `name = [...]`."""
     match = re.search(rf"^{name} = (\[.*?\])$", TEXT, re.M | re.S)
     if match is None:
-        sys.exit(f"pyproject.toml has no list called {name}")
+        sys.exit(f"pyproject.toml has no list named {name}")
     return ast.literal_eval(match.group(1))
 
 
 def resolve(name: str) -> list[str]:
-    """`entry`, with references to the package's own extras followed."""
+    """Return the list `name` with references to the package's own extras resolved."""
     out: list[str] = []
     for item in entry(name):
         own = re.fullmatch(r"dlmkernels\[(.+)\]", item)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs programs side by side and one after another, within a time that all of them share."""
+"""Run programs in parallel and in sequence, within a shared time budget."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-GRACE = 3.0  # seconds between asking a program to end and ending it
+GRACE = 3.0  # seconds between SIGTERM and SIGKILL
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Step:
     name : str
     command : list of str
     limit : float
-        Seconds that it is promised; it may take more where others leave some.
+        Seconds reserved for it. It may take longer if other steps leave time.
     after : str
-        Name of a step that must have passed. "": none.
+        Name of a step that must have passed before; "" if there is none.
     programs, packages : tuple of str
-        Programs on PATH, and Python packages, without which it cannot run.
+        Programs on PATH, and Python packages, that it needs.
     skipped : str
-        Why it is not to run, where that is no fault.
+        Reason for skipping it, which does not count as a fault; "" to run it.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Step:
 
 @dataclass
 class Outcome:
-    """What came of a step: `status` is passed, skipped, failed, timed out or not run, with the reason behind it."""
+    """Outcome of a step. `status` starts with passed, skipped, failed, timed out or not run; a reason may follow."""
 
     name: str
     status: str
@@ -61,27 +61,27 @@ class Outcome:
 
 
 def missing(programs: Sequence[str], packages: Sequence[str]) -> list[str]:
-    """Those that this machine, and this Python, do not have."""
+    """Return the programs and packages that are not installed."""
     return [program for program in programs if shutil.which(program) is None] + [
         package for package in packages if importlib.util.find_spec(package) is None
     ]
 
 
 class Run:
-    """The outcomes so far, and how to get more.
+    """Runs steps and collects their outcomes.
 
     Parameters
     ----------
     folder, logs : Path
-        `steps.json` goes to the one after every group of steps, a log of each step to the other.
+        Folder for `steps.json`, which is written after every group of steps, and folder for the log of each step.
     root : Path
         Working directory of the programs.
     environment : dict
-        Theirs.
+        Environment variables of the programs.
     budget : float
-        Seconds for everything.
+        Seconds for all steps together.
     only : sequence of str
-        Names of the steps to run, or how they begin up to a hyphen. Empty: all.
+        Names of the steps to run, or the parts of names before the first hyphen. If empty, all steps run.
     """
 
     def __init__(
@@ -93,9 +93,9 @@ class Run:
         self.running: set[subprocess.Popen] = set()
 
     def all(self, groups: list[list[Step]], ended: Callable[[], None] = lambda: None) -> None:
-        """Run the groups in order, the steps of one side by side; `ended` is called after each group.
+        """Run the groups in order, the steps of a group in parallel, and call `ended` after each group.
 
-        A group may take what is left of the time, less what the later ones are promised.
+        A group may use the remaining time, minus the time reserved for later groups.
         """
         later = [max((step.limit for step in group), default=0.0) for group in groups]
         for number, group in enumerate(groups):
@@ -112,7 +112,7 @@ class Run:
         with ThreadPoolExecutor(max(1, len(steps))) as pool:
             try:
                 self.outcomes += pool.map(lambda step: self._one(step, left), steps)
-            except BaseException:  # interrupted: nothing may stay behind
+            except BaseException:  # interrupted: leave no process behind
                 for program in list(self.running):
                     end_group(program)
                 raise
@@ -121,7 +121,7 @@ class Run:
         return not self.only or name in self.only or name.split("-")[0] in self.only
 
     def _one(self, step: Step, left: float) -> Outcome:
-        """Run a step, unless something stands against it; say what came of it."""
+        """Run a step, unless something prevents it, and return its outcome."""
         start = time.perf_counter()
         against = self._against(step, left)
         if against:
@@ -142,15 +142,15 @@ class Run:
             return f"skipped: {step.skipped}"
         lacks = missing(step.programs, step.packages)
         if lacks:
-            return f"not run: there is no {', no '.join(lacks)}"
+            return f"not run: missing {', '.join(lacks)}"
         if any(outcome.name == step.after and outcome.status != "passed" for outcome in self.outcomes):
-            return f"not run: {step.after} has not passed"
-        return "not run: no time is left" if left <= 0 else ""
+            return f"not run: {step.after} did not pass"
+        return "not run: no time left" if left <= 0 else ""
 
     def _run(self, command: list[str], log: Path, limit: float) -> str:
-        """Run `command` for at most `limit` seconds, its output to a file, and end with it what it has started.
+        """Run `command` for at most `limit` seconds, with its output in a file, and end all processes it has started.
 
-        Says what came of it: passed; failed, with the exit status; timed out; or not run, where it could not start.
+        Returns the status: passed; failed, with the exit code; timed out; or not run, if it could not start.
         """
         with log.open("w") as out:
             try:
@@ -172,12 +172,12 @@ class Run:
         return "passed" if status == 0 else f"failed ({status})"
 
     def table(self) -> str:
-        """A line for each step."""
+        """Return a table with one line per step."""
         return "\n".join(f"{o.name:<24} {o.status:<14} {o.seconds:6.1f} s  {o.last_line}" for o in self.outcomes)
 
 
 def end_group(program: subprocess.Popen) -> None:
-    """End a program that leads its process group, and whatever is left of the group; an orderly end comes first."""
+    """End a program and its process group: SIGTERM for a clean exit first, SIGKILL after `GRACE` seconds."""
     if program.poll() is None:
         _signal(program, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -187,5 +187,5 @@ def end_group(program: subprocess.Popen) -> None:
 
 
 def _signal(program: subprocess.Popen, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # where all have ended
+    with contextlib.suppress(ProcessLookupError):  # the whole group has already ended
         os.killpg(program.pid, number)

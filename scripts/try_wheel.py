@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Install a wheel as a user would, and use it where there is neither a compiler nor anything else on PATH.
+"""Install a wheel as a user would, and use it without a compiler or anything else on PATH.
 
     python scripts/try_wheel.py dist/dlmkernels-*.whl                      # torch from the package index
-    python scripts/try_wheel.py WHEEL --torch torch==2.13.0                # or whatever pip takes for it
-    python scripts/try_wheel.py WHEEL --site FOLDER                        # torch from a folder, with what it needs
+    python scripts/try_wheel.py WHEEL --torch torch==2.13.0                # any requirement that pip accepts
+    python scripts/try_wheel.py WHEEL --site FOLDER                        # torch and its dependencies from a folder
 
-A new virtual environment gets the wheel and torch, and nothing else. Then, with an empty environment (no PATH, no
-CUDA_HOME, no GPU visible): the import, an op on the CPU, `dlmkernels info`.
+Creates a virtual environment with only the wheel and torch. Then imports the package, runs an op on the CPU and runs
+`dlmkernels info`, without environment variables (no PATH, no CUDA_HOME) and with no GPU visible.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ print(dk.__file__)
 
 
 def run(*command: object, **options: object) -> str:
-    """What a command prints; what went wrong, if it fails."""
+    """Run a command and return what it prints. Exits with its output if it fails."""
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)  # type: ignore
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command[:4]))} …: {done.stdout}{done.stderr}")
@@ -41,8 +41,8 @@ def run(*command: object, **options: object) -> str:
 
 
 def try_wheel(wheel: Path, torch: str, site: Path | None) -> str:
-    """Try a wheel; return what `dlmkernels info` says."""
-    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # pip would find packages there
+    """Install and use a wheel. Returns the output of `dlmkernels info`."""
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # where pip would find packages
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=site is None)
         python = Path(folder, "bin", "python")
@@ -55,7 +55,7 @@ def try_wheel(wheel: Path, torch: str, site: Path | None) -> str:
         bare = {"HOME": folder, "PATH": "/nonexistent", "CUDA_VISIBLE_DEVICES": ""}
         where = run(python, "-c", CODE, env=bare, cwd=folder).strip()
         if not where.startswith(folder):
-            sys.exit(f"another dlmkernels was imported: {where}")
+            sys.exit(f"imported dlmkernels from {where}, not from the virtual environment in {folder}")
         return run(Path(folder, "bin", "dlmkernels"), "info", env=bare, cwd=folder)
 
 
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wheel", type=Path)
     parser.add_argument("--torch", default="torch>=2.11", help="requirement for pip (default: %(default)s)")
-    parser.add_argument("--site", type=Path, help="folder with torch and what it needs: nothing is downloaded")
+    parser.add_argument("--site", type=Path, help="folder with torch and its dependencies, to avoid any download")
     args = parser.parse_args(argv)
     print(try_wheel(args.wheel.resolve(), args.torch, args.site))
     return 0

@@ -235,7 +235,7 @@ def test_a_preset_that_draws_gets_a_seed_at_temperature_0(capsys):
     code, out, err = generate(capsys, *options)
     assert code == 0 and ", seed " in err
     code, _, err = generate(capsys, "--max-new-tokens", "17", "--seed", "3")
-    assert code == 0 and "--seed made no difference" in err and "seed 3" not in err
+    assert code == 0 and "--seed had no effect" in err and "seed 3" not in err
 
 
 def test_the_demo_model_has_a_prompt(capsys):
@@ -251,7 +251,7 @@ def test_the_demo_model_has_a_prompt(capsys):
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("Hello", "'Helo': the demonstration's model knows the characters _0123456789SAR+= alone"),
+        ("Hello", "'Helo': the demo model knows only the characters _0123456789SAR+="),
         ("A1 + 1=", "' '"),
         ("", "--prompt is empty"),
         ("A1\udce2=", "udce2"),
@@ -322,7 +322,7 @@ def test_demo_quick(tmp_path):
     out = program("demo", "--quick", "--problems", "2", "--out", str(tmp_path / "a" / "b"),
                   "--json", str(tmp_path / "data.json"))  # fmt: skip
     assert out.returncode == 0, out.stderr
-    assert "start: 49 open" in out.stdout and "one a forward, random order" in out.stdout
+    assert "start: 49 open" in out.stdout and "one per forward, random order" in out.stdout
     data = json.loads((tmp_path / "data.json").read_text())
     assert len(data["results"]) == 4 * 5 and data["environment"]["versions"]["dlmkernels"] == dk.__version__
     for name in ("dlmkernels-demo.png", "dlmkernels-sudoku.png"):

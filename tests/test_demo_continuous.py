@@ -100,7 +100,7 @@ def test_show(models, monkeypatch, tmp_path):
     out = io.StringIO()
     shown = continuous.show(seed=2, out=out)
     verdict = "solved" if shown.solved else "not solved"
-    assert out.getvalue().splitlines()[-1] == f"Sudoku of {continuous.CLUES} clues: 24 forwards, {verdict}"
+    assert out.getvalue().splitlines()[-1] == f"Sudoku with {continuous.CLUES} clues: 24 forwards, {verdict}"
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"continuous model is not in .*: reinstall the package"):
         continuous.load(tmp_path)

@@ -55,10 +55,10 @@ class TestSteps:
             [Step("behind", python("0"), 5, after="needs"), Step("next", python("0"), 5, after="without")],
         ])  # fmt: skip
         assert {name: outcome.status for name, outcome in outcomes.items()} == {
-            "needs": "not run: there is no dlmkernels-no-such-program",
-            "imports": "not run: there is no dlmkernels_no_such_package",
+            "needs": "not run: missing dlmkernels-no-such-program",
+            "imports": "not run: missing dlmkernels_no_such_package",
             "is": "not run: No such file or directory", "without": "passed",
-            "behind": "not run: needs has not passed", "next": "passed",
+            "behind": "not run: needs did not pass", "next": "passed",
         }  # fmt: skip
         assert outcomes["without"].last_line == "here"
         assert [name for name, outcome in outcomes.items() if outcome.is_fault] == ["needs", "imports", "is", "behind"]
@@ -106,7 +106,7 @@ class TestSteps:
         )
         assert outcomes["long"].status == "timed out after 1 s" and outcomes["late"].status == "passed"
         outcomes = run([[Step("first", python("0"), 1)], [Step("late", python("0"), 5)]], 0.0)
-        assert {outcome.status for outcome in outcomes.values()} == {"not run: no time is left"}
+        assert {outcome.status for outcome in outcomes.values()} == {"not run: no time left"}
 
     def test_written_when_interrupted(self, run, tmp_path):
         seen = []
@@ -291,7 +291,7 @@ class TestWorkflow:
         assert [step["name"] for step in steps] == expected
         for step in steps:
             on_card = "shipped" in step["name"] or step["name"].startswith("sanitizer")
-            assert step["status"] == ("skipped: needs a card" if on_card else "passed")
+            assert step["status"] == ("skipped: needs a GPU" if on_card else "passed")
         comparisons = json.loads((results / "benchmarks.json").read_text())["comparisons"]
         for op in (file[len("tests/ops/test_") : -len(".py")] for file in gpu.op_tests()):
             words = {"token_confidence": "token, margin and entropy"}.get(op, op)
@@ -306,5 +306,5 @@ class TestWorkflow:
 def test_no_card(monkeypatch):
     """A machine without one is told so at once, before anything is built."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match=r"no CUDA device: torch .* sees none"):
+    with pytest.raises(SystemExit, match=r"no CUDA device: torch .* finds none"):
         gpu.main([])

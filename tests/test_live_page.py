@@ -194,7 +194,7 @@ def test_shows_masks_of_what_goes_on(server, tmp_path):
     assert [text.strip() for text, _ in shown] == ["4", "5", "7", "▁", "9", "▁"]
     assert [i for i, (_, names) in enumerate(shown) if "fresh" in names] == [2, 4]
     assert (
-        "2 of 4 tokens after 1 of 1 forwards" in document
+        "2 of 4 tokens committed after 1 of 1 forwards" in document
         and "ended" not in document.split("<main")[1].split("</main>")[0]
     )
 
@@ -203,5 +203,5 @@ def test_shows_masks_of_what_goes_on(server, tmp_path):
 def test_asks_for_a_key(server, tmp_path):
     server.live, server.key = Live(None, MASK), "secret"
     document = visited(server, tmp_path)
-    assert "The server wants its API key." in document and re.search(r'<form id="login">', document)
+    assert "This server requires an API key." in document and re.search(r'<form id="login">', document)
     assert all(key is None for _, key in server.asked)

@@ -184,7 +184,7 @@ def test_two_decodings_and_their_rows(tmp_path):
     path = tmp_path / "page.html"
     fast.html(path, beside=slow, names=["fast", "slow"])
     document = browse(path, "row=all", tmp_path, "--dump-dom")
-    titles = re.findall(r"<h2>(\S+, row \d) <small>(\d+) of (\d+) tokens after (\d+) of (\d+)", document)
+    titles = re.findall(r"<h2>(\S+, row \d) <small>(\d+) of (\d+) tokens committed after (\d+) of (\d+)", document)
     assert [title for title, *_ in titles] == ["fast, row 1", "slow, row 1", "fast, row 2", "slow, row 2"]
     counts = [int(x) for trace in (fast, slow) for x in trace.commit_step.amax(1) + 1]
     assert [int(t[4]) for t in titles] == [counts[0], counts[2], counts[1], counts[3]]

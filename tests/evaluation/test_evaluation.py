@@ -147,11 +147,11 @@ def test_text_behind_an_end_token_is_no_answer():
 @pytest.mark.parametrize(
     "context, kwargs, message",
     [
-        ("Hello", {}, "holds 'Helo'"),
-        ("S12__", {"max_gen_toks": 4}, "holds mask tokens"),
-        ("S12", {"infill": True}, "no mask token"),
-        (SUMS[0], {"max_gen_toks": 5000}, "longer than max_length"),
-        (SUMS[0], {"best_of": 2}, "best_of cannot be honoured"),
+        ("Hello", {}, "contains 'Helo'"),
+        ("S12__", {"max_gen_toks": 4}, "contains mask tokens"),
+        ("S12", {"infill": True}, "needs a mask token"),
+        (SUMS[0], {"max_gen_toks": 5000}, "exceeds max_length"),
+        (SUMS[0], {"best_of": 2}, "unsupported best_of"),
         (SUMS[0], {"cache": "block", "max_gen_toks": 17}, "block"),
     ],
 )
@@ -165,7 +165,7 @@ def test_prompts_that_are_too_long():
     assert len(generated(lm, ("5" * 20 + SUMS[0], {"max_gen_toks": 17}))[0]) == 17
     assert lm.tally.truncated == 1 and len(lm.tok_encode("5" * 20 + SUMS[0])) == 55
     strict = EngineLM("demo", max_length=60, too_long="error")
-    with pytest.raises(ValueError, match="55 tokens and an answer of 17 are longer than max_length=60"):
+    with pytest.raises(ValueError, match="55 tokens plus an answer of 17 exceeds max_length=60"):
         generated(strict, ("5" * 20 + SUMS[0], {"max_gen_toks": 17}))
 
 

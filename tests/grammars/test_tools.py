@@ -34,8 +34,8 @@ def test_schema_of_one_call():
 @pytest.mark.parametrize(
     ("tools", "choice", "message"),
     [
-        ([CLOCK], {"type": "function", "function": {"name": "x"}}, "there is no tool 'x'"),
-        ([CLOCK], "auto", "must be 'required' or a function"), ([], "required", "at least one function"),
+        ([CLOCK], {"type": "function", "function": {"name": "x"}}, "must name one of the tools; got 'x'"),
+        ([CLOCK], "auto", "must be 'required' or name a function"), ([], "required", "at least one function"),
     ],
 )  # fmt: skip
 def test_refused(tools, choice, message):
@@ -48,7 +48,7 @@ def test_calls_of_an_answer():
     assert call["type"] == "function" and call["id"].startswith("call_")
     assert call["function"] == {"name": "weather", "arguments": '{"city": "Zürich"}'}
     for text in ("", "{", "[1]", '{"name": 3}', '{"name": "a", "arguments": "b"}', "[" * 100_000):
-        with pytest.raises(ValueError, match="no call of a function"):
+        with pytest.raises(ValueError, match="must be a function call"):
             tool_calls(text)
 
 

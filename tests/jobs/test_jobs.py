@@ -124,11 +124,11 @@ def test_lines_that_are_no_requests(text):
 def test_mistakes_are_said_before_anything_is_decoded(tmp_path, capsys):
     source = write(tmp_path / "in.jsonl", [*requests(3), '{"prompt": 5}', '{"promt": "A"}', *requests(1)])
     assert main(command(source, tmp_path / "out.jsonl", "--model", "/nowhere")[3:]) == 2
-    assert "line 4: prompt must be a text" in (err := capsys.readouterr().err) and "and 1 more" in err
+    assert "line 4: prompt must be a non-empty string" in (err := capsys.readouterr().err) and "and 1 more" in err
     assert not (tmp_path / "out.jsonl").exists()
     twice = write(tmp_path / "twice.jsonl", [{"prompt": "A", "id": 5}, {"prompt": "B"}, {"prompt": "C", "id": 5}])
     assert main(command(twice, tmp_path / "out.jsonl")[3:]) == 2
-    assert "line 3: id 5 is that of line 1, too" in capsys.readouterr().err
+    assert "line 3: id 5 is already used by line 1" in capsys.readouterr().err
 
 
 def test_lines_with_errors_can_be_skipped(tmp_path):
@@ -145,7 +145,7 @@ def test_lines_with_errors_can_be_skipped(tmp_path):
 @pytest.mark.parametrize(("options", "words"), [
     (("--output", "x"), "no effect without --input"), (("--restart",), "no effect without --input"),
     (("--input", "x"), "--input needs --output"), (("--input", "x", "--output", "y", "--prompt", "A"), "--prompt"),
-    (("--input", "/nowhere", "--output", "y"), "/nowhere"), (("--input", os.devnull, "--output", "y"), "holds no line"),
+    (("--input", "/nowhere", "--output", "y"), "/nowhere"), (("--input", os.devnull, "--output", "y"), "is empty"),
     (("--input", "x", "--output", "y", "--infill"), "--infill"),
 ])  # fmt: skip
 def test_options_that_do_not_go_together(capsys, options, words):
@@ -161,7 +161,7 @@ def test_a_job_that_is_done_is_left_as_it_is(done, tmp_path, capsys, monkeypatch
     target = source.with_name("out.jsonl")
     monkeypatch.setattr("dlmkernels.cli.batch.load", None)  # nothing is loaded
     assert main(command(source, target)[3:]) == 0 and target.read_bytes() == text
-    assert "0 lines answered, 18 had been answered before" in capsys.readouterr().err
+    assert "0 lines answered, 18 already answered by an earlier run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("cut", [0, 150, -1])
@@ -198,14 +198,14 @@ def test_an_output_of_something_else_is_not_touched(done, tmp_path, capsys):
     target = tmp_path / "out.jsonl"
     target.write_text("mine\n")
     assert main(command(source, target)[3:]) == 2 and target.read_text() == "mine\n"
-    assert "was not written by such a job" in capsys.readouterr().err
+    assert "was not written by a batch job" in capsys.readouterr().err
     (tmp_path / "out.jsonl.job").write_bytes(source.with_name("out.jsonl.job").read_bytes())
     assert main(command(source, target)[3:]) == 2 and target.read_text() == "mine\n"
     assert "is not the answer to line 1" in capsys.readouterr().err
     target.write_bytes(text)
     for more, name in ((("--seed", "3"), "seed"), (("--temperature", "1"), "options"), (("--token-ids",), "token_ids")):
         assert main(command(source, target, *more)[3:]) == 2 and target.read_bytes() == text
-        assert f"a job with another {name}" in capsys.readouterr().err
+        assert f"a job with a different {name}" in capsys.readouterr().err
     other = write(tmp_path / "other.jsonl", requests(2, seed=5))
     assert main(command(other, target)[3:]) == 2
     assert "input_sha256" in capsys.readouterr().err

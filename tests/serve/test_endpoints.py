@@ -168,7 +168,7 @@ def test_every_answer_names_its_request(running):
 def test_errors_are_those_of_the_client(client):
     with pytest.raises(openai.NotFoundError, match="no model 'gpt'"):
         client.completions.create(model="gpt", prompt="A")
-    with pytest.raises(openai.BadRequestError, match="template refuses"):
+    with pytest.raises(openai.BadRequestError, match="template rejects"):
         client.chat.completions.create(model="demo", messages=[{"role": "user", "content": "refuse"}], max_tokens=2)
     with pytest.raises(openai.BadRequestError) as error:
         client.completions.create(model="demo", prompt="1" * 200, max_tokens=10)

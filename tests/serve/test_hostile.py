@@ -140,7 +140,7 @@ def test_paths_and_methods(client):
     check(client.get("/v1/completion"), 404, None, "there is no /v1/completion")
     check(client.get("/v1/../etc/passwd"), 404)
     check(client.get("/docs"), 404)
-    check(client.get("/v1/completions"), 405, None, "does not take GET")
+    check(client.get("/v1/completions"), 405, None, "does not support the method GET")
     check(client.delete("/v1/models"), 405)
     check(client.get("/v1/models/other"), 404, "model", "there is no model 'other'")
     check(client.post("/v1/completions", json=GOOD | {"model": "other"}), 404, "model")

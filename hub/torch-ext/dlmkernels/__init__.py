@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ops for diffusion language models, as functions: `block_attention`, `token_confidence`, …
+"""Ops for diffusion language models: `block_attention`, `token_confidence`, …
 
-The package `dlmkernels` has these ops and the decoding loops that use them.
+The Python package `dlmkernels` has the same ops, and the decoding loops that use them.
 """
 
 from .ops import (

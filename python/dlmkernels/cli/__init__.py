@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `dlmkernels demo | generate | serve | plan | bench | info`. A module a command."""
+"""The command line: `dlmkernels demo | generate | serve | plan | bench | info`. One module per command."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import sys
 from ..terminal import make_printable
 from . import bench, demo, generate, info, plan, serve
 
-#: In the order of `dlmkernels --help`.
+#: Command modules, in the order in which `dlmkernels --help` lists them.
 COMMANDS = (demo, generate, serve, plan, bench, info)
 
-#: What a decoding raises when it cannot do what it is asked; anything else is a fault of ours and shows its traceback.
+#: Errors reported in one line, because users can fix their cause. Any other exception is a bug and shows a traceback.
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError, LookupError, MemoryError)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 after an error of the user's, 130 when interrupted."""
+    """Run one command. Returns the exit code: 0 on success, 2 for a user error, 130 on Ctrl-C, 141 on a broken pipe."""
     for stream in (sys.stdout, sys.stderr):
         make_printable(stream)
     parser = build_parser()
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         code = args.run(args)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # who reads has seen enough; nothing can be written at exit either
+    except BrokenPipeError:  # the reader closed the pipe (`| head`); keep the flush at exit from failing, too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except USER_ERRORS as error:
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dlmkernels", description="Decode diffusion language models in parallel.",
-        epilog="dlmkernels COMMAND --help lists the options of a command.",
+        epilog="Run `dlmkernels COMMAND --help` to list the options of a command.",
     )  # fmt: skip
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class _Version(argparse.Action):
-    """Prints the version and stops."""
+    """Print the version and exit."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         from .. import __version__

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dlmkernels generate --input`: a file of prompts."""
+"""`dlmkernels generate --input`: decode a file of prompts."""
 
 from __future__ import annotations
 
@@ -11,38 +11,39 @@ from ..decoding.config import DecodingConfig
 from ..decoding.presets import preset
 from .options import count, decoding_options, device_named, load, positive, require
 
-#: options of `generate` that are about one prompt
+#: Options of `generate` that only make sense for a single prompt.
 OF_ONE = ("prompt", "infill", "draft", "trace")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options of a batch job."""
+    """Add the options of a batch job."""
     add = parser.add_argument_group("many prompts").add_argument
-    add("--input", metavar="FILE", help='JSON lines with "prompt", "messages" or "token_ids" each')
-    add("--output", metavar="FILE", help="where the answers go, in the same order; an unfinished job goes on")
-    add("--slots", type=positive, metavar="N", help="answers decoded at once (default 16)")
-    add("--max-length", type=positive, metavar="N", help="tokens of prompt and answer (default: 2048, or what it can)")
-    add("--skip-errors", action="store_true", help="lines that are no requests become errors in the output")
-    add("--restart", action="store_true", help="begin anew where there is an output")
-    add("--token-ids", action="store_true", help="write the tokens of the answers, too")
+    add("--input", metavar="FILE", help='JSON Lines file; each line has "prompt", "messages" or "token_ids"')
+    add("--output", metavar="FILE", help="file for the answers, in input order; an unfinished job is resumed")
+    add("--slots", type=positive, metavar="N", help="number of answers decoded at once (default 16)")
+    add("--max-length", type=positive, metavar="N",
+        help="maximum tokens of prompt plus answer (default: 2048, or the model's limit if lower)")  # fmt: skip
+    add("--skip-errors", action="store_true", help="record invalid input lines as errors in the output")
+    add("--restart", action="store_true", help="overwrite an existing output and start over")
+    add("--token-ids", action="store_true", help="also write the token ids of the answers")
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse options that have no effect beside the others."""
+    """Raise ValueError if an option has no effect in combination with the others."""
     if args.input is None:
         for name in ("output", "slots", "max_length", "skip_errors", "restart", "token_ids"):
             if getattr(args, name):
                 raise ValueError(f"--{name.replace('_', '-')} has no effect without --input")
         return
     if args.output is None:
-        raise ValueError("--input needs --output: where the answers go")
+        raise ValueError("--input needs --output, the file for the answers")
     for name in OF_ONE:
         if getattr(args, name):
             raise ValueError(f"--{name} cannot be used with --input")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answer a file of prompts, or this process's share of it."""
+    """Decode a file of prompts, or this process's share of it. Returns the exit code."""
     require("transformers", "safetensors", wanted_for="generate")
     from ..engine.engine import Engine
     from ..jobs import Job
@@ -71,15 +72,15 @@ def run(args: argparse.Namespace) -> int:
     try:
         answered = job.run(make_engine)
     except KeyboardInterrupt:
-        print("\ndlmkernels: stopped; the same command goes on where this one was", file=sys.stderr)
+        print("\ndlmkernels: interrupted; run the same command again to resume", file=sys.stderr)
         return 130
     total = job.share.lines_of(job.input.lines)
-    rest = "" if answered == total else f", {total - answered} had been answered before"
+    rest = "" if answered == total else f", {total - answered} already answered by an earlier run"
     print(f"{count(answered, 'line')} answered{rest}", file=sys.stderr)
     return 0
 
 
 def _own_device(name: str) -> str:
-    """Of several processes on one machine each takes a GPU of its own, by LOCAL_RANK."""
+    """Return the device of this process: with several processes on a machine, LOCAL_RANK selects its GPU."""
     local = os.environ.get("LOCAL_RANK")
     return f"cuda:{local}" if name == "cuda" and local is not None and local.isdigit() else name

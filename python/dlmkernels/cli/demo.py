@@ -8,19 +8,20 @@ from .options import positive, require
 
 def add(commands) -> None:
     demo = commands.add_parser(
-        "demo", help="decode the model shipped with the package and compare unmasking rules",
-        description="Solve a Sudoku before your eyes, then compare unmasking rules on held-out problems of three "
-        "tasks. Writes pictures and the table as Markdown.",
+        "demo", help="decode the small model in the package and compare unmasking rules",
+        description="Show how the small model in the package solves a Sudoku, then compare unmasking rules on held-out "
+        "problems of three tasks. Writes two pictures and a Markdown table.",
     )  # fmt: skip
-    demo.add_argument("--problems", type=positive, metavar="N", help="problems for each task (default 48)")
-    demo.add_argument("--quick", action="store_true", help="8 problems for each task and few rules: takes some seconds")
+    demo.add_argument("--problems", type=positive, metavar="N", help="problems per set (default 48)")
+    demo.add_argument("--quick", action="store_true", help="8 problems per set and fewer rules; takes a few seconds")
     demo.add_argument(
-        "--rules", choices=("few", "all"), default="few", help="all: every published decoder that suits the model"
-    )
+        "--rules", choices=("few", "all"), default="few",
+        help="few: a selection of rules (default); all: every published decoder that this model can run",
+    )  # fmt: skip
     demo.add_argument(
         "--out", default="demo-out", metavar="DIR", help="folder for the pictures and the table (default demo-out)"
     )
-    demo.add_argument("--json", metavar="FILE", help="write the table as JSON as well")
+    demo.add_argument("--json", metavar="FILE", help="also write the results to FILE as JSON")
     demo.add_argument("--seed", type=int, default=1, help="seed that selects the held-out problems (default 1)")
     demo.set_defaults(run=run)
 

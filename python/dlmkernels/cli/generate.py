@@ -16,20 +16,22 @@ from .options import add_decoding, add_model, count, decoding_options, device_na
 
 def add(commands) -> None:
     generate = commands.add_parser(
-        "generate", help="decode the answer to a prompt, or to a file of them",
-        description="Decode the answer to a prompt with a model in Hugging Face format. Prints the text; statistics "
-        "go to stderr. Options left out are those of the preset, or else what suits the model's family: "
-        "all tokens a forward is sure of. An option that would have no effect is an error.",
-        epilog=f"To try it: dlmkernels generate --model demo, which is the same as --model demo --prompt '{PROMPT}'.",
+        "generate", help="decode the answer to one prompt, or to a file of prompts",
+        description="Decode the answer to a prompt with a model in Hugging Face format. The text is printed to stdout, "
+        "statistics to stderr. Options that you leave out come from --preset, or else from the model family's default "
+        "decoder. An option that would have no effect is an error.",
+        epilog="To try it out, run `dlmkernels generate --model demo`, which is short for "
+        f"`dlmkernels generate --model demo --prompt '{PROMPT}'`.",
     )  # fmt: skip
     add_model(generate)
     add = generate.add_argument
-    add("--prompt", metavar="TEXT", help="the prompt; '-' reads it from standard input; --model demo has a default")
-    add("--chat", action="store_true", help="wrap the prompt in the tokenizer's chat template")
-    add("--infill", action="store_true", help="fill the mask tokens in the prompt instead of continuing it")
+    add("--prompt", metavar="TEXT",
+        help="the prompt; '-' reads it from standard input; optional with --model demo")  # fmt: skip
+    add("--chat", action="store_true", help="format the prompt with the tokenizer's chat template")
+    add("--infill", action="store_true", help="fill in the mask tokens of the prompt instead of continuing it")
     add_decoding(generate)
-    add("--draft", action="store_true", help="show the canvas while it is decoded (in a terminal)")
-    add("--trace", metavar="FILE", help="write an HTML page that plays the decoding")
+    add("--draft", action="store_true", help="show the partly decoded text after each forward pass (terminal only)")
+    add("--trace", metavar="FILE", help="write an HTML page that replays the decoding")
     batch.add_options(generate)
     generate.set_defaults(run=run)
 
@@ -43,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
     changes = decoding_options(args)
     named = preset(args.preset) if args.preset else None
-    (named or DecodingConfig()).replace(**changes)  # before anything is loaded: mistakes should show at once
+    (named or DecodingConfig()).replace(**changes)  # validate before loading the model, so that mistakes show at once
     device = device_named(args.device)
     prompt = _prompt(args)
     model, tokenizer = load(args.model, args.dtype, device)
@@ -57,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
     mask = changes.get("mask_token_id", getattr(model.config, "mask_token_id", None))
     mask = getattr(tokenizer, "mask_token_id", None) if mask is None else mask
     if mask is not None and bool((ids == mask).any()) != args.infill:
-        raise ValueError("--infill: the prompt holds no mask token" if args.infill else
-                         "--prompt holds mask tokens: --infill decodes them")  # fmt: skip
+        raise ValueError("--infill: the prompt contains no mask token" if args.infill else
+                         "--prompt contains mask tokens: pass --infill to fill them in")  # fmt: skip
     if not args.infill and args.model == "demo" and "max_new_tokens" not in changes:
         changes["max_new_tokens"] = _demo_answer_length(prompt)
     draws = is_random((named or default_config(model.family.preset)).replace(**changes))
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
         streamer = TextDiffusionStreamer(tokenizer, skip_prompt=not args.infill)
     elif args.draft:
-        print("dlmkernels: --draft shows nothing, as the output is not a terminal", file=sys.stderr)
+        print("dlmkernels: --draft has no effect because standard output is not a terminal", file=sys.stderr)
     start = time.perf_counter()
     with torch.inference_mode():
         decode = infill if args.infill else generate
@@ -90,18 +92,18 @@ def run(args: argparse.Namespace) -> int:
     if draws:
         statistics += f", seed {changes['seed']}"
     elif "seed" in changes:
-        statistics += " (nothing was drawn: --seed made no difference)"
+        statistics += " (nothing was sampled: --seed had no effect)"
     print(statistics, file=sys.stderr)
     if args.trace:
         out.trace.html(args.trace, title=f"{args.model}: {decoded} tokens in {count(forwards, 'forward')}")
-        print(f"open {args.trace} in a browser to watch it", file=sys.stderr)
+        print(f"open {args.trace} in a browser to watch the decoding", file=sys.stderr)
     return 0
 
 
 def _prompt(args: argparse.Namespace) -> str | list[dict[str, str]]:
-    """The text of the prompt; with --chat, a chat of one message."""
+    """Return the text of the prompt or, with --chat, a chat with one message."""
     if args.prompt is None and (args.model != "demo" or args.infill):
-        raise ValueError("--prompt is needed" + (": with mask tokens ('_') in it" if args.model == "demo" else ""))
+        raise ValueError("--prompt is needed" + (", with mask tokens ('_') in it" if args.model == "demo" else ""))
     prompt = PROMPT if args.prompt is None else args.prompt
     if prompt == "-":
         prompt = sys.stdin.read().rstrip("\n")
@@ -115,7 +117,7 @@ def _prompt(args: argparse.Namespace) -> str | list[dict[str, str]]:
 
 
 def _demo_answer_length(prompt) -> int:
-    """How many tokens the demo model's answer to a prompt has."""
+    """Return the number of tokens in the demo model's answer to a prompt."""
     from ..demo.tasks import answer_length
 
     return answer_length(prompt) if isinstance(prompt, str) else 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options that several commands take, and what is loaded by them."""
+"""Command-line options shared by several commands, and helpers that load what they name."""
 
 from __future__ import annotations
 
@@ -17,34 +17,39 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Options that say which model, and where it is computed."""
+    """Add the options that select the model, its dtype and its device."""
     add = parser.add_argument
-    add("--model", required=True, metavar="PATH", help="folder or hub id; 'demo' is the model in the package")
+    add("--model", required=True, metavar="PATH", help="folder or Hub id; 'demo' is the small model in the package")
     add("--dtype", choices=DTYPES, default="auto", help="dtype of the weights (default: as stored)")
     add("--device", default="cpu", help="where the model runs: cpu or cuda (default cpu)")
 
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:
-    """Options that are fields of `DecodingConfig`, and the preset that they change."""
+    """Add the options for fields of `DecodingConfig`, and for the preset that they override."""
     add = parser.add_argument
-    add("--preset", metavar="NAME", help=f"published decoder: {', '.join(PRESETS)}")
-    add("--rule", metavar="RULE", help="what a forward commits: threshold:0.9, quota, factor:1.0, …")
-    add("--max-new-tokens", type=int, metavar="N", help="length of the answer (default 128)")
-    add("--block-length", type=int, metavar="N", help="decode in blocks of N, left to right (default: one block)")
+    add("--preset", metavar="NAME", help=f"settings of a published decoder: {', '.join(PRESETS)}")
+    add("--rule", metavar="RULE",
+        help="which tokens each forward pass commits: threshold:0.9, quota, factor:1.0, …")  # fmt: skip
+    add("--max-new-tokens", type=int, metavar="N", help="length of the answer in tokens (default 128)")
+    add("--block-length", type=int, metavar="N",
+        help="decode blocks of N tokens from left to right (default: one block)")  # fmt: skip
     add("--steps", type=int, metavar="N",
-        help="number of forwards, for rules with a fixed schedule such as quota")  # fmt: skip
-    add("--score", choices=SCORES, help="what decides which positions come first")
-    add("--cache", choices=(*CACHES, *FEATURE_CACHES), help="which keys and values are reused (default: the model's)")
-    add("--temperature", type=float, metavar="T", help="0 takes the likeliest token (default 0, or the preset's)")
-    add("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens")
-    add("--top-p", type=float, metavar="P", help="sample among the likeliest tokens of total probability P")
-    add("--cfg-scale", type=float, metavar="S", help="strength of classifier-free guidance (default 0: none)")
-    add("--seed", type=seed_value, help="seed of the random draws (default: a new one, shown with the statistics)")
-    add("--mask-token-id", type=int, metavar="ID", help="of the mask token, if the configuration does not name it")
+        help="number of forward passes, for rules with a fixed schedule such as quota")  # fmt: skip
+    add("--score", choices=SCORES, help="score by which masked positions are ranked; the highest are committed first")
+    add("--cache", choices=(*CACHES, *FEATURE_CACHES),
+        help="how keys and values are reused between forward passes (default: depends on the model)")  # fmt: skip
+    add("--temperature", type=float, metavar="T",
+        help="sampling temperature; 0 takes the most likely token (default 0, or the preset's)")  # fmt: skip
+    add("--top-k", type=int, metavar="K", help="sample from the K most likely tokens")
+    add("--top-p", type=float, metavar="P",
+        help="sample from the most likely tokens whose probabilities add up to P")  # fmt: skip
+    add("--cfg-scale", type=float, metavar="S", help="strength of classifier-free guidance (default 0: off)")
+    add("--seed", type=seed_value, help="random seed (default: a fresh one, printed with the statistics)")
+    add("--mask-token-id", type=int, metavar="ID", help="id of the mask token, if the model's configuration lacks it")
 
 
 def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `DecodingConfig` that options were given for."""
+    """Return the fields of `DecodingConfig` that were given on the command line."""
     names = (
         "max_new_tokens", "block_length", "steps", "score", "cache", "temperature", "top_k", "top_p", "cfg_scale",
         "seed", "mask_token_id",
@@ -56,13 +61,13 @@ def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def is_random(config: DecodingConfig) -> bool:
-    """Whether the result depends on the seed."""
+    """Return whether the result of a decoding depends on the seed."""
     drawn_order = max(config.order_temperature, score_named(config.score).order_temperature)
     return config.samples or drawn_order > 0 or config.rule.draws
 
 
 def load(path: str, dtype: str, device):
-    """Model on its device, and tokenizer."""
+    """Load a model and its tokenizer. Returns the model, moved to `device`, and the tokenizer."""
     import transformers
 
     from ..models.checkpoint import locate
@@ -80,7 +85,7 @@ def load(path: str, dtype: str, device):
 
 
 def device_named(name: str):
-    """The device that --device names, if kernels of this build run there."""
+    """Return the device that --device names. Raises ValueError if this build has no kernels for it."""
     import torch
 
     from .. import _C
@@ -92,19 +97,19 @@ def device_named(name: str):
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device must be cpu or cuda; got '{name}'")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device")
+        raise ValueError("--device cuda: torch finds no CUDA device")
     if device.type == "cuda" and not _C.build_info()["cuda_architectures"]:
         raise ValueError(f"--device cuda: this build has no CUDA kernels ({_C.build_info()['cuda_state']})")
     return device
 
 
 def count(n: int, noun: str) -> str:
-    """`1 token`, `2 tokens`."""
+    """Format a count with its noun: `1 token`, `2 tokens`."""
     return f"{n} {noun}" + ("" if n == 1 else "s")
 
 
 def positive(text: str) -> int:
-    """An argument that is at least 1."""
+    """Parse an argument that must be an integer of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
@@ -112,15 +117,15 @@ def positive(text: str) -> int:
 
 
 def seed_value(text: str) -> int:
-    """An argument of 64 bits."""
+    """Parse an argument that must be a signed 64-bit integer."""
     value = int(text)
     if not -(2**63) <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"must be an integer of 64 bits; got {value}")
+        raise argparse.ArgumentTypeError(f"must be a signed 64-bit integer; got {value}")
     return value
 
 
 def require(*packages: str, wanted_for: str) -> None:
-    """Refuse what needs packages that are not installed, naming them."""
+    """Raise ImportError with a pip command if any of the packages is not installed."""
     from importlib.util import find_spec
 
     if absent := [name for name in packages if find_spec(name) is None]:

@@ -8,19 +8,20 @@ from .options import DTYPES, require
 
 def add(commands) -> None:
     plan = commands.add_parser(
-        "plan", help="how much memory a model takes, before it is loaded",
-        description="Tell how much memory a decoding needs: weights, keys and values, a forward, logits. Only the "
-        "configuration of the model is read.",
+        "plan", help="estimate the memory that a model needs, without loading it",
+        description="Estimate how much memory decoding needs: weights, KV cache, activations of a forward pass, "
+        "logits. Only the model's configuration is read.",
         epilog="Example: dlmkernels plan --model GSAI-ML/LLaDA-8B-Instruct --batch 8 --length 4096 --memory 80G",
     )  # fmt: skip
     add = plan.add_argument
-    add("--model", required=True, metavar="PATH", help="folder or hub id; 'demo' is the model in the package")
-    add("--batch", type=int, default=1, metavar="N", help="requests decoded at a time (default 1)")
-    add("--length", type=int, metavar="N", help="tokens of each, prompt included (default: at most 2048)")
-    add("--block-length", type=int, metavar="N", help="length of a block (default: the whole canvas)")
-    add("--no-cache", action="store_true", help="do not reuse keys and values")
+    add("--model", required=True, metavar="PATH", help="folder or Hub id; 'demo' is the small model in the package")
+    add("--batch", type=int, default=1, metavar="N", help="number of requests decoded together (default 1)")
+    add("--length", type=int, metavar="N",
+        help="tokens per request, prompt plus answer (default: 2048, or the model's limit if lower)")  # fmt: skip
+    add("--block-length", type=int, metavar="N", help="block length in tokens (default: all tokens of the request)")
+    add("--no-cache", action="store_true", help="plan for decoding without a KV cache")
     add("--dtype", choices=DTYPES, default="auto", help="dtype of the weights (default: as stored)")
-    add("--memory", metavar="BYTES", help="also tell which length fits into this much memory, such as 24G")
+    add("--memory", metavar="BYTES", help="also print the longest request that fits in this much memory, such as 24G")
     plan.set_defaults(run=run)
 
 
@@ -33,5 +34,5 @@ def run(args: argparse.Namespace) -> int:
     needed = plan(args.model, args.batch, args.length, **how)
     print(needed)
     if args.memory:
-        print(f"{args.memory} suffice for {needed.longest(args.memory)} tokens each at this batch")
+        print(f"{args.memory} is enough for {needed.longest(args.memory)} tokens per request at this batch size")
     return 0

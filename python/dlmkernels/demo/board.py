@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Sudoku while it is being unmasked: in a terminal, as plain text, as a picture."""
+"""Show how a Sudoku is unmasked: animated in a terminal, as plain text, or as a picture."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..trace import Trace
 from .tasks import MASK, MASK_ID, TASKS, decode
 
 SUDOKU = TASKS["sudoku"]
-# 256-colour codes: decided cells from the least to the most confident, given cells, open cells
+# terminal color codes: decided cells from least to most confident; given cells, open cells, cells just decided
 SHADES, GIVEN, OPEN, FRESH = (130, 136, 142, 106, 70, 34), "1", "2", "7"
 
 
 def play(trace: Trace, frames_per_second: float = 2.5, colour: bool = True, out: TextIO = sys.stdout) -> None:
-    """Redraw the board in place once a forward; cells a forward has just decided are shown inverted."""
+    """Redraw the board in place after each forward; cells that the forward decided are shown inverted."""
     steps = int(trace.commit_step[0].max()) + 1
     height = 0
-    for step in range(-1, steps + 1):  # the last frame shows nothing inverted
+    for step in range(-1, steps + 1):  # the extra frame at the end inverts no cell
         shown = min(step, steps - 1)
         lines = [*_coloured(trace, shown, step, colour), _caption(trace, shown)]
         out.write((f"\033[{height}A" if height else "") + "".join(f"\r{line}\033[K\n" for line in lines))
@@ -31,7 +31,7 @@ def play(trace: Trace, frames_per_second: float = 2.5, colour: bool = True, out:
 
 
 def frames(trace: Trace) -> str:
-    """Start, middle and end as plain text, side by side."""
+    """Return the board at the start, in the middle and at the end as plain text, side by side."""
     last = int(trace.commit_step[0].max())
     steps = sorted({-1, (last - 1) // 2, last})
     columns = [[_caption(trace, step), *SUDOKU.render(_text(trace, step)).splitlines()] for step in steps]
@@ -39,7 +39,7 @@ def frames(trace: Trace) -> str:
 
 
 def plot(trace: Trace, path: str | PathLike) -> None:
-    """Save a PNG of the solved board, each cell coloured by the forward that decided it."""
+    """Save a PNG of the solved board, with each cell colored by the forward that decided it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -60,7 +60,7 @@ def plot(trace: Trace, path: str | PathLike) -> None:
         width = 1.8 if i % 3 == 0 else 0.4
         axes.axhline(i - 0.5, color="black", lw=width)
         axes.axvline(i - 0.5, color="black", lw=width)
-    axes.set(xticks=[], yticks=[], title="Bold: given. Colour: the forward that decided the cell")
+    axes.set(xticks=[], yticks=[], title="Bold: given. Color: the forward that decided the cell")
     axes.title.set_fontsize(10)
     axes.spines[:].set_visible(False)
     figure.colorbar(image, label="forward", ticks=MaxNLocator(integer=True))
@@ -79,7 +79,7 @@ def _caption(trace: Trace, step: int) -> str:
 
 
 def _coloured(trace: Trace, step: int, fresh: int, colour: bool) -> list[str]:
-    """The rendered board after forward `step`, digits coloured; those of forward `fresh` inverted."""
+    """Render the board after forward `step` with colored digits; cells decided in forward `fresh` are inverted."""
     text = _text(trace, step)
     lines = SUDOKU.render(text).splitlines()
     if not colour:

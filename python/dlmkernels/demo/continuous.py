@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A continuous model at work: every cell of a Sudoku is a vector, which walks from noise to the vector of a digit."""
+"""Show a continuous diffusion model: each Sudoku cell is a vector that moves from noise to the embedding of a digit."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from . import LANGFLOW_DIR
 from .tasks import MASK, MASK_ID, TASKS, Problem, decode
 
 SUDOKU = TASKS["sudoku"]
-#: Forwards of the decoding that is shown, and how many cells are given.
+#: Number of forwards in the decoding that is shown, and number of given cells.
 STEPS, CLUES = 24, 64
 
 
 @dataclass(frozen=True)
 class Film:
-    """A decoding as it went.
+    """A recorded decoding.
 
     Attributes
     ----------
     problem : Problem
     boards : list of str
-        The canvas after each forward: in every open cell the digit that was the likeliest then.
+        The canvas (prompt and answer) after each forward, with the currently most likely digit in every open cell.
     solved : bool
-        Whether the last of them is right.
+        Whether the last board is a correct solution.
     """
 
     problem: Problem
@@ -41,14 +41,14 @@ class Film:
 
 
 def load(folder: Path = LANGFLOW_DIR) -> Any:
-    """The shipped continuous model, in float32 so that results are the same on every processor."""
+    """Load the shipped continuous model, in float32 so that results are the same on every processor."""
     if not (folder / "model.safetensors").is_file():
-        raise ValueError(f"the demonstration's continuous model is not in {folder}: reinstall the package")
+        raise ValueError(f"the demo's continuous model is not in {folder}: reinstall the package")
     return dk.load(folder, dtype=torch.float32)
 
 
 def film(model: Any, problem: Problem, steps: int = STEPS, seed: int = 0) -> Film:
-    """Decode one Sudoku, and keep what every forward made of it."""
+    """Decode one Sudoku and record the board after every forward."""
     ids = torch.from_numpy(problem.ids).to(model.device)
     start, boards = problem.prompt_length, []
     dk.generate(
@@ -59,23 +59,27 @@ def film(model: Any, problem: Problem, steps: int = STEPS, seed: int = 0) -> Fil
 
 
 def show(seed: int, out: TextIO | None = None) -> Film:
-    """Decode one Sudoku, and show which digits its vectors spoke of after each forward."""
+    """Decode one Sudoku and show the most likely digits after each forward."""
     out = sys.stdout if out is None else out
     model = load()
     shown = film(model, SUDOKU.make(1, seed=seed, difficulty=CLUES)[0], seed=seed)
     size = sum(p.numel() for p in model.parameters())
-    out.write(f"A continuous model of {size:,} parameters: its cells are vectors that come out of noise all at once\n")
+    out.write(
+        f"Continuous model, {size:,} parameters: it turns all open cells from noise into digits at the same time\n"
+    )
     if out.isatty() and os.environ.get("TERM") != "dumb":
         play(shown, out, colour="NO_COLOR" not in os.environ)
     else:
         out.write(frames(shown) + "\n")
-    out.write(f"Sudoku of {CLUES} clues: {len(shown.boards)} forwards, {'solved' if shown.solved else 'not solved'}\n")
+    out.write(
+        f"Sudoku with {CLUES} clues: {len(shown.boards)} forwards, {'solved' if shown.solved else 'not solved'}\n"
+    )
     out.flush()
     return shown
 
 
 def frames(film: Film) -> str:
-    """The first, a middle and the last board as plain text, side by side."""
+    """Return the first, a middle and the last board as plain text, side by side."""
     last = len(film.boards) - 1
     columns = [_lines(film, number) for number in sorted({0, last // 2, last})]
     return "\n".join("   ".join(f"{cell:<29}" for cell in row).rstrip() for row in zip(*columns))
@@ -91,7 +95,7 @@ def play(film: Film, out: TextIO, frames_per_second: float = 6.0, colour: bool =
 
 
 def _lines(film: Film, number: int, colour: bool = False) -> list[str]:
-    """A caption and the board after a forward, in lines; in colour given digits are bold."""
+    """Return a caption and the board after forward `number` as lines. With `colour`, given digits are bold."""
     board, before = film.boards[number], film.boards[max(number - 1, 0)]
     open_cells = [i for i, c in enumerate(film.problem.canvas) if c == MASK]
     final = sum(board[i] == film.boards[-1][i] for i in open_cells)

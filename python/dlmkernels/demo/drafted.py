@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The causal model of the demonstration: one token a forward, drafted by another model and by itself, and diffusion.
+"""Compare ways of decoding the demo's causal model, and diffusion with the masked model.
 
-The first three are one model and say the same. A Sudoku is written twice for it: the puzzle, ``=``, and the solution.
+The causal model is decoded one token per forward, with a drafter, and self-speculatively (it drafts for itself). All
+three give the same text. For this model a Sudoku is written as the puzzle, ``=``, and the solution.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ import dlmkernels as dk
 from . import CAUSAL_DIR, DRAFTER_DIR
 from .tasks import TASKS, Problem, decode, encode
 
-#: decodes some problems: what came out, and the canvases that it makes
+#: Decodes problems. Returns the decoding output and the filled-in canvases (see `tasks`).
 Decoder = Callable[[list[Problem]], tuple[dk.DecodingOutput, list[str]]]
 BATCH = 16  # problems decoded together
-#: title, task, difficulty
+#: title, task and difficulty of each set of problems
 SETS: tuple[tuple[str, str, int | None], ...] = (
     ("Sudoku, 60 clues", "sudoku", 60),
     ("16-digit addition", "addition", None),
     ("running sum of 32 digits", "running-sum", None),
 )
-ONE, DRAFTED, BY_ITSELF, DIFFUSION = "one token a forward", "drafted", "drafted by itself", "diffusion"
+ONE, DRAFTED, BY_ITSELF, DIFFUSION = "one token per forward", "with a drafter", "self-speculative", "diffusion"
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,12 @@ class Row:
     Attributes
     ----------
     solved : float
-        Share of problems whose whole answer is right.
+        Fraction of problems whose whole answer is right.
     forwards : float
-        Forwards a problem took, of the model itself: those of a drafter are not counted.
+        Forwards of the model per problem, not counting those of a drafter.
     tokens_per_second : float
-        Decoded tokens over seconds of wall clock, with up to `BATCH` problems at a time. Diffusion fills in the blanks
-        of a Sudoku; the causal model also copies its clues.
+        Decoded tokens per second of wall-clock time, with up to `BATCH` problems at a time. For a Sudoku, diffusion
+        decodes only the blanks; the causal model also copies the clues.
     """
 
     set: str
@@ -55,28 +56,28 @@ class Row:
 
 
 def question(problem: Problem) -> Tensor:
-    """What the causal model is asked, ids int64 `[P]`."""
+    """Return the prompt of a problem for the causal model, token ids int64 `[P]`."""
     text = problem.canvas + "=" if problem.task == "sudoku" else problem.prompt
     return torch.from_numpy(encode(text))
 
 
 def answered(problem: Problem, ids: Tensor) -> str:
-    """The canvas that the causal model's answer int64 `[N]` makes."""
+    """Return the canvas that results from the causal model's answer, token ids int64 `[N]`."""
     given = problem.canvas[:1] if problem.task == "sudoku" else problem.prompt
     return given + decode(ids.tolist())
 
 
 def load() -> tuple[Any, Any]:
-    """The causal model in float32, so that results are the same on every processor, and its drafter."""
+    """Load the causal model, in float32 so that results are the same on every processor, and its drafter."""
     for folder in (CAUSAL_DIR, DRAFTER_DIR):
         if not (folder / "model.safetensors").is_file():
-            raise ValueError(f"the demonstration's causal model is not in {folder}: reinstall the package")
+            raise ValueError(f"the demo's causal model or its drafter is not in {folder}: reinstall the package")
     model = dk.load(CAUSAL_DIR, dtype=torch.float32)
     return model, dk.load_drafter(DRAFTER_DIR, model)
 
 
 def ways(drafter: Any) -> dict[str, dict[str, Any]]:
-    """How the causal model is decoded: options of `generate`."""
+    """Return the ways to decode the causal model, as options of `generate` by name."""
     itself = {
         "rule": dk.SelfSpeculative(), "attention": "causal-context", "cache": "block", "seeded": True,
         "block_length": drafter.form.block_size,
@@ -85,13 +86,13 @@ def ways(drafter: Any) -> dict[str, dict[str, Any]]:
 
 
 def compare(masked: Any, count: int, seed: int, say: Callable[[str], None] = print) -> list[Row]:
-    """Decode `count` held-out problems of each set in every way; prints the table row by row.
+    """Decode `count` held-out problems of each set in every way, and print the table row by row.
 
-    `masked` is the demonstration's masked model.
+    `masked` is the demo's masked model, used for diffusion.
     """
     model, drafter = load()
     width = max(len(title) for title, *_ in SETS), max(map(len, (ONE, DRAFTED, BY_ITSELF, DIFFUSION)))
-    say(f"{'task':<{width[0]}}  {'decoded':<{width[1]}}   solved  forwards  tokens/s")
+    say(f"{'task':<{width[0]}}  {'method':<{width[1]}}   solved  forwards  tokens/s")
     rows = []
     for title, name, difficulty in SETS:
         problems = TASKS[name].make(count, seed=seed, difficulty=difficulty)
@@ -107,7 +108,7 @@ def compare(masked: Any, count: int, seed: int, say: Callable[[str], None] = pri
 
 
 def measure(title: str, how: str, problems: list[Problem], decoded: Decoder) -> Row:
-    """Decode problems of one task, `BATCH` at a time, and check the answers by the task's rules."""
+    """Decode problems of one task, `BATCH` at a time, and check the answers against the rules of the task."""
     solved, forwards, tokens, seconds = 0, 0, 0, 0.0
     for first in range(0, len(problems), BATCH):
         part = problems[first : first + BATCH]
@@ -121,7 +122,7 @@ def measure(title: str, how: str, problems: list[Problem], decoded: Decoder) -> 
 
 
 def answers(model: Any, problems: list[Problem], options: dict[str, Any]) -> tuple[dk.DecodingOutput, list[str]]:
-    """What the causal model says, and the canvases that it makes; the end token is one of its tokens."""
+    """Decode with the causal model. Returns its output, whose tokens include the end token, and the canvases."""
     ids = torch.stack([question(p) for p in problems]).to(model.device)
     longest = TASKS[problems[0].task].length - problems[0].prompt_length + 1
     out = dk.generate(model, ids, max_new_tokens=longest, **options)
@@ -129,14 +130,14 @@ def answers(model: Any, problems: list[Problem], options: dict[str, Any]) -> tup
 
 
 def filled(masked: Any, problems: list[Problem]) -> tuple[dk.DecodingOutput, list[str]]:
-    """The canvases as the masked model fills them in."""
+    """Fill in the canvases with the masked model. Returns its output and the filled-in canvases."""
     ids = torch.stack([torch.from_numpy(p.ids) for p in problems]).to(masked.device)
     out = dk.infill(masked, ids)
     return out, [decode(row.tolist()) for row in out.sequences]
 
 
 def markdown(rows: list[Row]) -> str:
-    """The rows as a table: a row for each way, a column for each set."""
+    """Format the results as a Markdown table, with one row per method and one column per set."""
     titles, kinds = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("set", "how"))
     cell = {(r.how, r.set): f"{r.solved:.0%} · {r.forwards:.1f} · {r.tokens_per_second:.0f}" for r in rows}
     lines = [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `dlmkernels demo` does: two decodings before your eyes, then unmasking rules compared on held-out problems."""
+"""The program behind `dlmkernels demo`: show two decodings, then compare unmasking rules on held-out problems."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..info import processor
 from . import MODEL_DIR, board, continuous, drafted
 from .tasks import TASKS, Problem
 
-BATCH = 16  # canvases decoded together
+BATCH = 16  # canvases (prompt plus answer) decoded together
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,17 @@ class Case:
 
     @property
     def continues(self) -> bool:
-        """Whether its rule decodes what comes after a prompt, and nothing else."""
+        """Whether the rule can only continue a prompt, not fill blanks elsewhere."""
         config = self.options.get("config", dk.DecodingConfig())
         return self.options.get("rule", config.rule).decodes == "continuations"
 
 
 MARKERS = "o^vsDphX*P<"
-CONFIDENCE, RANDOM = "one a forward, by confidence", "one a forward, random order"
+CONFIDENCE, RANDOM = "one per forward, by confidence", "one per forward, random order"
 CASES = (
     Case(CONFIDENCE, {"rule": dk.Quota()}, quick=True),
     Case(RANDOM, {"rule": dk.Quota(), "score": "random"}, quick=True),
-    Case("one a forward, left to right", {"rule": dk.Quota(), "score": "position"}),
+    Case("one per forward, left to right", {"rule": dk.Quota(), "score": "position"}),
     Case("Threshold(0.99)", {"rule": dk.Threshold(0.99)}),
     Case("Threshold(0.95)", {"rule": dk.Threshold(0.95)}),
     Case("Threshold(0.9)", {"rule": dk.Threshold(0.9)}, quick=True),
@@ -59,29 +59,29 @@ CASES = (
 
 
 def for_full_attention(config: dk.DecodingConfig) -> dk.DecodingConfig:
-    """A published decoder as the shipped model runs it: its attention has no blocks, its logits stand in their rows."""
+    """Adapt a published decoder to the shipped model, which has no block attention and whose logits are not shifted."""
     if config.cache == "block":
         config = config.replace(cache="none", block_length=16)
     return config.replace(logit_alignment="same")
 
 
 def reason_against(config: dk.DecodingConfig) -> str | None:
-    """Why the shipped model cannot be decoded by a published decoder; None where it can."""
+    """Return why the shipped model cannot run a published decoder, or None if it can."""
     if config.rule.noise == "continuous":
-        return "noise is on vectors; the model knows masks"
+        return "needs a model trained with noise on embedding vectors; this one was trained with mask tokens"
     if config.rule.noise != "mask":
-        return "noise is other tokens; the model knows masks"
+        return "needs a model trained with random tokens as noise; this one was trained with mask tokens"
     if isinstance(config.rule, dk.ScoreAncestral):
-        return "logits are read as logarithms of ratios; the model's are of probabilities"
+        return "needs a model whose logits are log probability ratios; this one's are log probabilities"
     if isinstance(config.rule, (dk.Strided, dk.SelfSpeculative, dk.Reordered)):
-        return "attention must be causal; the model's sees everything"
+        return "needs causal attention; this model attends in both directions"
     if config.rule.token_ids:
-        return "some tokens insert or delete; the model has none of these"
+        return "needs special tokens that insert or delete; this model has none"
     return None
 
 
-# Every preset that runs on the shipped model. Decoders of models that have learnt to edit are among them, and show what
-# happens to one that has not.
+# Every preset that runs on the shipped model. Some were published for models trained to edit their tokens; they show
+# what happens with a model that was not.
 PUBLISHED = tuple(
     Case(name, {"config": for_full_attention(config)})
     for name, config in dk.PRESETS.items()
@@ -104,11 +104,11 @@ class Result:
     Attributes
     ----------
     solved : float
-        Share of problems whose whole answer is right.
+        Fraction of problems whose whole answer is right.
     forwards : float
-        Model forwards a problem took.
+        Forwards per problem.
     tokens_per_forward, tokens_per_second : float
-        Decoded tokens over forwards, and over seconds of wall clock with `BATCH` problems at a time.
+        Decoded tokens per forward, and per second of wall-clock time with up to `BATCH` problems at a time.
     """
 
     set: str
@@ -124,26 +124,31 @@ def run(
     problems: int | None = None, quick: bool = False, out: str = "demo-out", json_file: str | None = None,
     seed: int = 1, rules: str = "few",
 ) -> list[Result]:  # fmt: skip
-    """The whole demonstration; prints as it goes.
+    """Run the whole demo, printing results as they arrive.
 
     Parameters
     ----------
     problems : int, optional
-        Problems of each set; 48, or 8 with `quick`.
+        Problems per set. Defaults to 48, or to 8 with `quick`.
     quick : bool
-        Half of the rules.
+        Whether to run fewer rules.
     out : str
-        Folder for the two pictures and the table as Markdown, made if it does not exist.
+        Folder for the two pictures and the Markdown table. Created if it does not exist.
     json_file : str, optional
-        Where to write the results, with the environment, as JSON.
+        File for the results, the seed and the environment as JSON.
     seed : int
-        Which held-out problems are made.
+        Selects the held-out problems.
     rules : {"few", "all"}
-        `CASES` (half of them with `quick`), or `PUBLISHED`.
+        "few" runs `CASES` (with `quick`, those marked `quick`); "all" runs `PUBLISHED`.
+
+    Returns
+    -------
+    list of Result
+        The rows of the comparison of rules.
     """
     start = time.perf_counter()
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)  # a mistake in the path should show before the work, not after it
+    folder.mkdir(parents=True, exist_ok=True)  # a bad path should fail before the work, not after it
     model, tokenizer = load()
     say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {model.config.model_type}; "
         f"CPU kernels: {dk._C.cpu_isa()}; threads: {choose_threads(model)}\n")  # fmt: skip
@@ -154,13 +159,13 @@ def run(
     continuous.show(seed)
 
     count = problems or (8 if quick else 48)
-    say(f"\n{count} held-out problems of each kind, {min(BATCH, count)} at a time\n")
+    say(f"\n{count} held-out problems per set, decoded {min(BATCH, count)} at a time\n")
     cases = list(PUBLISHED) if rules == "all" else [c for c in CASES if c.quick or not quick]
     results = compare(model, tokenizer, count, cases, seed)
     (plot_grid if rules == "all" else plot)(results, folder / "dlmkernels-demo.png")
     beside: list[drafted.Row] = []
     if rules != "all":
-        say("\nThe same tasks from left to right, by a causal model, and by diffusion:\n")
+        say("\nThe same tasks with a causal model, which decodes from left to right, and with diffusion:\n")
         beside = drafted.compare(model, count, seed, say)
     notes = [f"`{name}`: {reason}" for name, reason in NOT_RUN.items()] if rules == "all" else []
     notes.append(f"Times: {processor()}, CPU kernels {dk._C.cpu_isa()}, threads {torch.get_num_threads()}")
@@ -189,26 +194,29 @@ def run(
     say(f"\n{time.perf_counter() - start:.0f} s.")
     if rules == "all":
         return results
-    say("One cell a forward, in order of confidence against random order:")
+    say("One cell per forward, most confident first, compared with random order:")
     for title in (SETS[0][0], SETS[1][0]):
         solved = {r.rule: r.solved for r in results if r.set == title}
-        say(f"{title}: {solved[CONFIDENCE]:.1%} solved against {solved[RANDOM]:.1%}.")
+        say(f"{title}: {solved[CONFIDENCE]:.1%} solved by confidence, {solved[RANDOM]:.1%} in random order.")
     return results
 
 
 def load():
-    """The shipped model, in float32 so that results are the same on every processor, and its tokenizer."""
+    """Load the shipped model, in float32 so that results are the same on every processor, and its tokenizer."""
     import transformers
 
     if not (MODEL_DIR / "model.safetensors").is_file():
-        raise ValueError(f"the demonstration model is not in {MODEL_DIR}: reinstall the package")
+        raise ValueError(f"the demo model is not in {MODEL_DIR}: reinstall the package")
     transformers.utils.logging.disable_progress_bar()
     model = dk.load(MODEL_DIR, dtype=torch.float32)
     return model, transformers.AutoTokenizer.from_pretrained(MODEL_DIR)
 
 
 def choose_threads(model) -> int:
-    """Use one thread where several are slower, as they are when other programs keep the processors busy."""
+    """Switch torch to one thread if that is faster, as it is when other programs keep the processors busy.
+
+    Returns the number of threads in use.
+    """
     most = torch.get_num_threads()
     tokens = torch.full((4, 82), model.config.mask_token_id, device=model.device)
 
@@ -229,7 +237,7 @@ def choose_threads(model) -> int:
 
 
 def show_sudoku(model, seed: int) -> dk.Trace:
-    """Decode one Sudoku with a parallel rule and show how the board filled."""
+    """Decode one Sudoku with a parallel rule and show how the board fills up."""
     task = TASKS["sudoku"]
     problem = task.make(1, seed=seed, difficulty=32)[0]
     out = dk.infill(model, torch.from_numpy(problem.ids).to(model.device), rule=dk.EntropyBound(0.1))
@@ -239,13 +247,13 @@ def show_sudoku(model, seed: int) -> dk.Trace:
     else:
         say(board.frames(trace))
     solved = task.check(problem, board._text(trace, int(trace.commit_step.max())))
-    say(f"Sudoku of 32 clues, EntropyBound(0.1): {len(problem.blanks)} cells in {int(out.num_forwards[0])} forwards, "
+    say(f"Sudoku with 32 clues, EntropyBound(0.1): {len(problem.blanks)} cells in {int(out.num_forwards[0])} forwards, "
         f"{'solved' if solved else 'not solved'}")  # fmt: skip
     return trace
 
 
 def compare(model, tokenizer, count: int, cases: list[Case], seed: int) -> list[Result]:
-    """Decode every set of problems with every rule; prints the table row by row."""
+    """Decode every set of problems with every rule, and print the table row by row."""
     width = max(len(title) for title, *_ in SETS), max(len(case.name) for case in cases)
     say(f"{'task':<{width[0]}}  {'rule':<{width[1]}}   solved  forwards  tokens/forward  tokens/s")
     results = []
@@ -265,7 +273,7 @@ def compare(model, tokenizer, count: int, cases: list[Case], seed: int) -> list[
 def measure(
     model, tokenizer, title: str, problems: list[Problem], case: Case, progress: Callable[[int], None] = lambda n: None
 ) -> Result:
-    """Decode problems of one task, `BATCH` at a time, and check the answers by the task's rules."""
+    """Decode problems of one task, `BATCH` at a time, and check the answers against the rules of the task."""
     solved, forwards, tokens, seconds = 0, 0, 0, 0.0
     for first in range(0, len(problems), BATCH):
         part = problems[first : first + BATCH]
@@ -282,7 +290,7 @@ def measure(
 
 
 def decode(model, tokenizer, problems: list[Problem], seeds: Tensor, options: dict[str, Any]) -> dk.DecodingOutput:
-    """Fill in a batch of canvases of one task: after the prompt where all that follows is blank, else between clues."""
+    """Fill in canvases of one task: continue the prompt if all that follows is blank, else fill the blanks in place."""
     if all(len(p.blanks) == len(p.answer) for p in problems):
         prompts = tokenizer([p.prompt for p in problems], return_tensors="pt")
         return dk.generate(model, prompts.input_ids, max_new_tokens=len(problems[0].answer), seed=seeds, **options)
@@ -291,7 +299,7 @@ def decode(model, tokenizer, problems: list[Problem], seeds: Tensor, options: di
 
 
 def markdown(results: list[Result], notes: list[str]) -> str:
-    """The results as a table, a row for each rule and a column for each set of problems; notes as a list below."""
+    """Format the results as a Markdown table, one row per rule and one column per set, followed by a list of notes."""
     titles, rules = (list(dict.fromkeys(getattr(r, name) for r in results)) for name in ("set", "rule"))
     cell = {(r.rule, r.set): f"{r.solved:.0%} · {r.forwards:.1f} · {r.tokens_per_second:.0f}" for r in results}
     head = f"solved, of {results[0].problems} · forwards · tokens/s"
@@ -301,7 +309,7 @@ def markdown(results: list[Result], notes: list[str]) -> str:
 
 
 def plot(results: list[Result], path: Path) -> None:
-    """Save a PNG: share of solved problems against forwards, a panel for each set of problems."""
+    """Save a PNG that plots the share of solved problems against forwards, with one panel per set of problems."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator, PercentFormatter, StrMethodFormatter
@@ -316,7 +324,7 @@ def plot(results: list[Result], path: Path) -> None:
             xlim=(0.8, max(64, 1.2 * most)),
             ylim=(-0.05, 1.07),
             title=title,
-            xlabel="forwards a problem",
+            xlabel="forwards per problem",
             ylabel="solved",
         )
         axes.xaxis.set_minor_locator(NullLocator())
@@ -325,9 +333,9 @@ def plot(results: list[Result], path: Path) -> None:
         axes.grid(alpha=0.3)
         for i, rule in enumerate(rules):
             r = next((r for r in results if (r.set, r.rule) == (title, rule)), None)
-            if r is None:  # a rule that continues texts, where the blanks are elsewhere
+            if r is None:  # a rule that only continues prompts, and a set with blanks between clues
                 continue
-            # hollow, each of another size and shape: where points coincide, all of them can be seen
+            # hollow markers of different sizes and shapes stay visible where points coincide
             style = {"color": f"C{(i + i // 10) % 10}", "mfc": "none", "ms": max(13 - i * 0.7, 6), "mew": 1.8}
             axes.plot(r.forwards, r.solved, MARKERS[i % len(MARKERS)], label=rule, ls="none", clip_on=False, zorder=3,
                       **style)  # fmt: skip
@@ -337,7 +345,7 @@ def plot(results: list[Result], path: Path) -> None:
 
 
 def plot_grid(results: list[Result], path: Path) -> None:
-    """Save a PNG for many rules: a row each, coloured by the share of solved problems, with the forwards in it."""
+    """Save a PNG for many rules, one row each: cells show forwards, and are colored by the share of solved problems."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
@@ -356,7 +364,7 @@ def plot_grid(results: list[Result], path: Path) -> None:
             axes.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
     axes.set_xticks(range(len(titles)), titles, fontsize=8)
     axes.set_yticks(range(len(rules)), rules, fontsize=8)
-    axes.set_title("Colour: solved. Number: forwards a problem", fontsize=10)
+    axes.set_title("Color: solved. Number: forwards per problem", fontsize=10)
     axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
     axes.spines[:].set_visible(False)
     figure.colorbar(image, format=PercentFormatter(1), shrink=0.4)
@@ -364,7 +372,7 @@ def plot_grid(results: list[Result], path: Path) -> None:
 
 
 class Progress:
-    """A counter on stderr, shown in a terminal alone."""
+    """A progress counter on stderr, shown only in a terminal."""
 
     def __init__(self, what: str, total: int):
         self.what, self.total, self.shown = what, total, sys.stderr.isatty()

@@ -1,27 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks of the demonstration model: Sudoku, addition and running sums, as character canvases.
+"""Tasks of the demo model: Sudoku, addition and running sums, as character canvases.
 
-A problem is a *canvas*: a string in which every blank is the character ``_``, the text form of the mask token.
-One character is one token, so ``canvas[i]`` and ``ids[i]`` always speak of the same place.
+A problem is a *canvas* (prompt plus answer): a string in which every blank is the character ``_``, the text form of
+the mask token. One character is one token, so ``canvas[i]`` and ``ids[i]`` always refer to the same position.
 
 =========== ================================================== =====================================
 task        canvas                                             difficulty (default)
 =========== ================================================== =====================================
 sudoku      ``S``, 81 cells in reading order                   number of clues (40)
-addition    ``A``, 16 digits, ``+``, 16 digits, ``=``, 17      places whose two digits sum to nine,
-            digits; most significant first, zero-padded        so pass a carry on (left to chance)
+addition    ``A``, 16 digits, ``+``, 16 digits, ``=``, 17      places whose two digits sum to nine and
+            digits; most significant first, zero-padded        so pass on a carry (random)
 running-sum ``R``, 32 digits, ``=``, 32 digits:                answer digits left blank (32)
             ``answer[i] = (answer[i-1] + digit[i]) % 10``
 =========== ================================================== =====================================
 
-Answers are checked against the rules of the task, never against a stored solution: a Sudoku puzzle here is a
-solved grid with random cells removed, its solution need not be unique, and any valid completion counts.
+Answers are checked against the rules of the task, not against a stored solution. A Sudoku puzzle is a solved grid with
+random cells removed, so its solution may not be unique; any valid completion counts.
 
 Held-out problems
 -----------------
-A hash of the content (solved grid, pair of summands, digits to sum) reserves one content in 64 for evaluation.
-``Task.make`` returns only reserved contents and ``Task.training_rows`` drops every one of them, so the two sets
-are disjoint whatever the seeds. For Sudoku, evaluation grids also come from a fresh search each, while training
+A hash of a problem's content (solved grid, pair of summands, or digits to sum) reserves one problem in 64 for
+evaluation. ``Task.make`` returns only reserved problems and ``Task.training_rows`` drops all of them, so the two sets
+are disjoint for any seeds. In addition, every Sudoku grid for evaluation comes from a search of its own, while training
 shuffles a fixed pool of grids by the symmetries of the game.
 """
 
@@ -35,25 +35,25 @@ import numpy as np
 
 PAD, EOS, MASK = "<pad>", "<eos>", "_"
 TOKENS: tuple[str, ...] = (PAD, EOS, MASK, *"0123456789", *"SAR+=")
-"""Token of each id; the tokenizer of the shipped model holds the same list."""
+"""Tokens in the order of their ids, as in the tokenizer of the shipped model."""
 
 PAD_ID, EOS_ID, MASK_ID, ZERO_ID = 0, 1, 2, 3
 _ID_OF = {token: i for i, token in enumerate(TOKENS)}
 
 
 def encode(text: str) -> np.ndarray:
-    """Token ids of a canvas, int64 ``[len(text)]``. Raises ``KeyError`` on a character outside the vocabulary."""
+    """Return the token ids of a canvas, int64 ``[len(text)]``. Raises ``KeyError`` on a character that is no token."""
     return np.array([_ID_OF[c] for c in text], dtype=np.int64)
 
 
 def decode(ids: Sequence[int] | np.ndarray) -> str:
-    """Text of token ids; padding, end-of-text and ids the vocabulary does not use are dropped."""
+    """Return the text of token ids, without padding, end tokens and ids outside the vocabulary."""
     return "".join(TOKENS[i] for i in map(int, ids) if EOS_ID < i < len(TOKENS))
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem: ``canvas`` is text with ``_`` for each blank; its first ``prompt_length`` characters are given."""
+    """One problem. ``canvas`` has ``_`` for each blank; its first ``prompt_length`` characters are the prompt."""
 
     task: str
     canvas: str
@@ -66,31 +66,31 @@ class Problem:
 
     @property
     def prompt(self) -> str:
-        """The leading part of the canvas, which never holds a blank."""
+        """The leading part of the canvas, which contains no blanks."""
         return self.canvas[: self.prompt_length]
 
     @property
     def answer(self) -> str:
-        """The rest of the canvas: blanks, and for Sudoku the clues between them."""
+        """The rest of the canvas: blanks and the given cells or digits between them."""
         return self.canvas[self.prompt_length :]
 
     @property
     def blanks(self) -> np.ndarray:
-        """Positions to fill in, int64."""
+        """Positions of the blanks in the canvas, int64 ``[number of blanks]``."""
         return np.flatnonzero(self.ids == MASK_ID)
 
 
 class Task:
-    """A task: makes held-out problems and training rows, checks answers, draws canvases.
+    """A task, which makes held-out problems and training rows, checks answers and renders canvases.
 
     Attributes
     ----------
     name, letter : str
-        Key in ``TASKS``; first character of every canvas.
+        Key in ``TASKS``, and first character of every canvas.
     length : int
-        Characters in a canvas.
+        Number of characters in a canvas.
     prompt_length : int
-        Leading characters that are never blank. Everything behind them may be.
+        Number of leading characters that are never blank. Any character after them may be.
     """
 
     name: str
@@ -99,28 +99,28 @@ class Task:
     prompt_length: int
 
     def make(self, n: int, seed: int = 0, difficulty: int | None = None) -> list[Problem]:
-        """``n`` held-out problems, the same for the same arguments. ``difficulty``: see the module's table."""
+        """Return ``n`` held-out problems, determined by the arguments. The module docstring explains ``difficulty``."""
         rng = np.random.default_rng([seed, ord(self.letter)])
         return [
             Problem(self.name, self.letter + canvas, self.prompt_length) for canvas in self._make(n, rng, difficulty)
         ]
 
     def check(self, problem: Problem, text: str) -> bool:
-        """Whether ``text``, a filled canvas, keeps all that was given and obeys the rules of the task."""
+        """Return whether ``text``, a filled canvas, keeps the given characters and obeys the rules of the task."""
         if len(text) != self.length or any(given not in (MASK, c) for given, c in zip(problem.canvas, text)):
             return False
         answer = text[self.prompt_length :]
         return all("0" <= c <= "9" for c in answer) and self._valid(text[1 : self.prompt_length], answer)
 
     def training_rows(self, n: int, rng: np.random.Generator) -> np.ndarray:
-        """Token ids of ``n`` complete canvases, none of them held out, int64 ``[n, length]``."""
+        """Return token ids of ``n`` complete canvases, none of them held out, int64 ``[n, length]``."""
         rows = np.empty((0, self.length), dtype=np.int64)
         while len(rows) < n:
             rows = np.concatenate([rows, self._rows(n + n // 16 + 1, rng)])
         return rows[:n]
 
     def render(self, text: str) -> str:
-        """A canvas, filled or not, laid out for people."""
+        """Lay out a canvas, filled or not, for display."""
         raise NotImplementedError
 
     def _make(self, n: int, rng: np.random.Generator, difficulty: int | None) -> list[str]:
@@ -134,11 +134,11 @@ class Task:
 
 
 class Sudoku(Task):
-    """9×9 Sudoku: each row, column and 3×3 box holds 1–9 once. Difficulty: number of clues, 0–81."""
+    """9×9 Sudoku: each row, column and 3×3 box contains 1–9 once. Difficulty: number of clues, 0–81."""
 
     name, letter, length, prompt_length = "sudoku", "S", 82, 1
     pool_size = 32768
-    """Grids searched for training; their symmetries (about 10¹² each) give the rest."""
+    """Number of grids found by search for training. Their symmetries (about 10¹² each) give all other grids."""
 
     def __init__(self) -> None:
         self._pool: np.ndarray | None = None
@@ -146,7 +146,7 @@ class Sudoku(Task):
     def _make(self, n: int, rng: np.random.Generator, difficulty: int | None) -> list[str]:
         clues = 40 if difficulty is None else difficulty
         if not 0 <= clues <= 81:
-            raise ValueError(f"difficulty of sudoku is a number of clues from 0 to 81, not {clues}")
+            raise ValueError(f"difficulty of sudoku must be a number of clues from 0 to 81; got {clues}")
         search = random.Random(int(rng.integers(1 << 62)))
         canvases: list[str] = []
         while len(canvases) < n:
@@ -181,9 +181,9 @@ class Sudoku(Task):
 
 
 class Addition(Task):
-    """Two 16-digit numbers and their 17-digit sum. Difficulty: places whose digits sum to nine, 0–16.
+    """Two 16-digit numbers and their 17-digit sum. Difficulty: number of places whose digits sum to nine, 0–16.
 
-    Such a place hands on the carry it receives, so runs of them tie far digits of the answer together.
+    Such a place passes on the carry it receives, so in a run of them distant digits of the answer depend on each other.
     """
 
     name, letter, digits = "addition", "A", 16
@@ -191,14 +191,14 @@ class Addition(Task):
 
     def _make(self, n: int, rng: np.random.Generator, difficulty: int | None) -> list[str]:
         if difficulty is not None and not 0 <= difficulty <= self.digits:
-            raise ValueError(f"difficulty of addition is a number of places from 0 to {self.digits}, not {difficulty}")
+            raise ValueError(f"difficulty of addition must be from 0 to {self.digits} places; got {difficulty}")
         canvases: list[str] = []
         while len(canvases) < n:
             pairs = rng.integers(10, size=(64, 2 * self.digits))
             if difficulty is not None:
                 nine = rng.random((64, self.digits)).argsort(1) < difficulty
                 self._set_nines(pairs, nine)
-                # Everywhere else the digits must not sum to nine: move the second one on by one where they do.
+                # Everywhere else the digits must not sum to nine: where they do, add one to the second.
                 a, b = pairs[:, : self.digits], pairs[:, self.digits :]
                 b += (a + b == 9) & ~nine
                 b %= 10
@@ -217,7 +217,7 @@ class Addition(Task):
 
     def _rows(self, n: int, rng: np.random.Generator) -> np.ndarray:
         pairs = rng.integers(10, size=(n, 2 * self.digits))
-        # Half of the rows get extra places that sum to nine, up to all of them: long carries are rare by chance.
+        # Half of the rows get extra places that sum to nine, up to all 16, because long carries are rare by chance.
         share = np.maximum(0.0, 2 * rng.random((n, 1)) - 1)
         self._set_nines(pairs, rng.random((n, self.digits)) < share)
         pairs = pairs[~held_out(pairs)]
@@ -237,7 +237,7 @@ class Addition(Task):
 
 
 class RunningSum(Task):
-    """Running sums mod 10 of 32 digits: each answer digit needs the one before. Difficulty: blank digits, 1–32."""
+    """Running sums mod 10 of 32 digits: each answer digit depends on the previous one. Difficulty: blanks, 1–32."""
 
     name, letter, digits = "running-sum", "R", 32
     length, prompt_length = 2 * digits + 2, digits + 2
@@ -245,7 +245,7 @@ class RunningSum(Task):
     def _make(self, n: int, rng: np.random.Generator, difficulty: int | None) -> list[str]:
         blank = self.digits if difficulty is None else difficulty
         if not 1 <= blank <= self.digits:
-            raise ValueError(f"difficulty of running-sum is a number of blanks from 1 to {self.digits}, not {blank}")
+            raise ValueError(f"difficulty of running-sum must be from 1 to {self.digits} blanks; got {blank}")
         canvases: list[str] = []
         while len(canvases) < n:
             values = rng.integers(10, size=(64, self.digits))
@@ -275,8 +275,8 @@ class RunningSum(Task):
 
 
 def held_out(contents: np.ndarray) -> np.ndarray:
-    """Which rows of digits ``[n, k]`` are reserved for evaluation: a fixed hash picks one in 64. Bool ``[n]``."""
-    with np.errstate(over="ignore"):  # arithmetic mod 2^64, finished with the mixer of splitmix64
+    """Return which rows of digits ``[n, k]`` are reserved for evaluation, bool ``[n]``: a fixed hash picks 1 in 64."""
+    with np.errstate(over="ignore"):  # arithmetic mod 2^64, finished with the mixing function of splitmix64
         weights = np.uint64(0x9E3779B97F4A7C15) ** np.arange(1, contents.shape[1] + 1, dtype=np.uint64)
         h = (contents.astype(np.uint64) * weights).sum(1, dtype=np.uint64)
         h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -285,7 +285,10 @@ def held_out(contents: np.ndarray) -> np.ndarray:
 
 
 def search_grid(rng: random.Random) -> np.ndarray:
-    """A random solved 9×9 grid, digits 1–9, int64 ``[81]``: depth-first, the cell with fewest choices first."""
+    """Return a random solved 9×9 grid, digits 1–9, int64 ``[81]``.
+
+    The search is depth-first and fills the cell with the fewest choices first.
+    """
     rows, cols, boxes = [0x1FF] * 9, [0x1FF] * 9, [0x1FF] * 9  # bit d set: digit d + 1 is still free
     grid = [0] * 81
     empty = set(range(81))
@@ -329,8 +332,8 @@ def search_grid(rng: random.Random) -> np.ndarray:
 def shuffle_grids(grids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Apply a random symmetry of Sudoku to each solved grid, int64 ``[n, 81]`` to ``[n, 81]``.
 
-    Relabels the digits, permutes bands, stacks, the rows within a band and the columns within a stack, and
-    transposes half of the grids.
+    This relabels the digits, permutes the bands, the stacks, the rows within a band and the columns within a stack,
+    and transposes half of the grids.
     """
     n = len(grids)
 
@@ -355,17 +358,17 @@ TASKS: dict[str, Task] = {task.name: task for task in (Sudoku(), Addition(), Run
 
 
 def check_text(name: str, text: str) -> None:
-    """Raise unless all characters of `text` are ones the model knows; `name` is what the error calls it."""
+    """Raise ValueError unless the model knows all characters of `text`. The message calls the text `name`."""
     known = "".join(TOKENS[MASK_ID:])
     if unknown := "".join(sorted(set(text) - set(known))):
         raise ValueError(
-            f"{name} holds {unknown!r}: the demonstration's model knows the characters {known} alone. It answers "
-            "A1234567890123456+8765432109876544= (addition, 16 digits each), R and 32 digits and = (running sums), and "
-            "fills in S and 81 cells (Sudoku)"
+            f"{name} contains {unknown!r}: the demo model knows only the characters {known}. It answers prompts such "
+            "as A1234567890123456+8765432109876544= (addition, 16 digits each) and R, 32 digits, = (running sums). "
+            "It fills in Sudokus written as S and 81 cells, with _ for a blank"
         )
 
 
 def answer_length(prompt: str) -> int:
-    """Tokens that are missing behind a prompt: to the end of its task's canvas, at least 1."""
+    """Return how many tokens the answer to a prompt has: up to the end of its task's canvas, at least 1."""
     length = next((task.length for task in TASKS.values() if prompt.startswith(task.letter)), len(prompt) + 1)
     return max(length - len(prompt), 1)

@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation with lm-eval: `python -m dlmkernels.evaluation` (docs/evaluation.md). Needs the extra `eval`."""
+"""Evaluate models with lm-eval: `python -m dlmkernels.evaluation` (docs/evaluation.md). Needs the extra `eval`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-#: Where the tasks are that come with the package; they need no network.
+#: Folder of the tasks in the package.
 TASKS_DIR = Path(__file__).parent / "tasks"
 
 __all__ = ["TASKS_DIR", "EngineLM", "register"]
 
 
 def register() -> None:
-    """Let lm-eval know the model "dlmkernels", beside its own.
+    """Register the model "dlmkernels" with lm-eval.
 
     Raises
     ------
     ImportError
-        When lm-eval is not installed; the message says what to install.
+        If lm-eval is not installed. The message says what to install.
     """
     _require()
-    import lm_eval.models  # noqa: F401  # lm-eval fills its registry only while it is empty: its own models come first
+    import lm_eval.models  # noqa: F401  # first, because lm-eval registers its own models only if its registry is empty
     from lm_eval.api.registry import model_registry
 
     if "dlmkernels" not in model_registry:
@@ -35,7 +35,7 @@ def _require() -> None:
 
 
 def __getattr__(name: str):
-    """`EngineLM` is imported when it is asked for, since lm-eval takes seconds to import."""
+    """Import `EngineLM` on first access, because importing lm-eval takes seconds."""
     if name == "EngineLM":
         _require()
         from .lm import EngineLM

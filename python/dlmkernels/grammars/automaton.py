@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finite automata over tokens: what a regular expression says of texts, said of sequences of tokens."""
+"""Finite automata over tokens: translate a regular expression over characters to one over a tokenizer's tokens."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from functools import cached_property
 
 import numpy as np
 
-#: numbers in an automaton's table at most: 256 MB
+#: Maximum number of int32 entries in an automaton's tables (256 MB).
 LARGEST = 1 << 26
 
 
 @dataclass(frozen=True, eq=False)
 class TokenAutomaton:
-    """A deterministic automaton that reads tokens.
+    """A deterministic finite automaton over tokens.
 
-    Tokens that do the same in every state are one class: a vocabulary of 100,000 tokens has a few hundred.
+    Tokens with the same transition in every state form a class. A vocabulary of 100,000 tokens has a few hundred.
 
     Attributes
     ----------
     table : ndarray
-        int32 `[C, Q + 1]`: the state after a token of each class in each state. State Q is the dead one: no text that
-        comes to it is completed by anything. Class 0 leads there from everywhere.
+        int32 `[C, Q + 1]`: the next state for each class of tokens and each state. State Q is the dead state, from
+        which no accepted text can be reached. Class 0 leads to the dead state from every state.
     class_of : ndarray
         int32 `[V]`: the class of each token.
     start : int
-        The first state.
+        The initial state.
     final : ndarray
-        bool `[Q + 1]`: where a text may end.
+        bool `[Q + 1]`: the states in which a text may end.
     """
 
     table: np.ndarray
@@ -40,19 +40,19 @@ class TokenAutomaton:
 
     @classmethod
     def of(cls, pattern: str, texts: Sequence[str | None]) -> TokenAutomaton:
-        """The automaton of all sequences of tokens whose texts, one behind the other, a pattern matches as a whole.
+        """Build the automaton of all token sequences whose concatenated text fully matches a pattern.
 
         Parameters
         ----------
         pattern : str
-            A regular expression in Python's syntax, without look-around and references back.
+            A regular expression in Python's syntax, without lookaround and backreferences.
         texts : sequence of str or None
-            What each token stands for; None: the token is never part of a text.
+            The text of each token. A token whose text is None is never accepted.
 
         Raises
         ------
         ValueError
-            When the pattern cannot be read, or its automaton becomes too large.
+            If the pattern is not supported, or its automaton becomes too large.
         """
         symbols, delta, start, final = _of_characters(pattern)
         table, class_of = _lifted(symbols, delta, texts)
@@ -60,7 +60,7 @@ class TokenAutomaton:
 
     @cached_property
     def shortest(self) -> int:
-        """How many tokens the shortest text has; -1 if these tokens make none."""
+        """Number of tokens in the shortest accepted sequence; -1 if there is none."""
         onward = [np.unique(self.table[1:, state]) for state in range(len(self.final))]
         seen, queue = {self.start}, deque([(self.start, 0)])
         while queue:
@@ -75,7 +75,19 @@ class TokenAutomaton:
 
 
 def _of_characters(pattern: str) -> tuple[dict, np.ndarray, int, np.ndarray]:
-    """Number of each character's symbol, int32 states `[Q + 1, K]`, the first state, and which are final."""
+    """Build the automaton of a pattern over characters.
+
+    Returns
+    -------
+    symbols : dict
+        Index of the symbol of each character; None stands for all characters that are not listed.
+    delta : ndarray
+        int32 `[Q + 1, K]`: the next state for each state and symbol; state Q is the dead state.
+    start : int
+        The initial state.
+    final : ndarray
+        bool `[Q + 1]`: the accepting states.
+    """
     import interegular
     from interegular.fsm import anything_else
 
@@ -83,7 +95,7 @@ def _of_characters(pattern: str) -> tuple[dict, np.ndarray, int, np.ndarray]:
         machine = interegular.parse_pattern(pattern).to_fsm()
     except (interegular.InvalidSyntax, interegular.Unsupported, NotImplementedError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"pattern: {pattern!r} is no regular expression that can be used here: {text}") from error
+        raise ValueError(f"pattern: {pattern!r} is not a supported regular expression: {text}") from error
     names = {state: k for k, state in enumerate(sorted(machine.states))}
     keys = {key: k for k, key in enumerate(sorted(set(machine.alphabet.values())))}
     dead = len(names)
@@ -101,7 +113,7 @@ def _of_characters(pattern: str) -> tuple[dict, np.ndarray, int, np.ndarray]:
 
 
 def _bury(delta: np.ndarray, final: np.ndarray) -> None:
-    """Let the ways that lead to no final state lead to the dead one, which is the last."""
+    """Redirect transitions to states that reach no final state to the dead state, which is the last one."""
     lives = final.copy()
     while True:
         wider = lives | lives[delta].any(1)
@@ -112,10 +124,10 @@ def _bury(delta: np.ndarray, final: np.ndarray) -> None:
 
 
 def _lifted(symbols: dict, delta: np.ndarray, texts: Sequence[str | None]) -> tuple[np.ndarray, np.ndarray]:
-    """What each token does in each state, as a table of classes and the class of each token.
+    """Lift an automaton over characters to tokens. Returns the table of token classes, and the class of each token.
 
-    A text is a function of states, and those of longer texts are found from those of shorter ones: most texts soon are
-    the function that leads everywhere to the dead state.
+    A text is a function from states to states, which is built up character by character and shared between texts with
+    a common prefix. Most texts quickly reach the function that maps every state to the dead one.
     """
     states, other = len(delta), symbols[None]
     functions = [np.full(states, states - 1, dtype=np.int32), np.arange(states, dtype=np.int32)]

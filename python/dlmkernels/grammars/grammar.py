@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Holds a decoding to a finite automaton, at every position of the canvas at once.
+"""Constrain a decoding to a finite automaton, at all positions of the canvas at once.
 
-A token stands at a position if some way to fill all masks makes an accepted text of exactly the answer's length: if it
-leads from a state that the columns before it can come to, to one from which those behind it can come to an end. So
-tokens are committed in any order, none has to be taken back, and an answer closes before its canvas ends. The sets of
-states are those of Suresh et al., "DINGO: Constrained Inference for Diffusion LLMs" (arXiv:2505.23061), which finds
-the likeliest text of a block by them; here they judge whatever a rule decides.
+A token is allowed at a position if the remaining masks can be filled so that the whole answer, of exactly its length,
+is accepted. This is the case if the token leads from a state that is reachable through the positions before it to a
+state from which the positions after it can reach a final state. Tokens can therefore be committed in any order, none
+has to be taken back, and an answer is complete before its canvas (prompt and answer positions) ends. The sets of states
+are those of Suresh et al., "DINGO: Constrained Inference for Diffusion LLMs" (arXiv:2505.23061), which uses them to
+find the most likely text of a block. Here they check the tokens that a rule wants to commit.
 """
 
 from __future__ import annotations
@@ -21,25 +22,30 @@ from ..decoding.bitmask import pack
 from ..decoding.constraint import AnswerPlace, Constraint
 from .automaton import TokenAutomaton
 
-#: how many sets of states, and how many bitmasks, are remembered for each grammar
+#: Number of sets of states, and number of bitmasks, that are cached per `Machine`.
 REMEMBERED = 4096, 256
 
 
 class Grammar(Constraint):
-    """Answers that a regular language holds, followed by an end token unless they fill the canvas.
+    """Constraint to the answers of a regular language. An end token follows, unless the answer fills its canvas.
 
-    Made by `json_schema`, `json_object` and `regex`. One object serves any number of requests.
+    Created by `json_schema`, `json_object` and `regex`. One object can be used for any number of requests.
 
     Attributes
     ----------
     min_tokens : int
-        How many tokens the shortest answer has, the end token not among them.
+        Number of tokens in the shortest answer, not counting the end token.
+
+    Raises
+    ------
+    ValueError
+        If no sequence of the tokenizer's tokens is such an answer.
     """
 
     def __init__(self, automaton: TokenAutomaton, name: str):
         self.automaton, self.name = automaton, name
         if automaton.shortest < 0:
-            raise ValueError(f"{name}: the tokenizer has no tokens for any such text")
+            raise ValueError(f"{name}: the tokenizer's tokens cannot form any text that matches")
         self.min_tokens = automaton.shortest
         self._machine = lru_cache(maxsize=8)(lambda *key: Machine(automaton, *key))
 
@@ -57,13 +63,13 @@ class Grammar(Constraint):
         return GrammarInPlace(machine, place.start, place.ends, place.mask, self.name)
 
     def accepts(self, tokens: Tensor, proposed: Tensor) -> Tensor:
-        raise TypeError("a grammar judges the answers of a decoding that it is bound to")
+        raise TypeError("a grammar must be bound to a decoding before it can check answers: call bound(place) first")
 
 
 class Machine:
-    """The automaton with a decoding's special tokens, and the sets of states that were computed.
+    """The automaton extended by the special tokens of a decoding, with caches of computed sets of states.
 
-    Two states are added: behind the end token, where any token stands, and the dead one is the last.
+    It has one more state, for positions after the end token, where any token is allowed. The dead state stays last.
     """
 
     def __init__(
@@ -71,9 +77,9 @@ class Machine:
     ):
         classes, states = automaton.table.shape
         done, dead = states - 1, states
-        table = np.where(automaton.table == done, dead, automaton.table)  # the dead state moves up by one
+        table = np.where(automaton.table == done, dead, automaton.table)  # the dead state moves up by one index
         table = np.concatenate((table, np.full((classes, 1), dead, dtype=np.int32)), 1)
-        table[:, done] = done  # behind the end stands anything
+        table[:, done] = done  # anything may follow the end token
         end = np.full(states + 1, dead, dtype=np.int32)
         end[:states][automaton.final] = end[done] = done
         self.table = np.concatenate((table, end[None], end[None]))
@@ -88,7 +94,7 @@ class Machine:
         is_banned = np.zeros(len(self.class_of), dtype=bool)
         is_banned[[token for token in banned if 0 <= token < len(is_banned)]] = True
         usable[np.unique(self.class_of[~is_banned])] = True
-        usable[classes + 1] = False  # padding is nobody's proposal
+        usable[classes + 1] = False  # padding is never proposed
         self.usable = usable
         leads = np.zeros((states + 1, states + 1), dtype=np.float32)
         for row in self.table[usable]:
@@ -106,11 +112,11 @@ class Machine:
                 self.class_of[token] = to
 
     def ways(self, token: int) -> np.ndarray:
-        """The state after a token in each state, int32 `[Q]`."""
+        """Return the next state for a token in each state, int32 `[Q]`."""
         kind = self.class_of[token] if 0 <= token < len(self.class_of) else 0
         return self.table[kind]
 
-    # Sets of states are bytes of bools, so that they can be remembered.
+    # Sets of states are bytes of bools, so that they are hashable for the caches.
 
     def _after_mask(self, states: bytes) -> bytes:
         here = np.frombuffer(states, dtype=bool).astype(np.float32)
@@ -121,7 +127,7 @@ class Machine:
         return (self._leads @ there > 0).tobytes()
 
     def after(self, states: bytes, token: int | None) -> bytes:
-        """States after a token, or after any (None)."""
+        """Return the states reachable from `states` by a token, or by any token if None."""
         if token is None:
             return self._after(states)
         found = np.zeros(len(self.final), dtype=bool)
@@ -130,13 +136,13 @@ class Machine:
         return found.tobytes()
 
     def before(self, states: bytes, token: int | None) -> bytes:
-        """States from which a token, or any (None), leads into some."""
+        """Return the states from which a token, or any token if None, leads into `states`."""
         if token is None:
             return self._before(states)
         return np.frombuffer(states, dtype=bool)[self.ways(token)].tobytes()
 
     def _words(self, before: bytes, behind: bytes) -> Tensor:
-        """Bitmask int32 `[n]` of the tokens that lead from some states into others."""
+        """Return the bitmask int32 `[n]` of the tokens that lead from a state in `before` to a state in `behind`."""
         here, there = np.frombuffer(before, dtype=bool), np.frombuffer(behind, dtype=bool)
         right = there[self.table[:, here]].any(1)
         right[self.classes + 1] = False
@@ -144,7 +150,7 @@ class Machine:
 
 
 class GrammarInPlace(Constraint):
-    """A grammar for the answers of one decoding: row by row columns `[start, ends[row])`."""
+    """A grammar bound to the answers of one decoding, which are columns `[start, ends[row])` of each batch row."""
 
     def __init__(self, machine: Machine, start: int, ends: Sequence[int], mask: int, name: str):
         self.machine, self.start, self.ends, self.mask, self.name = machine, start, ends, mask, name
@@ -185,7 +191,7 @@ class GrammarInPlace(Constraint):
         return accepted
 
     def _answer(self, canvas: Sequence[int], row: int) -> list[int | None]:
-        """A row's answer, None where it is open."""
+        """Return the tokens of a row's answer, None where they are masked."""
         part = canvas[self.start : self.ends[row]]
         return [None if token == self.mask else token for token in part]
 
@@ -195,19 +201,19 @@ class GrammarInPlace(Constraint):
         return states.tobytes()
 
     def _behind(self, answer: Sequence[int | None]) -> list[bytes]:
-        """From which states before each column, and behind the last, an end can be come to."""
+        """Return, for each column and for the end of the answer, the states before it that can reach a final state."""
         found = [self.machine.final.tobytes()]
         for token in reversed(answer):
             found.append(self.machine.before(found[-1], token))
         return found[::-1]
 
     def _before(self, answer: Sequence[int | None], behind: Sequence[bytes]) -> list[bytes]:
-        """To which states the columns before each can come."""
+        """Return, for each column and for the end of the answer, the states reachable through the columns before it."""
         found = [self._first()]
         if not _meet(found[0], behind[0]):
             raise ValueError(
-                f"constraint: no answer of exactly {len(answer)} tokens satisfies {self.name} with what stands in it "
-                "already; where there is no end token, or tokens are given, an answer must fill its canvas"
+                f"constraint: no answer of exactly {len(answer)} tokens satisfies {self.name} and keeps the tokens "
+                "already in it; without an end token, or with given tokens, an answer must fill its canvas"
             )
         for token in answer:
             found.append(self.machine.after(found[-1], token))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grammars from JSON schemas and regular expressions, compiled once for each tokenizer."""
+"""Create grammars from JSON schemas and regular expressions, compiled once per tokenizer."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .grammar import Grammar
 from .schema import OBJECT, pattern_of
 from .texts import token_texts
 
-#: how many grammars are kept for each tokenizer
+#: Number of compiled grammars that are cached per tokenizer.
 KEPT = 64
 
 
 class _Compiled:
-    """Texts of a tokenizer's tokens, and the grammars that were used last."""
+    """The texts of a tokenizer's tokens, and a cache of its most recently used grammars."""
 
     def __init__(self, tokenizer: Any):
         self._texts = token_texts(tokenizer)
@@ -50,7 +50,7 @@ def _grammar(pattern: str, name: str, tokenizer: Any) -> Grammar:
     except ImportError as error:
         raise ImportError(f'{name} needs interegular: pip install "dlmkernels[grammar]"') from error
     if not hasattr(tokenizer, "convert_ids_to_tokens"):
-        raise TypeError(f"tokenizer must be one of transformers'; got {type(tokenizer).__name__}")
+        raise TypeError(f"tokenizer must be a tokenizer of transformers; got {type(tokenizer).__name__}")
     with _lock:
         if tokenizer not in _compiled:
             _compiled[tokenizer] = _Compiled(tokenizer)
@@ -59,56 +59,62 @@ def _grammar(pattern: str, name: str, tokenizer: Any) -> Grammar:
 
 
 def json_schema(schema: Mapping[str, Any] | bool | str, tokenizer: Any) -> Grammar:
-    """A constraint under which answers are JSON that satisfies a schema.
+    """Create a constraint that makes answers JSON that satisfies a schema.
 
     Parameters
     ----------
     schema : dict, bool or str
-        A JSON schema, or its text. Of JSON Schema 2020-12: `type`, `enum`, `const`, `anyOf`, `$ref` within the schema
-        and without recursion; `properties`, `required`, `additionalProperties`; `items`, `prefixItems`, `minItems`,
-        `maxItems`; `minLength`, `maxLength`, `pattern`, `format` (date, time, date-time, uuid); `minimum`, `maximum`,
-        `exclusiveMinimum`, `exclusiveMaximum` of integers. Properties come in the order in which the schema names
-        them, and no others where it names some. Values of which it says nothing hold no more than
-        scalars and lists and objects of these.
+        A JSON schema, or its text. The supported keywords of JSON Schema 2020-12 are: `type`, `enum`, `const`, `anyOf`,
+        `allOf` with one schema, `$ref` within the schema and without recursion; `properties`, `required`,
+        `additionalProperties`; `items`, `prefixItems`, `minItems`, `maxItems`; `minLength`, `maxLength`, `pattern`,
+        `format` (date, time, date-time, uuid); `minimum`, `maximum`, `exclusiveMinimum`, `exclusiveMaximum` of
+        integers. Annotations such as `title` and `description` are ignored. Properties appear in the order of the
+        schema; if it names any, there are no others. Values that the schema does not describe are scalars, or lists
+        and objects of scalars.
     tokenizer : PreTrainedTokenizer
-        Of the model.
+        Tokenizer of the model.
 
     Returns
     -------
     Constraint
-        To be passed as `constraint=` to `generate` or `Engine.add_request`. `min_tokens` says how long the shortest
-        answer is; a shorter `max_new_tokens` is refused. Each answer that is decoded whole is valid, however long.
+        The value for `constraint=` of `generate` or `Engine.add_request`. Its `min_tokens` is the length of the
+        shortest answer; a smaller `max_new_tokens` raises. Every completely decoded answer is valid.
 
     Raises
     ------
     ValueError
-        When the schema is wrong, or says something that is not listed here. The message names it.
+        If the schema is invalid, or uses a keyword that is not listed here. The message names it.
+    TypeError
+        If `tokenizer` is not a tokenizer of transformers.
     ImportError
-        Without interegular.
+        If interegular is not installed.
     """
     found: Any = schema
     if isinstance(schema, str):
         try:
             found = json.loads(schema)
         except json.JSONDecodeError as error:
-            raise ValueError(f"schema is no JSON: {error}") from error
+            raise ValueError(f"schema is not valid JSON: {error}") from error
     return _grammar(pattern_of(found), "json_schema", tokenizer)
 
 
 def json_object(tokenizer: Any) -> Grammar:
-    """A constraint under which answers are JSON objects of scalars, lists and maps of scalars; see `json_schema`."""
+    """Create a constraint that makes answers JSON objects of scalars, and lists and objects of scalars.
+
+    See `json_schema` for the parameter, the returned value and errors.
+    """
     return _grammar(pattern_of(OBJECT), "json_object", tokenizer)
 
 
 def regex(pattern: str, tokenizer: Any) -> Grammar:
-    """A constraint under which a regular expression matches answers as a whole.
+    """Create a constraint that makes a regular expression match the whole answer.
 
     Parameters
     ----------
     pattern : str
-        In Python's syntax, without look-around and references back.
+        A regular expression in Python's syntax, without lookaround and backreferences.
     tokenizer : PreTrainedTokenizer
-        Of the model.
+        Tokenizer of the model.
 
     Returns
     -------
@@ -118,9 +124,11 @@ def regex(pattern: str, tokenizer: Any) -> Grammar:
     Raises
     ------
     ValueError
-        When the pattern cannot be read.
+        If the pattern is not supported.
+    TypeError
+        If `pattern` is not a string, or `tokenizer` is not a tokenizer of transformers.
     ImportError
-        Without interegular.
+        If interegular is not installed.
     """
     if not isinstance(pattern, str):
         raise TypeError(f"pattern must be a string; got {type(pattern).__name__}")

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Regular expressions of the integers between two bounds."""
+"""Regular expressions for the integers between two bounds."""
 
 from __future__ import annotations
 
-#: digits that an integer without a bound may have
+#: Maximum number of digits of an integer without a bound.
 DIGITS = 18
 
 
 def integers(low: int | None, high: int | None) -> str:
-    """The expression of the integers from `low` to `high` in decimal notation; None: as far as 18 digits go."""
+    """Return a regular expression for the integers from `low` to `high` in decimal. None means any, up to 18 digits."""
     most = 10**DIGITS - 1
     low, high = (-most if low is None else low), (most if high is None else high)
     parts = []
@@ -21,7 +21,7 @@ def integers(low: int | None, high: int | None) -> str:
 
 
 def _naturals(low: int, high: int) -> str:
-    """Those from `low` to `high`, both at least 0: number of digits by number of digits."""
+    """Return alternatives for the integers from `low` to `high`, both at least 0, one per number of digits."""
     parts = []
     for digits in range(len(str(low)), len(str(high)) + 1):
         first = max(low, 0 if digits == 1 else 10 ** (digits - 1))
@@ -31,7 +31,7 @@ def _naturals(low: int, high: int) -> str:
 
 
 def _same_digits(low: str, high: str) -> str:
-    """Those between two numbers of equally many digits."""
+    """Return alternatives for the integers between two numbers with the same number of digits."""
     if low == high:
         return low
     if len(low) == 1:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON schemas as regular expressions. What a schema says that is not understood here is refused by name."""
+"""Convert JSON schemas to regular expressions. Unsupported keywords are rejected by name."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ FORMATS = {
     "date": DATE, "time": TIME, "date-time": f"{DATE}T{TIME}",
     "uuid": "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
 }  # fmt: skip
-#: how deep values are nested of which a schema says nothing
+#: Nesting depth of values that a schema does not describe.
 DEPTH = 1
-#: how deep schemas may be nested, and how long their expressions may be
+#: Maximum nesting depth of schemas, and maximum length of their regular expressions.
 DEEPEST, LONGEST = 32, 200_000
 COMMA = ", ?"
 OBJECT = {"type": "object"}
@@ -39,21 +39,21 @@ OF_TYPE = {word: kind for kind, words in WORDS.items() for word in words}
 
 
 def pattern_of(schema: Mapping[str, Any] | bool) -> str:
-    """The regular expression of a schema's values.
+    """Return the regular expression that matches the values of a schema.
 
     Raises
     ------
     ValueError
-        When the schema is wrong, or not understood.
+        If the schema is invalid or not supported.
     """
     pattern = _Reader(schema).value(schema, "schema", ())
     if len(pattern) > LONGEST:
-        raise ValueError(f"schema is too large: its regular expression has {len(pattern)} characters")
+        raise ValueError(f"schema: its regular expression must have at most {LONGEST} characters; got {len(pattern)}")
     return pattern
 
 
 def literal(text: str) -> str:
-    """The expression that matches a text."""
+    """Return the regular expression that matches a literal text."""
     return "".join(f"\\{c}" if c in r"\.^$*+?{}[]|()/-" else c for c in text)
 
 
@@ -62,7 +62,7 @@ def _any(options: Sequence[str]) -> str:
 
 
 def _anything(depth: int) -> str:
-    """Values of any kind."""
+    """Return the expression for values of any type, nested at most `depth` deep."""
     scalars = [STRING, NUMBER, "true", "false", "null"]
     return _any([*scalars, _array(_anything(depth - 1)), _map(_anything(depth - 1))] if depth else scalars)
 
@@ -77,84 +77,86 @@ def _map(value: str) -> str:
 
 
 class _Reader:
-    """Reads one schema; `place` names where in it, for messages."""
+    """Converts one schema. In its methods, `place` is the path within the schema, for error messages."""
 
     def __init__(self, root: Any):
         self.root = root
 
     def value(self, schema: Any, place: str, refs: tuple[str, ...], depth: int = 0) -> str:
         if depth > DEEPEST:
-            raise ValueError(f"{place}: schemas are nested more than {DEEPEST} deep")
+            raise ValueError(f"{place}: schemas must not be nested more than {DEEPEST} deep")
         if schema is True:
             return _anything(DEPTH)
         if not isinstance(schema, Mapping):
-            raise ValueError(f"{place} must be a schema, which is an object or true; got {schema!r:.80}")
+            raise ValueError(f"{place} must be an object or true; got {schema!r:.80}")
         words = {word for word in schema if word not in NOTES}
         for word, read in (("$ref", self._ref), ("anyOf", self._any_of), ("allOf", self._all_of)):
             if word in words:
                 if words != {word}:
-                    raise ValueError(f"{place}: {word} cannot stand beside {', '.join(sorted(words - {word}))}")
+                    raise ValueError(f"{place}: {word} cannot be combined with {', '.join(sorted(words - {word}))}")
                 return read(schema[word], f"{place}.{word}", refs, depth + 1)
         kinds = self._kinds(schema, words, place)
         if "const" in words or "enum" in words:
             return self._listed(schema, words, kinds, place)
         known = {"type"}.union(*(WORDS[kind] for kind in kinds or WORDS))
         if words - known:
-            raise ValueError(f"{place}: {', '.join(sorted(words - known))} cannot be used here (see json_schema)")
+            raise ValueError(f"{place}: unsupported keyword {', '.join(sorted(words - known))} (see json_schema)")
         if kinds is None:
             return _anything(DEPTH)
         return _any([getattr(self, f"_{kind}")(schema, place, refs, depth) for kind in kinds])
 
-    # --- what kind of value -------------------------------------------------------------------------------------------
+    # --- types and fixed values ---------------------------------------------------------------------------------------
 
     @staticmethod
     def _kinds(schema: Mapping[str, Any], words: set[str], place: str) -> list[str] | None:
-        """Types that a schema names, or that its words are about; None: any."""
+        """Return the types that a schema names or that its keywords imply; None means any type."""
         kinds = schema.get("type")
         if kinds is None:
             return sorted({OF_TYPE[word] for word in words if word in OF_TYPE}) or None
         kinds = [kinds] if isinstance(kinds, str) else kinds
         if not isinstance(kinds, list) or not kinds or not all(isinstance(k, str) and k in WORDS for k in kinds):
-            raise ValueError(f"{place}.type must be one or several of {', '.join(WORDS)}; got {schema['type']!r:.80}")
+            raise ValueError(f"{place}.type must be one or more of {', '.join(WORDS)}; got {schema['type']!r:.80}")
         return kinds
 
     @staticmethod
     def _listed(schema: Mapping[str, Any], words: set[str], kinds: list[str] | None, place: str) -> str:
         if words - {"type", "const", "enum"}:
             raise ValueError(
-                f"{place}: {', '.join(sorted(words - {'type', 'const', 'enum'}))} cannot stand beside const and enum"
+                f"{place}: {', '.join(sorted(words - {'type', 'const', 'enum'}))} cannot be combined with const or enum"
             )
         values = schema.get("enum", [schema.get("const")])
         if not isinstance(values, list) or not values:
-            raise ValueError(f"{place}.enum must be a list of values; got {values!r:.80}")
+            raise ValueError(f"{place}.enum must be a non-empty list of values; got {values!r:.80}")
         if "const" in words:
             values = [value for value in values if _same(value, schema["const"])]
         values = [value for value in values if kinds is None or any(_is(value, kind) for kind in kinds)]
         if not values:
-            raise ValueError(f"{place}: const, enum and type leave no value")
+            raise ValueError(f"{place}: const, enum and type have no value in common")
         return _any([literal(json.dumps(value, ensure_ascii=False)) for value in values])
 
     def _ref(self, name: Any, place: str, refs: tuple[str, ...], depth: int) -> str:
         if not isinstance(name, str) or not name.startswith("#"):
-            raise ValueError(f"{place} must point into the schema (#/…); got {name!r:.80}")
+            raise ValueError(f"{place} must point into this schema (#/…); got {name!r:.80}")
         if name in refs:
-            raise ValueError(f"{place}: {name} contains itself, and a canvas has an end; nest it a number of times")
+            raise ValueError(
+                f"{place}: {name} contains itself, but recursive schemas are not supported: write out the levels needed"
+            )
         found = self.root
         for step in name[1:].split("/")[1:]:
             step = step.replace("~1", "/").replace("~0", "~")
             if not isinstance(found, Mapping) or step not in found:
-                raise ValueError(f"{place}: there is no {name}")
+                raise ValueError(f"{place}: there is no {name} in the schema")
             found = found[step]
         return self.value(found, name, (*refs, name), depth)
 
     def _any_of(self, options: Any, place: str, refs: tuple[str, ...], depth: int) -> str:
         if not isinstance(options, list) or not options:
-            raise ValueError(f"{place} must be a list of schemas; got {options!r:.80}")
+            raise ValueError(f"{place} must be a non-empty list of schemas; got {options!r:.80}")
         return _any([self.value(one, f"{place}[{k}]", refs, depth) for k, one in enumerate(options)])
 
     def _all_of(self, options: Any, place: str, refs: tuple[str, ...], depth: int) -> str:
         if not isinstance(options, list) or len(options) != 1:
-            raise ValueError(f"{place} can be used with one schema in it alone")
+            raise ValueError(f"{place} must be a list of exactly one schema; got {options!r:.80}")
         return self.value(options[0], f"{place}[0]", refs, depth)
 
     # --- one type each ------------------------------------------------------------------------------------------------
@@ -168,7 +170,7 @@ class _Reader:
             raise ValueError(f"{place}.required must be a list of names; got {required!r:.80}")
         unknown = [name for name in required if name not in named]
         if unknown and more is False:
-            raise ValueError(f"{place}.required names {unknown[0]!r}, which is not among the properties")
+            raise ValueError(f"{place}.required names {unknown[0]!r}, which is not in properties")
         named = dict(named) | dict.fromkeys(unknown, more)
         if not named:
             if more is False:
@@ -217,7 +219,7 @@ class _Reader:
         if not shapes:
             return f'"{CHARACTER}{{{low},{"" if high is None else high}}}"'
         if len(shapes) > 1 or low or high is not None:
-            raise ValueError(f"{place}: {shapes[0]} cannot stand beside minLength, maxLength, pattern and format")
+            raise ValueError(f"{place}: {shapes[0]} cannot be combined with minLength, maxLength, pattern or format")
         if "format" in schema:
             if schema["format"] not in FORMATS:
                 raise ValueError(f"{place}.format must be one of {', '.join(FORMATS)}; got {schema['format']!r:.80}")
@@ -253,7 +255,7 @@ class _Reader:
 
 
 def _sequence(pairs: Sequence[tuple[str, bool]]) -> str:
-    """Properties in their order, with commas between those that are there."""
+    """Return the expression for properties in their order, with commas between those that are present."""
 
     def onward(k: int) -> str:
         return "".join(f"{COMMA}{pair}" if needed else f"(?:{COMMA}{pair})?" for pair, needed in pairs[k:])
@@ -271,12 +273,12 @@ def _range(schema: Mapping[str, Any], least: str, most: str, place: str) -> tupl
         if bound is not None and (not isinstance(bound, int) or isinstance(bound, bool) or not 0 <= bound <= 4096):
             raise ValueError(f"{place}.{word} must be an integer from 0 to 4096; got {bound!r:.80}")
     if high is not None and low > high:
-        raise ValueError(f"{place}: {least} is {low}, more than {most}, which is {high}")
+        raise ValueError(f"{place}: {least} must be at most {most}; got {low} and {high}")
     return low, high
 
 
 def _safe_pattern(pattern: Any, place: str) -> str:
-    """A pattern for the inside of a JSON string, which it must not be able to leave."""
+    """Convert a `pattern` to one for the inside of a JSON string, after checking that it cannot end the string."""
     import interegular
 
     if not isinstance(pattern, str):
@@ -287,12 +289,12 @@ def _safe_pattern(pattern: Any, place: str) -> str:
         core = interegular.parse_pattern(inside).to_fsm()
         unsafe = interegular.parse_pattern(r'(?:.|\n)*["\\\x00-\x1f\x7f-\x9f](?:.|\n)*').to_fsm()
         leaves = not (core & unsafe).empty()
-    except Exception as error:  # the library has no common class for what it cannot read
-        raise ValueError(f"{place}: {pattern!r:.80} is no regular expression that can be used here") from error
+    except Exception as error:  # the library has no common base class for its parsing errors
+        raise ValueError(f"{place}: {pattern!r:.80} is not a supported regular expression") from error
     if leaves:
         raise ValueError(
             f"{place}: {pattern!r:.80} can match a quotation mark, a backslash or a control character, which JSON "
-            r'writes otherwise: say [^"\\\x00-\x1f\x7f-\x9f] in place of a dot'
+            r'must escape: use [^"\\\x00-\x1f\x7f-\x9f] instead of a dot'
         )
     rest = f"{CHARACTER}*"
     return f"{'' if begins else rest}{inside}{'' if ends else rest}"

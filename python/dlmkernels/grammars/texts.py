@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What text each token of a tokenizer stands for."""
+"""Find the text of each token of a tokenizer."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import Any
 
 @lru_cache(maxsize=1)
 def _byte_of() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for (the table of GPT-2's tokenizer)."""
+    """Return the byte for each character of a byte-level vocabulary (the table of GPT-2's tokenizer)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + k): byte for k, byte in enumerate(others)}
 
 
 def token_texts(tokenizer: Any) -> list[str | None]:
-    """The text of each token, by its id; None for special tokens and parts of a character.
+    """Return the text of each token in the order of ids; None for special tokens and for parts of a character.
 
     Parameters
     ----------
     tokenizer : PreTrainedTokenizer
-        With a vocabulary of bytes (GPT-2, Llama 3, Qwen), of pieces with "▁" for spaces (SentencePiece), or of plain
-        text.
+        A tokenizer whose vocabulary is byte-level (GPT-2, Llama 3, Qwen), has "▁" for spaces (SentencePiece), or is
+        plain text.
 
     Raises
     ------
     ValueError
-        When the tokens do not add up to the text that they were made of.
+        If the texts of an encoded text's tokens do not add up to that text.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     is_bytes = backend is not None and "ByteLevel" in f"{backend.decoder}{backend.pre_tokenizer}"
@@ -64,15 +64,15 @@ def _of_piece(piece: str) -> str | None:
 
 
 def _check(tokenizer: Any, texts: list[str | None]) -> None:
-    """Refuse a tokenizer whose tokens mean something else than what was read here."""
+    """Raise ValueError if the texts of tokens do not agree with what the tokenizer decodes."""
     for probe in ('{"key": [12, true]}', "1+2=3"):
         ids = tokenizer(probe, add_special_tokens=False)["input_ids"]
         if any(texts[i] is None for i in ids):
-            continue  # it has no tokens for this
+            continue  # the tokenizer cannot encode this probe
         told = "".join(texts[i] or "" for i in ids)
         want = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         if told.strip() != want.strip():
             raise ValueError(
-                f"tokenizer: the tokens of {want!r} are read as {told!r}, so that no grammar can be held with them; "
-                "vocabularies of bytes and of SentencePiece can be read"
+                f"tokenizer: the tokens of {want!r} were read as {told!r}, so grammars cannot be used with it; "
+                "byte-level and SentencePiece vocabularies are supported"
             )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of functions in OpenAI's form: from the tools of a request to a schema, and from an answer to its calls.
+"""Function calls in OpenAI's format: convert tools to a schema, and answers to calls.
 
-A call that is required is an answer of its own: the JSON object `{"name": …, "arguments": {…}}`, whose schema
-`call_schema` makes. Where the model may choose, it writes what its chat template has taught it; `split_calls` reads the
-form of Hermes and Qwen, that object between `<tool_call>` and `</tool_call>`.
+If a call is required, the whole answer is the JSON object `{"name": …, "arguments": {…}}`, whose schema is made by
+`call_schema`. If the model may choose, it writes calls in the format of its chat template. `split_calls` reads the
+format of Hermes and Qwen: that object between `<tool_call>` and `</tool_call>`.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.S)
 def call_schema(
     tools: Sequence[Mapping[str, Any]], tool_choice: str | Mapping[str, Any] = "required"
 ) -> dict[str, Any]:
-    """The JSON schema of a call of one of some tools.
+    """Return the JSON schema for a call of one of the given tools.
 
     Parameters
     ----------
     tools : sequence of dict
-        As in OpenAI's chat completions: `{"type": "function", "function": {"name": …, "parameters": …}}`.
+        Tools as in OpenAI's chat completions: `{"type": "function", "function": {"name": …, "parameters": …}}`.
     tool_choice : "required" or dict
-        `{"type": "function", "function": {"name": …}}`: that one.
+        "required" allows a call of any tool; `{"type": "function", "function": {"name": …}}` only of that one.
 
     Raises
     ------
     ValueError
-        When there is no such tool.
+        If `tools` is empty, or `tool_choice` is not one of these values or names a tool that is not in `tools`.
     """
     functions = [tool["function"] for tool in tools]
     if not isinstance(tool_choice, str):
         name = tool_choice["function"]["name"]
         functions = [function for function in functions if function["name"] == name]
         if not functions:
-            raise ValueError(f"tool_choice: there is no tool {name!r}")
+            raise ValueError(f"tool_choice must name one of the tools; got {name!r}")
     elif tool_choice != "required":
-        raise ValueError(f"tool_choice must be 'required' or a function for a schema; got {tool_choice!r}")
+        raise ValueError(f"tool_choice must be 'required' or name a function; got {tool_choice!r}")
     if not functions:
-        raise ValueError("tools must hold at least one function")
+        raise ValueError("tools must contain at least one function; got none")
     definitions: dict[str, Any] = {}
     calls = []
     for k, function in enumerate(functions):
@@ -57,7 +57,7 @@ def call_schema(
 
 
 def _moved(schema: Any, to: str) -> Any:
-    """A schema whose references are right when it stands elsewhere."""
+    """Adjust the references of a schema that is moved to the path `to`."""
     if isinstance(schema, list):
         return [_moved(one, to) for one in schema]
     if not isinstance(schema, Mapping):
@@ -72,28 +72,28 @@ def _moved(schema: Any, to: str) -> Any:
 
 
 def tool_calls(text: str) -> list[dict[str, Any]]:
-    """The calls that an answer under `call_schema` makes, in OpenAI's form.
+    """Convert an answer that satisfies `call_schema` to calls in OpenAI's format.
 
     Raises
     ------
     ValueError
-        When the text is no such answer.
+        If the text is not such an answer.
     """
     call = _call(text)
     if call is None:
-        raise ValueError(f"the answer is no call of a function: {text!r:.200}")
+        raise ValueError(f"the answer must be a function call; got {text!r:.200}")
     return [call]
 
 
 def split_calls(text: str, names: Sequence[str]) -> tuple[str | None, list[dict[str, Any]]]:
-    """What an answer says, and which of the functions `names` it calls; what is no call stays text.
+    """Split an answer into text and calls of the functions in `names`. Anything that is not such a call stays text.
 
     Returns
     -------
     content : str or None
-        None where there is nothing but calls.
+        The text, or None if the answer consists of calls only.
     calls : list of dict
-        In OpenAI's form.
+        Calls in OpenAI's format.
     """
     calls: list[dict[str, Any]] = []
 

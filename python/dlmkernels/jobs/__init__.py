@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batch jobs: files of prompts in, files of answers out, by any number of processes."""
+"""Batch jobs: decode a file of prompts into a file of answers, with any number of processes."""
 
 from .answers import answers as answers
 from .job import Job as Job

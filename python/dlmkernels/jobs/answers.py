@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests through an engine, answers in the order of the requests."""
+"""Decode requests with an engine and yield their answers in order."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from ..engine.engine import Engine
 from ..engine.request import RequestOutput, RequestStatus
 from .lines import Line, LineError
 
-#: how many requests for each slot are taken from the input before the first of them has been given back
+#: Maximum number of requests per slot that are read from the input ahead of the next answer to be yielded.
 AHEAD = 8
 
 
 def answers(
     engine: Engine, lines: Iterable[Line | LineError], seed: int = 0, token_ids: bool = False, chat: bool = False
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """Decode requests and give the answers in their order.
+    """Decode requests and yield their answers in input order.
 
     Parameters
     ----------
     engine : Engine
-        Not started: steps are made here. With a tokenizer.
+        An engine with a tokenizer that has not been started; this function runs its steps.
     lines : iterable of Line or LineError
-        Requests; errors become records of their own. They are taken as there is room for them, eight times as many as
-        the engine has slots at most, so that the input may be of any length.
+        Requests. A LineError becomes an error record. At most eight requests per slot of the engine are read ahead, so
+        the input may be arbitrarily long.
     seed : int
-        Of the job: see `Line.seed`.
+        Seed of the job; see `Line.seed`.
     token_ids : bool
-        Whether records have the tokens of the answers, too.
+        Whether records also contain the token ids of the answers.
     chat : bool
-        Whether a prompt that is text is the one message of a chat.
+        Whether to wrap each text prompt in a chat with one user message.
 
     Yields
     ------
     dict
-        `line`, and `id` where there is one; `text`, `finish_reason`, `prompt_tokens`, `completion_tokens`,
-        `num_forwards`; or `error`. The same for the same line, whatever else is decoded.
+        `line`, `id` if the request has one, and either `text`, `finish_reason`, `prompt_tokens`, `completion_tokens`,
+        `num_forwards` (and `token_ids`) or `error`. A line's record does not depend on what else is decoded.
     """
     done: dict[int, dict[str, Any]] = {}
     window = AHEAD * engine.slots
@@ -65,7 +65,7 @@ def _take(
     engine: Engine, place: int, line: Line | LineError, done: dict[int, dict[str, Any]], seed: int, token_ids: bool,
     chat: bool,
 ) -> None:  # fmt: skip
-    """Give a request to the engine; its record is put where it belongs when it is done."""
+    """Submit a request to the engine; its record is stored in `done[place]` when it has finished."""
     if isinstance(line, LineError):
         done[place] = {"line": line.number, "error": line.reason}
         return

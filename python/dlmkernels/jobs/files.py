@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a job: what is asked, what has been answered, and what job it was.
+"""The files of a job: its input, its output, and a description of the job.
 
-Answers stand in the output in the order of the input, so that what is done is the number of whole lines. A process may
-be killed at any time: a line without its end is cut off when the job goes on. Beside `out.jsonl` stands
-`out.jsonl.job`, which says what the job was; a job that differs does not touch the output.
+Answers are written in input order, so the number of complete lines in the output is the progress of the job. A process
+may be killed at any time: an incomplete last line is cut off when the job is resumed. `out.jsonl.job`, next to
+`out.jsonl`, describes the job. A job with a different description does not touch the output.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from typing import IO, Any
 
 from .lines import Line, LineError, read_line
 
-#: seconds after which what has been written is forced to the disk
+#: Interval in seconds at which written answers are flushed to disk (fsync).
 SYNC_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Share:
-    """Which of the lines a process answers: every `count`-th, from its rank on.
+    """The lines that one process answers: every `count`-th line, starting from line `rank` (counted from 0).
 
     Attributes
     ----------
     rank, count : int
+        Number of the process, from 0, and number of processes.
     """
 
     rank: int = 0
@@ -39,7 +40,7 @@ class Share:
 
     @classmethod
     def of_environment(cls) -> Share:
-        """From RANK and WORLD_SIZE, which torchrun and accelerate set; alone where they are not set."""
+        """Read RANK and WORLD_SIZE, which torchrun and accelerate set. Without them, one process answers all lines."""
         try:
             share = cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
         except ValueError as error:
@@ -49,15 +50,15 @@ class Share:
         return share
 
     def has(self, number: int) -> bool:
-        """Whether line `number`, from 1, is one of them."""
+        """Return whether line `number`, counted from 1, belongs to this share."""
         return (number - 1) % self.count == self.rank
 
     def lines_of(self, total: int) -> int:
-        """How many of `total` lines these are."""
+        """Return how many of `total` lines belong to this share."""
         return len(range(self.rank, total, self.count))
 
     def file(self, output: Path) -> Path:
-        """Where this process writes."""
+        """Return the path that this process writes to."""
         if self.count == 1:
             return output
         return output.with_name(f"{output.stem}.rank-{self.rank}-of-{self.count}{output.suffix}")
@@ -65,17 +66,19 @@ class Share:
 
 @dataclass(frozen=True)
 class Input:
-    """A file of requests that has been read once.
+    """A file of requests that has been scanned once.
 
     Attributes
     ----------
     path : Path
     lines : int
+        Number of lines.
     digest : str
-        SHA-256 of its bytes.
+        SHA-256 of the file's bytes.
     errors : list of LineError
-        The first ten lines that are no requests.
+        Errors of the first ten invalid lines.
     error_count : int
+        Number of invalid lines.
     """
 
     path: Path
@@ -86,7 +89,7 @@ class Input:
 
     @classmethod
     def scan(cls, path: Path) -> Input:
-        """Read all of a file, so that mistakes are known before a model is loaded."""
+        """Read and check a whole file, so that invalid lines are found before a model is loaded."""
         digest, errors, count, number = hashlib.sha256(), [], 0, 0
         seen: dict[Any, int] = {}
         with path.open("rb") as file:
@@ -95,14 +98,14 @@ class Input:
                 try:
                     line = read_line(number, text)
                     if line.id is not None and seen.setdefault(line.id, number) != number:
-                        raise LineError(number, f"id {line.id!r} is that of line {seen[line.id]}, too")
+                        raise LineError(number, f"id {line.id!r} is already used by line {seen[line.id]}")
                 except LineError as error:
                     count += 1
                     errors += [error] if count <= 10 else []
         return cls(path, number, digest.hexdigest(), errors, count)
 
     def requests(self, share: Share, done: int) -> Iterator[Line | LineError]:
-        """The lines of a share, without the first `done` of them."""
+        """Yield the lines of a share, skipping its first `done` lines."""
         seen: set[Any] = set()
         with self.path.open("rb") as file:
             for number, text in enumerate(file, 1):
@@ -111,7 +114,7 @@ class Input:
                     line: Line | LineError = read_line(number, text)
                     assert isinstance(line, Line)
                     if line.id is not None and line.id in seen:
-                        line = LineError(number, f"id {line.id!r} is that of an earlier line, too")
+                        line = LineError(number, f"id {line.id!r} is already used by an earlier line")
                     elif self.error_count and line.id is not None:
                         seen.add(line.id)
                 except LineError as error:
@@ -123,14 +126,14 @@ class Input:
 
 
 class Output:
-    """A file of answers that is being written."""
+    """The output file of a job, open for writing. `done` is the number of answers in it."""
 
     def __init__(self, path: Path, file: IO[bytes], done: int):
         self.path, self._file, self.done = path, file, done
         self._synced = time.monotonic()
 
     def write(self, record: dict[str, Any]) -> None:
-        """Add an answer."""
+        """Append the record of an answer."""
         self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
         self.done += 1
@@ -138,30 +141,36 @@ class Output:
             self.sync()
 
     def sync(self) -> None:
-        """Have what was written on the disk."""
+        """Flush written answers to disk."""
         os.fsync(self._file.fileno())
         self._synced = time.monotonic()
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[IO[bytes]]:
-    """A file, made if there is none, that no other process opens in this way meanwhile."""
+    """Open a file, creating it if needed, and hold an exclusive lock on it.
+
+    Raises
+    ------
+    ValueError
+        If another process holds the lock.
+    """
     with path.open("a+b", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"--output: another process is writing {path}") from None
+            raise ValueError(f"--output: another process is writing to {path}") from None
         yield file
 
 
 @contextmanager
 def opened(path: Path, job: dict[str, Any], share: Share, restart: bool) -> Iterator[Output]:
-    """The output of a job, new or with what has been answered already.
+    """Open the output of a job, either new or with the answers of an earlier run.
 
     Raises
     ------
     ValueError
-        When there is a file that belongs to another job, or none; or one that another process writes.
+        If the file exists and was written by another job or by no job, or if another process is writing to it.
     """
     with locked(path) as file:
         description = path.with_name(path.name + ".job")
@@ -172,7 +181,7 @@ def opened(path: Path, job: dict[str, Any], share: Share, restart: bool) -> Iter
             _check_same(path, json.loads(description.read_text("utf-8")), job)
         elif path.stat().st_size:
             raise ValueError(
-                f"--output: {path} exists and was not written by such a job: choose another name, or pass --restart "
+                f"--output: {path} exists and was not written by a batch job: choose another name, or pass --restart "
                 "to overwrite it"
             )
         else:
@@ -191,13 +200,13 @@ def _check_same(path: Path, before: dict[str, Any], job: dict[str, Any]) -> None
     if differing:
         name = differing[0]
         raise ValueError(
-            f"--output: {path} belongs to a job with another {name} ({before.get(name)!r}, now {job.get(name)!r}): "
-            "choose another name, or pass --restart to begin anew"
+            f"--output: {path} belongs to a job with a different {name} (was {before.get(name)!r}, is now "
+            f"{job.get(name)!r}): choose another name, or pass --restart to start over"
         )
 
 
 def _whole_lines(path: Path, file: IO[bytes], share: Share) -> int:
-    """How many answers a file holds; what was not written to its end is cut off."""
+    """Count the answers in a file, after cutting off an incomplete last line."""
     file.seek(0)
     end = count = 0
     for text in iter(file.readline, b""):
@@ -210,8 +219,8 @@ def _whole_lines(path: Path, file: IO[bytes], share: Share) -> int:
             is_right = False
         if not is_right:
             raise ValueError(
-                f"--output: line {count + 1} of {path} is not the answer to line {number} of the input: the file has "
-                "been changed; choose another name, or pass --restart to begin anew"
+                f"--output: line {count + 1} of {path} is not the answer to line {number} of the input, so the file "
+                "has been modified: choose another name, or pass --restart to start over"
             )
         end += len(text)
         count += 1
@@ -220,22 +229,27 @@ def _whole_lines(path: Path, file: IO[bytes], share: Share) -> int:
 
 
 def is_whole(output: Path, job: dict[str, Any], lines: int) -> bool:
-    """Whether the answers of all processes have been put together by an earlier run of the same job."""
+    """Return whether an earlier run of the same job has already merged the answers of all processes."""
     description = output.with_name(output.name + ".job")
     if not output.exists():
         return False
     if not description.exists():
-        raise ValueError(f"--output: {output} exists and was not written by such a job: choose another name")
+        raise ValueError(f"--output: {output} exists and was not written by a batch job: choose another name")
     _check_same(output, json.loads(description.read_text("utf-8")), job)
     if _count(output) != lines:
-        raise ValueError(f"--output: {output} does not hold {lines} answers: it has been changed; remove it")
+        raise ValueError(f"--output: {output} must contain {lines} answers, but it has been modified: remove it")
     return True
 
 
 def merge(output: Path, shares: int, lines: int) -> bool:
-    """Put the answers of all processes into one file, in order, if all are there; whether that is done.
+    """Merge the answers of all processes into one file, in input order, once all of them are complete.
 
-    The process that ends last does it. The files of the single processes are removed.
+    The process that finishes last does the merge and removes the files of the individual processes.
+
+    Returns
+    -------
+    bool
+        Whether the merged file exists.
     """
     all_shares = [Share(rank, shares) for rank in range(shares)]
     files = [share.file(output) for share in all_shares]
@@ -268,6 +282,6 @@ def merge(output: Path, shares: int, lines: int) -> bool:
 
 
 def _count(path: Path) -> int:
-    """Lines of a file that have their end."""
+    """Count the complete lines of a file, those that end with a newline."""
     with path.open("rb") as file:
         return sum(text.endswith(b"\n") for text in file)

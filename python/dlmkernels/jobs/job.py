@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A job: answers to a file of requests, by this process or by its share of several."""
+"""A batch job: answer a file of requests, in one process or divided among several."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .files import Input, Share, is_whole, merge, opened
 
 
 class Job:
-    """Answers to the lines of a file. What has been answered when the process is killed is not decoded again.
+    """Answer the lines of a file. A job that was killed resumes where it stopped, without decoding anything twice.
 
     >>> job = Job("prompts.jsonl", "out.jsonl", {"model": "demo"})
     >>> job.run(lambda: dk.Engine(model, tokenizer=tokenizer))
@@ -22,28 +22,29 @@ class Job:
     Parameters
     ----------
     input, output : str or Path
-        Files of JSON lines: see `read_line` and `answers`.
+        JSON Lines files; see `read_line` and `answers` for their records.
     description : dict
-        What the answers depend on beside the input, such as model and options; values are JSON. Kept beside the output,
-        so that a job which differs does not go on with it.
+        Everything the answers depend on besides the input, such as the model and options; values must be JSON
+        serializable. It is stored next to the output, so that a job with a different description does not resume it.
     seed : int
         See `Line.seed`.
     share : Share, optional
-        Which lines are answered here; None: by RANK and WORLD_SIZE in the environment. Every process writes a file of
-        its own; the last one puts them together.
+        Which lines this process answers. If None, RANK and WORLD_SIZE in the environment decide. Every process writes
+        its own file; the last one to finish merges them.
     skip_errors : bool
-        Lines that are no requests become records with `error`; False: they are refused before anything is decoded.
+        Whether invalid lines become records with `error`. If False, they raise before anything is decoded.
     restart : bool
-        Begin anew where there is an output; for one process alone.
+        Whether to overwrite an existing output and start over. Only for a single process.
     token_ids, chat : bool
         See `answers`.
 
     Raises
     ------
     ValueError
-        When the input holds lines that are no requests, or none at all.
+        If the input is empty or has invalid lines (unless `skip_errors`), if the output's folder does not exist, or if
+        `restart` is used with several processes.
     OSError
-        When it cannot be read.
+        If the input cannot be read.
     """
 
     def __init__(
@@ -55,28 +56,33 @@ class Job:
         self.output, self.seed = Path(output), seed
         self.skip_errors, self.restart, self.token_ids, self.chat = skip_errors, restart, token_ids, chat
         if restart and self.share.count > 1:
-            raise ValueError("--restart: several processes cannot begin anew together; remove the output's files first")
+            raise ValueError("--restart works with one process only: remove the output files of all processes instead")
         if self.output.parent != Path() and not self.output.parent.is_dir():
-            raise ValueError(f"--output: there is no folder {self.output.parent}")
+            raise ValueError(f"--output: folder {self.output.parent} does not exist")
         self.input = Input.scan(Path(input))
         if not self.input.lines:
-            raise ValueError(f"--input: {input} holds no line")
+            raise ValueError(f"--input: {input} is empty")
         if self.input.errors and not skip_errors:
             more = self.input.error_count - 1
-            raise ValueError(f"--input: {self.input.errors[0]}" + (f" (and {more} more like it)" if more else "")
-                             + "; --skip-errors writes such lines into the output as errors")  # fmt: skip
+            raise ValueError(f"--input: {self.input.errors[0]}" + (f" (and {more} more invalid lines)" if more else "")
+                             + "; pass --skip-errors to record such lines as errors in the output")  # fmt: skip
         self.description = description | {
             "input_sha256": self.input.digest, "seed": seed, "token_ids": token_ids, "chat": chat,
             "processes": self.share.count,
         }  # fmt: skip
 
     def run(self, make_engine: Callable[[], Engine]) -> int:
-        """Answer what is left; how many lines were answered now.
+        """Answer the remaining lines.
 
         Parameters
         ----------
         make_engine : callable
-            Loads the model; called only where something is left to do.
+            Loads the model and returns an Engine. Called only if lines remain.
+
+        Returns
+        -------
+        int
+            Number of lines answered in this run.
         """
         several = self.share.count > 1
         if several and is_whole(self.output, self.description, self.input.lines):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pages on which decodings are watched: HTML files that load nothing, of decodings that are over or go on."""
+"""Self-contained HTML pages that show decodings: replays of finished ones, and a live view of a server's."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any, NamedTuple
 
-#: Characters that could end the element the data stand in, or that JavaScript once took for line ends.
+#: Characters that could close the element with the data, or that older JavaScript treats as line ends.
 ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 
 class LivePage(NamedTuple):
-    """A page that follows a server.
+    """A page and its content security policy.
 
     Attributes
     ----------
     html : str
     policy : str
-        The content security policy that the page states itself, for the header of the response.
+        The content security policy, for the header of the response. The page also contains it.
     """
 
     html: str
@@ -30,20 +30,20 @@ class LivePage(NamedTuple):
 
 
 def page_of(data: dict[str, Any], title: str) -> str:
-    """The page of what `trace.page_data` tells of decodings."""
+    """Return the page that replays the decodings in `data`, which comes from `trace.page_data`."""
     return _page("replay", data, title)[0]
 
 
 def live_page(kinds: Sequence[str], source: str, title: str = "Decodings") -> LivePage:
-    """A page of decodings that are being made, which it is told of by the server that it comes from.
+    """Return a page that shows decodings in progress, as reported by the server that delivers it.
 
     Parameters
     ----------
     kinds : sequence of str
-        Names of events: `trace.KINDS`.
+        Names of the kinds of events: `trace.KINDS`.
     source : str
-        Path on the same server at which it reads `live.Live`'s messages: server-sent events with `data: ` and a JSON
-        object each. Where the answer is status 401, the page asks for a key, which it sends as `Authorization: Bearer`.
+        Path on the same server from which the page reads the messages of `live.Live`, as server-sent events with one
+        JSON object each. On status 401 the page asks for an API key and sends it as `Authorization: Bearer`.
     title : str
     """
     return _page("live", {"kinds": list(kinds), "decodings": [], "live": source}, title, "; connect-src 'self'")
@@ -65,7 +65,7 @@ def _page(name: str, data: dict[str, Any], title: str, more: str = "") -> LivePa
 
 
 def policy(style: str, script: str) -> str:
-    """A content security policy under which this style and this script work, and nothing else does."""
+    """Return a content security policy that allows only this style and this script."""
     hashes = [base64.b64encode(hashlib.sha256(x.encode()).digest()).decode() for x in (style, script)]
     return (
         f"default-src 'none'; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; base-uri 'none'; "

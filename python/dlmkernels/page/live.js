@@ -1,4 +1,4 @@
-// A page of decodings that a server is making: it tells of each step, and panels show how they stand, the newest first.
+// The live page: the server reports every step of its decodings; panels show their current state, newest first.
   const hasText = true;
   const tell = (text) => { by("told").textContent = text; };
   const seek = () => {};
@@ -32,7 +32,7 @@
     if (panels.has(id)) changed.add(id);
   }
 
-  // At once, so that nothing is seen half told, but not more often than it can be looked at.
+  // Draw all changes of a batch of messages together, but at most once per 60 ms.
   function drawSoon() {
     if (isDrawing) return;
     if (performance.now() - drawn > 60) return draw();
@@ -40,7 +40,7 @@
     setTimeout(draw, 60);
   }
 
-  // Several messages may have come since the last time.
+  // Several messages may have arrived since the last drawing.
   function draw() {
     isDrawing = false;
     drawn = performance.now();
@@ -56,7 +56,7 @@
     by("none").hidden = panels.size > 0;
   }
 
-  // Server-sent events, read by hand: an EventSource cannot carry a key.
+  // Server-sent events are parsed here because an EventSource cannot send an Authorization header.
   async function read(body) {
     const reader = body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "";
@@ -72,7 +72,7 @@
 
   function askForKey() {
     by("login").hidden = false;
-    state("The server wants its API key.");
+    state("This server requires an API key.");
     return new Promise((done) => by("login").addEventListener("submit", (event) => {
       event.preventDefault();
       key = by("key").value;
@@ -93,7 +93,7 @@
       } catch (error) {
         if (error instanceof SyntaxError) throw error;
       }
-      state("Not connected; trying again.");
+      state("Disconnected. Trying again.");
       await pause(2000);
     }
   }

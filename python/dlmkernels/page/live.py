@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an engine's outputs to the messages that a live page shows: what has happened since a reader last asked."""
+"""Convert an engine's outputs to the messages of the live page, and deliver them to any number of readers."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from ..engine.request import RequestOutput
 from ..trace import KINDS, text_of
 
 COMMIT, EDIT, REMASK, FILL = (KINDS.index(kind) for kind in ("commit", "edit", "remask", "fill"))
-#: events of one request that are kept, and messages for readers that fall behind
+#: Maximum number of events stored per request, and of messages stored for readers that fall behind.
 MOST_EVENTS, MOST_MESSAGES = 20_000, 2000
 
 
 class Live:
-    """The last decodings of an engine, step by step. Any thread may write, and any number may read.
+    """The latest decodings of an engine, step by step. Thread-safe for any number of writers and readers.
 
-    A reader holds a cursor, and asks for what has come since. One that falls behind is told how all decodings stand
-    instead, so that nobody who reads slowly costs memory.
+    A reader holds a cursor and asks for the messages since then. A reader that falls too far behind gets the current
+    state of all decodings instead, so slow readers cost no memory.
 
     Parameters
     ----------
-    tokenizer : optional
-        Gives tokens their texts.
+    tokenizer : PreTrainedTokenizer, optional
+        Converts tokens to text. If None, tokens are shown as ids.
     mask : int
-        The mask token.
+        Id of the mask token.
     ends : collection of int
-        End tokens, behind which stands padding.
+        Ids of the end tokens, after which everything is padding.
     kept : int
-        How many decodings are shown; others that are made at the same time are not.
+        Maximum number of decodings shown. Further ones that run at the same time are not shown.
     """
 
     def __init__(self, tokenizer: Any, mask: int, ends: Collection[int] = (), kept: int = 8):
@@ -43,7 +43,7 @@ class Live:
         self._lock = threading.Lock()
 
     def put(self, output: RequestOutput) -> None:
-        """Take in an output of a request that was added with `drafts=True`."""
+        """Process an output of a request that was added with `drafts=True`."""
         with self._lock:
             row = self._rows.get(output.request_id)
             if row is None:
@@ -58,7 +58,7 @@ class Live:
                 self._say(self._told(output.request_id, row, events))
 
     def _has_room(self) -> bool:
-        """Whether another decoding can be shown; the oldest that is over gives way."""
+        """Return whether another decoding can be shown, after removing the oldest finished one if necessary."""
         if len(self._rows) < self._kept:
             return True
         over = next((name for name, row in self._rows.items() if row.reason is not None), None)
@@ -68,19 +68,20 @@ class Live:
         return over is not None
 
     def since(self, cursor: int | None = None) -> tuple[int, list[dict[str, Any]]]:
-        """The new cursor, and the messages after an old one.
+        """Return a new cursor and the messages since an earlier one.
 
         Parameters
         ----------
         cursor : int, optional
-            None: how everything stands.
+            Cursor from the previous call. If None, the messages describe the current state of all decodings.
 
         Returns
         -------
         cursor : int
         messages : list of dict
-            With "type": "reset", "begin" ("id", "mask", "row", "texts"), "step" ("id", "events", "texts"), "end" (also
-            "reason") and "gone" ("id"). Events are [forward, number of the kind, column, token, confidence].
+            Each has a "type": "reset", "begin" (with "id", "mask", "row", "texts"), "step" ("id", "events", "texts"),
+            "end" (like "step", and "reason") or "gone" ("id"). Events are [forward, index of the kind in `trace.KINDS`,
+            column, token, confidence].
         """
         with self._lock:
             missed = None if cursor is None else self._count - cursor
@@ -118,25 +119,25 @@ class Live:
 
 
 class _Row:
-    """One decoding: its first canvas, and the events that lead from one output to the next."""
+    """One decoding: its initial canvas, and the events by which each output differs from the one before."""
 
     def __init__(self, output: RequestOutput, mask: int, ends: frozenset[int]):
         draft = output.draft or []
         confidence = output.draft_confidence or [0.0] * len(draft)
         self._mask, self._ends = mask, ends
         last = next((k for k, token in enumerate(draft) if token in ends), len(draft))
-        # what has no probability was given, unless it stands behind an end token
+        # a token with probability 0 was given, unless it follows an end token
         begun = [token if p == 0 and k < last else mask for k, (token, p) in enumerate(zip(draft, confidence))]
         self.prompt = len(output.prompt_ids)
         self.start = [*output.prompt_ids, *begun]
         self.open = "".join("01"[k >= self.prompt and token == mask] for k, token in enumerate(self.start))
         self.events: list[list[Any]] = []
-        #: why it has ended; None while it goes on
+        #: why the decoding has ended; None while it is running
         self.reason: str | None = None
         self._tokens = begun
 
     def advance(self, output: RequestOutput) -> list[list[Any]]:
-        """The events that have led to an output."""
+        """Return the events since the previous output."""
         now, confidence = list(self._tokens), [0.0] * len(self._tokens)
         if output.is_finished():
             self.reason = output.finish_reason or "error"

@@ -1,5 +1,5 @@
-// What both pages show: a panel for each decoding.
-// A decoding is a list of events; the canvas after forward n is the first one with the events of forwards 0 to n - 1.
+// Shared by both pages: a panel that shows one decoding.
+// A decoding is an initial canvas and a list of events. The canvas after n forwards has the events of the first n.
   const data = JSON.parse(document.getElementById("data").textContent);
   const [COMMIT, EDIT, REMASK, RENOISE, INSERT, REMOVE, FILL] = data.kinds.keys();
   const NAMES = data.kinds;
@@ -17,7 +17,7 @@
   const percent = (x) => `${(100 * x).toFixed(x > 0.999 || x < 0.01 ? 2 : 1)} %`;
   const forwardsOf = (row) => row.events.reduce((n, e) => Math.max(n, e[0] + 1), 0);
 
-  // The canvas after so many forwards: a list of cells, each with what is known of it.
+  // The canvas after a number of forwards, as a list of cells: token, state, and the forward that set it.
   function canvasAfter(decoding, row, forwards) {
     const cells = row.start.map((token, i) => ({
       token, open: row.open[i] === "1", given: row.open[i] === "0", edits: 0, forward: -1, confidence: 0,
@@ -53,12 +53,12 @@
       this.summary = make("small", title);
       this.canvas = make("div", root, { class: "canvas", role: "img", "aria-label": "The canvas" });
       this.canvas.addEventListener("pointerover", (event) => this.pointAt(event.target.dataset.position));
-      this.map = make("svg", root, { viewBox: `0 0 ${this.width} 190`, role: "img", "aria-label": "Which position when" });
-      this.curve = make("svg", root, { viewBox: `0 0 ${this.width} 90`, role: "img", "aria-label": "Share decided" });
+      this.map = make("svg", root, { viewBox: `0 0 ${this.width} 190`, role: "img", "aria-label": "Positions by forward" });
+      this.curve = make("svg", root, { viewBox: `0 0 ${this.width} 90`, role: "img", "aria-label": "Share committed" });
       this.draw();
     }
 
-    // Anew, when events have come.
+    // Redraw after new events.
     draw() {
       this.forwards = forwardsOf(this.row);
       this.map.replaceChildren(); this.curve.replaceChildren();
@@ -71,7 +71,7 @@
     }
     y(forward) { return 10 + 155 * (forward + 0.5) / Math.max(this.forwards, 1); }
 
-    // Position against forward: what was committed (dots), taken back (rings), changed (squares).
+    // Map of positions and forwards: committed tokens (dots), remasked ones (rings), changed ones (squares).
     drawMap() {
       const { row, map } = this;
       const right = this.width - 6;
@@ -108,7 +108,7 @@
       this.now = make("line", map, { class: "now", x1: 34, x2: right, y1: 0, y2: 0 });
     }
 
-    // How many of the answer's positions are decided after each forward; and how sure each forward was on average.
+    // Share of the answer's positions committed after each forward, and mean confidence of each forward's commits.
     drawCurve() {
       const { row, curve, forwards } = this;
       const sums = Array.from({ length: forwards }, () => [0, 0]);
@@ -122,7 +122,7 @@
       make("line", curve, { class: "axis", x1: 34, y1: 70, x2: this.width - 6, y2: 70 });
       make("text", curve, { x: 30, y: 16, "text-anchor": "end" }, "100");
       make("text", curve, { x: 30, y: 73, "text-anchor": "end" }, "0 %");
-      make("text", curve, { x: 34, y: 86 }, "line: share of tokens decided; dots: mean confidence of what each forward commits");
+      make("text", curve, { x: 34, y: 86 }, "line: share of tokens committed; dots: mean confidence of each forward's tokens");
       make("polyline", curve, { class: "share", points: counts.map(([c], n) => `${x(n)},${y(c / most)}`).join(" ") });
       sums.forEach(([sum, count], n) => {
         if (count) make("circle", curve, { cx: x(n + 1), cy: y(sum / count), r: 2 }).style.fill =
@@ -132,7 +132,7 @@
       this.curveX = x; this.counts = counts;
     }
 
-    // How many of the answer's positions are decided, and how many there are but for what was given.
+    // Number of committed positions in the answer, and number of all its positions, both without given tokens.
     decided(cells) {
       const answer = cells.slice(this.row.prompt, this.row.last).filter((cell) => !cell.given);
       return [answer.filter((cell) => !cell.open).length, answer.length];
@@ -168,7 +168,7 @@
       this.now.setAttribute("y1", y); this.now.setAttribute("y2", y);
       this.mark.setAttribute("x1", this.curveX(at)); this.mark.setAttribute("x2", this.curveX(at));
       this.summary.textContent =
-        `${this.counts[at].join(" of ")} tokens after ${at} of ${this.forwards} forwards`;
+        `${this.counts[at].join(" of ")} tokens committed after ${at} of ${this.forwards} forwards`;
     }
 
     pointAt(position) {
@@ -177,23 +177,23 @@
       if (cell.given) return tell(`Position ${i}: ${quoted(this.decoding, cell.token)}, given.`);
       if (cell.open) {
         const isMask = cell.token < 0 || cell.token === this.decoding.mask;
-        return tell(`Position ${i}: open${isMask ? "" : `, with the draft ${quoted(this.decoding, cell.token)}`}.`);
+        return tell(`Position ${i}: masked${isMask ? "" : `, current draft ${quoted(this.decoding, cell.token)}`}.`);
       }
       tell(this.describe([cell.forward, cell.kind, i, cell.token, cell.confidence]));
     }
 
     describe([forward, kind, position, token, confidence]) {
       const words = {
-        commit: "decided", edit: "changed", remask: "opened again", renoise: "redrawn", insert: "inserted",
+        commit: "committed", edit: "changed", remask: "masked again", renoise: "redrawn", insert: "inserted",
         remove: "removed", fill: "padding",
       };
-      let text = `Position ${position}: ${quoted(this.decoding, token)}, ${words[NAMES[kind]]} by forward ${forward + 1}`;
-      if (kind === COMMIT || kind === EDIT) text += ` with a probability of ${percent(confidence)}`;
+      let text = `Position ${position}: ${quoted(this.decoding, token)}, ${words[NAMES[kind]]} in forward ${forward + 1}`;
+      if (kind === COMMIT || kind === EDIT) text += ` with probability ${percent(confidence)}`;
       const row = this.row, isFinal = kind === COMMIT || kind === EDIT;
       if (isFinal && row.entropy[position] !== undefined) text += `; entropy ${row.entropy[position]} nats`;
       if (isFinal && row.choices[position]) {
         const list = row.choices[position].map(([id, p]) => `${quoted(this.decoding, id)} ${percent(p)}`);
-        text += `; likeliest: ${list.join(", ")}`;
+        text += `; most likely: ${list.join(", ")}`;
       }
       return `${text}.`;
     }

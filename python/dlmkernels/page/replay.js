@@ -1,4 +1,4 @@
-// A page of decodings that are over: they are played, forward by forward.
+// The replay page: plays finished decodings forward by forward.
   const hasText = data.decodings.some((d) => Object.entries(d.texts).some(([id, text]) => id !== text));
   const tell = (text) => { by("told").textContent = text; };
   const most = Math.max(...data.decodings.map((d) => d.rows.length));
@@ -58,7 +58,7 @@
     keys[event.key]();
   });
 
-  // #forward=3&row=2 opens the page there; without it a decoding is shown complete.
+  // #forward=3&row=2 opens the page at that forward and row. Without it, the page shows the finished decoding.
   const wanted = new URLSearchParams(location.hash.slice(1));
   const row = Math.min(Math.max(Number(wanted.get("row") ?? 1) || 1, 1), most) - 1;
   at = wanted.has("forward") ? Number(wanted.get("forward")) || 0 : Infinity;

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server with OpenAI's endpoints over one engine: `dlmkernels serve MODEL`. Needs the extra `serve`."""
+"""An OpenAI-compatible HTTP server for one engine: `dlmkernels serve --model PATH`. Needs the extra `serve`."""
 
 from .app import create_app as create_app
 from .run import Server as Server

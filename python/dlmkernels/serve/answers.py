@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what the engine delivers to the objects that OpenAI's clients read."""
+"""Convert the engine's outputs to the objects of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ from typing import Any
 from ..engine.request import RequestOutput, RequestStatus
 from .errors import APIError
 
-#: `finish_reason` of an answer, by the engine's
+#: The engine's `finish_reason` -> the API's `finish_reason`.
 REASONS = {"length": "length", "eos": "stop", "stop": "stop"}
 
 
 class Answers:
-    """Reads outputs: text, log-probabilities, counts.
+    """Reads text, log probabilities and token counts from outputs.
 
     Parameters
     ----------
     tokenizer : PreTrainedTokenizer
-    ends : collection of int
-        End tokens of the model, which are not counted as part of an answer.
+    ends : sequence of int
+        End tokens of the model, which do not count as part of an answer.
     """
 
     def __init__(self, tokenizer, ends: Sequence[int]):
         self.tokenizer, self.ends = tokenizer, frozenset(ends)
 
     def text(self, output: RequestOutput) -> str:
-        """The answer's text, without special tokens and before a stop string."""
+        """Return the answer's text, without special tokens and up to a stop string."""
         if output.text is not None:
             return output.text
         return self.tokenizer.decode(output.generated_tokens, skip_special_tokens=True)
 
     def count(self, outputs: Sequence[RequestOutput]) -> int:
-        """Tokens of some answers, end tokens and what stands behind them left out."""
+        """Count the tokens of several answers, excluding end tokens and everything after them."""
         return sum(len(self.tokens(output)) for output in outputs)
 
     def tokens(self, output: RequestOutput) -> list[int]:
-        """The answer's tokens before its end token."""
+        """Return the answer's tokens before its end token."""
         tokens = output.generated_tokens
         end = next((k for k, token in enumerate(tokens) if token in self.ends), len(tokens))
         return tokens[:end]
 
     def usage(self, outputs: Sequence[RequestOutput], n: int) -> dict[str, Any]:
-        """Counts for a request with n answers to each prompt, and how many forwards it took part in."""
+        """Return the `usage` object of a request with `n` answers per prompt: token counts and number of forwards."""
         prompt = sum(len(output.prompt_ids) for output in outputs[::n])
         answer = self.count(outputs)
         return {
@@ -52,14 +52,14 @@ class Answers:
         }  # fmt: skip
 
     def piece(self, token: int) -> str:
-        """One token as text."""
+        """Decode one token to text."""
         return self.tokenizer.decode([token])
 
     def _bytes(self, text: str) -> list[int] | None:
         return None if "\ufffd" in text else list(text.encode())
 
     def chat_logprobs(self, output: RequestOutput, start: int, k: int) -> dict[str, Any]:
-        """Log-probabilities of the tokens from `start` on, in the form of chat completions."""
+        """Return log probabilities of the tokens from `start` on, in the format of chat completions."""
         content = []
         for place in range(start, len(self.tokens(output))):
             best = (output.top_logprobs[place] if output.top_logprobs else None) or []
@@ -72,7 +72,7 @@ class Answers:
         return {"token": text, "logprob": value, "bytes": self._bytes(text)}
 
     def completion_logprobs(self, output: RequestOutput, start: int, k: int) -> dict[str, Any]:
-        """The same in the form of completions."""
+        """Return log probabilities of the tokens from `start` on, in the format of completions."""
         tokens = self.tokens(output)
         pieces = [self.piece(token) for token in tokens]
         offsets = [sum(map(len, pieces[:place])) for place in range(len(pieces))]
@@ -87,14 +87,14 @@ class Answers:
         }  # fmt: skip
 
     def draft(self, output: RequestOutput, mask: int) -> list[str | None] | None:
-        """The answer as it stands: a text for each position, None where nothing is decided."""
+        """Return the answer decoded so far: one text per position, None for positions that are still masked."""
         if output.draft is None:
             return None
         return [None if token == mask else self.piece(token) for token in output.draft]
 
 
 def check(output: RequestOutput) -> RequestOutput:
-    """An answer that was decoded; an error where it was not."""
+    """Return the output if it has been decoded. Raises APIError if decoding failed or the server is stopping."""
     if output.status is RequestStatus.FINISHED:
         return output
     if output.error == "the engine was stopped":
@@ -103,36 +103,36 @@ def check(output: RequestOutput) -> RequestOutput:
 
 
 class TextSoFar:
-    """What can be sent of an answer that is still decoded.
+    """Tracks how much of an answer's text has been streamed, and what can be sent next.
 
-    A stop string may be on its way in the last characters, and a character may be spread over several tokens; both are
-    held back until it is known what becomes of them.
+    The last characters may be the beginning of a stop string, and a character may be spread over several tokens. Such
+    characters are held back until later tokens settle them.
     """
 
     def __init__(self, answers: Answers, stop: Sequence[str]):
         self._answers, self._stop = answers, tuple(stop)
         self._sent = ""
-        #: tokens that have been sent
+        #: number of tokens sent so far
         self.tokens = 0
 
     def advance(self, output: RequestOutput) -> str:
-        """The text that is new."""
+        """Return the text that can be sent now and has not been sent before."""
         text = self._answers.text(output)
         if not output.is_finished():
             text = text[: len(text) - self._held(text)]
         self.tokens = len(self._answers.tokens(output))
-        if not text.startswith(self._sent):  # a tokenizer that reads earlier tokens anew
+        if not text.startswith(self._sent):  # some tokenizers decode earlier tokens differently once more follow
             return ""
         new, self._sent = text[len(self._sent) :], text
         return new
 
     def _held(self, text: str) -> int:
-        """How many characters at the end may still change or go."""
+        """Return how many characters at the end of the text may still change or be removed."""
         broken = len(text) - len(text.rstrip("\ufffd"))
         longest = max((self._overlap(text, stop) for stop in self._stop), default=0)
         return max(broken, longest)
 
     @staticmethod
     def _overlap(text: str, stop: str) -> int:
-        """How many characters at the end of a text are the beginning of a stop string."""
+        """Return how many characters at the end of the text are the beginning of a stop string."""
         return next((k for k in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:k])), 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The endpoints."""
+"""The server's endpoints as an ASGI application."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 
 class Service:
-    """What a server has, apart from HTTP.
+    """The parts of a server that do not depend on HTTP.
 
     Attributes
     ----------
     engine : Engine
     settings : Settings
     bridge : Bridge
-        Made when the event loop runs.
+        Passes requests to the engine and outputs back.
     """
 
     def __init__(self, engine: Engine, tokenizer: Any, settings: Settings):
@@ -51,16 +51,16 @@ class Service:
         self.started = int(time.time())
 
     def check_model(self, name: str) -> None:
-        """Refuse a model that is not here."""
+        """Raise APIError 404 if `name` is not the served model."""
         if name != self.settings.model_name:
             raise APIError(
-                404, f"there is no model '{name}'; this server has '{self.settings.model_name}'", "model",
+                404, f"there is no model '{name}'; this server serves '{self.settings.model_name}'", "model",
                 "model_not_found",
             )  # fmt: skip
 
     @property
     def model_card(self) -> dict[str, Any]:
-        """The model, as `/v1/models` tells of it."""
+        """The model's entry in `/v1/models`."""
         return {
             "id": self.settings.model_name, "object": "model", "created": self.started, "owned_by": "dlmkernels",
             "max_model_len": self.engine.max_length,
@@ -68,12 +68,12 @@ class Service:
 
 
 def create_app(engine: Engine, tokenizer: Any, settings: Settings) -> FastAPI:
-    """The ASGI application that serves one engine.
+    """Create the ASGI application that serves one engine.
 
     Parameters
     ----------
     engine : Engine
-        Made with the tokenizer. It is started with the application and stopped when the application ends.
+        An engine created with the same tokenizer. It is started with the application and stopped when that ends.
     tokenizer : PreTrainedTokenizer
     settings : Settings
 
@@ -166,4 +166,4 @@ def _add_endpoints(app: FastAPI, service: Service) -> None:
 
 def _check_count(count: int, settings: Settings) -> None:
     if count > settings.max_choices:
-        raise APIError(400, f"prompts times n must be at most {settings.max_choices}; got {count}", "n")
+        raise APIError(400, f"number of prompts times n must be at most {settings.max_choices}; got {count}", "n")

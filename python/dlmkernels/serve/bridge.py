@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Between the event loop and the engine's thread: answers on their way, each in a mailbox of its own.
+"""Connect the event loop and the engine's thread: submit requests, and collect the outputs of each answer.
 
-What the engine tells of a request while it is decoded always holds all that is final of it, so a mailbox keeps the
-newest output alone: a client that reads slowly costs no memory.
+Every output of the engine contains all final tokens of its request, so only the newest output of an answer is kept.
+A client that reads slowly therefore costs no memory.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Answer:
     Attributes
     ----------
     index : int
-        Which choice of the request it is.
+        Index of the answer among the choices of its HTTP request.
     latest : RequestOutput, optional
-        The newest that is known of it.
+        The newest output of the engine for this answer.
     is_done : bool
     """
 
@@ -46,9 +46,9 @@ class Group:
     Attributes
     ----------
     id : str
-        The first part of the ids of its engine requests.
-    answers : dict
-        By the id of their engine requests.
+        Prefix of the ids of its engine requests.
+    answers : dict of str to Answer
+        The answers by the ids of their engine requests.
     """
 
     id: str
@@ -57,7 +57,7 @@ class Group:
     _news: dict[int, Answer] = field(default_factory=dict)
 
     def put(self, output: RequestOutput) -> None:
-        """Take in what the engine tells; in the event loop."""
+        """Store an output of the engine. Must be called in the event loop."""
         answer = self.answers[output.request_id]
         if not answer.is_done:
             answer.latest, answer.is_done = output, output.is_finished()
@@ -65,7 +65,7 @@ class Group:
             self._changed.set()
 
     async def news(self) -> AsyncIterator[Answer]:
-        """Answers of which something new is known, until all are done."""
+        """Yield answers whenever they have a new output, until all are done."""
         told = {answer.index for answer in self._news.values()}
         left = sum(not answer.is_done or answer.index in told for answer in self.answers.values())
         while left:
@@ -78,26 +78,26 @@ class Group:
 
     @property
     def outputs(self) -> list[RequestOutput]:
-        """The last output of every answer, by their indices."""
+        """The newest output of every answer, sorted by index."""
         by_index = sorted(self.answers.values(), key=lambda answer: answer.index)
         return [answer.latest for answer in by_index if answer.latest is not None]
 
 
 class Bridge:
-    """Hands requests to the engine and their outputs to whoever waits for them.
+    """Submits requests to the engine and passes their outputs to the tasks that wait for them.
 
     Attributes
     ----------
     limit : int
-        How many answers may be on their way at once.
+        Maximum number of unfinished answers.
     is_open : bool
-        Whether requests are taken.
-    groups : dict
-        The requests in flight, by id.
+        Whether new requests are accepted.
+    groups : dict of str to Group
+        The unfinished requests by id.
     """
 
     def __init__(self, engine: Engine, limit: int, observe: Callable[[RequestOutput], None] | None = None):
-        self.engine, self.limit, self._observe = engine, limit, observe  # observe: in the engine's thread
+        self.engine, self.limit, self._observe = engine, limit, observe  # observe is called in the engine's thread
         self.is_open = True
         self.groups: dict[str, Group] = {}
         self._live = 0
@@ -108,25 +108,27 @@ class Bridge:
 
     @property
     def live(self) -> int:
-        """Answers on their way."""
+        """Number of unfinished answers."""
         return self._live
 
     async def submit(self, prompts: Sequence[Any], n: int, options: dict[str, Any]) -> Group:
-        """Let the engine decode n answers to each prompt.
+        """Submit prompts to the engine, which decodes `n` answers to each.
 
         Raises
         ------
         APIError
-            400 when the engine refuses what is asked for, 429 when too many wait, 503 when the server ends.
+            400 if the engine rejects the request, 429 if too many answers are unfinished, 503 if the server is
+            shutting down.
         """
         count = len(prompts) * n
         if not self.is_open:
             raise stopped()
         if count > self.limit:
-            raise APIError(400, f"at most {self.limit} answers at once; got {count}", "n")
+            raise APIError(400, f"a request may ask for at most {self.limit} answers; got {count}", "n")
         if self._live + count > self.limit:
             raise APIError(
-                429, f"{self._live} answers are on their way, and at most {self.limit} may be: try again later",
+                429, f"the server is busy with {self._live} answers, and {count} more would exceed its limit of "
+                f"{self.limit}: try again later",
                 code="too_many_requests",
             )  # fmt: skip
         group = Group(f"{self._run}-{next(self._counter)}")
@@ -143,7 +145,7 @@ class Bridge:
         return group
 
     async def _add(self, group: Group, prompt: Any, number: int, n: int, options: dict[str, Any]) -> None:
-        """One prompt's answers. The engine reads the prompt in another thread, which may take a while."""
+        """Submit one prompt. The engine prepares it in another thread, because that may take a while."""
         loop = asyncio.get_running_loop()
         first = f"{group.id}-{number}"
         names = [id_of_copy(first, k) for k in range(n)]
@@ -161,7 +163,7 @@ class Bridge:
         for k, name in enumerate(names):
             group.answers[name] = Answer(number * n + k)
         try:
-            with anyio.CancelScope(shield=True):  # whether it is in the engine has to be known
+            with anyio.CancelScope(shield=True):  # must complete, to know whether the engine has it
                 await anyio.to_thread.run_sync(add)
         except BaseException as error:
             for name in names:
@@ -183,14 +185,14 @@ class Bridge:
             self._idle.set()
 
     def leave(self, group: Group) -> None:
-        """Nobody waits for these answers any more: those that are not done are cancelled."""
+        """Drop a request that nobody waits for any longer, and cancel its unfinished answers."""
         self.groups.pop(group.id, None)
         for name, answer in group.answers.items():
             if not answer.is_done:
                 self.engine.cancel_request(name)
 
     async def drain(self, seconds: float) -> None:
-        """Take no more requests; let those in flight finish for so long, and fail then."""
+        """Stop accepting requests, give unfinished ones `seconds` to finish, then stop the engine, which fails them."""
         self.is_open = False
         with anyio.move_on_after(seconds):
             await self._idle.wait()
@@ -198,7 +200,7 @@ class Bridge:
         await anyio.to_thread.run_sync(stop)
 
 
-#: what clients call what the engine's messages speak of
+#: Names in the engine's messages -> the API's names of the same parameters.
 NAMES = {"input_ids": "prompt", "max_new_tokens": "max_tokens", "num_return_sequences": "n", "stop_strings": "stop"}
 
 PARAMETERS = (*NAMES.values(), "temperature", "top_k", "top_p", "seed", "suffix", "repetition_penalty", "top_logprobs",
@@ -206,7 +208,7 @@ PARAMETERS = (*NAMES.values(), "temperature", "top_k", "top_p", "seed", "suffix"
 
 
 def refused(error: Exception) -> APIError:
-    """What the engine will not decode, as an answer to a client."""
+    """Convert an error of `Engine.add_request` to an API error with the API's parameter names."""
     text = " ".join(str(error).split())
     for name, theirs in NAMES.items():
         text = text.replace(name, theirs)

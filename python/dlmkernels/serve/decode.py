@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a request's parameters to the engine's, and from the engine's outputs to responses and streams of events."""
+"""Convert API parameters to engine parameters, and the engine's outputs to responses and event streams."""
 
 from __future__ import annotations
 
@@ -28,20 +28,21 @@ DONE = "data: [DONE]\n\n"
 
 @dataclass(frozen=True)
 class Form:
-    """How the answers of an endpoint look.
+    """Response format of an endpoint.
 
     Attributes
     ----------
     prefix, kind, chunk_kind : str
-        First part of ids, and the names of whole answers and of parts.
+        Prefix of response ids, and the `object` fields of whole responses and of streamed chunks.
     whole : callable
-        A choice without index and reason, from text and log-probabilities.
+        Maps the text of an answer to its choice, without `index`, `logprobs` and `finish_reason`.
     part : callable
-        The same of a part of one.
+        Maps a piece of text, and whether it is the first of its answer, to a streamed choice.
     logprobs : callable
-        Log-probabilities of an output's tokens from one on; None where they are not wanted.
+        Maps an output and a start index to the log probabilities of its tokens from there on, or to None if the
+        request did not ask for them.
     is_whole : bool
-        Whether a stream tells an answer only when all of it is there.
+        Whether a stream sends an answer only once it is complete.
     """
 
     prefix: str
@@ -54,7 +55,7 @@ class Form:
 
 
 def completion_form(request: CompletionRequest, answers: Answers) -> Form:
-    """The form of `/v1/completions`."""
+    """Return the response format of `/v1/completions`."""
     k = request.logprobs
     return Form(
         "cmpl", "text_completion", "text_completion", lambda text: {"text": text}, lambda text, _: {"text": text},
@@ -63,7 +64,7 @@ def completion_form(request: CompletionRequest, answers: Answers) -> Form:
 
 
 def chat_form(request: ChatRequest, answers: Answers, structure: Structure) -> Form:
-    """The form of `/v1/chat/completions`."""
+    """Return the response format of `/v1/chat/completions`."""
 
     def whole(text: str) -> dict[str, Any]:
         return {"message": {"role": "assistant", "refusal": None} | structure.message(text)}
@@ -83,13 +84,13 @@ def chat_form(request: ChatRequest, answers: Answers, structure: Structure) -> F
 
 
 def finish_reason(output: RequestOutput, choice: dict[str, Any]) -> str:
-    """Why an answer has ended, as OpenAI's clients are told."""
+    """Return the API's `finish_reason` of an answer."""
     message = choice.get("message") or choice.get("delta") or {}
     return "tool_calls" if "tool_calls" in message else REASONS[output.finish_reason or ""]
 
 
 class Decoder:
-    """What the two endpoints have in common."""
+    """The decoding logic shared by the two endpoints."""
 
     def __init__(self, bridge: Bridge, answers: Answers, settings: Settings, mask: int, viewers: Viewers):
         self.bridge, self.answers, self.settings, self.mask, self.viewers = bridge, answers, settings, mask, viewers
@@ -97,7 +98,7 @@ class Decoder:
     # --- requests -----------------------------------------------------------------------------------------------------
 
     async def completion_prompts(self, request: CompletionRequest) -> list[list[int]]:
-        """Token ids of each prompt."""
+        """Return the token ids of each prompt."""
         return [
             prompt if isinstance(prompt, list) else await self._tokenized(prompt, "prompt")
             for prompt in request.prompts
@@ -107,11 +108,11 @@ class Decoder:
         read = lambda: self.answers.tokenizer(text, add_special_tokens=special)["input_ids"]  # noqa: E731
         ids = await anyio.to_thread.run_sync(read)
         if not ids:
-            raise APIError(400, f"{param} holds no token for this model's tokenizer", param)
+            raise APIError(400, f"{param} must contain at least one token; this model's tokenizer returns none", param)
         return ids
 
     async def chat_prompt(self, request: ChatRequest) -> list[int]:
-        """Token ids of a chat, by the model's chat template."""
+        """Return the token ids of a chat, formatted with the model's chat template."""
         messages = [message.for_template for message in request.messages]
         tools = [tool.model_dump(exclude_none=True) for tool in request.tools or ()] or None
         tokenizer, more = self.answers.tokenizer, request.chat_template_kwargs or {}
@@ -127,14 +128,14 @@ class Decoder:
 
         try:
             ids = await anyio.to_thread.run_sync(read)
-        except Exception as error:  # templates are programs of their own, which refuse what they do not know
-            raise APIError(400, f"the model's chat template refuses these messages: {error}", "messages") from error
+        except Exception as error:  # templates are programs, which may raise anything for input they reject
+            raise APIError(400, f"the model's chat template rejects these messages: {error}", "messages") from error
         if not ids:
-            raise APIError(400, "messages hold no token for this model's tokenizer", "messages")
+            raise APIError(400, "messages must contain at least one token; the tokenizer returns none", "messages")
         return ids
 
     async def options(self, request: GenerationParameters) -> dict[str, Any]:
-        """What the engine is told, without what only one endpoint has."""
+        """Return the options of `Engine.add_request` that both endpoints share."""
         wants_drafts = request.stream_options is not None and request.stream_options.drafts
         found: dict[str, Any] = {
             "max_new_tokens": request.max_tokens, "seed": request.seed, "stop_strings": request.stop or None,
@@ -148,7 +149,7 @@ class Decoder:
             if value is None:
                 continue
             if not self.settings.decoding_options:
-                raise APIError(400, f"{name} cannot be chosen here: the server runs without --decoding-options", name)
+                raise APIError(400, f"{name} is not allowed: the server was started without --decoding-options", name)
             try:
                 found[name] = parse_rule(value) if name == "rule" else value
             except (ValueError, TypeError) as error:
@@ -156,13 +157,13 @@ class Decoder:
         return found
 
     async def suffix(self, request: CompletionRequest) -> list[int] | None:
-        """Token ids of what stands behind the answer."""
+        """Return the token ids of the text that follows the answer, or None."""
         return await self._tokenized(request.suffix, "suffix", special=False) if request.suffix else None
 
     # --- answers ------------------------------------------------------------------------------------------------------
 
     async def whole(self, group: Group, form: Form, n: int, receive: Callable) -> dict[str, Any]:
-        """The response with all answers; a client that goes away cancels them."""
+        """Return the response with all answers. They are cancelled if the client disconnects."""
         try:
             with anyio.move_on_after(self.settings.request_timeout) as patience:
                 async with anyio.create_task_group() as tasks:
@@ -178,7 +179,7 @@ class Decoder:
             if patience.cancelled_caught:
                 raise self._too_late()
             if not all(answer.is_done for answer in group.answers.values()):
-                raise APIError(499, "the client has closed the connection")
+                raise APIError(499, "the client closed the connection")
             outputs = [check(output) for output in group.outputs]
         finally:
             self.bridge.leave(group)
@@ -190,7 +191,7 @@ class Decoder:
         return self._frame(form, form.kind, group) | {"choices": choices, "usage": self.answers.usage(outputs, n)}
 
     def _too_late(self) -> APIError:
-        return APIError(504, f"the answer was not done within {self.settings.request_timeout:g} s", code="timeout")
+        return APIError(504, f"the answer was not finished within {self.settings.request_timeout:g} s", code="timeout")
 
     def _frame(self, form: Form, kind: str, group: Group) -> dict[str, Any]:
         return {
@@ -201,7 +202,7 @@ class Decoder:
     async def stream(
         self, group: Group, form: Form, request: CompletionRequest | ChatRequest
     ) -> AsyncIterator[str]:  # fmt: skip
-        """The answers as server-sent events: what is final of each, as soon as it is."""
+        """Stream the answers as server-sent events, sending text as soon as it is final."""
         frame = self._frame(form, form.chunk_kind, group)
         options = request.stream_options
         usage = {"usage": None} if options is not None and options.include_usage else {}

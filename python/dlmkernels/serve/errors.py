@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refusals in the shape that OpenAI's clients read: `{"error": {"message", "type", "param", "code"}}`."""
+"""Errors in the format of OpenAI's API: `{"error": {"message", "type", "param", "code"}}`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_e
 
 
 class APIError(Exception):
-    """A request that is refused, or has failed.
+    """A request that was rejected or has failed.
 
     Attributes
     ----------
     status : int
         HTTP status.
     message : str
-        What is wrong, and what would be right.
+        What is wrong, and what was expected.
     param : str, optional
-        Which parameter of the request it is about.
+        The request parameter at fault.
     code : str, optional
-        A word for programs.
+        Machine-readable error code.
     """
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
@@ -34,23 +34,23 @@ class APIError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """What is sent."""
+        """The JSON body of the response."""
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     @property
     def response(self) -> JSONResponse:
-        """The same as a response; busy servers say when to come again."""
+        """The HTTP response, with a Retry-After header if the server is busy or shutting down."""
         headers = {"retry-after": "1"} if self.status in (429, 503) else {}
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
-        if self.status in (408, 413):  # the rest of the body is not read
+        if self.status in (408, 413):  # the rest of the request body is left unread
             headers["connection"] = "close"
         return JSONResponse(self.body, self.status, headers)
 
 
 def stopped() -> APIError:
-    """What requests get that come, or are in flight for too long, when the server ends."""
+    """Return the error for requests that arrive, or do not finish in time, while the server shuts down."""
     return APIError(503, "the server is shutting down", code="shutting_down")
 
 
@@ -60,11 +60,11 @@ async def on_api_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def on_http_error(request: Request, error: Exception) -> JSONResponse:
-    """Unknown paths, wrong methods."""
+    """Answer unknown paths and unsupported methods."""
     assert isinstance(error, HTTPException)
     message = {
         404: f"there is no {request.url.path}",
-        405: f"{request.url.path} does not take {request.method}",
+        405: f"{request.url.path} does not support the method {request.method}",
     }.get(error.status_code, str(error.detail))
     response = APIError(error.status_code, message).response
     response.headers.update(error.headers or {})
@@ -72,33 +72,33 @@ async def on_http_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def on_fault(request: Request, error: Exception) -> JSONResponse:
-    """A fault of the server's own; its log has the traceback."""
-    return APIError(500, "the server has made a mistake; its log says which").response
+    """Answer an unexpected exception, whose traceback goes to the server's log."""
+    return APIError(500, "internal server error; the server's log has the traceback").response
 
 
 async def on_invalid(request: Request, error: Exception) -> JSONResponse:
-    """A body that is not what the endpoint takes: the first thing that is wrong with it."""
+    """Answer a request whose body is invalid, with the first validation error."""
     assert isinstance(error, RequestValidationError)
     return from_validation(error.errors()).response
 
 
 def from_validation(errors: Any) -> APIError:
-    """The first of pydantic's errors in words."""
+    """Convert the first of pydantic's validation errors to an APIError."""
     first = errors[0]
     path = [part for part in first["loc"] if part != "body"]
     branch = next((k for k, part in enumerate(path) if _is_branch(part)), len(path))
     param = ".".join(map(str, path[:branch])) or None
     if first["type"] == "json_invalid":
-        return APIError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+        return APIError(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     if first["type"] == "extra_forbidden":
         param = ".".join(map(str, path))
-        return APIError(400, f"{param} is not a parameter that this server knows", param, "unknown_parameter")
+        return APIError(400, f"{param} is not a parameter of this server", param, "unknown_parameter")
     if first["type"] == "missing" and branch == len(path):
         return APIError(400, f"{param or 'the body'} is missing", param, "missing_parameter")
-    if branch < len(path):  # one of several forms, and it is none of them
+    if branch < len(path):  # a union of types, none of which matches
         whats = dict.fromkeys(_plain(error["msg"]) for error in errors if list(error["loc"])[: branch + 1][1:] ==
                               path[:branch])  # fmt: skip
-        return APIError(400, f"{param} is in none of the forms it may have: {'; or '.join(whats)}", param)
+        return APIError(400, f"{param} matches none of its allowed types: {'; or '.join(whats)}", param)
     got = f"; got {_short(first['input'])}" if first["type"] != "value_error" else ""
     return APIError(400, f"{param or 'the body'}: {_plain(first['msg'])}{got}", param)
 
@@ -109,7 +109,7 @@ def _plain(message: str) -> str:
 
 
 def _is_branch(part: Any) -> bool:
-    """Whether a part of a location is pydantic's name of an alternative, not a field of the request."""
+    """Return whether a part of an error's location is pydantic's name for a union member, not a request field."""
     return isinstance(part, str) and (
         part in ("str", "int", "float", "bool") or part[:1].isupper() or any(sign in part for sign in "[-(")
     )

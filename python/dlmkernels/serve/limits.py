@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands before every endpoint: the key, the size of bodies, and the patience with slow clients."""
+"""Checks in front of every endpoint: API key, host, size of the body, and timeouts for slow clients."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from .errors import APIError
 from .settings import LOOPBACK_NAMES, Settings
 
-#: paths that need no key: whether the server lives, and the page that asks for the key
+#: Paths that need no key: the health check, and the page, which asks the user for the key.
 OPEN_PATHS = ("/health", "/")
 
 
 class SlowClient(Exception):
-    """A client that does not read what it has asked for."""
+    """Raised when a client does not read its response."""
 
 
 class Gate:
-    """ASGI middleware: refuses what must not come in before anything of it is read.
+    """ASGI middleware that rejects requests by their headers, before the application reads the body.
 
     Parameters
     ----------
     app : ASGIApp
-        What stands behind it.
+        The application to protect.
     settings : Settings
     observe : callable
-        Gets path, status and seconds of every request that has been answered.
+        Called with path, status and duration in seconds of every answered request.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, observe: Callable[[str, int, float], None]):
@@ -62,15 +62,17 @@ class Gate:
             self.observe(scope["path"], visit.status, time.perf_counter() - started)
 
     def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        """Refuse a request by its head."""
+        """Raise APIError if the request's headers are not acceptable."""
         settings = self.settings
         if settings.is_local and not settings.open_to_all and not _names_this_machine(headers.get(b"host", b"")):
-            # a page from elsewhere, whose name has been made to mean this machine
-            raise APIError(403, "this server answers requests to localhost alone", code="wrong_host")
+            # DNS rebinding: a web page whose host name was made to resolve to this machine
+            raise APIError(403, "this server only accepts requests addressed to localhost", code="wrong_host")
         if self._key is not None and scope["path"] not in OPEN_PATHS:
             kind, _, key = headers.get(b"authorization", b"").partition(b" ")
             if kind.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._key):
-                raise APIError(401, "no valid API key: send it as 'Authorization: Bearer KEY'", code="invalid_api_key")
+                raise APIError(
+                    401, "missing or invalid API key: send it as 'Authorization: Bearer KEY'", code="invalid_api_key"
+                )
         if scope["method"] in ("POST", "PUT", "PATCH"):
             kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
             if kind != b"application/json":
@@ -81,20 +83,22 @@ class Gate:
 
 
 def too_long(settings: Settings) -> APIError:
-    """What a body is answered that is longer than allowed."""
-    return APIError(413, f"the body is longer than {settings.max_body_bytes} bytes", code="body_too_long")
+    """Return the error for a request body that is too long."""
+    return APIError(
+        413, f"the body must be at most {settings.max_body_bytes} bytes long; got more", code="body_too_long"
+    )
 
 
 class Visit:
-    """One request on its way through the gate.
+    """One request that passes through the gate.
 
     Attributes
     ----------
     status : int
-        What it was answered; 0 while it was not.
+        HTTP status of the response; 0 until there is one.
     refusal : APIError, optional
-        What is wrong with its body. The application, which may take an error in reading for one of its own, is not
-        heard any more then.
+        What is wrong with the body, if anything. It replaces the application's response, because the application may
+        mistake the error raised while reading the body for one of its own.
     """
 
     def __init__(self, settings: Settings, receive: Receive, send: Send):
@@ -107,16 +111,16 @@ class Visit:
 
     @staticmethod
     def read_headers(scope: Scope) -> dict[bytes, bytes]:
-        """Headers by their names; of several the last."""
+        """Return the headers by name; the last value of a repeated header wins."""
         return dict(scope["headers"])
 
     async def send(self, message: Message) -> None:
-        """What the application says, unless the request has been refused."""
+        """Send a message of the application, unless the request has been rejected."""
         if self.refusal is None:
             await self.send_now(message)
 
     async def send_now(self, message: Message) -> None:
-        """Send to a client that must read within some time."""
+        """Send a message to the client. Raises SlowClient if the client does not read it in time."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             message = {**message, "headers": [*message["headers"], (b"x-request-id", self._name)]}
@@ -126,7 +130,7 @@ class Visit:
             raise SlowClient
 
     async def receive(self) -> Message:
-        """The body, which must be short enough and come soon enough; then that the client has gone."""
+        """Receive the body, checking its size and deadline. After the body, wait for the client to disconnect."""
         if self._is_read:
             return await self._receive()
         try:
@@ -145,7 +149,7 @@ class Visit:
 
 
 def _names_this_machine(host: bytes) -> bool:
-    """Whether a Host header names this machine."""
+    """Return whether a Host header names this machine's loopback interface."""
     name = host.decode("latin-1").strip().lower()
     name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
     if not name or name in LOOPBACK_NAMES:
@@ -157,15 +161,15 @@ def _names_this_machine(host: bytes) -> bool:
 
 
 async def gone(receive: Callable[[], Awaitable[Any]]) -> None:
-    """Return when the client has closed its connection."""
+    """Wait until the client closes its connection."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 class PatientProtocol(H11Protocol):
-    """Closes connections on which a request's head does not arrive in time, which uvicorn's own protocol never does."""
+    """uvicorn's HTTP/1.1 protocol, plus a timeout for the arrival of a request's headers."""
 
-    #: seconds; set by `run`
+    #: seconds; set by `run.make_server`
     head_timeout = 30.0
     _head_timer: asyncio.TimerHandle | None = None
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page on which the decodings of a server are watched while they are made."""
+"""The page that shows a server's requests while they are being decoded."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from ..page.live import Live
 from ..trace import KINDS
 
 EVENTS = "/live/events"
-#: seconds between two messages
+#: Seconds between two polls for new messages.
 INTERVAL = 0.1
 
 
 class Viewers:
-    """Who watches. While somebody does, requests that come are followed step by step.
+    """The open connections of the live page. While there are any, new requests report every step.
 
     Attributes
     ----------
     live : Live
     count : int
+        Number of open connections.
     """
 
     def __init__(self, live: Live, is_open: Callable[[], bool]):
         self.live, self.count, self._is_open = live, 0, is_open
 
     async def events(self) -> AsyncIterator[str]:
-        """What happens, as server-sent events, until the client goes or the server ends."""
+        """Stream what happens as server-sent events, until the client disconnects or the server stops."""
         cursor = None
         self.count += 1
         try:
@@ -41,14 +42,14 @@ class Viewers:
                 for message in messages:
                     yield f"data: {json.dumps(message)}\n\n"
                 if not messages:
-                    yield ": nothing new\n\n"  # tells whether the client is still there
+                    yield ": nothing new\n\n"  # keep-alive; sending fails once the client is gone
                 await anyio.sleep(INTERVAL)
         finally:
             self.count -= 1
 
 
 def add_page(app: FastAPI, viewers: Viewers, name: str) -> None:
-    """The page, and what it reads."""
+    """Add the routes of the page and of its event stream."""
 
     @app.get("/")
     async def page() -> Response:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What requests may say: the parameters of OpenAI's completions and chat completions that have a meaning here.
+"""Request schemas: the supported parameters of OpenAI's completions and chat completions.
 
-A parameter that is not here is refused by name. One that is here but cannot be honoured is accepted with the value that
-changes nothing, which clients send by habit, and refused with any other.
+Unknown parameters are rejected by name. Known but unsupported parameters are accepted only with their neutral value,
+which many clients send by default.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
-#: parameters that are taken with these values alone
+#: Unsupported parameters, and the neutral values with which they are accepted.
 WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "best_of": (None, 1), "echo": (None, False), "frequency_penalty": (None, 0), "presence_penalty": (None, 0),
     "logit_bias": (None, {}), "store": (None, False), "audio": (None,), "prediction": (None,),
@@ -23,22 +23,22 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 
 
 class Strict(BaseModel):
-    """Unknown fields are errors."""
+    """Base class that rejects unknown fields."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class StreamOptions(Strict):
-    """What a stream holds beside the answer."""
+    """Options of a streamed response."""
 
     include_usage: bool = False
-    #: whether every step is told, with the answer as it stands
+    #: whether to send an event after every step, with the answer decoded so far
     drafts: bool = False
     include_obfuscation: Literal[False] = False
 
 
 class GenerationParameters(Strict):
-    """What both endpoints take."""
+    """Parameters of both endpoints."""
 
     model: str
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -49,9 +49,9 @@ class GenerationParameters(Strict):
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    #: a name for the end user, which changes nothing
+    #: identifier of the end user; ignored
     user: str | None = None
-    # beyond OpenAI's
+    # not in OpenAI's API
     top_k: Annotated[int, Field(ge=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     rule: str | None = None
@@ -68,13 +68,13 @@ class GenerationParameters(Strict):
             if name in data and name not in cls.model_fields:
                 value = data.pop(name)
                 if value not in values:
-                    raise ValueError(f"{name} is not supported; leave it out")
+                    raise ValueError(f"{name} is not supported: leave it out")
         return data
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> GenerationParameters:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options has no effect without stream")
+            raise ValueError("stream_options has no effect without stream=true")
         return self
 
 
@@ -87,7 +87,7 @@ class CompletionRequest(GenerationParameters):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """Each prompt by itself."""
+        """The prompts as a list, each a text or token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         is_one = bool(self.prompt) and isinstance(self.prompt[0], int)
@@ -96,26 +96,26 @@ class CompletionRequest(GenerationParameters):
     @model_validator(mode="after")
     def _check_prompt(self) -> CompletionRequest:
         if not self.prompt or not all(self.prompts):
-            raise ValueError("prompt must hold at least one token")
+            raise ValueError("prompt must contain at least one token")
         return self
 
 
 class TextPart(Strict):
-    """A part of a message."""
+    """A text part of a message."""
 
     type: Literal["text"]
     text: str
 
 
 class FunctionCall(Strict):
-    """What an earlier answer called."""
+    """The function and arguments of a tool call."""
 
     name: str
     arguments: str
 
 
 class ToolCall(Strict):
-    """A call in an earlier answer."""
+    """A tool call in an earlier answer of the assistant."""
 
     id: str
     type: Literal["function"] = "function"
@@ -134,7 +134,7 @@ class Message(Strict):
 
     @property
     def for_template(self) -> dict[str, Any]:
-        """As chat templates take it."""
+        """The message as a dict for chat templates."""
         content = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content or ())
         message: dict[str, Any] = {"role": self.role, "content": content}
         if self.name is not None:
@@ -147,7 +147,7 @@ class Message(Strict):
 
 
 class Function(Strict):
-    """A function that an answer may call."""
+    """A function that the model may call."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     description: str | None = None
@@ -156,27 +156,27 @@ class Function(Strict):
 
 
 class Tool(Strict):
-    """The same with its kind."""
+    """A tool that the model may call; always a function."""
 
     type: Literal["function"]
     function: Function
 
 
 class NamedFunction(Strict):
-    """The name of a function."""
+    """A reference to a function by name."""
 
     name: str
 
 
 class ToolChoice(Strict):
-    """A function that must be called."""
+    """The function that the model must call."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
 class JsonSchema(Strict):
-    """A schema that the answer has to satisfy."""
+    """A JSON schema that the answer must satisfy."""
 
     name: str
     description: str | None = None
@@ -185,7 +185,7 @@ class JsonSchema(Strict):
 
 
 class ResponseFormat(Strict):
-    """What form the answer has."""
+    """The format of the answer: plain text, any JSON object, or JSON that satisfies a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -193,7 +193,10 @@ class ResponseFormat(Strict):
     @model_validator(mode="after")
     def _check(self) -> ResponseFormat:
         if (self.json_schema is not None) != (self.type == "json_schema"):
-            raise ValueError("json_schema belongs to the type 'json_schema', and to no other")
+            raise ValueError(
+                f"json_schema must be given if and only if type is 'json_schema'; got type '{self.type}' "
+                f"{'without' if self.json_schema is None else 'with'} json_schema"
+            )
         return self
 
 
@@ -214,13 +217,16 @@ class ChatRequest(GenerationParameters):
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs has no effect without logprobs")
+            raise ValueError("top_logprobs has no effect without logprobs=true")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
-            raise ValueError("max_tokens and max_completion_tokens say different things: leave one out")
+            raise ValueError(
+                f"max_tokens and max_completion_tokens must be equal, or one left out; got {self.max_tokens} and "
+                f"{self.max_completion_tokens}"
+            )
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
             raise ValueError("tool_choice has no effect without tools")
         if isinstance(self.tool_choice, ToolChoice):
             names = [tool.function.name for tool in self.tools or ()]
             if self.tool_choice.function.name not in names:
-                raise ValueError(f"tool_choice names a function that is not in tools: {self.tool_choice.function.name}")
+                raise ValueError(f"tool_choice must name a function in tools; got '{self.tool_choice.function.name}'")
         return self

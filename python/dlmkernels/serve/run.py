@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a server until it is told to stop."""
+"""Run the server until it is told to stop."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .app import create_app
 from .limits import PatientProtocol
 from .settings import Settings
 
-#: connections at once; more get status 503
+#: Maximum number of connections; further ones get status 503.
 MAX_CONNECTIONS = 2048
-#: seconds for the last words after requests in flight have been told that the server ends
+#: Seconds to send the final error responses after unfinished requests have been failed.
 FAREWELL = 5.0
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which lets requests in flight finish, and tells those that take too long."""
+    """uvicorn's server, but on shutdown unfinished requests get time to finish, and an error response after that."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take no more requests, and let those in flight end."""
+        """Stop accepting requests and wait for unfinished ones, at most `Settings.drain_timeout` seconds."""
         service = self.config.app.state.service  # type: ignore[union-attr]
         draining = asyncio.ensure_future(service.bridge.drain(service.settings.drain_timeout))
         await super().shutdown(sockets)
@@ -32,7 +32,7 @@ class Server(uvicorn.Server):
 
 
 def make_server(engine: Engine, tokenizer: Any, settings: Settings, log_level: str = "warning") -> Server:
-    """A server that `run()` runs until SIGINT or SIGTERM."""
+    """Create a server. Its method `run()` serves until SIGINT or SIGTERM."""
     protocol = type("Protocol", (PatientProtocol,), {"head_timeout": settings.body_timeout})
     config = uvicorn.Config(
         create_app(engine, tokenizer, settings), host=settings.host, port=settings.port, http=protocol, ws="none",

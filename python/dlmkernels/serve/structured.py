@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers with a form: JSON, JSON of a schema, calls of functions."""
+"""Structured answers: JSON, JSON that satisfies a schema, and tool calls."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .protocol import ChatRequest, ToolChoice
 
 @dataclass(frozen=True)
 class Structure:
-    """What form an answer has, and how it is read.
+    """The structure of an answer, and how to parse it.
 
     Attributes
     ----------
     constraint : Constraint, optional
-        Holds the decoding to it.
+        Forces the decoding to follow the structure.
     message : callable
-        Fields of an assistant's message, from the text of an answer.
+        Maps the text of an answer to fields of the assistant's message.
     is_whole : bool
-        Whether it can be read only when all of it is there.
+        Whether an answer can only be parsed once it is complete.
     """
 
     constraint: Any
@@ -33,17 +33,17 @@ class Structure:
 
 
 def as_text(text: str) -> dict[str, Any]:
-    """An answer without any form."""
+    """Return the message fields of a plain text answer."""
     return {"content": text}
 
 
 async def structure_of(request: ChatRequest, tokenizer: Any) -> Structure:
-    """The form that a chat asks for.
+    """Return the structure that a chat request asks for.
 
     Raises
     ------
     APIError
-        400 where it cannot be had; the message says why.
+        400 if the structure is not supported; the message says why.
     """
     format_, choice = request.response_format, request.tool_choice
     has_format = format_ is not None and format_.type != "text"
@@ -72,14 +72,14 @@ async def structure_of(request: ChatRequest, tokenizer: Any) -> Structure:
     def required(text: str) -> dict[str, Any]:
         try:
             return {"content": None, "tool_calls": calls.tool_calls(text)}
-        except ValueError:  # cut off by a stop string
+        except ValueError:  # the answer was cut off by a stop string
             return {"content": text}
 
     return Structure(constraint, required, True)
 
 
 async def _constraint(schema: dict[str, Any] | None, tokenizer: Any, param: str) -> Any:
-    """What holds an answer to a schema; None: to any JSON object. It is compiled in another thread."""
+    """Compile the constraint for a schema (None: any JSON object) in another thread."""
     from .. import grammars
 
     def make() -> Any:

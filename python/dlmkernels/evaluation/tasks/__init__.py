@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks of lm-eval that need no network: YAML files, and the modules beside them that make and check the problems."""
+"""Tasks for lm-eval that need no network: YAML files, and the modules that create and check the problems."""

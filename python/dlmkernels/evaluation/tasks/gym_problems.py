@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Problems that reasoning-gym's generators make, scored by their own functions."""
+"""Problems from the generators of reasoning-gym, scored by its own functions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _generator(name: str, num_problems: int, problem_seed: int):
 
 
 def load(generator: str, num_problems: int = PROBLEMS, problem_seed: int = SEED, **kwargs: Any):
-    """Problems of a generator, the same for the same numbers."""
+    """Return problems of a generator, determined by the arguments."""
     entries = [_generator(generator, num_problems, problem_seed)[i] for i in range(num_problems)]
     docs = [
         {
@@ -42,15 +42,15 @@ def _number(value: Any) -> Any:
 
 
 def prompt(doc: dict[str, Any]) -> str:
-    """The question, with what says how to answer."""
+    """Return the question, preceded by the instruction for how to answer."""
     return f"{INSTRUCTION}{doc['question']}\n"
 
 
 def scores(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """The generator's own score; whether it is full; and whether there was an answer in the form asked for.
+    """Return `score` (the generator's), `solved` (full score) and `answered` (the answer has the requested format).
 
-    Where there is none, what is scored is the last line that is not empty, so that a model that solves problems and
-    ignores the form is told from one that does not solve them: compare `solved` with `answered`.
+    Without an answer in that format, the last non-empty line is scored. Comparing `solved` with `answered` thus tells
+    a model that ignores the format from one that does not solve the problems.
     """
     from reasoning_gym import get_score_answer_fn
     from reasoning_gym.utils import extract_answer
