@@ -54,7 +54,7 @@ def test_a_thread_of_its_own(model, ten):
         rest[first.request_id] = first
     assert not engine.is_running()
     assert_as_alone(model, ten, [rest[name] for name in ids])
-    with pytest.raises(RuntimeError, match="has been stopped: make another"):
+    with pytest.raises(RuntimeError, match="has been stopped and cannot be started again"):
         engine.start()
 
 
@@ -235,7 +235,7 @@ def test_init_continuous_batching(model):
     assert out.generated_tokens == want.generated[0, : int(want.length[0]) - 3].tolist()
     for options, message in [
         ({"num_beams": 4}, "num_beams=4 cannot be used with dlmkernels"),
-        ({"repetition_penalty": 2.0}, "repetition_penalty=2.0 cannot be used here.*said to add_request"),
+        ({"repetition_penalty": 2.0}, "repetition_penalty=2.0 cannot be used here.*options to add_request"),
         ({"min_new_tokens": 3}, "min_new_tokens=3 cannot be used here"),
     ]:
         with pytest.raises(ValueError, match=message):

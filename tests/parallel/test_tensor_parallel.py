@@ -200,7 +200,7 @@ def test_likelihoods(folder, found):
     "ids": "ValueError: the ranks of a tensor-parallel model must decode the same; they were given different input_ids",
     "shape": "different input_ids",
     "config": "they were given different config",
-    "engine": "decode it with generate, on all ranks",
+    "engine": "call generate on all ranks instead",
     "graphs": "steps cannot be captured",
     "compile": "compile cannot be used with a tensor-parallel model",
     "filters": "lm_head='sharded' cannot be used here: top_k and top_p look at all logits",
