@@ -84,7 +84,7 @@ class Engine(Life):
 
     Notes
     -----
-    Decoding is continuous for rules that go block by block, with any cache but d2Cache. Requests for other programs,
+    Decoding is continuous for rules that go block by block, with any cache except d2Cache. Requests for other programs,
     for models with their own encoder and for models whose rotary frequencies depend on the length are decoded in
     batches: each batch begins when the previous one has ended.
     """
