@@ -142,7 +142,7 @@ class Listeners:
         self.streamers[row].end()
 
     def _stop(self, tokens: Tensor, finished: Sequence[int]) -> None:
-        """Search the final columns of each row for stop strings, from the left."""
+        """Search each row for stop strings, from the left, up to the column before which it is final."""
         if not self.stop_strings:
             return
         for row, end in enumerate(finished):

@@ -30,7 +30,7 @@ DEFAULT_LENGTH = 2048
 
 
 class Engine(Life):
-    """Decode requests as they arrive, many at a time; each leaves as soon as it is done.
+    """Continuous-batching engine: requests join as they arrive, and leave as soon as they are done.
 
     A request gets the same answer as from `generate` alone: the answer depends on the model, the prompt, the
     configuration and the seed, never on the requests decoded alongside it.
@@ -68,8 +68,8 @@ class Engine(Life):
         Whether to capture steps as CUDA graphs and replay them. "auto" captures steps where possible, and warns if a
         capture fails. Requests decoded in batches (see Notes) are captured only with True.
     steps_per_poll : int
-        How many steps run before the host checks their results, while no request waits for a slot or is observed
-        (streamed, say). Does not change the answers. Values above 1 reduce host work, at the cost of steps in which
+        How many steps run before the host checks their results, while no request waits for a slot or is observed (for
+        example, streamed). Does not change the answers. Values above 1 reduce host work, at the cost of steps in which
         finished rows do nothing. Useful for small models, whose captured steps take the GPU less time than the host.
     reserve : bool
         Whether to allocate the memory for requests with the engine's own configuration now (see `memory`), so that
@@ -150,7 +150,8 @@ class Engine(Life):
             Length of the answer, in tokens. If None, the length of `given`, or else the configured length, or else 128
             or as many as fit, whichever is less.
         streaming : bool
-            Whether to deliver outputs during decoding as well, whenever more of the answer is final.
+            Whether to deliver outputs during decoding as well, whenever more tokens have become final, that is, can no
+            longer change.
         record_timestamps : bool
             Whether to record when each token was known to be final.
         eos_token_id : int or sequence of int, optional
@@ -162,8 +163,8 @@ class Engine(Life):
         suffix : sequence of int, optional
             Fixed tokens that follow the answer and are not part of it.
         stop_strings : str or sequence of str, optional
-            Texts that end the answer. Requires a tokenizer. They are searched for in the final part of the answer,
-            from the left. The answer ends with the token that completes a stop string; `text` ends before the string.
+            Texts that end the answer. Requires a tokenizer. They are searched for, from the left, in the tokens that
+            are final. The answer ends with the token that completes a stop string; `text` ends before the string.
         num_return_sequences : int
             Number of answers, each with its own seed. Answers after the first have ids `<id>__child#<n>`.
         repetition_penalty : float
@@ -247,7 +248,7 @@ class Engine(Life):
         ]  # fmt: skip
 
     def cancel_request(self, request_id: str) -> None:
-        """End a request now, and deliver it as cancelled with the final part of its answer. Ignore unknown ids."""
+        """End a request now, and deliver it as cancelled, with the tokens that are final so far. Ignore unknown ids."""
         with self._rounds.lock:
             if request_id in self._rounds.live:
                 self._rounds.inbox.append(request_id)

@@ -12,7 +12,7 @@ from .request import Answer, Request, RequestOutput, RequestStatus
 
 
 def seen_stop(request: Request, answer: Answer, tokenizer) -> int | None:
-    """Return how many of the final tokens it takes to complete a stop string; None if they contain none."""
+    """Return how many of the tokens that are final it takes to complete a stop string; None if they contain none."""
     final = answer.tokens[: answer.length(answer.final)]
     return stop_at(final, request.stop_strings, tokenizer, request.shown)
 
@@ -38,7 +38,7 @@ def final_output(request: Request, answer: Answer, tokenizer, **fields: Any) -> 
 
 
 def interim_output(request: Request, answer: Answer) -> RequestOutput:
-    """Build an output of an unfinished request: the final part of its answer and, if requested, the draft."""
+    """Build an output of an unfinished request: the tokens that are final so far and, if requested, the draft."""
     length = answer.length(answer.final)
     _note_times(request, length)
     has_draft = request.drafts or request.on_step is not None

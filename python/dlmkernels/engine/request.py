@@ -40,8 +40,8 @@ class RequestOutput:
     prompt_ids : list of int
         Tokens of the prompt.
     generated_tokens : list of int
-        The answer, without padding after an end token and without the suffix. While the request is being decoded, the
-        final part of it, from the left.
+        The answer, without padding after an end token and without the suffix. While the request is being decoded, only
+        its leading tokens that can no longer change.
     logprobs : list of float
         Log-probability of each of these tokens when it was committed; 0 for given tokens.
     error : str, optional
