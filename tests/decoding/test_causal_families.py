@@ -339,7 +339,7 @@ class TestSelfSpeculative:
         config = dk.preset("nemotron-speculative")
         with pytest.raises(ValueError, match=match):
             dk.generate(model, prompts(1, 4), config=config, max_new_tokens=4, **options)
-        with pytest.raises(ValueError, match="rule SelfSpeculative decodes what comes after a prompt"):
+        with pytest.raises(ValueError, match="rule SelfSpeculative continues a prompt"):
             dk.infill(model, torch.tensor([[5, MASK]]), config=config)
 
 
@@ -418,7 +418,7 @@ class TestReordered:
         _, model = loaded("wedlm-8b", self.WEDLM["wedlm-8b"])
         with pytest.raises(ValueError, match=match):
             dk.generate(model, prompts(1, 4), max_new_tokens=4, **options)
-        with pytest.raises(ValueError, match="rule Reordered decodes what comes after a prompt"):
+        with pytest.raises(ValueError, match="rule Reordered continues a prompt"):
             dk.infill(model, torch.tensor([[5, MASK]]))
         with pytest.raises(ValueError, match="window must be an integer of at least 1; got 0"):
             dk.Reordered(0)

@@ -104,8 +104,8 @@ def test_drafts_change_nothing(model, name, fewer):
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"rule": dk.Strided(3, 1.0), **CAUSAL, "temperature": 1.0, "seed": 1}, "drafts are then accepted by a"),
-    ({"rule": dk.Lengthening(), "eos_token_id": 5}, "moves tokens about"),
-    ({"rule": dk.SplitEditing(0.5, 0.2, 3, 90, 91)}, "moves tokens about"),
+    ({"rule": dk.Lengthening(), "eos_token_id": 5}, "moves tokens to other positions"),
+    ({"rule": dk.SplitEditing(0.5, 0.2, 3, 90, 91)}, "moves tokens to other positions"),
 ])  # fmt: skip
 def test_refusals(model, options, message):
     with pytest.raises(ValueError, match=f"constraint cannot be used with rule .* ?{message}"):

@@ -227,7 +227,7 @@ class TestLangFlow:
         assert (out.num_forwards == 7).all()
 
     @pytest.mark.parametrize("options,match", [
-        ({"rule": dk.Threshold(0.9)}, r"rule Threshold decodes masks, and models of family 'langflow' know none: use the rule of the preset 'langflow'"),
+        ({"rule": dk.Threshold(0.9)}, r"rule Threshold decodes mask tokens, which models of family 'langflow' were not trained on: use the rule of the preset 'langflow'"),
         ({"temperature": 0.5}, r"temperature=0\.5 has no effect with rule EmbeddingFlow here"),
         ({"cfg_scale": 1.0, "mask_token_id": 1}, r"cfg_scale cannot be used with rule EmbeddingFlow"),
         ({"constraint": torch.ones(VOCAB, dtype=torch.bool)}, r"constraint cannot be used with rule EmbeddingFlow"),
@@ -240,9 +240,7 @@ class TestLangFlow:
 
     def test_other_models_are_refused(self, tmp_path):
         research.write("mdlm", tmp_path)
-        with pytest.raises(
-            ValueError, match="rule EmbeddingFlow decodes noisy vectors, and models of family 'mdlm' know"
-        ):
+        with pytest.raises(ValueError, match="rule EmbeddingFlow decodes noisy vectors, which models of family 'mdlm'"):
             dk.generate(dk.load(tmp_path), torch.tensor([[4]]), max_new_tokens=4, rule=dk.EmbeddingFlow())
         with pytest.raises(ValueError, match=r"eps must be a positive number to 0\.5; got 0"):
             dk.EmbeddingFlow(0.0)

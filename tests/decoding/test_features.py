@@ -248,7 +248,7 @@ class TestD2Cache:
 
     @pytest.mark.parametrize("options, message", [
         ({"block_length": 4}, "cache='d2cache' decodes the answer as a single block"),
-        ({"rule": dk.TokenEditing(0.4, 0.3, 4)}, "cache='d2cache' needs a rule that takes nothing back; got TokenEditing"),
+        ({"rule": dk.TokenEditing(0.4, 0.3, 4)}, "cache='d2cache' needs a rule that never changes decided tokens; got TokenEditing"),
     ], ids=["blocks", "editing"])  # fmt: skip
     def test_refused_with_it(self, options, message):
         with pytest.raises(ValueError, match=message):
@@ -299,8 +299,8 @@ def test_limits(make, message):
 
 @pytest.mark.parametrize("options, message", [
     ({"attention": "causal"}, "cache='dllm-cache' needs attention='full'; got attention='causal'"),
-    ({"rule": dk.EntropyPipeline(1.0)}, "block by block and moves no tokens about; got EntropyPipeline"),
-    ({"rule": dk.SplitEditing(0.3, 0.2, 3, 90, 91)}, "moves no tokens about; got SplitEditing"),
+    ({"rule": dk.EntropyPipeline(1.0)}, "block by block and does not move tokens; got EntropyPipeline"),
+    ({"rule": dk.SplitEditing(0.3, 0.2, 3, 90, 91)}, "does not move tokens; got SplitEditing"),
     ({"refresh_interval": 3}, "refresh_interval=3 has no effect"), ({"warmup": 3}, "warmup=3 has no effect"),
     ({"vicinity": (1, 1)}, "vicinity=.* has no effect"),
 ])  # fmt: skip

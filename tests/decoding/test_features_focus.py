@@ -200,11 +200,11 @@ def test_bad_numbers(make, message):
 
 @pytest.mark.parametrize("options, message", [
     ({"attention": "full"}, "cache='focus' needs attention='block'; got attention='full'"),
-    ({"logit_alignment": "shift"}, "cache='focus' needs a model whose logits speak of the position they stand at"),
-    ({"sub_block_length": 4}, "cache='focus' decodes blocks as a whole: leave sub_block_length out"),
-    ({"rule": dk.TokenEditing(0.4, 0.3, 4)}, "cache='focus' needs a rule that takes nothing back; got TokenEditing"),
-    ({"rule": dk.Quota(), "steps": 4}, "leave steps out; got steps=4 with rule Quota"),
-    ({"rule": dk.Pipeline(0.3, 0.3, 0.5)}, "cache='focus' needs a rule that is decoded block by block"),
+    ({"logit_alignment": "shift"}, "cache='focus' needs a model whose logits predict the token at their own position"),
+    ({"sub_block_length": 4}, "cache='focus' decodes blocks as a whole: omit sub_block_length; got 4"),
+    ({"rule": dk.TokenEditing(0.4, 0.3, 4)}, "cache='focus' needs a rule that never changes decided tokens; got TokenEditing"),
+    ({"rule": dk.Quota(), "steps": 4}, "omit steps; got steps=4 with rule Quota"),
+    ({"rule": dk.Pipeline(0.3, 0.3, 0.5)}, "cache='focus' needs a rule that decodes block by block"),
 ], ids=str)  # fmt: skip
 def test_refused_with_it(options, message):
     with pytest.raises(ValueError, match=message):

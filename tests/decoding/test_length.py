@@ -195,7 +195,7 @@ class TestExpanding:
         options = {"rule": dk.Expanding(EXPAND), "max_new_tokens": 8, "eos_policy": "none"} | options
         with pytest.raises(ValueError, match=match):
             dk.infill(model, batch, valid, **options)
-        with pytest.raises(ValueError, match="rule Expanding fills in masks that stand in a canvas: use infill"):
+        with pytest.raises(ValueError, match="rule Expanding fills in the mask tokens of a given sequence: use infill"):
             dk.generate(model, batch[:, :2].clamp(max=90), rule=dk.Expanding(EXPAND), eos_policy="none")
         with pytest.raises(ValueError, match="count must be an integer of at least 1; got 0"):
             dk.Expanding(EXPAND, count=0)
@@ -317,7 +317,7 @@ class TestLengthening:
             assert_same(out, k, restated.lengthening(plain, ids[k], MASK, eos=self.ENDS, most=100, block=32))
 
     @pytest.mark.parametrize("options,match", [
-        ({"cache": "prefix"}, "rule Lengthening reads all of the canvas: it needs cache='none'"),
+        ({"cache": "prefix"}, "rule Lengthening reads the whole canvas, which needs cache='none'; got cache='prefix'"),
         ({"attention": "causal"}, "rule Lengthening needs .* got attention='causal' and cache='none'"),
         ({"sub_block_length": 4}, "sub_block_length cannot be used with rule Lengthening; got 4"),
         ({"eos_token_id": []}, "eos_token_id is needed by rule Lengthening"),
@@ -328,7 +328,7 @@ class TestLengthening:
             dk.generate(
                 model, prompts(1, 4), **{"rule": self.RULE, "max_new_tokens": 8, "eos_policy": "none"} | options
             )
-        with pytest.raises(ValueError, match="rule Lengthening decodes what comes after a prompt: use generate"):
+        with pytest.raises(ValueError, match="rule Lengthening continues a prompt: use generate"):
             dk.infill(model, canvas_of(prompts(1, 4)[0], 3), rule=self.RULE)
         with pytest.raises(ValueError, match="growth must be an integer of at least 1; got 0"):
             dk.Lengthening(growth=0)
@@ -459,7 +459,7 @@ class TestSplitEditing:
             dk.generate(model, prompts(1, 5), **options)
         with pytest.raises(ValueError, match="split_token_id must be in the model's vocabulary of 97 tokens; got 200"):
             dk.generate(model, prompts(1, 5), **options, rule=dk.SplitEditing(0.5, 0.0, 16, DELETE, 200))
-        with pytest.raises(ValueError, match="rule SplitEditing decodes what comes after a prompt: use generate"):
+        with pytest.raises(ValueError, match="rule SplitEditing continues a prompt: use generate"):
             dk.infill(model, canvas_of(prompts(1, 4)[0], 3), rule=dk.SplitEditing())
         with pytest.raises(ValueError, match="max_post_steps must be an integer of at least 0; got -1"):
             dk.SplitEditing(max_post_steps=-1)

@@ -180,7 +180,7 @@ def test_what_is_refused(model):
         dk.generate(model, ids, eos_token_id=[[1], [model.config.mask_token_id]], **COMMON)
     with pytest.raises(ValueError, match="eos_token_id must hold at least one token for each request with rule Leng"):
         dk.generate(model, ids, rule=dk.Lengthening(), eos_policy="fill", max_new_tokens=8, eos_token_id=[[1], []])
-    with pytest.raises(ValueError, match="eos_token_id of an engine must be one id or several"):
+    with pytest.raises(ValueError, match="eos_token_id of an engine must be one id or a flat list"):
         engine_for(model, eos_policy="fill", eos_token_id=[[1], [2]])
-    with pytest.raises(ValueError, match="eos_token_id of an engine must be one id or several"):
+    with pytest.raises(ValueError, match="eos_token_id of an engine must be one id or a flat list"):
         engine_for(model, eos_policy="fill").add_request([1, 2], eos_token_id=[[1], [2]])

@@ -120,7 +120,7 @@ def test_a_row_is_given_all_its_parameters():
     }  # fmt: skip
     state = State.empty(2, 4, torch.device("cpu"), parameters=parameters)
     row, tokens, is_open = torch.tensor([1]), torch.zeros(1, 4).long(), torch.ones(1, 4).bool()
-    with pytest.raises(ValueError, match=r"parameters must be \['rule.threshold', 'temperature'\]; got \[\]"):
+    with pytest.raises(ValueError, match=r"parameters must have the names \['rule.threshold', 'temperature'\]"):
         state.admit(row, tokens, is_open, torch.zeros(1), 4)
     state.admit(row, tokens, is_open, torch.zeros(1), 4, None, {name: x[1:] for name, x in parameters.items()})
     assert state.parameters["temperature"].tolist() == [0.0, 1.0]
@@ -166,7 +166,7 @@ def test_lengths(model, name, lengths):
 @pytest.mark.parametrize(("options", "message"), [
     ({"max_new_tokens": (8, 9)}, r"max_new_tokens must have one value for each of the 3 requests; got 2"),
     ({"max_new_tokens": (8, 0, 9)}, r"max_new_tokens\[1\] must be an integer of at least 1; got 0"),
-    ({"max_new_tokens": (8, 9, 24), "steps": 8, "block_length": 8}, r"steps are divided among the blocks of all requests"),
+    ({"max_new_tokens": (8, 9, 24), "steps": 8, "block_length": 8}, r"steps are divided among the same blocks for all requests"),
     ({"max_new_tokens": (8, 9, 24), "rule": dk.Lengthening(), "eos_token_id": 5}, r"must be one number with rule Leng"),
 ])  # fmt: skip
 def test_bad_lengths(model, options, message):

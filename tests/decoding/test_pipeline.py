@@ -419,7 +419,7 @@ def test_refused(options, match, loaded):
 
 def test_arguments_are_checked(loaded):
     _, model = loaded("d2f-llada")
-    with pytest.raises(ValueError, match="rule Pipeline decodes what comes after a prompt: use generate"):
+    with pytest.raises(ValueError, match="rule Pipeline continues a prompt: use generate"):
         dk.infill(model, torch.tensor([[5, MASK]]))
     with pytest.raises(ValueError, match=r"open_at must be a number from 0 to 1; got 1\.5"):
         dk.Pipeline(open_at=1.5)

@@ -82,7 +82,7 @@ class TestModel:
         torch.save({"input_linear.weight": torch.ones(4, 2)}, tmp_path / "model.pt")
         with pytest.raises(ValueError, match=r"model\.pt lacks input_linear\.weight or output_linear\.weight"):
             dk.load(tmp_path, allow_pickle=True)
-        with pytest.raises(ValueError, match="rule Threshold decodes masks, and models of family 'plaid' know none"):
+        with pytest.raises(ValueError, match="rule Threshold decodes mask tokens, which models of family 'plaid'"):
             dk.generate(model, torch.tensor([[1]]), rule=dk.Threshold(0.9), max_new_tokens=4)
 
 

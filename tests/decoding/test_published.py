@@ -278,7 +278,7 @@ class TestCaches:
         ({"vicinity": (0, -1), "cache": "dual"}, "vicinity must be two integers"),
         ({"warmup": 0}, "warmup must be an integer of at least 1; got 0"),
         ({"refresh_interval": 0}, "refresh_interval must be None or an integer of at least 1; got 0"),
-        ({"cache": "delayed", "rule": dk.TokenEditing()}, "cache='delayed' needs a rule that takes nothing back"),
+        ({"cache": "delayed", "rule": dk.TokenEditing()}, "cache='delayed' needs a rule that never changes decided tokens"),
     ])  # fmt: skip
     def test_refused(self, model, options, match):
         with pytest.raises(ValueError, match=match):

@@ -102,7 +102,7 @@ def test_stop_strings(model, options):
 def test_bad_stop_strings(model):
     with pytest.raises(ValueError, match="stop_strings need a tokenizer"):
         dk.generate(model, prompts(1, 5), stop_strings="x", **COMMON)
-    with pytest.raises(ValueError, match="stop_strings must hold texts that are not empty; got ''"):
+    with pytest.raises(ValueError, match="stop_strings must hold non-empty strings; got ''"):
         dk.generate(model, prompts(1, 5), stop_strings=["a", ""], tokenizer=Letters(), **COMMON)
 
 

@@ -505,7 +505,7 @@ class TestErrors:
             def select(self, step):
                 return step.select("none", score=-step.entropy, fill=1)
 
-        with pytest.raises(ValueError, match=r"reads step.entropy but does not name it in `needs`"):
+        with pytest.raises(ValueError, match=r"reads step.entropy, which its `needs` does not include"):
             dk.generate(model, prompts(1, 4), rule=Careless(), max_new_tokens=4)
 
 

@@ -84,8 +84,8 @@ def test_shares_of_ones_own():
         ({"schedule": "sine"}, ValueError, "'linear', 'cosine'"),
         ({"schedule": 3}, TypeError, "callable"),
         ({"schedule": (0.5, 0.9)}, ValueError, "end at 1"),
-        ({"schedule": (0.5, 0.2, 1)}, ValueError, "not fall"),
-        ({"schedule": (float("nan"), 1)}, ValueError, "not fall"),
+        ({"schedule": (0.5, 0.2, 1)}, ValueError, "not decrease"),
+        ({"schedule": (float("nan"), 1)}, ValueError, "not decrease"),
         ({"schedule": ()}, ValueError, "end at 1"),
         ({"rounding": "up"}, ValueError, "rounding must be one of down, nearest; got 'up'"),
         ({"spread": True, "schedule": "cosine"}, ValueError, "spread"),
@@ -98,7 +98,7 @@ def test_what_is_no_schedule(options, error, message):
 
 
 def test_a_callable_that_falls_is_refused_when_it_is_used():
-    with pytest.raises(ValueError, match="not fall"):
+    with pytest.raises(ValueError, match="not decrease"):
         dk.generate(build(), prompts(1, 4), max_new_tokens=8, steps=4, rule=dk.Quota(schedule=lambda r: 1 - r))
 
 

@@ -59,7 +59,7 @@ class TestModel:
             dk.load(tmp_path, allow_pickle=True)
         with pytest.raises(ValueError, match="there is no bound on the likelihood for models of family 'ssd-lm'"):
             dk.log_likelihood(made[1], torch.tensor([1]), torch.tensor([2]))
-        with pytest.raises(ValueError, match="rule Threshold decodes masks, and models of family 'ssd-lm' know none"):
+        with pytest.raises(ValueError, match="rule Threshold decodes mask tokens, which models of family 'ssd-lm'"):
             dk.generate(made[1], torch.tensor([[5]]), rule=dk.Threshold(0.9), max_new_tokens=4)
 
 

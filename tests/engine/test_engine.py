@@ -54,7 +54,7 @@ def test_a_thread_of_its_own(model, ten):
         rest[first.request_id] = first
     assert not engine.is_running()
     assert_as_alone(model, ten, [rest[name] for name in ids])
-    with pytest.raises(RuntimeError, match="has been stopped: make another"):
+    with pytest.raises(RuntimeError, match="has been stopped and cannot be started again"):
         engine.start()
 
 
@@ -211,7 +211,7 @@ def test_generate_batch_with_given_tokens(model):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"max_new_tokens": [3]}, r"max_new_tokens must be one for all, or one for each of 2 prompts; got 1"),
+    ({"max_new_tokens": [3]}, r"max_new_tokens must be one value, or one for each of the 2 prompts; got 1 values"),
     ({"inputs": [[5], [200]]}, r"input_ids must hold ids from 0 to 97 - 1; got 200"),
     ({"temprature": 1.0}, "unknown decoding option temprature"),
 ])  # fmt: skip
@@ -235,7 +235,7 @@ def test_init_continuous_batching(model):
     assert out.generated_tokens == want.generated[0, : int(want.length[0]) - 3].tolist()
     for options, message in [
         ({"num_beams": 4}, "num_beams=4 cannot be used with dlmkernels"),
-        ({"repetition_penalty": 2.0}, "repetition_penalty=2.0 cannot be used here.*said to add_request"),
+        ({"repetition_penalty": 2.0}, "repetition_penalty=2.0 cannot be used here.*options to add_request"),
         ({"min_new_tokens": 3}, "min_new_tokens=3 cannot be used here"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -301,7 +301,7 @@ def test_forwards_take_the_rows_that_work(model):
 def test_what_an_engine_is_made_with(model):
     for options, message in [
         ({"slots": 0}, "slots must be an integer of at least 1"), ({"max_length": 1}, "max_length must be None or an int"),
-        ({"max_length": 300}, "max_length is 300, longer than the model's max_position_embeddings of 256"),
+        ({"max_length": 300}, "max_length must be at most the model's max_position_embeddings, 256; got 300"),
         ({"prefill_budget": 0}, "prefill_budget must be"), ({"graphs": "maybe"}, "graphs must be 'auto', True or False"),
         ({"deterministic": 1}, "deterministic must be True or False"), ({"top_k": 3}, "top_k=3 has no effect"),
         ({"seed": torch.tensor([1, 2])}, "seed of an engine must be one number or None"),

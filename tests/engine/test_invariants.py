@@ -485,15 +485,15 @@ class TestNoDeadlock:
     """What is admitted can be decoded to its end; what never fits is refused at once; memory is there at the start."""
 
     @pytest.mark.parametrize(("prompt", "options", "message"), [
-        ([5] * 30, {"max_new_tokens": 20}, r"input_ids \(30 tokens\) and the answer \(20\) take 50 columns; max_length"),
-        ([5] * 5, {"max_new_tokens": 20, "suffix": [6] * 20}, r"take 45 columns"),
+        ([5] * 30, {"max_new_tokens": 20}, r"input_ids \(30 tokens\) and the answer \(20 tokens .*\) need 50 columns, more than this engine's max_length"),
+        ([5] * 5, {"max_new_tokens": 20, "suffix": [6] * 20}, r"need 45 columns"),
         ([5] * 5, {"max_new_tokens": 16, "rule": dk.Quota(), "steps": 1}, r"steps must be at least the number of blocks"),
         ([5, 200], {}, r"input_ids must hold ids from 0 to 97 - 1; got 200"),
         ([5, 96], {}, r"input_ids holds the mask token \(96\)"),
         ([5], {"max_new_tokens": 0}, r"max_new_tokens must be None or an integer of at least 1"),
         ([5], {"temperature": (0.5, 1.0)}, r"temperature of an engine must be one number"),
         ([5], {"top_k": 4}, r"top_k=4 has no effect"),
-        ([5], {"num_return_sequences": 3}, r"num_return_sequences=3 has no effect without chance"),
+        ([5], {"num_return_sequences": 3}, r"num_return_sequences=3 has no effect without sampling"),
         ([5], {"stop_strings": "x"}, r"stop_strings need a tokenizer"),
         ([5], {"given": [1, 2], "max_new_tokens": 3}, r"given must have max_new_tokens=3 ids"),
         ([5], {"given": [1, 2]}, r"given leaves nothing to decode"),
@@ -513,7 +513,7 @@ class TestNoDeadlock:
     def test_names_in_use(self, model):
         engine = engine_for(model)
         engine.add_request([5], request_id="a", max_new_tokens=4)
-        with pytest.raises(ValueError, match="request_id 'a' is in use"):
+        with pytest.raises(ValueError, match="request_id 'a' is already in use"):
             engine.add_request([5], request_id="a", max_new_tokens=4)
         list(engine)
         engine.add_request([5], request_id="a", max_new_tokens=4)

@@ -35,9 +35,9 @@ def test_what_has_been_told_stays(model, rule, policy):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"result_handler": 5}, "result_handler must be a function of a RequestOutput; got int"),
-    ({"on_step": 5}, "on_step must be a function of a RequestOutput; got int"),
-    ({"logit_bias": {1000: 1.0}}, "logit_bias must name ids from 0 to 97 - 1; got 1000"),
+    ({"result_handler": 5}, "result_handler must be a callable that takes a RequestOutput; got int"),
+    ({"on_step": 5}, "on_step must be a callable that takes a RequestOutput; got int"),
+    ({"logit_bias": {1000: 1.0}}, "logit_bias must have token ids from 0 to 97 - 1 as keys; got 1000"),
     ({"constraint": torch.ones(4, VOCAB, dtype=torch.bool)}, r"constraint must have shape \[n\], \[3, n\]"),
     ({"constraint": torch.ones(2, 3, VOCAB, dtype=torch.bool)}, r"constraint must have shape .* got \[2, 3, 97\]"),
     ({"constraint": torch.tensor(True)}, "constraint must have at least one dimension"),

@@ -363,7 +363,7 @@ class TestCalls:
 
     def test_rules_that_do_not_fit(self, made):
         _, model = made("duo")
-        with pytest.raises(ValueError, match="rule Threshold decodes masks, and models of family 'duo' know none"):
+        with pytest.raises(ValueError, match="rule Threshold decodes mask tokens, which models of family 'duo'"):
             dk.generate(model, texts(), rule=dk.Threshold(0.9), max_new_tokens=4)
 
 

@@ -200,7 +200,7 @@ def test_likelihoods(folder, found):
     "ids": "ValueError: all ranks of a tensor-parallel model must be given the same arguments; these differ: input_ids",
     "shape": "these differ: input_ids",
     "config": "these differ: config",
-    "engine": "decode it with generate, on all ranks",
+    "engine": "call generate on all ranks instead",
     "graphs": "steps cannot be captured",
     "compile": "compile cannot be used with a tensor-parallel model",
     "filters": "lm_head='sharded' cannot be used here: top_k and top_p need all logits",

@@ -172,7 +172,7 @@ def test_errors_are_those_of_the_client(client):
         client.chat.completions.create(model="demo", messages=[{"role": "user", "content": "refuse"}], max_tokens=2)
     with pytest.raises(openai.BadRequestError) as error:
         client.completions.create(model="demo", prompt="1" * 200, max_tokens=10)
-    assert error.value.code == "context_length_exceeded" and "max_length of this engine is 96" in str(error.value)
+    assert error.value.code == "context_length_exceeded" and "this engine's max_length of 96" in str(error.value)
 
 
 def test_the_openai_client_can_be_asynchronous(running):

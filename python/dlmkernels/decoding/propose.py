@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From logits to what a rule sees: proposals and their statistics, and the step that they make."""
+"""Turn logits into what a rule sees: a proposed token and its statistics at each position, packed into a step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .step import Step, constant
 
 
 class Proposer:
-    """Language-model head and `token_confidence` on the slots of a window, and the steps that they make."""
+    """Computes proposals and their statistics for the slots of a window, and builds the steps that rules see."""
 
     def __init__(self, model: DiffusionModel, state: State, config: DecodingConfig, special: SpecialTokens):
         self.model, self.state, self.config, self.special = model, state, config, special
@@ -32,7 +32,7 @@ class Proposer:
         device = state.tokens.device
 
         def number(value, dtype, is_wanted):
-            if isinstance(value, Tensor):  # one for each request
+            if isinstance(value, Tensor):  # one value for each request
                 return value
             return torch.full((1,), value, dtype=dtype, device=device) if is_wanted(value) else None
 
@@ -40,12 +40,12 @@ class Proposer:
         self.never = torch.tensor(special.banned, dtype=torch.int64, device=device)
         self._ends = torch.tensor(special.eos, dtype=torch.int64, device=device)
         self._own_ends = state.parameters.get(ENDS)
-        #: whether the rule says at what temperature each step samples
+        #: whether the rule determines the sampling temperature of each step
         self.has_temperature = config.rule.temperature(0, 1) is not None
         temperature = number(config.temperature, torch.float32, lambda t: t > 0 or self.has_temperature)
-        #: at what temperature steps sample, where the rule does not say: one number, or float32 [S]
+        #: sampling temperature if the rule does not determine it: one number, or float32 [S]
         self.temperature: Any = config.temperature
-        #: whether tokens are drawn, at least in some requests
+        #: whether tokens are sampled in at least some requests
         self.samples = temperature is not None
         self.options: dict[str, Any] = {
             "cfg_scale": number(config.cfg_scale, torch.float32, lambda s: s > 0),
@@ -59,7 +59,7 @@ class Proposer:
             "with_margin": "margin" in needs,
             "with_entropy": "entropy" in needs,
         }
-        #: from hidden states to logits, or to what answers for them
+        #: turns hidden states into logits, or into `HiddenRows` that stand in for them
         self.head = Head(model, config, self.options["top_k"] is not None or self.options["top_p"] is not None)
         if self.samples:
             self.options |= {"seed": state.seed, "step": state.step}
@@ -67,13 +67,13 @@ class Proposer:
         self._numbers: dict[int, Tensor] = {}
         self._nothing = torch.full((), -1, dtype=torch.int32, device=device)
         deferred = list(config.defer_token_ids)
-        #: what all steps have in common
+        #: arguments that are the same for all steps
         self._common: dict[str, Any] = {
             "canvas": state, "proposer": self, "score_of": score_named(config.score),
             "order_temperature": config.order_temperature,
             "deferred": torch.tensor(deferred, device=device) if deferred else None,
         }  # fmt: skip
-        #: float32 [V]: what is added to all logits; where the model does not say how many there are, the first show it
+        #: float32 [V]: added to all logits; set at the first logits if the model does not report its vocabulary size
         self.bias: Tensor | None = None
         if model.vocab_size is not None:
             self._set_bias(model.vocab_size)
@@ -87,11 +87,21 @@ class Proposer:
         self, logits: Logits, window: TokenWindow, row_map: Tensor | None = None, bias: Tensor | None = None,
         temperature: float | Tensor | None = None, allowed: Tensor | None = None, redraw: Tensor | None = None,
     ) -> ops.TokenConfidence:  # fmt: skip
-        """Statistics of the window's N = B * W slots, from logits `[R or 2R, V]`.
+        """Compute the statistics of the window's N = B * W slots from logits `[R, V]`, or `[2 R, V]` with guidance.
 
-        `row_map` int32 `[N]`: the row of logits of each slot, -1 for an unused one; None: one row a slot, in order.
-        `bias` float32 `[V]` or `[P, V]` comes on top of the configured one; `temperature` is one number, or float32
-        `[B]`; `redraw` int32 `[B, W]` counts what was refused in this step.
+        Parameters
+        ----------
+        row_map : Tensor, optional
+            int32 `[N]`: row of the logits for each slot, -1 for an unused slot. If None, each slot has its own row, in
+            order.
+        bias : Tensor, optional
+            float32 `[V]` or `[P, V]`: added to the logits besides the configured bias.
+        temperature : float or Tensor, optional
+            One number, or float32 `[B]`. If None, the configured temperature.
+        allowed : Tensor, optional
+            int32 bitmasks of the tokens that may be proposed, as in `Step.allowed`.
+        redraw : Tensor, optional
+            int32 `[B, W]`: how many of each slot's proposals have been refused in this step.
         """
         self._set_bias(logits.shape[1])
         if row_map is None or redraw is not None:
@@ -120,11 +130,11 @@ class Proposer:
         return token_confidence(logits, row_map=row_map, uncond_logits=uncond, **options)
 
     def is_end(self, tokens: Tensor) -> Tensor:
-        """Which of the tokens int64 `[B, W]` are end tokens, of their row where rows have their own."""
+        """Return which of the tokens int64 `[B, W]` are end tokens, each row's own if they differ by row."""
         return torch.isin(tokens, self._ends) if self._own_ends is None else is_end(tokens, self._own_ends)
 
     def _rows(self, count: int) -> Tensor:
-        """The numbers 0 … count, int32."""
+        """Return the numbers from 0 to `count` - 1, int32."""
         if count not in self._numbers:
             self._numbers[count] = torch.arange(count, dtype=torch.int32, device=self.state.tokens.device)
         return self._numbers[count]
@@ -133,7 +143,7 @@ class Proposer:
         self, logits: Logits, window: TokenWindow, standing: Standing, row_map: Tensor | None = None,
         memory: dict[str, Tensor] | None = None, allowed: Tensor | None = None, room: Tensor | None = None,
     ) -> Step:  # fmt: skip
-        """The step that these logits `[R or 2R, V]` make."""
+        """Build a step from logits `[R, V]`, or `[2 R, V]` with guidance. Other arguments are as in `Step`."""
         eligible = window.used
         if self.rule.slots != "open":
             index = window.positions - standing.block_start[:, None]
@@ -155,9 +165,10 @@ class Proposer:
         return value
 
     def clean(self, logits: Logits, rows: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Logits of some rows as `token_confidence` sees them before temperature: guided, with the configured bias.
+        """Return the logits of some rows as `token_confidence` sees them before temperature: with guidance and bias.
 
-        Float32 `[n, V]`, or `[n]` those of one token each, which is not a banned one.
+        The result is float32 `[n, V]`. With `ids` int64 `[n]`, it is float32 `[n]`: the logit of one token in each row,
+        none of which may be a banned token.
         """
 
         def pick(rows: Tensor) -> Tensor:
@@ -176,13 +187,13 @@ class Proposer:
 
 
 def bias_tensor(bias: Mapping[int, float] | Tensor, vocab: int, device: torch.device) -> Tensor:
-    """`DecodingConfig.logit_bias` as a float32 tensor `[vocab]`."""
+    """Return `DecodingConfig.logit_bias` as a float32 tensor `[vocab]`."""
     if isinstance(bias, Tensor):
         if len(bias) != vocab:
-            raise ValueError(f"logit_bias must have one number for each of the {vocab} logits; got {list(bias.shape)}")
+            raise ValueError(f"logit_bias must have shape [{vocab}], one number for each logit; got {list(bias.shape)}")
         return bias.to(device, torch.float32)
     if bias and max(bias) >= vocab:
-        raise ValueError(f"logit_bias must name ids from 0 to {vocab} - 1; got {max(bias)}")
+        raise ValueError(f"logit_bias must have token ids from 0 to {vocab} - 1 as keys; got {max(bias)}")
     full = torch.zeros(vocab, dtype=torch.float32, device="cpu")
     for i, value in bias.items():
         full[i] = value

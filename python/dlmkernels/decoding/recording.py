@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records a decoding step by step, by comparing what the state holds after each step with what it held before.
+"""Record a decoding step by step, by comparing the state after each step with the state before it.
 
-Reads the state on the host after each step, so that each waits for the device.
+The state is copied to the host after each step, so every step waits for the device.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .state import State
 
 @dataclass(frozen=True)
 class _Row:
-    """What one request holds: lists of T."""
+    """State of one request on the host, as lists of length T."""
 
     tokens: list[int]
     is_open: list[bool]
@@ -33,7 +33,7 @@ class _Row:
         return [cls(*row) for row in zip(*(x.cpu().tolist() for x in fields))]
 
     def moved(self, source: list[int], mask: int) -> _Row:
-        """The same after positions have moved: each holds what `source` says, and -1 is a new mask."""
+        """Return a copy with moved positions: each takes the values of position `source`, or a new mask token at -1."""
 
         def of(values: list, new: Any) -> list:
             return [values[i] if i >= 0 else new for i in source]
@@ -42,7 +42,7 @@ class _Row:
 
 
 class Recorder:
-    """Follows a program that has not begun."""
+    """Records the events of a program. Must be created before the program begins."""
 
     def __init__(self, program: Program):
         self._state, self._mask = program.state, program.special.mask
@@ -60,7 +60,7 @@ class Recorder:
         program.on_move = lambda source: self._moves.append(source.cpu())
 
     def begin(self) -> None:
-        """The program has begun; some have committed tokens by that, the first of each answer."""
+        """Record the start. Some programs have then already committed the first token of each answer."""
         state = self._state
         self._rows, self._taken = _Row.all_of(state), state.step.tolist()
         committed = (state.commit_step >= 0).cpu()
@@ -72,7 +72,7 @@ class Recorder:
         ]
 
     def step(self) -> None:
-        """A step has been made."""
+        """Record what the last step has changed."""
         moves, self._moves = [source.tolist() for source in self._moves], []
         now, taken = _Row.all_of(self._state), self._state.step.tolist()
         for row, (before, after) in enumerate(zip(self._rows, now)):
@@ -84,14 +84,14 @@ class Recorder:
         self._rows, self._taken = now, taken
 
     def recorded(self, out: DecodingOutput) -> DecodingOutput:
-        """The result with the recording."""
+        """Return the result with the recording added."""
         assert self._begun is not None, "the program has not begun"
         events = tuple(tuple(row) for row in self._events)
         return replace(out, recording=Recording(*self._begun, events, tuple(self._blocks), self._mask))
 
 
 def _move(before: _Row, source: list[int], forward: int, mask: int, events: list[Event]) -> _Row:
-    """What a row holds after its positions have moved; removals, from the right, and insertions are noted."""
+    """Move the positions of a row. Removals, from right to left, and then insertions are appended to `events`."""
     if source == list(range(len(source))):
         return before
     kept = set(source)
@@ -102,7 +102,7 @@ def _move(before: _Row, source: list[int], forward: int, mask: int, events: list
 
 
 def _differences(before: _Row, after: _Row, forward: int) -> list[Event]:
-    """What has happened at each position."""
+    """Return the events that turn the state `before` into `after`, position by position."""
     if before == after:
         return []
     found = []

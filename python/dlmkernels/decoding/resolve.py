@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is decoded with: the caller's configuration, and the model's own where that leaves something open."""
+"""Resolve a configuration: fill in what the caller leaves open from the model, and check that everything fits."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .features import D2Cache, FeatureCache, FocusCache, LayerwiseCache, feature
 from .presets import default_config, preset
 from .rules import Reordered, Rule, VariableLength
 
-#: what a caller may pass as `config`
+#: types that a caller may pass as `config`
 ConfigLike = DecodingConfig | str | Mapping[str, Any] | None
 
 
 def prepare(
     model, config: ConfigLike, overrides: dict[str, Any], task: str | None = None
 ) -> tuple[DiffusionModel, DecodingConfig, SpecialTokens]:
-    """The adapted model, the whole configuration, and the ids it decodes with.
+    """Return the adapted model, the complete configuration, and the special token ids for decoding.
 
-    `task` is one of `Rule.decodes`, None where nothing is decoded.
+    `task` is "continuations" or "infillings" (see `Rule.decodes`), or None if nothing is to be decoded.
     """
     model = adapt(model)
     return model, *resolve(model, config, overrides, task)
@@ -35,15 +35,15 @@ def prepare(
 def resolve(
     model: DiffusionModel, config: ConfigLike, overrides: Mapping[str, Any], task: str | None = None
 ) -> tuple[DecodingConfig, SpecialTokens]:
-    """The whole configuration, and the ids it decodes with, of a model that has been adapted (see `prepare`)."""
+    """Return the complete configuration and the special token ids for an adapted model; see `prepare`."""
     _check_model(model)
     wanted = configuration(model, config).replace(**overrides)
     resolved = wanted
     if task:
         if wanted.rule.decodes not in ("anything", task):
-            other = "fills in masks that stand in a canvas: use infill"
+            other = "fills in the mask tokens of a given sequence: use infill"
             if task == "infillings":
-                other = "decodes what comes after a prompt: use generate"
+                other = "continues a prompt: use generate"
             raise ValueError(f"rule {type(wanted.rule).__name__} {other}")
         resolved = _with_token_ids(model, wanted)
     resolved = _of_the_family(model, resolved)
@@ -65,7 +65,7 @@ def _check_model(model: DiffusionModel) -> None:
 
 
 def configuration(model: DiffusionModel, config: ConfigLike) -> DecodingConfig:
-    """What `config` stands for: itself, a preset's name, fields; or the decoder of the model's family."""
+    """Return the configuration for `config`: an object, the name of a preset, fields, or None for the family's."""
     if isinstance(config, DecodingConfig):
         return config
     if isinstance(config, str):
@@ -85,7 +85,7 @@ def configuration(model: DiffusionModel, config: ConfigLike) -> DecodingConfig:
 
 
 def _with_token_ids(model: DiffusionModel, config: DecodingConfig) -> DecodingConfig:
-    """The token ids that the rule leaves to the model."""
+    """Fill in the rule's token ids that are None from the model's configuration."""
     rule = config.rule
     found = {name: getattr(rule, name) for name in rule.token_ids}
     for name, is_needed in rule.token_ids.items():
@@ -99,7 +99,7 @@ def _with_token_ids(model: DiffusionModel, config: DecodingConfig) -> DecodingCo
 
 
 def _of_the_family(model: DiffusionModel, config: DecodingConfig) -> DecodingConfig:
-    """What the configuration leaves open, from the model's family."""
+    """Fill in what the configuration leaves open from the model's family."""
     if config.rule.noise == "none":
         return config.replace(
             attention="causal", logit_alignment="shift", cache="block", seeded=False, block_grid="prompt",
@@ -112,8 +112,8 @@ def _of_the_family(model: DiffusionModel, config: DecodingConfig) -> DecodingCon
         block_length = model.block_length
         if block_length is None:
             raise ValueError(
-                f"block_length is needed: the model's attention has blocks (attention='{attention}') and its "
-                "configuration does not say how long they are"
+                f"block_length is needed: attention='{attention}' works in blocks, and the model's configuration "
+                "does not contain their length"
             )
     return config.replace(
         attention=attention, block_length=block_length,
@@ -124,32 +124,33 @@ def _of_the_family(model: DiffusionModel, config: DecodingConfig) -> DecodingCon
 
 
 def _check_combination(model: DiffusionModel, config: DecodingConfig) -> None:
-    """Refuse what does not go together, of a configuration that leaves nothing open."""
+    """Raise if the options of a complete configuration do not fit together, or do not fit the model."""
     family, attention, cache = model.family, config.attention, config.cache
     rule = type(config.rule).__name__
     if cache != "none" and not model.reuses_kv:
         raise ValueError(
-            f"cache='{cache}' needs a model of a known type whose rows can be forwarded in parts; "
-            f"{type(model.model).__name__} (of unknown type, or with token_dropout) decodes with cache='none'"
+            f"cache='{cache}' needs a model of a known type that can forward part of the canvas; "
+            f"{type(model.model).__name__} (of unknown type, or with token_dropout) needs cache='none'"
         )
     noise = config.rule.noise
     is_other = noise != family.noise and "continuous" in (noise, family.noise)
     if is_other or (noise, family.noise) == ("mask", "uniform"):
-        what = {"mask": "masks", "uniform": "tokens out of others", "continuous": "noisy vectors"}[noise]
+        what = {"mask": "mask tokens", "uniform": "uniformly drawn tokens", "continuous": "noisy vectors"}[noise]
         raise ValueError(
-            f"rule {rule} decodes {what}, and models of family '{family.name}' know none"
+            f"rule {rule} decodes {what}, which models of family '{family.name}' were not trained on"
             + (f": use the rule of the preset '{family.preset}'" if family.preset else "")
         )
     if config.constraint is not None and (isinstance(config.rule, VariableLength) or config.rule.token_ids):
-        raise ValueError(f"constraint cannot be used with rule {rule}, which moves tokens about")
+        raise ValueError(f"constraint cannot be used with rule {rule}, which moves tokens to other positions")
     if noise == "continuous":
         if config.constraint is not None:
-            raise ValueError(f"constraint cannot be used with rule {rule}, which decides no token before the end")
+            raise ValueError(f"constraint cannot be used with rule {rule}, which decides no token before its last step")
         if isinstance(config.max_new_tokens, tuple):
             raise ValueError(f"max_new_tokens must be one number with rule {rule}; got {config.max_new_tokens}")
     if attention != "full" and isinstance(model, LogitsModel):
         raise ValueError(
-            f"attention='{attention}' needs a model of a known type; {type(model.model).__name__} attends by itself"
+            f"attention='{attention}' needs a model of a known type; the attention of {type(model.model).__name__} "
+            "cannot be changed"
         )
     allowed = ("none", *APPROXIMATE) if attention == "full" else ("none", "block")
     if (features := features_of(cache)) is not None:
@@ -157,41 +158,43 @@ def _check_combination(model: DiffusionModel, config: DecodingConfig) -> None:
     elif cache not in allowed:
         raise ValueError(f"cache must be one of {allowed} with attention='{attention}'; got '{cache}'")
     if attention == "reordered" and cache == "block" and not isinstance(config.rule, Reordered):
-        raise ValueError("cache='block' with attention='reordered' needs the rule Reordered; use cache='none'")
+        raise ValueError(
+            f"cache='block' with attention='reordered' needs the rule Reordered; got {rule}: use cache='none'"
+        )
     if isinstance(model, EncoderDecoderModel) and (attention != family.attention or cache != "block"):
         raise ValueError(
-            f"attention='{family.attention}' and cache='block' are needed, since an encoder of its own reads what is "
-            f"decided; got '{attention}' and '{cache}'"
+            f"attention='{family.attention}' and cache='block' are needed, since the model's own encoder reads the "
+            f"decided tokens; got attention='{attention}' and cache='{cache}'"
         )
     if cache == "delayed" and config.rule.slots != "open":
-        raise ValueError(f"cache='delayed' needs a rule that takes nothing back; got {rule}")
+        raise ValueError(f"cache='delayed' needs a rule that never changes decided tokens; got {rule}")
     alignment = config.logit_alignment
     if config.rule.shadow and (
         attention != "full" or cache != "none" or alignment != "same" or not model.reuses_kv
     ):  # fmt: skip
         raise ValueError(
             f"rule {rule} needs a model of a known type with attention='full', cache='none' and "
-            f"logit_alignment='same'; got {type(model.model).__name__}, '{attention}', '{cache}' and '{alignment}'"
+            f"logit_alignment='same'; got {type(model.model).__name__} with '{attention}', '{cache}' and '{alignment}'"
         )
     if config.rule.slots == "canvas" and cache != "none":
-        raise ValueError(f"rule {rule} reads all of the canvas: it needs cache='none'")
+        raise ValueError(f"rule {rule} reads the whole canvas, which needs cache='none'; got cache='{cache}'")
     if config.seeded and attention == "full":
-        raise ValueError("seeded needs a context that later tokens do not change; attention is 'full'")
+        raise ValueError("seeded needs a context that does not see later tokens; got attention='full'")
 
 
 def _check_features(model: DiffusionModel, config: DecodingConfig, features: FeatureCache) -> None:
-    """Refuse what does not go together with a cache that looks into the layers."""
+    """Raise if the configuration or the model does not fit a cache that works inside the layers."""
     name, rule = features.name, config.rule
     needed = "block" if isinstance(features, FocusCache) else "full"
     if config.attention != needed:
         raise ValueError(f"cache='{name}' needs attention='{needed}'; got attention='{config.attention}'")
     if not rule.by_block or rule.token_ids or rule.shadow or isinstance(rule, VariableLength):
         raise ValueError(
-            f"cache='{name}' needs a rule that is decoded block by block and moves no tokens about; got "
+            f"cache='{name}' needs a rule that decodes block by block and does not move tokens; got "
             f"{type(rule).__name__}"
         )
     if isinstance(features, (D2Cache, FocusCache)) and rule.slots != "open":
-        raise ValueError(f"cache='{name}' needs a rule that takes nothing back; got {type(rule).__name__}")
+        raise ValueError(f"cache='{name}' needs a rule that never changes decided tokens; got {type(rule).__name__}")
     if isinstance(features, (LayerwiseCache, D2Cache)):
         model.by_layers(name)
     if isinstance(features, FocusCache):
@@ -199,19 +202,21 @@ def _check_features(model: DiffusionModel, config: DecodingConfig, features: Fea
 
 
 def _check_focus(model: DiffusionModel, config: DecodingConfig, name: str) -> None:
-    """Refuse what does not go together with a cache that says which open positions a forward speaks of."""
+    """Raise if the configuration or the model does not fit a cache that selects the positions to get logits for."""
     rule = type(config.rule).__name__
     if config.logit_alignment != "same" or config.seeded:
         raise ValueError(
-            f"cache='{name}' needs a model whose logits speak of the position they stand at; got logit_alignment="
+            f"cache='{name}' needs a model whose logits predict the token at their own position; got logit_alignment="
             f"'{config.logit_alignment}' and seeded={config.seeded}"
         )
     if config.sub_block_length is not None:
-        raise ValueError(f"cache='{name}' decodes blocks as a whole: leave sub_block_length out")
+        raise ValueError(
+            f"cache='{name}' decodes blocks as a whole: omit sub_block_length; got {config.sub_block_length}"
+        )
     if config.steps is not None and config.rule.uses_steps:
         raise ValueError(
-            f"cache='{name}' says how many positions a forward may decide, which may be fewer than a schedule wants: "
-            f"leave steps out; got steps={config.steps} with rule {rule}"
+            f"cache='{name}' limits how many positions a forward pass can decide, which may be fewer than the schedule "
+            f"needs: omit steps; got steps={config.steps} with rule {rule}"
         )
     if config.constraint is not None and config.rule.uses_steps:
         raise ValueError(f"cache='{name}' with a constraint needs a rule without a schedule; got {rule}")
@@ -219,13 +224,13 @@ def _check_focus(model: DiffusionModel, config: DecodingConfig, name: str) -> No
 
 
 def check_block_by_block(name: str, rule: Rule) -> None:
-    """Refuse the argument `name` with a rule that has a program of its own, or moves tokens about."""
+    """Raise if argument `name` is used with a rule that has its own program (one `decodes`) or moves tokens."""
     if rule.decodes != "anything" or rule.token_ids:
         raise ValueError(f"{name} cannot be used with rule {type(rule).__name__}")
 
 
 def special_tokens(model: DiffusionModel, config: DecodingConfig) -> SpecialTokens:
-    """The ids that a decoding needs, from its configuration, else from the model."""
+    """Return the special token ids for decoding, from the configuration or else from the model."""
     eos = config.eos_token_id
     stop = _stop_ids(model) if eos is None else end_ids(eos)
     padding = config.pad_token_id
@@ -238,7 +243,7 @@ def special_tokens(model: DiffusionModel, config: DecodingConfig) -> SpecialToke
     _check_ids(config, vocab, {"mask_token_id": masks, "eos_token_id": stop, "pad_token_id": [pad]})
     if eos is not None and mask in stop:
         raise ValueError(f"eos_token_id holds the mask token ({mask}), which is never generated")
-    # Logits beyond the tokenizer's last id stand for nothing, unless the rule says what.
+    # Logits beyond the tokenizer's last id mean nothing, except for the ids that the rule uses.
     known = model.family.num_tokens if model.family.knows_ids_of(model.config) else None
     unknown = set(range(known, vocab)) if known is not None and vocab is not None else set()
     unknown -= {getattr(config.rule, name) for name in config.rule.token_ids}
@@ -251,7 +256,7 @@ def special_tokens(model: DiffusionModel, config: DecodingConfig) -> SpecialToke
 
 
 def _mask_token(model: DiffusionModel, config: DecodingConfig) -> int | None:
-    """The id of the mask token; None for a model whose noise is something else and which has none."""
+    """Return the id of the mask token; None if the model has none and its rule needs none."""
     if config.rule.noise == "none":
         return None
     mask = config.mask_token_id
@@ -264,12 +269,12 @@ def _mask_token(model: DiffusionModel, config: DecodingConfig) -> int | None:
             "mask_token_id is not in the model's configuration: pass mask_token_id=… (tokenizer.mask_token_id)"
         )
     if config.cfg_scale > 0:
-        raise ValueError("cfg_scale needs a mask token to hide the prompt behind: pass mask_token_id=…")
+        raise ValueError("cfg_scale needs a mask token to replace the prompt with: pass mask_token_id=…")
     return None
 
 
 def _check_ids(config: DecodingConfig, vocab: int | None, special: dict[str, list[int]]) -> None:
-    """Refuse ids that are not in a vocabulary of `vocab` tokens: the `special` ones, and those of the configuration."""
+    """Raise if one of the `special` ids, or an id in the configuration, is not in a vocabulary of `vocab` tokens."""
     of_rule = {name: getattr(config.rule, name) for name in config.rule.token_ids}
     for name, ids in (
         *special.items(), ("suppress_token_ids", config.suppress_token_ids),
@@ -283,7 +288,7 @@ def _check_ids(config: DecodingConfig, vocab: int | None, special: dict[str, lis
 
 
 def _stop_ids(model: DiffusionModel) -> list[int]:
-    """End tokens of the model's configurations and of its family."""
+    """Return the end tokens in the model's configurations and in its family."""
     ids: list[int] = []
     for source in _sources(model):
         value = getattr(source, "eos_token_id", None)
@@ -294,13 +299,13 @@ def _stop_ids(model: DiffusionModel) -> list[int]:
 
 
 def _sources(model: DiffusionModel) -> tuple:
-    """Where a model's token ids are found: its configuration, that of its text part, its generation configuration."""
+    """Return the places to look for token ids: the model's configuration, its text part, the generation config."""
     config = model.config
     return config, getattr(config, "text_config", None), getattr(model.model, "generation_config", None)
 
 
 def _from_model(model: DiffusionModel, name: str):
-    """A token id from the first of the model's configurations that has it."""
+    """Return a token id from the first of the model's configurations that has it, or None."""
     for source in _sources(model):
         value = getattr(source, name, None)
         if value is not None:

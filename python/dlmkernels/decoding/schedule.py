@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plan of a decoding: which blocks, and how many steps in each."""
+"""Plan a decoding: the positions of its blocks, and the number of steps in each."""
 
 from __future__ import annotations
 
@@ -13,33 +13,35 @@ from .config import DecodingConfig
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the blocks of each row of a batch stand.
+    """Positions of the blocks in each row of a batch.
 
-    Rows are padded on the left, so that all prompts end in one column. Blocks counted from there stand in the same
-    columns in every row; blocks counted from a request's first token do not, and the first of them may hold the end of
-    the prompt. Those are decoded whole, as published: the canvas grows to hold the last of them.
+    Rows are padded on the left, so that all prompts end at the same column. Blocks counted from there have the same
+    columns in every row. Blocks counted from a request's first token do not, and the first of them may contain the end
+    of the prompt. Such blocks are always decoded whole, as in the published decoders, so the canvas (the columns of
+    prompt and answer) grows to hold the last one.
 
     Attributes
     ----------
     begun : Tensor
         int32 `[B]`: column after each prompt.
     first, ends : Tensor
-        int32 `[B]`: column of the first block with something to decode, and after the last.
+        int32 `[B]`: first column of the first block with positions to decode, and column after the last block.
     asked : Tensor
-        int32 `[B]`: column after the last that was asked for; what stands from there on completes a block.
+        int32 `[B]`: column after the last requested position. Positions from there on only complete a block.
     length : int
-        L, of a block.
+        Length of a block.
     width : int
-        Columns of the canvas.
+        Number of columns of the canvas.
     span : tuple of int
-        Smallest and largest `first`.
+        Smallest and largest value of `first`.
     count : int
-        Blocks of the row that has most.
+        Largest number of blocks in a row.
     last_lengths : tuple of int
-        How many columns the last block of a row may have; none where all rows have as many columns.
-    is_absolute, grows : bool
-        Whether blocks are counted from a request's first token; and whether the last one is decoded whole, and the
-        canvas is as long as that takes.
+        Lengths that the last block of a row can have. Empty if all rows have the same number of columns.
+    is_absolute : bool
+        Whether blocks are counted from a request's first token.
+    grows : bool
+        Whether the last block is always decoded whole, which can lengthen the canvas.
     """
 
     begun: Tensor
@@ -58,8 +60,8 @@ class Grid:
     def of(
         cls, config: DecodingConfig, origin: Tensor, start: int | Tensor, end: int | Tensor, grows: bool
     ) -> Grid:  # fmt: skip
-        """The grid for decoding the columns from `start` to `end` (one, or int32 `[B]`) of requests that start at
-        `origin` int32 `[B]`.
+        """Build the grid for decoding columns `start` to `end` (each one number, or int32 `[B]`), end excluded, of
+        requests that begin at column `origin` int32 `[B]`.
         """  # fmt: skip
         begun, asked = torch.zeros_like(origin) + start, torch.zeros_like(origin) + end
         length = config.block_length or max(int((asked - begun).max()), 1)
@@ -76,7 +78,7 @@ class Grid:
     def for_any(
         cls, config: DecodingConfig, rows: int, columns: int, grows: bool, device: torch.device
     ) -> Grid:  # fmt: skip
-        """A grid on which any requests that fit into so many columns can be placed, `rows` at a time."""
+        """Build a grid with `rows` rows, on which any request that fits into `columns` columns can be placed."""
         length = config.block_length or config.longest
         width = columns + (length - 1) * grows
         begun, first, ends, asked = (torch.zeros(rows, dtype=torch.int32, device=device) for _ in range(4))
@@ -90,13 +92,13 @@ class Grid:
 
     @property
     def planned(self) -> Tensor:
-        """int32 `[B]`: blocks that the columns to decode would fill, wherever blocks begin."""
+        """Number of blocks that the columns to decode would fill if blocks began after the prompt, int32 `[B]`."""
         return _ceil(self.asked - self.begun, self.length)
 
     def place(self, rows: Tensor, origin: Tensor, start: Tensor, end: Tensor) -> None:
-        """Let the blocks of `rows` int64 `[n]` be those of requests in columns `origin` to `end` int32 `[n]`.
+        """Set the blocks of `rows` int64 `[n]` to those of requests in columns `origin` to `end` int32 `[n]`.
 
-        What is decoded begins at column `start` int32 `[n]`.
+        Decoding begins at column `start` int32 `[n]`.
         """
         first, ends = _bounds(origin, start, end, self.length, self.is_absolute, self.grows)
         for own, values in ((self.begun, start), (self.first, first), (self.ends, ends), (self.asked, end)):
@@ -106,31 +108,33 @@ class Grid:
 def _bounds(
     origin: Tensor, start: Tensor, end: Tensor, length: int, is_absolute: bool, grows: bool
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`first` and `ends` of a grid."""
+    """Return `first` and `ends` of a grid."""
     own = (start - origin).clamp(min=0)  # length of a prompt
     first = origin + own // length * length if is_absolute else start.clone()
     return first, first + _ceil(end - first, length) * length if grows else end.clone()
 
 
 def _ceil(columns: Tensor, length: int) -> Tensor:
-    """How many blocks hold so many columns."""
+    """Return the number of blocks needed for so many columns."""
     return (columns + length - 1) // length
 
 
 @dataclass(frozen=True)
 class Block:
-    """Columns that are decoded together: a block of the grid, or a part of one. Columns count from the grid's first.
+    """Columns that are decoded together: a block of the grid, or a part of one.
+
+    Columns are relative to the first column of the row's first block.
 
     Attributes
     ----------
     start, length : int
-        Its first column, and how many it has.
+        First column, and number of columns.
     num_steps : int
-        What a fixed schedule divides its tokens by.
+        Number of steps among which a fixed schedule divides the tokens.
     outer, outer_length : int
-        The same of the block of the grid that it is part of.
+        First column and number of columns of the block of the grid that this block is part of.
     behind : int
-        Steps planned for the blocks before it.
+        Number of steps planned for the preceding blocks.
     """
 
     start: int
@@ -142,10 +146,10 @@ class Block:
 
 
 def plan_blocks(config: DecodingConfig, grid: Grid) -> list[Block]:
-    """The blocks of a grid, each divided into parts of `sub_block_length`, and the steps among them.
+    """Divide the blocks of a grid into parts of `sub_block_length`, and assign steps to each part.
 
-    Steps are divided evenly among the parts that the columns to decode fill; what is left over goes to the first of
-    them, one each.
+    The configured steps are divided evenly among the parts that the columns to decode fill. The remainder goes to the
+    first parts, one step each.
     """
     part = config.sub_block_length or grid.length
     in_block = -(-grid.length // part)
@@ -154,13 +158,13 @@ def plan_blocks(config: DecodingConfig, grid: Grid) -> list[Block]:
         least, planned = (int(x) * in_block for x in grid.planned.aminmax())
         if steps < planned:
             raise ValueError(
-                f"steps must be at least the number of blocks, {planned} (of {part} tokens): each takes a forward; got "
-                f"{steps}"
+                f"steps must be at least the number of blocks, {planned} (of {part} tokens), since each needs a "
+                f"forward pass; got {steps}"
             )
         if least != planned:
             raise ValueError(
-                "steps are divided among the blocks of all requests alike; leave it out where each has a "
-                "max_new_tokens of its own"
+                "steps are divided among the same blocks for all requests: omit steps if requests have different "
+                "max_new_tokens"
             )
     blocks: list[Block] = []
     behind = 0

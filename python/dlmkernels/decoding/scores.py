@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores: what orders the positions. Larger is committed earlier, ties go to the lowest position."""
+"""Scores, which order the open positions. Larger scores are committed earlier; ties go to the lowest position."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .step import Step
 
 
 class Score:
-    """Base of all scores; `needs` and `limits` as in `Rule`.
+    """Base class of all scores. `needs` and `limits` are as in `Rule`.
 
     >>> @dataclass(frozen=True)
     ... class MarginThenPosition(Score):
@@ -26,9 +26,9 @@ class Score:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"margin", "entropy"})
-    #: what `suppress`ed proposals score: less than any other, and still finite
+    #: score of proposals in `defer_token_ids`: not above any other score, and still finite
     lowest: ClassVar[float] = torch.finfo(torch.float32).min
-    #: temperature of the Gumbel noise put on the score, if the configuration asks for none
+    #: temperature of the Gumbel noise added to the score, if the configuration sets none
     order_temperature: ClassVar[float] = 0.0
     limits: ClassVar[Mapping[str, Check]] = {}
 
@@ -36,13 +36,13 @@ class Score:
         normalize(self, self.limits)
 
     def __call__(self, step: Step) -> Tensor:
-        """Float32 `[B, W]`; -inf and NaN keep a position from being committed."""
+        """Return the scores, float32 `[B, W]`. Positions with -inf or NaN are not committed."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Probability(Score):
-    """Probability of the proposal."""
+    """Probability of the proposed token."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
     lowest: ClassVar[float] = 0.0
@@ -53,7 +53,7 @@ class Probability(Score):
 
 @dataclass(frozen=True)
 class Margin(Score):
-    """Gap between the two largest probabilities."""
+    """Difference between the two largest probabilities."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"margin"})
     lowest: ClassVar[float] = 0.0
@@ -64,7 +64,7 @@ class Margin(Score):
 
 @dataclass(frozen=True)
 class NegativeEntropy(Score):
-    """Entropy in nats, the smallest first."""
+    """Negative entropy in nats: the lowest entropy comes first."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
 
@@ -74,7 +74,7 @@ class NegativeEntropy(Score):
 
 @dataclass(frozen=True)
 class Random(Score):
-    """Chance: Gumbel noise on equal scores."""
+    """Random order: Gumbel noise on equal scores."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
     order_temperature: ClassVar[float] = 1.0
@@ -85,7 +85,7 @@ class Random(Score):
 
 @dataclass(frozen=True)
 class LeftToRight(Score):
-    """Position, the leftmost first: the order of autoregressive models."""
+    """Order from left to right, as in autoregressive models."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
@@ -103,18 +103,17 @@ def _frequency(name: str, value: Any) -> Tensor | None:
 class PositionWeighted(ComparedByValue, Score):
     """Probability, corrected for frequent tokens and discounted along the block.
 
-    PC-Sampler (Huang et al., arXiv:2508.13021): ``exp(-decay i) min(clip, -p ln(f + 1e-9))`` for the proposal's
-    probability p and corpus frequency f at index i of the block.
+    PC-Sampler (Huang et al., arXiv:2508.13021): ``exp(-decay i) min(clip, -p ln(f + 1e-9))``, where p is the
+    probability of the proposed token, f its frequency in a corpus, and i its index in the block.
 
     Attributes
     ----------
     frequency : Tensor, optional
-        float32 `[V]`, relative frequencies of the tokens. None: the correction is left out, and the score is
-        ``exp(-decay i) p``.
+        float32 `[V]`: relative frequencies of the tokens. If None, the score is ``exp(-decay i) p``.
     decay : float
-        0: no preference among positions.
+        Rate of the discount per position. 0 prefers no position.
     clip : float
-        Largest corrected probability.
+        Upper limit of the corrected probability.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -136,11 +135,17 @@ class PositionWeighted(ComparedByValue, Score):
 
 @dataclass(frozen=True)
 class DensityWeighted(Score):
-    """Probability times the density of decided positions around.
+    """Probability times the density of decided positions in the neighborhood.
 
-    The certainty prior of d2Cache (Jiang et al., arXiv:2509.23094): the mean of "is decided" under a Gaussian of
-    standard deviation `sigma` positions. What stands left of the canvas counts as decided, what lies behind its end
-    like its last position. The Gaussian is cut off at five `sigma`, where its weight is 4e-6 of the largest.
+    The density is the certainty prior of d2Cache (Jiang et al., arXiv:2509.23094): the mean of "is decided" under a
+    Gaussian with a standard deviation of `sigma` positions. Positions left of the canvas (prompt and answer) count as
+    decided; positions after its end count like its last one. The Gaussian is cut off at five `sigma`, where its weight
+    is 4e-6 of the maximum.
+
+    Attributes
+    ----------
+    sigma : float
+        Standard deviation in positions; above 0, at most 1000.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -154,9 +159,9 @@ class DensityWeighted(Score):
 
 
 def density(decided: Tensor, end: Tensor, sigma: float) -> Tensor:
-    """Mean of `decided` bool `[B, T]` around each position, float32 `[B, T]`: see `DensityWeighted`.
+    """Return the weighted mean of `decided` bool `[B, T]` around each position, float32 `[B, T]`.
 
-    `end` int32 `[B]`: column behind the last of each row, which may be less than T beside longer rows.
+    See `DensityWeighted`. `end` int32 `[B]` is the column after the last one of each row; rows may be shorter than T.
     """
     last = (end.long() - 1).clamp(min=0)[:, None]
     columns = torch.arange(decided.shape[1], device=decided.device)
@@ -165,7 +170,7 @@ def density(decided: Tensor, end: Tensor, sigma: float) -> Tensor:
     padded = torch.cat((known.new_ones(len(known), reach), known, known[:, -1:].expand(-1, reach)), 1)
     weights = [math.exp(-0.5 * ((i - reach) / sigma) ** 2) for i in range(2 * reach + 1)]
     total = torch.zeros_like(known)
-    for i, weight in enumerate(weights):  # term by term: a row's sum does not depend on the batch
+    for i, weight in enumerate(weights):  # term by term, so that a row's sum does not depend on the batch
         total += weight * padded[:, i : i + length]
     return total / sum(weights)
 
@@ -177,5 +182,5 @@ SCORES: dict[str, Score] = {
 
 
 def score_named(score: str | Score) -> Score:
-    """A score itself, or the built-in one of that name."""
+    """Return a score as it is, or the built-in score of that name."""
     return SCORES[score] if isinstance(score, str) else score

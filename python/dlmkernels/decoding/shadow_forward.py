@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forwards with a shadow block: what decided positions are thought of is read where their own token is not seen."""
+"""Forward passes with a shadow block, which predicts decided positions without seeing their own tokens."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .standing import Standing
 
 
 class ShadowForward(BlockForward):
-    """As `BlockForward` without a cache, for rules with a `shadow`."""
+    """Forward passes like those of `BlockForward` without a cache, for rules with `Rule.shadow`."""
 
     def __call__(
         self, part: str, window: TokenWindow, standing: Standing, pick: Tensor | None = None, pending: int = 0,
         width: int | None = None, rows: Rows | None = None,
     ) -> Tensor:  # fmt: skip
-        """A forward of all the canvas and of the block's shadow, from which decided positions are read."""
+        """Run the whole canvas and the shadow of the block, and read decided positions from the shadow."""
         start, length, width = self._place.start, self.length, window.positions.shape[1]
         columns = self.twice(start)[:, None] + torch.arange(width, dtype=torch.int32, device=start.device)
         is_there = columns < torch.minimum(self.ends, self.twice(start + self._place.length))[:, None]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hidden states of a model whose vocabulary is divided among ranks: words are exchanged in place of logits."""
+"""Hidden states of a model whose vocabulary is sharded across ranks, which exchange statistics instead of logits."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from ..models.parallel import HeadShard
 from .calls import shard_confidence
 from .hidden_rows import HiddenRows
 
-#: options of `ops.token_confidence` of which each rank needs the part of its own tokens
+#: options of `ops.token_confidence` that are sliced to each rank's tokens, and how many tokens an element stands for
 _BY_TOKEN = {"bias": 1, "bitmask": 32}
-#: those that look at a row as a whole; a `Head` makes no such rows where they do something
+#: options that a shard does not take: `Head` makes no `ShardedRows` if top-k or top-p is in effect, and
+#: `ops.combine_shards` computes the margin
 _OF_WHOLE_ROWS = ("top_k", "top_p", "top_p_first", "keep_crossing", "with_margin")
 
 
 class ShardedRows(HiddenRows):
-    """Hidden states that every rank has, in place of logits `[R, V]` of which each rank makes its own columns.
+    """Hidden states that every rank holds, in place of logits `[R, V]`, of which each rank computes its own columns.
 
-    All ranks call the same methods in the same order; every method returns the same bits on all of them.
+    All ranks must call the same methods in the same order. Each method returns bitwise the same result on all ranks.
     """
 
     def __init__(
@@ -34,12 +35,12 @@ class ShardedRows(HiddenRows):
     ):
         super().__init__(logits, hidden, None, shard.vocab, shard.weight.dtype, is_guided, budget)
         self._shard = shard
-        #: rows of which this rank makes logits at a time
+        #: number of rows whose logits this rank computes at a time
         self._own_count = max(1, budget // (len(shard.weight) * self.dtype.itemsize))
 
     @cached_property
     def _own(self) -> Tensor | None:
-        """This rank's logits `[R, n]`; None where they would take more than the budget."""
+        """This rank's logits `[R, n]`, or None if they would exceed the budget."""
         return linear(self.hidden, self._shard.weight) if len(self) <= self._own_count else None
 
     def confidence(self, row_map: Tensor, options: dict[str, Any]) -> ops.TokenConfidence:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Schedules: which share of a block is decided after which share of its steps, and how that becomes whole numbers."""
+"""Schedules: the share of a block that is decided after each step, and its rounding to whole positions."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ from .checks import plain
 
 Schedule = str | Callable[[float], float] | tuple[float, ...]
 
-#: name -> share that is decided, 0 to 1, after a share of the steps, 0 to 1
+#: by name: functions from the share of steps done to the share of positions decided, both from 0 to 1
 NAMED: dict[str, Callable[[float], float]] = {
     "linear": lambda r: r,
-    # MaskGIT, arXiv:2202.04200: few tokens at first, many at the end
+    # MaskGIT, arXiv:2202.04200: few tokens in the first steps, many in the last
     "cosine": lambda r: 1 - math.cos(math.pi / 2 * r) if r < 1 else 1.0,
 }
 ROUNDINGS = ("down", "nearest")
 
 
 def check_schedule(name: str, schedule: Any) -> Schedule:
-    """A check (see `checks`) for a schedule; returns it in a form that can be compared."""
+    """Check a schedule (see `checks`), and return it in a form that can be compared."""
     if isinstance(schedule, str):
         if schedule not in NAMED:
-            raise ValueError(f"{name} must be one of {tuple(NAMED)}, a callable or shares; got {schedule!r}")
+            raise ValueError(
+                f"{name} must be one of {tuple(NAMED)}, a callable or a sequence of shares; got {schedule!r}"
+            )
         return schedule
     if callable(schedule):
         return schedule
@@ -36,7 +38,7 @@ def check_schedule(name: str, schedule: Any) -> Schedule:
         schedule = schedule.detach().double().flatten().tolist() if schedule.dim() == 1 else schedule
     if not isinstance(schedule, Sequence) or not all(isinstance(plain(x), (int, float)) for x in schedule):
         raise TypeError(
-            f"{name} must be one of {tuple(NAMED)}, a callable from a share of the steps to the share that is "
+            f"{name} must be one of {tuple(NAMED)}, a callable from the share of steps done to the share of positions "
             f"decided by then, or a sequence (or tensor [S]) of such shares; got {schedule!r}"
         )
     shares = tuple(float(x) for x in schedule)
@@ -45,7 +47,7 @@ def check_schedule(name: str, schedule: Any) -> Schedule:
 
 
 def shares_after(schedule: Schedule, steps: int) -> list[float]:
-    """Shares that are decided before the first step, and after each of `steps`: they rise from 0 to 1."""
+    """Return the shares decided before the first step and after each of `steps` steps, rising from 0 to 1."""
     if isinstance(schedule, tuple):
         points = (0.0, *schedule)
         shares = [_between(points, i, steps) for i in range(steps + 1)]
@@ -57,34 +59,38 @@ def shares_after(schedule: Schedule, steps: int) -> list[float]:
 
 
 def _between(points: Sequence[float], i: int, steps: int) -> float:
-    """The value at i / steps of the way along straight lines through evenly spaced points."""
+    """Interpolate linearly between evenly spaced `points`, and return the value at i / steps of the way."""
     k, rest = divmod(i * (len(points) - 1), steps)
     return points[k] if rest == 0 else points[k] + (points[k + 1] - points[k]) * (rest / steps)
 
 
 def _check_shares(shares: Sequence[float], schedule) -> None:
     if len(shares) < 2 or shares[-1] != 1 or not all(a <= b for a, b in pairwise(shares)):
-        raise ValueError(f"schedule must not fall, and end at 1: all is decided after the last step; got {schedule!r}")
+        raise ValueError(
+            "schedule must not decrease and must end at 1, since every position is decided after the last step; got "
+            f"{schedule!r}"
+        )
 
 
 def counts(n: Tensor, shares: Sequence[float], rounding: str) -> Tensor:
-    """How many of `n` int `[B]` positions each of the S steps decides, int32 `[B, S]`; `shares` has S + 1 values.
+    """Return how many of `n` int `[B]` positions each of the S steps decides, int32 `[B, S]`.
 
-    "down": what is left after a step is rounded down, and every step decides at least one position while there are any
-    (MaskGIT). "nearest": a step decides, of what is left, the share that falls to it, rounded to the nearest number, a
-    half to the even one; steps that would decide nothing are left out (dllm). All in float64.
+    `shares` has S + 1 values. With rounding "down", the number of positions left after a step is rounded down, and
+    every step decides at least one position while there are any (MaskGIT). With "nearest", each step decides its share
+    of the positions left, rounded to the nearest number, halves to even; steps that would decide nothing are moved to
+    the end (dllm). All in float64.
     """
     left_share = torch.tensor([1 - s for s in shares], dtype=torch.float64, device=n.device)
     if rounding == "down":
         number = torch.arange(len(shares), device=n.device)
         left = (n[:, None] * left_share).floor().long()
-        # one less a step at least: a running minimum of what is left plus the number of the step
+        # decrease by at least one per step: running minimum of the positions left plus the number of the step
         left = ((left + number).cummin(1).values - number).clamp(min=0)
         return (left[:, :-1] - left[:, 1:]).int()
     left, taken = n.double(), []
     for before, after in pairwise(left_share):
         share = 1 - after / before.clamp(min=torch.finfo(torch.float64).tiny)
-        count = (left * share).round(decimals=9).round()  # what is a half but for the last bits is one
+        count = (left * share).round(decimals=9).round()  # treat a half that differs only in the last bits as a half
         taken.append(count)
         left = left - count
     table = torch.stack(taken, 1)

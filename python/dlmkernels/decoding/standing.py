@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where each row of a batch stands in its plan: tensors that a program writes in place and rules read."""
+"""Progress of each batch row through its plan: tensors that a program updates in place and rules read."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 
 
 class Tables:
-    """What a plan says of each of its steps, computed on the host once and looked up on the device.
+    """Values that depend only on the number of a step, computed once on the host and looked up on the device.
 
     Parameters
     ----------
     plans : sequence of int
-        Numbers of planned steps that blocks have, each once.
+        The distinct numbers of planned steps that blocks have.
     steps : int
-        How many steps a block takes at most.
+        Maximum number of steps of a block.
     first : Tensor
-        int32 `[S]`: line of a table for the first step of each row's block, less the number of steps that the row took
-        before it. There are `steps` + 1 lines for each plan, the last for rows that are done with their block.
+        int32 `[S]`: index in the tables of the first step of each row's block, minus the number of steps that the row
+        had taken before it. Each plan has `steps` + 1 entries, the last one for rows that are done with their block.
     """
 
     def __init__(self, plans: Sequence[int], steps: int, first: Tensor):
@@ -30,17 +30,21 @@ class Tables:
         self._made: dict[str, Tensor] = {}
 
     def line(self, plan: Tensor | int) -> Tensor | int:
-        """Line of a plan's first step; `plan` is its number."""
+        """Return the table index of the first step of plan number `plan`."""
         return plan * (self.steps + 1)
 
     def made(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """A tensor that is the same for the whole decoding: what `make` returned, on the rows' device."""
+        """Return the result of `make` on the device of the rows, created once under this name and then cached."""
         if name not in self._made:
             self._made[name] = make().to(self.first.device)
         return self._made[name]
 
     def look_up(self, name: str, of: Callable[[int, int], Any], step: Tensor, dtype: torch.dtype) -> Tensor:
-        """`of(index, num_steps)` for each row's `step`, `[S]`, or `[S, n]` of n numbers; `name` tells tables apart."""
+        """Return `of(index, num_steps)` for the current step of each row.
+
+        `step` int32 `[S]` is the number of forward passes of each row. The result is `[S]`, or `[S, n]` if `of` returns
+        n numbers. Tables are cached by `name`.
+        """
 
         def make() -> Tensor:
             values = [of(i, n) for n in self.plans for i in range(self.steps + 1)]
@@ -51,26 +55,26 @@ class Tables:
 
 @dataclass(frozen=True)
 class Standing:
-    """Where the S rows stand. All tensors are int32 `[S]`.
+    """Progress of S rows through their plans. All tensors are int32 `[S]`.
 
     Attributes
     ----------
     step, entered : Tensor
-        Forwards a row has taken part in, now and when it came into its block.
+        Number of forward passes that the row has taken part in, now and when it entered its current block.
     block_start, block_length : Tensor
-        First column of the row's block, and how many it has.
+        First column of the row's current block, and its number of columns.
     num_steps : Tensor
-        Steps planned for it.
+        Number of steps planned for this block.
     behind : Tensor
-        Steps planned for all the blocks before it.
+        Number of steps planned for all preceding blocks.
     open_at_start : Tensor
-        Open positions of the block when the row came into it.
+        Number of open positions of the block when the row entered it.
     width : int
-        How many columns the longest block has.
+        Number of columns of the longest block.
     planned : Tensor
-        Steps planned for all of a row's blocks.
+        Number of steps planned for all blocks of the row.
     tables : Tables
-        What depends on the number of a step alone.
+        Lookup tables for values that depend only on the number of a step.
     """
 
     step: Tensor
@@ -86,9 +90,9 @@ class Standing:
 
     @classmethod
     def in_one_block(cls, start: Tensor, width: int, step: Tensor, entered: Tensor | None = None) -> Standing:
-        """All of what is decoded as one block of a single planned step, for programs that have no schedule.
+        """Treat everything as one block with a single planned step, for programs without a schedule.
 
-        `entered`: see above; None: as though every step were the first.
+        The block has `width` columns from `start` int32 `[S]`. If `entered` is None, every step counts as the first.
         """
         nothing, one = torch.zeros_like(start), torch.ones_like(start)
         return cls(
@@ -98,17 +102,17 @@ class Standing:
 
     @property
     def index(self) -> Tensor:
-        """Number of the step within the row's block, from 0."""
+        """Number of the step within the row's block, from 0, int32 `[S]`."""
         return self.step - self.entered
 
     @property
     def progress_before(self) -> Tensor:
-        """Share of all planned steps that lie behind, up to 1, float64 `[S]`."""
+        """Share of all planned steps done before this step, at most 1, float64 `[S]`."""
         return self._share(self.behind + self.index)
 
     @property
     def progress(self) -> Tensor:
-        """The same with this step."""
+        """Share of all planned steps done including this step, at most 1, float64 `[S]`."""
         return self._share(self.behind + self.index + 1)
 
     def _share(self, steps: Tensor) -> Tensor:
@@ -117,16 +121,16 @@ class Standing:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the rows of a forward stand: int32 tensors, `[S]` but for `window`.
+    """Columns that the rows of a forward pass work on. All tensors are int32, and `[S]` except for `window`.
 
     Attributes
     ----------
     start, length : Tensor
-        First column of each row's block, or part of one, and how many it has.
+        First column of each row's block, or part of a block, and its number of columns.
     outer, outer_length : Tensor
-        The same of the block of the grid that it is a part of; and how many columns that has.
+        First column and number of columns of the block of the grid that it is part of.
     window : Tensor
-        `[S, W]`: the columns that steps in the block ask for, -1 for none.
+        `[S, W]`: the columns that steps in the block need predictions for; -1 for unused slots.
     """
 
     start: Tensor

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that is known of the requests being decoded: one struct of arrays, a row each, written in place."""
+"""State of the requests being decoded: a struct of arrays with one row for each request, updated in place."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Columns:
-    """Some columns of each row.
+    """A range of columns in each row, which may extend beyond the canvas.
 
     Attributes
     ----------
     number : Tensor
-        int32 `[S, W]`, ascending.
+        int32 `[S, W]`: column numbers, ascending.
     index : Tensor
-        int64 `[S, W]`: the same, or the last that there is.
+        int64 `[S, W]`: column numbers, clamped to the last column of the canvas.
     inside : Tensor
-        bool `[S, W]`: whether there is such a column.
+        bool `[S, W]`: whether the column is on the canvas.
     """
 
     number: Tensor
@@ -41,14 +41,14 @@ class Columns:
 
 @dataclass(frozen=True)
 class NegativePrompt:
-    """What the unconditional half of a guided batch sees in place of the prompts.
+    """Prompts that the unconditional half of a batch with classifier-free guidance sees instead of the real ones.
 
     Attributes
     ----------
     tokens : Tensor
-        int64 `[S, P]`, in the columns of the prompts, padded on the left.
+        int64 `[S, P]`: tokens for the columns of the prompts, padded on the left.
     origin : Tensor
-        int32 `[S]`: column at which each begins.
+        int32 `[S]`: column at which each negative prompt begins.
     """
 
     tokens: Tensor
@@ -57,32 +57,34 @@ class NegativePrompt:
 
 @dataclass(frozen=True)
 class State:
-    """S requests on a canvas of T columns. The ops and the programs write into these tensors; none is ever replaced.
+    """S requests on a canvas (the positions of prompt and answer) of T columns.
+
+    Ops and programs write into these tensors in place. None of the tensors is ever replaced.
 
     Attributes
     ----------
     tokens : Tensor
         int64 `[S, T]`: the canvas.
     state : Tensor
-        uint8 `[S, T]`: bits open, frozen, edited, changed since its keys and values were written.
+        uint8 `[S, T]`: bits for open, frozen, edited, and changed since its keys and values were cached.
     origin, end : Tensor
-        int32 `[S]`: where each request starts (its left padding), and the column after its last. What stands from `end`
-        on is frozen, but nobody has given it.
+        int32 `[S]`: first column of each request, after its left padding, and column after its last. Columns from `end`
+        on are frozen, although they hold no given token.
     commit_step, confidence : Tensor
-        int32 and float32 `[S, T]`: step at which a position was committed (-1: given, open, or padding), and the
-        probability its token had then (0 there).
+        int32 and float32 `[S, T]`: step in which a position was committed, and the probability its token had then.
+        They are -1 and 0 for given, open and padding positions.
     step : Tensor
-        int32 `[S]`: forwards each request has taken part in.
+        int32 `[S]`: number of forward passes that each request has taken part in.
     seed : Tensor
-        int64 `[S]`: what its random draws depend on.
+        int64 `[S]`: seed of each request's random draws.
     block, entered : Tensor
-        int32 `[S]`: number of the block it is in, -1 before the first; and `step` when it came there.
+        int32 `[S]`: number of the block that the row is in, -1 before the first, and value of `step` when it entered.
     epoch : Tensor
-        int32 `[S]`: how many requests the row has been given, so that a late answer can be told from one of today.
+        int32 `[S]`: number of requests that the row has held so far, which tells stale results from current ones.
     parameters : dict
-        Tensors `[S]` or `[S, n]` of what each request says for itself: see `decoding.parameters`.
+        Per-request parameters by name, `[S]` or `[S, n]`; see `decoding.parameters`.
     negative : NegativePrompt, optional
-        With guidance by a prompt of its own.
+        Negative prompts for classifier-free guidance.
     """
 
     tokens: Tensor
@@ -105,7 +107,11 @@ class State:
         negative: NegativePrompt | None = None, seed: Tensor | None = None,
         parameters: Mapping[str, Tensor] = NOTHING,
     ) -> State:  # fmt: skip
-        """One row for each request: int64 `tokens` and bool `is_open` `[S, T]`, int32 `origin` and `end` `[S]`."""
+        """Create a state with one row for each request.
+
+        `tokens` is int64 and `is_open` bool `[S, T]`; `origin` and `end` are int32 `[S]`, `seed` is int64 `[S]`. If
+        `end` is None, requests extend to the last column.
+        """
         rows = torch.arange(len(tokens), device=tokens.device)
         new = cls.empty(len(tokens), tokens.shape[1], tokens.device, negative, parameters)
         new.admit(rows, tokens, is_open, origin, tokens.shape[1] if end is None else end, seed, parameters)
@@ -116,7 +122,7 @@ class State:
         cls, rows: int, columns: int, device: torch.device, negative: NegativePrompt | None = None,
         parameters: Mapping[str, Tensor] = NOTHING,
     ) -> State:  # fmt: skip
-        """Rows without a request. Of the `parameters` names and dtypes are read."""
+        """Create a state without requests. Only names, dtypes and trailing shapes of the `parameters` are used."""
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -136,13 +142,13 @@ class State:
         self, rows: Tensor, tokens: Tensor, is_open: Tensor, origin: Tensor, end: Tensor | int,
         seed: Tensor | None = None, parameters: Mapping[str, Tensor] = NOTHING,
     ) -> None:  # fmt: skip
-        """Give `rows` int64 `[n]` new requests: `tokens` and `is_open` `[n, T]`, the others `[n]`.
+        """Put new requests into `rows` int64 `[n]`: `tokens` and `is_open` are `[n, T]`, other tensors `[n]`.
 
-        Positions that are not open are frozen. Of what stood there nothing is left but the count of requests, so that
-        each of the state's parameters must be given.
+        Positions that are not open are frozen. Everything in these rows but the `epoch` is overwritten, so each of the
+        state's parameters must be given. Raises a ValueError if the names of the parameters differ.
         """
         if parameters.keys() != self.parameters.keys():
-            raise ValueError(f"parameters must be {sorted(self.parameters)}; got {sorted(parameters)}")
+            raise ValueError(f"parameters must have the names {sorted(self.parameters)}; got {sorted(parameters)}")
         for name, own in self.parameters.items():
             own.index_copy_(0, rows, parameters[name])
         fresh = {
@@ -159,13 +165,13 @@ class State:
 
     @property
     def is_open(self) -> Tensor:
-        """bool `[S, T]`."""
+        """Positions that are still undecided, bool `[S, T]`."""
         return (self.state & OPEN) != 0
 
     def length(self, end: int) -> Tensor:
-        """int32 `[S]`: column behind the last of the first `end` that was given, or is open, or was decided by a step.
+        """Return the column after the last given, open or committed position before column `end`, int32 `[S]`.
 
-        What is none of these is the padding behind an end token.
+        All other positions are padding after an end token.
         """
         is_token = ((self.state & (OPEN | FROZEN)) != 0) | (self.commit_step >= 0)
         number = torch.arange(1, end + 1, dtype=torch.int32, device=self.tokens.device)
@@ -173,38 +179,40 @@ class State:
         return torch.where(is_token, number, 0).amax(1)
 
     def columns(self, start: Tensor, length: int) -> Columns:
-        """The columns `start[b]` … `start[b] + length` of each row; start int32 `[S]`."""
+        """Return the columns from `start[b]` to `start[b] + length - 1` of each row b; `start` is int32 `[S]`."""
         number = start[:, None] + torch.arange(length, dtype=torch.int32, device=start.device)
         last = self.tokens.shape[1] - 1
         return Columns(number, number.clamp(max=last).long(), number <= last)
 
     def open_in(self, columns: Columns) -> Tensor:
-        """Which of the columns are open: bool `[S, W]`."""
+        """Return which of the columns are open, bool `[S, W]`."""
         return self._has(OPEN, columns) & columns.inside
 
     def free_in(self, columns: Columns) -> Tensor:
-        """Which of the columns are not given: bool `[S, W]`."""
+        """Return which of the columns are not given, bool `[S, W]`."""
         return ~self._has(FROZEN, columns) & columns.inside
 
     def window(self, columns: Columns, capacity: int) -> TokenWindow:
-        """The open positions among the columns, ascending, in `capacity` slots, at least as many as any row has.
+        """Return a window with the open positions among the columns, in ascending order.
 
-        Decided positions take no slot, so that no language-model head runs for them.
+        It has `capacity` slots, which must be enough for every row. Decided positions take no slot, so that the
+        language-model head does not run for them.
         """
         return TokenWindow(listed(columns, self.open_in(columns), capacity, self.tokens.shape[1]), self.origin)
 
     def free_window(self, columns: Columns, working: Tensor) -> TokenWindow:
-        """All positions among the columns that are not given, in the `working` rows, bool `[S]`."""
+        """Return a window with all positions among the columns that are not given, in the rows `working` bool `[S]`."""
         return TokenWindow(torch.where(self.free_in(columns) & working[:, None], columns.number, -1), self.origin)
 
     def _has(self, bit: int, columns: Columns) -> Tensor:
-        """Where the state at the columns has a bit: bool `[S, W]`; outside the canvas anything."""
+        """Return where the state at the columns has a bit set, bool `[S, W]`; undefined outside the canvas."""
         return (self.state.gather(1, columns.index) & bit).bool()
 
     def write(self, positions: Tensor, tokens: Tensor, ends: Tensor | None = None, **how: Any) -> Tensor:
-        """`ops.remask_` at `positions` int32 `[S, W]` with proposals int64 `[S, W]`, and with the records; its info.
+        """Call `ops.remask_` at `positions` int32 `[S, W]` with proposals int64 `[S, W]`, and return its info.
 
-        `ends` int64 `[S, E]`: end tokens of each row's own, in place of the op's `eos_token_ids`.
+        The op also updates `commit_step` and `confidence`. `ends` int64 `[S, E]` are each row's own end tokens, which
+        replace the op's `eos_token_ids`. `how` holds the other arguments of the op.
         """
         how.setdefault("end", self.end)
         fills = False
@@ -220,20 +228,21 @@ class State:
         return info
 
     def fill_after_eos(self, rows: Tensor, eos: list[int], pad: int, ends: Tensor | None = None) -> None:
-        """Complete those of the rows bool `[S]` that have an end token with nothing open before it or given behind it.
+        """Complete rows that have an end token with no open position before it and no given one after it.
 
-        All after it becomes `pad`. `ends` as in `write`, in place of `eos`.
+        All positions after that end token become `pad`. Only the chosen `rows` bool `[S]` are looked at. `ends` is as
+        in `write`, and replaces `eos`.
         """
         nothing = torch.full_like(self.tokens[:, :1], -1)
-        end = torch.where(rows, self.end, 0)  # a row that ends before it begins has no end token
+        end = torch.where(rows, self.end, 0)  # with end 0, no end token is found in the other rows
         self.write(
             nothing.int(), nothing, ends, eos_token_ids=eos, eos_policy="fill", fill_token_id=pad, end=end
         )  # fmt: skip
 
     def close_behind(self, column: Tensor) -> None:
-        """Overwrite what stands behind `column` int32 `[S]` with the token there; nowhere in rows where that is -1.
+        """Overwrite all positions after `column` int32 `[S]` that were not given with the token at `column`.
 
-        Nobody has committed it then.
+        They count as closed but not committed. Rows with -1 are left unchanged.
         """
         columns = torch.arange(self.tokens.shape[1], dtype=torch.int32, device=self.tokens.device)
         behind = (column >= 0)[:, None] & (columns > column[:, None]) & ((self.state & FROZEN) == 0)
@@ -244,11 +253,11 @@ class State:
         self.confidence.masked_fill_(behind, 0.0)
 
     def renoise(self, vocab_size: int, rows: Tensor | None = None) -> None:
-        """Put tokens drawn uniformly from the vocabulary at all open positions, in rows bool `[S]`; None: in all."""
+        """Put uniformly drawn tokens at all open positions of `rows` bool `[S]`, or of all rows if None."""
         columns = torch.arange(self.tokens.shape[1], dtype=torch.int32, device=self.tokens.device)
         is_open = self.is_open if rows is None else self.is_open & rows[:, None]
         position = torch.where(is_open, columns, -1)
-        before_the_first = torch.full_like(self.step, -1)  # the draws of step 0 are that step's own
+        before_the_first = torch.full_like(self.step, -1)  # the draws of step 0 are used by that step itself
         self.write(
             position, torch.full_like(self.tokens, -1), renoise=is_open, step=before_the_first, seed=self.seed,
             origin=self.origin, vocab_size=vocab_size,
@@ -256,14 +265,15 @@ class State:
 
 
 def put(to: Tensor, values: Tensor, rows: Tensor | None) -> None:
-    """Let `values` `[S, …]` stand in `to`, in the rows bool `[S]`; None: in all."""
+    """Copy `values` `[S, …]` into `to`, in the given rows bool `[S]`, or in all rows if None."""
     to.copy_(values if rows is None else torch.where(rows.view(-1, *[1] * (to.dim() - 1)), values, to))
 
 
 def listed(columns: Columns, chosen: Tensor, capacity: int, behind: int) -> Tensor:
-    """The chosen ones bool `[S, W]` of some columns, ascending, int32 `[S, capacity]`; -1 where a row has no more.
+    """List the `chosen` bool `[S, W]` columns of each row in ascending order, int32 `[S, capacity]`.
 
-    `behind`: a number larger than that of any column.
+    Unused places are -1. If `capacity` equals W, chosen columns keep their places. `behind` must be greater than any
+    column number.
     """
     if capacity == chosen.shape[1]:
         return torch.where(chosen, columns.number, -1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a rule sees of one denoising step."""
+"""One denoising step, as a rule sees it."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ from .state import State
 
 @dataclass(eq=False)
 class Step:
-    """One denoising step: proposals and confidences of the W slots of the window, before anything is written.
+    """One denoising step: proposals and confidences for the W slots of the window, before anything is written.
 
     Attributes
     ----------
     stats : ops.TokenConfidence
-        Per-slot results of `token_confidence`, each reshaped to `[B, W]` on access below.
+        Per-slot results of `token_confidence`. The properties below return them in shape `[B, W]`.
     eligible : Tensor
-        bool `[B, W]`: slots that may be committed, the open ones of the block.
+        bool `[B, W]`: slots that may be committed, which are the open ones of the block.
     standing : Standing
-        Where each row is in its plan; `index`, `num_steps`, `open_now` and the like are read off it.
+        Progress of each row through its plan, from which `index`, `num_steps` and similar properties are read.
     raw_logits, row_map : Tensor or HiddenRows, Tensor
-        `[R, V]`, what the model said (under guidance `[2 R, V]`); and int32 `[B * W]`, which of these rows speaks of
-        each slot, -1 of an unused one (None: one row a slot, in order).
+        The model's logits `[R, V]`, or `[2 R, V]` with guidance; and int32 `[B * W]`, the row of these logits for each
+        slot, -1 for an unused slot (None: each slot has its own row, in order).
     canvas : State
-        All positions, with the step and the confidence with which each was committed; not to be written.
+        All positions of prompt and answer, and how each was committed. Must not be written to.
     score_of : Score
         The configured score.
     proposer : Proposer
-        Makes proposals of logits.
+        Computes proposals from logits.
     sampling_temperature : float or Tensor
-        One for all rows, or float32 `[B]`.
+        One number for all rows, or float32 `[B]`.
     allowed : Tensor, optional
         Bitmasks of the tokens that may be proposed: int32 `[B, W, ceil(V / 32)]`, or `[ceil(V / 32)]` for all slots.
     memory, kept : dict
-        What the rule kept at its last step, and what it keeps at this one: see `recall` and `keep`.
+        Values that the rule kept in its last step and in this one; see `recall` and `keep`.
     room : Tensor, optional
-        int32 `[B]`: by how many positions a request may still grow. None where the length does not vary.
+        int32 `[B]`: number of positions by which a request may still grow. None if the length is fixed.
     """
 
     stats: ops.TokenConfidence
@@ -64,7 +64,7 @@ class Step:
     sampling_temperature: float | Tensor = 0.0
     deferred: Tensor | None = None
     allowed: Tensor | None = None
-    redraws: Tensor | None = None  # int32 [B, W], how often what a slot drew in this step was refused
+    redraws: Tensor | None = None  # int32 [B, W], how many of each slot's proposals were refused in this step
     memory: dict[str, Tensor] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
     room: Tensor | None = None
@@ -74,13 +74,13 @@ class Step:
         try:
             return getattr(self.stats, name).view(self.eligible.shape)
         except RuntimeError:
-            raise ValueError(f"the rule reads step.{name} but does not name it in `needs`") from None
+            raise ValueError(f"the rule reads step.{name}, which its `needs` does not include") from None
 
-    # --- where the rows stand -----------------------------------------------------------------------------------------
+    # --- progress of the rows -----------------------------------------------------------------------------------------
 
     @property
     def index(self) -> Tensor:
-        """Number of this step within its block, from 0, int32 `[B]`."""
+        """Number of this step within the row's block, from 0, int32 `[B]`."""
         return self.standing.index
 
     @property
@@ -90,60 +90,60 @@ class Step:
 
     @property
     def num_steps(self) -> Tensor:
-        """Steps planned for the block, int32 `[B]`."""
+        """Number of steps planned for the block, int32 `[B]`."""
         return self.standing.num_steps
 
     @property
     def progress(self) -> Tensor:
-        """Share of the steps planned for the whole generation that are done with this one, up to 1, float64 `[B]`."""
+        """Share of all steps planned for the row that are done including this one, at most 1, float64 `[B]`."""
         return self.standing.progress
 
     @property
     def open_at_start(self) -> Tensor:
-        """Open positions of the block when it was entered, int32 `[B]`."""
+        """Number of open positions of the block when the row entered it, int32 `[B]`."""
         return self.standing.open_at_start
 
     @cached_property
     def open_now(self) -> Tensor:
-        """Open positions of the block before this step, int32 `[B]`."""
+        """Number of open positions of the block before this step, int32 `[B]`."""
         return self.eligible.sum(1, dtype=torch.int32)
 
     @property
     def block_start(self) -> Tensor:
-        """The block's first column in each row, int32 `[B]`."""
+        """First canvas column of the row's block, int32 `[B]`."""
         return self.standing.block_start
 
     @property
     def block_length(self) -> Tensor:
-        """How many columns the block has, int32 `[B]`."""
+        """Number of columns of the block, int32 `[B]`."""
         return self.standing.block_length
 
     def planned(self, name: str, of: Callable[[int, int], Sequence[float]]) -> Tensor:
-        """`of(index, num_steps)`, n numbers that depend on the number of the step alone, as float64 `[n, B, 1]`.
+        """Return the n numbers `of(index, num_steps)` for the step of each row, float64 `[n, B, 1]`.
 
-        They are computed once for all steps, in Python; `name` tells a rule's tables apart.
+        `of` is called on the host, once for all steps; its results are cached by `name`.
         """
         return self.standing.tables.look_up(name, of, self.standing.step, torch.float64).T.contiguous()[..., None]
 
     def planned_count(self, name: str, of: Callable[[int, int], int]) -> Tensor:
-        """The same of one integer, int32 `[B]`."""
+        """Like `planned`, for a function that returns one integer; int32 `[B]`."""
         return self.standing.tables.look_up(name, of, self.standing.step, torch.int32)
 
-    # --- what the model says ------------------------------------------------------------------------------------------
+    # --- predictions of the model -------------------------------------------------------------------------------------
 
     @property
     def token(self) -> Tensor:
-        """Proposed token ids, int64 `[B, W]`; -1 where there is none."""
+        """Proposed token ids, int64 `[B, W]`; -1 if a slot has none."""
         return self._shaped("token")
 
     @property
     def argmax(self) -> Tensor:
-        """The likeliest token ids, int64 `[B, W]`: the proposals at temperature 0."""
+        """Most likely token ids, int64 `[B, W]`: the proposals at temperature 0."""
         return self._shaped("argmax")
 
     @property
     def confidence(self) -> Tensor:
-        """Probability of the proposal, float32 `[B, W]`."""
+        """Probability of the proposed token, float32 `[B, W]`."""
         return self._shaped("confidence")
 
     @property
@@ -152,7 +152,7 @@ class Step:
         return self.probability_of(self.argmax)
 
     def probability_of(self, tokens: Tensor) -> Tensor:
-        """Probability of one token at each slot, none of them a banned one; int64 to float32 `[B, W]`; -inf for -1."""
+        """Return the probability of a token (not a banned one) at each slot, int64 to float32 `[B, W]`; -inf for -1."""
         z = self.proposer.clean(self.raw_logits, self.logit_rows.flatten(), tokens.flatten().clamp(min=0)).view(
             tokens.shape
         )
@@ -166,27 +166,27 @@ class Step:
 
     @property
     def margin(self) -> Tensor:
-        """Gap between the two largest probabilities, float32 `[B, W]`."""
+        """Difference between the two largest probabilities, float32 `[B, W]`."""
         return self._shaped("margin")
 
     @property
     def entropy(self) -> Tensor:
-        """Entropy in nats, float32 `[B, W]`."""
+        """Entropy of the predicted distribution in nats, float32 `[B, W]`."""
         return self._shaped("entropy")
 
     @property
     def logsumexp(self) -> Tensor:
-        """Of the logits, float32 `[B, W]`."""
+        """Log-sum-exp of the logits, float32 `[B, W]`."""
         return self._shaped("logsumexp")
 
     @property
     def p_current(self) -> Tensor:
-        """Probability of the token that now stands at a slot, float32 `[B, W]`; 0 for the mask."""
+        """Probability of the slot's current token, float32 `[B, W]`; 0 for the mask token."""
         return self._shaped("p_given")
 
     @property
     def logit_rows(self) -> Tensor:
-        """Which row of the logits speaks of each slot, int64 `[B, W]`; any where none does."""
+        """Row of the logits for each slot, int64 `[B, W]`; arbitrary for unused slots."""
         if self.row_map is None:
             rows = torch.arange(self.eligible.numel(), device=self.eligible.device)
         else:
@@ -194,9 +194,9 @@ class Step:
         return rows.view(self.eligible.shape)
 
     def logits(self, first: int = 0, last: int | None = None) -> Tensor:
-        """Logits of the slots `[first, last)`, float32 `[B, n, V]`, guided, -inf for what is never proposed.
+        """Return the logits of slots `[first, last)`, float32 `[B, n, V]`, guided; -inf for tokens never proposed.
 
-        This is a copy of all of them: the ops need none, and a rule that can do without should.
+        This copies the logits, which the ops do not need. Rules should avoid it where they can.
         """
         rows = self.logit_rows[:, first:last]
         z = self.proposer.clean(self.raw_logits, rows.flatten()).unflatten(0, rows.shape)
@@ -206,7 +206,7 @@ class Step:
         return z.masked_fill(~unpack(bitmask, self.vocab_size), -torch.inf)
 
     def again(self, bias: Tensor) -> Step:
-        """The same step with proposals from `logits + bias`; no forward is needed.
+        """Return this step with proposals from `logits + bias`, without another forward pass.
 
         `bias` is float32 `[B, W, V]`, or `[1, 1, V]` for all slots.
         """
@@ -214,10 +214,10 @@ class Step:
         return replace(self, stats=stats)
 
     def without(self, refused: Tensor, token: Tensor) -> Step:
-        """The same step with new proposals at the slots `refused` bool `[B, W]`, other than `token` `[B, W]` there.
+        """Return this step with new proposals, other than `token` `[B, W]`, at the slots `refused` bool `[B, W]`.
 
-        Each slot's draw has a noise of its own, by how often it was refused in this step, and is as likely as if the
-        refused tokens had never been possible.
+        Each new draw uses fresh noise, which depends on the number of refusals at the slot in this step. A token is as
+        likely to be drawn as if the refused ones had been excluded from the beginning.
         """
         words = -(-self.vocab_size // 32)
         allowed = token.new_full((1,), -1, dtype=torch.int32) if self.allowed is None else self.allowed
@@ -234,49 +234,49 @@ class Step:
         return replace(self, stats=ops.TokenConfidence(*merged), allowed=allowed, redraws=redraws)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """The model's input embeddings of tokens `[B, W]`, `[B, W, hidden]`."""
+        """Return the model's input embeddings `[B, W, hidden]` of tokens int64 `[B, W]`."""
         return self.proposer.model.embed(tokens)
 
     def mean_embedding(self, probabilities: Tensor) -> Tensor:
-        """Mean of the model's input embeddings, `[B, W, hidden]`, under distributions `[B, W, V]`."""
+        """Return the mean of the model's input embeddings, `[B, W, hidden]`, under distributions `[B, W, V]`."""
         vocabulary = torch.arange(probabilities.shape[2], device=probabilities.device)
         table = self.embed(vocabulary[None])[0]
         return probabilities.to(table.dtype) @ table
 
-    # --- what is known of the slots -----------------------------------------------------------------------------------
+    # --- state of the slots -------------------------------------------------------------------------------------------
 
     def at(self, canvas: Tensor) -> Tensor:
-        """The slots' values of a tensor over the canvas, `[B, T]` to `[B, W]`; unused slots hold anything."""
+        """Return the values at the slots of a tensor over the canvas, `[B, T]` to `[B, W]`; arbitrary if unused."""
         return canvas.gather(1, self.window.positions.clamp(min=0).long())
 
     @property
     def used(self) -> Tensor:
-        """Slots that stand for a position, bool `[B, W]`."""
+        """Slots that stand for a position, bool `[B, W]`; the others are unused."""
         return self.window.used
 
     @property
     def is_open(self) -> Tensor:
-        """Slots without a token, in the block or not, bool `[B, W]`."""
+        """Slots that are still undecided, inside or outside the block, bool `[B, W]`."""
         return self.used & self.at(self.canvas.is_open)
 
     @property
     def decided(self) -> Tensor:
-        """Slots whose token a step has committed, bool `[B, W]`; only with `Rule.slots` other than "open"."""
+        """Slots whose token has been committed, bool `[B, W]`. All False if `Rule.slots` is "open"."""
         return self.used & ~self.at(self.canvas.is_open)
 
     @property
     def current(self) -> Tensor:
-        """Token ids that stand at the slots, int64 `[B, W]`."""
+        """Current token ids at the slots, int64 `[B, W]`."""
         return self.at(self.canvas.tokens)
 
     @property
     def index_in_block(self) -> Tensor:
-        """Positions counted from the block's first, int32 `[B, W]`."""
+        """Positions relative to the first column of the block, int32 `[B, W]`."""
         return self.window.positions - self.block_start[:, None]
 
     @property
     def vocab_size(self) -> int:
-        """Number of logits of a position."""
+        """Number of logits per position."""
         return self.raw_logits.shape[1]
 
     @property
@@ -285,17 +285,17 @@ class Step:
         return self.proposer.special.mask
 
     def is_end(self, tokens: Tensor) -> Tensor:
-        """Which of the tokens int64 `[B, W]` are end tokens, bool `[B, W]`."""
+        """Return which of the tokens int64 `[B, W]` are end tokens, bool `[B, W]`."""
         return self.proposer.is_end(tokens)
 
     def everyone(self, value: bool) -> Tensor:
-        """The same for every request, bool `[B]`."""
+        """Return a tensor with the same value for every request, bool `[B]`."""
         return torch.full_like(self.open_now, value, dtype=torch.bool)
 
     def recall(self, name: str, *shape: int, otherwise: float | Tensor = 0.0, by_row: bool = False) -> Tensor:
-        """What `keep` was last given in this block under `name`; before, and where a block begins, `otherwise`.
+        """Return the values last passed to `keep` in this block, or `otherwise` if there are none yet.
 
-        `[B, W, *shape]` with a value for each of the slots' positions, or with `by_row` `[B, *shape]`.
+        Their shape is `[B, W, *shape]`, with a value for the position of each slot, or `[B, *shape]` with `by_row`.
         """
         if name in self.kept:
             return self._of_slots(self.kept[name], by_row)
@@ -308,14 +308,14 @@ class Step:
         return torch.where(self.is_first.view(-1, *[1] * (kept.dim() - 1)), otherwise, kept).to(kept.dtype)
 
     def keep(self, name: str, values: Tensor, by_row: bool = False) -> None:
-        """Remember `values` `[B, W, …]` for the slots' positions, or `[B, …]` by row, until the row's block ends.
+        """Remember `values` until the row's block ends: `[B, W, …]` by position, or `[B, …]` with `by_row`.
 
-        A rule may be asked about one step several times: what it keeps is in force when the step has been taken.
+        A rule may be called several times for one step. Later steps see what it kept in the call that took effect.
         """
         if by_row:
             self.kept[name] = values
             return
-        # one place for each column of the block, and one for unused slots
+        # one place for each column of the block, and one more for unused slots
         shape = (len(values), self.standing.width + 1, *values.shape[2:])
         before = self.memory.get(name)
         if before is None:
@@ -330,11 +330,11 @@ class Step:
         index = index.view(*index.shape, *[1] * (kept.dim() - 2))
         return index.expand(-1, -1, *kept.shape[2:])
 
-    # --- choosing -----------------------------------------------------------------------------------------------------
+    # --- selection ----------------------------------------------------------------------------------------------------
 
     @property
     def score(self) -> Tensor:
-        """The configured score, float32 `[B, W]`: larger is committed earlier."""
+        """The configured score, float32 `[B, W]`; positions with larger scores are committed earlier."""
         if self._score is None:
             self._score = self._scored()
         return self._score
@@ -348,7 +348,7 @@ class Step:
 
     @property
     def candidates(self) -> Tensor:
-        """The score where a slot may be committed, -inf elsewhere, float32 `[B, W]`."""
+        """The score of slots that may be committed, -inf for the others, float32 `[B, W]`."""
         return self.score.masked_fill(~self.eligible | self.score.isnan(), -torch.inf)
 
     def select(
@@ -365,7 +365,10 @@ class Step:
         fill: int | Tensor | None = None,
         cap: int | Tensor | None = None,
     ) -> Tensor:
-        """A prefix of the eligible slots in score order: `ops.select_tokens` with numbers allowed for tensors."""
+        """Select slots in score order, bool `[B, W]`: `ops.select_tokens`, with numbers accepted in place of tensors.
+
+        By default, this uses the configured score and the step's `eligible` slots.
+        """
         temperature = self.order_temperature
         if score is None and temperature == 0:
             temperature = self.score_of.order_temperature
@@ -391,6 +394,6 @@ def _per_request(value: float | Tensor, dtype: torch.dtype, device: torch.device
 
 @lru_cache(maxsize=512)
 def constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """One number as a tensor `[1]`, made once; not to be written."""
+    """Return a number as a tensor `[1]`. It is cached, and must not be written to."""
     with torch.inference_mode(False):
         return torch.full((1,), value, dtype=dtype, device=device)

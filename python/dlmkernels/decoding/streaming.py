@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is done with a decoding while it goes on: streamers, a function that is called after each step, stop strings.
+"""Follow a decoding while it runs: streamers, a function called after each step, and stop strings.
 
-All of it reads the canvas on the host, so that each step waits for the device.
+All of these read the canvas on the host, so every step waits for the device.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from .output import DecodingOutput
 from .state import FROZEN, State
 from .stops import stop_at
 
-#: up to which column each row is final, int64 `[S]`, of which columns are open, bool `[S, T]`
+#: takes the open columns, bool `[S, T]`; returns the column up to which each row is final, int64 `[S]`
 Finished = Callable[[Tensor], Tensor]
 
 
 class Follower(Protocol):
-    """Who is told that a program has begun, and of each of its steps."""
+    """Object that is notified when a program has begun, and after each of its steps."""
 
     def begin(self) -> None: ...
 
@@ -31,18 +31,18 @@ class Follower(Protocol):
 
 @dataclass(frozen=True)
 class StepReport:
-    """What `on_step` of `generate` is given after each step; copies, in CPU memory.
+    """Argument of `generate`'s `on_step` callback after each step. All tensors are copies in CPU memory.
 
     Attributes
     ----------
     tokens : Tensor
-        int64 `[B, T]`: the canvas.
+        int64 `[B, T]`: the canvas, which holds the prompts followed by the answers.
     is_open : Tensor
-        bool `[B, T]`: where nothing has been decided yet.
+        bool `[B, T]`: positions that are still undecided.
     num_forwards : Tensor
-        int32 `[B]`: forwards that each request has taken part in.
+        int32 `[B]`: number of forward passes that each request has taken part in.
     prompt_length : int
-        Columns before the first of the answers.
+        Number of columns before the answers.
     """
 
     tokens: Tensor
@@ -52,20 +52,20 @@ class StepReport:
 
 
 class Listeners:
-    """All who follow the requests of a decoding.
+    """Everything that follows the requests of a decoding: streamers, `on_step`, stop strings and a recorder.
 
     Parameters
     ----------
     streamers : sequence
-        One for each row, or None for those that have none.
+        A streamer, or None, for each row.
     on_step : callable, optional
-        Takes a `StepReport`.
+        Called with a `StepReport` after each step.
     stop_strings : sequence of str
         Texts that end an answer.
     tokenizer : optional
-        Makes text of tokens.
+        Decodes tokens to find stop strings.
     records : bool
-        Whether a recorder follows, which whoever equips the program sets.
+        Whether the decoding is recorded. The caller must then set `recorder`.
     """
 
     def __init__(
@@ -83,16 +83,16 @@ class Listeners:
         self._ends: list[int] = []
         self._shown: list[int] = []
         self._has_ended: list[bool] = []
-        #: column behind the token that completes a stop string, by row
+        #: by row, the column after the token that completes a stop string
         self.stops: dict[int, int] = {}
 
     def __bool__(self) -> bool:
         return bool(self.records or self.stop_strings or self.on_step or any(s is not None for s in self.streamers))
 
     def attend(self, state: State, start: int, ends: Sequence[int], finished: Finished, closes: bool) -> None:
-        """Follow the decoding of a state whose answers begin at column `start`, and end before those columns.
+        """Follow the decoding of a state whose answers begin at column `start` and end before columns `ends`.
 
-        `closes`: whether a row that has come to a stop string may be taken as done.
+        `closes` says whether a row that contains a stop string may be treated as done.
         """
         self._state, self._start, self._finished, self._closes = state, start, finished, closes
         self._ends = list(ends)
@@ -102,7 +102,7 @@ class Listeners:
         self._shown, self._has_ended = [start] * rows, [False] * rows
 
     def step(self, end: int, has_draft: bool) -> None:
-        """After a step, with `end` the column after the last that can be shown."""
+        """Process the canvas after a step; `end` is the column after the last one that can be shown."""
         state = self._state
         if self.recorder is not None:
             self.recorder.step()
@@ -120,7 +120,7 @@ class Listeners:
             self.on_step(StepReport(tokens, is_open[:, :end].cpu(), state.step.to("cpu", copy=True), self._start))
 
     def finish(self, end: int) -> None:
-        """After the last step: all the rest."""
+        """Process the rest of the canvas after the last step; `end` is the column after its last one."""
         tokens = self._state.tokens[:, :end].to("cpu", copy=True)
         self._stop(tokens, [end] * len(tokens))
         for row, streamer in enumerate(self.streamers):
@@ -129,7 +129,7 @@ class Listeners:
                 self._end(row)
 
     def _show(self, row: int, tokens: Tensor, end: int) -> None:
-        """Hand a row's streamer what is final up to column `end`."""
+        """Pass the tokens before column `end` that it has not seen yet to a row's streamer."""
         end = min(end, self._ends[row], self.stops.get(row, end))
         if end > self._shown[row]:
             self.streamers[row].put(tokens[row, self._shown[row] : end])
@@ -142,7 +142,7 @@ class Listeners:
         self.streamers[row].end()
 
     def _stop(self, tokens: Tensor, finished: Sequence[int]) -> None:
-        """Look for stop strings in what is final, from the left."""
+        """Search each row for stop strings, from the left, up to the column before which it is final."""
         if not self.stop_strings:
             return
         for row, end in enumerate(finished):
@@ -155,7 +155,7 @@ class Listeners:
                     close(self._state, row, self.stops[row])
 
     def cut(self, out: DecodingOutput, pad: int) -> DecodingOutput:
-        """The result without what stands behind the stop strings."""
+        """Return the result with everything after the stop strings replaced by padding."""
         if not self.stops:
             return out
         end = torch.full_like(out.length, out.sequences.shape[1])
@@ -171,7 +171,7 @@ class Listeners:
 
 
 def close(state: State, row: int, column: int) -> None:
-    """Let a row have nothing to decode from a column on."""
+    """Mark a row as complete from a column on, so that nothing more is decoded there."""
     state.state[row, column:] = FROZEN
     state.commit_step[row, column:] = -1
     state.confidence[row, column:] = 0.0
@@ -179,9 +179,9 @@ def close(state: State, row: int, column: int) -> None:
 
 
 class Stream:
-    """Hands a streamer the one request's tokens, from the left as far as they are decided; or all `Listeners` theirs.
+    """Passes the decided tokens of a single request, from the left, to a streamer, or notifies all `Listeners`.
 
-    It reads the canvas on the host: the columns from `start` on.
+    It reads the canvas on the host, from column `start` on.
     """
 
     def __init__(self, streamer, state: State, start: int):
@@ -190,7 +190,10 @@ class Stream:
             streamer.recorder.begin()
 
     def step(self, end: int, finished: int | None, has_draft: bool) -> None:
-        """After a step, with `end` the column after the last; `finished`: up to where, None: to the first open one."""
+        """Process the canvas after a step; `end` is the column after its last one.
+
+        Columns before `finished` are final. If None, this is the first open column.
+        """
         if isinstance(self.streamer, Listeners):
             self.streamer.step(end, has_draft)
             return
@@ -202,7 +205,7 @@ class Stream:
         self._show(min(finished, end))
 
     def finish(self, end: int) -> None:
-        """After the last step: all the rest."""
+        """Process the rest of the canvas after the last step; `end` is the column after its last one."""
         if isinstance(self.streamer, Listeners):
             self.streamer.finish(end)
             return

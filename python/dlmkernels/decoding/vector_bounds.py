@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bounds on the log-likelihoods of continuous models.
+"""Bounds on the log-likelihoods of continuous diffusion models.
 
-An answer is embedded as x, and the least noise is put on it: ``z = alpha x + sigma n`` at gamma_0. In the mean over
-that noise ``ln p(answer) >= ln p(answer | z) + ln p(z) - ln q(z | answer)``. The first term is the model's; the classes
-below have the rest.
+The answer is embedded as x, and the smallest amount of noise is added: ``z = alpha x + sigma n`` at gamma_0. Averaged
+over that noise, ``ln p(answer) >= ln p(answer | z) + ln p(z) - ln q(z | answer)``. The model gives the first term; the
+classes below compute the others.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from .rules.continuous import signal
 from .schedule import Grid
 from .state import State
 
-#: Ends of the quantiles of gamma.
+#: Distance of the outermost quantiles of gamma from 0 and 1.
 EPS = 1e-5
 
 
 def nearest(table: Tensor, vectors: Tensor) -> Tensor:
-    """Those rows of a table `[V, width]` that are nearest to vectors `[N, width]`, the first where several are."""
-    # of the nearest row e, e . x - |e|^2 / 2 is largest
+    """Return the row of a table `[V, width]` nearest to each of the vectors `[N, width]`; the first one in a tie."""
+    # the nearest row e maximizes e . x - |e|^2 / 2
     return table.index_select(0, (vectors.float() @ table.T - table.pow(2).sum(1) / 2).argmax(1))
 
 
 class VectorBound:
-    """Base: what a model says of noisy answers. The arguments are those of `bounds.Bound`."""
+    """Base class: predictions of a model for noisy answers. The arguments are those of `bounds.Bound`."""
 
     def __init__(
         self, model: DiffusionModel, config: DecodingConfig, special: SpecialTokens, tokens: Tensor, origin: Tensor,
@@ -54,30 +54,33 @@ class VectorBound:
         self.kv_range = torch.stack((self.origin, ends), 1)
         self.table: Tensor = self.model.latent_table()
         self.embedded = self.table[tokens]
-        #: whether the prompt has no noise: the sampler's way, or how the model was trained
+        #: whether the prompt stays free of noise, as the sampler or the training of the model has it
         self.clean_context = getattr(config.rule, "clean_context", False) or getattr(
             model.config, "clean_context", False
         )
         self.drawn = 0
 
     def _normals(self) -> Tensor:
-        """The next normal numbers, float32 `[B, T, width]`."""
+        """Draw the next standard normal numbers, float32 `[B, T, width]`."""
         step = torch.full_like(self.position, self.drawn)
         self.drawn += 1
         return normals(self.seeds[:, None], self.position, step, self.table.shape[1])
 
     def _log_probability(self, y: Tensor, gamma: Tensor) -> Tensor:
-        """ln p(token | z) `[B, T]` of z = sigma y at gamma."""
+        """Return ln p(token | z), float64 `[B, T]`, for z = sigma y at noise level gamma."""
         with torch.no_grad():
             z = y * signal(-gamma).float()
             return self._of_tokens(self._logits(z, gamma, self._opinion(z, gamma)))
 
     def _of_tokens(self, logits: Tensor) -> Tensor:
-        """ln p of the tokens, float64 `[B, T]`, of logits `[B, T, V]`."""
+        """Return ln p of the answer's tokens, float64 `[B, T]`, from logits `[B, T, V]`."""
         return logits.double().log_softmax(-1).gather(-1, self.tokens[..., None])[..., 0]
 
     def _opinion(self, z: Tensor, gamma: Tensor) -> Tensor | None:
-        """With self-conditioning: what a forward without it says."""
+        """Return the prediction of a forward pass without self-conditioning, as input for self-conditioning.
+
+        None if the model does not use it.
+        """
         if not getattr(self.model.config, "self_conditioning", True):
             return None
         with torch.no_grad():
@@ -88,7 +91,10 @@ class VectorBound:
         return self.model.logits(self._said(z, gamma, opinion))
 
     def _said(self, z: Tensor, level: Tensor, opinion: Tensor | None = None) -> Tensor:
-        """What the model says of vectors z `[B, T, width]`, being told `level`, one number or one for each row."""
+        """Return the model's hidden states for vectors z `[B, T, width]` at noise `level`: one number, or one per row.
+
+        `opinion` is the input for self-conditioning.
+        """
         forward = self.forward
         window = AttentionWindow(forward.slots.contiguous(), self.kv_range, rotations=forward.rotations)
         level = level.float().expand(len(z)).contiguous()
@@ -98,19 +104,21 @@ class VectorBound:
 
 
 class FlowBound(VectorBound):
-    """LangFlow's: by how its probability flow stretches space (arXiv:2604.11748).
+    """Bound for LangFlow, from the divergence of its probability flow (arXiv:2604.11748).
 
-    The flow brings z to pure noise, whose density is known; on the way ln p changes by the divergence of the flow. With
-    ``y = z / sigma`` and ``s = alpha / sigma`` the flow is ``dy / ds = x``, x being the mean embedding that the model
-    says. The divergence is estimated with one random vector u at each point (Hutchinson's estimator: the mean of ``u' J
-    u`` is the trace of J). As in the published program, the self-conditioning counts as given there.
+    The flow transports z to pure noise, whose density is known. On the way, ln p changes by the divergence of the flow.
+    With ``y = z / sigma`` and ``s = alpha / sigma``, the flow is ``dy / ds = x``, where x is the mean embedding that
+    the model predicts. The divergence is estimated with one random vector u at each point (Hutchinson's estimator: the
+    mean of ``u' J u`` is the trace of J). As in the published program, the self-conditioning input counts as constant.
 
     Parameters
     ----------
     steps : int
-        Of the integration, by Heun's method: two evaluations each, at steps + 1 evenly spaced quantiles of gamma.
+        Number of integration steps by Heun's method, each with two evaluations, between steps + 1 evenly spaced
+        quantiles of gamma.
     exact : bool
-        Whether the divergence is computed and not estimated: by one backward pass for each number of the vectors.
+        Whether to compute the divergence instead of estimating it. This takes a backward pass for each component of
+        the vectors.
     """
 
     def __init__(self, *args: Any, steps: int = 128, exact: bool = False):
@@ -122,12 +130,12 @@ class FlowBound(VectorBound):
         self.ratio, self.least = torch.exp(-0.5 * gamma), gamma[0]
 
     def samples(self, count: int) -> Iterator[Tensor]:
-        """Contributions to ln p of every token of the answers, float64 `[B, L]`, of `count` samples."""
+        """Yield the contributions of the answers' tokens to ln p, float64 `[B, L]`, for each of `count` samples."""
         for sample in range(count):
             yield self.sample(sample * (2 * self.steps + 1))[:, self.start :]
 
     def sample(self, first: int) -> Tensor:
-        """One sample, float64 `[B, T]`, with random numbers of the steps from `first` on."""
+        """Compute one sample, float64 `[B, T]`, with random numbers from number `first` on."""
         self.drawn = first
         self.noise = self._normals()
         y = self.ratio[0].float() * self.embedded + self.noise
@@ -135,7 +143,7 @@ class FlowBound(VectorBound):
         return total.masked_fill(~self.in_answer[..., 0], 0.0)
 
     def _flow(self, y: Tensor) -> Tensor:
-        """ln p(z) - ln q(z | answer) `[B, T]`: what the flow changes, and the noise that y becomes."""
+        """Return ln p(z) - ln q(z | answer), float64 `[B, T]`: the change along the flow plus the noise at its end."""
         change = torch.zeros(y.shape[:2], dtype=torch.float64, device=y.device)
         for here, there in zip(self.ratio, self.ratio[1:]):
             width = (there - here).float()
@@ -146,11 +154,11 @@ class FlowBound(VectorBound):
         return change - (0.5 * y.double() ** 2 - 0.5).sum(-1)
 
     def _placed(self, y: Tensor, ratio: Tensor) -> Tensor:
-        """y with what is given at its own place on the way, which is known."""
+        """Return y with the given positions moved to their known values at this point of the flow."""
         return torch.where(self.in_answer, y, ratio.float() * self.embedded + self.noise)
 
     def _at(self, y: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
-        """The flow `[B, T, width]` at y, and its divergence or an estimate of it, token by token, float64 `[B, T]`."""
+        """Return the flow `[B, T, width]` at y, and its exact or estimated divergence by token, float64 `[B, T]`."""
         gamma = -2 * ratio.log()
         spread = signal(-gamma).float()
         z = y * spread
@@ -162,13 +170,13 @@ class FlowBound(VectorBound):
         return x.detach(), divergence * spread.double()
 
     def _probed(self, x: Tensor, z: Tensor) -> Tensor:
-        """An estimate of the divergence of x in z, by the next random vector."""
+        """Estimate the divergence of x with respect to z, with the next random vector."""
         u = self._normals() * self.in_answer
         (gradient,) = torch.autograd.grad((u * x).sum(), z)
         return (u * gradient).double().sum(-1)
 
     def _trace(self, x: Tensor, z: Tensor) -> Tensor:
-        """The divergence of x in z: rows have nothing to do with each other, so that all are looked at together."""
+        """Compute the divergence of x with respect to z, for all rows together, since rows are independent."""
         total = torch.zeros(x.shape[:2], dtype=torch.float64, device=x.device)
         for column in range(self.start, x.shape[1]):
             for i in range(x.shape[2]):
@@ -178,20 +186,20 @@ class FlowBound(VectorBound):
 
 
 class NoiseBound(VectorBound):
-    """Plaid's: the bound of variational diffusion (Kingma et al., arXiv:2107.00630) at a random time.
+    """Bound for Plaid: that of variational diffusion models (Kingma et al., arXiv:2107.00630), at a random time.
 
-    ``ln p(z) - ln q(z | answer)`` is at least minus the divergence of the last noisy vectors from pure noise, and minus
-    ``-SNR'(t) |x - x(t)|^2 / 2`` in the mean over times t, where SNR = exp(-gamma) and x(t) is what the model says.
+    ``ln p(z) - ln q(z | answer)`` is at least minus the KL divergence of the noisiest vectors from pure noise, minus
+    the mean of ``-SNR'(t) |x - x(t)|^2 / 2`` over times t. SNR is exp(-gamma), and x(t) is the model's prediction of x.
     """
 
     def samples(self, count: int) -> Iterator[Tensor]:
-        """Contributions to ln p of every token of the answers, float64 `[B, L]`, of `count` samples."""
+        """Yield the contributions of the answers' tokens to ln p, float64 `[B, L]`, for each of `count` samples."""
         for sample in range(count):
             self.drawn = 2 * sample
             yield self._sample(sample, count)[:, self.start :].masked_fill(~self.in_answer[:, self.start :, 0], 0.0)
 
     def _sample(self, sample: int, count: int) -> Tensor:
-        """One sample, float64 `[B, T]`; the times of a request's samples are spread evenly."""
+        """Compute one sample, float64 `[B, T]`. The times of a request's samples are spread evenly."""
         zero = torch.zeros_like(self.seeds)
         time = (sample + uniforms(self.seeds, zero, zero + sample, "time", zero)) / count
         with torch.enable_grad():
@@ -211,18 +219,19 @@ class NoiseBound(VectorBound):
 
 
 class DenoisingBound(VectorBound):
-    """Diffusion-LM's: that of a chain of noise steps, of which each sample looks at one (Li et al., arXiv:2205.14217).
+    """Bound for Diffusion-LM: that of a chain of noise steps, one of which each sample evaluates (arXiv:2205.14217).
 
-    An answer's vectors are drawn around its embeddings, ``x = e + s n`` with s^2 the noise of the first step. Then
-    ``ln p(answer)`` is at least ``ln p(answer | x)`` minus the divergence of the last noisy vectors from pure noise,
-    minus, for every step from x to that noise, the divergence of what the model draws from what the vectors have been
-    before it. The published program sums over all T steps; here a sample takes one of them T times, and T samples take
-    each step once. As in that program, what the model says is moved to the nearest vector of a token, variances are
-    those of the posterior, and for the step that ends at x the noise of x counts as drawn apart from what is seen.
+    An answer's vectors are drawn around its embeddings, ``x = e + s n``, where s^2 is the noise variance of the first
+    step. Then ``ln p(answer)`` is at least ``ln p(answer | x)``, minus the KL divergence of the noisiest vectors from
+    pure noise, minus, for each step from x to that noise, the KL divergence between the true vectors before the step
+    and the model's distribution of them. The published program (Li et al.) sums over all T steps. Here, a sample counts
+    one of them T times, and T samples visit each step once. As in that program, the model's prediction is rounded to
+    the nearest token vector, variances are those of the posterior, and in the step that ends at x, the noise of x
+    counts as drawn independently of the noisy vectors that the model sees.
     """
 
     def samples(self, count: int) -> Iterator[Tensor]:
-        """Contributions to ln p of every token of the answers, float64 `[B, L]`, of `count` samples."""
+        """Yield the contributions of the answers' tokens to ln p, float64 `[B, L]`, for each of `count` samples."""
         model: Any = self.model.model
         self.kept: Tensor = model.kept(self.tokens.device)
         for sample in range(count):
@@ -230,7 +239,7 @@ class DenoisingBound(VectorBound):
             yield self._sample(sample, count)[:, self.start :].masked_fill(~self.in_answer[:, self.start :, 0], 0.0)
 
     def _sample(self, sample: int, count: int) -> Tensor:
-        """One sample, float64 `[B, T]`; the steps of a request's samples are spread evenly."""
+        """Compute one sample, float64 `[B, T]`. The steps of a request's samples are spread evenly."""
         zero, steps = torch.zeros_like(self.seeds), len(self.kept)
         time = (sample + uniforms(self.seeds, zero, zero + sample, "time", zero)) / count
         index = (time * steps).long().clamp(max=steps - 1)
@@ -249,16 +258,16 @@ class DenoisingBound(VectorBound):
         return total - 0.5 * (1 - last + last * x**2 - 1 - (1 - last).log()).sum(-1)
 
     def _divergence(self, index: Tensor, x: Tensor, said: Tensor) -> Tensor:
-        """Of what the model draws before step `index` `[B]` from what the vectors have been, float64 `[B, T]`."""
+        """Return the KL divergence of the true vectors before step `index` `[B]` from the model's, float64 `[B, T]`."""
         before = torch.cat((torch.ones_like(self.kept[:1]), self.kept[:-1]))
         now, share = self.kept, 1 - self.kept / before
         variance = share * (1 - before) / (1 - now)
-        # the first variance is 0, and that of the second step stands in for it
+        # the posterior variance of the first step is 0, and that of the second step replaces it
         variance = torch.cat((variance[1:2], variance[1:]))
         weight = share * before.sqrt() / (1 - now)
         weight, of_step = weight[index][:, None, None], variance[index][:, None, None]
         apart = weight**2 * (x - said) ** 2 / (2 * of_step)
-        # the first step ends at vectors around the embeddings, of which the noise is known
+        # the first step leads to vectors around the embeddings, whose noise variance is known
         ratio = (1 - now[0]) / variance[0]
         of_first = 0.5 * (ratio - 1 - ratio.log() + (self.embedded.double() - said) ** 2 / variance[0])
         return torch.where(index[:, None, None] == 0, of_first, apart).sum(-1)

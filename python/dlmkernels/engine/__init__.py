@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Continuous batching: requests come and go while others are decoded (docs/engine.md)."""
+"""Continuous batching: requests join and leave while others are being decoded (docs/engine.md)."""
 
 from .engine import Engine as Engine
 from .memory import EngineMemory as EngineMemory

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which requests are decoded alike, so that they can share forwards, and what each of them says for itself."""
+"""Decide which requests can share forward passes, and in which options they may differ."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from ..decoding.constraint import Constraint
 from ..decoding.ends import own_ends
 from ..decoding.rules import Rule, VariableLength
 
-#: fields of a configuration in which requests that share forwards may differ, beside those of the rule
+#: fields of a configuration in which requests that share forward passes may differ, besides fields of the rule
 OWN = ("temperature", "top_k", "top_p")
 
 
 def own_fields(rule: Rule) -> list[str]:
-    """Fields of a rule in which requests may differ."""
+    """Return the fields of a rule in which requests that share forward passes may differ."""
     return [name for name, check in rule.limits.items() if isinstance(check, PerRequest)]
 
 
 def has_fixed_length(config: DecodingConfig) -> bool:
-    """Whether requests that share forwards must have equally long answers."""
+    """Return whether requests that share forward passes must have the same answer length."""
     is_planned = config.steps is not None and config.rule.uses_steps
     # continuous models take as many steps as their answers have tokens
     return is_planned or config.rule.noise == "continuous" or isinstance(config.rule, VariableLength)
 
 
 def common(config: DecodingConfig, has_own_constraint: bool = False) -> DecodingConfig:
-    """A configuration without what its request says for itself: equal for all that may share forwards.
+    """Return the configuration without the per-request fields: equal for requests that may share forward passes.
 
-    `has_own_constraint`: rows may have different constraints, of one kind.
+    With `has_own_constraint`, rows may have different constraints, as long as `constraint_kind` is the same.
     """
     rule = _changed(config.rule, dict.fromkeys(own_fields(config.rule)))
     own = dict.fromkeys((*OWN, "seed", "max_new_tokens", "eos_token_id"))
@@ -45,7 +45,7 @@ def common(config: DecodingConfig, has_own_constraint: bool = False) -> Decoding
 
 
 def constraint_kind(constraint: Constraint | Tensor | None) -> Hashable:
-    """The same for constraints that rows of one program can have."""
+    """Return a value that is equal for constraints that can be used together in one program."""
     if constraint is None or isinstance(constraint, Tensor):
         return constraint is None
     judges = type(constraint).accepts is not Constraint.accepts
@@ -53,10 +53,10 @@ def constraint_kind(constraint: Constraint | Tensor | None) -> Hashable:
 
 
 def ends_width(config: DecodingConfig, special: SpecialTokens) -> int:
-    """How many end tokens there is room for in a row of a program that decodes such a request; 0: it reads none.
+    """Return how many end tokens a row needs room for; 0 if the program reads none.
 
-    Eight, or the next power of two: requests with up to eight can share forwards, and what there is room for does not
-    change while requests come and go.
+    This is eight, or the next power of two if there are more. Requests with up to eight end tokens can therefore share
+    forward passes, and the size does not change while requests come and go.
     """
     if config.eos_policy == "none" and not config.rule.reads_ends:
         return 0
@@ -64,9 +64,9 @@ def ends_width(config: DecodingConfig, special: SpecialTokens) -> int:
 
 
 def together(configs: Sequence[DecodingConfig], lengths: Sequence[int] | None = None) -> DecodingConfig:
-    """One configuration for several requests, with a value for each of them, but for their end tokens.
+    """Merge the configurations of several requests into one with a value for each request, except for end tokens.
 
-    `lengths`: of their answers; None: the first configuration's.
+    `lengths` are the answer lengths. If None, the first configuration's length is kept.
     """
     first = configs[0]
     fields: dict[str, Any] = {name: tuple(getattr(config, name) for config in configs) for name in OWN}
@@ -79,21 +79,23 @@ def together(configs: Sequence[DecodingConfig], lengths: Sequence[int] | None = 
 
 
 def check_one_request(config: DecodingConfig) -> None:
-    """Refuse a configuration that has values for several requests."""
+    """Raise if a configuration has separate values for several requests."""
     fields = {name: getattr(config, name) for name in (*OWN, "max_new_tokens")}
     fields |= {f"rule.{name}": getattr(config.rule, name) for name in own_fields(config.rule)}
     for name, value in fields.items():
         if isinstance(value, tuple):
-            raise ValueError(f"{name} of an engine must be one number: each request has its own; got {value!r}")
+            raise ValueError(
+                f"{name} of an engine must be one number; pass values for single requests to add_request; got {value!r}"
+            )
     if own_ends(config.eos_token_id) is not None:
         raise ValueError(
-            "eos_token_id of an engine must be one id or several: each request has its own; got "
-            f"{config.eos_token_id!r}"
+            "eos_token_id of an engine must be one id or a flat list of ids; pass end tokens of single requests to "
+            f"add_request; got {config.eos_token_id!r}"
         )
 
 
 def _changed(owner: Any, fields: Mapping[str, Any]) -> Any:
-    """A copy of a frozen dataclass with other fields, unchecked."""
+    """Return a copy of a frozen dataclass with some fields replaced, without checking them."""
     changed = copy.copy(owner)
     for name, value in fields.items():
         object.__setattr__(changed, name, value)

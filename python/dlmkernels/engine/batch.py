@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A list of prompts through an engine, and the doors by which users of transformers come in."""
+"""Decode a list of prompts with an engine, also through the interface of transformers' continuous batching."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .intake import ids_of
 from .request import RequestOutput, id_of_copy
 from .slots import grid_of
 
-#: how many requests are decoded at once where nobody says
+#: default number of requests decoded at once
 SLOTS = 16
-#: what of a generation config belongs to requests, or to positions of an answer, and the value that switches it off
+#: fields of a generation config that belong to single requests or positions, and the values that switch them off
 OF_REQUESTS = {
     "min_length": 0, "min_new_tokens": None, "bad_words_ids": None, "begin_suppress_tokens": None,
     "forced_eos_token_id": None, "repetition_penalty": 1.0, "num_return_sequences": 1,
@@ -34,42 +34,42 @@ def generate_batch(
     max_new_tokens: int | Sequence[int] | None = None, seed: int | Sequence[int] | None = None,
     given: Sequence[Any] | None = None, **options: Any,
 ) -> dict[str, RequestOutput]:  # fmt: skip
-    """Decode answers to any number of prompts, of any lengths, as many at a time as there are slots.
+    """Decode answers to any number of prompts of any lengths, with up to `slots` of them in progress at once.
 
     Parameters
     ----------
     model : PreTrainedModel or DiffusionModel
         As in `generate`.
     inputs : list
-        Prompts: lists of ids, or with a tokenizer texts or chats.
+        Prompts: lists of token ids or, with a tokenizer, texts or chats.
     generation_config, continuous_batching_config : optional
-        Of transformers, see `init_continuous_batching`.
+        Objects of transformers; see `init_continuous_batching`.
     record_timestamps : bool
         As in `Engine.add_request`.
     config, tokenizer :
         As in `Engine`.
     slots : int, optional
-        How many are decoded at once; None: 16, or as many as there are prompts.
+        Number of requests decoded at once. If None, the number of answers, but at most 16.
     max_new_tokens : int or sequence of int, optional
-        Length of the answers, one for all or one each.
+        Length of the answers, in tokens: one value for all prompts, or one for each.
     seed : int or sequence of int, optional
-        One for all or one each.
+        Seed of the random draws: one value for all prompts, or one for each.
     given : sequence, optional
-        For each prompt what stands in its answer from the start (see `Engine.add_request`), or None.
+        For each prompt, the tokens fixed in its answer from the start (see `Engine.add_request`), or None.
     **options
-        Fields of `DecodingConfig`, and what `Engine` and `Engine.add_request` take beyond (`deterministic`, `graphs`,
-        `stop_strings`, `num_return_sequences`, `suffix` …).
+        Fields of `DecodingConfig`, and further arguments of `Engine` and `Engine.add_request` (`deterministic`,
+        `graphs`, `stop_strings`, `num_return_sequences`, `suffix` …).
 
     Returns
     -------
     dict
-        `RequestOutput` by the request's id, in the order of the inputs; with several answers to a prompt, the one of
-        its own id first.
+        A `RequestOutput` for each request id, in the order of the inputs. If a prompt has several answers, the one
+        with the prompt's own id comes first.
 
     Raises
     ------
     ValueError, TypeError
-        When any of the requests could not be decoded; then none has been.
+        If any of the requests cannot be decoded. In this case none of them is.
     """
     if isinstance(inputs, str) or not isinstance(inputs, Sequence | Tensor):
         raise TypeError(f"inputs must be a list of prompts; got {type(inputs).__name__}")
@@ -113,7 +113,7 @@ def generate_batch(
 
 
 def _prompts(inputs: Any, tokenizer, pad: int) -> list[list[int]]:
-    """The inputs as lists of ids; those that are ids already as they are."""
+    """Convert the inputs to lists of token ids."""
     if isinstance(inputs, Tensor):
         inputs = list(inputs[None] if inputs.dim() == 1 else inputs)
     found: list[list[int]] = []
@@ -133,41 +133,43 @@ def _prompts(inputs: Any, tokenizer, pad: int) -> list[list[int]]:
 
 
 def _one_each(name: str, value: Any, count: int, otherwise: Any) -> list[Any]:
-    """A value for each request, of one for all or of one each."""
+    """Return one value for each of `count` requests, given one value for all or a sequence with one for each."""
     if value is None:
         return [otherwise] * count
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, str) or not isinstance(value, Sequence):
         return [value] * count
     if len(value) != count:
-        raise ValueError(f"{name} must be one for all, or one for each of {count} prompts; got {len(value)}")
+        raise ValueError(f"{name} must be one value, or one for each of the {count} prompts; got {len(value)} values")
     return list(value)
 
 
-# --- what transformers' users pass ------------------------------------------------------------------------------------
+# --- transformers' configuration objects ------------------------------------------------------------------------------
 
 
 def init_continuous_batching(
     model, generation_config=None, continuous_batching_config=None, workload_hints=None, *, slots: int | None = None,
     **options: Any,
 ) -> Engine:  # fmt: skip
-    """An engine for a model, not started yet.
+    """Create an engine for a model, without starting it.
 
     Parameters
     ----------
+    model : PreTrainedModel or DiffusionModel
+        As in `generate`.
     generation_config : GenerationConfig, optional
-        Of transformers. Honoured are `max_new_tokens`, `eos_token_id`, `pad_token_id`, `suppress_tokens`, and with
-        `do_sample=True` temperature, top_k and top_p; what else would change the tokens is refused by name. None: the
-        decoder of the model's family.
+        Transformers' generation configuration. `max_new_tokens`, `eos_token_id`, `pad_token_id` and `suppress_tokens`
+        are used and, with `do_sample=True`, `temperature`, `top_k` and `top_p`. Any other field that would change the
+        tokens is an error that names it. If None, the decoder of the model's family is used.
     continuous_batching_config : ContinuousBatchingConfig, optional
-        Of transformers. Honoured is `max_requests_per_batch`, the number of slots; the rest is about a cache of pages,
-        which is not used.
+        Transformers' configuration. Only `max_requests_per_batch` is used, as the number of slots. The other fields
+        describe a paged cache, which this engine does not have.
     workload_hints : optional
-        Makes no difference.
+        Ignored.
     slots : int, optional
-        How many requests are decoded at once; None: what `continuous_batching_config` says, or 16.
+        Number of requests decoded at once. If None, the value in `continuous_batching_config`, or else 16.
     **options
-        What `Engine` takes.
+        Arguments of `Engine`.
     """
     model = adapt(model)
     slots, options = _from_transformers(model, generation_config, continuous_batching_config, slots, options)
@@ -177,7 +179,7 @@ def init_continuous_batching(
 def _from_transformers(
     model: DiffusionModel, generation_config, continuous_batching_config, slots: int | None, options: dict[str, Any]
 ) -> tuple[int | None, dict[str, Any]]:  # fmt: skip
-    """The number of slots and the options, with what transformers' objects say where nothing else does."""
+    """Return the number of slots and the options, with values missing there taken from transformers' objects."""
     if slots is None:
         slots = getattr(continuous_batching_config, "max_requests_per_batch", None)
     if generation_config is None:
@@ -187,8 +189,8 @@ def _from_transformers(
         value = getattr(generation_config, name, None)
         if value not in (None, off):
             raise ValueError(
-                f"generation_config: {name}={value!r} cannot be used here: what requests ask for beyond a "
-                "configuration is said to add_request or generate_batch"
+                f"generation_config: {name}={value!r} cannot be used here, since it applies to single requests: pass "
+                "such options to add_request or generate_batch"
             )
     found: dict[str, Any] = {}
     if generation_config.suppress_tokens:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where outputs go: to a function that waits for a request's, else into one queue for whoever asks."""
+"""Deliver outputs: to a request's handler if one is registered, otherwise into a common queue."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .request import RequestOutput
 
 
 class Deliveries:
-    """Outputs on their way to their owners. Any thread may put and take."""
+    """Outputs on their way to their owners. May be used from any thread."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -23,9 +23,10 @@ class Deliveries:
         self._handlers: dict[str, Callable[[RequestOutput], Any]] = {}
 
     def register(self, request_id: str, callback: Callable[[RequestOutput], Any]) -> None:
-        """Let a function have the outputs of a request, those that wait already included.
+        """Call a function with each output of a request, including those that are already waiting.
 
-        Where an event loop is running it is called there, else in the engine's thread.
+        If an event loop is running in this thread, the function is called in that loop. Otherwise it is called in the
+        thread that delivers, which is this one for outputs that are already waiting.
         """
         try:
             loop = asyncio.get_running_loop()
@@ -45,7 +46,7 @@ class Deliveries:
             self._call(handler, output)
 
     def put(self, output: RequestOutput) -> None:
-        """Hand an output over."""
+        """Pass an output to its handler, or add it to the queue."""
         with self._changed:
             is_last = output.is_finished()
             handler = self._handlers.pop(output.request_id, None) if is_last else self._handlers.get(output.request_id)
@@ -59,13 +60,13 @@ class Deliveries:
     def _call(handler: Callable[[RequestOutput], Any], output: RequestOutput) -> None:
         try:
             handler(output)
-        except Exception as error:  # a stranger's function must not stop the requests of others
+        except Exception as error:  # a user's function must not stop other requests
             warnings.warn(
                 f"the result handler of request {output.request_id} raised {error!r}", RuntimeWarning, stacklevel=2
             )
 
     def take(self, request_id: str | None = None) -> RequestOutput | None:
-        """The oldest output (of a request) that waits; None if there is none."""
+        """Remove and return the oldest waiting output, of any request or of `request_id`; None if there is none."""
         with self._changed:
             return self._take(request_id)
 
@@ -81,7 +82,10 @@ class Deliveries:
     def wait(
         self, request_id: str | None, timeout: float | None, may_come: Callable[[], bool]
     ) -> RequestOutput | None:  # fmt: skip
-        """The same, waiting for one; None after `timeout` seconds, or as soon as none can come any more."""
+        """Like `take`, but block until an output arrives.
+
+        Returns None after `timeout` seconds, or once `may_come` says that no further output can arrive.
+        """
         until = None if timeout is None else time.monotonic() + timeout
         with self._changed:
             while (found := self._take(request_id)) is None:
@@ -92,7 +96,7 @@ class Deliveries:
         return found
 
     def wake(self) -> None:
-        """Let those who wait see whether anything can come yet."""
+        """Wake all waiting threads, so that they check whether further outputs can arrive."""
         with self._changed:
             self._changed.notify_all()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine: requests come and go, and share the forwards of one model."""
+"""The engine: requests join and leave at any time, and share the forward passes of one model."""
 
 from __future__ import annotations
 
@@ -25,68 +25,68 @@ from .pool import Pool, Size
 from .request import Request, RequestOutput
 from .rounds import Rounds
 
-#: columns of a slot where neither the caller nor the model says how many
+#: default of `max_length`, unless the model supports less
 DEFAULT_LENGTH = 2048
 
 
 class Engine(Life):
-    """Decodes requests as they come, many at a time; the first that is done is the first to leave.
+    """Continuous-batching engine: requests join as they arrive, and leave as soon as they are done.
 
-    A request's answer is what `generate` makes of it alone: it depends on the model, the prompt, the configuration and
-    the seed, never on what is decoded beside it.
+    A request gets the same answer as from `generate` alone: the answer depends on the model, the prompt, the
+    configuration and the seed, never on the requests decoded alongside it.
 
     >>> with dlmkernels.Engine(model, slots=16, max_length=512, rule=dlmkernels.Threshold(0.9)) as engine:
     ...     first = engine.add_request(ids, max_new_tokens=64)
     ...     print(engine.get_result(first).generated_tokens)
 
-    As a context manager it decodes in a thread of its own, which alone uses the model, until the block is left; then
-    all requests that have come are finished first (after an exception they fail). Without that, `step` makes one step
-    at a time, and `get_result` and iteration make as many as they need.
+    Used as a context manager, the engine decodes in a background thread, and only that thread uses the model. Leaving
+    the block waits until all requests are finished; after an exception, unfinished requests fail instead. Without a
+    thread, `step` runs one step at a time, and `get_result` and iteration run as many steps as they need.
 
     Parameters
     ----------
     model : PreTrainedModel or DiffusionModel
         As in `generate`.
     slots : int
-        How many requests are decoded at once.
+        Number of requests decoded at once.
     max_length : int, optional
-        How many tokens a prompt, its answer and a suffix may have together. None: what the model can encode, at most
-        2048.
+        Maximum combined length, in tokens, of prompt, answer and suffix. If None, what the model can encode, but at
+        most 2048.
     config : DecodingConfig, str or dict, optional
-        How to decode what says nothing else, as in `generate`; None: the decoder of the model's family.
+        Default decoding configuration, as in `generate`. If None, the decoder of the model's family.
     tokenizer : PreTrainedTokenizer, optional
-        Reads prompts that are text, looks for stop strings, and makes `RequestOutput.text`.
+        Encodes text prompts, is used to find stop strings, and produces `RequestOutput.text`.
     prefill_budget : int
-        How many tokens of prompts are admitted between two steps of those that are being decoded; one request in any
-        case.
+        Maximum number of prompt tokens admitted between two decoding steps. A longer prompt is admitted alone.
     max_lanes : int
-        How many configurations are decoded at the same time: requests that are decoded alike share forwards, others
-        take turns. A request whose configuration finds no place waits.
+        Maximum number of configurations decoded at the same time. Requests with compatible configurations form a
+        *lane* and share forward passes; lanes take turns. A request that finds no free lane waits.
     deterministic : bool
-        Whether every forward has the same shapes, whatever is in the other slots: answers are then the same bit for
-        bit under any load. Otherwise they are the same up to what matrix products of another size round differently.
+        Whether every forward pass has the same shapes, whatever the other slots hold. Answers are then bitwise
+        identical under any load. Otherwise they agree up to the rounding of matrix products of different sizes.
     graphs : {"auto", True, False}
-        Whether steps are captured as CUDA graphs and replayed. "auto": where that is possible; a warning says where it
-        turns out not to be.
+        Whether to capture steps as CUDA graphs and replay them. "auto" captures steps where possible, and warns if a
+        capture fails. Requests decoded in batches (see Notes) are captured only with True.
     steps_per_poll : int
-        How many steps are made before the host looks at their reports, while no request waits or is followed. Answers
-        do not depend on it. More than 1 spares the host work, and costs steps in which rows that are done do nothing:
-        for small models, whose captured steps take a GPU less time than the host.
+        How many steps run before the host checks their results, while no request waits for a slot or is observed (for
+        example, streamed). Does not change the answers. Values above 1 reduce host work, at the cost of steps in which
+        finished rows do nothing. Useful for small models, whose captured steps take the GPU less time than the host.
     reserve : bool
-        Whether the memory for requests of the engine's own configuration is allocated now (see `memory`), so that what
-        does not fit is known before the first request; False: when one of them comes.
+        Whether to allocate the memory for requests with the engine's own configuration now (see `memory`), so that
+        running out of memory shows before the first request. If False, it is allocated for the first such request.
     **overrides
-        Fields of `DecodingConfig`.
+        Fields of `DecodingConfig`, which take precedence over `config`.
 
     Raises
     ------
     ValueError, TypeError
-        When an argument or the configuration is not possible. The message names it.
+        If an argument or the configuration is invalid. The message names it.
 
     Notes
     -----
-    Continuous: block after block, with any cache. Other programs, models with an encoder of their own and those whose
-    rotary frequencies depend on the length are decoded in batches, each of which begins when the one before has ended.
+    Decoding is continuous for rules that go block by block, with any cache except d2Cache. Requests for other programs,
+    for models with their own encoder and for models whose rotary frequencies depend on the length are decoded in
+    batches: each batch begins when the previous one has ended.
     """
 
     def __init__(
@@ -98,8 +98,8 @@ class Engine(Life):
         self.model = adapt(model)
         if self.model.group is not None:
             raise ValueError(
-                "model is divided among ranks, which must make the same forwards, and an engine's depend on when "
-                "requests come: decode it with generate, on all ranks"
+                "model is sharded across ranks, which must all run the same forward passes, but those of an engine "
+                "depend on when requests arrive: call generate on all ranks instead"
             )
         check_graphs(graphs)
         limit = self.model.max_length
@@ -107,14 +107,14 @@ class Engine(Life):
         if columns is None:
             columns = DEFAULT_LENGTH if limit is None else min(limit, DEFAULT_LENGTH)
         if limit is not None and columns > limit:
-            raise ValueError(f"max_length is {columns}, longer than the model's max_position_embeddings of {limit}")
+            raise ValueError(f"max_length must be at most the model's max_position_embeddings, {limit}; got {columns}")
         size = Size(
             integer(1)("slots", slots), columns, integer(1)("prefill_budget", prefill_budget),
             integer(1)("max_lanes", max_lanes), not flag("deterministic", deterministic), check_polls(steps_per_poll),
         )  # fmt: skip
         wanted = configuration(self.model, config).replace(**overrides)
         self._intake = Intake(self.model, wanted, tokenizer, size)
-        # what is decoded in batches is a program each, which is gone before recordings of it could be worth their while
+        # each batch has a program of its own, which ends before capturing its steps could pay off
         of_gangs = graphs if graphs is True else False
         pool = Pool(
             self.model, size, lambda program: steps_of(program, graphs, deterministic),
@@ -122,7 +122,7 @@ class Engine(Life):
         )  # fmt: skip
         super().__init__(Rounds(pool, tokenizer))
         self._count = 0
-        like = self._intake.blank()  # what cannot be decoded with is refused now
+        like = self._intake.blank()  # raises now if the configuration cannot be decoded with
         if flag("reserve", reserve):
             with torch.inference_mode(False), torch.no_grad():
                 self._rounds.pool.open(like)
@@ -138,61 +138,64 @@ class Engine(Life):
         on_step: Callable[[RequestOutput], Any] | None = None,
         result_handler: Callable[[RequestOutput], Any] | None = None, **options: Any,
     ) -> str:  # fmt: skip
-        """Put a request at the end of the queue. Any thread may.
+        """Add a request to the end of the queue. May be called from any thread.
 
         Parameters
         ----------
         input_ids : list of int, Tensor or str
-            The prompt: ids, int64 `[P]` or `[1, P]`, or with a tokenizer a text or a chat.
+            The prompt: token ids (a list, or int64 `[P]` or `[1, P]`) or, with a tokenizer, a text or a chat.
         request_id : str, optional
-            What it is called; None: a name is made. Of requests that are being decoded no two may have the same.
+            Name of the request, unique among unfinished requests. If None, a name is generated.
         max_new_tokens : int, optional
-            How long the answer is; None: as the engine's configuration says, or else 128, or what there is room for.
+            Length of the answer, in tokens. If None, the length of `given`, or else the configured length, or else 128
+            or as many as fit, whichever is less.
         streaming : bool
-            Whether outputs come also while it is decoded, whenever more of the answer is final.
+            Whether to deliver outputs during decoding as well, whenever more tokens have become final, that is, can no
+            longer change.
         record_timestamps : bool
-            Whether it is noted when each token was known to be final.
+            Whether to record when each token was known to be final.
         eos_token_id : int or sequence of int, optional
-            Tokens that end the answer; requests that end at different ones share forwards.
+            Tokens that end the answer. Requests with different end tokens share forward passes.
         seed : int, optional
-            What its random draws depend on; None: the engine's, or else one that is drawn.
+            Seed of the request's random draws. If None, the engine's seed, or else a random one.
         given : sequence of int, optional
-            Tokens that stand in the answer from the start, `max_new_tokens` of them, -1 where one is to be decoded.
+            Tokens fixed in the answer from the start: `max_new_tokens` ids, -1 at each position to decode.
         suffix : sequence of int, optional
-            Tokens that stand behind the answer, and are not part of it.
+            Fixed tokens that follow the answer and are not part of it.
         stop_strings : str or sequence of str, optional
-            Texts that end the answer; needs a tokenizer. They are looked for in what is final, from the left. The
-            answer ends with the token that completes one; `text` ends before it.
+            Texts that end the answer. Requires a tokenizer. They are searched for, from the left, in the tokens that
+            are final. The answer ends with the token that completes a stop string; `text` ends before the string.
         num_return_sequences : int
-            How many answers there are to be, each with a seed of its own; the others are called `<id>__child#<n>`.
+            Number of answers, each with its own seed. Answers after the first have ids `<id>__child#<n>`.
         repetition_penalty : float
-            Divides positive and multiplies negative logits of tokens that the request holds already.
+            Divides positive and multiplies negative logits of tokens that the request already contains.
         logits_processor : callable or sequence of callables, optional
-            Functions of decoded ids `[n, t]` and scores float32 `[n, V]` of n open positions, in the manner of
-            transformers. They run on the host: every step waits for the device, and is not captured.
+            Functions in the style of transformers. Each takes the decoded ids, int64 `[n, t]`, and the scores of n open
+            positions, float32 `[n, V]`, and returns scores. They run on the host: every step waits for the device and
+            is not captured.
         top_logprobs : int
-            For how many of the likeliest tokens the log-probability is noted at every position.
+            Number of most likely tokens whose log-probabilities are recorded at each position.
         drafts : bool
-            Whether outputs come after every step, with the answer as it stands.
+            Whether to deliver an output after every step, with the current state of the whole answer.
         on_step : callable, optional
-            Is called with such an output after every step, in the engine's thread; what it raises fails the request.
+            Called with such an output after every step, in the engine's thread. If it raises, the request fails.
         result_handler : callable, optional
-            Gets the request's outputs (see `register_result_handler`), from the first on.
+            Receives all outputs of the request (see `register_result_handler`).
         **options
             Fields of `DecodingConfig` for this request: `temperature`, `top_k`, `top_p`, `rule` … Requests that differ
-            in sampling or thresholds share forwards; those that differ in other fields do not.
+            only in sampling options or thresholds share forward passes; those that differ in other fields do not.
 
         Returns
         -------
         str
-            The request's id.
+            The id of the request.
 
         Raises
         ------
         ValueError, TypeError
-            When it could never be decoded, or never be given a slot. The message says why.
+            If the request could never be decoded or never fit into a slot, or its id is in use. The message says why.
         RuntimeError
-            When the engine has been stopped.
+            If the engine has been stopped.
         """
         with self._rounds.lock:
             if request_id is None:
@@ -219,10 +222,10 @@ class Engine(Life):
             check_handler("result_handler", handler)
         with self._rounds.lock:
             if self._is_closed or self._is_stopping or self._must_stop:
-                raise RuntimeError("the engine has been stopped, and takes no requests any more")
+                raise RuntimeError("the engine has been stopped and no longer accepts requests")
             for request in requests:
                 if request.request_id in self._rounds.live:
-                    raise ValueError(f"request_id '{request.request_id}' is in use by a request that is not done yet")
+                    raise ValueError(f"request_id '{request.request_id}' is already in use by an unfinished request")
             if handler is not None:
                 for request in requests:
                     self._rounds.deliveries.register(request.request_id, handler)
@@ -235,7 +238,7 @@ class Engine(Life):
         self, inputs: Iterable[Any], max_new_tokens: int | None = None, streaming: bool = False,
         record_timestamps: bool = False, **options: Any,
     ) -> list[str]:  # fmt: skip
-        """Several requests that are alike but for their prompts; their ids."""
+        """Add several requests that differ only in their prompts, and return their ids."""
         return [
             self.add_request(
                 prompt, max_new_tokens=max_new_tokens, streaming=streaming, record_timestamps=record_timestamps,
@@ -245,16 +248,17 @@ class Engine(Life):
         ]  # fmt: skip
 
     def cancel_request(self, request_id: str) -> None:
-        """Let a request end now: it is delivered as cancelled, with what is final of it. Nothing if it is unknown."""
+        """End a request now, and deliver it as cancelled, with the tokens that are final so far. Ignore unknown ids."""
         with self._rounds.lock:
             if request_id in self._rounds.live:
                 self._rounds.inbox.append(request_id)
         self._wake.set()
 
     def register_result_handler(self, request_id: str, callback: Callable[[RequestOutput], Any]) -> None:
-        """Let a function have all outputs of a request that nobody has taken yet.
+        """Call a function with each output of a request, including those that are already waiting to be taken.
 
-        It is called in the event loop that is running here, if there is one, else in the engine's thread.
+        If an event loop is running in the calling thread, the function is called in that loop. Otherwise it is called
+        in the engine's thread, or in the calling thread for outputs that are already waiting.
         """
         check_handler("callback", callback)
         self._rounds.deliveries.register(request_id, callback)
@@ -262,9 +266,10 @@ class Engine(Life):
     # --- results ------------------------------------------------------------------------------------------------------
 
     def get_result(self, request_id: str | None = None, timeout: float | None = None) -> RequestOutput | None:
-        """The next output (of a request); None after `timeout` seconds, or when none can come any more.
+        """Return the next output, of any request or of `request_id`.
 
-        Each output is given once. Where the engine has no thread, steps are made until there is one.
+        Returns None after `timeout` seconds, or once no further output can arrive. Each output is returned once. If the
+        engine has no thread, this method runs steps until there is an output.
         """
         if not self.is_running():
             until = None if timeout is None else time.monotonic() + timeout
@@ -280,27 +285,27 @@ class Engine(Life):
             return bool(self._rounds.live) if request_id is None else request_id in self._rounds.live
 
     def __iter__(self) -> Iterator[RequestOutput]:
-        """Outputs as they come, until no request is left."""
+        """Yield outputs as they arrive, until no request is left."""
         while (output := self.get_result()) is not None:
             yield output
 
     def request_id_iter(self, request_id: str) -> Iterator[RequestOutput]:
-        """Outputs of one request, the last of them included."""
+        """Yield the outputs of one request, up to and including the last one."""
         while (output := self.get_result(request_id)) is not None:
             yield output
             if output.is_finished():
                 return
 
-    # --- what is known of it ------------------------------------------------------------------------------------------
+    # --- properties and counters --------------------------------------------------------------------------------------
 
     @property
     def slots(self) -> int:
-        """How many requests are decoded at once."""
+        """Number of requests decoded at once."""
         return self._rounds.pool.size.slots
 
     @property
     def max_length(self) -> int:
-        """How many tokens a prompt, its answer and a suffix may have together."""
+        """Maximum combined length, in tokens, of prompt, answer and suffix."""
         return self._rounds.pool.size.columns
 
     @property
@@ -309,14 +314,15 @@ class Engine(Life):
         return self._intake.blank().special
 
     def memory(self) -> EngineMemory:
-        """Bytes that are allocated for requests and stay so while they come and go, of all lanes that there are.
+        """Return the number of bytes allocated for requests in all current lanes.
 
-        Before the first request: those of the engine's own configuration. A lane of another one takes as much again;
-        there are `max_lanes` at most.
+        This memory stays allocated while requests come and go. Before the first request, it belongs to the lane of the
+        engine's own configuration, if `reserve` made one. A lane for another configuration takes as much again; there
+        are at most `max_lanes` lanes.
         """
         with self._stepping:
             return EngineMemory.of(self._rounds.pool.lanes.values())
 
     def metrics(self) -> EngineMetrics:
-        """What has been done so far."""
+        """Return counts and timings since the engine was created."""
         return self._rounds.meter.metrics(self._rounds.waiting, self._rounds.pool.busy)

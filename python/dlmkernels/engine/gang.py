@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests that begin and end together: for decodings whose rows cannot come and go (see `slots.goes_by_itself`).
+"""Requests that start and end together, for decodings whose rows cannot be replaced (see `slots.goes_by_itself`).
 
-A gang is decoded as `generate` decodes a batch; while it is, its requests can be cancelled, but no other request takes
-their place.
+A gang is decoded as `generate` decodes a batch. Its requests can be cancelled on the way, but no other request can take
+their place before the whole gang has ended.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .request import Request
 
 
 class GangLane(Lane):
-    """One batch after the other, each of requests that are decoded alike."""
+    """A lane that decodes one batch after another, each of requests that can share forward passes."""
 
     def __init__(self, model: DiffusionModel, rows: int, steps_of: StepsOf):
         super().__init__(rows)
@@ -75,7 +75,7 @@ class GangLane(Lane):
         if form is None:
             self.is_over = True
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of masks that are left the requests' outputs speak
+                warnings.simplefilter("ignore")  # remaining masks are reported in the outputs of the requests
                 self._lengths = (program.output().length - self._prompt_length).tolist()
             return False
         if program.may_leave(form):
@@ -86,13 +86,13 @@ class GangLane(Lane):
 
 
 def check_program(model: DiffusionModel, request: Request) -> None:
-    """Raise, as `generate` would, where no program can be made for such a request."""
+    """Raise, as `generate` would, if no program can be built for the request."""
     task = task_of(model, [request])
     program_of(task.config.rule)(task)
 
 
 def task_of(model: DiffusionModel, requests: Sequence[Request]) -> Task:
-    """What is to be decoded of requests that begin together, whose prompts end in one column."""
+    """Build the decoding task for requests that start together; their prompts are left-padded to end at one column."""
     rows, lengths = len(requests), [len(request.answer) for request in requests]
     config = together([request.config for request in requests], lengths)
     start, device, special = max(len(request.prompt) for request in requests), model.device, requests[0].special

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what a caller passes to a request that is known to fit and to be decodable, or an error that says why not."""
+"""Turn a caller's arguments into requests that are known to fit and to be decodable, or raise an error."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from .pool import Size
 from .request import Request, id_of_copy
 from .slots import goes_by_itself, grid_of
 
-#: how many configurations are remembered
+#: number of resolved configurations that are cached
 REMEMBERED = 256
 
 
 class Known(NamedTuple):
-    """A configuration that has been checked.
+    """A resolved and checked configuration.
 
     Attributes
     ----------
     config, special : DecodingConfig, SpecialTokens
     key : hashable
-        The same for those by which requests are decoded alike.
+        Equal for configurations whose requests can share forward passes.
     has_fixed_length : bool
-        Whether only requests with equally long answers are.
+        Whether requests must also have the same answer length to share forward passes.
     """
 
     config: DecodingConfig
@@ -53,24 +53,26 @@ class Known(NamedTuple):
 
 
 class Intake:
-    """Makes requests. Any thread may use it."""
+    """Creates requests. May be used from any thread."""
 
     def __init__(self, model: DiffusionModel, config: DecodingConfig, tokenizer, size: Size):
         self.model, self.config, self.tokenizer, self.size = model, config, tokenizer, size
         self._known: dict[Hashable, Known] = {}
         self._lock = threading.Lock()
         if isinstance(config.seed, Tensor):
-            raise ValueError("seed of an engine must be one number or None: add_request takes one for each request")
+            raise ValueError(
+                "seed of an engine must be one number or None; pass seeds for single requests to add_request"
+            )
 
     def known(self, options: Mapping[str, Any]) -> Known:
-        """The engine's configuration with other fields."""
+        """Return the engine's configuration with some fields changed, resolved and checked."""
         key: Hashable
-        if "constraint" in options:  # each request has another one, which is not to be kept
+        if "constraint" in options:  # each request has its own, which must not be kept alive
             return self._resolved(options)
         try:
             key = tuple(sorted(options.items()))
             hash(key)
-        except TypeError:  # a tensor, say
+        except TypeError:  # an unhashable value, such as a list
             return self._resolved(options)
         with self._lock:
             found = self._known.get(key)
@@ -88,15 +90,15 @@ class Intake:
         by_itself = goes_by_itself(self.model, config)
         key = common(config, by_itself), ends_width(config, special)
         known = Known(config, special, key, has_fixed_length(config))
-        if not by_itself:  # what its program refuses is refused now, by one that nothing is decoded with
-            if isinstance(config.constraint, Tensor):  # its shape depends on the answer
+        if not by_itself:  # build a program for a dummy request, so that an unsupported configuration raises now
+            if isinstance(config.constraint, Tensor):  # its shape depends on the length of the answer
                 known = known._replace(config=dataclasses.replace(config, constraint=None).as_preset())
             prompt, length = [int(special.mask == 0)], max(min(config.longest, self.size.columns - 1), 1)
             check_program(self.model, self._blank(known, prompt, [-1] * length))
         return Known(config, special, key, has_fixed_length(config))
 
     def blank(self) -> Request:
-        """A request of the engine's own configuration that nobody has made."""
+        """Return a dummy request with the engine's own configuration."""
         return self._blank(self.known({}), [], [-1])
 
     @staticmethod
@@ -109,7 +111,7 @@ class Intake:
         self, request_id: str, input_ids: Any, *, max_new_tokens: int | None, given: Any, suffix: Any, seed: int | None,
         num_return_sequences: int, stop_strings: Any, wishes: Wishes, flags: Mapping[str, Any], options: dict[str, Any],
     ) -> list[Request]:  # fmt: skip
-        """One request for each sequence that is to be returned."""
+        """Create one request for each sequence to return."""
         check_names(options)
         options = {name: value for name, value in options.items() if value is not None}
         known = self.known(options)
@@ -121,7 +123,8 @@ class Intake:
         count = integer(1)("num_return_sequences", num_return_sequences)
         if count > 1 and not known.config.samples and not known.config.rule.draws:
             raise ValueError(
-                f"num_return_sequences={count} has no effect without chance: temperature is 0, and all would be equal"
+                f"num_return_sequences={count} has no effect without sampling: temperature is 0, so all answers would "
+                "be equal"
             )
         seed = self._seed(seed)
         stops = check_stop_strings(stop_strings, self.tokenizer)
@@ -133,7 +136,7 @@ class Intake:
             )
             for k in range(count)
         ]  # fmt: skip
-        if isinstance(known.config.constraint, Constraint):  # what it refuses is refused now
+        if isinstance(known.config.constraint, Constraint):  # raises now if the constraint cannot be used
             known.config.constraint.bound(requests[0].place(self.model.vocab_size))
         return requests
 
@@ -173,7 +176,7 @@ class Intake:
     def _answer(
         self, prompt: list[int], known: Known, max_new_tokens: int | None, given: Any, suffix: Any
     ) -> tuple[list[int], int]:  # fmt: skip
-        """What stands behind the prompt from the start, -1 for what is to be decoded; how much of it is the suffix."""
+        """Return the tokens after the prompt, -1 at each position to decode, and the length of the suffix in them."""
         behind = ids_of("suffix", suffix)
         self._check_ids("suffix", behind, known.special, 0)
         length = integer(1, optional=True)("max_new_tokens", max_new_tokens)
@@ -185,27 +188,29 @@ class Intake:
             length = known.config.longest
             if "max_new_tokens" not in known.config.asked:
                 length = max(min(length, room), 1)
-        if length > max(room, self.size.columns):  # before a list of so many is made
+        if length > max(room, self.size.columns):  # before a list of this length is created
             raise ValueError(
-                f"input_ids ({len(prompt)} tokens) and the answer (max_new_tokens={length}) are longer than "
-                f"max_length of this engine, which is {self.size.columns}"
+                f"input_ids ({len(prompt)} tokens) and the answer (max_new_tokens={length}) are longer than this "
+                f"engine's max_length of {self.size.columns}"
             )
         answer = [-1] * length if given is None else given
         self._check_ids("given", answer, known.special, -1)
         if len(answer) != length:
-            raise ValueError(f"given must have max_new_tokens={length} ids, -1 where one is decoded; got {len(answer)}")
+            raise ValueError(
+                f"given must have max_new_tokens={length} ids, -1 at positions to decode; got {len(answer)}"
+            )
         if all(i >= 0 for i in answer):
-            raise ValueError("given leaves nothing to decode: -1 stands where a token is wanted")
+            raise ValueError("given leaves nothing to decode: it must hold -1 at each position to decode")
         return answer + behind, len(behind)
 
     def _check_fit(self, known: Known, prompt: list[int], answer: list[int], wishes: Wishes) -> None:
-        """Refuse what could never be given a slot, or never be decoded."""
+        """Raise if the request could never fit into a slot or never be decoded."""
         config = known.config
         grid = grid_of(self.model, config, len(prompt), len(answer))
         if grid.width > self.size.columns:
             raise ValueError(
-                f"input_ids ({len(prompt)} tokens) and the answer ({len(answer)}) take {grid.width} columns; "
-                f"max_length of this engine is {self.size.columns}"
+                f"input_ids ({len(prompt)} tokens) and the answer ({len(answer)} tokens with the suffix) need "
+                f"{grid.width} columns, more than this engine's max_length of {self.size.columns}"
             )
         if known.has_fixed_length and config.rule.by_block:
             plan_blocks(config, grid)
@@ -217,7 +222,7 @@ class Intake:
         wishes.check(config, self.model.vocab_size)
 
     def _check_tensors(self, config: DecodingConfig, length: int) -> None:
-        """Refuse a bias or allowed tokens that no answer of this length can have."""
+        """Raise if the logit bias or a constraint tensor does not fit the vocabulary or an answer of this length."""
         vocab, constraint = self.model.vocab_size, config.constraint
         if vocab is not None and config.logit_bias is not None:
             bias_tensor(config.logit_bias, vocab, torch.device("cpu"))
@@ -228,12 +233,12 @@ class Intake:
             )
             if not fits or (vocab is not None and words > -(-vocab // 32)):
                 raise ValueError(
-                    f"constraint must have shape [n], [{length}, n] or [1, {length}, n] for this answer, n words of "
-                    f"32 tokens or n bools; got {list(constraint.shape)}"
+                    f"constraint must have shape [n], [{length}, n] or [1, {length}, n] for this answer, where n "
+                    f"counts int32 words of 32 tokens or bools; got {list(constraint.shape)}"
                 )
 
     def _seed(self, seed: int | None) -> int:
-        """A request's own seed, else the engine's, else one that is drawn."""
+        """Return the request's own seed, else the engine's, else a random one."""
         chosen = integer(INT64.min, INT64.max, optional=True)("seed", seed)
         if chosen is None:
             assert not isinstance(self.config.seed, Tensor)
@@ -242,7 +247,7 @@ class Intake:
 
 
 def ids_of(name: str, values: Any) -> list[int]:
-    """Token ids as a list; of None, none."""
+    """Return token ids as a list, which is empty for None."""
     if values is None:
         return []
     if getattr(values, "ndim", 1) != 1:
@@ -254,13 +259,13 @@ def ids_of(name: str, values: Any) -> list[int]:
 
 
 def check_handler(name: str, value: Any) -> None:
-    """Refuse what is no function of an output."""
+    """Raise if a result handler is not callable."""
     if not callable(value):
-        raise TypeError(f"{name} must be a function of a RequestOutput; got {type(value).__name__}")
+        raise TypeError(f"{name} must be a callable that takes a RequestOutput; got {type(value).__name__}")
 
 
 def check_flags(**values: Any) -> dict[str, Any]:
-    """What a request's owner wants to hear before its end, checked."""
+    """Check the options that ask for outputs before the end of a request, and return them."""
     on_step = values.pop("on_step")
     if on_step is not None:
         check_handler("on_step", on_step)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the engine asks of a decoding whose rows are requests: the interface of `slots.SlotLane` and `gang.GangLane`."""
+"""A decoding whose rows are requests, as the engine sees it: the interface of `slots.SlotLane` and `gang.GangLane`."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from ..decoding.programs import Program
 from ..decoding.state import FROZEN, OPEN
 from .request import Answer, Request
 
-#: makes what runs the steps of a program (see `decoding.capture`)
+#: creates the object that runs the steps of a program (see `decoding.capture`)
 StepsOf = Callable[[Program], Steps]
 
 
 class Lane(ABC):
-    """One program, and which of its rows belongs to which request.
+    """A program, and the requests that its rows belong to.
 
     Attributes
     ----------
     owner : list of Request or None
-        Of each row.
+        The request of each row.
     forwards, width, working : int
-        How many forwards there have been; how many rows the last of them took, and how many of these were in a block.
+        Number of forward passes so far, number of rows in the last one, and how many of those rows were in a block.
     seconds : float
-        How long the host took to make the last step.
+        Time the host took to submit the last step.
     is_over : bool
-        Whether all that there is in the program is done.
+        Whether everything in the program has been decoded.
     """
 
     def __init__(self, rows: int):
@@ -52,32 +52,32 @@ class Lane(ABC):
 
     @property
     def busy(self) -> int:
-        """How many rows have a request."""
+        """Number of rows that have a request."""
         return sum(request is not None for request in self.owner)
 
     @property
     @abstractmethod
     def room(self) -> int:
-        """How many requests can be admitted now."""
+        """Number of requests that can be admitted now."""
 
     @abstractmethod
     def admit(self, requests: Sequence[Request]) -> None:
-        """Take requests in, no more than there is room for."""
+        """Put requests into free rows; at most `room` of them."""
 
     @abstractmethod
     def release(self, row: int, is_done: bool) -> None:
-        """The request of a row has left; `is_done`: since `poll` has named the row."""
+        """Free a row whose request has left; `is_done` if `poll` has reported the row as done."""
 
     @abstractmethod
     def poll(self) -> Iterable[int]:
-        """Read the newest report that may be read; rows whose requests are known to be done by it."""
+        """Read the newest available report, and return the rows whose requests it shows to be done."""
 
     @abstractmethod
     def advance(self) -> bool:
-        """Make one step, by the report that is known; whether there was one to make."""
+        """Run one step, chosen from the last report read, and return whether there was a step to run."""
 
     def make(self, form: Any, is_forward: bool) -> None:
-        """Make a step of that form, which forwards the model or not."""
+        """Run a step of the given form; `is_forward` says whether it includes a forward pass of the model."""
         started = time.perf_counter()
         self.counts.submit(self.steps(form))
         self.seconds = time.perf_counter() - started
@@ -85,19 +85,19 @@ class Lane(ABC):
 
     @abstractmethod
     def start(self, row: int) -> int:
-        """Column at which the answer of the row's request begins."""
+        """Return the column at which the answer of the row's request begins."""
 
     def length(self, row: int) -> int | None:
-        """How long the answer of the row's request has become, where the program says so."""
+        """Return the final length of the answer of the row's request, or None if the program does not determine it."""
         return None
 
     def errors(self) -> dict[int, Exception]:
-        """What the processors or the constraint of a row's request have raised."""
+        """Return the exceptions raised by the logits processors or the constraint of a request, by row."""
         of_processors = {} if self.processed is None else self.processed.errors
         return dict(of_processors) if self.constraints is None else of_processors | self.constraints.errors
 
     def read(self, rows: Sequence[int]) -> list[Answer]:
-        """What stands in some rows, which all have a request; waits for the device."""
+        """Copy the contents of some rows to the host; waits for the device. Each row must have a request."""
         state, top = self.program.state, self.processed
         index = torch.tensor(rows, dtype=torch.int64, device="cpu").to(state.tokens.device)
         bits = state.state[index]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The life of an engine: its thread, steps without one, and its end."""
+"""Life cycle of an engine: its thread, steps without a thread, and shutdown."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Own = TypeVar("Own", bound="Life")
 
 
 class Life:
-    """What makes the rounds: a thread, or whoever calls `step`."""
+    """Runs the engine's rounds, in a background thread or in the callers of `step`."""
 
     def __init__(self, rounds: Rounds) -> None:
         self._rounds = rounds
         self._is_closed = self._is_stopping = self._must_stop = False
         self._fatal: BaseException | None = None
-        self._stepping = threading.RLock()  # whoever makes a step
+        self._stepping = threading.RLock()  # held during a round
         self._thread: threading.Thread | None = None
         self._wake = threading.Event()
 
@@ -33,28 +33,28 @@ class Life:
         self.stop(hard_stop=error is not None)
 
     def is_running(self) -> bool:
-        """Whether there is a thread that decodes."""
+        """Return whether the engine has a running thread."""
         return self._thread is not None and self._thread.is_alive()
 
     def start(self) -> None:
-        """Let a thread decode from now on."""
+        """Start a background thread that decodes the requests."""
         if self._is_closed:
-            raise RuntimeError("the engine has been stopped: make another")
+            raise RuntimeError("the engine has been stopped and cannot be started again: create a new one")
         if not self.is_running():
             self._thread = threading.Thread(target=self._run, name="dlmkernels-engine", daemon=True)
             self._thread.start()
 
     def stop(self, block: bool = True, timeout: float | None = None, hard_stop: bool = False) -> None:
-        """Take no more requests, finish those that there are, and end.
+        """Accept no more requests, finish the pending ones, and shut down.
 
         Parameters
         ----------
         block : bool
-            Whether to wait for that.
+            Whether to wait for the thread to end. Without a thread, the pending requests are always finished here.
         timeout : float, optional
-            For how many seconds at most.
+            Maximum time to wait, in seconds.
         hard_stop : bool
-            Let requests that are not done fail instead; they are delivered as failed.
+            Whether to fail unfinished requests instead of finishing them. They are delivered as failed.
         """
         with self._rounds.lock:
             self._is_stopping, self._must_stop = True, self._must_stop or hard_stop
@@ -65,16 +65,16 @@ class Life:
             self.join(timeout)
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait until the thread has ended, for `timeout` seconds at most."""
+        """Wait until the thread has ended, but at most `timeout` seconds."""
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout)
 
     def destroy(self) -> None:
-        """End at once; whatever is not done fails."""
+        """Shut down at once; unfinished requests fail."""
         self.stop(hard_stop=True)
 
     def _run(self) -> None:
-        """The thread's life."""
+        """Run rounds until the engine is stopped; the target of the thread."""
         try:
             while not self._must_stop:
                 self._wake.clear()
@@ -82,7 +82,7 @@ class Life:
                     if self._is_stopping and not self._rounds.inbox:
                         break
                     self._wake.wait(1.0)
-        except BaseException as error:  # whoever waits for a result has to hear of it
+        except BaseException as error:  # callers that wait for results must be told
             self._fatal = error
         finally:
             self._close()
@@ -94,23 +94,23 @@ class Life:
             self._close()
 
     def _close(self) -> None:
-        """Nothing is decoded any more: what is left fails."""
+        """Stop decoding, and fail the remaining requests."""
         with self._rounds.lock:
             self._is_closed = True
         self._rounds.end("the engine was stopped" if self._fatal is None else f"the engine failed: {self._fatal!r}")
 
     @property
     def background_thread_status(self) -> SimpleNamespace:
-        """With `fatal_error`, as servers of transformers ask: why the thread has ended, None if it has not failed."""
+        """Namespace with `fatal_error`: the exception that ended the thread, or None. Read by transformers' server."""
         return SimpleNamespace(fatal_error=self._fatal)
 
     @property
     def batch_processor(self) -> None:
-        """None: there is none of transformers' pages, whose state its servers show where there is."""
+        """None. Transformers' server reads the state of a paged cache here, which this engine does not have."""
         return None
 
     def step(self) -> bool:
-        """Look after everything once: requests that have come, that are done, that are admitted; and one step of each.
+        """Run one round: take in new requests, deliver finished ones, admit waiting ones, and run a step of each lane.
 
         Returns
         -------

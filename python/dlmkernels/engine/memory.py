@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine has allocated for its requests."""
+"""Memory that an engine has allocated for its requests."""
 
 from __future__ import annotations
 
@@ -24,16 +24,18 @@ class EngineMemory:
     Attributes
     ----------
     state : int
-        Canvases, what is known of every position and every request, plans, and buffers of the steps.
+        Canvases (the tokens of prompt and answer), records of every position and request, plans, and step buffers.
     caches : int
         Keys and values.
     lanes : int
-        How many lanes they belong to.
+        Number of lanes that this memory belongs to.
+    total : int
+        Sum of `state` and `caches`.
 
     Notes
     -----
-    Not counted: the model; what a forward takes for its activations and logits, which is free again after it (of
-    captured steps it stays in the graphs' pool of memory).
+    The model is not counted, nor are activations and logits, which are freed after each forward pass (or, with captured
+    steps, stay in the memory pool of the CUDA graphs).
     """
 
     state: int
@@ -56,12 +58,12 @@ class EngineMemory:
 
 
 def tensors_in(root: Any) -> list[Tensor]:
-    """Tensors that an object keeps, without those of a model, and those of the last step."""
+    """Return the tensors that an object holds, directly or indirectly, except those of a model or of the last step."""
     return [one for one in _walk(root) if isinstance(one, Tensor)]
 
 
 def _places(root: Any) -> set[tuple[int, int]]:
-    """Where the tensors' storages begin, and how many bytes each has."""
+    """Return the address and the size in bytes of each storage that the object's tensors use."""
     storages = [one.untyped_storage() for one in tensors_in(root)]
     return {(storage.data_ptr(), storage.nbytes()) for storage in storages if storage.nbytes()}
 
@@ -71,7 +73,7 @@ def _parts(root: Any, kind: type) -> list[Any]:
 
 
 def _walk(root: Any) -> Iterator[Any]:
-    """An object and all that it is made of."""
+    """Yield an object and, recursively, everything that it holds."""
     left, seen = [root], set()
     while left:
         one = left.pop()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the engine counts."""
+"""Counts and timings of an engine."""
 
 from __future__ import annotations
 
@@ -13,33 +13,34 @@ from .request import RequestOutput, RequestStatus
 
 @dataclass(frozen=True)
 class EngineMetrics:
-    """What an engine has done since it was made.
+    """Counts and timings of an engine since it was created.
 
     Attributes
     ----------
     finished, failed, cancelled : int
-        Requests that were delivered, by how they ended.
+        Number of delivered requests, by outcome.
     waiting, running : int
-        Requests in the queue, and in slots.
+        Number of requests in the queue, and in slots.
     tokens : int
-        Tokens that were decoded for delivered requests.
+        Number of tokens decoded for delivered requests.
     seconds : float
-        Time in which there was work.
+        Total time spent in rounds of the engine.
     tokens_per_second : float
+        `tokens` divided by `seconds`.
     forwards, rows : int
-        Forwards of the model; and how many rows they took in all.
+        Number of forward passes of the model, and the total number of batch rows in them.
     tokens_per_forward : float
-        Tokens of a request over the forwards that it took part in, the mean over requests.
+        Decoded tokens of a request per forward pass that it took part in; mean over requests.
     occupancy : float
-        Mean share of the slots that had a request when a forward ran.
+        Mean share of slots that held a request during a forward pass, from 0 to 1.
     idle_row_share : float
-        Share of all forwarded rows that were in no block.
+        Share of all forwarded rows that were not in a block.
     time_to_first_block, queue_seconds : float
-        Means over requests: from coming to the end of the first block, and to a slot.
+        Mean time in seconds from adding a request to the end of its first block, and until it gets a slot.
     host_microseconds : float
-        Median time that the host spends on a step beside making it: reports, admission, delivery, streaming.
+        Median host time per step, apart from the step itself: reading reports, admission, delivery, streaming.
     replayed_share : float
-        Share of the steps that were replayed from a recording.
+        Share of steps that were replayed from a captured graph, from 0 to 1.
     """
 
     finished: int
@@ -62,7 +63,7 @@ class EngineMetrics:
 
 
 class Meter:
-    """Counts for `EngineMetrics`."""
+    """Accumulates the counts for `EngineMetrics`."""
 
     def __init__(self) -> None:
         self.ended = dict.fromkeys((RequestStatus.FINISHED, RequestStatus.FAILED, RequestStatus.CANCELLED), 0)
@@ -72,12 +73,15 @@ class Meter:
         self.seconds = self._per_forward = self._first_block = self._queued = 0.0
         self._with_forwards = self._with_block = self._with_slot = 0
         self.host: deque[float] = deque(maxlen=10_000)
-        self.in_steps = 0.0  # seconds of the visit going on that went into making steps
+        self.in_steps = 0.0  # seconds spent in the steps of the current round
 
     def step(
         self, slots: int, rows: int, owned: int, working: int, forwards: int, seconds: float, was_replayed: bool
     ) -> None:  # fmt: skip
-        """A program of so many slots has made a step, which forwarded so many rows."""
+        """Record a step of a lane with `slots` rows, `owned` of which have a request.
+
+        `forwards` is 1 if the step ran the model, on `rows` rows, of which `working` were in a block.
+        """
         self.in_steps += seconds
         self.steps += 1
         self.replayed += was_replayed
@@ -88,7 +92,7 @@ class Meter:
         self.working += working * forwards
 
     def visit(self, started: float, steps: int) -> None:
-        """The engine has looked after everything once, which took from `started` until now."""
+        """Record a round of the engine that began at `started`, ends now and ran `steps` steps."""
         seconds = time.perf_counter() - started
         self.seconds += seconds
         if steps:
@@ -96,7 +100,7 @@ class Meter:
         self.in_steps = 0.0
 
     def delivered(self, output: RequestOutput) -> None:
-        """A request has ended."""
+        """Record the last output of a request."""
         self.ended[output.status] += 1
         self.tokens += sum(step >= 0 for step in output.commit_step)
         if output.num_forwards:
@@ -110,7 +114,7 @@ class Meter:
             self._with_slot += 1
 
     def metrics(self, waiting: int, running: int) -> EngineMetrics:
-        """All of it."""
+        """Return all counts and timings."""
         rows, seconds = max(self.rows, 1), max(self.seconds, 1e-9)
         return EngineMetrics(
             finished=self.ended[RequestStatus.FINISHED], failed=self.ended[RequestStatus.FAILED],

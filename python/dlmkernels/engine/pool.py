@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The queue, the lanes, and which request is given which slot."""
+"""The queue, the lanes, and the admission of requests to slots."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .lane import Lane, StepsOf
 from .request import Request
 from .slots import SlotLane, goes_by_itself
 
-#: How many requests behind one that has to wait are looked at for one that need not.
+#: How many requests that cannot be admitted now are skipped in search of one that can.
 LOOK_AHEAD = 64
-#: How often the oldest request is passed over before nothing passes it any more.
+#: How many times the oldest request may be overtaken before nothing overtakes it any more.
 PATIENCE = 64
 
 
 class Failure(NamedTuple):
-    """A request that could not be taken in, and why."""
+    """A request that could not be admitted, and the error."""
 
     request: Request
     error: Exception
@@ -29,20 +29,20 @@ class Failure(NamedTuple):
 
 @dataclass(frozen=True)
 class Size:
-    """How large the engine is.
+    """Size limits of an engine.
 
     Attributes
     ----------
     slots, columns : int
-        How many requests are decoded at once, and how many tokens prompt, answer and suffix may have together.
+        Number of requests decoded at once, and maximum combined length, in tokens, of prompt, answer and suffix.
     prompt_tokens : int
-        How many tokens of prompts are admitted between two steps, one request in any case.
+        Maximum number of prompt tokens admitted between two steps. At least one request is always admitted.
     lanes : int
-        How many configurations are decoded at the same time.
+        Maximum number of configurations decoded at the same time.
     may_be_few : bool
-        Whether a forward may take the rows alone that need it.
+        Whether a forward pass may take only the rows that need it, instead of all rows.
     steps_per_poll : int
-        How many steps a lane makes between two looks at its report, at most.
+        Maximum number of steps that a lane runs before its report is read.
     """
 
     slots: int
@@ -54,34 +54,35 @@ class Size:
 
 
 class Pool:
-    """All requests that are not delivered yet: first come, first served, and first done, first out.
+    """The queue of waiting requests, and the lanes that decode the admitted ones.
 
-    Requests that are decoded alike share a lane, that is, their forwards. All lanes together have no more requests than
-    there are slots.
+    Requests are admitted in order of arrival and leave as soon as they are done. Requests with compatible
+    configurations share a lane and its forward passes. All lanes together hold at most as many requests as there are
+    slots.
     """
 
     def __init__(self, model: DiffusionModel, size: Size, steps_of: StepsOf, steps_of_gangs: StepsOf):
         self.model, self.size, self._steps_of, self._steps_of_gangs = model, size, steps_of, steps_of_gangs
         self.waiting: deque[Request] = deque()
         self.lanes: dict[Hashable, Lane] = {}
-        #: the lane that is never given up
+        #: key of the lane that is never removed to make room for another
         self.first: Hashable = None
         self._passed_over = 0
 
     @property
     def busy(self) -> int:
-        """How many slots have a request."""
+        """Number of slots that hold a request."""
         return sum(lane.busy for lane in self.lanes.values())
 
     def rows(self) -> Iterator[tuple[Lane, int, Request]]:
-        """Every row that has a request."""
+        """Yield every row that holds a request, with its lane and the request."""
         for lane in list(self.lanes.values()):
             for row, request in enumerate(lane.owner):
                 if request is not None:
                     yield lane, row, request
 
     def lane_key(self, request: Request) -> Hashable:
-        """Requests of the same key can share a lane."""
+        """Return a key that is equal for requests that can share a lane."""
         if request.alone:
             return request.request_id
         length = len(request.answer) if request.has_fixed_length else None
@@ -91,7 +92,7 @@ class Pool:
         return not request.alone and goes_by_itself(self.model, request.config)
 
     def make(self, request: Request) -> Lane:
-        """A lane for a request and those like it."""
+        """Create a lane for a request and others with the same key."""
         model, size = self.model, self.size
         if not self._goes_by_itself(request):
             rows = 1 if request.alone or getattr(model, "_by_length", False) else size.slots
@@ -99,7 +100,10 @@ class Pool:
         return SlotLane(model, request, size.slots, size.columns, self._steps_of, size.may_be_few)
 
     def open(self, request: Request) -> None:
-        """Make the lane of a request that may come, and keep it; not where a lane has to know its requests."""
+        """Create a lane in advance for requests like this one, unless its shape depends on the actual requests.
+
+        The lane is never removed again, unless there can be only one.
+        """
         if self._goes_by_itself(request) and not request.has_fixed_length:
             key = self.lane_key(request)
             self.lanes[key] = self.make(request)
@@ -109,7 +113,7 @@ class Pool:
     # --- admission ----------------------------------------------------------------------------------------------------
 
     def admit(self) -> list[Failure]:
-        """Give free slots to those who have waited longest; who could not be taken in, and why."""
+        """Give free slots to the requests that have waited longest. Return those that could not be admitted."""
         chosen, failures = self._choose()
         for key, requests in chosen.items():
             lane = self.lanes[key]
@@ -122,7 +126,7 @@ class Pool:
         return failures
 
     def _choose(self) -> tuple[dict[Hashable, list[Request]], list[Failure]]:
-        """Requests of the queue, by the lane that takes them in; and those that no lane can be made for."""
+        """Take requests from the queue: those to admit, by the key of their lane, and those no lane can be made for."""
         chosen: dict[Hashable, list[Request]] = {}
         failures: list[Failure] = []
         free, tokens, looked_at, has_overtaken = self.size.slots - self.busy, 0, 0, False
@@ -153,12 +157,12 @@ class Pool:
         return chosen, failures
 
     def _lane(self, key: Hashable, request: Request, chosen: dict[Hashable, list[Request]]) -> Lane | None:
-        """The lane of a key, made if there is none; None if there are too many already."""
+        """Return the lane of a key, creating it if needed; None if there are too many lanes already."""
         if key not in self.lanes:
             if len(self.lanes) >= self.size.lanes and not self._give_up_one(chosen):
                 return None
             self.lanes[key] = self.make(request)
-        lane = self.lanes.pop(key)  # to the end: the ones in front have not been used for longest
+        lane = self.lanes.pop(key)  # move it to the end: the least recently used lanes come first
         self.lanes[key] = lane
         return lane
 
@@ -172,9 +176,9 @@ class Pool:
     # --- failures -----------------------------------------------------------------------------------------------------
 
     def part(self, key: Hashable) -> list[Request]:
-        """Give up a lane whose step has failed: its requests are decoded again, each alone.
+        """Remove a lane whose step has failed, and queue its requests to be decoded again, each alone.
 
-        Those that were alone already are returned: they have failed.
+        Returns the requests that were alone already; these have failed for good.
         """
         lane = self.lanes.pop(key)
         return self._part([request for request in lane.owner if request is not None], lane)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what stands in a slot to what a request's owner is told."""
+"""Turn the content of a slot into outputs for the request's owner."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .request import Answer, Request, RequestOutput, RequestStatus
 
 
 def seen_stop(request: Request, answer: Answer, tokenizer) -> int | None:
-    """How many tokens of what is final it takes to complete a stop string; None if none is there."""
+    """Return how many of the tokens that are final it takes to complete a stop string; None if they contain none."""
     final = answer.tokens[: answer.length(answer.final)]
     return stop_at(final, request.stop_strings, tokenizer, request.shown)
 
 
 def final_output(request: Request, answer: Answer, tokenizer, **fields: Any) -> RequestOutput:
-    """The last output of a request; `fields` say so where it was cancelled."""
+    """Build the last output of a request. If it was cancelled, `fields` holds `error` and `finish_reason`."""
     is_cancelled = "error" in fields
     whole = len(answer.tokens) if not is_cancelled else answer.final
     length = answer.length(whole)
@@ -38,7 +38,7 @@ def final_output(request: Request, answer: Answer, tokenizer, **fields: Any) -> 
 
 
 def interim_output(request: Request, answer: Answer) -> RequestOutput:
-    """What is final of a request that goes on, and if wanted its draft."""
+    """Build an output of an unfinished request: the tokens that are final so far and, if requested, the draft."""
     length = answer.length(answer.final)
     _note_times(request, length)
     has_draft = request.drafts or request.on_step is not None
@@ -55,7 +55,7 @@ def _note_times(request: Request, length: int) -> None:
 
 
 def _tokens(answer: Answer, length: int) -> dict[str, Any]:
-    """The first `length` tokens of an answer and what is known of each."""
+    """Return the first `length` tokens of an answer and their records, as fields of `RequestOutput`."""
     confidence, steps = list(answer.confidence[:length]), list(answer.commit_step[:length])
     found: dict[str, Any] = {
         "generated_tokens": list(answer.tokens[:length]), "commit_step": steps, "confidence": confidence,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A request on its way through the engine, and what its owner is given."""
+"""A request on its way through the engine, and the outputs delivered to its owner."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..decoding.processing import Wishes
 
 
 class RequestStatus(IntEnum):
-    """Where a request is in its life. The first five are those of transformers' continuous batching."""
+    """Status of a request. The first five values are those of transformers' continuous batching."""
 
     PENDING = 0
     PREFILLING = 1
@@ -26,13 +26,13 @@ class RequestStatus(IntEnum):
 
 
 def id_of_copy(request_id: str, k: int) -> str:
-    """What the answer number k of a request is called, from 0."""
+    """Return the id of answer number `k` of a request, counted from 0."""
     return request_id if k == 0 else f"{request_id}__child#{k - 1}"
 
 
 @dataclass
 class RequestOutput:
-    """What has become of a request: the fields of transformers' `GenerationOutput`, and what a decoding knows beyond.
+    """State or result of a request: the fields of transformers' `GenerationOutput`, and details of the decoding.
 
     Attributes
     ----------
@@ -40,41 +40,42 @@ class RequestOutput:
     prompt_ids : list of int
         Tokens of the prompt.
     generated_tokens : list of int
-        The answer, without padding behind an end token and without the suffix. While the request is being decoded: as
-        far as it is final, from the left.
+        The answer, without padding after an end token and without the suffix. While the request is being decoded, only
+        its leading tokens that can no longer change.
     logprobs : list of float
-        Logarithm of the probability that each of these tokens had when it was committed; 0 for given ones.
+        Log-probability of each of these tokens when it was committed; 0 for given tokens.
     error : str, optional
-        Why there is no whole answer; None where there is one.
+        Why there is no complete answer. None if there is one.
     status : RequestStatus
     created_time : float
-        When the request came, by `time.perf_counter`.
+        When the request was added, by `time.perf_counter`.
     lifespan : tuple of float
-        When it was given a slot and when it left it; -1 where it has not.
+        When the request got its slot, and when it ended, by `time.perf_counter`; -1 if that has not happened.
     timestamps : list of float, optional
-        With `record_timestamps`: when each token was known to be final.
+        With `record_timestamps`, when each token was known to be final, by `time.perf_counter`.
     num_forwards : int
-        Model forwards that it took part in.
+        Number of forward passes that the request took part in.
     commit_step : list of int
-        Forward, from 0, at which each token was committed; -1 for given ones.
+        Number of the forward pass, from 0, in which each token was committed; -1 for given tokens.
     confidence : list of float
-        Probability that each token had then; 0 for given ones.
+        Probability of each token when it was committed; 0 for given tokens.
     complete : bool
-        Whether every position of the answer was decided.
+        Whether every position of the answer has been decided.
     finish_reason : str, optional
-        "length": the whole answer was decoded; "eos": it has an end token; "stop": one of the stop strings; "error" or
-        "cancelled". None while the request goes on.
+        "length" (the whole answer was decoded), "eos" (it contains an end token), "stop" (it contains a stop string),
+        "error" or "cancelled". None while the request is being decoded.
     text : str, optional
-        The answer as text, up to a stop string, where the engine has a tokenizer.
+        The answer as text, up to a stop string. None if the engine has no tokenizer.
     top_logprobs : list, optional
-        With `top_logprobs=k`: for each token k pairs of an id and its log-probability, the likeliest first; None for
-        given ones.
+        With `top_logprobs=k`, k pairs of id and log-probability for each token, most likely first. None for given
+        tokens.
     draft : list of int, optional
-        With `drafts`: the whole answer as it stands, masks included; in outputs before the last one.
+        With `drafts` or `on_step`, the current state of the whole answer, mask tokens included. None in the last
+        output.
     draft_confidence : list of float, optional
-        With it: the probability that each of these tokens had; 0 for masks, given tokens and padding.
+        Probability of each token of `draft` when it was committed; 0 for mask tokens, given tokens and padding.
     time_to_first_block : float, optional
-        Seconds from the request's coming to the end of its first block.
+        Seconds from adding the request to the end of its first block.
     """
 
     request_id: str
@@ -98,45 +99,45 @@ class RequestOutput:
     time_to_first_block: float | None = None
 
     def is_finished(self) -> bool:
-        """Whether this is the last that is heard of the request."""
+        """Return whether this is the request's last output."""
         return self.status >= RequestStatus.FINISHED
 
     @property
     def tokens_per_forward(self) -> float:
-        """Tokens that were decoded over forwards; 0 before the first."""
+        """Number of decoded tokens per forward pass; 0 before the first."""
         return sum(step >= 0 for step in self.commit_step) / max(self.num_forwards, 1)
 
 
 @dataclass(eq=False)
 class Request:
-    """A request as the engine keeps it, from its coming to its delivery.
+    """A request inside the engine, from its arrival to its delivery.
 
     Attributes
     ----------
     request_id : str
     prompt : list of int
     answer : list of int
-        Tokens that stand behind the prompt from the start, -1 where one is to be decoded; the suffix last.
+        Tokens after the prompt at the start: -1 at each position to decode, and the suffix last.
     suffix_length : int
-        How many of them are the suffix.
+        Number of tokens at the end of `answer` that are the suffix.
     seed : int
-        What its random draws depend on.
+        Seed of the request's random draws.
     config, special : DecodingConfig, SpecialTokens
-        How it is decoded, apart from its seed; nothing is left open.
+        The fully resolved configuration, apart from the seed.
     config_key : hashable
-        The same for requests that are decoded alike.
+        Equal for configurations whose requests can share forward passes.
     has_fixed_length : bool
-        Whether only requests with equally long answers are decoded alike.
+        Whether requests must have the same answer length to share forward passes.
     wishes : Wishes
-        What it asks for beyond a configuration.
+        Options that are not part of a configuration, such as a repetition penalty.
     stop_strings : tuple of str
-        Texts that end it.
+        Texts that end the answer.
     streaming, drafts, record_timestamps : bool
-        What its owner wants to hear before the end.
+        Which outputs and records the owner has asked for; see `Engine.add_request`.
     on_step : callable, optional
-        Is called with a `RequestOutput` after each step.
+        Called with a `RequestOutput` after each step.
     alone : bool
-        Whether it must not share a program, since one that it was part of has failed.
+        Whether the request must not share a program, because a step that it took part in has failed.
     """
 
     request_id: str
@@ -160,14 +161,14 @@ class Request:
     started: float = -1
     first_block: float | None = None
     timestamps: list[float] = field(default_factory=list)
-    #: how many tokens its owner has been shown
+    #: number of tokens already shown to the owner
     shown: int = 0
     is_delivered: bool = False
 
     def place(self, vocab: int | None) -> AnswerPlace:
-        """Where the answer stands in a row that begins with its prompt.
+        """Return the columns of the answer in a row that begins with the prompt.
 
-        Before a suffix no token ends it: it has to come to the suffix.
+        With a suffix, no token ends the answer early, since it must continue up to the suffix.
         """
         start, length = len(self.prompt), len(self.answer) - self.suffix_length
         place = AnswerPlace.of(self.special, start, [start + length], vocab)
@@ -175,11 +176,11 @@ class Request:
 
     @property
     def is_watched(self) -> bool:
-        """Whether its tokens are read while it is decoded."""
+        """Whether the tokens of the request are read on the host during decoding."""
         return self.streaming or self.drafts or self.record_timestamps or bool(self.stop_strings or self.on_step)
 
     def output(self, status: RequestStatus, **fields: Any) -> RequestOutput:
-        """What its owner is told now."""
+        """Build an output with the given status and fields."""
         ended = time.perf_counter() if status >= RequestStatus.FINISHED else -1
         first = None if self.first_block is None else self.first_block - self.created_time
         return RequestOutput(
@@ -191,23 +192,23 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What stands in a slot, read from the device: a request's columns behind its prompt, without the suffix.
+    """Content of a slot, copied from the device: the columns after the request's prompt, without the suffix.
 
     Attributes
     ----------
     tokens, commit_step, confidence : sequence
-        Of each column.
+        One value for each column.
     is_open : sequence of bool
-        Where nothing has been decided.
+        Columns that are still undecided.
     is_given : sequence of bool
-        What stood there from the start.
+        Columns whose token was fixed from the start.
     num_forwards : int
     final : int
-        How many columns from the left are final.
+        Number of columns, from the left, that are final.
     limit : int, optional
-        How many columns belong to the answer, where the program says so.
+        Length of the answer, if the program determines it.
     top_logprobs : list, optional
-        For each column the k best ids and their log-probabilities.
+        For each column, the k most likely ids and their log-probabilities.
     """
 
     tokens: Sequence[int]
@@ -221,7 +222,7 @@ class Answer:
     top_logprobs: list[list[tuple[int, float]]] | None = None
 
     def length(self, columns: int) -> int:
-        """How many of the first `columns` are not padding: up to the last that is open, given or committed."""
+        """Return how many of the first `columns` precede the padding: up to the last open, given or committed one."""
         columns = columns if self.limit is None else min(columns, max(self.limit, 0))
         is_token = [
             o or g or s >= 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the engine does again and again: requests come in, leave, are admitted, and move on by a step."""
+"""The engine's main loop. Each round takes in, delivers and admits requests, and runs a step of every lane."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .request import Answer, Request, RequestOutput, RequestStatus
 
 
 class Rounds:
-    """All requests between their coming and their delivery. One thread at a time makes rounds; any may hand in.
+    """All requests from arrival to delivery. One thread at a time runs rounds; any thread may add to the inbox.
 
     Attributes
     ----------
     live : dict
-        Requests that are not delivered yet, by id.
+        Requests that have not been delivered yet, by id.
     inbox : deque
-        Requests that have come, and ids of those that are to be cancelled, since the last round.
+        Requests that have arrived since the last round, and ids of requests to cancel.
     lock : Lock
-        Of these two.
+        Protects `live` and `inbox`.
     """
 
     def __init__(self, pool: Pool, tokenizer) -> None:
@@ -37,7 +37,7 @@ class Rounds:
         self.inbox: deque[Request | str] = deque()
 
     def make(self) -> bool:
-        """One round; whether anything is left to do."""
+        """Run one round, and return whether anything is left to do."""
         started = time.perf_counter()
         self._take_in()
         self._deliver_done()
@@ -51,12 +51,12 @@ class Rounds:
 
     @property
     def waiting(self) -> int:
-        """How many requests have no slot yet."""
+        """Number of requests that have no slot yet."""
         with self.lock:
             return sum(isinstance(one, Request) for one in self.inbox) + len(self.pool.waiting)
 
     def end(self, reason: str) -> None:
-        """Nothing is decoded any more: what is left fails."""
+        """Stop decoding, and deliver the remaining requests as failed for the given reason."""
         with self.lock:
             left = list(self.live.values())
             self.inbox.clear()
@@ -67,7 +67,7 @@ class Rounds:
         self.deliveries.wake()
 
     def _take_in(self) -> None:
-        """Requests and cancellations that have come."""
+        """Process the requests and cancellations in the inbox."""
         with self.lock:
             inbox, self.inbox = self.inbox, deque()
         for one in inbox:
@@ -112,7 +112,7 @@ class Rounds:
                 request.started, request.status = now, RequestStatus.DECODING
 
     def _advance(self) -> int:
-        """Steps of every lane that has requests; how many were made."""
+        """Run steps of every lane that has requests, and return how many were run."""
         made = 0
         for key, lane in list(self.pool.lanes.items()):
             if lane.busy == 0:
@@ -128,16 +128,16 @@ class Rounds:
         return made
 
     def _steps_ahead(self, lane: Lane) -> int:
-        """How many steps a lane makes before its report is looked at.
+        """Return how many steps a lane runs before its report is read.
 
-        One, while anybody waits for a slot, or wants to hear of a request before its end.
+        This is 1 while a request waits for a slot, or while a request of the lane is read during decoding.
         """
         if self.pool.waiting or self.inbox or any(owner is not None and owner.is_watched for owner in lane.owner):
             return 1
         return self.pool.size.steps_per_poll
 
     def _step(self, lane: Lane) -> bool:
-        """One step of a lane; whether there was one to make."""
+        """Run one step of a lane, and return whether there was a step to run."""
         forwards, replayed = lane.forwards, getattr(lane.steps, "replayed", 0)
         was_made = lane.advance()
         self.meter.step(
@@ -147,7 +147,10 @@ class Rounds:
         return was_made
 
     def _watch(self) -> None:
-        """Look at what is final of requests whose owners want to hear of it, or that may have come to a stop string."""
+        """Read requests whose owners want outputs during decoding, or that may have reached a stop string.
+
+        Requests whose processors or constraints have raised fail here.
+        """
         for lane in list(self.pool.lanes.values()):
             for row in lane.errors():
                 request = lane.owner[row]
@@ -160,7 +163,7 @@ class Rounds:
                     self._tell(lane, row, answer)
 
     def _tell(self, lane: Lane, row: int, answer: Answer) -> None:
-        """What the owner of a row's request is told of it now."""
+        """Deliver an output for a row's request: the last one if a stop string is complete, else an interim one."""
         request, tokenizer = lane.owner[row], self._tokenizer
         assert request is not None
         stop = seen_stop(request, answer, tokenizer)
@@ -186,7 +189,7 @@ class Rounds:
         self._deliver(request, request.output(RequestStatus.FAILED, error=text, finish_reason="error"))
 
     def _deliver(self, request: Request, output: RequestOutput) -> None:
-        """Deliver a request's last output, once."""
+        """Deliver the last output of a request, exactly once."""
         assert output.is_finished() and not request.is_delivered
         request.is_delivered = True
         self.meter.delivered(output)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A program whose rows come and go: a slot is given the next request as soon as its own is done."""
+"""A lane whose rows are replaced one by one: a slot gets the next request as soon as its current one is done."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .request import Request
 
 
 def goes_by_itself(model: DiffusionModel, config: DecodingConfig) -> bool:
-    """Whether the rows of such a decoding can come and go by themselves."""
+    """Return whether rows of this decoding can be replaced one by one while others continue."""
     return (
         config.rule.by_block
         and config.rule.noise != "continuous"
@@ -41,7 +41,7 @@ def goes_by_itself(model: DiffusionModel, config: DecodingConfig) -> bool:
 
 
 def grid_of(model: DiffusionModel, config: DecodingConfig, prompt: int, length: int) -> Grid:
-    """The grid of one request whose prompt begins in the first column, as `generate` would make it."""
+    """Return the block grid of one request whose prompt begins in the first column, as `generate` would make it."""
     origin = torch.zeros(1, dtype=torch.int32, device="cpu")
     return Grid.of(config, origin, prompt, prompt + length, _grows(model, config))
 
@@ -51,14 +51,18 @@ def _grows(model: DiffusionModel, config: DecodingConfig) -> bool:
 
 
 class SlotLane(Lane):
-    """Requests in the rows of one `BlockAfterBlock`, each from the first column of its row on.
+    """Requests in the rows of one `BlockAfterBlock` program, each starting at the first column of its row.
 
     Parameters
     ----------
     like : Request
-        One of those that are to come: they differ from it in what `alike` names.
+        Example of the requests to come, which may differ from it only in the options described in `alike`.
     rows, columns : int
-        How many slots there are, and how long each is.
+        Number of slots, and length of each in tokens.
+    steps_of : callable
+        Creates the object that runs the steps of a program.
+    may_be_few : bool
+        Whether a forward pass may take only the rows that need it.
     """
 
     def __init__(
@@ -82,7 +86,7 @@ class SlotLane(Lane):
             model, self.state, self.config, self.special, self.grid, 0, columns, rows_change=True, may_be_few=may_be_few
         )
         self.program = self._blocks = BlockAfterBlock(task)
-        # until a request comes that ends elsewhere, the rows' own end tokens need not be looked up
+        # end tokens need no lookup by row until a request with other end tokens arrives
         self.program.reads_own_ends = False
         if like.wishes:
             self.processed = RequestProposer.install(self.program, [like.wishes] * rows)
@@ -90,7 +94,7 @@ class SlotLane(Lane):
                 self.processed.set(row, Wishes())
         is_on_host = bool(like.wishes.processors) or self.constraints is not None
         self.steps = Steps(self.program, not may_be_few) if is_on_host else steps_of(self.program)
-        #: number of the report from which on each row's numbers speak of its request
+        #: by row, the number of steps submitted when its request was admitted; only later reports describe it
         self._known_from = [-1] * rows
         self._submitted = 0
         self._is_in_block = [False] * rows
@@ -99,12 +103,12 @@ class SlotLane(Lane):
         self._blocks.forward.reserve()
 
     def _plan(self, length: int, columns: int, device: torch.device) -> Grid:
-        """The grid by which all rows are planned; where each row's blocks stand is written at its admission."""
+        """Return a grid for all rows. The position of each row's blocks is set when its request is admitted."""
         config, rows = self.config, len(self.owner)
         grows = _grows(self.model, config)
         if not has_fixed_length(config):
             return Grid.for_any(config, rows, columns, grows, device)
-        # a schedule is divided among the blocks of this length
+        # all requests have this answer length, so the steps of the schedule are divided among the same blocks
         grid = Grid.of(config, torch.zeros(rows, dtype=torch.int32, device=device), 0, length, grows)
         grid = dataclasses.replace(grid, span=(0, columns))
         if config.block_grid == "absolute":  # the first block may hold the end of the prompt
@@ -113,14 +117,14 @@ class SlotLane(Lane):
         return grid
 
     def _parameters(self, requests: Sequence[Request], config: DecodingConfig) -> dict[str, Tensor]:
-        """What each of some requests says for itself; `config` has values for all of them."""
+        """Return the per-request parameters of some requests; `config` has one value for each of them."""
         device = self.model.device
         found = parameters_of(config, len(requests), device)
         if self._ends_width:
             found[ENDS] = end_table([request.special.eos for request in requests], device, self._ends_width)
         return found
 
-    # --- requests come and go -----------------------------------------------------------------------------------------
+    # --- admission and release ----------------------------------------------------------------------------------------
 
     @property
     def room(self) -> int:
@@ -169,7 +173,7 @@ class SlotLane(Lane):
         return self._starts_at[row]
 
     def _empty(self, rows: Iterable[int]) -> None:
-        """Nothing is to be decoded in some rows."""
+        """Clear some rows, so that nothing is decoded in them."""
         rows = list(rows)
         tokens = torch.full((len(rows), self._columns), self.special.pad, device=self.state.tokens.device)
         index = torch.tensor(rows, device=self.state.tokens.device)
@@ -180,7 +184,7 @@ class SlotLane(Lane):
         self, rows: Iterable[int], tokens: Tensor, is_open: Tensor, places: Sequence[tuple[int, int]],
         parameters: Mapping[str, Tensor], seeds: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Write what the rows hold from now on; what is decoded of each is between its two places."""
+        """Write the new contents of some rows. `places` holds the first and the end column to decode of each row."""
         device = self.state.tokens.device
         index = torch.tensor(list(rows), dtype=torch.int64, device="cpu").to(device)
         start, end = torch.tensor(places, dtype=torch.int32, device="cpu").to(device).T
@@ -189,7 +193,7 @@ class SlotLane(Lane):
         self.state.admit(index, tokens, is_open, origin, self.grid.ends[index], seeds, parameters)
 
     def _renew(self, rows: Sequence[int]) -> None:
-        """Let the program take notice of rows that hold something else."""
+        """Tell the program that the contents of some rows have been replaced."""
         self._blocks.renew(torch.tensor(rows, dtype=torch.int64, device="cpu").to(self.state.tokens.device))
         for row in rows:
             self._known_from[row], self._is_in_block[row] = self._submitted, False
@@ -197,9 +201,10 @@ class SlotLane(Lane):
     # --- steps --------------------------------------------------------------------------------------------------------
 
     def _report(self) -> tuple[int, ...]:
-        """The report that is known, of the requests that there are now.
+        """Return the last report read, adjusted to the current requests.
 
-        Where it speaks of another request, or of none, the row waits, or has nothing to do.
+        A row without a request counts as done (-1). A row whose request was admitted after the report counts as waiting
+        to enter a block (0).
         """
         report = self.counts.known
         number, rows = self._submitted - self.counts.behind, len(self.owner)
