@@ -227,6 +227,7 @@ class TestLangFlow:
         assert (out.num_forwards == 7).all()
 
     @pytest.mark.parametrize("options,match", [
+        ({"rule": dk.NextToken()}, r"rule NextToken predicts each token from those before it, which models of family 'langflow' were not trained on"),
         ({"rule": dk.Threshold(0.9)}, r"rule Threshold decodes mask tokens, which models of family 'langflow' were not trained on: use the rule of the preset 'langflow'"),
         ({"temperature": 0.5}, r"temperature=0\.5 has no effect with rule EmbeddingFlow here"),
         ({"cfg_scale": 1.0, "mask_token_id": 1}, r"cfg_scale cannot be used with rule EmbeddingFlow"),

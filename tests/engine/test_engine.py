@@ -198,6 +198,16 @@ def test_generate_batch_of_an_adapted_model(model, ten):
     assert list(copies) == ["req_0", "req_0__child#0", "req_1", "req_1__child#0"]
 
 
+def test_several_answers_that_differ_in_their_order_alone():
+    """The temperature is 0; only the positions are committed in random order."""
+    model, ids = dk.load("demo"), [4, 5, 6, 7]
+    how = dict(max_new_tokens=12, block_length=12, score="random", rule=dk.Quota(), steps=6, seed=3, num_return_sequences=3)
+    want = dk.generate(model, ids, **how)
+    found = list(dk.generate_batch(model, [ids], **how).values())
+    assert [output.generated_tokens for output in found] == want.generated.tolist()
+    assert len(set(map(tuple, want.commit_step.tolist()))) == 3
+
+
 def test_generate_batch_with_given_tokens(model):
     given = [[-1, 30, -1, -1], None, [31, -1, -1, -1]]
     rows = [prompts(1, 4 + k, seed=k)[0].tolist() for k in range(3)]

@@ -493,7 +493,7 @@ class TestNoDeadlock:
         ([5], {"max_new_tokens": 0}, r"max_new_tokens must be None or an integer of at least 1"),
         ([5], {"temperature": (0.5, 1.0)}, r"temperature of an engine must be one number"),
         ([5], {"top_k": 4}, r"top_k=4 has no effect"),
-        ([5], {"num_return_sequences": 3}, r"num_return_sequences=3 has no effect without sampling"),
+        ([5], {"num_return_sequences": 3}, "num_return_sequences=3 needs randomness: temperature is 0"),
         ([5], {"stop_strings": "x"}, r"stop_strings need a tokenizer"),
         ([5], {"given": [1, 2], "max_new_tokens": 3}, r"given must have max_new_tokens=3 ids"),
         ([5], {"given": [1, 2]}, r"given leaves nothing to decode"),

@@ -135,9 +135,12 @@ def _check_combination(model: DiffusionModel, config: DecodingConfig) -> None:
     noise = config.rule.noise
     is_other = noise != family.noise and "continuous" in (noise, family.noise)
     if is_other or (noise, family.noise) == ("mask", "uniform"):
-        what = {"mask": "mask tokens", "uniform": "uniformly drawn tokens", "continuous": "noisy vectors"}[noise]
+        what = {
+            "mask": "decodes mask tokens", "uniform": "decodes uniformly drawn tokens",
+            "continuous": "decodes noisy vectors", "none": "predicts each token from those before it",
+        }[noise]  # fmt: skip
         raise ValueError(
-            f"rule {rule} decodes {what}, which models of family '{family.name}' were not trained on"
+            f"rule {rule} {what}, which models of family '{family.name}' were not trained on"
             + (f": use the rule of the preset '{family.preset}'" if family.preset else "")
         )
     if config.constraint is not None and (isinstance(config.rule, VariableLength) or config.rule.token_ids):

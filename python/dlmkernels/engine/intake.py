@@ -16,6 +16,7 @@ from ..decoding.checks import INT64, flag, integer
 from ..decoding.config import DecodingConfig, SpecialTokens, check_names
 from ..decoding.constraint import Constraint
 from ..decoding.copies import seed_of_copy
+from ..decoding.extras import check_copies
 from ..decoding.inputs import read_prompts
 from ..decoding.processing import Wishes
 from ..decoding.propose import bias_tensor
@@ -120,12 +121,7 @@ class Intake:
         if known.has_fixed_length:
             known = self.known(options | {"max_new_tokens": len(answer)})
         self._check_fit(known, prompt, answer, wishes)
-        count = integer(1)("num_return_sequences", num_return_sequences)
-        if count > 1 and not known.config.samples and not known.config.rule.draws:
-            raise ValueError(
-                f"num_return_sequences={count} has no effect without sampling: temperature is 0, so all answers would "
-                "be equal"
-            )
+        count = check_copies(num_return_sequences, known.config)
         seed = self._seed(seed)
         stops = check_stop_strings(stop_strings, self.tokenizer)
         requests = [
