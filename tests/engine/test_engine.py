@@ -201,7 +201,9 @@ def test_generate_batch_of_an_adapted_model(model, ten):
 def test_several_answers_that_differ_in_their_order_alone():
     """The temperature is 0; only the positions are committed in random order."""
     model, ids = dk.load("demo"), [4, 5, 6, 7]
-    how = dict(max_new_tokens=12, block_length=12, score="random", rule=dk.Quota(), steps=6, seed=3, num_return_sequences=3)
+    how = dict(
+        max_new_tokens=12, block_length=12, score="random", rule=dk.Quota(), steps=6, seed=3, num_return_sequences=3
+    )
     want = dk.generate(model, ids, **how)
     found = list(dk.generate_batch(model, [ids], **how).values())
     assert [output.generated_tokens for output in found] == want.generated.tolist()
