@@ -210,12 +210,12 @@ def why(error, folder):
 
 def test_an_import_that_fails_says_what_helps(tmp_path):
     assert "needs torch >= 2.11, which" in why(ImportError("No module named 'torch'", name="torch"), tmp_path)
-    assert "never built: pip install --no-build-isolation -e ." in why(ImportError("cannot import name '_C'"), tmp_path)
+    assert "never built: run pip install --no-build-isolation -e ." in why(ImportError("cannot import name '_C'"), tmp_path)
     (tmp_path / "_C.cpython-305-x86_64-linux-gnu.so").touch()
     said = why(ImportError("cannot import name '_C'"), tmp_path)
-    assert "is for cpython-305-x86_64-linux-gnu; this is CPython 3." in said and "--no-binary dlmkernels" in said
+    assert "is for cpython-305-x86_64-linux-gnu, but this is CPython 3." in said and "--no-binary dlmkernels" in said
     said = why(ImportError("x.so: undefined symbol: aoti_torch_y"), Path(dlmkernels.__file__).parent)
-    assert f"does not fit torch {importlib.metadata.version('torch')}" in said and "pip install -U torch" in said
+    assert f"does not work with torch {importlib.metadata.version('torch')}" in said and "pip install -U torch" in said
 
 
 def test_the_import_of_another_python(tmp_path):

@@ -290,7 +290,7 @@ def _exact_exp(t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _add_words(digits: Tensor, words: Tensor, lower: Tensor, counts: Tensor) -> None:
-    """Add digits int64 `[S, N, n]`, of which the first is `lower` `[S, N]` places below that of `digits` `[N, n + 1]`."""
+    """Add digits int64 `[S, N, n]`, the first of them `lower` `[S, N]` places below that of `digits` `[N, n + 1]`."""
     last = digits.shape[1] - 1
     place = (lower[..., None] + torch.arange(words.shape[2], device=words.device)).clamp(max=last)
     place = torch.where(counts[..., None], place, last)
