@@ -80,19 +80,19 @@ def _number(name: str, value: Any) -> float | int:
         return float(value)
     bounds = torch.iinfo(dtype)
     if not bounds.min <= value <= bounds.max:
-        raise ArgumentError(f"{name} must be an integer of {bounds.bits} bits; got {value}")
+        raise ArgumentError(f"{name} must be a {bounds.bits}-bit integer; got {value}")
     return int(value)
 
 
 _TYPES = {
     "Tensor": "a tensor",
     "Optional[Tensor]": "a tensor or None",
-    "int": "an integer of 64 bits",
+    "int": "a 64-bit integer",
     "float": "a number",
     "Optional[float]": "a number or None",
     "bool": "True or False",
     "str": "a string",
-    "List[int]": "a list of integers of 64 bits",
+    "List[int]": "a list of 64-bit integers",
 }
 _MISMATCH = re.compile(r"Expected a value of type '([^']+)' for argument '(\w+)' but instead found type '(\w+)'")
 
