@@ -14,7 +14,7 @@ from .randomness import philox
 
 def uniforms(seed: Tensor, position: Tensor, step: Tensor, stream: str, index: Tensor) -> Tensor:
     """Return float64 numbers strictly between 0 and 1, one per element of the broadcast int64 arguments of `philox`."""
-    nothing = torch.zeros((), dtype=torch.int64, device=seed.device)  # no redraw; a number would be copied from the host
+    nothing = torch.zeros((), dtype=torch.int64, device=seed.device)  # no redraw; a number would come from the host
     return (philox(seed, position, step, stream, index, nothing).double() + 0.5) * 2.0**-32
 
 
