@@ -157,9 +157,9 @@ needs_cmake = pytest.mark.skipif(not shutil.which("cmake", path=TOOLS), reason="
 def test_an_old_nvcc_is_named_and_left_out(tmp_path):
     nvcc = program(tmp_path / "nvcc", "echo 'Cuda compilation tools, release 11.8, V11.8.89'")
     code, said = configured(tmp_path, "auto", CUDACXX=nvcc)
-    assert code == 0 and f"CUDA kernels: nvcc 11.8 found ({nvcc}), but 12.0 or newer is needed" in said
+    assert code == 0 and f"CUDA kernels: nvcc 11.8 ({nvcc}) is too old: 12.0 or newer is needed" in said
     code, said = configured(tmp_path, "1", CUDACXX=nvcc)
-    assert code != 0 and f"DLMKERNELS_CUDA=1, but nvcc 11.8 found ({nvcc}), but 12.0 or newer is needed. Put nvcc" in said
+    assert code != 0 and f"DLMKERNELS_CUDA=1, but nvcc 11.8 ({nvcc}) is too old: 12.0 or newer is needed. Put nvcc" in said
 
 
 @needs_cmake
@@ -210,7 +210,9 @@ def why(error, folder):
 
 def test_an_import_that_fails_says_what_helps(tmp_path):
     assert "needs torch >= 2.11, which" in why(ImportError("No module named 'torch'", name="torch"), tmp_path)
-    assert "never built: run pip install --no-build-isolation -e ." in why(ImportError("cannot import name '_C'"), tmp_path)
+    assert "never built: run pip install --no-build-isolation -e ." in why(
+        ImportError("cannot import name '_C'"), tmp_path
+    )
     (tmp_path / "_C.cpython-305-x86_64-linux-gnu.so").touch()
     said = why(ImportError("cannot import name '_C'"), tmp_path)
     assert "is for cpython-305-x86_64-linux-gnu, but this is CPython 3." in said and "--no-binary dlmkernels" in said
