@@ -55,7 +55,7 @@ class MemoryPlan:
         Peak memory of a forward pass over one block, in addition to weights and cache. Without a cache, every forward
         covers the whole canvas.
     logits : int
-        Logits of a block, or the logits budget if that is smaller.
+        Logits of a block, or the logits budget if that is smaller, but at least one row of logits.
     """
 
     batch: int
@@ -132,7 +132,7 @@ def plan(
 
     Notes
     -----
-    Not counted: the memory that the allocator and CUDA use themselves (some hundred megabytes), workspaces of matrix
+    Not counted: the memory that the allocator and CUDA use themselves (a few hundred megabytes), workspaces of matrix
     products, and the pools of captured graphs. If shapes within a forward pass depend on values (some mixtures of
     experts, ModernBERT), `forward` and `step` are estimates, of 16 hidden vectors per column. A quantized model needs
     less memory than its configuration's dtype suggests.

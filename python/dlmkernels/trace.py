@@ -88,7 +88,7 @@ class Trace:
         int32 `[B, T]`: the forward pass that committed each token, -1 for tokens that were given, for remaining masks
         and for padding.
     confidence : Tensor
-        float32 `[B, T]`: the probability with which each token was committed.
+        float32 `[B, T]`: the confidence recorded when each token was committed.
     prompt_length : int
         Number of columns before the first decoded one.
     origin, length : Tensor, optional
