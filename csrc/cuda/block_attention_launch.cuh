@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads)
     hide_kernel(const __grid_constant__ AttendParams p) {
   const BlockAttentionParams& op = p.op;
   const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / 32;
-  if (i >= op.B * op.Q) return;  // the whole warp
+  if (i >= op.B * op.Q) return;  // warp-uniform
   const int64_t b = i / op.Q;
   const int32_t lane = int32_t(threadIdx.x) % 32;
   uint32_t* words = p.hidden + i * p.hidden_words;

@@ -23,7 +23,7 @@ class HeadFinish {
         chunks_(job.chunks_of(n_)) {}
 
   DLM_DEVICE void run() {
-    if (!plan_.used()) return write({}, {}, 0);  // the whole block
+    if (!plan_.used()) return write({}, {}, 0);  // block-uniform
     uint32_t top = 0, flags = 0;
     each_chunk([&](uint32_t c) {
       top = max(top, ordered_bits(chunks_.largest[c]));
@@ -150,7 +150,7 @@ class HeadShardFinish : public HeadFinish {
     int64_t* const words = p_.partial + int64_t(n_) * kShardWords;
     ShardRow found;
     found.flags = kFlagUnused;
-    if (plan_.used()) describe_shard(found);  // the whole block
+    if (plan_.used()) describe_shard(found);  // block-uniform
     digits_.write(words);
     if (threadIdx.x == 0) write_shard(words, found, p_.entropy != nullptr);
   }
@@ -164,7 +164,7 @@ class HeadShardFinish : public HeadFinish {
     });
     found.flags = reduce<Union>(flags);
     const float largest = ordered_value(reduce<Greatest>(top));
-    if (!(largest > -INFINITY)) return;  // the whole block
+    if (!(largest > -INFINITY)) return;  // block-uniform
     const uint32_t own = first_with(largest);
     const ShardSums sums(digits_.own(), largest, exact_scale(p_, plan_));
     each_chunk([&](uint32_t c) {

@@ -163,7 +163,7 @@ class HeadScan {
     uint32_t flags = effective(r, plan, z);
     const float largest = ordered_value(over_warp(largest_of(z, kNoToken)));
     if (lane_index() == 0) chunks.largest[at_.own] = largest;
-    if (!(largest > -INFINITY)) {  // the whole warp
+    if (!(largest > -INFINITY)) {  // warp-uniform
       if (lane_index() == 0) chunks.marks[at_.own] = HeadChunks::mark(0, 0, flags);
       return;
     }

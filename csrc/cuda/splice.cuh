@@ -41,7 +41,7 @@ class SpliceRow {
         live_(clamped(p.length ? p.length[row_] : row_value(p.end, row_, T_))) {}
 
   DLM_DEVICE void run() {
-    if (start_ < 0 || start_ > live_) return leave(0);  // the whole block
+    if (start_ < 0 || start_ > live_) return leave(0);  // block-uniform
     held_ = int32_t(min(p_.W, int64_t(live_ - start_)));
     read_slots();
     uint64_t total;
@@ -50,7 +50,7 @@ class SpliceRow {
     const int32_t removed = int32_t(total & ((1u << kRemovedBits) - 1));
     const int64_t result = live_ + inserted - removed;
     const int64_t limit = p_.length ? result : live_;
-    if (limit > T_) return leave(limit - T_);  // the whole block
+    if (limit > T_) return leave(limit - T_);  // block-uniform
     limit_ = int32_t(limit);
 
     shift_ = inserted - removed;

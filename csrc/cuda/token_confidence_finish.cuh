@@ -33,7 +33,7 @@ class RowFinish {
         scale_(job.p.distribution == Distribution::kRaw ? 1.0f : plan_.inverse) {}
 
   DLM_DEVICE void run() {
-    if (!plan_.used()) {  // the whole block
+    if (!plan_.used()) {  // block-uniform
       if (threadIdx.x == 0) write({}, {}, 0);
       return;
     }

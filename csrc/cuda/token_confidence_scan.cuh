@@ -32,7 +32,7 @@ class ChunkScan {
         scale_((job.p.distribution == Distribution::kRaw ? 1.0f : plan_.inverse) * 1.44269504f) {}
 
   DLM_DEVICE void run() {
-    if (!plan_.used() || (job_.refining && !plan_.filters)) return;  // the whole block
+    if (!plan_.used() || (job_.refining && !plan_.filters)) return;  // block-uniform
     if (plan_.filters && !job_.refining) clear_search(job_.searches[n_], block_, blocks_);
     const Row row(job_.p, n_, plan_.source);
     const uint32_t first = block_ * kScanChunks + warp_index() * kWarpChunks;
@@ -90,7 +90,7 @@ class ChunkScan {
     Described own;
 #pragma unroll 1
     for (uint32_t c = 0; c < kTogether && first + c < job_.chunks; ++c) {
-      if (job_.refining && sums_.largest[first + c] < floor) continue;  // the whole warp
+      if (job_.refining && sums_.largest[first + c] < floor) continue;  // warp-uniform
       float z[8], top = -INFINITY;
       row.effective(job_.first_chunk + first + c, z, flags);
 #pragma unroll

@@ -82,7 +82,7 @@ class ShardFinish : public RowFinish<T> {
     int64_t* const words = job_.p.partial + int64_t(n_) * kShardWords;
     ShardRow found;
     found.flags = kFlagUnused;
-    if (plan_.used()) describe_shard(found);  // the whole block
+    if (plan_.used()) describe_shard(found);  // block-uniform
     digits_.write(words);
     if (threadIdx.x == 0) write_shard(words, found, job_.p.entropy != nullptr);
   }
@@ -97,7 +97,7 @@ class ShardFinish : public RowFinish<T> {
     });
     found.flags = this->template reduce<Union>(flags);
     const float largest = ordered_value(this->template reduce<Greatest>(top));
-    if (!(largest > -INFINITY)) return;  // the whole block
+    if (!(largest > -INFINITY)) return;  // block-uniform
     this->each_chunk([&](uint32_t c) {
       if (sums_.largest[c] == largest) own = min(own, c);
     });

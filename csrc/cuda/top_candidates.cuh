@@ -86,7 +86,7 @@ class CandidatesFinish {
   DLM_DEVICE void run() {
     uint64_t key[2] = {WarpBest::kNone, WarpBest::kNone};
     float logsumexp = -INFINITY;
-    if (plan_.used()) {  // the whole block
+    if (plan_.used()) {  // block-uniform
       logsumexp = statistics_.logsumexp();
       collect();
       __syncthreads();
@@ -107,7 +107,7 @@ class CandidatesFinish {
     WarpBest best(job_.k);
 #pragma unroll 1
     for (uint32_t c = warp_index(); c < job_.rows.chunks; c += kFinishWarps) {
-      if (!(largest_[c] >= bound)) continue;  // the whole warp
+      if (!(largest_[c] >= bound)) continue;  // warp-uniform
       float z[8];
       uint32_t flags = 0;
       row.effective(c, z, flags);

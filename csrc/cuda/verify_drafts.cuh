@@ -56,7 +56,7 @@ class VerifyRow {
   // Called by each of the blocks that share the row's chunks.
   DLM_DEVICE void race_chunks(uint32_t block, BestKey* best_of_row) {
     find_failure();
-    if (!accepted_[1]) return;  // the whole block
+    if (!accepted_[1]) return;  // block-uniform
     const BestKey best = best_of_block(best_chunk(accepted_[0], block * kVerifyChunks), of_warp_);
     if (threadIdx.x == 0) best_of_row[block] = best;
   }
@@ -65,7 +65,7 @@ class VerifyRow {
     find_failure();
     const uint32_t accepted = accepted_[0];
     int64_t next = p_.token[first_token_ + accepted];
-    if (accepted_[1]) {  // the whole block
+    if (accepted_[1]) {  // block-uniform
       BestKey best{0, ~0u};
       for (uint32_t i = threadIdx.x; i < blocks; i += kVerifyThreads) {
         if (best_of_row[i].value > best.value) best = best_of_row[i];  // chunks ascend
