@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build dlmkernels by driving CMake; sources, flags and architectures are listed in CMakeLists.txt alone.
+"""Build dlmkernels by running CMake. Sources, flags and architectures are listed only in CMakeLists.txt.
 
-Environment: `DLMKERNELS_CUDA` (auto, 0, 1), `DLMKERNELS_PYTHONS` (interpreters to build the bindings for, separated as
-PATH is; by default the running one), `DLMKERNELS_LOCAL_VERSION` (`cu13` makes 0.1.0 into 0.1.0+cu13), `MAX_JOBS`,
-`CMAKE_ARGS`.
+Environment variables: `DLMKERNELS_CUDA` (auto, 0, 1), `DLMKERNELS_PYTHONS` (interpreters to build the bindings for,
+separated like the entries of PATH; by default the running one), `DLMKERNELS_LOCAL_VERSION` (`cu13` turns 0.1.0 into
+0.1.0+cu13), `MAX_JOBS`, `CMAKE_ARGS`.
 """
 
 import os
@@ -19,7 +19,7 @@ import backend  # noqa: E402
 
 BUILDS = {"build_ext", "bdist_wheel", "dist_info", "editable_wheel", "install", "develop"}
 if BUILDS & set(sys.argv):
-    # For those who call it directly, pip has asked the backend before. An old setuptools lacks what follows.
+    # For direct calls of setup.py; pip has already called the backend. The imports below fail with an old setuptools.
     backend.check()
 
 from setuptools import Distribution, Extension, setup  # noqa: E402
@@ -30,7 +30,7 @@ PYTHONS = [python for python in os.environ.get("DLMKERNELS_PYTHONS", "").split(o
 
 
 def build_jobs() -> int:
-    """As many compilers as there are cores and gigabytes of memory to feed them."""
+    """Return the number of parallel compilers: one per core, but at most one per three gigabytes of memory."""
     if jobs := os.environ.get("MAX_JOBS"):
         return int(jobs)
     gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
@@ -38,13 +38,16 @@ def build_jobs() -> int:
 
 
 def run(*command: object) -> None:
-    """Run a step of the build. What went wrong, it has said itself: a traceback of this file would hide it."""
+    """Run a build step, and exit without a traceback if it fails.
+
+    The failed step has printed its own error, which a traceback of this file would hide.
+    """
     if code := subprocess.run([str(part) for part in command]).returncode:
         sys.exit(f"dlmkernels was not built: `{Path(str(command[0])).name} {command[1]}` failed ({code}), see above.")
 
 
 class CMakeBuild(build_ext):
-    """Configure, build and install CMake's targets: the library, and _C of each interpreter."""
+    """Configure, build and install the CMake targets: the library, and _C for each interpreter."""
 
     def build_extension(self, ext):
         build = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
@@ -52,7 +55,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DDLMKERNELS_VERSION={self.distribution.get_version()}",
-            # Said every time: the build folder would remember another answer.
+            # Always passed, since CMake's cache would otherwise keep an earlier value.
             f"-DDLMKERNELS_CUDA={os.environ.get('DLMKERNELS_CUDA') or 'auto'}",
             f"-DDLMKERNELS_PYTHONS={';'.join(PYTHONS)}",
         ]
@@ -64,18 +67,18 @@ class CMakeBuild(build_ext):
         run(self.cmake, "-S", ROOT, "-B", build, *args)
         run(self.cmake, "--build", build, "--parallel", build_jobs())
         out = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        for old in out.glob("_C.*.so"):  # of another build, for an interpreter that this one is not for
+        for old in out.glob("_C.*.so"):  # from an earlier build for other interpreters
             old.unlink()
         run(self.cmake, "--install", build, "--prefix", out)
 
     def copy_extensions_to_source(self):
-        """Of an editable installation: setuptools would copy _C and forget the library."""
+        """Install into the source tree, for editable installs: setuptools would copy _C but not the library."""
         package = Path(self.get_finalized_command("build_py").get_package_dir("dlmkernels")).resolve()
         run(self.cmake, "--install", self.build_folder, "--prefix", package)
 
 
 class Wheel(bdist_wheel):
-    """A wheel for each platform, for all interpreters that it has a _C for."""
+    """A platform wheel for all interpreters that it contains a _C for."""
 
     def get_tag(self):
         find_python = [str(ROOT / "cmake" / "find_python.py")]
@@ -87,7 +90,7 @@ class Wheel(bdist_wheel):
 
 
 class WithLocalVersion(Distribution):
-    """The version of pyproject.toml, with what tells builds of it apart."""
+    """A distribution with the version of pyproject.toml plus a local suffix that tells its builds apart."""
 
     def parse_config_files(self, *args, **kwargs):
         super().parse_config_files(*args, **kwargs)

@@ -1,5 +1,5 @@
-# _C of every interpreter in DLMKERNELS_PYTHONS (by default the one that runs the build): its headers are all that is
-# needed of it. Sets `bindings`, the targets.
+# Builds _C for every interpreter in DLMKERNELS_PYTHONS (by default the one that runs the build). Only the interpreter's
+# headers are needed. Sets `bindings` to the list of targets.
 if(NOT DLMKERNELS_PYTHONS)
   set(DLMKERNELS_PYTHONS ${Python_EXECUTABLE})
 endif()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Print what a build needs to know of the interpreter that runs this: TAG;SUFFIX;INCLUDE, as in
+"""Print what the build needs to know about the interpreter that runs this: TAG;SUFFIX;INCLUDE, as in
 `cp311;.cpython-311-x86_64-linux-gnu.so;/usr/include/python3.11`.
 """
 
@@ -9,9 +9,9 @@ import sysconfig
 
 
 def describe():
-    """Return (tag of wheels, suffix of extension modules, folder of Python.h), or stop with what is missing."""
+    """Return (wheel tag, suffix of extension modules, folder of Python.h), or exit with what is missing."""
     if sys.implementation.name != "cpython" or sys.version_info < (3, 10):
-        sys.exit(f"CPython 3.10 or newer is needed, this is {sys.implementation.name} {sys.version.split()[0]}")
+        sys.exit(f"CPython 3.10 or newer is needed; this is {sys.implementation.name} {sys.version.split()[0]}")
     include = sysconfig.get_path("include")
     if not os.path.exists(os.path.join(include, "Python.h")):
         sys.exit(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find the torch to build against without importing it; print ROOT;VERSION;CUDA for CMake.
 
-Importing torch would cost seconds, and pip's build isolation hides it from `sys.path` while `sysconfig` still names
-the folder it lives in.
+Importing torch would take seconds. pip's build isolation hides it from `sys.path`, but `sysconfig` still names the
+folder that contains it.
 """
 
 import importlib.util
@@ -16,14 +16,14 @@ LEAST = (2, 11)  # TORCH_TARGET_VERSION in CMakeLists.txt
 MESSAGE = """dlmkernels compiles against the headers of the torch it will run with, and found none.
   1. install torch >= 2.11 (a CPU or a CUDA build),
   2. then run: pip install --no-build-isolation .
-Or set DLMKERNELS_TORCH_ROOT to the folder that holds torch's `include`."""
+Or set DLMKERNELS_TORCH_ROOT to the folder that contains torch's `include`."""
 TOO_OLD = """dlmkernels needs torch >= 2.11; {root} is torch {version}.
   1. run: pip install -U "torch>=2.11"
   2. then: pip install --no-build-isolation ."""
 
 
 def candidates():
-    """Yield the folders that may hold torch, the most deliberate first."""
+    """Yield the folders that may contain torch, explicitly chosen ones first."""
     if root := os.environ.get("DLMKERNELS_TORCH_ROOT"):
         yield Path(root)
     spec = importlib.util.find_spec("torch")
@@ -44,7 +44,7 @@ def described(root):
 
 
 def recent_enough(version):
-    """Whether a version is one of those that the build is made for; one that is no number is believed."""
+    """Return whether a version is new enough; a version without numbers is accepted."""
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
     return not numbers or numbers >= LEAST
 
@@ -59,7 +59,7 @@ def find_torch():
 
 
 def message():
-    """What to do where `find_torch` finds nothing."""
+    """Return what to do if `find_torch` finds nothing."""
     for root in candidates():
         if (found := described(root)) and not recent_enough(found[0]):
             return TOO_OLD.format(root=root, version=found[0])

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs nvcc, and keeps what ptxas says of registers and spills (-Xptxas=-v) in a file beside the object: OBJECT.ptxas.
+"""Run nvcc, and store ptxas's report of registers and spills (-Xptxas=-v) next to the object file, as OBJECT.ptxas.
 
-`tests/native/test_nvcc.py` reads it. What is said of no kernel's resources, such as a warning, is still printed.
+`tests/native/test_nvcc.py` reads it. Output that is not about the resources of a kernel, such as warnings, is still
+printed.
 """
 
 import re

@@ -85,7 +85,7 @@ def test_what_is_missing_is_said_first(command):
     assert "install torch >= 2.11" in without_torch and "pip install --no-build-isolation ." in without_torch
     said = stopped(SETUP.format(change=NO_TOOLS, arguments=[command]))
     assert said == (
-        'dlmkernels cannot be built yet: run first pip install "setuptools>=77" "pybind11>=2.13" "cmake>=3.22"'
+        'dlmkernels cannot be built yet: first run pip install "setuptools>=77" "pybind11>=2.13" "cmake>=3.22"'
     )
 
 
@@ -98,7 +98,7 @@ def test_hooks_of_the_backend(hook):
     hide = "import importlib.util as u; find = u.find_spec; u.find_spec = lambda name: None if name == 'setuptools' else find(name)"
     code = f"import sys; sys.path.insert(0, 'cmake')\nimport find_torch\n{NO_TORCH}\n"
     if not hook.startswith("get"):
-        code, expected = f"{code.replace(NO_TORCH, '')}{hide}\n", 'run first pip install "setuptools>=77"'
+        code, expected = f"{code.replace(NO_TORCH, '')}{hide}\n", 'first run pip install "setuptools>=77"'
     else:
         expected = "install torch >= 2.11"
     assert expected in stopped(
@@ -131,7 +131,7 @@ def test_the_compiler_is_tried(tmp_path):
     without = {"PATH": str(tmp_path)}
     said = checked(without, "backend.missing = list")
     assert "no C++ compiler (c++, g++, clang++) is on PATH" in said and "apt-get install g++" in said
-    assert "CXX=/no/c++ is no program" in checked(os.environ | {"CXX": "/no/c++"})
+    assert "CXX=/no/c++ is not a program" in checked(os.environ | {"CXX": "/no/c++"})
     old = program(tmp_path / "old", "echo 'error: unrecognized option -std=c++17' >&2; exit 1")
     said = checked(os.environ | {"CXX": f"{old} -O1"})
     assert f"{old} -O1 does not compile C++17 (error: unrecognized option -std=c++17); GCC 9 or Clang 9" in said
@@ -157,15 +157,15 @@ needs_cmake = pytest.mark.skipif(not shutil.which("cmake", path=TOOLS), reason="
 def test_an_old_nvcc_is_named_and_left_out(tmp_path):
     nvcc = program(tmp_path / "nvcc", "echo 'Cuda compilation tools, release 11.8, V11.8.89'")
     code, said = configured(tmp_path, "auto", CUDACXX=nvcc)
-    assert code == 0 and f"CUDA kernels: nvcc 11.8 found ({nvcc}), 12.0 or newer needed" in said
+    assert code == 0 and f"CUDA kernels: nvcc 11.8 ({nvcc}) is too old: 12.0 or newer is needed" in said
     code, said = configured(tmp_path, "1", CUDACXX=nvcc)
-    assert code != 0 and f"DLMKERNELS_CUDA=1, but nvcc 11.8 found ({nvcc}), 12.0 or newer needed. Put nvcc" in said
+    assert code != 0 and f"DLMKERNELS_CUDA=1, but nvcc 11.8 ({nvcc}) is too old: 12.0 or newer is needed" in said
 
 
 @needs_cmake
 def test_without_nvcc(tmp_path):
     code, said = configured(tmp_path, "1", CUDACXX="/no/nvcc")
-    assert code != 0 and "DLMKERNELS_CUDA=1, but /no/nvcc is no nvcc that runs here" in said
+    assert code != 0 and "DLMKERNELS_CUDA=1, but /no/nvcc is not an nvcc that runs here" in said
     path = tmp_path / "bin"
     path.mkdir()
     for name in ("c++", "make", "ninja", "ar", "ranlib", "ld", "as", "uname"):
@@ -210,12 +210,14 @@ def why(error, folder):
 
 def test_an_import_that_fails_says_what_helps(tmp_path):
     assert "needs torch >= 2.11, which" in why(ImportError("No module named 'torch'", name="torch"), tmp_path)
-    assert "never built: pip install --no-build-isolation -e ." in why(ImportError("cannot import name '_C'"), tmp_path)
+    assert "never built: run pip install --no-build-isolation -e ." in why(
+        ImportError("cannot import name '_C'"), tmp_path
+    )
     (tmp_path / "_C.cpython-305-x86_64-linux-gnu.so").touch()
     said = why(ImportError("cannot import name '_C'"), tmp_path)
-    assert "is for cpython-305-x86_64-linux-gnu; this is CPython 3." in said and "--no-binary dlmkernels" in said
+    assert "is for cpython-305-x86_64-linux-gnu, but this is CPython 3." in said and "--no-binary dlmkernels" in said
     said = why(ImportError("x.so: undefined symbol: aoti_torch_y"), Path(dlmkernels.__file__).parent)
-    assert f"does not fit torch {importlib.metadata.version('torch')}" in said and "pip install -U torch" in said
+    assert f"does not work with torch {importlib.metadata.version('torch')}" in said and "pip install -U torch" in said
 
 
 def test_the_import_of_another_python(tmp_path):

@@ -196,5 +196,5 @@ def test_two_decodings_and_their_rows(tmp_path):
 def test_refused():
     with pytest.raises(TypeError, match="beside must be a Trace or several of them; got int"):
         made().html(beside=3)
-    with pytest.raises(ValueError, match="row must be a number from 0 to 0; got 1"):
+    with pytest.raises(ValueError, match="row must be an integer from 0 to 0; got 1"):
         made().events(1)

@@ -88,7 +88,7 @@ def test_no_bytes(value):
     "options,match",
     [
         ({"batch": 0}, "batch must be an integer of at least 1; got 0"),
-        ({"length": 257}, "length must be at most 256, which the model can encode; got 257"),
+        ({"length": 257}, "length must be at most 256, the model's maximum; got 257"),
         ({"block_length": 0}, "block_length must be None or an integer of at least 1; got 0"),
         ({"logits_budget": "x"}, "logits_budget must be a number of bytes, such as 24G; got 'x'"),
         ({"family": "x"}, "'x'"),

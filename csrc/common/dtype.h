@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Element types and their conversions to and from float, by bits: the same on every compiler and
-// processor.
+// Element types and their conversions to and from float, done on the bits, so that they are the
+// same for every compiler and processor.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -8,8 +8,9 @@
 #if defined(__CUDACC__)
 #define DLM_HD __host__ __device__ inline
 #else
-// Always inlined: a copy that the compiler made in a file with wider instructions could be the one
-// the linker keeps for all files, on processors that lack them.
+// Always inlined. Otherwise a compiler could emit an out-of-line copy in a file built for wider
+// instructions, and the linker could keep that copy for all files, even on processors that lack
+// those instructions.
 #define DLM_HD inline __attribute__((always_inline))
 #endif
 
@@ -45,8 +46,9 @@ DLM_HD float to_float(float x) { return x; }
 DLM_HD float to_float(BFloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
 DLM_HD float to_float(Float16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
-  // By masks, not branches, so that compilers vectorise it: the exponent moves by 112, that of
-  // infinity and NaN by 112 again; a subnormal half is a small integer times 2^-24, exact in float.
+  // Uses masks instead of branches, so that compilers vectorize it. The exponent moves by 112, and
+  // that of infinity and NaN by another 112; a subnormal half is a small integer times 2^-24, which
+  // is exact in float.
   const uint32_t special = 0u - uint32_t(magnitude >= 0x7c00),
                  subnormal = 0u - uint32_t(magnitude < 0x0400);
   const uint32_t moved = (magnitude << 13) + 0x38000000 + (special & 0x38000000);
@@ -64,7 +66,7 @@ template <>
 DLM_HD BFloat16 from_float<BFloat16>(float x) {
   const uint32_t bits = float_to_bits(x);
   if ((bits & 0x7fffffff) > 0x7f800000) return {uint16_t(bits >> 16 | 0x40)};  // keep NaN a NaN
-  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};                 // to nearest even
+  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};  // round to nearest even
 }
 template <>
 DLM_HD Float16 from_float<Float16>(float x) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Single IEEE-754 operations, each rounded to nearest even by itself. nvcc would contract a product
-// and a sum into one fused operation; where the bits must be those of the CPU (built with
-// contraction off), kernels use these.
+// Single IEEE-754 operations, each rounded to nearest even separately. nvcc would contract a
+// product and a sum into one fused operation; kernels use these functions where the bits must equal
+// those of the CPU (which is compiled without contraction).
 #pragma once
 #include "common/dtype.h"
 
@@ -20,7 +20,7 @@ DLM_HD float mul_rn(float a, float b) { return a * b; }
 DLM_HD float div_rn(float a, float b) { return a / b; }
 DLM_HD double add_rn(double a, double b) { return a + b; }
 DLM_HD double mul_rn(double a, double b) { return a * b; }
-// One instruction in files that are compiled for a processor with it, else a call of the C library.
+// One instruction in files compiled for a processor that has it, otherwise a C library call.
 DLM_HD float fma_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 #endif
 

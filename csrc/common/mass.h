@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// Top-p adds up probabilities relative to the largest as whole numbers, so that a sum has the same
-// bits in any order.
+// Top-p sums probabilities relative to the largest as integers, so that a sum has the same bits in
+// any order.
 #pragma once
 #include "common/exact.h"
 
 namespace dlm {
 
-// Of the largest. (A vocabulary has fewer than 2^21 words: their sum fits 64 bits.)
+// Units of the largest probability. (A vocabulary has fewer than 2^21 tokens, so their sum fits in
+// 64 bits.)
 constexpr float kMassUnits = 4398046511104.0f;  // 2^42
 
-// Of e^x for x <= 0: rounded to nearest, even. On a CPU by a sum, since few processors convert to
-// integers of 64 bits.
+// Integer mass of e^x for x <= 0, rounded to nearest even. On a CPU this uses an addition, since
+// few processors can convert to 64-bit integers.
 DLM_HD uint64_t mass_of(float weight) {
   const float units = mul_rn(weight, kMassUnits);
 #if defined(__CUDA_ARCH__)

@@ -4,9 +4,9 @@
 //   key     = the request's 64-bit seed
 //   counter = (position in the request, denoising step, stream + 256 * redraw, index / 4), word
 //   index % 4
-// A draw depends on the request alone: not on its batch, its slot, the tiling or the device. The
+// A draw depends only on the request: not on its batch, its slot, the tiling or the device. The
 // transforms below use only single IEEE-754 additions, multiplications and divisions (exact.h), so
-// they too give the same bits everywhere; reference/randomness.py restates them in torch.
+// they also give the same bits everywhere; reference/randomness.py restates them in torch.
 #pragma once
 #include "common/exact.h"
 
@@ -21,11 +21,11 @@ enum class Stream : uint32_t {
   kResidual = 5,
   kChunk = 6,
   kResidualChunk = 7
-  // 8 and 9 are drawn in torch alone: reference/randomness.py
+  // 8 and 9 are drawn only in torch: reference/randomness.py
 };
 
-// The stream of a position that is asked again within a step, since what it drew was refused:
-// `redraw` counts the refusals.
+// The stream for drawing a position again within a step after its earlier draws were rejected;
+// `redraw` counts the rejections.
 DLM_HD Stream redrawn(Stream stream, uint32_t redraw) {
   return Stream(uint32_t(stream) + (redraw << 8));
 }
@@ -55,11 +55,11 @@ DLM_HD Philox4 philox(uint64_t seed, uint32_t position, uint32_t step, Stream st
   return {{c0, c1, c2, c3}};
 }
 
-// Natural logarithm of a positive normal float: Cephes' logf polynomial (Moshier), each operation
-// rounded by itself.
+// Natural logarithm of a positive normal float: Cephes' logf polynomial (Moshier), with each
+// operation rounded separately.
 DLM_HD float plain_log(float x) {
   uint32_t bits = float_to_bits(x);
-  // mantissa in [sqrt(1/2), sqrt(2)), so that the result keeps its relative accuracy around x = 1
+  // Mantissa in [sqrt(1/2), sqrt(2)), so that the result keeps its relative accuracy around x = 1.
   const int32_t exponent = int32_t(bits - 0x3f3504f3u) >> 23;
   bits -= uint32_t(exponent) << 23;
   const float f = add_rn(bits_to_float(bits), -1.0f);
@@ -94,7 +94,7 @@ DLM_HD float exponential(uint32_t r) {
 // Standard Gumbel variate from 32 random bits, up to 22.9.
 DLM_HD float gumbel(uint32_t r) { return -plain_log(exponential(r)); }
 
-// True with probability p; 0 never, 1 always.
+// True with probability p; never for 0, always for 1.
 DLM_HD bool bernoulli(uint32_t r, float p) { return double(r) < double(p) * 4294967296.0; }
 
 // Uniform integer in [0, n), n <= 2^32; the bias is below n / 2^32.

@@ -9,7 +9,7 @@
 namespace dlm::cpu {
 
 void scatter_new_rows(const BlockAttentionParams& params, int64_t begin, int64_t end) {
-  generic::scatter_new_rows(params, begin, end);  // a copy: no instruction set does better
+  generic::scatter_new_rows(params, begin, end);  // a copy: no instruction set is faster
 }
 
 namespace {
@@ -27,8 +27,9 @@ constexpr ForIsa<Kernels> kTable[] = {
 #endif
 };
 
-// The instructions that multiply pairs of bf16 take subnormal numbers as zeros, in products and
-// sums too. A scale above this would make something of them: then AVX-512's floats.
+// The instructions that multiply pairs of bf16 treat subnormal numbers as zeros, also in products
+// and sums. A scale above this bound would make these significant, so the AVX-512 float kernels are
+// used instead.
 constexpr float kLargestScaleOfPairs = 0x1p64f;
 
 }  // namespace

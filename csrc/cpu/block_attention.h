@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Block attention on the CPU: run scatter_new_rows over all its items, then the kernels' attend
-// over the items that their work names, then merge over its merge items.
+// Block attention on the CPU: call scatter_new_rows on all its items, then the kernels' `attend` on
+// the items of the returned work, then `merge` on its merge items.
 #pragma once
 #include <cstdint>
 
@@ -10,29 +10,29 @@ namespace dlm::cpu {
 
 enum class Isa : int;  // cpu/isa.h
 
-// Longest head dimension of the kernels: their scratch lies on the stack.
+// Largest head dimension of the kernels, whose scratch is on the stack.
 constexpr int64_t kMaxHeadDim = 512;
 
 // Writes k_new and v_new into the cache. Items: B * G.
 void scatter_new_rows(const BlockAttentionParams& params, int64_t begin, int64_t end);
 
-// How a call is divided, by its shape alone.
+// How a call is divided, determined only by its shape.
 struct BlockAttentionWork {
   int64_t items, merge_items;
-  int64_t workspace;  // floats that BlockAttentionParams::workspace must have room for
+  int64_t workspace;  // size of BlockAttentionParams::workspace, in floats
 };
 
 struct BlockAttentionKernels {
   BlockAttentionWork (*work)(const BlockAttentionParams&);
   void (*attend)(const BlockAttentionParams&, int64_t begin, int64_t end);
   void (*merge)(const BlockAttentionParams&, int64_t begin, int64_t end);
-  // Elements of queries times slots (B Q H D S) that a thread does in some 50 microseconds: fewer
-  // are not worth a second one.
+  // Number of (query element, slot) pairs (B Q H D S) that a thread processes in about 50
+  // microseconds: fewer do not justify a second thread.
   int64_t grain = int64_t(1) << 17;
 };
-// Of the instruction set in use, or of a lower one whose arithmetic the scale needs.
+// Kernels of the instruction set in use, or of a lower one if the scale requires its arithmetic.
 BlockAttentionKernels block_attention(const BlockAttentionParams& params);
-// Whose kernels are used where `isa` is in use.
+// The instruction set whose kernels are used when `isa` is in use.
 Isa block_attention_isa(Isa isa);
 
 namespace generic {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Block attention in bf16 with AMX: both products of block_attention_vectors.h run in tile
-// registers, whatever the number of rows. So a row's bits do not depend on how many come with it:
-// a tile instruction sums even and odd elements apart, as no vector instruction does. Everything
-// else is AVX-512.
+// registers, for any number of rows. A row's bits therefore do not depend on how many rows
+// accompany it: a tile instruction sums even and odd elements separately, which no vector
+// instruction does. Everything else is AVX-512.
 #include "cpu/block_attention_avx512.h"
 #include "cpu/simd_amx.h"
 
@@ -15,10 +15,11 @@ using avx512::interleave, avx512::load, avx512::max_halves, avx512::store, avx51
 struct TileWords : avx512::PairWords {
   static constexpr bool kTiles = true;
 
-  // Keys are always packed: sixteen rows of a cache, a power of two apart, would evict one another.
+  // Keys are always packed: sixteen rows of a cache at a power-of-two distance would evict one
+  // another.
   static bool are_words(const BFloat16*, int64_t) { return false; }
 
-  // The values of 32 slots: their sixteen words side by side, for one element of D after the other.
+  // The values of 32 slots: their sixteen words are adjacent, one element of D after the other.
   static void values(const BFloat16* const* row, int64_t n, uint32_t* to, Words* worst) {
     for (int64_t d = 0; d < n; d += 2 * kLanes, to += 2 * kLanes * kTile) {
       Words low[kTile], high[kTile];
@@ -36,12 +37,12 @@ struct TileWords : avx512::PairWords {
     }
   }
 
-  // As avx512::multiply_all, in blocks of 32 outputs and sixteen words of depth.
+  // Like avx512::multiply_all, in blocks of 32 outputs and sixteen words of depth.
   template <int kVectors>
   static void multiply(const uint32_t* a, const uint32_t* b, int64_t b_out, int64_t b_in,
                        int64_t depth, const float* before, float* c, int64_t count, Ahead* ahead) {
     constexpr int64_t kStride = kVectors * kLanes, kOut = 2 * kTile;
-    // Cache lines asked for at a time: the rows of a key tile come within one product.
+    // Cache lines prefetched at a time: the rows of a key tile arrive within one product.
     constexpr int kLines = 32;
     Ahead next = *ahead;
     for (int64_t i = 0; before && i < count * kStride; i += kStride) {

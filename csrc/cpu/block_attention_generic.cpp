@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // out = softmax(cap(scale * q.k)) . v over the slots a query sees, lse = log sum exp, by an online
 // softmax (Milakov & Gimelshein, "Online normalizer calculation for softmax", 2018) in fp32.
-// Work item: a batch row, a KV head and 32 rows; a row is one query of one of the H/G heads that
+// Work item: a batch row, a KV head and 32 rows. A row is one query of one of the H/G heads that
 // share the KV head, so a K or V tile is converted to fp32 once for all of them.
-// Both products run as c[r][:] += a[r][k] * b[k][:], whose inner loop vectorises without reordering
-// a sum: the K tile is transposed on conversion (b = K^T), the V tile is taken as it is.
+// Both products run as c[r][:] += a[r][k] * b[k][:], whose inner loop vectorizes without reordering
+// a sum: the K tile is transposed on conversion (b = K^T), the V tile is used as it is.
 // Tiles of 64 slots start at the first attended slot, and a slot that a row does not see adds exact
-// zeros: a row's bits depend neither on the rows beside it nor on left padding.
-// Flops: 4 D per row and visible slot; bytes: 2 D elements per slot and 32 rows. With 32 rows this
-// is 32 flops a byte of bf16, so the limit is arithmetic; with few rows it is the conversion.
+// zeros, so a row's bits depend neither on neighboring rows nor on left padding.
+// Flops: 4 D per row and visible slot. Bytes: 2 D elements per slot and 32 rows. With 32 rows this
+// is 32 flops per byte of bf16, so arithmetic is the limit; with few rows it is the conversion.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -32,12 +32,12 @@ struct Scratch {
   alignas(64) float s[kRows * kKeys];          // logits, then weights
   alignas(64) float zeros[kMaxHeadDim];
   float m[kRows], l[kRows];         // running maximum, sum of exp(s - m)
-  int64_t low[kRows], high[kRows];  // slots a row may see: [low, high), ranges and order apart
+  int64_t low[kRows], high[kRows];  // slots a row may see, [low, high), before ranges and order
   SlotMask seen[kRows];             // slots of the tile a row sees
 };
 
-// c[r][n] += sum over four k of a[r][k] * b[k][n]. The association is the same for one row and for
-// two, so a row's bits do not depend on its neighbour.
+// c[r][n] += sum over four k of a[r][k] * b[k][n]. The order of additions is the same for one row
+// and for two, so a row's bits do not depend on its neighbor.
 inline void add_products(const float* __restrict a, const float* __restrict b0,
                          const float* __restrict b1, const float* __restrict b2,
                          const float* __restrict b3, float* __restrict c, int64_t width) {
@@ -74,8 +74,8 @@ void multiply_add(const float* a, int64_t a_stride, const float* b, int64_t b_st
   }
 }
 
-// The same product for a V tile that holds NaN or infinities: a row must not even multiply by zero
-// what it does not see.
+// The same product for a V tile that contains NaN or infinities: a row must not even multiply by
+// zero what it does not see.
 void multiply_add_seen(const Scratch& t, float* acc, int64_t rows, int64_t depth, int64_t D) {
   for (int64_t r = 0; r < rows; ++r) {
     auto value = [&](int64_t k) { return t.seen[r] >> k & 1 ? t.kv + k * D : t.zeros; };
@@ -86,10 +86,10 @@ void multiply_add_seen(const Scratch& t, float* acc, int64_t rows, int64_t depth
   }
 }
 
-// The K tile as [D][kKeys]; slots that nobody needs are not read.
+// Converts the K tile to [D][kKeys]; slots that no row needs are not read.
 template <class T>
 void load_keys(const T* k, int64_t stride, SlotMask needed, int64_t width, int64_t D, float* tile) {
-  constexpr int64_t kStep = 8;  // converted in rows, transposed while in the first-level cache
+  constexpr int64_t kStep = 8;  // converted by rows, transposed while in the first-level cache
   float rows[kKeys * kStep];
   for (int64_t d = 0; d < D; d += kStep) {
     for (int64_t j = 0; j < width; ++j) {
@@ -106,11 +106,11 @@ void load_keys(const T* k, int64_t stride, SlotMask needed, int64_t width, int64
   }
 }
 
-// The V tile as [slot][D]; true if all of it is finite.
+// Converts the V tile to [slot][D]; returns true if all of it is finite.
 template <class T>
 bool load_values(const T* v, int64_t stride, SlotMask needed, int64_t width, int64_t D,
                  float* tile) {
-  uint32_t overflow = 0;  // the top bit: an exponent of all ones was seen
+  uint32_t overflow = 0;  // top bit: an exponent of all ones was found
   for (int64_t j = 0; j < width; ++j) {
     float* to = tile + j * D;
     if (needed >> j & 1) {
@@ -126,8 +126,9 @@ bool load_values(const T* v, int64_t stride, SlotMask needed, int64_t width, int
   return !(overflow >> 31);
 }
 
-// One tile of one row: logits to weights in place; updates m and l and returns the factor by which
-// the sums so far shrink. Reductions run in kLanes fixed lanes: unseen slots change no bit.
+// Processes one tile of one row: turns logits into weights in place, updates m and l, and returns
+// the factor by which the previous sums shrink. Reductions run in kLanes fixed lanes, so unseen
+// slots change no bit.
 float online_softmax(const BlockAttentionParams& p, float* s, SlotMask seen, int64_t width,
                      float* m, float* l) {
   if (!seen) {
@@ -147,7 +148,7 @@ float online_softmax(const BlockAttentionParams& p, float* s, SlotMask seen, int
     for (int64_t i = 0; i < kLanes; ++i) lane[i] = s[j + i] > lane[i] ? s[j + i] : lane[i];
   }
   const float maximum = *std::max_element(lane, lane + kLanes);
-  // Only NaN and -inf so far: any finite number will do to subtract.
+  // Only NaN and -inf so far: any finite number can be subtracted.
   const float base = maximum == -kInfinity ? 0.0f : maximum;
   const float shrink = plain_exp(*m - base);
   for (int64_t j = 0; j < width; ++j) s[j] = plain_exp(s[j] - base);
@@ -182,7 +183,7 @@ void attend(const BlockAttentionParams& p, int64_t begin, int64_t end) {
     const Ranges ranges(p, b);
     const NewRows new_rows(p, b);
 
-    int64_t first = p.S, last = 0;  // all that any row of the item may see
+    int64_t first = p.S, last = 0;  // union of what the item's rows may see
     for (int64_t r = 0; r < rows; ++r) {
       const T* from = static_cast<const T*>(p.q) + b * p.q_stride[0] + query(r) * p.q_stride[1] +
                       head(r) * p.q_stride[2];
@@ -217,7 +218,7 @@ void attend(const BlockAttentionParams& p, int64_t begin, int64_t end) {
         needed |= t.seen[r];
       }
       if (!needed) continue;
-      int64_t width = kKeys;  // up to the last needed slot, in whole lanes
+      int64_t width = kKeys;  // up to the last needed slot, rounded up to whole lanes
       while (!(needed >> (width - kLanes))) width -= kLanes;
 
       load_keys(k + slot * p.k_cache_stride[1], p.k_cache_stride[1], needed, width, D, t.kv);
@@ -239,12 +240,13 @@ void attend(const BlockAttentionParams& p, int64_t begin, int64_t end) {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = (b * p.Q + query(r)) * p.H + head(r);
       T* out = static_cast<T*>(p.out) + row * D;
-      if (t.l[r] == 0.0f) {  // saw nothing
+      if (t.l[r] == 0.0f) {  // the row saw nothing
         std::fill_n(out, D, from_float<T>(0.0f));
         p.lse[row] = -kInfinity;
         continue;
       }
-      // + 0: a sum that underflowed is +0 whichever sign it had before tiles of zeros were added
+      // + 0: makes a sum that underflowed +0, whichever sign it had before tiles of zeros were
+      // added
       for (int64_t d = 0; d < D; ++d) out[d] = from_float<T>(t.acc[r * D + d] / t.l[r] + 0.0f);
       p.lse[row] = (t.m[r] == -kInfinity ? 0.0f : t.m[r]) + std::log(t.l[r]);
     }
@@ -263,7 +265,7 @@ void scatter(const BlockAttentionParams& p, int64_t begin, int64_t end) {
                       g * from_stride[2],
                   p.D * sizeof(T));
     };
-    // One item walks all rows in order: of rows that name the same slot the last one stays.
+    // One item processes all rows in order: of rows that name the same slot, the last one is kept.
     for (int64_t row = 0; row < p.K; ++row) {
       const int64_t slot = p.new_slot_of(b, row);
       if (slot < 0) continue;

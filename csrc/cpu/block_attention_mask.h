@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which slots a query sees, for all kernels of block attention. In an anonymous namespace: files
-// compiled for different instruction sets must not share a copy of these functions.
+// Which slots a query sees, for all kernels of block attention. In an anonymous namespace, because
+// files compiled for different instruction sets must not share a copy of these functions.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kKeys = 64;  // slots of a tile: one bit each in a SlotMask
 using SlotMask = uint64_t;
 
-// Bits [low, high) of a word, clamped to it.
+// A word with bits [low, high) set, clamped to the word.
 inline SlotMask bits_between(int64_t low, int64_t high) {
   low = std::max<int64_t>(low, 0);
   high = std::min<int64_t>(high, kKeys);
@@ -29,7 +29,7 @@ struct Ranges {
   Ranges(const BlockAttentionParams& p, int64_t b)
       : data(p.kv_range ? p.kv_range + b * p.N * 2 : nullptr), N(p.N), S(p.S) {}
 
-  // f(start, end) for every range that is not empty.
+  // Calls f(start, end) for every non-empty range.
   template <class F>
   void each(const F& f) const {
     if (!data) {
@@ -49,7 +49,7 @@ struct Ranges {
     each([&](int64_t start, int64_t end) { bits |= bits_between(start - first, end - first); });
     return bits;
   }
-  // First attended slot and the end of the last range; S and 0 if all are empty.
+  // First attended slot and end of the last range; S and 0 if all ranges are empty.
   void hull(int64_t* first, int64_t* last) const {
     int64_t low = S, high = 0;
     each([&](int64_t start, int64_t end) {
@@ -61,7 +61,8 @@ struct Ranges {
   }
 };
 
-// The slots that causality and the sliding window leave to query i of batch row b: [low, high).
+// The slots [low, high) that causality and the sliding window leave visible to query i of batch row
+// b.
 inline void interval(const BlockAttentionParams& p, int64_t b, int64_t i, int64_t* low,
                      int64_t* high) {
   const int64_t slot = p.slot_of(b, i);
@@ -86,7 +87,8 @@ inline SlotMask in_order(const BlockAttentionParams& p, int64_t b, int64_t first
   return open;
 }
 
-// Slots of new rows that `visible` hides from a query: of several rows in one slot, any may.
+// Slots of new rows that `visible` hides from a query. If several rows have the same slot, any of
+// them can hide it.
 class NewRows {
  public:
   NewRows(const BlockAttentionParams& p, int64_t b) : p_(p), b_(b), first_(p.S), last_(0) {
@@ -97,7 +99,7 @@ class NewRows {
       last_ = std::max(last_, slot + 1);
     }
   }
-  // Whether there may be any in the tile at `slot`.
+  // Whether the tile at `slot` may contain such slots.
   bool touch(int64_t slot) const { return slot < last_ && slot + kKeys > first_; }
   SlotMask hidden(int64_t query, int64_t first) const {
     SlotMask bits = 0;
@@ -111,7 +113,7 @@ class NewRows {
  private:
   const BlockAttentionParams& p_;
   const int64_t b_;
-  int64_t first_, last_;  // all their slots, where there is `visible`
+  int64_t first_, last_;  // range of their slots, if `visible` is given
 };
 
 }  // namespace

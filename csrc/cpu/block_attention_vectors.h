@@ -1,20 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// Block attention in vectors of sixteen elements: a file of one instruction set includes this
-// behind its simd_*.h. Both products run as c[n][rows] += a[i][rows] * b[n][i]: the lanes of a
-// vector are query rows (16, or 4 with 4 lanes each), b is broadcast from memory: K as the cache
-// has it, V converted (bf16: two slots interleaved) once for all rows of an item, tile by tile.
+// Block attention in vectors of sixteen elements: each file for one instruction set includes this
+// after its simd_*.h. Both products run as c[n][rows] += a[i][rows] * b[n][i]. The lanes of a
+// vector are query rows (16, or 4 with 4 lanes each), and b is broadcast from memory: K in the
+// cache's own layout, V converted (for bf16, with two slots interleaved) once for all rows of an
+// item, tile by tile.
 //
-// Work item: a batch row, a KV head, up to 512 rows (of all heads that share it); where that makes
-// few items, also a span of up to 512 slots. Spans are summed apart and merged in their order
-// whether they are divided or not: a row's bits depend on nothing but what it sees.
+// Work item: a batch row, a KV head, and up to 512 rows (of all heads that share it). If that makes
+// few items, they are also divided into spans of up to 512 slots. Spans are summed separately and
+// merged in order whether they are divided or not, so a row's bits depend only on what it sees.
 //
-// The cache is [B,S,G,D], of whatever strides, in its own dtype, where a block's rows are written
-// as a layer computes them; a layout by tiles would save the conversion: 5 % (28/4 heads) to 8 %
-// (32/32) of a call. Flops: 4 D a row and slot; bytes: 2 D elements a slot. With 32 rows of bf16
-// (32 flops a byte) the limit is arithmetic, with 4 rows memory. The products' words are floats or,
-// where faster, pairs of bf16: vdpbf16ps does twice the flops of fp32 FMA on AMD's Zen 5 (474
-// against 239 GFLOP/s a core), half of them on Intel's Sapphire Rapids; isa.cpp chooses. PairWords
-// needs AVX512_BF16.
+// The cache is [B,S,G,D] with any strides, in its own dtype, so that a block's rows can be written
+// as a layer computes them. A tiled layout would save the conversion, which takes 5 % (28/4 heads)
+// to 8 % (32/32) of a call. Flops: 4 D per row and slot; bytes: 2 D elements per slot. With 32 rows
+// of bf16 (32 flops per byte) arithmetic is the limit, with 4 rows it is memory. The words of the
+// products are floats or, where that is faster, pairs of bf16: vdpbf16ps reaches twice the flops of
+// fp32 FMA on AMD's Zen 5 (474 compared with 239 GFLOP/s per core), but half of them on Intel's
+// Sapphire Rapids; isa.cpp chooses. PairWords needs AVX512_BF16.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -33,20 +34,20 @@ constexpr int64_t kRowElements = 32 * 1024;      // ... and rows times D
 constexpr int64_t kMaxSpan = 512;                // slots of a span,
 constexpr int64_t kPackWords = 32 * 1024;        // ... and words of its keys, or its values
 constexpr int64_t kMaxTiles = kMaxSpan / kKeys;  // key tiles of a span
-constexpr int64_t kManyItems = 32;               // that keep all cores busy,
-constexpr int64_t kMaxSplits = 64;               // ... if keys are split no further than this
-constexpr int64_t kCopies = 4;                   // lanes of a row when there are few
-// Measured with AVX2: two threads take as long as one. (For AVX-512 an estimate: twice that.)
+constexpr int64_t kManyItems = 32;               // enough to keep all cores busy,
+constexpr int64_t kMaxSplits = 64;  // ... if keys are not split into more spans than this
+constexpr int64_t kCopies = 4;      // lanes of a row if there are few rows
+// Measured with AVX2: the work for which two threads take as long as one. (Estimated at twice that
+// for AVX-512.)
 constexpr int64_t kGrain = int64_t(1) << (kManyRegisters ? 19 : 18);
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504f;
 alignas(64) constexpr float kOnes[kTileRows] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
                                                 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
-// What the products run over: words of one float, or of a pair of bf16 elements (along D in q.k,
-// along the slots in p.v). In tile registers (block_attention_amx.cpp) D and the slots of a key
-// tile come in blocks, padded with zeros, and so many words of slots lie side by side in the
-// values.
+// The unit of the products: words of one float, or of a pair of bf16 elements (along D in q.k,
+// along the slots in p.v). With tile registers (block_attention_amx.cpp), D and the slots of a key
+// tile come in zero-padded blocks, and that many words of slots are adjacent in the values.
 template <class F>
 constexpr int64_t kBlock = F::kTiles ? 2 * kLanes : 8;
 template <class F>
@@ -56,15 +57,15 @@ template <class T>
 struct FloatWords {
   using Element = T;
   static constexpr bool kTiles = false;
-  static constexpr int64_t kElements = 1;             // of a word
-  static constexpr int64_t kChains = 2, kDepth = 32;  // sums of every other word; words in them
+  static constexpr int64_t kElements = 1;             // elements per word
+  static constexpr int64_t kChains = 2, kDepth = 32;  // interleaved sums; words per sum
   static constexpr uint32_t kSign = 0x80000000u;
 
   // Whether rows `stride` elements apart can be read as words.
   static bool are_words(const T*, int64_t) { return sizeof(T) == sizeof(uint32_t); }
   static Words words(const T* p) { return bits(load(p)); }
   static Words words(const T* p, int64_t n) { return bits(load_first(n, p)); }
-  // `n` words of the values of one word of slots. `worst`: the largest magnitude so far.
+  // Writes `n` words of the values for one word of slots. `worst` is the largest magnitude so far.
   static void values(const T* const* row, int64_t n, uint32_t* to, Words* worst) {
     int64_t d = 0;
     for (; d + kLanes <= n; d += kLanes) {
@@ -79,11 +80,11 @@ struct FloatWords {
     }
   }
   static bool finite(Words worst) { return to_bits(at_most(splat(0x7f800000u), worst)) == 0; }
-  static Words or_zero(Words x) {  // where it is not finite
+  static Words or_zero(Words x) {  // zero where it is not finite
     return select(at_most(splat(0x7f800000u), x & 0x7fffffffu), splat(0u), x);
   }
   static Floats dot(Words a, Words b, Floats sum) { return fma(from_bits(a), from_bits(b), sum); }
-  // Of four slots, from a vector each, or from one vector that has them side by side.
+  // Weights of four slots, from one vector each, or from one vector that has them side by side.
   static void weights(const Floats* p, Words* to) {
     for (int i = 0; i < 4; ++i) to[i] = bits(p[i]);
   }
@@ -91,7 +92,7 @@ struct FloatWords {
     to[0] = bits(one_of_four<0>(p)), to[1] = bits(one_of_four<1>(p));
     to[2] = bits(one_of_four<2>(p)), to[3] = bits(one_of_four<3>(p));
   }
-  static Floats weight(const uint32_t* weights, int64_t stride, int64_t j) {  // of slot j
+  static Floats weight(const uint32_t* weights, int64_t stride, int64_t j) {  // weight of slot j
     return from_bits(load(weights + j * stride));
   }
 };
@@ -152,18 +153,18 @@ struct Rows {
   int64_t b, g, group, copies, first, count;
   int64_t query(int64_t r) const { return (first + r) / group; }
   int64_t head(int64_t r) const { return g * group + (first + r) % group; }
-  // Lanes of a row tile's vectors. Up to four rows in all have four lanes each: sums for four slots
-  // side by side in q.k, for four elements of D in p.v. (The bits are the same.)
+  // Number of lanes of a row tile's vectors. Up to four rows have four lanes each, used for sums of
+  // four slots side by side in q.k, and of four elements of D in p.v. (The bits are the same.)
   int64_t lanes() const { return count > kLanes ? kTileRows : kLanes; }
 };
 
-// How a call is divided; by its shape alone.
+// How a call is divided, determined only by its shape.
 template <class F>
 struct Plan {
-  int64_t all_rows, rows, blocks;  // query rows of a KV head; of a work item; items they make
-  int64_t tiles;                   // row tiles of a work item
-  int64_t D, words;                // of a key, in whole blocks
-  int64_t span, spans, splits;     // slots of a span; spans; items that the spans make
+  int64_t all_rows, rows, blocks;  // query rows per KV head, per work item; items they form
+  int64_t tiles;                   // row tiles per work item
+  int64_t D, words;                // of a key, rounded up to whole blocks
+  int64_t span, spans, splits;     // slots per span; spans; items that the spans form
 
   explicit Plan(const BlockAttentionParams& p) {
     D = (p.D + kBlock<F> - 1) / kBlock<F> * kBlock<F>;
@@ -199,7 +200,8 @@ struct Plan {
   }
 };
 
-// Sums over some slots: m is the largest logit (as stored, see Logits), l the sum of the weights.
+// Sums over some of the slots: m is the largest logit (as stored, see Logits), l the sum of the
+// weights.
 struct State {
   float* acc;    // [D][lanes], or [D / kCopies][row][kCopies]
   float *m, *l;  // [lanes]
@@ -224,17 +226,17 @@ struct Scratch {                           // 0.6 MB
   alignas(64) float shrink[kTileRows];
   alignas(64) uint16_t zeros[kMaxHeadDim * 2];
   int64_t low[kMaxRows],
-      high[kMaxRows];                    // slots a row may see: [low, high), ranges and order apart
+      high[kMaxRows];  // slots a row may see, [low, high), before ranges and order
   alignas(64) SlotMask seen[kTileRows];  // slots of the key tile a row sees
   Mask lanes[2][kKeys];                  // rows that see a slot
 };
 
-// Rows that will be wanted, asked for while a product runs, a cache line at a time: rows of a cache
-// lie far apart, and no hardware fetches them unasked; all at once would wait for one another.
+// Prefetches rows that will be needed while a product runs, one cache line at a time. Rows of a
+// cache are far apart, so hardware does not prefetch them; fetching all at once would stall.
 struct Ahead {
   const char* row = nullptr;
-  int64_t stride = 0, bytes = 0, rows = 0;  // in bytes; of a row; left
-  int64_t at = 0;                           // in the row
+  int64_t stride = 0, bytes = 0, rows = 0;  // in bytes; bytes per row; rows left
+  int64_t at = 0;                           // offset in the row
 
   void step() {
     if (rows == 0) return;
@@ -248,8 +250,9 @@ struct Ahead {
 };
 
 // c[n][:] = c[n][:] * before + sum over i of a[i][:] * b[n * b_out + i * b_in], n < kOut, in an
-// order of i that depends on no template argument; without `before`, c is not read. With kRepeat,
-// not one word of b but four go to every four lanes. Of the kAll vectors of rows it does kVectors.
+// order of i that does not depend on the template arguments; without `before`, c is not read. With
+// kRepeat, every four lanes receive four words of b instead of one. Computes kVectors of the kAll
+// vectors of rows.
 template <class F, int kChains, int kAll, int kVectors, int kRepeat, int kOut>
 DLM_SIMD void multiply(const uint32_t* a, const uint32_t* b, int64_t b_out, int64_t b_in,
                        int64_t depth, const float* before, float* c, Ahead* ahead) {
@@ -265,7 +268,7 @@ DLM_SIMD void multiply(const uint32_t* a, const uint32_t* b, int64_t b_out, int6
     }
   }
   for (int64_t i = 0; i < depth; i += kChains) {
-    // As many as come in time for the next product.
+    // As many as can arrive in time for the next product.
 #pragma GCC unroll 4
     for (int r = 0; r < (kManyRegisters ? kRepeat : 1); ++r) {
       if (kChains * kVectors == 1 || i % 2 == 0) next.step();
@@ -300,9 +303,9 @@ DLM_SIMD void multiply(const uint32_t* a, const uint32_t* b, int64_t b_out, int6
 }
 
 // The same for all outputs and any depth: kSums sums hide the latency of a product, and short
-// chains keep the rounding errors of a sum small. Where vectors fill two registers each there is
-// room for six, or for four, which divide the few outputs of kRepeat: there only q.k has two
-// chains, as its errors are those of large logits, and weights are at most 1.
+// chains keep the rounding error of a sum small. Where a vector takes two registers there is room
+// for six sums, or for four, which divide the few outputs of kRepeat. In that case only q.k has two
+// chains, because its errors affect large logits, while weights are at most 1.
 template <class F, bool kLogits, int kVectors, int kRepeat>
 void multiply_all(const uint32_t* a, const uint32_t* b, int64_t b_out, int64_t b_in, int64_t depth,
                   const float* before, float* c, int64_t count, Ahead* ahead) {
@@ -313,8 +316,8 @@ void multiply_all(const uint32_t* a, const uint32_t* b, int64_t b_out, int64_t b
     constexpr int kAtOnce = kManyRegisters || !kLogits ? kVectors : 1;
     constexpr int64_t kSums = kManyRegisters ? 16 : kRepeat == 1 ? 6 : 4;
     constexpr int64_t kStride = kVectors * kLanes, kOut = kSums / (kAtOnce * kChains);
-    // D and the slots are multiples of 8. Where kOut divides no such number, two smaller steps end
-    // it.
+    // D and the slots are multiples of 8. If kOut does not divide such numbers, two smaller steps
+    // finish the rest.
     constexpr int64_t kLeft = kManyRegisters ? 8 / kRepeat : kOut == 6 ? 4 : 2;
     constexpr int64_t kEnd = kOut % kLeft ? 2 * kLeft : 0;
     for (int64_t i = 0; i < depth; i += F::kDepth) {
@@ -340,16 +343,16 @@ void multiply_all(const uint32_t* a, const uint32_t* b, int64_t b_out, int64_t b
 
 Floats finite_base(Floats m) { return select(equal(m, splat(-kInfinity)), splat(0.0f), m); }
 
-// A logit is `unit` times what is stored of it: q.k, or the hyperbolic tangent of a soft-cap. Only
-// differences from the maximum are multiplied by it, whose rounding errors are small where the
-// weights are large. (The sign of the scale is in the queries.) Where a factor is 0, subnormal or
-// infinite, a unit would lose what it multiplies: there the logits themselves are stored.
+// A logit is `unit` times the stored value: q.k, or the hyperbolic tangent with a soft-cap. Only
+// differences from the maximum are multiplied by the unit, so rounding errors are small where
+// weights are large. (The sign of the scale is applied to the queries.) If a factor is 0, subnormal
+// or infinite, multiplying by the unit would lose information, so the logits themselves are stored.
 struct Logits {
   enum class Stored { kProducts, kTangents, kLogits };
 
   Stored stored;
   float scale, softcap;
-  float cap;  // what q.k is multiplied by under the hyperbolic tangent
+  float cap;  // factor of q.k inside the hyperbolic tangent
   float unit, log2_unit;
 
   explicit Logits(const BlockAttentionParams& p)
@@ -363,7 +366,7 @@ struct Logits {
     stored = Stored::kLogits, unit = 1.0f, log2_unit = kLog2E;
   }
 
-  // `count` vectors of q.k become what is stored.
+  // Converts `count` vectors of q.k to stored values.
   void convert(float* s, int64_t stride, int64_t count) const {
     if (stored == Stored::kProducts) return;
     for (float* const end = s + count * stride; s != end; s += stride) {
@@ -380,9 +383,9 @@ struct Logits {
   }
 };
 
-// One vector of rows over one key tile: logits to weights (as words), m, l, and the factor by which
-// the sums so far shrink. `lanes`: which rows see a slot; null: all. Sums over slots run in four
-// parts, which are lanes where a row has four.
+// Processes one vector of rows over one key tile: turns logits into weights (as words), updates m
+// and l, and returns the factor by which the previous sums shrink. `lanes` holds which rows see a
+// slot; null means all. Sums over slots run in four parts, which are lanes where a row has four.
 template <class F, int kRepeat>
 void online_softmax(const Logits& logits, float* s, uint32_t* weights, int64_t stride,
                     int64_t width, const Mask* lanes, float* m, float* l, float* shrink) {
@@ -398,7 +401,7 @@ void online_softmax(const Logits& logits, float* s, uint32_t* weights, int64_t s
   }
   for (int64_t j = 0; j < count; ++j) top = max(load(s + j * stride), top);
   if (kRepeat == 4) top = max_of_four(top);
-  // Only NaN and -inf so far: any finite number will do to subtract.
+  // Only NaN and -inf so far: any finite number can be subtracted.
   const Floats base = finite_base(top), factor = logits.weight(before, base);
   Floats part[kParts];
   for (Floats& x : part) x = splat(0.0f);
@@ -428,7 +431,7 @@ void online_softmax(const Logits& logits, float* s, uint32_t* weights, int64_t s
   store(shrink, factor);
 }
 
-// a += b, of other slots.
+// Merges b, which covers other slots, into a.
 void merge(const Logits& logits, const State& a, const State& b, const Rows& rows, int64_t D) {
   const int64_t lanes = rows.lanes();
   for (int64_t x = 0; x < lanes; x += kLanes) {
@@ -442,7 +445,7 @@ void merge(const Logits& logits, const State& a, const State& b, const Rows& row
   }
 }
 
-// out = acc / l and lse of one row tile.
+// Computes out = acc / l and lse of one row tile.
 template <class T>
 void finish(const BlockAttentionParams& p, const Rows& rows, const State& t) {
   const int64_t lanes = rows.lanes(), step = kLanes / rows.copies;
@@ -461,7 +464,7 @@ void finish(const BlockAttentionParams& p, const Rows& rows, const State& t) {
     }
     const auto column = [&](int64_t i, int64_t end) {
       const Floats acc = i < end ? load(t.acc + i * lanes + x) : zero;
-      // + 0: an underflowed sum is +0 whichever sign it had before tiles of zeros were added
+      // + 0: makes an underflowed sum +0, whichever sign it had before tiles of zeros were added
       return bits(select(blind, zero, acc / l + zero));
     };
     for (int64_t d = 0; d < p.D; d += kLanes) {
@@ -478,7 +481,7 @@ void finish(const BlockAttentionParams& p, const Rows& rows, const State& t) {
   }
 }
 
-// The part of a work item that its row tiles share.
+// The part of a work item that is shared by its row tiles.
 template <class F>
 class Item {
  public:
@@ -531,7 +534,7 @@ class Item {
       for (int64_t x = 0; x < stride; x += kLanes) {
         const T* from[kLanes];
         for (int64_t r = 0; r < kLanes; ++r) {
-          // Lanes beyond the last row repeat it: harmless, and in bounds.
+          // Lanes beyond the last row repeat it, which is harmless and stays in bounds.
           const int64_t row = std::min((x + r) / rows.copies, rows.count - 1);
           from[r] = static_cast<const T*>(p_.q) + rows.b * p_.q_stride[0] +
                     rows.query(row) * p_.q_stride[1] + rows.head(row) * p_.q_stride[2];
@@ -550,7 +553,7 @@ class Item {
     }
   }
 
-  // Whether any row may see a slot of the span.
+  // Returns whether any row may see a slot of the span.
   bool begin_span(int64_t span) {
     span_first_ = grid_ + span * plan_.span;
     span_last_ = std::min(span_first_ + plan_.span, last_);
@@ -570,8 +573,8 @@ class Item {
  private:
   uint32_t* queries(int64_t tile) { return t_.q + tile * kTileRows * plan_.words; }
 
-  // Convert a key tile up to the last slot that some row may see; the others, and slots outside the
-  // ranges, become zeros and are not read.
+  // Converts a key tile up to the last slot that some row may see. The other slots, and slots
+  // outside the ranges, become zeros and are not read.
   void pack_keys(int64_t tile, int64_t slot) {
     const int64_t words = plan_.words, there = p_.D / F::kElements, width = used(needed_);
     uint32_t* to = keys(tile);
@@ -582,7 +585,7 @@ class Item {
       if (u < there) store_first(words - u, to + u, F::words(row + u * F::kElements, there - u));
     }
   }
-  // The same, the words of four slots side by side.
+  // Like pack_keys, with the words of four slots side by side.
   void pack_keys_by_four(int64_t tile, int64_t slot) {
     const int64_t words = plan_.words, width = used(needed_);
     uint32_t* to = keys(tile);
@@ -599,8 +602,8 @@ class Item {
       }
     }
   }
-  // The same, and zeros for what is not finite: a row must not even multiply by zero what it does
-  // not see.
+  // Converts the values like pack_keys, replacing non-finite values by zeros: a row must not even
+  // multiply by zero what it does not see.
   void pack_values(int64_t tile, int64_t slot) {
     constexpr int64_t kSlots = kSlotWords<F> * F::kElements;
     const int64_t width = used(needed_);
@@ -621,12 +624,12 @@ class Item {
     return needed_ >> j & 1 ? data + (slot + j) * stride : reinterpret_cast<const T*>(t_.zeros);
   }
 
-  // With a single row tile every key tile is packed into the same place, which stays in the first
-  // level of the cache.
+  // With a single row tile, all key tiles are packed into the same place, which stays in the
+  // first-level cache.
   uint32_t* keys(int64_t tile) { return t_.k + (tiles_ > 1 ? tile * kKeys * plan_.words : 0); }
   uint32_t* values(int64_t tile) { return t_.v + (tiles_ > 1 ? tile * kKeys * plan_.words : 0); }
 
-  // The rows of the key tile at `slot`.
+  // Prefetch state for the rows of the key tile at `slot`.
   Ahead ahead(const T* data, int64_t stride, int64_t slot) const {
     if (slot >= last_) return {};
     constexpr int64_t kSize = sizeof(T);
@@ -634,7 +637,7 @@ class Item {
             std::min(last_ - slot, kKeys)};
   }
 
-  // Slots up to the last one needed, in whole vectors and blocks.
+  // Number of slots up to the last one needed, rounded up to whole vectors and blocks.
   static int64_t used(SlotMask needed) {
     constexpr int64_t kStep = std::max(kLanes, kBlock<F>);
     int64_t width = kKeys;
@@ -645,7 +648,7 @@ class Item {
   template <int kVectors, int kRepeat>
   void attend(const Rows& rows, int64_t row_tile, const State& state) {
     constexpr int64_t kStride = kVectors * kLanes;
-    // Weights of four lanes a row take more room than logits: they come behind them.
+    // With four lanes per row, weights need more room than logits, so they are placed behind them.
     uint32_t* weights =
         reinterpret_cast<uint32_t*>(t_.s) + (kRepeat == 1 ? 0 : kKeys / kRepeat * kLanes);
     const int64_t D = plan_.D, words = plan_.words;
@@ -676,8 +679,9 @@ class Item {
         needed_ = ranges_.tile(slot) & bits_between(first_ - slot, last_ - slot);
         if (p_.k_order) needed_ &= in_order(p_, rows_.b, slot, limit_);
         const T* from = k_ + slot * p_.k_cache_stride[1];
-        // Keys for one use are used where they are, if all may be read. (Not by one vector of rows:
-        // sixteen keys at a time, a power of two apart, would evict one another.)
+        // Keys that are used only once are read in place, if all of them may be read. (Not for a
+        // single vector of rows: sixteen keys at a time, at a power-of-two distance, would evict
+        // one another.)
         if (kVectors == 2 && tiles_ == 1 && slot + width <= p_.S &&
             F::are_words(from, p_.k_cache_stride[1])) {
           k = reinterpret_cast<const uint32_t*>(from);
@@ -708,7 +712,7 @@ class Item {
     }
   }
 
-  // What pack_values left out, for the rows that see it: NaN and infinities, in any order.
+  // Adds what pack_values left out, for the rows that see it: NaN and infinities, in any order.
   template <int kVectors, int kRepeat>
   void add_not_finite(int64_t slot, SlotMask needed, bool all_see_all, const uint32_t* weights,
                       const State& state) {
@@ -734,7 +738,7 @@ class Item {
     }
   }
 
-  // The lanes of vector x that see a slot; where a row has four lanes, the four slots of its lanes.
+  // The lanes of vector x that see a slot; with four lanes per row, the four slots of its lanes.
   template <int kRepeat>
   void see_lanes(int64_t x, int64_t width) {
     if (kRepeat == 1) {
@@ -756,7 +760,7 @@ class Item {
     }
   }
 
-  // Which slots of a tile each row sees, and which any row does.
+  // Computes which slots of a tile each row sees, and returns those that any row sees.
   SlotMask see(const Rows& rows, int64_t slot, SlotMask attended, const int64_t* low,
                const int64_t* high) {
     SlotMask needed = 0;
@@ -790,7 +794,7 @@ class Item {
   int32_t limit_;
   int64_t span_first_, span_last_;
   uint32_t packed_;  // key tiles of the span, one bit each
-  SlotMask needed_;  // slots to convert of the last of them
+  SlotMask needed_;  // slots of the last of them to convert
   bool finite_[kMaxTiles];
 };
 
@@ -835,7 +839,7 @@ void attend(const BlockAttentionParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// Sums the spans of a row tile of a work item that was split, in their order.
+// Merges the spans of a row tile of a work item that was split, in order.
 template <class F>
 void merge_spans(const BlockAttentionParams& p, int64_t begin, int64_t end) {
   const Plan<F> plan(p);

@@ -19,11 +19,11 @@ namespace {
 constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512bf16", "amx"};
 
 #ifdef DLM_AMX
-// The tile registers' data, a state component of the processor that a process must ask Linux for
-// (since 5.16: Documentation/arch/x86/xstate.rst). The permission is the whole process's.
+// State component of the tile registers' data. A process has to request it from Linux (since 5.16,
+// see Documentation/arch/x86/xstate.rst). The permission applies to the whole process.
 constexpr int kTileData = 18, kGetSupported = 0x1021, kRequestPermission = 0x1023;
 
-bool processor_has(int bit) {  // of leaf 7, EDX
+bool processor_has(int bit) {  // CPUID leaf 7, EDX
   unsigned a, b, c, d;
   return __get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> bit & 1;
 }
@@ -34,16 +34,17 @@ bool system_has_tiles() {
 bool may_use_tiles() { return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0; }
 #endif
 
-// Why an instruction set cannot be used here; empty: it can.
+// Returns why an instruction set cannot be used here; empty if it can.
 std::string obstacle(Isa isa) {
   if (isa == Isa::kGeneric) return "";
 #ifdef DLM_X86
 #ifndef DLM_AMX
-  if (isa == Isa::kAmx) return "not in this build, whose compiler or system lacks it";
+  if (isa == Isa::kAmx) return "not in this build: the compiler or system lacks support for it";
 #endif
-  // These ask CPUID for the instructions and XCR0 for the operating system's support of their
-  // registers. They are what CMakeLists.txt compiles *_avx2.cpp and *_avx512.cpp for: every
-  // processor with AVX2 since 2013 has the three, with AVX-512 since 2017 the four.
+  // These functions check CPUID for the instructions and XCR0 for the operating system's support of
+  // their registers. The sets match the flags with which CMakeLists.txt compiles *_avx2.cpp and
+  // *_avx512.cpp: every processor with AVX2 since 2013 has those three, every one with AVX-512
+  // since 2017 those four.
   const char* missing = nullptr;
   if (isa == Isa::kAvx2) {
     if (!__builtin_cpu_supports("avx2"))
@@ -68,15 +69,15 @@ std::string obstacle(Isa isa) {
   else if (isa == Isa::kAmx && !processor_has(22))
     missing = "AMX-BF16";
   else if (isa == Isa::kAmx && !system_has_tiles())
-    return "the operating system does not offer tile registers";
+    return "the operating system does not support tile registers";
 #endif
-  // Measured: AMD's multiply pairs of bf16 at twice the rate of floats, Intel's at half of it.
+  // Measured: AMD processors multiply pairs of bf16 at twice the rate of floats, Intel's at half of
+  // it.
   else if (isa == Isa::kAvx512Bf16 && __builtin_cpu_is("intel"))
-    return "no faster than avx512 on Intel's processors";
-  return missing ? std::string("this processor, or its operating system, is without ") + missing
-                 : "";
+    return "no faster than avx512 on Intel processors";
+  return missing ? std::string("this processor or operating system lacks ") + missing : "";
 #else
-  return "not in this build, which is for another kind of processor";
+  return "not in this build, which is for a different processor architecture";
 #endif
 }
 
@@ -92,15 +93,15 @@ std::string available() {
   return "available: " + can + cannot;
 }
 
-// Asks for what must be asked for. Only the instruction set that is to be used: the permission
-// lasts.
+// Requests the permission that an instruction set needs. Only call this for the set that will be
+// used: the permission cannot be withdrawn.
 bool permitted([[maybe_unused]] Isa isa) {
 #ifdef DLM_AMX
   if (isa == Isa::kAmx) return may_use_tiles();
 #endif
   return true;
 }
-constexpr const char* kRefused = "the system refuses this process the registers";
+constexpr const char* kRefused = "the system does not let this process use the registers";
 
 Isa preferred() {
   static const Isa best = [] {
@@ -153,7 +154,7 @@ std::vector<Isa> isas() {
 void set_isa(const std::string& name) { slot().store(named(name), std::memory_order_relaxed); }
 
 std::string isa_reason() {
-  if (isa() != preferred()) return std::string("asked for; ") + available();
+  if (isa() != preferred()) return std::string("requested; ") + available();
   std::string reasons, last;
   for (int better = int(isa()) + 1; better < int(std::size(kNames)); ++better) {
     std::string why = obstacle(Isa(better));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which instruction set the CPU kernels use: chosen once, from what was compiled and what the
-// processor has. An op without kernels of its own for a set uses those of the next lower one: see
+// The instruction set that the CPU kernels use. It is chosen once, from what was compiled and what
+// the processor supports. An op without kernels for a set uses those of the next lower one: see
 // ForIsa.
 #pragma once
 #include <cstddef>
@@ -9,18 +9,18 @@
 
 namespace dlm::cpu {
 
-// Ascending: a later one is preferred.
+// In ascending order of preference.
 enum class Isa : int { kGeneric, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 const char* isa_name(Isa isa);
-Isa isa();                 // in use: the best available, or DLMKERNELS_CPU_ISA
+Isa isa();                 // in use: the best available one, or DLMKERNELS_CPU_ISA
 std::vector<Isa> isas();   // available on this machine in this build
-std::string isa_reason();  // why this one and no better one
-// Throws std::invalid_argument, with what is available and why no other, when `name` is not, or the
-// system refuses its registers.
+std::string isa_reason();  // why it was chosen instead of a better one
+// Throws std::invalid_argument if `name` is not available, or if the system does not permit its
+// registers; the message lists what is available and why the others are not.
 void set_isa(const std::string& name);
 
-// An op's kernels for one instruction set. Its table begins with the generic ones and ascends; an
+// An op's kernels for one instruction set. Tables start with the generic ones and ascend; an
 // instruction set without an entry uses that of the next lower one.
 template <class Kernels>
 struct ForIsa {

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The k best tokens of rows whose logits never are in memory. A thread multiplies the chunks of its
-// share of the vocabulary, 256 tokens at a time, with all rows of a slice, describes each row's
-// chunk by its sums, and takes what is among the k best of the share so far while the logits are in
-// the cache. Then the shares' candidates are merged. The row's logsumexp follows from the sums, as
-// in top_candidates; the chunk of the argmax is multiplied once more for it.
-// Memory: kBudget in all, whatever the number of rows. Bytes: the weights once a slice.
+// The k best tokens of rows whose logits are never stored. A thread multiplies the chunks of its
+// share of the vocabulary, 256 tokens at a time, with all rows of a slice. While a chunk's logits
+// are in the cache, it computes the chunk's sums for each row, and keeps those logits that are
+// among the k best of the share so far. Then the candidates of all shares are merged. The row's
+// logsumexp follows from the sums, as in top_candidates; for it, the chunk of the argmax is
+// multiplied once more. Memory: kBudget in total, whatever the number of rows. Bytes read: the
+// weights once per slice.
 #include "cpu/lm_head_candidates.h"
 
 #include "cpu/lm_head_rows.h"
@@ -22,7 +23,7 @@ ChunkSums sums_at(float* sums, int64_t row, int64_t V) {
   return {own, own + chunks_of(V), nullptr, nullptr};
 }
 
-// What a slice works in, one array behind the other.
+// The working memory of a slice, one array after the other.
 struct Workspace {
   Workspace(const LmHeadCandidatesParams& p, const HeadCandidatesPlan& plan, void* memory) {
     uintptr_t next = reinterpret_cast<uintptr_t>(memory);
@@ -53,7 +54,7 @@ struct Workspace {
 HeadCandidatesPlan plan_lm_head_candidates(const LmHeadCandidatesParams& p, int64_t threads) {
   HeadCandidatesPlan plan{};
   const int64_t N = p.head.rows.N;
-  // Waking a second thread pays from some 50 microseconds of work on.
+  // Waking a second thread pays off from about 50 microseconds of work.
   const int64_t work = std::min(N, kMostHeadRows) * p.head.rows.V * std::max<int64_t>(p.head.D, 1);
   const int64_t most = std::min({threads, kMostHeadShares, chunks_of(p.head.rows.V)});
   plan.shares = std::clamp<int64_t>(work >> 23, 1, std::max<int64_t>(most, 1));

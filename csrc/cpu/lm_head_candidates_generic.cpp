@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sorted lists into one: at each step the best of the lists' heads.
+// Merges sorted lists: each step takes the best of the lists' heads.
 #include <limits>
 
 #include "cpu/lm_head_candidates.h"

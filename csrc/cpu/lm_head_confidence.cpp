@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// token_confidence of logits that never are in memory. Rows are taken in slices. For a slice, a
+// token_confidence of logits that are never stored. Rows are processed in slices. For a slice, a
 // thread multiplies a chunk of 256 tokens of the vocabulary with all rows, rounds the logits to the
-// hidden states' type, as a linear layer would, and describes each row's chunk by its sums while
-// the logits are in the cache (token_confidence.h). What a row looks into again (the chunk of its
-// argmax, of its draw, of a given token) is multiplied again, for that row: the same kernel, the
-// same bits. Filters look into many chunks: then a slice is so small that its logits can be kept.
-// Memory: kBudget in all, whatever the number of rows. Bytes: the weights once a slice.
+// type of the hidden states, as a linear layer would, and computes the chunk's sums for each row
+// while the logits are in the cache (token_confidence.h). Chunks that a row has to read again
+// (those of its argmax, of its draw and of a given token) are multiplied again for that row, by the
+// same kernel and with the same bits. Filters read many chunks again; in that case a slice is made
+// so small that its logits can be stored. Memory: kBudget in total, whatever the number of rows.
+// Bytes read: the weights once per slice.
 #include "cpu/lm_head_confidence.h"
 
 #include "cpu/isa.h"
@@ -15,8 +16,8 @@ namespace dlm::cpu {
 namespace {
 
 constexpr int64_t kBudget = 8'000'000;        // bytes
-constexpr int64_t kBudgetOfShares = 1 << 20;  // of them, for single rows that are multiplied again
-constexpr int64_t kTileChunks = 4;            // that a thread takes at a time
+constexpr int64_t kBudgetOfShares = 1 << 20;  // of it for single rows multiplied again
+constexpr int64_t kTileChunks = 4;            // number that a thread takes at a time
 constexpr int64_t kTokens = kTileChunks * kRaceChunk;
 
 using Kernels = LmHeadKernels (*)(DType);
@@ -33,11 +34,11 @@ constexpr ForIsa<Kernels> kTable[] = {
 };
 
 int64_t tiles_of(int64_t V) { return (V + kTokens - 1) / kTokens; }
-// A shard of the vocabulary may begin within a tile.
+// A shard of the vocabulary may begin inside a tile.
 int64_t first_tile_of(const LmHeadConfidenceParams& p) { return p.rows.first / kTokens; }
 bool filters(const TokenConfidenceParams& p) { return p.top_k || p.top_p; }
 
-// What a slice works in, one array behind the other.
+// The working memory of a slice, one array after the other.
 class Workspace {
  public:
   Workspace(const LmHeadConfidenceParams& p, const LmHeadPlan& plan, void* memory)
@@ -61,7 +62,7 @@ class Workspace {
   uint32_t *packed, *uncond_packed = nullptr;
   float* sums;
   char *logits = nullptr, *uncond_logits = nullptr;  // [rows,V]
-  int32_t* row_map = nullptr;  // of the slice's rows, as token_confidence has it
+  int32_t* row_map = nullptr;  // of the slice's rows, in the format of token_confidence
   int32_t* flags = nullptr;    // [rows,tiles]
   char* scratch;
 
@@ -75,7 +76,7 @@ class Workspace {
   uintptr_t next_;
 };
 
-// The sums of tiles, of rows whose logits are not kept.
+// Sums over tiles, for rows whose logits are not stored.
 class TileScan {
  public:
   TileScan(const LmHeadConfidenceParams& p, const Workspace& memory, int64_t begin, int64_t end)
@@ -122,8 +123,8 @@ class TileScan {
   alignas(64) char uncond_logits_[kMostHeadRows * kRaceChunk * sizeof(float)];
 };
 
-// Rows of a slice whose logits are kept, as token_confidence takes them: output row n is row `i` of
-// those that are used, and so on.
+// The stored rows of a slice as parameters of token_confidence: output row n is row `i` of the used
+// rows, and so on.
 TokenConfidenceParams kept_rows(const LmHeadConfidenceParams& p, const Workspace& memory,
                                 int64_t begin, int64_t i, int64_t n) {
   TokenConfidenceParams rows = p.rows;
@@ -157,7 +158,7 @@ LmHeadPlan plan_lm_head_confidence(const LmHeadConfidenceParams& p, int64_t thre
   plan.shares = std::clamp<int64_t>(of_shares / std::max<int64_t>(plan.scratch, 64), 1, threads);
   plan.rows = std::min(p.count(), kMostHeadRows);
   while (plan.rows > 1 && bytes_of(p, plan) > kBudget) --plan.rows;
-  // As many slices as it takes, of as many rows each.
+  // As many slices as necessary, with equally many rows each.
   const int64_t slices = (p.count() + plan.rows - 1) / plan.rows;
   plan.rows = (p.count() + slices - 1) / slices;
   plan.shares = std::min(plan.shares, plan.rows);
@@ -199,7 +200,7 @@ void finish_lm_head(const LmHeadConfidenceParams& p, const LmHeadPlan& plan, voi
   const int64_t last = begin + (end - begin) * (share + 1) / plan.shares;
   if (plan.whole) {
     float* const sums = before(memory.sums, begin * RowSums::floats(p.rows.V));
-    // Output rows that follow one another are measured together.
+    // Consecutive output rows are measured together.
     for (int64_t i = first, count; i < last; i += count) {
       const int64_t n = p.output_row(i);
       for (count = 1; i + count < last && p.output_row(i + count) == n + count;) ++count;

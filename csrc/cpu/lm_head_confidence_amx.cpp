@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Products of bf16 hidden states and an LM head in tile registers (see lm_head_confidence.cpp and
-// simd_amx.h). Hidden states are packed as for AVX512_BF16, sixteen words at a time; weights are
-// read where they are, a tile from the rows of sixteen tokens. A sum takes 32 elements of D after
-// the other, even blocks of 32 and odd ones in sums of their own: its bits depend on its row and
-// token alone.
+// simd_amx.h). Hidden states are packed as for AVX512_BF16, sixteen words at a time. Weights are
+// read in place, one tile from the rows of sixteen tokens. A sum takes one block of 32 elements of
+// D after the other, with separate sums for even and odd blocks, so its bits depend only on its row
+// and token.
 #include "cpu/simd_avx512.h"
 #define DLM_NAMESPACE avx512
 #include "cpu/lm_head_confidence_vectors.h"
@@ -17,7 +17,7 @@ using Pairs = avx512::PairProducts;
 
 static_assert(kHeadTokens == kTile && kHeadLanes == kTile && kHeadDepth % (2 * kTile) == 0);
 
-// Whole tiles of words.
+// Number of words, rounded up to whole tiles.
 int64_t words(int64_t D) { return (avx512::words_of<Pairs>(D) + kTile - 1) / kTile * kTile; }
 
 void pack(const void* const* rows, int64_t D, int64_t lanes, uint32_t* to) {
@@ -25,7 +25,7 @@ void pack(const void* const* rows, int64_t D, int64_t lanes, uint32_t* to) {
   std::fill(to + avx512::words_of<Pairs>(D) * lanes, to + words(D) * lanes, 0u);
 }
 
-// Of a group of rows: sums of even blocks of 32 elements, then of odd ones.
+// Sums of a group of rows: of the even blocks of 32 elements, then of the odd ones.
 struct alignas(64) GroupSums {
   float at[2 * kTile * kGroup];
 };
@@ -63,7 +63,7 @@ void store_group(const float* sums, int64_t rows, int64_t tokens, BFloat16* out,
   }
 }
 
-// Sixteen tokens or fewer.
+// Multiplies sixteen tokens or fewer.
 class Sixteen {
  public:
   Sixteen(const BFloat16* weight, int64_t stride, int64_t tokens, int64_t D)
@@ -75,7 +75,7 @@ class Sixteen {
       for (int64_t g = 0; g * kGroup < rows; ++g) visit(g, std::min(rows - g * kGroup, kGroup));
     };
     int64_t w = 0;
-    do {  // once at least, that the sums be something
+    do {  // at least once, so that the sums are defined
       const Weights b = weights(w);
       ask_for(w + kHeadDepth < words_ ? w + kHeadDepth : 0, w + kHeadDepth >= words_);
       each_group([&](int64_t g, int64_t n) {
@@ -94,8 +94,7 @@ class Sixteen {
   }
 
  private:
-  // From word w on: in memory, or where tokens or elements are missing a copy with zeros in their
-  // place.
+  // Weights from word w on: in memory, or a zero-padded copy if tokens or elements are missing.
   Weights weights(int64_t w) {
     const int64_t depth = std::min(words_ - w, kHeadDepth), first = 2 * w;
     if (tokens_ == kTile && first + 2 * depth <= D_)
@@ -109,8 +108,8 @@ class Sixteen {
     return {reinterpret_cast<const char*>(copied_), kHeadDepth * 4, depth};
   }
 
-  // No hardware fetches rows that lie far apart unasked: the words that come next, of the tokens
-  // behind these where these have no more.
+  // Prefetches the next words, those of the following tokens if these have no more. Hardware does
+  // not prefetch rows that are far apart.
   void ask_for(int64_t w, bool of_next_tokens) const {
     constexpr int64_t kLine = 32;  // elements
     const BFloat16* from = weight_ + (of_next_tokens ? kTile * stride_ : 0) + 2 * w;
@@ -138,7 +137,7 @@ void multiply(const uint32_t* packed, int64_t rows, const void* weight, int64_t 
 }  // namespace
 
 LmHeadKernels lm_head_confidence(DType dtype) {
-  // Tiles are configured once for a chunk of the vocabulary.
+  // Tiles are configured once per chunk of the vocabulary.
   return dtype == DType::kBFloat16 ? LmHeadKernels{words, pack, kRaceChunk, multiply}
                                    : avx512::lm_head_confidence(dtype);
 }

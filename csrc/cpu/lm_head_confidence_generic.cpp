@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of hidden states and an LM head (see lm_head_confidence.cpp) in plain C++, for
-// vectorisers: the innermost loop runs over rows.
+// Products of hidden states and an LM head (see lm_head_confidence.cpp) in plain C++, written for
+// vectorizers: the innermost loop runs over rows.
 #include <algorithm>
 
 #include "cpu/lm_head_confidence.h"
@@ -20,7 +20,7 @@ void pack_as(const void* const* rows, int64_t D, int64_t lanes, uint32_t* to) {
   }
 }
 
-// sums[lane] of one token, over D in its order, kHeadDepth elements at a time.
+// sums[lane] of one token, over D in ascending order, kHeadDepth elements at a time.
 template <class T, int kLanes>
 void add_products(const uint32_t* packed, const T* token, int64_t D, float* sums) {
   std::fill_n(sums, kLanes, 0.0f);

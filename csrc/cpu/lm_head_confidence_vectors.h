@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of hidden states and an LM head (see lm_head_confidence.cpp) in vectors: a file of one
-// instruction set includes this behind its simd_*.h. The lanes of a vector are rows, packed; a word
-// of a token's weights is broadcast from where it lies in memory, so the weights are read once, in
-// order, and never copied, unless they are of another type than the products'. Words are floats or,
-// where there are products of pairs (AVX512_BF16), pairs of bf16. A sum runs through D in its
-// order, kHeadDepth words at a time: its bits depend on its row and token alone. Flops: 2 D a row
-// and token. With few rows reading the weights is the limit.
+// Products of hidden states and an LM head (see lm_head_confidence.cpp) in vectors: each file for
+// one instruction set includes this after its simd_*.h. The lanes of a vector are rows, which are
+// packed. A word of a token's weights is broadcast directly from memory, so the weights are read
+// once, in order, and are not copied unless their type differs from that of the products. Words are
+// floats or, where products of pairs are available (AVX512_BF16), pairs of bf16. A sum runs through
+// D in ascending order, kHeadDepth words at a time, so its bits depend only on its row and token.
+// Flops: 2 D per row and token. With few rows, reading the weights is the limit.
 #pragma once
 #include <algorithm>
 
@@ -20,10 +20,10 @@ static_assert(kHeadLanes == kWidth);
 template <class T>
 struct FloatProducts {
   using Element = T;
-  static constexpr int64_t kElements = 1;  // of a word
+  static constexpr int64_t kElements = 1;  // elements per word
 
   static bool are_words(const T*, int64_t, int64_t) { return sizeof(T) == sizeof(uint32_t); }
-  // The words of n elements, zeros up to a whole vector of them.
+  // Writes the words of n elements, zero-padded to a whole vector.
   DLM_SIMD static void words(const T* from, int64_t n, uint32_t* to) {
     for (int64_t i = 0; i < n; i += kWidth) store(to + i, bits(load_first(n - i, from + i)));
   }
@@ -80,15 +80,15 @@ void pack_as(const void* const* rows, int64_t D, int64_t lanes, uint32_t* to) {
   }
 }
 
-// Where a token's words are, and what is to be asked for meanwhile: no hardware fetches rows that
-// lie far apart unasked.
+// Where a token's words are, and what to prefetch meanwhile: hardware does not prefetch rows that
+// are far apart.
 struct TokenWords {
   const uint32_t *at, *ahead;
 };
 
-// sums[t][lane] += the products of `depth` words, for kTokens tokens and kVectors of lanes from
-// `first_lane` on, of `lanes`. Words at even and at odd places have sums of their own, whatever the
-// template's arguments: chains of dependent operations are the shorter.
+// sums[t][lane] += the products of `depth` words, for kTokens tokens and kVectors vectors of lanes
+// starting at `first_lane`, out of `lanes`. Words at even and at odd places have separate sums,
+// whatever the template arguments, which shortens the chains of dependent operations.
 template <class F, int kVectors, int kTokens>
 DLM_SIMD void add_products(const uint32_t* a, int64_t lanes, int64_t first_lane,
                            const TokenWords* token, int64_t depth, float (*sums)[kGroup]) {
@@ -110,7 +110,7 @@ DLM_SIMD void add_products(const uint32_t* a, int64_t lanes, int64_t first_lane,
       for (int x = 0; x < kVectors; ++x) to[t][x] = F::dot(left[x], right, to[t][x]);
     }
   };
-  constexpr int64_t kLine = 16;  // words of a line of the cache
+  constexpr int64_t kLine = 16;  // words per cache line
   int64_t w = 0;
   for (; w + kLine <= depth; w += kLine) {
 #pragma GCC unroll 16
@@ -131,8 +131,9 @@ DLM_SIMD void add_products(const uint32_t* a, int64_t lanes, int64_t first_lane,
   }
 }
 
-// The same for all tokens and lanes, sixteen sums in registers at a time; four where vectors take
-// two registers each. (More tokens at a time, a power of two apart, would evict one another.)
+// The same for all tokens and lanes, with sixteen sums in registers at a time, or four where a
+// vector takes two registers. (More tokens at a time, at a power-of-two distance, would evict one
+// another.)
 template <class F, int kVectors>
 void add_all_products(const uint32_t* a, int64_t lanes, const TokenWords* token, int64_t depth,
                       float (*sums)[kGroup]) {
@@ -167,9 +168,10 @@ void multiply_as(const uint32_t* packed, int64_t rows, const void* weight, int64
     const int64_t depth = std::min(words - w, kHeadDepth), element = w * F::kElements;
     TokenWords token[kHeadTokens];
     for (int64_t t = 0; t < kHeadTokens; ++t) {
-      const int64_t own = std::min(t, tokens - 1);  // those that are not there repeat the last
+      const int64_t own = std::min(t, tokens - 1);  // missing tokens repeat the last one
       const T* from = first + own * stride + element;
-      const bool is_last = w + kHeadDepth >= words;  // then the next tokens' first words come
+      const bool is_last =
+          w + kHeadDepth >= words;  // then the first words of the next tokens follow
       const T* next = is_last ? from - element + kHeadTokens * stride : from + kNext;
       token[t] = {direct ? reinterpret_cast<const uint32_t*>(from) : copied + own * kHeadDepth,
                   reinterpret_cast<const uint32_t*>(next)};

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Hidden states as rows of logits: packed, multiplied by parts of an LM head, and one row's chunks
-// multiplied again. In an anonymous namespace, for the files that take rows in slices.
+// Hidden states as rows of logits: packs them, multiplies them by parts of an LM head, and
+// multiplies the chunks of a single row again. In an anonymous namespace, for the files that
+// process rows in slices.
 #pragma once
 #include <algorithm>
 
@@ -22,7 +23,7 @@ const void* before(const void* at, int64_t first, DType dtype) {
   return before(static_cast<const char*>(at), first * element_size(dtype));
 }
 
-// Hidden states of rows [begin, end) of those that are used, as the kernels take them.
+// Packs the hidden states of used rows [begin, end) for the kernels.
 void pack(const LmHeadConfidenceParams& p, const void* hidden, int64_t stride, int64_t begin,
           int64_t end, uint32_t* to) {
   const LmHeadKernels kernels = lm_head_kernels(p.rows.dtype);
@@ -40,7 +41,7 @@ void pack(const LmHeadConfidenceParams& p, const void* hidden, int64_t stride, i
   }
 }
 
-// Logits of tokens [first, last) for rows that are packed.
+// Computes the logits of tokens [first, last) for packed rows.
 void multiply(const LmHeadConfidenceParams& p, const LmHeadKernels& kernels, const uint32_t* packed,
               int64_t rows, int64_t first, int64_t last, char* out, int64_t out_stride) {
   const int64_t size = element_size(p.rows.dtype);
@@ -51,7 +52,7 @@ void multiply(const LmHeadConfidenceParams& p, const LmHeadKernels& kernels, con
   }
 }
 
-// One row, any of whose chunks can be multiplied again.
+// One row whose chunks can be multiplied again.
 class Multiplied final : public ChunkMaker {
  public:
   Multiplied(const LmHeadConfidenceParams& p, LogitsRow& row, int64_t i, char* scratch)

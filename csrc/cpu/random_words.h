@@ -4,8 +4,8 @@
 
 namespace dlm::cpu {
 
-// The words of n consecutive Philox counters, in the order of their indices, for vectorisers.
-// Internal to each file that includes it, which has its own compiler flags.
+// The words of n consecutive Philox counters in the order of their indices, written for
+// vectorizers. Internal to each including file, since each has its own compiler flags.
 template <int n>
 static inline void random_words(uint64_t seed, uint32_t position, uint32_t step, Stream stream,
                                 uint32_t index4, uint32_t* word) {

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// One commit / edit / remask / renoise step on a canvas, a row at a time. Three passes over a row:
+// One commit / edit / remask / renoise step on a canvas, one row at a time, in three passes over
+// the row:
 //   1. each used slot writes its position, by the last of the four masks that applies to it
-//   2. the row is searched for the first open position, and what stands behind everything given
+//   2. the row is searched for the first open position, and the positions after everything given
 //      (frozen) for the first end-of-sequence token
-//   3. the tail is filled if the row is complete up to that token; changes are counted and marked
+//   3. if the row is complete up to that token, the tail is filled; changes are counted and marked
 //      dirty
-// Tokens as they were before the call are kept for the slots alone: only slots and the tail can
-// change. Pass 2 reads 1 byte of what is given and 9 of every other position, and is the cost:
-// about a nanosecond a position.
+// The previous tokens are kept only for the slots: only slots and the tail can change. Pass 2 reads
+// 1 byte of each given and 9 bytes of every other position, and dominates the cost: about a
+// nanosecond per position.
 #include <algorithm>
 
 #include "common/philox.h"
@@ -63,7 +64,7 @@ class Row {
     return used;
   }
 
-  // Slot i of the batch stands at canvas position `at`, which is not frozen.
+  // Writes canvas position `at`, which is not frozen, from slot i of the batch.
   void write(int64_t i, int32_t at) {
     const bool open = state_[at] & kStateOpen, proposes = p_.proposal[i] >= 0;
     const bool commits = open && proposes && asks(p_.commit, i);
@@ -92,7 +93,7 @@ class Row {
     ++info_[kInfoRemasked];
   }
 
-  // The records of a position that no step has committed.
+  // Resets the records to those of a position that no step has committed.
   void forget(int64_t at) {
     if (p_.commit_step) p_.commit_step[row_ * p_.T + at] = -1;
     if (p_.commit_confidence) p_.commit_confidence[row_ * p_.T + at] = 0.0f;
@@ -111,8 +112,8 @@ class Row {
 
   int32_t step() const { return p_.step ? p_.step[row_] : 0; }
 
-  // First decided position behind everything given that holds an end-of-sequence token, or -1. One
-  // id at a time: a tight loop that ends where a former id was found.
+  // First decided position after everything given that holds an end-of-sequence token, or -1.
+  // Searches for one id at a time: a tight loop that stops where an earlier id was found.
   int64_t find_eos() const {
     int64_t given = end_;
     while (given > 0 && !(state_[given - 1] & kStateFrozen)) --given;
@@ -148,8 +149,8 @@ class Row {
     return open;
   }
 
-  // Compares the slots up to canvas position `last` with what they held; those beyond get it back,
-  // for fill_tail to compare with.
+  // Compares the slots up to canvas position `last` with their previous tokens; slots beyond get
+  // theirs back, for fill_tail to compare with.
   void mark_changes(int64_t last) {
     for (int64_t w = 0; w < p_.W; ++w) {
       const int32_t at = position_[w];

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which slots of a window to commit, a row at a time:
+// Selects the slots of a window to commit, one row at a time:
 //   E = eligible slots whose score is a number above -inf
-//   P = what gate and rule leave of E
+//   P = the slots of E that pass gate and rule
 //   selected = the best `cap` of P if |P| >= min(need, |E|), else the best `fill` of E
-// A slot is carried as its 64-bit key (common/order.h: value and slot at once), so keys are
-// distinct and their order is total. Rules that look at one slot at a time filter the keys; only
-// rules over prefixes sort them; "the best k" is one std::nth_element. Reads 5 to 10 bytes a slot;
-// the comparisons, not memory, are the limit.
+// Slots are represented by 64-bit keys (common/order.h: value and slot in one), so keys are
+// distinct and totally ordered. Rules that consider one slot at a time filter the keys; only rules
+// over prefixes sort them; "the best k" is one std::nth_element. Reads 5 to 10 bytes per slot;
+// comparisons, not memory, are the limit.
 #include <algorithm>
 #include <limits>
 
@@ -28,7 +28,8 @@ class Row {
 
   static uint32_t slot(uint64_t key) { return uint32_t(key); }
 
-  // Writes the keys of E, or of E within the gate, in slot order; returns how many.
+  // Writes the keys of E, or of those slots of E that pass the gate, in slot order; returns their
+  // number.
   int64_t gather(uint64_t* keys, const uint8_t* gate) const {
     const uint8_t* eligible = p_.eligible + offset_;
     const uint8_t* within = gate ? gate + offset_ : eligible;
@@ -48,7 +49,7 @@ class Row {
     return n;
   }
 
-  // Moves those of n keys that pass the rule to the front; returns how many.
+  // Moves those of n keys that pass the rule to the front; returns their number.
   int64_t apply_rule(uint64_t* keys, int64_t n) const {
     const float parameter = p_.parameter.at(row_, 0.0f);
     switch (p_.rule) {
@@ -128,7 +129,7 @@ void select_tokens(const SelectTokensParams& p, int64_t begin, int64_t end) {
     if (!ruled || n < p.need.at(b, 0)) {
       const int64_t passed = n;
       n = row.gather(keys, nullptr);
-      if (!ruled || passed < n) best = p.fill.at(b, 0);  // else P is all of E, which is enough
+      if (!ruled || passed < n) best = p.fill.at(b, 0);  // otherwise P is all of E, which is enough
     }
     best = std::min(std::max<int64_t>(best, 0), n);
     if (best < n) std::nth_element(keys, keys + best, keys + n);

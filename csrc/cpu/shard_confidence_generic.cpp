@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The sums over a shard's chunks, as digits. Some 100 operations a chunk of 256 logits, in scalars.
+// The sums over a shard's chunks, as digits. Takes about 100 scalar operations per chunk of 256
+// logits.
 #include "common/shard.h"
 #include "cpu/shard_confidence.h"
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The tile registers of *_amx.cpp: one product of bf16 pairs, 32 outputs by one or two vectors of
+// The tile registers for *_amx.cpp: one product of bf16 pairs, 32 outputs by one or two vectors of
 // rows. Needs AMX-TILE and AMX-BF16 (Intel, Architecture Instruction Set Extensions Programming
-// Reference, 319433, chapter 3), and the system's permission: isa.cpp asks for it.
+// Reference, 319433, chapter 3), and permission from the system, which isa.cpp requests.
 #pragma once
 #include <immintrin.h>
 
@@ -9,7 +9,7 @@
 
 namespace dlm::cpu::amx {
 
-// Rows of a tile, and its columns: words of 32 bits.
+// Number of rows of a tile, and of its columns, which are 32-bit words.
 constexpr int kTile = 16;
 
 struct alignas(64) TileShapes {
@@ -20,18 +20,18 @@ struct alignas(64) TileShapes {
 static_assert(sizeof(TileShapes) == 64, "as LDTILECFG reads it");
 constexpr TileShapes kWholeTiles;
 
-// All eight tiles in full size, for this thread, as long as it lives; none afterwards, so that
-// nobody has to save them.
+// Configures all eight tiles in full size for this thread during its lifetime, and none afterwards,
+// so that the system does not have to save them.
 class Tiles {
  public:
   DLM_SIMD Tiles() { _tile_loadconfig(&kWholeTiles); }
   DLM_SIMD ~Tiles() { _tile_release(); }
 };
 
-// c[n][rows] += a[i][rows] * b[n][i] in tiles: 0 to 3 are sums (of n in the first sixteen and
-// vector 0, 1, of n in the second sixteen and vector 0, 1), 4 and 5 hold b, 6 and 7 hold a. Of a
-// and c one row is kVectors vectors. The intrinsics take numbers only, and GCC's do not say what
-// memory they read: hence the barriers.
+// c[n][rows] += a[i][rows] * b[n][i] in tiles. Tiles 0 to 3 are sums (0 and 1: the first sixteen n
+// with vectors 0 and 1; 2 and 3: the second sixteen n), 4 and 5 hold b, 6 and 7 hold a. A row of a
+// and of c is kVectors vectors. The intrinsics accept only literal tile numbers, and GCC's do not
+// declare which memory they access, hence the barriers.
 DLM_SIMD void tile_barrier() { __asm__ volatile("" ::: "memory"); }
 
 template <int kVectors>
@@ -82,9 +82,9 @@ DLM_SIMD void add_products(const uint32_t* a, const uint32_t* b, int64_t b_out) 
   }
 }
 
-// The same of sixteen n, over 32 words i, or with `both` false over the first sixteen: those go to
-// the sums of the first sixteen n, the others to sums of their own, in the place of the second
-// sixteen. So twice as many instructions wait for none before them.
+// The same for sixteen n, over 32 words i, or over the first sixteen if `both` is false. The first
+// sixteen words go to the sums of the first sixteen n, the others to separate sums in the place of
+// the second sixteen n, so that twice as many instructions do not depend on earlier ones.
 template <int kVectors, bool both>
 DLM_SIMD void add_products_in_turn(const uint32_t* a, const void* b, int64_t b_bytes) {
   constexpr int64_t kStride = kVectors * kTile;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The vectors of *_avx2.cpp: sixteen elements in two registers of 256 bits, under the names of
-// simd_avx512.h, so that kernels written for the one compile with the other. Needs AVX2, FMA, F16C.
+// The vectors for *_avx2.cpp: sixteen elements in two 256-bit registers, with the same names as in
+// simd_avx512.h, so that kernels compile with either. Needs AVX2, FMA, F16C.
 //
 // Everything is always inlined: see simd_avx512.h.
 #pragma once
@@ -18,12 +18,12 @@ struct Floats {
 struct Words {
   __m256i low, high;
 };
-struct Mask {  // all bits of an element, or none
+struct Mask {  // all bits of an element set, or none
   __m256i low, high;
 };
 
 constexpr int kWidth = 16;
-constexpr bool kManyRegisters = false;  // 16, of half a vector each
+constexpr bool kManyRegisters = false;  // 16, each half a vector
 
 DLM_SIMD Floats splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 DLM_SIMD Words splat(uint32_t x) { return {_mm256_set1_epi32(int(x)), _mm256_set1_epi32(int(x))}; }
@@ -94,7 +94,7 @@ DLM_SIMD Floats select(Mask mask, Floats where, Floats elsewhere) {
   return from_bits(select(mask, bits(where), bits(elsewhere)));
 }
 
-DLM_SIMD void store(BFloat16* to, Floats x) {  // to nearest even; a NaN stays one
+DLM_SIMD void store(BFloat16* to, Floats x) {  // to nearest even; NaN stays NaN
   const Words b = bits(x), rounded = b + (splat(0x7fffu) + (b >> 16 & 1));
   const Words half = select(is_nan(x), b | 0x400000, rounded) >> 16;
   const __m256i mixed = _mm256_packus_epi32(half.low, half.high);
@@ -106,7 +106,7 @@ DLM_SIMD void store(Float16* to, Floats x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 8), _mm256_cvtps_ph(x.high, kNearest));
 }
 
-// The first n elements, 0 elsewhere; no other memory is touched.
+// The first n elements, and 0 elsewhere; no other memory is accessed.
 template <class T>
 DLM_SIMD Floats load_first(int64_t n, const T* x) {
   if (n >= kWidth) return load(x);
@@ -129,7 +129,7 @@ DLM_SIMD void store_first(int64_t n, uint32_t* to, Words x) {
   for (int64_t i = 0; i < n; ++i) to[i] = padded[i];
 }
 
-// sums[i] += x[i], of 16 elements.
+// sums[i] += x[i], for 16 elements.
 DLM_SIMD void add_to(double* sums, Floats x) {
   const __m128 parts[] = {_mm256_castps256_ps128(x.low), _mm256_extractf128_ps(x.low, 1),
                           _mm256_castps256_ps128(x.high), _mm256_extractf128_ps(x.high, 1)};
@@ -142,7 +142,7 @@ DLM_SIMD void add_to(double* sums, Floats x) {
 
 // --- arithmetic ----------------------------------------------------------------------------------
 
-// a * b + c, rounded once. (Products and sums written as such round separately.)
+// a * b + c, rounded once. (Separately written products and sums round separately.)
 DLM_SIMD Floats fma(Floats a, Floats b, Floats c) {
   return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
@@ -152,7 +152,7 @@ DLM_SIMD Floats fms(Floats a, Floats b, Floats c) {  // a * b - c
 DLM_SIMD Floats fma_where(Mask mask, Floats a, Floats b, Floats c) {  // c elsewhere
   return select(mask, fma(a, b, c), c);
 }
-DLM_SIMD Floats max(Floats a, Floats b) {  // b where one is NaN
+DLM_SIMD Floats max(Floats a, Floats b) {  // b if one is NaN
   return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)};
 }
 DLM_SIMD Floats min(Floats a, Floats b) {
@@ -177,7 +177,7 @@ DLM_SIMD Mask at_most(Words a, Words b) {
   return {_mm256_cmpeq_epi32(_mm256_max_epu32(a.low, b.low), b.low),
           _mm256_cmpeq_epi32(_mm256_max_epu32(a.high, b.high), b.high)};
 }
-// One bit an element, and back.
+// Converts masks to one bit per element, and back.
 DLM_SIMD uint32_t to_bits(Mask x) {
   return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(x.low))) |
          uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(x.high))) << 8;
@@ -188,7 +188,8 @@ DLM_SIMD Mask to_mask(uint32_t x) {
   const __m256i high = _mm256_slli_epi32(low, 8);
   return {_mm256_cmpeq_epi32(all & low, low), _mm256_cmpeq_epi32(all & high, high)};
 }
-// The elements that `mask` names, moved together, to memory with room for sixteen; how many.
+// Stores the elements selected by `mask` contiguously, to memory with room for sixteen; returns
+// their number.
 DLM_SIMD int append(float* to, Mask mask, Floats x) {
   float all[kWidth];
   store(all, x);
@@ -199,7 +200,7 @@ DLM_SIMD int append(float* to, Mask mask, Floats x) {
 }
 DLM_SIMD Mask first(int64_t n) { return to_mask(n >= kWidth ? 0xffffu : (1u << n) - 1); }
 
-// Pairs whose elements are 8 apart first, then 4, and so on.
+// Joins pairs of elements that are 8 apart first, then 4, and so on.
 template <class Join>
 DLM_SIMD float across(Floats x, Join join) {
   const __m256 eight = join(x.low, x.high);
@@ -214,8 +215,8 @@ DLM_SIMD float sum(Floats x) {
   return across(x, [](__m256 a, __m256 b) { return a + b; });
 }
 
-// A sum of non-negative floats below 2^51, each rounded to a whole number (nearest, even): adding
-// 1.5 * 2^52 leaves it in the lowest bits of a double.
+// A sum of non-negative floats below 2^51, each rounded to an integer (nearest even): adding 1.5 *
+// 2^52 leaves it in the lowest bits of a double.
 class Wholes {
  public:
   DLM_SIMD void add(Floats x) {
@@ -242,7 +243,7 @@ class Wholes {
   __m256i four_[4] = {};
 };
 
-// In which of sixteen 64-bit words bit `index` is set.
+// Returns which of sixteen 64-bit words have bit `index` set.
 DLM_SIMD Mask with_bit(const uint64_t* words, int64_t index) {
   const __m256i bit = _mm256_set1_epi64x(int64_t(uint64_t(1) << index));
   __m256 found[4];
@@ -259,7 +260,7 @@ DLM_SIMD Mask with_bit(const uint64_t* words, int64_t index) {
 
 // --- quarters: the four parts of four words ------------------------------------------------------
 
-DLM_SIMD Words splat_four(const uint32_t* x) {  // in every quarter
+DLM_SIMD Words splat_four(const uint32_t* x) {  // to every quarter
   const __m256i four =
       _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
   return {four, four};
@@ -268,7 +269,7 @@ template <int kOrder>
 DLM_SIMD Floats in_quarters(Floats x) {
   return {_mm256_permute_ps(x.low, kOrder), _mm256_permute_ps(x.high, kOrder)};
 }
-// In each quarter, all four times: one of its words, the largest (b of max where one is NaN), the
+// Broadcasts within each quarter: one of its words, the largest (b of max if one is NaN), or the
 // sum (x0 + x1) + (x2 + x3).
 template <int kIndex>
 DLM_SIMD Floats one_of_four(Floats x) {
@@ -282,7 +283,7 @@ DLM_SIMD Floats sum_of_four(Floats x) {
   x = x + in_quarters<0xb1>(x);
   return x + in_quarters<0x4e>(x);
 }
-// Quarter j of row i goes to quarter i of row j.
+// Moves quarter j of row i to quarter i of row j.
 DLM_SIMD void transpose_quarters(Words* row) {
   const Words r0 = row[0], r1 = row[1], r2 = row[2], r3 = row[3];
   row[0] = {_mm256_permute2x128_si256(r0.low, r1.low, 0x20),
@@ -294,7 +295,7 @@ DLM_SIMD void transpose_quarters(Words* row) {
   row[3] = {_mm256_permute2x128_si256(r0.high, r1.high, 0x31),
             _mm256_permute2x128_si256(r2.high, r3.high, 0x31)};
 }
-// Within each quarter, word j of row i goes to word i of row j.
+// Within each quarter, moves word j of row i to word i of row j.
 DLM_SIMD void transpose_halves(__m256i& r0, __m256i& r1, __m256i& r2, __m256i& r3) {
   const __m256i a = _mm256_unpacklo_epi32(r0, r1), b = _mm256_unpacklo_epi32(r2, r3);
   const __m256i c = _mm256_unpackhi_epi32(r0, r1), d = _mm256_unpackhi_epi32(r2, r3);
@@ -306,7 +307,7 @@ DLM_SIMD void transpose_in_quarters(Words* row) {
   transpose_halves(row[0].high, row[1].high, row[2].high, row[3].high);
 }
 
-// Rows become columns: word j of row i goes to word i of row j.
+// Transposes: word j of row i becomes word i of row j.
 DLM_SIMD void transpose(Words (&row)[16]) {
   Words column[16];
 #pragma GCC unroll 4
@@ -324,10 +325,10 @@ DLM_SIMD void transpose(Words (&row)[16]) {
   for (int i = 0; i < 16; ++i) row[i] = column[i];
 }
 
-// --- elementary functions that may round products and sums once ----------------------------------
+// --- elementary functions that may use fused multiply-add ----------------------------------------
 
 // As in simd_avx512.h: within 2 units in the last place, exact at 0; the same polynomial. Results
-// below 2^-125 are 0: so its exponent takes the integer part by an addition.
+// below 2^-125 are 0, so the integer part can simply be added to the exponent.
 DLM_SIMD __m256 exp2_nonpositive(__m256 x) {
   const __m256i n = _mm256_cvtps_epi32(x);
   const __m256 f = x - _mm256_cvtepi32_ps(n);
@@ -338,14 +339,14 @@ DLM_SIMD __m256 exp2_nonpositive(__m256 x) {
   p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(6.931470037e-01f));
   p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(1.0f));
   const __m256i power = _mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(n, 23));
-  const __m256 tiny = _mm256_cmp_ps(x, _mm256_set1_ps(-125.0f), _CMP_LT_OQ);  // not a NaN
+  const __m256 tiny = _mm256_cmp_ps(x, _mm256_set1_ps(-125.0f), _CMP_LT_OQ);  // false for NaN
   return _mm256_andnot_ps(tiny, _mm256_castsi256_ps(power));
 }
 DLM_SIMD Floats exp2_nonpositive(Floats x) {
   return {exp2_nonpositive(x.low), exp2_nonpositive(x.high)};
 }
 
-// tanh x: Cephes' polynomial (Moshier) around 0, from e^-2|x| elsewhere.
+// tanh x: Cephes' polynomial (Moshier) near 0, computed from e^-2|x| elsewhere.
 DLM_SIMD Floats tanh(Floats x) {
   const Floats z = x * x, one = splat(1.0f);
   Floats p = splat(-5.70498872745e-3f);

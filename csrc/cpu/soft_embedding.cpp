@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // out = (sum over kept v of w_v E_v) / (sum of w), w_v = e^((z_v - max) / T).
-//   dense     a tile of rows and columns: the weights of 64 ids of each row are computed, then the
-//             64 rows of E are added to all rows; weights are computed once for each tile of
-//             columns, some 15 operations beside 512
-//   filtered  a row: its weights once, and a list of what is kept; only that is read of E
-// Sums are float over 64 ids and double beyond, in the vocabulary's order, whatever the tile.
-// Flops: 2 V D a row, at the rate of the processor's vectors, and of memory for few rows.
+//   dense     one tile of rows and columns at a time: the weights of 64 ids are computed for each
+//   row,
+//             then the 64 rows of E are added to all rows. Weights are recomputed for each tile of
+//             columns, which takes about 15 operations compared with 512.
+//   filtered  one row at a time: its weights are computed once, with a list of the ids that are
+//             kept; only their rows of E are read.
+// Sums are float within 64 ids and double across them, in vocabulary order, whatever the tile.
+// Flops: 2 V D per row, at the rate of the processor's vectors, or of memory for few rows.
 #include "cpu/soft_embedding.h"
 
 #include <algorithm>
@@ -16,7 +18,7 @@ namespace dlm::cpu {
 namespace {
 
 constexpr float kLargest = std::numeric_limits<float>::max();
-constexpr int kMostKept = 512;  // ids in a list; rows that keep more are taken for dense
+constexpr int kMostKept = 512;  // ids in a list; rows that keep more are processed as dense
 
 struct Kernel {
   WeightsKernel weights;
@@ -66,11 +68,11 @@ SoftRow row_of(const SoftEmbeddingParams& p, int64_t n) {
   return row;
 }
 
-// A row's total weight, of what is kept and of the rest.
+// A row's total weight: of what is kept, and of the rest.
 struct Totals {
   double kept = 0.0, rest = 0.0;
 
-  // Takes the weights of a block, and out of it what is not kept.
+  // Adds the weights of a block, and sets those that are not kept to zero.
   void add(float* weight, uint64_t kept_bits) {
     if (~kept_bits) {
       float left[kSoftIds];
@@ -85,7 +87,7 @@ struct Totals {
   }
 
  private:
-  static float sum(const float* x) {  // in lanes: one after the other, additions would wait
+  static float sum(const float* x) {  // in lanes: sequential additions would wait for each other
     float lane[8] = {};
     for (int i = 0; i < kSoftIds; i += 8) {
       for (int l = 0; l < 8; ++l) lane[l] += x[i + l];
@@ -174,7 +176,7 @@ class Rows {
 
   const SoftEmbeddingParams& p_;
   const Kernel kernel_;
-  float weight_[kSoftRows][kSoftIds] = {};  // of rows that are not there, zero
+  float weight_[kSoftRows][kSoftIds] = {};  // zero for rows that do not exist
   double sums_[kSoftRows][kSoftColumns] = {};
   int64_t ids_[kMostKept];
   float weights_[kMostKept];

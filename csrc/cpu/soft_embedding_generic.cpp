@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Weights and sums of soft_embedding (see soft_embedding.cpp) in plain C++, for vectorisers.
+// Weights and sums of soft_embedding (see soft_embedding.cpp) in plain C++, written for
+// vectorizers.
 #include <algorithm>
 
 #include "common/math.h"

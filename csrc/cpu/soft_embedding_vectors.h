@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Weights and sums of soft_embedding (see soft_embedding.cpp) in vectors: a file of one instruction
-// set includes this behind its simd_*.h. Sums of 64 ids stay in registers, for up to kRows rows at
-// a time. With many rows fused operations are the limit, one for each id, row and vector; with one
-// row it is memory.
+// Weights and sums of soft_embedding (see soft_embedding.cpp) in vectors: each file for one
+// instruction set includes this after its simd_*.h. Sums over 64 ids stay in registers, for up to
+// kRows rows at a time. With many rows fused operations are the limit (one per id, row and vector),
+// with one row it is memory.
 #pragma once
 #include <algorithm>
 
@@ -22,7 +22,7 @@ DLM_SIMD uint64_t weights_as(const SoftRow& row, int64_t begin, int n, float* we
   uint64_t kept = 0;
   for (int i = 0; i < kSoftIds; i += kWidth) {
     const int there = std::max(n - i, 0);
-    const Floats z = min(splat(kLargest), load_first(there, logits + i));  // a NaN stays
+    const Floats z = min(splat(kLargest), load_first(there, logits + i));  // NaN stays NaN
     const Floats w = exp2_nonpositive((z - top) * scale);
     const Mask inside = first(there);
     store(weight + i, select(inside, select(is_nan(z), zero, w), zero));
@@ -31,8 +31,8 @@ DLM_SIMD uint64_t weights_as(const SoftRow& row, int64_t begin, int n, float* we
   return kept;
 }
 
-// Asks for what the same columns have in the next 64 ids: rows of E lie far apart, and no hardware
-// fetches them unasked. (Behind the end of E nothing happens.)
+// Prefetches the same columns of the next 64 ids: rows of E are far apart, so hardware does not
+// prefetch them. (Prefetching beyond the end of E has no effect.)
 template <class T, int kStep>
 DLM_SIMD void fetch_next(const T* e, int64_t stride) {
   const uintptr_t next = reinterpret_cast<uintptr_t>(e) + kSoftIds * stride * sizeof(T);
@@ -41,7 +41,7 @@ DLM_SIMD void fetch_next(const T* e, int64_t stride) {
   }
 }
 
-// Some rows and kVectors of columns, of which `columns` are there.
+// Processes some rows and kVectors vectors of columns, of which `columns` exist.
 template <class T, int kRowsAtOnce, int kVectors, bool kWhole, bool kFetch = true>
 DLM_SIMD void add_rows(const T* e, int64_t stride, int n, int columns,
                        const float (*weight)[kSoftIds], double (*sums)[kSoftColumns], int column) {
@@ -73,7 +73,7 @@ DLM_SIMD void add_rows(const T* e, int64_t stride, int n, int columns,
   }
 }
 
-// One row or two, whose sums fill the registers: E is read where it is.
+// Processes one or two rows, whose sums fill the registers: E is read in place.
 template <class T, int kRowsAtOnce>
 DLM_SIMD void add_few(const T* e, int64_t stride, int n, int columns,
                       const float (*weight)[kSoftIds], double (*sums)[kSoftColumns]) {
@@ -87,9 +87,9 @@ DLM_SIMD void add_few(const T* e, int64_t stride, int n, int columns,
   }
 }
 
-// More rows, of which those that are not there have no weight and nobody reads the sums. A few
-// columns of E are copied next to each other, as floats: they stay in the first level of the cache
-// for all rows. (Rows of E that are a power of two apart would evict one another.)
+// Processes more rows. Rows that do not exist have no weight, and their sums are not used. A few
+// columns of E are copied next to each other as floats, so that they stay in the first-level cache
+// for all rows. (Rows of E at a power-of-two distance would evict one another.)
 template <class T>
 DLM_SIMD void add_many(const T* e, int64_t stride, int n, int columns,
                        const float (*weight)[kSoftIds], int rows, double (*sums)[kSoftColumns]) {

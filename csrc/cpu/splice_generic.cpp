@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Inserts into and removes from a window of each row, in place. What lies behind the window moves
-// by one distance: from its far end when it moves right, from its near end when it moves left, so
-// that nothing is overwritten before it has moved. The window itself is kept aside meanwhile. Some
-// two nanoseconds a position from the window on.
+// Inserts into and removes from a window of each row, in place. Everything behind the window moves
+// by the same distance: starting from its far end when it moves right, from its near end when it
+// moves left, so that nothing is overwritten before it has moved. Meanwhile the window itself is
+// kept in a copy. Takes about two nanoseconds per position from the window on.
 #include <algorithm>
 
 #include "cpu/splice.h"
@@ -10,7 +10,7 @@
 namespace dlm::cpu::generic {
 namespace {
 
-// What a position holds and takes along when it moves.
+// The content of a position, which moves with it.
 struct Content {
   int64_t token;
   uint8_t state;
@@ -34,7 +34,7 @@ class Row {
     for (int64_t t = 0; t < p_.T; ++t) source[t] = int32_t(t);
     if (start_ < 0 || start_ > live_) return;
 
-    // Slots that are positions, and one at which there is nothing to remove.
+    // Slots that are positions, plus the one at the end, which has nothing to remove.
     slots_ = std::min(p_.W, live_ - start_ + 1);
     held_ = std::min(p_.W, live_ - start_);
     int64_t inserted = 0, removed = 0;
@@ -78,8 +78,8 @@ class Row {
                 : Content{p_.pad_token_id, kStateFrozen, -1, 0.0f};
   }
 
-  // Position t still holds what it held before the call. The dirty bit is about its keys and
-  // values: it stays.
+  // Writes content to position t, which still holds its previous state. The dirty bit describes the
+  // keys and values of the position, so it stays.
   void put(int64_t t, int64_t source, const Content& c) {
     const int64_t i = canvas_ + t;
     if (p_.state) {
@@ -114,7 +114,7 @@ class Row {
   const SpliceParams& p_;
   const int64_t row_, canvas_, start_, live_;
   int64_t slots_ = 0, held_ = 0;
-  int64_t limit_ = 0;  // positions from here on receive nothing
+  int64_t limit_ = 0;  // positions from here on are not written
   Content window_[kMaxSlots];
   bool leaves_[kMaxSlots];
 };

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // token = argmax z, or drawn by a race (common/race.h); its probability, and the statistics of
-// softmax(z) or softmax(z/T). One pass over a row of logits describes it by the sums of its chunks
-// (token_confidence.h); all else follows from these, and looks into few chunks again. For
-// x_v = (z_v - max) / T and all v but the argmax,
+// softmax(z) or softmax(z/T). One pass over a row of logits computes the sums of its chunks
+// (token_confidence.h); everything else follows from these, and reads only a few chunks again. For
+// x_v = (z_v - max) / T and all v except the argmax,
 //   S = sum of e^x_v,   X = sum of x_v e^x_v
 // so that 1 - confidence = S / (1 + S) and entropy = log(1 + S) - X / (1 + S) keep their relative
-// accuracy in peaked rows, where decisions fall.
+// accuracy in peaked rows, which matter most for decisions.
 #include "cpu/token_confidence.h"
 
 #include <algorithm>
@@ -36,14 +36,14 @@ constexpr ForIsa<Chosen> kTable[] = {
 const void* row_of(const void* data, int64_t row, int64_t stride, DType dtype) {
   return data ? static_cast<const char*>(data) + row * stride * element_size(dtype) : nullptr;
 }
-// What the n-th row has of a tensor that serves so many rows with each `size` elements. (Divisions
-// are slow beside a row of few logits.)
+// The n-th row's part of a tensor of which each `size` elements serve the same number of rows.
+// (Divisions are slow compared with a row of few logits.)
 template <class T>
 const T* shared(const T* data, int64_t n, int64_t rows, int64_t size) {
   return data ? data + n / rows * size : nullptr;
 }
 
-// Rows, one after the other.
+// Processes rows one after the other.
 struct Rows {
   const TokenConfidenceKernels& kernels;
   const TokenConfidenceParams& p;
@@ -61,7 +61,7 @@ struct Rows {
   }
 };
 
-// Rows of few logits, measured together; those that are filtered, alone.
+// Processes rows of few logits together; filtered rows are processed singly.
 class Few {
  public:
   explicit Few(const Rows& others) : others_(others), kernels_(others.kernels), p_(others.p) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Statistics of rows of few logits (see token_confidence.cpp) in vectors: a file of one instruction
-// set includes this behind its simd_*.h. Sixteen rows are transposed, so that each has a lane of
-// its own and no step is done for one row alone. Some 40 operations for a logit of each of 16 rows,
-// of which 8 transpose them.
+// Statistics of rows of few logits (see token_confidence.cpp) in vectors: each file for one
+// instruction set includes this after its simd_*.h. Sixteen rows are transposed, so that each has
+// its own lane and no step is done for a single row. Takes about 40 operations per logit of 16
+// rows, of which 8 are for the transposition.
 #pragma once
 #include <algorithm>
 
@@ -14,13 +14,15 @@ namespace {
 
 static_assert(kRowsTogether == kWidth);
 
-// What comes once a row is in double, for all rows together: loops over lanes, for a vectoriser.
+// The final steps of a row are in double, for all rows together: loops over lanes, for a
+// vectorizer.
 
-// log(1 + x) for 0 <= x < 2^20, within 1e-11, relative: the error of 1 + x cancels (Kahan).
+// log(1 + x) for 0 <= x < 2^20, with a relative error below 1e-11: the error of 1 + x cancels
+// (Kahan).
 inline double log_of_one_and(double x) {
   const double u = 1.0 + x, more = u - 1.0;
   const int32_t e = int32_t(float_to_bits(float(u)) - 0x3f3504f3u) >> 23;
-  const double m = u * double(bits_to_float(uint32_t(127 - e) << 23));  // about 1
+  const double m = u * double(bits_to_float(uint32_t(127 - e) << 23));  // close to 1
   const double s = (m - 1.0) / (m + 1.0), z = s * s;
   double p = 1.0 / 13;
   for (const double n : {11.0, 9.0, 7.0, 5.0, 3.0, 1.0}) p = p * z + 1.0 / n;
@@ -28,7 +30,7 @@ inline double log_of_one_and(double x) {
   const double exact = log * (x / (more > 0.0 ? more : 1.0));
   return more > 0.0 ? exact : x;
 }
-// e^x - 1 for x <= 0, within 1e-9, relative; -1 below -87.
+// e^x - 1 for x <= 0, with a relative error below 1e-9; -1 below -87.
 inline double exponential_less_one(double x) {
   const double clamped = x > -87.0 ? x : -87.0;
   const double shifted = clamped * 1.4426950408889634 + 6755399441055744.0;  // 1.5 * 2^52
@@ -42,10 +44,10 @@ inline double exponential_less_one(double x) {
   return x > -87.0 ? result : -1.0;
 }
 
-// e^x for x <= 0 (and -inf, NaN) within a unit in the last place: Cephes' expf polynomial
+// e^x for x <= 0 (and -inf, NaN) within one unit in the last place: Cephes' expf polynomial
 // (Moshier).
 DLM_SIMD Floats exponential(Floats x) {
-  const Floats least = splat(kExpUnderflow), clamped = max(least, x);  // a NaN stays
+  const Floats least = splat(kExpUnderflow), clamped = max(least, x);  // NaN stays NaN
   const Floats shifted = fma(clamped, splat(1.44269504f), splat(12582912.0f));
   const Floats n = shifted - splat(12582912.0f);
   const Floats r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), clamped));
@@ -58,11 +60,11 @@ DLM_SIMD Floats exponential(Floats x) {
   return select(less(x, least), splat(0.0f), from_bits(bits(p) + (bits(shifted) << 23)));
 }
 
-// z[v] becomes logit v of every row.
+// Sets z[v] to logit v of every row.
 template <class T>
 void load_rows(FewRows& rows, int V, Floats* z) {
   for (int first = 0; first < V; first += kWidth) {
-    // The last tile overlaps with the one before it, so that it is whole.
+    // The last tile overlaps the previous one, so that it is complete.
     const int at = std::max(std::min(first, V - kWidth), 0), n = std::min(V, kWidth);
     Words tile[kWidth];
     for (int r = 0; r < kWidth; ++r) {
@@ -117,7 +119,7 @@ void measure_rows_as(FewRows& rows) {
   const auto add = [&](int v) {
     const Floats x = (z[v] - of_base) * scale, w = exponential(x);
     sum[v % 2] = sum[v % 2] + w;
-    // -inf is not multiplied by its weight, 0
+    // -inf must not be multiplied by its weight, 0.
     if (rows.entropy) weighted[v % 2] = fma(max(x, splat(-1000.0f)), w, weighted[v % 2]);
   };
   for (int v = 0; v + 1 < V; v += 2) add(v), add(v + 1);

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The floor of a filtered row: the lowest logit that top-k and top-p keep. Both keep whatever is at
-// or above some value, the largest such that it and all above measure more than a limit: logits are
-// counted for top-k, their masses added up for top-p. Nothing is sorted, and few logits are looked
-// at: the chunks' largest logits, or a sample, say where the value should be, one pass over the
-// chunks that reach that far collects what lies there, and a search by bins finds it among these
-// few. Measures are whole numbers, so that neither the guess nor the order shows in the result.
+// The floor of a filtered row: the lowest logit that top-k and top-p keep. Both keep everything at
+// or above some value, which is the largest one such that the measure of all logits at or above it
+// exceeds a limit; top-k counts logits, top-p adds up their masses. Nothing is sorted, and few
+// logits are examined: the chunks' largest logits, or a sample, indicate where the value should be;
+// one pass over the chunks that reach that range collects the logits in it; and a search by bins
+// finds the value among these few. Measures are integers, so neither the guess nor the order
+// affects the result.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -16,14 +17,14 @@
 
 namespace dlm::cpu {
 
-// Values, and the mass of each where masses are measured: room for some number of them.
+// Values, and the mass of each where masses are measured, with a fixed capacity.
 struct Measured {
   float* value;
   uint64_t* mass;
   int64_t size;
 };
 
-// What a search works in: the values that are collected, and a few others.
+// Working memory of a search: the collected values, and a few others.
 class FloorScratch {
  public:
   static constexpr int64_t kSample = 2048, kOfChunk = 16;  // see FloorSearch::sampled
@@ -47,7 +48,7 @@ class FloorScratch {
 
 class FloorSearch {
  public:
-  // `largest` and `tempered` as in ChunkSums; `max`: of the row.
+  // `largest` and `tempered` are as in ChunkSums; `max` is that of the row.
   FloorSearch(const TokenConfidenceKernels& kernels, const LogitsRow& row, const float* largest,
               const float* tempered, float max, float inverse_temperature, FloorScratch& scratch)
       : kernels_(kernels),
@@ -60,19 +61,19 @@ class FloorSearch {
         found_(scratch.found),
         scratch_(scratch.other) {}
 
-  // The k-th largest logit, -inf if there are fewer.
+  // Returns the k-th largest logit, -inf if there are fewer.
   float of_count(int64_t k) {
     by_mass_ = false;
     lowest_ = -kLargest;
     return search(uint64_t(k - 1), 0.0);
   }
 
-  // The largest value such that it and all above it have more than a share of the mass of all that
-  // is at or above `floor`; -inf if there is none.
+  // Returns the largest value such that the logits at or above it have more than `share` of the
+  // mass of all logits at or above `floor`; -inf if there is none.
   float of_share(float share, float floor) {
     by_mass_ = true;
     row_.floor = floor;
-    // The weight of V logits below this is less than (1 - share) of the largest one's.
+    // V logits below this have less than (1 - share) times the weight of the largest one.
     const double depth = std::log(double(row_.V) / (1.0 - double(share))) + 0.1;
     lowest_ = std::max(float(double(max_) - depth / double(inverse_)), -kLargest);
     const double total = double(total_mass());
@@ -90,7 +91,7 @@ class FloorSearch {
     return ordered_value(ordered_bits(value) + uint32_t(by));
   }
 
-  // `total`: of the measure, 0: unknown.
+  // `total` is the total measure, 0 if unknown.
   float search(uint64_t limit, double total) {
     Bracket in = guess(limit, total);
     for (;;) {
@@ -112,11 +113,11 @@ class FloorSearch {
     return largest_[chunk] >= std::max({low, row_.floor, -kLargest});
   }
 
-  // Where the largest logits of some groups suffice to exceed the limit, the value is at or above
-  // one of them. Chunks are such groups; in a row of few chunks, parts of them.
+  // If the largest logits of some groups suffice to exceed the limit, the value is at or above one
+  // of them. Chunks are such groups; in a row of few chunks, parts of chunks.
   Bracket guess(uint64_t limit, double total) {
     constexpr int64_t kFewChunks = 64;
-    constexpr int kGroups = 16;  // of a chunk
+    constexpr int kGroups = 16;  // per chunk
     float low;
     Measured& top = scratch_;
     top.size = 0;
@@ -144,9 +145,9 @@ class FloorSearch {
     return crossing(top, 0, limit, low) ? Bracket{low, max_} : Bracket{lowest_, max_};
   }
 
-  // What lies at and above each of some values is estimated from the chunks' largest logits and a
-  // sample of the others: the bracket is from the highest that is surely too low (by three standard
-  // errors) to the lowest that is too high.
+  // The measure of the logits at or above each of several values is estimated from the chunks'
+  // largest logits and a sample of the others. The bracket ranges from the highest value that is
+  // certainly too low (by three standard errors) to the lowest that is too high.
   Bracket sampled(uint64_t limit, double total) {
     constexpr int64_t kSize = FloorScratch::kSample, kOfChunk = FloorScratch::kOfChunk;
     constexpr int kBins = 512;
@@ -158,7 +159,7 @@ class FloorSearch {
     for (int64_t c = 0; looked_at < kSize && c < chunks_; c += step, looked_at += kOfChunk) {
       if (!has_any(c, lowest_)) continue;
       kernels_.load_chunk(row_, c, z_);
-      const int64_t first = c / step * kOfChunk % kRaceChunk;  // elsewhere in each
+      const int64_t first = c / step * kOfChunk % kRaceChunk;  // a different place in each chunk
       for (int64_t i = first; i < first + kOfChunk; ++i) {
         const bool used = z_[i] >= lowest_ && z_[i] < largest_[c];
         from = used ? std::min(from, z_[i]) : from;
@@ -192,7 +193,7 @@ class FloorSearch {
     for (int b = kBins - 1; b >= 0; --b) {
       above += part[b], error += square[b];
       below -= part[b], error_below -= square[b];
-      // the rest of the total, where that is more certain
+      // Use the rest of the total where that is more precise.
       const bool rest = total > 0.0 && error_below < error;
       const double estimate = rest ? total - below : above;
       const double off = 3.0 * std::sqrt(std::max(rest ? error_below : error, 0.0));
@@ -203,7 +204,7 @@ class FloorSearch {
     return in;
   }
 
-  // Finds what lies in the bracket, and measures it; returns the measure of what lies above.
+  // Collects and measures the logits in the bracket; returns the measure of those above it.
   uint64_t collect(Bracket in) {
     uint64_t above = 0;
     int64_t count = 0;
@@ -224,7 +225,7 @@ class FloorSearch {
     if (by_mass_) kernels_.masses(x.value, x.size, max_, inverse_, x.mass);
   }
 
-  // By the sums of the chunks.
+  // Total mass, from the sums of the chunks.
   uint64_t total_mass() {
     uint64_t total = 0;
     for (int64_t c = 0; c < chunks_; ++c) {
@@ -239,9 +240,9 @@ class FloorSearch {
     return total;
   }
 
-  // The largest of the values such that it and all above it measure more than `limit`, with `above`
-  // of what is higher than all of them. Each round divides the values' range into bins, and goes on
-  // with the bin that crosses the limit. Uses up `x`.
+  // Finds the largest of the values such that it and all above it measure more than `limit`, where
+  // `above` is the measure of everything above all of them. Each round divides the values' range
+  // into bins, and continues with the bin that crosses the limit. Destroys `x`.
   bool crossing(Measured& x, uint64_t above, uint64_t limit, float& value) const {
     constexpr int kMostBins = 2048;
     uint64_t sum[kMostBins];
@@ -254,14 +255,14 @@ class FloorSearch {
         most = std::max(most, x.value[i]);
       }
       const int bins = std::clamp(int(n / 4), 16, kMostBins);
-      // As a double, a difference of floats neither overflows nor underflows.
+      // In double, a difference of floats neither overflows nor underflows.
       const double scale = most > least ? double(bins - 1) / (double(most) - double(least)) : 0.0;
       const auto bin_of = [&](float z) { return int((double(z) - double(least)) * scale); };
       std::fill(sum, sum + bins, 0);
       for (int64_t i = 0; i < n; ++i) sum[bin_of(x.value[i])] += by_mass_ ? x.mass[i] : 1;
       int b = bins - 1;
       for (; b >= 0 && above + sum[b] <= limit; --b) above += sum[b];
-      if (b < 0) return false;  // in the first round only: measures are exact
+      if (b < 0) return false;  // only possible in the first round: measures are exact
       value = most;
       if (most == least) return true;
       int64_t kept = 0;
@@ -281,7 +282,7 @@ class FloorSearch {
   const float *const largest_, *const tempered_;
   const float max_, inverse_;
   bool by_mass_ = false;
-  float lowest_ = -kLargest;  // no lower value can be the one
+  float lowest_ = -kLargest;  // the value cannot be lower
   Measured &found_, &scratch_;
   alignas(64) float z_[kRaceChunk];
 };

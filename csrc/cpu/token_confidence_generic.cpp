@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Kernels of token_confidence (see token_confidence.cpp) in plain C++: the specification of their
-// bits. A chunk is converted to float on the stack, and its terms are added.
+// Kernels of token_confidence (see token_confidence.cpp) in plain C++, which specify the bits of
+// the others. A chunk is converted to float on the stack, and its terms are added.
 #include <algorithm>
 #include <limits>
 
@@ -12,12 +12,12 @@
 namespace dlm::cpu::generic {
 namespace {
 
-constexpr int kLanes = 16;  // independent maxima, whatever the vector width
+constexpr int kLanes = 16;  // number of independent maxima, whatever the vector width
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLargest = std::numeric_limits<float>::max();
 
-// A row as the rest of this file sees it: floats, guided, biased, without NaN and +inf, -inf where
-// banned or below the floor.
+// A row as the rest of this file sees it: floats with guidance and bias, without NaN and +inf, and
+// -inf where banned or below the floor.
 template <class T>
 class Row {
  public:
@@ -66,7 +66,7 @@ class Row {
       const float* bias = row_.bias + begin;
       for (int i = 0; i < n; ++i) z[i] += bias[i];
     }
-    uint32_t special = 0;  // nothing but NaN and +inf has this property: not <= kLargest
+    uint32_t special = 0;  // only NaN and +inf have this property: not <= kLargest
     for (int i = 0; i < n; ++i) special |= uint32_t(!(z[i] <= kLargest));
     if (special) {
       for (int i = 0; i < n; ++i) {
@@ -154,7 +154,7 @@ int64_t collect(const float* z, float low, float high, float* to, uint64_t* abov
   for (int i = 0; i < kRaceChunk; ++i) {
     *above += uint64_t(z[i] > high);
     to[count] = z[i];
-    count += int64_t(z[i] >= low && z[i] <= high);  // no branch: it would be a toss-up
+    count += int64_t(z[i] >= low && z[i] <= high);  // no branch: it would be unpredictable
   }
   return count;
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Kernels of token_confidence (see token_confidence.cpp) that a vectoriser compiles well. A file of
-// one instruction set includes this in its namespace, behind its load_chunk.
+// Kernels of token_confidence (see token_confidence.cpp) that vectorizers compile well. Each file
+// for one instruction set includes this in its namespace, after its load_chunk.
 #pragma once
 #include <algorithm>
 #include <limits>
@@ -33,8 +33,8 @@ int64_t index_of(float value, const float* x) {
   return i;
 }
 
-// The chunk of the argmax is looked at again, without it; the others are put relative to its
-// maximum.
+// The chunk of the argmax is read again, without the argmax; the sums of the others are made
+// relative to its maximum.
 Summary summarize(const LogitsRow& row, const ChunkSums& sums, bool exponents, float scale) {
   const int64_t chunks = (row.V + kRaceChunk - 1) / kRaceChunk;
   Summary found;
@@ -85,7 +85,7 @@ void masses(const float* z, int64_t n, float max, float scale, uint64_t* mass) {
   for (int64_t i = 0; i < n; ++i) mass[i] = mass_of(dlm::chunk_exp((z[i] - max) * scale));
 }
 
-// Of n chunks from `first` on, n up to kCount.
+// Processes up to kCount chunks, starting at `first`.
 template <int kCount>
 void some_chunk_keys(const float* largest, const float* weight, int64_t first, int64_t n,
                      const Draw& draw, float* key) {

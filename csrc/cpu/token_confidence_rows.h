@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What an output row of token_confidence asks for, and how its results follow from the sums of its
+// What an output row of token_confidence requests, and how its results follow from the sums of its
 // chunks. In an anonymous namespace, for the files that measure rows.
 #pragma once
 #include <algorithm>
@@ -21,7 +21,7 @@ constexpr float kLargest = std::numeric_limits<float>::max();
 int64_t chunks_of(int64_t V) { return (V + kRaceChunk - 1) / kRaceChunk; }
 int64_t first_chunk(const TokenConfidenceParams& p) { return p.first / kRaceChunk; }
 
-// What output row n reads and asks for.
+// The inputs and requests of output row n.
 struct Task {
   Task(const TokenConfidenceParams& p, int64_t n)
       : source(p.row_map ? p.row_map[n] : n), row(logits_row(p, n, std::max<int64_t>(source, 0))) {
@@ -43,7 +43,7 @@ struct Task {
     entropy = p.entropy != nullptr;
   }
 
-  // Top-p needs the whole mass at the row's temperature.
+  // Top-p needs the total mass at the row's temperature.
   Wanted wanted() const {
     const bool tempered = filters && p_kept < 1.0f && scale != draw.inverse_temperature;
     return {entropy, tempered, scale, draw.inverse_temperature};
@@ -52,7 +52,7 @@ struct Task {
   int64_t source;
   LogitsRow row;
   bool samples, filters, about_kept, entropy;
-  float temperature, scale;  // scale: of what the statistics are about
+  float temperature, scale;  // scale: 1 / T of the statistics' distribution
   Draw draw{};
   int32_t k;
   float p_kept;
@@ -91,12 +91,13 @@ float logit_at(const LogitsRow& row, int64_t v) {
   return std::min(z, kLargest);
 }
 
-// What a row works in: arrays over its chunks, then flags of its parts. Where nobody asks for the
-// weights at another temperature than the statistics', or they are the same, the array is the same.
+// Working memory of a row: arrays over its chunks, then flags of its parts. If weights at another
+// temperature than that of the statistics are not needed, or the temperatures are equal, the two
+// arrays are the same.
 struct RowSums {
   ChunkSums of_chunk;
   float *key, *bound;  // of the race
-  float* flags;        // whole numbers
+  float* flags;        // integers
 
   static int64_t floats(int64_t V) { return 6 * chunks_of(V) + token_confidence_parts(V); }
   RowSums(float* sums, int64_t n, int64_t V, const Task& task) {
@@ -111,8 +112,8 @@ struct RowSums {
   }
 };
 
-// Where logits are not in memory: makes those of one chunk of the row at a time, which it lets the
-// row's pointers find there.
+// For logits that are not in memory: computes those of one chunk of the row at a time, and sets the
+// row's pointers to them.
 struct ChunkMaker {
   virtual void make(int64_t chunk) = 0;
 
@@ -123,7 +124,7 @@ struct ChunkMaker {
 // A row, from the sums of its chunks to its results.
 class Row {
  public:
-  // `maker`: null if all logits are in memory; else rows are not filtered.
+  // `maker` is null if all logits are in memory; otherwise rows are not filtered.
   Row(const TokenConfidenceKernels& kernels, const TokenConfidenceParams& p, int64_t n, Task& task,
       const RowSums& memory, void* scratch, ChunkMaker* maker = nullptr)
       : kernels_(kernels),
@@ -151,7 +152,7 @@ class Row {
       if (task_.samples) drawn = race();
     }
     if (p_.floor) p_.floor[n_] = row_.floor;
-    if (!task_.about_kept) row_.floor = -kInfinity;  // the statistics are about the whole row
+    if (!task_.about_kept) row_.floor = -kInfinity;  // the statistics describe the whole row
     if (found.argmax < 0 && task_.source >= 0) flags |= kFlagNothingAllowed;
     write(found, drawn, flags);
   }
@@ -159,7 +160,7 @@ class Row {
  private:
   Summary summarize() const {
     if (task_.source < 0) return {};
-    if (maker_) {  // the chunk that has the argmax is looked at
+    if (maker_) {  // the chunk that contains the argmax is read again
       const int64_t chunks = chunks_of(row_.V);
       maker_->make(std::max_element(sums_.largest, sums_.largest + chunks) - sums_.largest);
     }
@@ -180,7 +181,7 @@ class Row {
     return std::max(by_count, by_mass);
   }
 
-  // What a shard says of the row. Chunks before it weigh nothing in the race.
+  // Writes the summary of a row over a shard. Chunks before the shard have no weight in the race.
   void finish_shard(int32_t flags) {
     const int64_t chunks = chunks_of(row_.V), first = first_chunk(p_);
     int64_t* const words = p_.partial + n_ * kShardWords;
@@ -228,12 +229,12 @@ class Row {
     }
   }
 
-  // Of what the statistics are about, 1 / T.
+  // 1 / T of the distribution that the statistics describe.
   double exact_scale() const {
     return p_.distribution == Distribution::kRaw ? 1.0 : 1.0 / double(task_.temperature);
   }
 
-  // The sums become those of what the filters keep.
+  // Recomputes the sums for what the filters keep.
   void sum_kept() {
     const Wanted want{task_.entropy, false, task_.scale, task_.scale};
     for (int64_t c = 0; c < chunks_of(row_.V); ++c) {
@@ -246,9 +247,10 @@ class Row {
     }
   }
 
-  // Where the chunks' sums are not those that race (they are of another temperature, or of what the
-  // filters dropped, too), they bound them, and so the keys: sums are then taken anew, from the
-  // chunk with the highest bound on, until a key is above all other bounds.
+  // If the chunks' sums are not those of the race (they are at another temperature, or include what
+  // the filters dropped), they are upper bounds of them, and so bound the keys. The sums are then
+  // recomputed, starting with the chunk with the highest bound, until a key exceeds all other
+  // bounds.
   Drawn race() const {
     const Draw& draw = task_.draw;
     const bool exact =

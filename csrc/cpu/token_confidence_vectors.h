@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Kernels of token_confidence (see token_confidence.cpp) in vectors: a file of one instruction set
-// includes this behind its simd_*.h. A chunk is converted to float on the stack (1 KiB), its
-// largest logit found on the way; one loop over it adds e^(z - largest).
-// Operations for 16 logits: 2 to convert, 2 for the maximum and what is no number, 15 for the
-// exponential and its sum (17 with temperature and entropy). These are the limit, not the bytes of
-// the logits, while they come from a cache.
+// Kernels of token_confidence (see token_confidence.cpp) in vectors: each file for one instruction
+// set includes this after its simd_*.h. A chunk is converted to float on the stack (1 KiB), finding
+// its largest logit on the way; then one loop adds e^(z - largest). Operations for 16 logits: 2 to
+// convert, 2 for the maximum and the non-finite values, 15 for the exponential and its sum (17 with
+// temperature and entropy). These are the limit, not the bytes of the logits, as long as those come
+// from a cache.
 #pragma once
 #include <algorithm>
 #include <limits>
@@ -15,20 +15,21 @@
 namespace dlm::cpu::DLM_NAMESPACE {
 namespace {
 
-constexpr int kVectors = kRaceChunk / kWidth;  // of a chunk
+constexpr int kVectors = kRaceChunk / kWidth;  // per chunk
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kMost = std::numeric_limits<float>::max();
 
 // --- logits ------------------------------------------------------------------------------------
 
-// Bits [at, at + n) of a row's bitmask, n up to 16.
+// Bits [at, at + n) of a row's bitmask, n at most 16.
 DLM_SIMD uint32_t allowed_bits(const int32_t* bitmask, int64_t at, int n) {
   const uint64_t low = uint32_t(bitmask[at / 32]), high = uint32_t(bitmask[(at + n - 1) / 32]);
   return uint32_t((low | high << 32) >> at % 32);
 }
 
-// Logits [at, at + n) of a row, n up to 16: guided, biased, without NaN and +inf, -inf where they
-// are not allowed or below the floor. Banned ids may be among them; those beyond n are undefined.
+// Logits [at, at + n) of a row, n at most 16: with guidance and bias, without NaN and +inf, and
+// -inf where they are not allowed or below the floor. Banned ids may be among them; elements beyond
+// n are undefined.
 template <class T>
 DLM_SIMD Floats effective(const LogitsRow& row, int64_t at, int n, int32_t& flags) {
   Floats x = load_first(n, static_cast<const T*>(row.logits) + at);
@@ -75,7 +76,7 @@ class Row {
   int32_t flags = 0;
 
  private:
-  // The largest, +inf if there is any NaN or +inf.
+  // Returns the largest logit, or +inf if there is any NaN or +inf.
   DLM_SIMD float copy(const T* logits, float* z) {
     using dlm::cpu::DLM_NAMESPACE::load;
     Floats top[4] = {splat(-kInfinity), splat(-kInfinity), splat(-kInfinity), splat(-kInfinity)};
@@ -101,7 +102,7 @@ class Row {
     return largest_of_chunk(z);
   }
 
-  // True if any logit of the chunk is banned.
+  // Returns true if any logit of the chunk is banned.
   DLM_SIMD bool ban(int64_t begin, float* z) {
     bool any = false;
     for (int64_t i = 0; i < row_.banned_count; ++i) {
@@ -144,8 +145,8 @@ int64_t collect(const float* z, float low, float high, float* to, uint64_t* abov
   return count;
 }
 
-// dlm::chunk_exp on 16 elements, to the bit. `normal`: where x is at least
-// kExpUnderflow; 0 elsewhere.
+// dlm::chunk_exp on 16 elements, bit for bit. `normal` selects elements with x at least
+// kExpUnderflow; the result is 0 elsewhere.
 DLM_SIMD Floats chunk_exp(Floats x, Mask normal) {
   const Floats shifted = fma(x, splat(kLog2E), splat(12582912.0f));
   const Floats n = shifted - splat(12582912.0f);
@@ -172,8 +173,8 @@ uint64_t mass_above(const float* z, float max, float scale, float above) {
 
 // --- sums --------------------------------------------------------------------------------------
 
-// Sums over a chunk: of weights by the tree of dlm::chunk_sum, whose order keeps elements in their
-// lanes until one vector is left.
+// Sums over a chunk. Weights are added in the tree order of dlm::chunk_sum, which keeps elements in
+// their lanes until one vector is left.
 template <bool kScaled, bool kExponent>
 class Adder {
  public:
@@ -219,7 +220,7 @@ template <class T, bool kScaled, bool kExponent>
 int32_t sum_chunks_as(const LogitsRow& logits, int64_t begin, int64_t end, const Wanted& want,
                       const ChunkSums& sums) {
   Row<T> row(logits);
-  // A chunk ahead: its largest logit is known by the time the sums wait for it.
+  // Works one chunk ahead, so that its largest logit is known by the time the sums need it.
   alignas(64) float z[2][kRaceChunk];
   float next = row.load(begin, z[begin % 2]);
   for (int64_t c = begin; c < end; ++c) {

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The k largest logits of a row, best first, ties by the lowest id, and the row's logsumexp. One
-// pass describes the row by its chunks of 256 logits, as token_confidence does: the largest, and
-// the sum of e^(z - largest). The k-th largest of the chunks' largest is a bound that k logits
-// reach: so only chunks whose largest reaches it are looked into again, some k of them.
+// The k largest logits of a row, best first and ties by the lowest id, and the row's logsumexp. One
+// pass computes the sums of the row's chunks of 256 logits, as in token_confidence: the largest
+// logit, and the sum of e^(z - largest). The k-th largest of the chunks' largest logits is a bound
+// that at least k logits reach, so only chunks whose largest logit reaches it are read again, about
+// k of them.
 #include "cpu/top_candidates.h"
 
 #include <algorithm>
@@ -36,7 +37,7 @@ struct Source {
   LogitsRow row;
 };
 
-// A row's arrays over its chunks; the third is to work in.
+// A row's arrays over its chunks; the third is working memory.
 struct RowArrays {
   RowArrays(float* sums, int64_t n, int64_t V)
       : largest(sums + n * top_candidates_sums(V)),
@@ -47,7 +48,7 @@ struct RowArrays {
   float *largest, *weight, *sorted;
 };
 
-// Of n floats, which are reordered; -inf if there are fewer than k.
+// The k-th largest of n floats, which are reordered; -inf if there are fewer than k.
 float kth_largest(float* x, int64_t n, int64_t k) {
   if (n < k) return -kInfinity;
   std::nth_element(x, x + k - 1, x + n, std::greater<float>());

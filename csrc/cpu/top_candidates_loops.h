@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The candidates of a chunk of logits (see top_candidates.cpp). A file of one instruction set
-// includes this with its namespace. Few logits pass the comparison with the least of the k best,
-// which a vectoriser does sixteen at a time.
+// The candidates of a chunk of logits (see top_candidates.cpp). Each file for one instruction set
+// includes this with its namespace. Few logits pass the comparison with the smallest of the k best,
+// which a vectorizer does sixteen at a time.
 #pragma once
 #include <limits>
 

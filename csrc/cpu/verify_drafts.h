@@ -4,7 +4,7 @@
 
 namespace dlm::cpu {
 
-// Rows [begin, end) of the batch.
+// Processes rows [begin, end) of the batch.
 void verify_drafts(const VerifyDraftsParams& p, int64_t begin, int64_t end);
 
 namespace generic {

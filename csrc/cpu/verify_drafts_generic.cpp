@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Accepts a prefix of each row's drafts and finds the token after it. With
 //   p(v) = e^(z_v / T - logsumexp) of the target, q(v) of the draft distribution
-// draft s passes with probability p(s) / (leniency q(s)): single logits are read. Only the first
-// draft that fails has its two rows of logits read, for
-// a draw from max(p(v) - q(v), 0) by a race (common/race.h). Without q, a draft passes if it is
-// what the target itself drew. Some 40 operations a logit of a failed draft; no tensor is written.
+// draft s passes with probability p(s) / (leniency q(s)), for which single logits are read. Only
+// the first draft that fails needs its two whole rows of logits, for a draw from max(p(v) - q(v),
+// 0) by a race (common/race.h). Without q, a draft passes if it equals the token that the target
+// drew. Takes about 40 operations per logit of a failed draft; no tensor of probabilities is
+// written.
 #include <algorithm>
 
 #include "common/race.h"
@@ -79,7 +80,7 @@ class Row {
     return bernoulli(bits.word[0], div_rn(p, mul_rn(p_.leniency, q)));
   }
 
-  // -1 where p exceeds q nowhere.
+  // Returns -1 if p exceeds q nowhere.
   int64_t draw_rest(int64_t i) const {
     float rest[kRaceChunk], best = 0.0f;
     uint32_t word[kRaceChunk];
@@ -87,7 +88,7 @@ class Row {
     for (int64_t chunk = 0; chunk * kRaceChunk < p_.V; ++chunk) {
       subtract(i, chunk, rest);
       const float sum = chunk_sum(rest);
-      // Noise is at least 2^-33.
+      // Exponential noise is at least 2^-33.
       if (!(sum > 0.0f) || sum * 1e10f < best) continue;
       random_words<1>(seed_, position_ + uint32_t(i), step_, Stream::kResidualChunk,
                       uint32_t(chunk / 4), word);
@@ -105,7 +106,7 @@ class Row {
     return winner * kRaceChunk + (std::max_element(key, key + kRaceChunk) - key);
   }
 
-  // max(p - q, 0) of a chunk, 0 beyond the vocabulary.
+  // Writes max(p - q, 0) of a chunk, 0 beyond the vocabulary.
   void subtract(int64_t i, int64_t chunk, float* rest) const {
     const int64_t begin = chunk * kRaceChunk;
     const int n = int(std::min<int64_t>(kRaceChunk, p_.V - begin));

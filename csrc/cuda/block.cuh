@@ -12,7 +12,8 @@ constexpr uint32_t kMaxWarps = 32;
 DLM_DEVICE uint32_t lane_index() { return threadIdx.x % 32; }
 DLM_DEVICE uint32_t warp_index() { return threadIdx.x / 32; }
 
-// PerRow::at without a 64-bit division: rows are blocks of a grid, fewer than 2^31.
+// PerRow::at without a 64-bit division: rows are the blocks of a grid, so there are fewer than
+// 2^31.
 template <class T>
 DLM_DEVICE T row_value(const PerRow<T>& values, uint32_t row, T absent) {
   return values.data ? values.data[row / uint32_t(values.rows_per_value)] : absent;
@@ -35,8 +36,8 @@ struct Greatest {
   static DLM_DEVICE uint32_t over_warp(uint32_t v) { return __reduce_max_sync(kAllLanes, v); }
 };
 
-// A reduction in two halves, so that several share one barrier between them. `partial` has
-// kMaxWarps entries and belongs to this reduction alone.
+// A reduction in two halves, so that several reductions can share the barrier between them.
+// `partial` has kMaxWarps entries and is used only by this reduction.
 template <class Op>
 DLM_DEVICE void leave_partial(uint32_t value, uint32_t* partial) {
   value = Op::over_warp(value);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What block attention takes, and which of its kernels: see block_attention_launch.cuh.
+// Which arguments block attention accepts, and which kernel it uses: see
+// block_attention_launch.cuh.
 #pragma once
 #include "cuda/block_attention.h"
 #include "cuda/block_attention_launch.cuh"
@@ -9,10 +10,10 @@ namespace dlm::cuda {
 inline const char* why_not_attend(const BlockAttentionParams& p) {
   const int64_t in_16_bytes = p.dtype == DType::kFloat32 ? 4 : 8;
   if (p.D % in_16_bytes != 0 || p.D > 512) {
-    return "q must have a head dimension of at most 512, a multiple of 8, or of 4 in float32,";
+    return "q must have a head dimension that is at most 512 and a multiple of 8 (4 in float32)";
   }
   if (p.S > INT32_MAX - 4096) return "k_cache must have fewer than 2^31 - 4096 slots";
-  if (p.Q * p.H > INT32_MAX / 2) return "q must have fewer than 2^30 rows of heads a batch row";
+  if (p.Q * p.H > INT32_MAX / 2) return "q must have fewer than 2^30 rows of heads per batch row";
   const AttendParams attend = attend_params(p, nullptr);
   if (p.B * p.G * attend.row_tiles * (attend.spread ? attend.splits : 1) > INT32_MAX / 2) {
     return "q must have a smaller batch: the grid would exceed 2^30 blocks";

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // out = softmax(scale * q.k) . v in fp32 throughout, for models that run in fp32.
-//   block   32 rows of one KV head (rows: the group's query heads x Q), 16 of heads of 512; and a
-//           split of 256 slots, or where the batch fills the device all splits one after the other
-//   thread  2 rows, or 1; of a key tile every eighth slot, of the sums every eighth group of 4
-//   columns:
-//           8 neighbours share their rows and exchange weights by shuffles
-// Flops: 4 D a slot and row; bytes: 8 D a slot and 32 rows, 16 flops a byte: with 2 x 4 products a
-// thread the reads from shared memory are the limit, at about a third of the FMA rate.
+//   block   32 rows of one KV head (rows: the group's query heads x Q), 16 for heads of 512; and a
+//           split of 256 slots or, if the batch fills the device, all splits one after the other
+//   thread  2 rows, or 1; every eighth slot of a key tile, every eighth group of 4 columns of the
+//           sums: 8 neighboring threads share their rows and exchange weights by shuffles
+// Flops: 4 D per slot and row. Bytes: 8 D per slot and 32 rows, 16 flops per byte. With 2 x 4
+// products per thread the reads from shared memory are the limit, at about a third of the FMA rate.
 // Instructions: sm_80 (cp.async).
 #pragma once
 #include "cuda/block_attention_parts.cuh"
@@ -37,7 +36,7 @@ struct AttendFp32 {
 
   const AttendParams& p;
   const Place place;
-  const int row0, share;  // the first row; slots and column groups share, share + 8, ..
+  const int row0, share;  // first row; slots and column groups share, share + 8, ..
   RowLimits limits;
   uint32_t queries = 0;
   float sums[kOwnRows][kOwnChunks][4];
@@ -179,7 +178,7 @@ struct AttendFp32 {
     }
   }
 
-  // Sums of the split, then of all splits, where `total` says so.
+  // Stores the sums of the split or, if `total`, of all splits.
   DLM_DEVICE void end_split(int32_t split) {
     const bool last = split + 1 == place.last_split;
 #pragma unroll
@@ -219,7 +218,8 @@ struct AttendFp32 {
   }
 };
 
-// As many blocks as shared memory lets a multiprocessor hold; told nothing, ptxas spills for more.
+// As many blocks as a multiprocessor's shared memory can hold; without this bound, ptxas spills to
+// fit more.
 template <int kD, AttendForm form>
 __global__ void __launch_bounds__(kAttendThreads, kD >= 256 ? 1 : 2)
     attend_fp32_kernel(const __grid_constant__ AttendParams p) {

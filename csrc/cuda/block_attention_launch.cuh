@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The launches of block attention: scatter_kernel writes the new K and V rows to their slots, and
-// an attend kernel computes softmax(q k^T) v by row tiles: block_attention_narrow.cuh for few rows,
-// where the slots are split, block_attention_wide.cuh for many, block_attention_fp32.cuh in
+// The launches of block attention. scatter_kernel writes the new K and V rows to their slots. An
+// attend kernel then computes softmax(q k^T) v by row tiles: block_attention_narrow.cuh for few
+// rows, where the slots are split, block_attention_wide.cuh for many, block_attention_fp32.cuh in
 // float32.
-//   scatter: a warp for a row and 8 heads, 16 bytes a lane; bound by latency
-//   hide: where queries see some of the new rows alone, a warp a query
-// Nothing depends on the device, and no bit on the batch size: a request's result is the same
-// beside any others and on every GPU that rounds alike. Instructions: sm_80.
+//   scatter: one warp per row and 8 heads, 16 bytes per lane; limited by latency
+//   hide: if queries do not see all new rows, one warp per query
+// Nothing depends on the device, and no bit depends on the batch size: a request's result is the
+// same in any batch, and on every GPU with the same rounding. Instructions: sm_80.
 #pragma once
 #include "cuda/block_attention_fp32.cuh"
 #include "cuda/block_attention_narrow.cuh"
@@ -22,22 +22,22 @@ struct ScatterParams {
   BlockAttentionParams op;
   int32_t row_chunks, head_groups;  // 16-byte chunks of a head's row; groups of kScatterHeads
   int64_t warps;
-  int32_t* claims;    // [B, S]: the last row that names a slot, of slots that a row names
-  uint32_t* arrived;  // set to 0
+  int32_t* claims;    // [B, S]: the last row that names a slot, for slots that are named
+  uint32_t* arrived;  // initialized to 0
   int64_t arrived_count;
 };
 
-// A warp looks at all rows after its own, to see whether one names the same slot; of more rows than
-// these, the last one of each slot is found before.
+// A warp examines all rows after its own for one with the same slot. With more rows than this, the
+// last row of each slot is determined beforehand.
 constexpr int64_t kMostRowsUnclaimed = 512;
 
-// Of the new rows, [B, K]; null: new row i has slot i.
+// The slots of the new rows, [B, K]; null: new row i has slot i.
 DLM_HD const int32_t* named_slots(const BlockAttentionParams& op) {
   return op.k_slots ? op.k_slots : op.slots;
 }
 
-// One thread a row. First any row of a slot leaves its number, whatever there was before, then the
-// last one does.
+// One thread per row. In the first pass, any row of a slot writes its index, overwriting whatever
+// was there; in the second, the last row does.
 template <bool first>
 __global__ void __launch_bounds__(kAttendThreads)
     claim_kernel(const __grid_constant__ ScatterParams p) {
@@ -63,7 +63,7 @@ DLM_DEVICE bool overwritten(const int32_t* slots, int64_t row, int64_t rows, int
   return false;
 }
 
-// Of rows that name the same slot the last one stays, in whatever order they run.
+// Of rows that name the same slot the last one is kept, in whatever order they run.
 template <bool claimed>
 __global__ void __launch_bounds__(kAttendThreads)
     scatter_kernel(const __grid_constant__ ScatterParams p) {
@@ -105,13 +105,13 @@ __global__ void __launch_bounds__(kAttendThreads)
   copy(op.v_new, op.v_new_stride, op.v_cache, op.v_cache_stride);
 }
 
-// A warp a query: a bit for each slot with a new row that `visible` hides from it.
+// One warp per query: sets a bit for each slot whose new row `visible` hides from it.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads)
     hide_kernel(const __grid_constant__ AttendParams p) {
   const BlockAttentionParams& op = p.op;
   const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / 32;
-  if (i >= op.B * op.Q) return;  // the whole warp
+  if (i >= op.B * op.Q) return;  // warp-uniform
   const int64_t b = i / op.Q;
   const int32_t lane = int32_t(threadIdx.x) % 32;
   uint32_t* words = p.hidden + i * p.hidden_words;
@@ -124,9 +124,9 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// --- the host's part ---------------------------------------------------------------------------
+// --- host code ---------------------------------------------------------------------------------
 
-// Heads are padded with zeros in shared memory: 80, 96 and 112 to 128, 192 to 256.
+// Heads are zero-padded in shared memory: 80, 96 and 112 to 128, 192 to 256.
 inline int32_t padded_head_dim(const BlockAttentionParams& op) {
   const int32_t least = op.dtype == DType::kFloat32 ? 32 : 64;
   int32_t padded = least;
@@ -134,11 +134,12 @@ inline int32_t padded_head_dim(const BlockAttentionParams& op) {
   return padded;
 }
 
-// Rows of one request, over all its heads, that make a wide tile worth it: it has no splits, so
-// only so many rows fill the device. The rule is about a request, not a batch, since the bits of a
-// narrow tile are others.
+// Number of rows of one request, over all its heads, from which a wide tile pays off: it has no
+// splits, so only this many rows fill the device. The rule depends on a request, not on the batch,
+// because narrow tiles give different bits.
 constexpr int64_t kRowsOfWide = 128 * 128;
-// Blocks that fill a device without splitting the slots: 2 for each of 132 multiprocessors.
+// Number of blocks that fills a device without splitting the slots: 2 for each of 132
+// multiprocessors.
 constexpr int64_t kEnoughBlocks = 264;
 
 inline AttendForm form_of(const BlockAttentionParams& op) {
@@ -153,7 +154,7 @@ inline int32_t tile_rows(const BlockAttentionParams& op, AttendForm form) {
   return form != AttendForm::kWide ? kNarrowRows : op.D > 128 ? 64 : 128;
 }
 
-// Scratch, in floats, each part a multiple of 16 bytes.
+// Scratch memory, in floats, each part a multiple of 16 bytes.
 struct AttendScratch {
   int64_t partial, norms, arrived, hidden, claims;
   int64_t all() const { return partial + norms + arrived + hidden + claims; }
@@ -181,7 +182,8 @@ inline AttendParams attend_params(const BlockAttentionParams& op, AttendForm for
   const bool split = p.form != AttendForm::kWide && op.S > kSplitSlots;
   p.splits = split ? int32_t((op.S + kSplitSlots - 1) / kSplitSlots) : 1;
   p.spread = split && op.B * op.G * p.row_tiles < kEnoughBlocks;
-  // Three words are read from that of a slot on, which a part of a tile may have beyond the last.
+  // Three words are read starting at that of a slot, and part of a tile may extend beyond the last
+  // word.
   p.hidden_words = op.visible ? int32_t((op.S + 31) / 32 + 4) : 0;
   const AttendScratch scratch = attend_scratch(p);
   p.partial = workspace;
@@ -204,7 +206,7 @@ inline int64_t attend_workspace(const BlockAttentionParams& op) {
   return attend_scratch(attend_params(op, nullptr)).all();
 }
 
-// Writes the new rows, clears the counters that the splits are counted by, and finds what is hidden.
+// Writes the new rows, clears the counters of the finished splits, and determines what is hidden.
 inline cudaError_t start_scatter(const AttendParams& attend, float* workspace,
                                  cudaStream_t stream) {
   const BlockAttentionParams& op = attend.op;
@@ -236,8 +238,8 @@ inline cudaError_t start_scatter(const AttendParams& attend, float* workspace,
   return start(hide_kernel<kAttendThreads>, op.B * op.Q * 32, attend);
 }
 
-// The attend kernels of one element type and padded head dimension; instantiated apart, since each
-// takes nvcc a while.
+// The attend kernels of one element type and padded head dimension. Instantiated separately, since
+// each takes nvcc a while.
 template <class T, int kD>
 cudaError_t start_attend(const AttendParams& p, cudaStream_t stream) {
   const int64_t blocks = p.op.B * p.op.G * p.row_tiles * (p.spread ? p.splits : 1);

@@ -1,27 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the attention kernels on tensor cores share: the two products of a warp, and what they leave
-// out. Fragments are those of mma.m16n8k16: a lane has rows lane/4 and lane/4 + 8 of a block of 16,
-// and of every 8 columns 2 (lane%4) and the next.
-// Instructions: sm_80 (mma.sync, ldmatrix).
+// What the attention kernels on tensor cores share: the two products of a warp, and the handling of
+// values that these leave out. Fragments are those of mma.m16n8k16: a lane has rows lane/4 and
+// lane/4 + 8 of a block of 16, and of every 8 columns 2 (lane%4) and the next. Instructions: sm_80
+// (mma.sync, ldmatrix).
 #pragma once
 #include "cuda/block_attention_parts.cuh"
 
 namespace dlm::cuda {
 
-// The exponent's lowest bit in both halves of a word; adding it to exponents of all ones overflows
-// into the sign.
+// The lowest bit of the exponent in both halves of a word; adding it to an exponent of all ones
+// overflows into the sign.
 template <class T>
 constexpr uint32_t kExponentUnits = std::is_same_v<T, BFloat16> ? 0x00800080u : 0x04000400u;
 template <class T>
 constexpr uint32_t kExponents = 0x80008000u - kExponentUnits<T>;
 
-// Sign bits of the elements that are NaN or infinite.
+// Returns the sign bits of the elements that are NaN or infinite.
 template <class T>
 DLM_DEVICE uint32_t not_finite(uint32_t pair) {
   return ((pair & kExponents<T>)+kExponentUnits<T>)&0x80008000u;
 }
 
-// What rows see of the slots from `slot` on.
+// Which of the slots starting at `slot` each row sees.
 template <class Mask>
 struct Sight {
   const AttendParams& p;
@@ -30,7 +30,7 @@ struct Sight {
   int32_t slot;
   Mask bits;
 
-  // Order apart.
+  // Before the order is applied.
   DLM_DEVICE Mask of(int row) const {
     const Mask seen = bits & bits_between<Mask>(limits.low[row] - slot, limits.high[row] - slot);
     return p.hidden ? seen & ~hidden_slots<Mask>(p, b, limits.query[row], slot) : seen;
@@ -40,7 +40,7 @@ struct Sight {
   }
 };
 
-// -inf where a row from `row` on does not see a slot.
+// Sets logits to -inf where a row (counted from `row`) does not see a slot.
 template <int kBlocks16, int kTiles8, class Mask>
 DLM_DEVICE void mask_logits(Scores<kBlocks16, kTiles8>& s, int row, const Sight<Mask>& sight) {
   const int lane = int(threadIdx.x) % 32, column = lane % 4 * 2;
@@ -89,9 +89,9 @@ DLM_DEVICE void shrink_sums(Sums<kBlocks16, kColumns8>& sums, const float (&by)[
   }
 }
 
-// sums += weights v for 16 slots, whose rows of v lie from `v_row` on (a row_start of the warp's
-// first columns). With `masked` a row must not even multiply by zero what it does not see: NaN and
-// infinities count as 0 there, and `poison` becomes nonzero where there are any.
+// sums += weights v for 16 slots, whose rows of v start at `v_row` (a row_start of the warp's first
+// columns). With `masked`, a row must not even multiply by zero what it does not see: NaN and
+// infinities count as 0, and `poison` becomes nonzero if there are any.
 template <class T, bool masked, int kBlocks16, int kColumns8>
 DLM_DEVICE void multiply_values(Sums<kBlocks16, kColumns8>& sums,
                                 const uint32_t (&weights)[kBlocks16][4], uint32_t v_row,
@@ -116,8 +116,8 @@ DLM_DEVICE void multiply_values(Sums<kBlocks16, kColumns8>& sums,
   }
 }
 
-// What multiply_values left out of `keys` slots, for the rows from `row` on that do see it: rare,
-// so slow is good enough.
+// Adds what multiply_values left out of `keys` slots, for the rows starting at `row` that do see
+// it. This is rare, so it need not be fast.
 template <class T, int kChunks, int kBlocks16, int kColumns8, class Mask>
 DLM_DEVICE void add_not_finite(Sums<kBlocks16, kColumns8>& sums, int row, const Sight<Mask>& sight,
                                int keys, uint32_t v_tile, int first_chunk) {
@@ -156,8 +156,8 @@ DLM_DEVICE void add_not_finite(Sums<kBlocks16, kColumns8>& sums, int row, const 
 
 // --- results -----------------------------------------------------------------------------------
 
-// Puts results into the tile of queries, which nobody reads any more; 8 kColumns8 columns from the
-// chunk `first_chunk` on.
+// Writes results into the tile of queries, which is no longer needed: 8 kColumns8 columns starting
+// at chunk `first_chunk`.
 template <class T, int kChunks, int kBlocks16, int kColumns8>
 DLM_DEVICE void stage_results(unsigned char* tile, int row, int first_chunk,
                               const Sums<kBlocks16, kColumns8>& sums,
@@ -180,8 +180,8 @@ DLM_DEVICE void stage_results(unsigned char* tile, int row, int first_chunk,
   }
 }
 
-// Stores kColumns8 chunks of staged rows, 16 bytes a thread, by `threads` threads of which this is
-// the number `thread`.
+// Stores kColumns8 chunks of staged rows, 16 bytes per thread; this is thread number `thread` of
+// `threads`.
 template <class T, int kChunks, int kColumns8>
 DLM_DEVICE void store_staged(const AttendParams& p, const Place& place, uint32_t tile, int row,
                              int rows, int first_chunk, int thread, int threads) {

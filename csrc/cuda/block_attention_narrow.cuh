@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// out = softmax(scale * q.k) . v for few rows: a block of a decoding, 4 to 32 queries.
-//   block  32 rows of one KV head (rows: the group's query heads x Q) and a split of 256 slots, or
-//          where the batch fills the device all splits one after the other; of heads of 512 two
+// out = softmax(scale * q.k) . v for few rows, such as a block of 4 to 32 queries during decoding.
+//   block  32 rows of one KV head (rows: the group's query heads x Q) and a split of 256 slots or,
+//          if the batch fills the device, all splits one after the other; for heads of 512, two
 //          blocks share the columns of v, and each computes all weights
-//   warp   of every key tile the logits of a share of its slots; then, when all warps have left
+//   warp   for every key tile, the logits of a share of its slots; then, when all warps have stored
 //          their weights in shared memory, the sums of a quarter of the columns
-// Bytes: 4 D a slot and 32 rows, 32 flops a byte: bound by memory. Sharing the columns keeps the
-// sums of a warp at 8 D / 32 registers a lane, so that heads of up to 512 fit, and needs no merging
-// of warps at the end; it costs two barriers more a tile. Instructions: sm_80 (mma.sync, ldmatrix,
-// cp.async).
+// Bytes: 4 D per slot and 32 rows, 32 flops per byte: limited by memory. Sharing the columns keeps
+// the sums of a warp at 8 D / 32 registers per lane, so that heads of up to 512 fit, and warps need
+// not be merged at the end; it costs two more barriers per tile. Instructions: sm_80 (mma.sync,
+// ldmatrix, cp.async).
 #pragma once
 #include "cuda/block_attention_mma.cuh"
 
@@ -16,7 +16,7 @@ namespace dlm::cuda {
 
 constexpr int kNarrowRows = 32;
 
-// Every choice keeps a block within 99 KiB of shared memory (sm_86, sm_89, sm_120).
+// Every configuration keeps a block within 99 KiB of shared memory (sm_86, sm_89, sm_120).
 template <int kD>
 struct NarrowTiling {
   static constexpr int kWarps = kAttendThreads / 32;
@@ -25,9 +25,9 @@ struct NarrowTiling {
   // Warps that share the logits of a tile: groups of rows x groups of slots.
   static constexpr int kRowGroups = kD <= 128 ? 1 : 2, kKeyGroups = kWarps / kRowGroups;
   static constexpr int kOwnKeys = kKeys / kKeyGroups;
-  static constexpr int kParts = kD == 512 ? 2 : 1, kColumns = kD / kParts;  // of v, of a block
+  static constexpr int kParts = kD == 512 ? 2 : 1, kColumns = kD / kParts;  // of v, per block
   static constexpr int kOwnColumns = kColumns / kWarps;
-  // A row of weights, with a gap that keeps eight rows in different banks.
+  // A row of weights, padded so that eight rows are in different banks.
   static constexpr uint32_t kWeightRowBytes = kKeys * 2 + 16;
 
   static constexpr uint32_t kQueryBytes = kNarrowRows * kD * 2;
@@ -105,7 +105,7 @@ class AttendNarrow {
   }
 
   DLM_DEVICE void attend(const Tile& tile, uint32_t k_tile, uint32_t v_tile) {
-    // Must rows be told apart, or slots left out?
+    // Whether rows see different slots, or slots must be left out.
     if (tile.bits != Tile::kAll || tile.slot < bounds_.all_first ||
         tile.slot + Tiling::kKeys > bounds_.all_last || p_.op.k_order || p_.hidden) {
       attend<true>(tile, k_tile, v_tile);
@@ -146,10 +146,10 @@ class AttendNarrow {
     }
   }
 
-  // 2^(s * scale - base) is a weight.
+  // A weight is 2^(s * scale - base).
   DLM_DEVICE float scale() const { return form == AttendForm::kGeneral ? 1.0f : p_.scale; }
 
-  // The largest logits of this warp's slots.
+  // Stores the largest logits of this warp's slots.
   DLM_DEVICE void leave_maxima(const Scores<kOwn16, kTiles8>& s) const {
 #pragma unroll
     for (int i = 0; i < kOwn16; ++i) {
@@ -168,7 +168,7 @@ class AttendNarrow {
     }
   }
 
-  // Sums shrink where a maximum grows; logits become weights, in shared memory.
+  // Scales the sums down where a maximum grows, and turns logits into weights, in shared memory.
   DLM_DEVICE void leave_weights(Scores<kOwn16, kTiles8>& s) {
     float shrink[kBlocks16][2];
     bool grown = false;
@@ -207,7 +207,8 @@ class AttendNarrow {
       }
     }
   }
-  // Of row block i of this warp's logits; an index that is not constant would be in memory.
+  // Returns the values of row block i of this warp's logits; a non-constant index would use local
+  // memory.
   DLM_DEVICE float of_own(const float (&x)[kBlocks16][2], int i, int half) const {
     if constexpr (Tiling::kRowGroups == 1) return x[i][half];
     return own16_ == 0 ? x[0][half] : x[1][half];
@@ -215,7 +216,7 @@ class AttendNarrow {
 
   template <bool masked>
   DLM_DEVICE void add_values(uint32_t v_tile, uint32_t& poison) {
-    const uint32_t first = uint32_t(warp_ * kColumns8);  // the first chunk of this warp's columns
+    const uint32_t first = uint32_t(warp_ * kColumns8);  // first chunk of this warp's columns
     const uint32_t v_row =
         chunk_from(row_start<kValueChunks>(v_tile, lane_ % 16, lane_ / 16), int(first));
     const uint32_t w_row = ptx::smem_address(weights_) +
@@ -233,7 +234,7 @@ class AttendNarrow {
     }
   }
 
-  // --- the end of a split ---
+  // --- end of a split ---
 
   DLM_DEVICE void end_split(int32_t split) {
     Norm norm[kBlocks16][2];
@@ -250,7 +251,7 @@ class AttendNarrow {
     if (last) store(norm);
   }
 
-  // Sums of the weights of all warps.
+  // Adds up the sums of the weights of all warps.
   DLM_DEVICE void gather_norms(Norm (&norm)[kBlocks16][2]) const {
 #pragma unroll
     for (int i = 0; i < kOwn16; ++i) {
@@ -280,16 +281,16 @@ class AttendNarrow {
     __syncthreads();
   }
 
-  // This warp's.
+  // The first column of this warp.
   DLM_DEVICE int first_column() const {
     return place_.column_part * Tiling::kColumns + warp_ * Tiling::kOwnColumns;
   }
-  // One of the warps and blocks that have a row's norm.
+  // Whether this is the one warp (of all warps and blocks that have a row's norm) that writes it.
   DLM_DEVICE bool writes_norms() const {
     return warp_ == 0 && lane_ % 4 == 0 && place_.column_part == 0;
   }
 
-  // each(column, sum of it, and of the next)
+  // Calls each(column, its sum, the next column's sum).
   template <class Each>
   DLM_DEVICE void each_pair(int i, int half, const Each& each) {
 #pragma unroll
@@ -316,8 +317,8 @@ class AttendNarrow {
     }
   }
 
-  // Folds the split into those before it, whose sums this thread has left in memory; the last one
-  // leaves the folded sums where the split's were.
+  // Merges the split with the previous ones, whose sums this thread has stored in memory; for the
+  // last split, the merged sums replace those of the split.
   DLM_DEVICE void fold_in(Norm (&norm)[kBlocks16][2], bool last) {
 #pragma unroll
     for (int i = 0; i < kBlocks16; ++i) {
@@ -365,7 +366,7 @@ class AttendNarrow {
   const int lane_, warp_, own16_, key_group_;
   unsigned char *arena_ = nullptr, *weights_ = nullptr;  // queries and key tiles; weights
   uint32_t queries_ = 0;
-  float* of_groups_ = nullptr;  // of each group of slots and row: maximum, then sum of weights
+  float* of_groups_ = nullptr;  // per group of slots and row: maximum, then sum of weights
   RowLimits limits_;
   Bounds bounds_{};
   Sums<kBlocks16, kColumns8> sums_;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the attention kernels of all element types share: the place of a block in the problem, what
-// its rows may see, the walk over key tiles, and the pipeline that brings them to shared memory.
+// its rows may see, the iteration over key tiles, and the pipeline that loads them to shared
+// memory.
 #pragma once
 #include <climits>
 #include <cmath>
@@ -13,34 +14,35 @@
 
 namespace dlm::cuda {
 
-// Which kernel attends. kGeneral, of few rows, takes any scale and soft-cap: that keeps them out of
-// the others' loops.
+// Which kernel attends. kGeneral, for few rows, supports any scale and soft-cap, which keeps them
+// out of the loops of the others.
 enum class AttendForm { kNarrow, kWide, kGeneral };
 
 constexpr int kAttendThreads = 128;
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
-// A row is one query of one of the H/G heads that share a KV head: row r of a KV head is query
-// r / group, head g * group + r % group.
+// A row is one query of one of the H/G heads that share a KV head: row r of a KV head is query r /
+// group, head g * group + r % group.
 struct AttendParams {
   BlockAttentionParams op;
   int32_t group, rows;  // H/G, Q * H/G
   int32_t row_tiles, splits;
-  bool spread;  // a split a block; else a block runs all splits of its rows, one after the other
+  bool spread;  // one split per block; otherwise a block processes all splits of its rows in order
   AttendForm form;
-  float scale;  // log2(e) * scale, of forms other than kGeneral
-  // Of several splits, the unnormalised sums: spread [B*Q*H, splits, D], else [B*Q*H, D] of those
-  // that a block has added up so far.
+  float scale;  // log2(e) * scale, for forms other than kGeneral
+  // With several splits, the unnormalized sums: if spread, [B*Q*H, splits, D]; otherwise [B*Q*H,
+  // D], the sums that a block has added up so far.
   float* partial;
-  float2* partial_norm;  // spread: [B*Q*H, splits] maximum and sum of weights
-  uint32_t* arrived;     // spread: [B*G*row_tiles] blocks whose splits are there, 0 at first
-  // [B*Q, hidden_words], bit j: the slots that `visible` hides from a query; null: none.
+  float2* partial_norm;  // if spread: [B*Q*H, splits] maximum and sum of weights
+  uint32_t* arrived;     // if spread: [B*G*row_tiles] number of finished blocks, initially 0
+  // [B*Q, hidden_words], one bit per slot that `visible` hides from a query; null: none.
   uint32_t* hidden;
   int32_t hidden_words;
 };
 
-// Numerical splits of the slots: each has a softmax of its own, and they are folded together in
-// order. Fixed, so that a request's bits depend neither on its batch nor on who runs which split.
+// The slots are divided into numerical splits: each has its own softmax, and they are merged in
+// order. Their size is fixed, so that a request's bits depend neither on its batch nor on which
+// block computes which split.
 constexpr int32_t kSplitSlots = 256;
 
 // --- the place of a block ----------------------------------------------------------------------
@@ -49,11 +51,11 @@ struct Place {
   int64_t b;
   int32_t g, first_row, row_tile;
   int32_t first_split, last_split;
-  int32_t column_part;  // of wide heads, whose columns of v several blocks share
+  int32_t column_part;  // for wide heads, whose columns of v several blocks share
 };
 
-// Row tiles of the same keys run side by side, so all but one find them in the L2 cache; the last
-// first, since under causality it is the longest.
+// Row tiles with the same keys run at the same time, so all but one find them in the L2 cache. The
+// last one comes first, since under causality it is the longest.
 template <int kRows, int kColumnParts = 1>
 DLM_DEVICE Place place_of_block(const AttendParams& p) {
   uint32_t i = blockIdx.x;
@@ -87,7 +89,8 @@ struct Interval {
   int32_t low, high;
 };
 
-// The slots that causality and the window leave to a query: [low, high), ranges and order apart.
+// The slots [low, high) that causality and the window leave visible to a query, before ranges and
+// order.
 DLM_DEVICE Interval visible_interval(const BlockAttentionParams& p, int64_t b, int32_t query) {
   const int64_t slot = p.slot_of(b, query);
   if (slot < 0 || slot >= p.S) return {0, 0};
@@ -103,7 +106,7 @@ DLM_DEVICE Interval visible_interval(const BlockAttentionParams& p, int64_t b, i
   return {int32_t(low), int32_t(high)};
 }
 
-// Of the rows of a tile, in shared memory.
+// The limits of the rows of a tile, in shared memory.
 struct RowLimits {
   int32_t *low, *high, *query;
 
@@ -131,7 +134,7 @@ DLM_DEVICE bool is_in_order(const BlockAttentionParams& p, int64_t b, int32_t qu
   return !p.k_order || p.k_order[b * p.S + slot] <= p.q_limit[b * p.Q + query];
 }
 
-// Bit j: whether slot `first` + j is hidden from a query, where any may be.
+// Bit j: whether slot `first` + j is hidden from a query, if any may be.
 template <class Mask>
 DLM_DEVICE Mask hidden_slots(const AttendParams& p, int64_t b, int32_t query, int32_t first) {
   const uint32_t* words = p.hidden + (b * p.op.Q + query) * p.hidden_words + first / 32;
@@ -141,13 +144,13 @@ DLM_DEVICE Mask hidden_slots(const AttendParams& p, int64_t b, int32_t query, in
   return Mask(bits);
 }
 
-// Of some rows: each sees within [first, last) alone, and all of [all_first, all_last); rows with
-// empty intervals do not count.
+// Bounds of several rows: each sees only slots within [first, last), and all of [all_first,
+// all_last); rows with empty intervals do not count.
 struct Bounds {
   int32_t first, last, all_first, all_last;
 };
 
-// By a whole warp.
+// Must be called by a whole warp.
 DLM_DEVICE Bounds bounds_of(const RowLimits& limits, int first_row, int rows) {
   Bounds all{INT_MAX, 0, 0, INT_MAX};
   for (int i = int(threadIdx.x) % 32; i < rows; i += 32) {
@@ -162,7 +165,7 @@ DLM_DEVICE Bounds bounds_of(const RowLimits& limits, int first_row, int rows) {
 
 // --- key tiles ---------------------------------------------------------------------------------
 
-// Bits [low, high) of a word, clamped to it.
+// A word with bits [low, high) set, clamped to the word.
 template <class Mask>
 DLM_DEVICE Mask bits_between(int32_t low, int32_t high) {
   constexpr int kBits = int(sizeof(Mask)) * 8;
@@ -175,13 +178,13 @@ template <int kKeys>
 struct KeyTile {
   using Mask = std::conditional_t<(kKeys > 32), uint64_t, uint32_t>;
   static constexpr Mask kAll = Mask(~Mask(0)) >> (int(sizeof(Mask)) * 8 - kKeys);
-  int32_t slot;  // the first; -1: no tile
-  Mask bits;     // slots that lie in a range and in what some row of the block may see
+  int32_t slot;  // the first slot; -1: no tile
+  Mask bits;     // slots that lie in a range and that some row of the block may see
 };
 
-// The tiles of a split that hold a slot to be seen, ascending. Tiles and splits are counted from
-// the first slot of the ranges, not of the cache: how far a request is padded on the left, and how
-// large the cache is, changes no bit of its result.
+// Iterates in ascending order over the tiles of a split that contain a visible slot. Tiles and
+// splits are counted from the first slot of the ranges, not of the cache: the amount of left
+// padding and the size of the cache change no bit of a request's result.
 template <int kKeys>
 class KeyTiles {
  public:
@@ -200,7 +203,8 @@ class KeyTiles {
     origin_ = start_;
   }
 
-  // To what some of these rows see of a split; splits in ascending order. `length`: of a split.
+  // Restricts the tiles to what some of these rows see of a split; splits come in ascending order.
+  // `length` is that of a split.
   DLM_DEVICE void confine(const Bounds& rows, int32_t split, int32_t length) {
     first_ = rows.first;
     last_ = 0;
@@ -231,7 +235,7 @@ class KeyTiles {
   }
 
  private:
-  // A range starts no earlier than the ranges before it end; behind the last: INT_MAX.
+  // A range starts no earlier than the ranges before it end; after the last one, start_ is INT_MAX.
   DLM_DEVICE void next_range() {
     int32_t reached = end_;
     while (left_ > 0) {
@@ -250,15 +254,15 @@ class KeyTiles {
 
   const int32_t* ranges_;
   int32_t left_, slots_;
-  int32_t origin_;               // the first slot of all
-  int32_t start_ = 0, end_ = 0;  // the range that the walk has reached
+  int32_t origin_;               // the first slot of all ranges
+  int32_t start_ = 0, end_ = 0;  // the current range
   int32_t slot_ = 0, first_ = 0, last_ = 0;
 };
 
 // --- tiles in shared memory --------------------------------------------------------------------
 
-// Starts copying kColumns columns of the rows of a K or V tile whose bit is set; the others become
-// zero: what nobody sees may hold anything. So do the columns from D on.
+// Starts copying kColumns columns of those rows of a K or V tile whose bit is set. The other rows
+// become zero, since slots that no row sees may hold anything, and so do the columns from D on.
 template <class T, int kColumns, int kKeys>
 DLM_DEVICE void load_keys(uint32_t to, const void* cache, int64_t stride, int32_t D,
                           const KeyTile<kKeys>& tile) {
@@ -275,7 +279,7 @@ DLM_DEVICE void load_keys(uint32_t to, const void* cache, int64_t stride, int32_
   }
 }
 
-// Starts copying the rows of q; those beyond the last become zero, and the columns beyond D.
+// Starts copying the rows of q. Rows beyond the last and columns beyond D become zero.
 template <class T, int kHeadDim, int kRows>
 DLM_DEVICE void load_queries(uint32_t to, const AttendParams& p, const Place& place) {
   constexpr int kChunks = kHeadDim * int(sizeof(T)) / 16, kStep = kAttendThreads / kChunks;
@@ -293,10 +297,10 @@ DLM_DEVICE void load_queries(uint32_t to, const AttendParams& p, const Place& pl
   }
 }
 
-// compute(tile, address of its K tile, and of its V tile, which has kColumns columns) for every
-// tile of the walk. The copies of `stages` - 1 tiles are under way meanwhile; one barrier a tile
-// both publishes what has landed and frees the stage that is loaded next. Copies that the caller
-// has started and not committed land with the first tile.
+// Calls compute(tile, address of its K tile, address of its V tile, which has kColumns columns) for
+// every tile. Meanwhile the copies of `stages` - 1 tiles are in flight; one barrier per tile both
+// publishes the data that has arrived and frees the stage that is loaded next. Copies that the
+// caller has started but not committed arrive with the first tile.
 template <class T, int kHeadDim, int kColumns, int kKeys, int stages, class Compute>
 DLM_DEVICE void for_each_key_tile(const AttendParams& p, const Place& place, KeyTiles<kKeys>& tiles,
                                   uint32_t ring, const Compute& compute) {
@@ -315,7 +319,7 @@ DLM_DEVICE void for_each_key_tile(const AttendParams& p, const Place& place, Key
       load_keys<T, kHeadDim>(at, k, op.k_cache_stride[1], D, tile);
       load_keys<T, kColumns>(at + kKeyBytes, v, op.v_cache_stride[1], D - first_column, tile);
     }
-    ptx::cp_async_commit();  // empty groups too, so that a tile's group is always as far back
+    ptx::cp_async_commit();  // also empty groups, so that a tile's group is always equally far back
   };
 
   KeyTile<kKeys> ahead[stages - 1];
@@ -345,7 +349,7 @@ DLM_DEVICE void for_each_key_tile(const AttendParams& p, const Place& place, Key
 
 // --- logits, sums and results ------------------------------------------------------------------
 
-// The definition, step by step, in units of log 2: for any scale and soft-cap.
+// The definition, step by step, in units of log 2, for any scale and soft-cap.
 DLM_DEVICE float general_logit(const BlockAttentionParams& op, float dot) {
   const float x = dot * op.scale;
   return (op.softcap > 0.0f ? op.softcap * tanhf(x / op.softcap) : x) * kLog2E;
@@ -355,11 +359,11 @@ DLM_DEVICE float general_logit(const BlockAttentionParams& op, float dot) {
 struct Norm {
   float maximum = -INFINITY, sum = 0.0f;
 };
-// What to subtract from logits: while only NaN and -inf were seen, any finite number will do.
+// The value to subtract from logits: while only NaN and -inf were seen, any finite number works.
 DLM_DEVICE float base_of(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
 
-// Adds the next split to those before it: a sum of those that have been folded times `total`, and
-// one of the split times `part`. Splits that saw nothing, whose sum is 0, are passed over.
+// Merges the next split into the previous ones: sums of those already merged are multiplied by
+// `total`, sums of the split by `part`. Splits that saw nothing, whose sum is 0, are skipped.
 struct Fold {
   float total, part;
   DLM_DEVICE float operator()(float so_far, float next) const {
@@ -378,7 +382,7 @@ DLM_DEVICE float log_sum_exp(Norm norm) {
   return norm.sum == 0.0f ? -INFINITY : fmaf(base_of(norm.maximum), kLn2, logf(norm.sum));
 }
 
-// Result of a sum; + 0 since a sum that underflowed is +0 whichever sign it had before unseen slots
+// Result of a sum; + 0 makes a sum that underflowed +0, whichever sign it had before unseen slots
 // added zeros.
 DLM_DEVICE float normalised(float sum, Norm norm) {
   return norm.sum == 0.0f ? 0.0f : fmaf(sum, __frcp_rn(norm.sum), 0.0f);
@@ -388,7 +392,7 @@ DLM_DEVICE int64_t out_row(const AttendParams& p, const Place& place, int row) {
   return (place.b * p.op.Q + at.query) * p.op.H + at.head;
 }
 
-// Four columns of a result.
+// Writes four columns of a result.
 template <class T>
 DLM_DEVICE void store_out(const AttendParams& p, int64_t row, int column, const float4& sum,
                           Norm n) {
@@ -402,7 +406,7 @@ DLM_DEVICE void store_out(const AttendParams& p, int64_t row, int column, const 
   }
 }
 
-// By the block whose split was the last to be there: folds the splits of its rows, in order.
+// Called by the block whose split was the last to finish: merges the splits of its rows, in order.
 template <class T>
 DLM_DEVICE void fold_splits(const AttendParams& p, const Place& place, int rows) {
   const int D = int(p.op.D), chunks = D / 4;
@@ -426,8 +430,8 @@ DLM_DEVICE void fold_splits(const AttendParams& p, const Place& place, int rows)
   }
 }
 
-// Called by the whole block when it has left its split: whether all splits of its rows are there.
-// `parts`: blocks of a split.
+// Called by the whole block when it has stored its split: returns whether all splits of its rows
+// are finished. `parts` is the number of blocks per split.
 DLM_DEVICE bool is_last_to_arrive(const AttendParams& p, const Place& place, int parts,
                                   uint32_t* flag) {
   __syncthreads();

@@ -3,25 +3,26 @@
 // & Gimelshein, 2018) around two products on tensor cores (Dao, "FlashAttention-2", 2023).
 //   block  a row tile of one KV head (rows: the group's query heads x Q) and all slots they see
 //   warp   16 or 32 of its rows and all slots
-// Flops: 4 D a slot and row, bound by the tensor cores; their operands from shared memory are the
-// next limit, which 32 rows a warp halve.
+// Flops: 4 D per slot and row, limited by the tensor cores. Reading their operands from shared
+// memory is the next limit, which 32 rows per warp halve.
 // Instructions: sm_80 (mma.sync, ldmatrix, cp.async).
 #pragma once
 #include "cuda/block_attention_mma.cuh"
 
 namespace dlm::cuda {
 
-// Of a warp's rows, in shared memory, to spare registers.
+// Notes about a warp's rows, in shared memory, to save registers.
 struct WarpNotes {
   Bounds bounds;
   Interval wrong;  // slots of the masked tiles of v that hold NaN or infinities
 };
 
-// Every choice keeps a block within 99 KiB of shared memory (sm_86, sm_89, sm_120), the sums of a
-// warp, rows x D floats, within half of its registers, and its logits, rows x keys, in a few more.
+// Every configuration keeps a block within 99 KiB of shared memory (sm_86, sm_89, sm_120). The sums
+// of a warp, rows x D floats, take at most half of its registers, and its logits, rows x keys, a
+// few more.
 template <int kD>
 struct WideTiling {
-  static constexpr int kBlocks16 = kD == 256 ? 1 : 2;  // blocks of 16 rows of a warp
+  static constexpr int kBlocks16 = kD == 256 ? 1 : 2;  // blocks of 16 rows per warp
   static constexpr int kWarpRows = 16 * kBlocks16, kRows = kWarpRows * (kAttendThreads / 32);
   static constexpr int kKeys = 32, kStages = kD == 256 ? 2 : 3;
 
@@ -82,7 +83,7 @@ class AttendWide {
   DLM_DEVICE void attend(const Tile& tile, uint32_t k_tile, uint32_t v_tile) {
     const Bounds bounds = notes_->bounds;
     if (tile.slot >= bounds.last || tile.slot + kKeys <= bounds.first) return;
-    // Must rows be told apart, or slots left out?
+    // Whether rows see different slots, or slots must be left out.
     if (tile.bits != Tile::kAll || tile.slot < bounds.all_first ||
         tile.slot + kKeys > bounds.all_last || p_.op.k_order || p_.hidden) {
       attend<true>(tile, k_tile, v_tile);
@@ -122,8 +123,8 @@ class AttendWide {
     }
   }
 
-  // Logits to weights; sums and norms shrink where a maximum grows. Lanes keep the sums of their
-  // own columns until the end.
+  // Turns logits into weights; sums and norms are scaled down where a maximum grows. Lanes keep the
+  // sums of their own columns until the end.
   DLM_DEVICE void online_softmax(Logits& s) {
     float shrink[kBlocks16][2];
     bool grown = false;
@@ -156,7 +157,7 @@ class AttendWide {
     if (__any_sync(~0u, grown)) shrink_sums(sums_, shrink);
   }
 
-  // A warp stages its rows where its queries were.
+  // A warp stages its rows in the place of its queries.
   DLM_DEVICE void store() {
 #pragma unroll
     for (int i = 0; i < kBlocks16; ++i) {
@@ -177,8 +178,8 @@ class AttendWide {
     store_staged<T, kChunks, kChunks>(p_, place_, queries_, row_, kWarpRows, 0, lane_, 32);
   }
 
-  // Adds what multiply_values left out for the rows that do see it, from memory: NaN and infinities
-  // are rare, and code for them beside the sums would have registers spilled.
+  // Adds what multiply_values left out for the rows that do see it, reading from memory: NaN and
+  // infinities are rare, and handling them together with the sums would spill registers.
   DLM_DEVICE void add_wrong() {
     const BlockAttentionParams& op = p_.op;
     const T* v = static_cast<const T*>(op.v_cache) + op.cache_row(place_.b) * op.v_cache_stride[0] +

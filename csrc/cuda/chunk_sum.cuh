@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The sum of a chunk of 256 values over a warp, bit for bit that of common/race.h.
+// The sum of a chunk of 256 values over a warp, bit for bit as in common/race.h.
 #pragma once
 #include "common/race.h"
 #include "cuda/block.cuh"
 
 namespace dlm::cuda {
 
-// Of the values of a lane pair that differ in bit `lane_bit` of their lane: the lower lane keeps
-// the sums of the first half, the other those of the second.
+// Adds the values of two lanes that differ in bit `lane_bit`: the lower lane keeps the sums of the
+// first half, the other lane those of the second.
 template <int n>
 DLM_DEVICE void halve(float (&e)[n], uint32_t lane_bit) {
   const bool upper = lane_index() & lane_bit;
@@ -46,7 +46,7 @@ DLM_DEVICE float chunk_sum_over_warp(float (&e)[8]) {
   }
 }
 
-// Word `index` of a stream, of the counter that has it.
+// Returns word `index` of a stream, given the counter that contains it.
 DLM_DEVICE uint32_t word_of(const Philox4& r, uint32_t index) {
   const uint32_t low = index & 1 ? r.word[1] : r.word[0], high = index & 1 ? r.word[3] : r.word[2];
   return index & 2 ? high : low;

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The seam between a kernel and the machine under it: the CUDA toolkit, or with DLM_SIMT the
-// stand-ins of tests/cpp/simt, which run the same source on the host. A kernel file includes this,
-// cuda/ptx.cuh and csrc/common.
+// The interface between a kernel and the platform: the CUDA toolkit or, with DLM_SIMT, the
+// substitutes in tests/cpp/simt, which run the same source on the host. A kernel file includes
+// this, cuda/ptx.cuh and csrc/common.
 //
-//   launch       the one way to start a kernel
-//   SmemCarver   the one way to get shared memory; SmemSize adds up the same takes on the host
+//   launch       the only way to start a kernel
+//   SmemCarver   the only way to get shared memory; SmemSize adds up the same takes on the host
 //
-// Static __shared__ arrays are not used: the host tests could neither poison nor fence them.
+// Static __shared__ arrays are not used, because the host tests could neither poison them nor guard
+// their bounds.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -26,7 +27,7 @@ namespace dlm::cuda {
 // Swizzled tiles need 128-byte alignment; every take starts at such a boundary.
 constexpr uint32_t kSmemAlign = 128;
 
-// Bytes of dynamic shared memory used by the same sequence of takes in the kernel.
+// Number of bytes of dynamic shared memory used by the same sequence of takes in the kernel.
 struct SmemSize {
   uint32_t bytes = 0;
   template <class T>
@@ -47,8 +48,8 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t smem_by
 
 #else
 
-// Hands out dynamic shared memory in order; all threads make the same takes. Offsets fold to
-// constants.
+// Hands out dynamic shared memory in order; all threads make the same takes. Offsets are folded
+// into constants.
 class SmemCarver {
  public:
   template <class T>
@@ -63,11 +64,11 @@ class SmemCarver {
   uint32_t used_ = 0;
 };
 
-// Starts `kernel(params)`. Kernels take one struct by value, `const __grid_constant__ Params`.
+// Starts `kernel(params)`. Kernels take a single struct by value, `const __grid_constant__ Params`.
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t smem_bytes,
                    cudaStream_t stream, const Params& params) {
-  if (smem_bytes > 48 * 1024) {  // more than the default needs the kernel's consent
+  if (smem_bytes > 48 * 1024) {  // above the default limit, the kernel has to opt in
     const cudaError_t error =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                              cudaFuncAttributeMaxDynamicSharedMemorySize, int(smem_bytes));

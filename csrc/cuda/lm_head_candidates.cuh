@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // top_candidates of logits = hidden states times an LM head. The logits of a group of rows, as many
-// as 8 MB have room for, are made by lm_head_confidence's product and kept for top_candidates'
-// kernels. A row's bits do not depend on its group. Bytes: the weights once a group.
+// as fit into 8 MB, are computed by lm_head_confidence's product and stored for top_candidates'
+// kernels. A row's bits do not depend on its group. Bytes: the weights once per group.
 #pragma once
 #include "cuda/lm_head_candidates.h"
 #include "cuda/lm_head_confidence.cuh"

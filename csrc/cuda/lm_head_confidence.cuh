@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// token_confidence of logits = hidden states times an LM head, without the logits. Rows are taken
-// in groups, as many as the workspace has room for; a group is scanned in tiles of up to 128 rows
-// (lm_head_confidence_scan.cuh) and finished (lm_head_confidence_finish.cuh). Filters look at whole
-// rows: then a group is so small that its logits can be kept for token_confidence's kernels.
-// A row's bits do not depend on its group and tile. Bytes: the weights once a group.
+// token_confidence of logits = hidden states times an LM head, without storing all logits. Rows are
+// processed in groups, as many as the workspace has room for. A group is scanned in tiles of up to
+// 128 rows (lm_head_confidence_scan.cuh) and finished (lm_head_confidence_finish.cuh). Filters look
+// at whole rows; in that case a group is so small that its logits can be stored for
+// token_confidence's kernels. A row's bits do not depend on its group and tile. Bytes: the weights
+// once per group.
 #pragma once
 #include <algorithm>
 
@@ -15,7 +16,7 @@
 namespace dlm::cuda {
 
 #ifndef DLM_SIMT
-// In files of their own, for the sake of parallel builds.
+// Instantiated in separate files, for parallel builds.
 extern template cudaError_t start_head_scan<float>(const HeadLaunch&, cudaStream_t);
 extern template cudaError_t start_head_scan<BFloat16>(const HeadLaunch&, cudaStream_t);
 extern template cudaError_t start_head_scan<Float16>(const HeadLaunch&, cudaStream_t);
@@ -31,10 +32,10 @@ inline const char* why_not_lm_head_confidence(const LmHeadConfidenceParams& p) {
   return nullptr;
 }
 
-// What a group of rows works in, one array behind the other, each aligned to 16 bytes.
+// Working memory of a group of rows, one array after the other, each aligned to 16 bytes.
 class HeadWorkspace {
  public:
-  // `keeps`: logits are.
+  // `keeps`: whether logits are stored.
   HeadWorkspace(const LmHeadConfidenceParams& p, bool keeps, int64_t rows, void* memory)
       : next_(reinterpret_cast<uintptr_t>(memory)) {
     const TokenConfidenceParams& q = p.rows;
@@ -77,8 +78,8 @@ class HeadWorkspace {
   uintptr_t next_;
 };
 
-// Rows of a group; the last one may have fewer. As many groups as it takes, and where a group has
-// several tiles, whole ones.
+// Rows per group; the last one may have fewer. There are as many groups as necessary; a group of
+// several tiles consists of whole tiles.
 inline int64_t head_group(const LmHeadConfidenceParams& p, bool keeps) {
   const int64_t N = p.rows.N;
   const int64_t tile = head_rows_of(
@@ -99,7 +100,7 @@ inline int64_t head_workspace(const LmHeadConfidenceParams& p) {
   return head_workspace(p, may_filter(p.rows));
 }
 
-// Whether all rows start at multiples of 16 bytes and have as many.
+// Whether all rows start at multiples of 16 bytes and their length is a multiple of 16 bytes.
 inline bool is_aligned(const LmHeadConfidenceParams& p) {
   const uint64_t size = uint64_t(element_size(p.rows.dtype));
   const auto bits = [](const void* at) { return uint64_t(reinterpret_cast<uintptr_t>(at)); };
@@ -110,7 +111,7 @@ inline bool is_aligned(const LmHeadConfidenceParams& p) {
          0;
 }
 
-// Rows [job.first, job.end), whose logits are kept, as token_confidence's kernels take them.
+// Rows [job.first, job.end), whose logits are stored, as parameters of token_confidence's kernels.
 inline ConfidenceLaunch kept_rows(const HeadLaunch& job, const HeadWorkspace& memory) {
   TokenConfidenceParams rows = job.p.rows;
   const int64_t first = job.first;
@@ -128,7 +129,8 @@ inline ConfidenceLaunch kept_rows(const HeadLaunch& job, const HeadWorkspace& me
           job.first};
 }
 
-// Groups of rows, one after the other: the scan, and what finish(job, memory) starts.
+// Processes groups of rows one after the other: the scan, then whatever finish(job, memory)
+// launches.
 template <class T, class Finish>
 cudaError_t start_head_groups(const LmHeadConfidenceParams& p, bool keeps, void* workspace,
                               cudaStream_t stream, const Finish& finish) {

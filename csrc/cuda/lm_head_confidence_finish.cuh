@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The second of two launches: a row's results from what describes its chunks
-// (lm_head_confidence_scan.cuh). A block takes a row, a thread every kFinishThreads-th chunk.
+// The second of two launches: computes a row's results from the summaries of its chunks
+// (lm_head_confidence_scan.cuh). A block processes a row, a thread every kFinishThreads-th chunk.
 #pragma once
 #include "cuda/lm_head_confidence_scan.cuh"
 #include "cuda/token_confidence_shard.cuh"
@@ -23,7 +23,7 @@ class HeadFinish {
         chunks_(job.chunks_of(n_)) {}
 
   DLM_DEVICE void run() {
-    if (!plan_.used()) return write({}, {}, 0);  // the whole block
+    if (!plan_.used()) return write({}, {}, 0);  // block-uniform
     uint32_t top = 0, flags = 0;
     each_chunk([&](uint32_t c) {
       top = max(top, ordered_bits(chunks_.largest[c]));
@@ -41,7 +41,8 @@ class HeadFinish {
   DLM_DEVICE void each_chunk(Visit visit) const {
     for (uint32_t c = threadIdx.x; c < job_.chunks; c += kFinishThreads) visit(c);
   }
-  // Over the block. Two arrays take turns, so that a barrier each is enough.
+  // Reduces over the block. Two arrays are used alternately, so that one barrier per reduction is
+  // enough.
   template <class Op>
   DLM_DEVICE uint32_t reduce(uint32_t value) {
     turn_ ^= kMaxWarps;
@@ -60,7 +61,7 @@ class HeadFinish {
       second = max(second, ordered_bits(c == first ? chunks_.second[c] : top));
       const float x = fmaxf((top - largest) * scale, -127.0f);
       const double factor = ptx::exp2_approx(x);
-      // The chunk's own largest logit weighs 1, and is the row's in one chunk.
+      // The chunk's own largest logit has weight 1; in one chunk it is also the row's largest.
       const double of_chunk = chunks_.weight[c] + (c == first ? 0.0 : 1.0);
       weight += factor * of_chunk;
       exponent += factor * (double(chunks_.exponent[c]) + double(x) * of_chunk);
@@ -91,7 +92,7 @@ class HeadFinish {
     return begin_of(chunk) + HeadChunks::argmax_of(chunks_.marks[chunk]);
   }
 
-  // The chunk with the largest key wins, the first of those that share it.
+  // The chunk with the largest key wins; of equal keys, the first.
   DLM_DEVICE Drawn drawn() {
     uint32_t best = 0, winner = kNoToken;
     const auto key_of = [&](uint32_t c) {
@@ -113,7 +114,7 @@ class HeadFinish {
     const float given = is_given ? given_logit() : -INFINITY;
     write_row(p_, n_, plan_, found, drawn, flags, -INFINITY, given);
   }
-  // Of a chunk without any logit, the scan leaves none.
+  // For a chunk without any logit, the scan stores none.
   DLM_DEVICE float given_logit() const {
     const uint32_t chunk = given_id(p_, n_) / kRaceChunk - job_.first_chunk;
     return chunks_.largest[chunk] > -INFINITY ? job_.given[n_ - job_.first] : -INFINITY;
@@ -138,7 +139,7 @@ class HeadFinish {
   uint32_t turn_ = 0;
 };
 
-// The same of a shard of the vocabulary (token_confidence_shard.cuh).
+// The same for a shard of the vocabulary (token_confidence_shard.cuh).
 class HeadShardFinish : public HeadFinish {
  public:
   static constexpr SmemSize smem() { return HeadFinish::smem().take<int64_t>(ShardDigits::kWords); }
@@ -149,7 +150,7 @@ class HeadShardFinish : public HeadFinish {
     int64_t* const words = p_.partial + int64_t(n_) * kShardWords;
     ShardRow found;
     found.flags = kFlagUnused;
-    if (plan_.used()) describe_shard(found);  // the whole block
+    if (plan_.used()) describe_shard(found);  // block-uniform
     digits_.write(words);
     if (threadIdx.x == 0) write_shard(words, found, p_.entropy != nullptr);
   }
@@ -163,7 +164,7 @@ class HeadShardFinish : public HeadFinish {
     });
     found.flags = reduce<Union>(flags);
     const float largest = ordered_value(reduce<Greatest>(top));
-    if (!(largest > -INFINITY)) return;  // the whole block
+    if (!(largest > -INFINITY)) return;  // block-uniform
     const uint32_t own = first_with(largest);
     const ShardSums sums(digits_.own(), largest, exact_scale(p_, plan_));
     each_chunk([&](uint32_t c) {
@@ -180,7 +181,7 @@ class HeadShardFinish : public HeadFinish {
     if (found.is_given) found.given = given_logit();
     if (plan_.samples) found.drawn = drawn();
   }
-  // With the chunk's largest logit.
+  // Includes the chunk's largest logit.
   DLM_DEVICE float weight_of(uint32_t chunk) const { return add_rn(chunks_.weight[chunk], 1.0f); }
   DLM_DEVICE float exponent_of(uint32_t chunk) const {
     return p_.entropy ? mul_rn(chunks_.exponent[chunk], 0.693147181f) : 0.0f;

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// The scan of some rows, in tiles as small as will do: see lm_head_confidence.cuh.
+// The scan of some rows, in the smallest sufficient tiles: see lm_head_confidence.cuh.
 #pragma once
 #include "cuda/lm_head_confidence_scan.cuh"
 
 namespace dlm::cuda {
 
-// Output rows that a tile of `rows` rows has.
+// Number of output rows in a tile of `rows` rows.
 inline int64_t head_rows_of(const LmHeadConfidenceParams& p, int64_t rows) {
   return p.uncond_hidden ? rows / 2 : rows;
 }
-// Of the largest tile.
+// Number of rows of the largest tile.
 template <class T>
 constexpr int kMostHeadRows = std::is_same_v<T, float> ? 32 : 128;
 

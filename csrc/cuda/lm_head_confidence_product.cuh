@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Logits of some rows and one chunk of the vocabulary: products of hidden states and weights, both
-// of which come to shared memory 128 bytes of each row at a time, the next ones while these are
-// multiplied. 16-bit elements are multiplied by tensor cores, float32 one by one. A logit's sum
-// runs through the columns in their order: its bits depend on its row and token alone.
+// Logits of some rows and one chunk of the vocabulary: products of hidden states and weights. Both
+// are loaded to shared memory 128 bytes of each row at a time, the next ones while the current ones
+// are multiplied. 16-bit elements are multiplied by tensor cores, float32 elements one by one. A
+// logit's sum runs through the columns in order, so its bits depend only on its row and token.
 #pragma once
 #include <type_traits>
 
@@ -14,15 +14,15 @@ namespace dlm::cuda {
 
 constexpr uint32_t kHeadThreads = 256, kHeadWarps = kHeadThreads / 32;
 constexpr uint32_t kHeadStages = 2;
-constexpr uint32_t kSliceBytes = 128, kSliceChunks = kSliceBytes / 16;  // of a row in a stage
+constexpr uint32_t kSliceBytes = 128, kSliceChunks = kSliceBytes / 16;  // per row and stage
 
-// The logits of a block in shared memory: rows of kRaceChunk, 16 bytes apart so that the eight rows
-// of a fragment lie in different banks.
+// The logits of a block in shared memory: rows of kRaceChunk, padded by 16 bytes so that the eight
+// rows of a fragment are in different banks.
 template <class T>
 constexpr uint32_t kLogitsPitch = kRaceChunk * sizeof(T) + 16;
 
-// On tensor cores. A warp has all rows and some of the tokens; where there are many rows, half of
-// them.
+// Product on tensor cores. A warp has all rows and some of the tokens; if there are many rows, half
+// of them.
 template <class T, int kRows>
 class HeadProduct {
   static constexpr int kRowWarps = kRows > 64 ? 2 : 1, kTokenWarps = int(kHeadWarps) / kRowWarps;
@@ -34,7 +34,7 @@ class HeadProduct {
       : row_(int(warp_index()) % kRowWarps * kBlocks16 * 16),
         token_(int(warp_index()) / kRowWarps * kTokens) {}
 
-  // `hidden` and `weights`: tiles of rows of kSliceBytes.
+  // `hidden` and `weights` are tiles with rows of kSliceBytes.
   DLM_DEVICE void add(uint32_t hidden, uint32_t weights) {
     multiply_tiles<T, kSlice>(sums_, hidden, row_, weights, token_);
   }
@@ -60,7 +60,7 @@ class HeadProduct {
   Scores<kBlocks16, kTokens / 8> sums_ = {};
 };
 
-// In float32. A thread has one token and all rows.
+// Product in float32. A thread has one token and all rows.
 template <int kRows>
 class HeadProduct<float, kRows> {
   static_assert(kHeadThreads == kRaceChunk);
@@ -92,8 +92,8 @@ class HeadProduct<float, kRows> {
   float sums_[kRows] = {};
 };
 
-// Columns [0, D) of kRows rows of hidden states and of the kRaceChunk rows of weights, of which the
-// first `tokens` exist; what does not exist is zero.
+// Columns [0, D) of kRows rows of hidden states and of kRaceChunk rows of weights, of which the
+// first `tokens` exist; missing elements are zero.
 template <class T, int kRows>
 class HeadSlices {
   static constexpr uint32_t kWeightBytes = kRaceChunk * kSliceBytes;
@@ -103,8 +103,8 @@ class HeadSlices {
  public:
   static constexpr uint32_t kBytes = kHeadStages * kStageBytes;
 
-  // `hidden`: in shared memory, where each row is; null: all zero. `aligned`: rows start at
-  // multiples of 16 bytes and have as many.
+  // `hidden` is an array in shared memory with the address of each row; null means all zero.
+  // `aligned`: rows start at multiples of 16 bytes, and their length is a multiple of 16 bytes.
   DLM_DEVICE HeadSlices(uint32_t ring, const T* const* hidden, const T* weight,
                         int64_t weight_stride, uint32_t tokens, uint32_t D, bool aligned)
       : ring_(ring),
@@ -115,7 +115,7 @@ class HeadSlices {
         D_(D),
         aligned_(aligned) {}
 
-  // All products, by the whole block; afterwards its shared memory is free.
+  // Computes all products, by the whole block; afterwards its shared memory is free.
   template <class Product>
   DLM_DEVICE void multiply(Product& product) const {
     const uint32_t slices = (D_ + kPerSlice - 1) / kPerSlice;
@@ -124,8 +124,8 @@ class HeadSlices {
 #pragma unroll 1
     for (uint32_t s = 0; s < slices; ++s) {
       ptx::cp_async_wait<kHeadStages - 2>();
-      __syncthreads();  // all that has landed is there for all, and the stage before this one is
-                        // free
+      __syncthreads();  // the data that has arrived is visible to all threads, and the
+                        // previous stage is free
       start(s + kHeadStages - 1, slices);
       const uint32_t weights = stage(s);
       product.add(weights + kWeightBytes, weights);

@@ -1,27 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0
-// The first of two launches: a block makes the logits of up to kRows rows and one chunk of the
-// vocabulary, rounded to the hidden states' type as a linear layer rounds them, and describes each
-// row's chunk by what lm_head_confidence_finish.cuh needs of it: nothing of it is looked at again.
-// Where rows are filtered, it writes them down instead, and token_confidence takes them.
-// With guidance, the block's second half of rows are the unconditional ones of the first. Blocks of
-// one chunk run side by side, so that all but one find its weights in the L2 cache. Bytes: the
-// weights once, the rows' hidden states once a chunk. Flops: 2 D a row and token.
+// The first of two launches: a block computes the logits of up to kRows rows and one chunk of the
+// vocabulary, rounded to the hidden states' type as a linear layer rounds them, and summarizes each
+// row's chunk as lm_head_confidence_finish.cuh needs it; the logits are not needed again. If rows
+// are filtered, it stores the logits instead, and token_confidence processes them. With guidance,
+// the second half of the block's rows are the unconditional rows of the first half. Blocks of the
+// same chunk run at the same time, so that all but one find its weights in the L2 cache. Bytes: the
+// weights once, the rows' hidden states once per chunk. Flops: 2 D per row and token.
 #pragma once
 #include "cuda/lm_head_confidence_product.cuh"
 #include "cuda/token_confidence_race.cuh"
 
 namespace dlm::cuda {
 
-// What is known of a row's chunk. The sums are relative to its largest logit and leave it out, as
-// token_confidence_scan.cuh has them otherwise.
+// Summary of a row's chunk. The sums are relative to its largest logit and exclude it, unlike those
+// of token_confidence_scan.cuh.
 struct HeadChunks {
   float *largest, *weight, *exponent, *second;
   uint32_t* marks;  // see mark()
-  uint32_t* key;    // in the race, in ordered bits; 0: it takes no part
+  uint32_t* key;    // in the race, in ordered bits; 0: does not take part
   float* drawn;     // logit of the token that wins the chunk
   static constexpr int64_t kArrays = 7;
 
-  // Of the largest logit and of the token drawn, which of the chunk's tokens; and the row's flags.
+  // Packs the indices of the largest logit and of the drawn token within the chunk, and the row's
+  // flags.
   static DLM_DEVICE uint32_t mark(uint32_t argmax, uint32_t drawn, uint32_t flags) {
     return argmax % kRaceChunk | drawn % kRaceChunk << 8 | flags << 16;
   }
@@ -35,14 +36,14 @@ static_assert(kRaceChunk == 256);
 struct HeadLaunch {
   LmHeadConfidenceParams p;
   uint32_t first, end;
-  uint32_t chunks, tiles;        // of the vocabulary, or of a shard of it; of these rows
-  uint32_t first_chunk;          // of the whole vocabulary's, from which on chunks are counted
-  bool aligned;                  // all rows start at multiples of 16 bytes and have as many
+  uint32_t chunks, tiles;        // of the vocabulary or a shard of it; of these rows
+  uint32_t first_chunk;          // index of the first chunk within the whole vocabulary
+  bool aligned;                  // all rows start at, and have a length of, multiples of 16 bytes
   float* sums;                   // [end - first, kArrays, chunks]
   float* given;                  // [end - first] logits of given_id
-  void *logits, *uncond_logits;  // [end - first, logits_stride], where they are kept; else null
+  void *logits, *uncond_logits;  // [end - first, logits_stride] if they are stored; else null
   int64_t logits_stride;         // a multiple of 16 bytes
-  int32_t* row_map;              // [end - first] of the logits that are kept: which are used
+  int32_t* row_map;              // [end - first] of the stored logits: which rows are used
 
   DLM_DEVICE HeadChunks chunks_of(uint32_t n) const {
     float* own = sums + int64_t(n - first) * HeadChunks::kArrays * chunks;
@@ -57,7 +58,7 @@ class HeadScan {
   using Row = LogitsRow<T>;
   using Slices = HeadSlices<T, kRows>;
   static constexpr uint32_t kLogitsBytes = kRows * kLogitsPitch<T>;
-  // The logits take the place of what they are made of.
+  // The logits overwrite the operands of their product.
   static constexpr uint32_t kArena = Slices::kBytes > kLogitsBytes ? Slices::kBytes : kLogitsBytes;
 
  public:
@@ -104,7 +105,7 @@ class HeadScan {
   }
 
  private:
-  // Which chunk of the shard, and which rows. It waits in shared memory while the product needs all
+  // The chunk of the shard, and the rows. Kept in shared memory while the product needs all
   // registers.
   struct Place {
     uint32_t own, first, rows;
@@ -116,7 +117,7 @@ class HeadScan {
     at_.rows = min(job_.end - at_.first, rows);
     if (threadIdx.x == 0) *place_ = at_;
   }
-  // Of the whole vocabulary.
+  // The chunk's index within the whole vocabulary.
   DLM_DEVICE uint32_t chunk() const { return job_.first_chunk + at_.own; }
 
   DLM_DEVICE void find_hidden() const {
@@ -130,7 +131,7 @@ class HeadScan {
     }
   }
 
-  // A lane's logits of a row of the block.
+  // Loads a lane's logits of a row of the block.
   DLM_DEVICE void load(uint32_t r, uint4 (&raw)[Row::kRuns]) const {
     const uint32_t at = ptx::smem_address(arena_) + r * kLogitsPitch<T> + lane_index() * 16;
 #pragma unroll
@@ -162,7 +163,7 @@ class HeadScan {
     uint32_t flags = effective(r, plan, z);
     const float largest = ordered_value(over_warp(largest_of(z, kNoToken)));
     if (lane_index() == 0) chunks.largest[at_.own] = largest;
-    if (!(largest > -INFINITY)) {  // the whole warp
+    if (!(largest > -INFINITY)) {  // warp-uniform
       if (lane_index() == 0) chunks.marks[at_.own] = HeadChunks::mark(0, 0, flags);
       return;
     }
@@ -193,7 +194,7 @@ class HeadScan {
     chunks.drawn[at_.own] = drawn.logit;
   }
 
-  // A lane's logits as token_confidence sees them; returns the warp's flags.
+  // Computes a lane's effective logits as in token_confidence; returns the warp's flags.
   DLM_DEVICE uint32_t effective(uint32_t r, const RowPlan& plan, float (&z)[8]) const {
     const Row row(p_, at_.first + r, plan.source);
     uint4 raw[Row::kRuns], other[Row::kRuns] = {};
@@ -204,7 +205,7 @@ class HeadScan {
     return __reduce_or_sync(kAllLanes, flags);
   }
 
-  // Of the logits of a lane, but for one token's: ordered bits.
+  // Returns the largest of a lane's logits except for one token's, as ordered bits.
   DLM_DEVICE uint32_t largest_of(const float (&z)[8], uint32_t but) const {
     float top = -INFINITY;
 #pragma unroll
@@ -247,11 +248,11 @@ class HeadScan {
   unsigned char* const arena_;
   const T** const hidden_;
   Place* const place_;
-  const uint32_t uncond_;  // the first unconditional row of the block; 0: there are none
+  const uint32_t uncond_;  // first unconditional row of the block; 0: there are none
   Place at_;
 };
 
-// Two blocks share a multiprocessor where their sums leave room.
+// Two blocks share a multiprocessor if their sums leave room.
 template <class T, int kRows>
 __global__ void __launch_bounds__(kHeadThreads, kRows > 64 ? 1 : 2)
     scan_head_kernel(const __grid_constant__ HeadLaunch job) {

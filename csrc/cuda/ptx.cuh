@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every inline assembly of the project, one function an instruction. Titles in quotes are sections
+// All inline assembly of the project, one function per instruction. Titles in quotes are sections
 // of the PTX ISA manual. Needs sm_80. With DLM_SIMT the same functions come from
 // tests/cpp/simt/ptx_model.h, which models them.
 //
 // Shared addresses are the 32-bit ones of smem_address(). `sync.aligned` instructions (ldmatrix,
-// mma) are executed by all 32 lanes of the warp together.
+// mma) must be executed by all 32 lanes of a warp together.
 #pragma once
 #include "cuda/device.h"
 
@@ -34,9 +34,9 @@ DLM_DEVICE void st_shared_16(uint32_t address, uint4 v) {
                : "memory");
 }
 
-// --- global memory, 16 aligned bytes a lane ----------------------------------------------------
+// --- global memory, 16 aligned bytes per lane --------------------------------------------------
 
-// "Data Movement and Conversion Instructions: ld.global.nc": read once, constant in the kernel.
+// "Data Movement and Conversion Instructions: ld.global.nc": read once, constant during the kernel.
 DLM_DEVICE uint4 ld_global_stream_16(const void* p) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -44,7 +44,7 @@ DLM_DEVICE uint4 ld_global_stream_16(const void* p) {
                : "l"(p));
   return v;
 }
-// "Data Movement and Conversion Instructions: ld": data that other blocks may have written.
+// "Data Movement and Conversion Instructions: ld": for data that other blocks may have written.
 DLM_DEVICE uint4 ld_global_16(const void* p) {
   uint4 v;
   asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -62,7 +62,7 @@ DLM_DEVICE void st_global_16(void* p, uint4 v) {
 
 // --- memory shared between blocks: "Memory Consistency Model" ----------------------------------
 
-// "Parallel Synchronization and Communication Instructions: atom". Returns the value before.
+// "Parallel Synchronization and Communication Instructions: atom". Returns the previous value.
 DLM_DEVICE uint32_t atomic_add_acq_rel(uint32_t* p, uint32_t v) {
   uint32_t before;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
@@ -79,12 +79,13 @@ DLM_DEVICE uint32_t load_acquire(const uint32_t* p) {
 DLM_DEVICE void store_release(uint32_t* p, uint32_t v) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
-// Call it in every polling loop. "Miscellaneous Instructions: nanosleep".
+// Call this in every polling loop. "Miscellaneous Instructions: nanosleep".
 DLM_DEVICE void spin_pause() { asm volatile("nanosleep.u32 32;" ::: "memory"); }
 
 // --- barriers of part of a block: "Parallel Synchronization and Communication Instructions: bar"
 
-// `id` 1..15 (0 is __syncthreads), `threads` a multiple of 32: as many as sync or arrive together.
+// `id` is 1..15 (0 is __syncthreads); `threads`, a multiple of 32, is the number of threads that
+// sync or arrive together.
 DLM_DEVICE void barrier_sync(uint32_t id, uint32_t threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -94,17 +95,17 @@ DLM_DEVICE void barrier_arrive(uint32_t id, uint32_t threads) {
 
 // --- "Data Movement and Conversion Instructions: cp.async" -------------------------------------
 
-// Starts copying 16 bytes from global to shared memory; zeros when not `valid`, and then `global`
-// is not read.
+// Starts copying 16 bytes from global to shared memory. If not `valid`, writes zeros and does not
+// read `global`.
 DLM_DEVICE void cp_async_16(uint32_t shared, const void* global, bool valid = true) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
                "r"(valid ? 16 : 0)
                : "memory");
 }
-// Closes this thread's group of copies.
+// Closes this thread's current group of copies.
 DLM_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most `pending` of this thread's groups are under way. Others' copies:
-// __syncthreads after it.
+// Waits until at most `pending` of this thread's groups are still in flight. To wait for the copies
+// of other threads, call __syncthreads afterwards.
 template <int pending>
 DLM_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
@@ -112,8 +113,8 @@ DLM_DEVICE void cp_async_wait() {
 
 // --- "Warp-level matrix load instruction: ldmatrix": 1, 2 or 4 matrices of 8x8 16-bit elements -
 
-// Lane 8*m+i gives the address of row i of matrix m; r[m] gets elements (lane/4, 2*(lane%4)) and
-// the next. The trans forms give elements (2*(lane%4), lane/4) and the one below.
+// Lane 8*m+i provides the address of row i of matrix m; r[m] receives elements (lane/4, 2*(lane%4))
+// and the next one. The trans forms give elements (2*(lane%4), lane/4) and the one below.
 DLM_DEVICE void ldmatrix(uint32_t (&r)[1], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
                : "=r"(r[0])
@@ -174,20 +175,21 @@ DLM_DEVICE void mma_m16n8k16_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t
 
 // --- arithmetic: "Floating Point Instructions", "cvt" ------------------------------------------
 
-// 2^x, relative error at most 2^-22; subnormals are zero. Without `volatile` here: these have no
-// side effects and may be moved or dropped.
+// 2^x with a relative error of at most 2^-22; subnormals are treated as zero. No `volatile` here:
+// these instructions have no side effects and may be moved or dropped.
 DLM_DEVICE float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// log2(x), error at most 2^-22: absolute for x in (0.5, 2), else relative; subnormals are zero.
+// log2(x) with an error of at most 2^-22: absolute for x in (0.5, 2), otherwise relative;
+// subnormals are treated as zero.
 DLM_DEVICE float log2_approx(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// Two floats to two 16-bit elements, to nearest even; `low` in the low half.
+// Converts two floats to two 16-bit elements, to nearest even; `low` goes to the low half.
 DLM_DEVICE uint32_t pack_bf16(float low, float high) {
   uint32_t r;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
@@ -208,14 +210,14 @@ DLM_DEVICE float2 unpack_f16(uint32_t pair) {
       : "r"(pair));
   return make_float2(low, high);
 }
-// The larger; NaN where one of them is. "Floating Point Instructions: max", "Half Precision
-// Floating Point Instructions: max".
+// Returns the larger value, or NaN if either is NaN. "Floating Point Instructions: max", "Half
+// Precision Floating Point Instructions: max".
 DLM_DEVICE float max_nan(float a, float b) {
   float r;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
   return r;
 }
-// Of each half of two pairs.
+// The same for each half of two pairs.
 DLM_DEVICE uint32_t max_nan_bf16(uint32_t a, uint32_t b) {
   uint32_t r;
   asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));

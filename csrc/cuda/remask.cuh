@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// One commit / edit / remask / renoise step on a canvas. A block takes a row, in three passes:
-//   1. a thread a slot writes the slot's position, by the last of the four masks that applies to it
+// One commit / edit / remask / renoise step on a canvas. A block processes a row, in three passes:
+//   1. one thread per slot writes the slot's position, by the last of the four masks that applies
 //   2. all threads search the row for the first open position and the first end-of-sequence token,
-//      a few pairs of positions a thread in flight; where there is such a token, they search what
-//      stands behind it for positions that were given (frozen), and behind those for the next one
-//   3. the tail is filled if the row is complete up to that token; changes are marked dirty
-// A slot's own thread keeps what its position held, in shared memory: registers are scarce. A row's
-// positions are distinct where they ascend, which is seen at a glance; else sorting finds those
-// given twice, so that no two threads write one position. Pass 2 reads 9 bytes a position (1
-// without end-of-sequence ids): with few rows its latency is the limit, with many the memory.
-// Needs sm_80.
+//      with a few pairs of positions per thread in flight; if there is such a token, they search
+//      the positions after it for given (frozen) ones, and after those for the next such token
+//   3. if the row is complete up to that token, the tail is filled; changes are marked dirty
+// A slot's own thread keeps the previous content of its position in shared memory, since registers
+// are scarce. A row's positions are distinct if they ascend, which is checked first; otherwise they
+// are sorted to find duplicates, so that no two threads write the same position. Pass 2 reads 9
+// bytes per position (1 without end-of-sequence ids): with few rows its latency is the limit, with
+// many the memory. Needs sm_80.
 #pragma once
 #include "common/philox.h"
 #include "cuda/ptx.cuh"
@@ -18,17 +18,17 @@
 
 namespace dlm::cuda {
 
-// End-of-sequence ids a launch can carry.
+// Maximum number of end-of-sequence ids that a launch can carry.
 constexpr int64_t kMaxEosTokens = 64;
 
 struct RemaskLaunch {
   RemaskParams op;
   int64_t eos[kMaxEosTokens];
-  bool aligned;  // pairs of tokens and states may be read as one
+  bool aligned;  // pairs of tokens and states can be read at once
 };
 
-// Threads for a row: enough that each has four slots at most, and that a search of the row has its
-// reads in flight at once; more than needed would only wait for each other.
+// Threads per row: enough that each has at most four slots, and that a search of the row has all
+// its reads in flight at once; more threads would only wait for each other.
 struct CanvasBlock {
   int64_t slots, positions;
   uint32_t threads;
@@ -60,8 +60,8 @@ class RemaskRow {
     kTail,
     kPartials
   };
-  static constexpr uint32_t kLow = 1, kHigh = 1 << 16;  // one, in either half of a word
-  static constexpr int kPairs = kKeys == 1 ? 4 : 2;  // of positions in flight; registers bound it
+  static constexpr uint32_t kLow = 1, kHigh = 1 << 16;  // a one in either half of a word
+  static constexpr int kPairs = kKeys == 1 ? 4 : 2;  // of positions in flight; registers limit it
 
  public:
   static constexpr SmemSize smem(uint32_t threads) {
@@ -133,13 +133,13 @@ class RemaskRow {
  private:
   DLM_DEVICE uint32_t* partial(Partial which) const { return partial_ + which * kMaxWarps; }
   DLM_DEVICE uint32_t slot(int k) const { return threadIdx.x + uint32_t(k) * blockDim.x; }
-  // The token that a slot's position held, and the state it has now, in the arrays of the sort,
-  // which is over.
+  // The previous token of a slot's position, and its current state, in the arrays of the sort,
+  // which has finished.
   DLM_DEVICE int64_t& before(int k) const { return reinterpret_cast<int64_t*>(exchange_)[slot(k)]; }
   DLM_DEVICE uint8_t& after(int k) const { return lost_[slot(k)]; }
   DLM_DEVICE bool on_canvas(int32_t at) const { return at >= 0 && at < p_.T; }
 
-  // at_: canvas positions of this thread's slots, all distinct in the row, or -1.
+  // Sets at_: canvas positions of this thread's slots, all distinct in the row, or -1.
   DLM_DEVICE void read_positions() {
     uint32_t runs = 0, disorder = 0;
 #pragma unroll
@@ -152,7 +152,7 @@ class RemaskRow {
       disorder += at_[k] >= 0 && on_canvas(left) && left >= at;
     }
     runs = block_reduce<Sum>(runs | disorder << 16, partial(kRuns));
-    // One run of used slots, ascending: the usual window.
+    // A single ascending run of used slots is the usual window.
     if (runs > 1) drop_duplicates();
   }
 
@@ -197,7 +197,7 @@ class RemaskRow {
     }
   }
 
-  // Slot i of the batch is this thread's k-th; its position is not frozen.
+  // Slot i of the batch is this thread's k-th slot; its position is not frozen.
   DLM_DEVICE void write(int k, int64_t i) {
     const int32_t at = at_[k];
     const int64_t proposal = p_.proposal[i];
@@ -232,7 +232,7 @@ class RemaskRow {
     rewritten_ += kLow;
   }
 
-  // The records of a position that no step has committed.
+  // Resets the records to those of a position that no step has committed.
   DLM_DEVICE void forget(int64_t at) {
     if (p_.commit_step) p_.commit_step[canvas_ + at] = -1;
     record_confidence(at, 0.0f);
@@ -249,12 +249,12 @@ class RemaskRow {
     return uniform_below(bits.word[0], uint32_t(p_.vocab_size));
   }
 
-  // Canvas position after the row's last; what stands from there on is not the request's.
+  // Canvas position after the row's last one; positions from there on do not belong to the request.
   static DLM_DEVICE uint32_t end_of(const RemaskParams& p, uint32_t row) {
     return uint32_t(min(max(int64_t(row_value(p.end, row, int32_t(p.T))), int64_t(0)), p.T));
   }
 
-  // Leaves the partial results of the search: first end-of-sequence token at a decided position,
+  // Stores the partial results of the search: first end-of-sequence token at a decided position,
   // first open position, number of open positions.
   DLM_DEVICE void search() {
     const uint32_t stride = 2 * blockDim.x;
@@ -281,7 +281,7 @@ class RemaskRow {
     leave_partial<Sum>(open, partial(kOpen));
   }
 
-  // Position after this thread's last from `begin` on that was given, or 0.
+  // Returns the position after this thread's last given position from `begin` on, or 0.
   DLM_DEVICE uint32_t given_behind(uint32_t begin) const {
     uint32_t given = 0;
 #pragma unroll 1  // registers are scarce
@@ -291,8 +291,8 @@ class RemaskRow {
     return given;
   }
 
-  // This thread's first decided position from `begin` on, behind everything given, with an
-  // end-of-sequence token.
+  // Returns this thread's first decided position from `begin` on, after everything given, that
+  // holds an end-of-sequence token.
   DLM_DEVICE uint32_t eos_from(uint32_t begin) const {
 #pragma unroll 1  // registers are scarce
     for (uint32_t t = begin + threadIdx.x; t < end_; t += blockDim.x) {
@@ -301,7 +301,7 @@ class RemaskRow {
     return Least::kNeutral;
   }
 
-  // Positions t (even) and t + 1; beyond the request they read as frozen.
+  // Reads positions t (even) and t + 1; those beyond the request read as frozen.
   DLM_DEVICE void read_pair(uint32_t t, int64_t (&token)[2], uint32_t (&state)[2]) const {
     token[0] = token[1] = 0;
     state[0] = state[1] = kStateFrozen;
@@ -332,7 +332,7 @@ class RemaskRow {
     return hit;
   }
 
-  // How many of this thread's slots before position `end` hold another token.
+  // Number of this thread's slots before position `end` whose token has changed.
   DLM_DEVICE uint32_t changed_slots(int64_t end) const {
     uint32_t n = 0;
 #pragma unroll
@@ -340,8 +340,8 @@ class RemaskRow {
     return n;
   }
 
-  // Marks the slots up to canvas position `last`; those beyond get their token back, for fill_tail
-  // to compare with.
+  // Marks the changed slots up to canvas position `last`; slots beyond get their previous token
+  // back, for fill_tail to compare with.
   DLM_DEVICE void mark_changes(int64_t last) {
 #pragma unroll
     for (int k = 0; k < kKeys; ++k) {
@@ -383,8 +383,8 @@ class RemaskRow {
   uint32_t* const partial_;
   const int32_t step_;
   int32_t at_[kKeys];
-  uint32_t changed_ = 0;  // bit k: of this thread's k-th slot
-  // Counts of at most kMaxSlots, two in a word: used and open slots; committed and edited ones;
+  uint32_t changed_ = 0;  // bit k: this thread's k-th slot
+  // Counts of at most kMaxSlots, two per word: used and open slots; committed and edited ones;
   // remasked ones and, later, changed ones.
   uint32_t used_ = 0, written_ = 0, rewritten_ = 0;
 };

@@ -4,14 +4,14 @@
 
 namespace dlm::cuda {
 
-// RemaskParams::eos_token_ids points to host memory, here as everywhere: the ids travel with the
-// launch. Where a row has two slots at one position, the lower one acts and the other is unused; a
-// position outside [0, T) is unused.
+// RemaskParams::eos_token_ids points to host memory, as for all back ends: the ids are passed with
+// the launch. If a row has two slots at the same position, the lower one is used and the other is
+// unused; a position outside [0, T) is unused.
 
-// Why these arguments cannot be run, or null.
+// Returns why these arguments are not supported, or null.
 const char* unsupported_remask(const RemaskParams& p);
 
-// The whole batch in one launch; returns a cudaError_t.
+// Processes the whole batch in one launch; returns a cudaError_t.
 int run_remask(const RemaskParams& p, void* stream);
 
 }  // namespace dlm::cuda

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which slots of a window to commit:
+// Selects the slots of a window to commit:
 //   E = eligible slots whose score is a number above -inf
-//   P = what gate and rule leave of E
+//   P = the slots of E that pass gate and rule
 //   selected = the best `cap` of P if |P| >= min(need, |E|), else the best `fill` of E
-// A block decides a row; thread t reads slots t, t + threads, ... and keeps their 64-bit keys
+// A block processes a row; thread t reads slots t, t + threads, ... and keeps their 64-bit keys
 // (common/order.h) in registers. "The best k" are those whose key is at most the k-th smallest, so
-// nothing is scattered; keys are sorted only for rules over prefixes and where a limit cuts.
-// Sums are of integers, so their order does not matter: the results are the CPU's, bit for bit.
-// Reads 5 to 10 bytes a slot: latency is the limit, that of one launch for the usual window of 32.
-// Needs sm_80.
+// nothing is scattered; keys are sorted only for rules over prefixes and where a limit applies.
+// Sums are of integers, so their order does not matter: the results equal the CPU's, bit for bit.
+// Reads 5 to 10 bytes per slot. Latency is the limit, that of one launch for the usual window of
+// 32. Needs sm_80.
 #pragma once
 #include <cmath>
 
@@ -21,8 +21,8 @@
 
 namespace dlm::cuda {
 
-// One key a thread while each of an SM's four schedulers has two warps at most; then four, which
-// makes more of the sort's steps ones within a thread. Eight would spill registers.
+// One key per thread while each of an SM's four schedulers has at most two warps; then four, which
+// lets more steps of the sort run within a thread. Eight would spill registers.
 struct SlotBlock {
   int64_t slots;
   uint32_t threads;
@@ -32,7 +32,8 @@ constexpr SlotBlock kSlotBlocks[] = {{32, 32, 1},    {64, 64, 1},    {128, 128, 
                                      {256, 256, 1},  {512, 128, 4},  {1024, 256, 4},
                                      {2048, 512, 4}, {4096, 1024, 4}};
 
-// Costs up to some rank. Sums wrap only beyond 2048 largest costs, long after the first excess.
+// Sum and maximum of the costs up to some rank. Sums only wrap beyond 2048 maximal costs, long
+// after the first excess.
 struct Costs {
   uint64_t sum, largest;
 };
@@ -112,9 +113,9 @@ class SelectRow {
     return p_.strict ? score > level : score >= level;
   }
 
-  // in_e_, inside_: a bit for each slot of this thread that is in E; in E within the gate and,
-  // where the rule looks at one slot at a time, within the rule: then P. order_: upper halves of
-  // the keys.
+  // Sets in_e_ and inside_, a bit for each slot of this thread: whether it is in E; and whether it
+  // is in E, passes the gate and, if the rule considers one slot at a time, the rule (then it is in
+  // P). Sets order_: upper halves of the keys.
   DLM_DEVICE void read_slots() {
 #pragma unroll
     for (int k = 0; k < kKeys; ++k) {
@@ -123,7 +124,7 @@ class SelectRow {
       if (w >= p_.W) continue;
       const float score = p_.score[offset_ + w];
       const bool gate = p_.gate ? p_.gate[offset_ + w] != 0 : true;
-      const bool member = (p_.eligible[offset_ + w] != 0) & (score > -INFINITY);  // not NaN
+      const bool member = (p_.eligible[offset_ + w] != 0) & (score > -INFINITY);  // false for NaN
       const bool passes =
           p_.rule == Rule::kThreshold ? reaches(score, parameter_) : p_.rule != Rule::kNone;
       order_[k] = uint32_t(descending_key(score, 0) >> 32);
@@ -135,7 +136,7 @@ class SelectRow {
     if (p_.rule == Rule::kBernoulli) toss();
   }
 
-  // Loops over draws are not unrolled: they would fill the registers and the instruction cache.
+  // Loops over draws are not unrolled: they would exceed the registers and the instruction cache.
   DLM_DEVICE void perturb(float inverse) {
 #pragma unroll 1
     for (int k = 0; k < kKeys; ++k) {
@@ -161,14 +162,14 @@ class SelectRow {
     }
   }
 
-  // sorted_: the keys of these slots, in order.
+  // Sets sorted_: the keys of these slots, in order.
   DLM_DEVICE void sort(uint32_t members) {
 #pragma unroll
     for (int k = 0; k < kKeys; ++k) sorted_[k] = members >> k & 1 ? key(k) : kNoKey;
     block_sort<kKeys>(sorted_, exchange_);
   }
 
-  // How many of the first n sorted slots the rule lets pass: up to the first that fails.
+  // Returns how many of the first n sorted slots pass the rule: those before the first that fails.
   DLM_DEVICE int32_t prefix_length(int32_t n) const {
     const uint32_t count = uint32_t(n), rank = threadIdx.x * kKeys;
     uint32_t first = count;
@@ -181,7 +182,7 @@ class SelectRow {
         if (!reaches(p_.score[offset_ + slot_of(sorted_[k])], level)) first = i;
       }
     } else {
-      // Read twice rather than kept: registers are short.
+      // Read twice rather than kept: registers are scarce.
       const auto cost = [&](uint32_t k) -> Costs {
         if (rank + k >= count) return {0, 0};
         const float given = p_.cost[offset_ + slot_of(sorted_[k])];
@@ -204,7 +205,7 @@ class SelectRow {
     return int32_t(block_reduce<Least>(first, partial_ + kMaxWarps));
   }
 
-  // Of all threads before this one.
+  // Returns the combined costs of all threads before this one.
   DLM_DEVICE Costs costs_before(Costs mine) const {
     const uint32_t lane = lane_index(), warp = warp_index();
 #pragma unroll

@@ -4,10 +4,10 @@
 
 namespace dlm::cuda {
 
-// Why these arguments cannot be run, or null.
+// Returns why these arguments are not supported, or null.
 const char* unsupported_select_tokens(const SelectTokensParams& p);
 
-// The whole batch in one launch; returns a cudaError_t.
+// Processes the whole batch in one launch; returns a cudaError_t.
 int run_select_tokens(const SelectTokensParams& p, void* stream);
 
 }  // namespace dlm::cuda

@@ -1,17 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // out = (sum of w_v E_v) / (sum of w_v), w_v = e^((z_v - max) / T).
-//   weights   a block takes a row and one split of the vocabulary, and writes what the others read:
-//             the weights in E's type, or where logits have a floor a bit for each that is kept;
-//             and their sums
-//   product   a block takes 64 rows, 128 columns of E and one split, 32 ids a turn: tiles of the
-//             weights and of E come by cp.async three turns deep; E of 16 bits on tensor cores (a
-//             warp: 16 rows, 64 columns), float by FMAs (a thread: 8 rows, 4 columns)
-//   merge     a thread adds one element's splits, in their order, and divides
-//   gather    where logits have a floor, instead of the last two: a block takes a row and 1,024
+//   weights   a block processes a row and one split of the vocabulary, and writes what the other
+//             kernels read: the weights in E's type or, if logits have a floor, a bit for each kept
+//             id; and their sums
+//   product   a block processes 64 rows, 128 columns of E and one split, 32 ids per iteration:
+//             tiles of the weights and of E are loaded by cp.async three iterations deep; 16-bit E
+//             on tensor cores (a warp: 16 rows, 64 columns), float by FMAs (a thread: 8 rows, 4
+//             columns)
+//   merge     a thread adds the splits of one element, in order, and divides
+//   gather    if logits have a floor, replaces the last two: a block processes a row and 1,024
 //             columns, and reads the few rows of E that are kept, in the order of their ids
-// Splits depend on V alone, so a row's bits do not depend on the batch. Bytes: the logits once, E
-// once for 64 rows (blocks that share a tile of it run together), a row's weights written once and
-// read for each 128 columns; flops 2 V D a row. Needs sm_80 (mma.sync, ldmatrix, cp.async).
+// Splits depend only on V, so a row's bits do not depend on the batch. Bytes: the logits once, E
+// once per 64 rows (blocks that share a tile of it run at the same time), a row's weights written
+// once and read once per 128 columns. Flops: 2 V D per row. Needs sm_80 (mma.sync, ldmatrix,
+// cp.async).
 #pragma once
 #include <type_traits>
 
@@ -22,27 +24,27 @@ namespace dlm::cuda {
 
 constexpr uint32_t kSoftThreads = 256, kTileRows = 64, kTileColumns = 128, kTileIds = 32;
 constexpr uint32_t kTileStages = 3, kSoftWarps = kSoftThreads / 32;
-constexpr uint32_t kGatherColumns = 4;  // of a thread
+constexpr uint32_t kGatherColumns = 4;  // per thread
 constexpr int64_t kMaxSplits = 16;
 
-// Weights of kept logits and of others.
+// Sums of the weights of kept logits and of the others.
 struct SoftSums {
   float kept, rest;
 };
 
 struct SoftLaunch {
   SoftEmbeddingParams op;
-  void* weights;   // [N, splits * split_length] of E's type; null where logits have a floor
-  uint32_t* kept;  // [N, splits * split_length / 32], a bit an id; null where they have none
+  void* weights;   // [N, splits * split_length] in E's type; null if logits have a floor
+  uint32_t* kept;  // [N, splits * split_length / 32], one bit per id; null if they have none
   SoftSums* sums;  // [N,splits]
   float* partial;  // [splits,N,D]
   uint32_t row_tiles, column_tiles, splits, split_length;
-  bool aligned;  // E's rows are read by 16 bytes
+  bool aligned;  // E's rows can be read in units of 16 bytes
 
   DLM_HD int64_t width() const { return int64_t(splits) * split_length; }
 };
 
-// Halves end at 6e-8, and are imprecise from 6e-5 down: weights are kept 2^15 times larger.
+// Half values end at 6e-8, and are imprecise below 6e-5: weights are stored 2^15 times larger.
 template <class T>
 constexpr float kWeightUnit = std::is_same_v<T, Float16> ? 32768.0f : 1.0f;
 
@@ -73,7 +75,7 @@ struct SoftRow {
   }
 };
 
-// Eight logits from `first` on, a multiple of 8; -inf from `end` on.
+// Eight logits starting at `first`, a multiple of 8; -inf from `end` on.
 template <class L>
 DLM_DEVICE void read_eight(const void* logits, int64_t at, uint32_t first, uint32_t end,
                            float (&z)[8]) {
@@ -97,8 +99,8 @@ DLM_DEVICE SoftSums over_warp(SoftSums s) {
   return s;
 }
 
-// A row's weights, or which are kept, within a split; a thread makes 8 a turn. L: of the logits,
-// T: of E.
+// A row's weights, or which of them are kept, within a split; a thread computes 8 per iteration. L
+// is the type of the logits, T that of E.
 template <class L, class T>
 class SoftWeights {
  public:
@@ -171,7 +173,7 @@ class SoftWeights {
       (keeps ? mine.kept : mine.rest) += row_.weight(z[j]);
       bits |= uint32_t(keeps) << (lane_index() % 4 * 8 + j);
     }
-    bits |= __shfl_xor_sync(kAllLanes, bits, 1);  // four threads' ids are a word's
+    bits |= __shfl_xor_sync(kAllLanes, bits, 1);  // the ids of four threads form a word
     bits |= __shfl_xor_sync(kAllLanes, bits, 2);
     if (lane_index() % 4 == 0 && first < stop) job_.kept[(n_ * job_.width() + first) / 32] = bits;
   }
@@ -193,11 +195,11 @@ template <class T>
 class SoftProduct {
   static constexpr bool kTensorCores = sizeof(T) == 2;
   static constexpr uint32_t kPer = 16 / sizeof(T);
-  static constexpr uint32_t kChunks = kTileColumns / kPer;    // of a row of a tile of E
-  static constexpr uint32_t kWeightChunks = kTileIds / kPer;  // of a row of a tile of weights
+  static constexpr uint32_t kChunks = kTileColumns / kPer;    // per row of a tile of E
+  static constexpr uint32_t kWeightChunks = kTileIds / kPer;  // per row of a tile of weights
   static constexpr uint32_t kTileBytes = kTileIds * kTileColumns * sizeof(T);
   static constexpr uint32_t kWeightBytes = kTileRows * kTileIds * sizeof(T);
-  static constexpr int kSums = 32;  // of a thread
+  static constexpr int kSums = 32;  // per thread
 
  public:
   static constexpr SmemSize smem() {
@@ -225,7 +227,7 @@ class SoftProduct {
 #pragma unroll 1
     for (uint32_t turn = 0; turn < turns; ++turn) {
       ptx::cp_async_wait<kTileStages - 2>();
-      // Publishes this turn's tiles; all threads are done with the turn before.
+      // Publishes this iteration's tiles; all threads have finished the previous iteration.
       __syncthreads();
       load(turn + kTileStages - 1);
       multiply(tiles_ + turn % kTileStages * kTileBytes,
@@ -235,8 +237,8 @@ class SoftProduct {
   }
 
  private:
-  // Byte offsets of 16-byte chunks. Eight rows of one chunk lie in different banks where ldmatrix
-  // reads them, and two where rows of floats are written.
+  // Byte offsets of 16-byte chunks. Eight rows of one chunk are in different banks when ldmatrix
+  // reads them, and two rows when rows of floats are written.
   static DLM_DEVICE uint32_t tile_offset(uint32_t id, uint32_t chunk) {
     return (id * kChunks + (kTensorCores ? chunk ^ (id & 7) : chunk)) * 16;
   }
@@ -244,13 +246,13 @@ class SoftProduct {
     return (row * kWeightChunks + (chunk ^ (kTensorCores ? row / 2 & 3 : row & 1))) * 16;
   }
 
-  // Starts copying a turn's tiles; what lies outside becomes zero.
+  // Starts copying the tiles of an iteration; everything out of range becomes zero.
   DLM_DEVICE void load(uint32_t turn) const {
     load_weights(turn);
     load_tile(turn);
     ptx::cp_async_commit();
   }
-  // Beyond the vocabulary, up to the end of the last split, weights are zeros themselves.
+  // Beyond the vocabulary, up to the end of the last split, the weights themselves are zero.
   DLM_DEVICE void load_weights(uint32_t turn) const {
     const uint32_t to = weights_ + turn % kTileStages * kWeightBytes;
     const uint32_t first = begin_ + turn * kTileIds;
@@ -374,7 +376,7 @@ __global__ void __launch_bounds__(kSoftThreads, 2)
   SoftProduct<T>(job, smem).run();
 }
 
-// Of all splits, in their order.
+// Adds the sums of all splits, in order.
 DLM_DEVICE SoftSums row_sums(const SoftLaunch& job, int64_t n) {
   SoftSums total{0.0f, 0.0f};
   for (uint32_t s = 0; s < job.splits; ++s) {
@@ -384,7 +386,7 @@ DLM_DEVICE SoftSums row_sums(const SoftLaunch& job, int64_t n) {
   return total;
 }
 
-// A thread an element.
+// One thread per element.
 template <class T>
 __global__ void __launch_bounds__(kSoftThreads)
     soft_merge_kernel(const __grid_constant__ SoftLaunch job) {
@@ -398,7 +400,7 @@ __global__ void __launch_bounds__(kSoftThreads)
   static_cast<T*>(p.out)[n * p.D + d] = from_float<T>(total > 0.0f ? sum / total : 0.0f);
 }
 
-// A word of kept ids a thread a turn; a thread adds up four columns.
+// One word of kept ids per thread and iteration; a thread sums four columns.
 template <class T>
 class SoftGather {
  public:
@@ -423,7 +425,8 @@ class SoftGather {
   }
 
  private:
-  // Two turns' words stand side by side: one barrier a turn keeps writers and readers apart.
+  // The words of two iterations are stored side by side, so that one barrier per iteration
+  // separates writers and readers.
   DLM_DEVICE void add_turn(uint32_t turn, uint32_t words, float (&sum)[kGatherColumns]) const {
     const uint32_t at = turn * kSoftThreads + threadIdx.x;
     const uint32_t own = at < words ? job_.kept[int64_t(n_) * words + at] : 0;
@@ -474,8 +477,8 @@ class SoftGather {
 
   const SoftLaunch& job_;
   const SoftEmbeddingParams& p_;
-  uint32_t* const any_;    // of each warp's threads, a bit where a word has bits
-  uint32_t* const words_;  // of each thread
+  uint32_t* const any_;    // per warp, one bit for each thread whose word is not zero
+  uint32_t* const words_;  // one per thread
   const uint32_t n_, column_;
   const SoftRow row_;
 };

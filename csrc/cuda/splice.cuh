@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Inserts into and removes from a window of each row, in place. A block takes a row:
+// Inserts into and removes from a window of each row, in place. A block processes a row:
 //   1. each thread keeps its slots in registers; a prefix sum over the slots says where they go
-//   2. what lies behind the window moves by one distance, as many positions at a time as there are
-//      threads: from the far end when it moves right, from the near end when it moves left, all
-//      reads of a turn before its writes
-//   3. the threads write their slots and what is inserted before them, then what became free
-// A position is written once, by one thread, which finds there what it held before the call: that
-// decides the dirty bit. Some 40 bytes a position from the window on, and the latency of its turns.
-// Needs sm_80.
+//   2. everything behind the window moves by the same distance, one position per thread at a time:
+//      starting from the far end when it moves right, from the near end when it moves left, with
+//      all reads of an iteration before its writes
+//   3. the threads write their slots and the positions inserted before them, then freed positions
+// A position is written once, by one thread, which finds its previous content there: this decides
+// the dirty bit. Costs about 40 bytes per position from the window on, and the latency of the
+// iterations. Needs sm_80.
 #pragma once
 #include "cuda/block.cuh"
 #include "cuda/splice.h"
@@ -16,15 +16,15 @@ namespace dlm::cuda {
 
 template <int kKeys>
 class SpliceRow {
-  // What a position holds and takes along when it moves.
+  // The content of a position, which moves with it.
   struct Content {
     int64_t token;
     uint32_t state;
     int32_t step;
     float confidence;
   };
-  // Numbers of positions inserted and removed, added in one word: a row has 2^12 slots of less than
-  // 2^31 insertions.
+  // Numbers of positions inserted and removed, added in a single word: a row has at most 2^12 slots
+  // with fewer than 2^31 insertions each.
   static constexpr uint32_t kRemovedBits = 13;
 
  public:
@@ -41,7 +41,7 @@ class SpliceRow {
         live_(clamped(p.length ? p.length[row_] : row_value(p.end, row_, T_))) {}
 
   DLM_DEVICE void run() {
-    if (start_ < 0 || start_ > live_) return leave(0);  // the whole block
+    if (start_ < 0 || start_ > live_) return leave(0);  // block-uniform
     held_ = int32_t(min(p_.W, int64_t(live_ - start_)));
     read_slots();
     uint64_t total;
@@ -50,7 +50,7 @@ class SpliceRow {
     const int32_t removed = int32_t(total & ((1u << kRemovedBits) - 1));
     const int64_t result = live_ + inserted - removed;
     const int64_t limit = p_.length ? result : live_;
-    if (limit > T_) return leave(limit - T_);  // the whole block
+    if (limit > T_) return leave(limit - T_);  // block-uniform
     limit_ = int32_t(limit);
 
     shift_ = inserted - removed;
@@ -69,7 +69,7 @@ class SpliceRow {
  private:
   DLM_DEVICE int32_t clamped(int32_t length) const { return max(0, min(length, T_)); }
 
-  // The row stays as it is.
+  // Leaves the row unchanged.
   DLM_DEVICE void leave(int64_t missing) const {
     for (int32_t t = int32_t(threadIdx.x); t < T_; t += int32_t(blockDim.x))
       p_.source[canvas_ + t] = t;
@@ -82,16 +82,16 @@ class SpliceRow {
     info[kSpliceOverflow] = int32_t(max(int64_t(0), min(overflow, int64_t(INT32_MAX))));
   }
 
-  // Slots kKeys t and following are thread t's.
+  // Thread t has slots kKeys t and following.
   DLM_DEVICE int32_t slot(int k) const { return int32_t(threadIdx.x) * kKeys + k; }
 
-  // Read twice rather than kept: registers are short.
+  // Read twice rather than kept: registers are scarce.
   DLM_DEVICE int32_t inserts(int k) const {
     const int32_t w = slot(k);
     return p_.insert && w < p_.W && w <= live_ - start_ ? max(0, p_.insert[slots_ + w]) : 0;
   }
 
-  // content_ and leaves_ of this thread's slots.
+  // Sets content_ and leaves_ of this thread's slots.
   DLM_DEVICE void read_slots() {
 #pragma unroll
     for (int k = 0; k < kKeys; ++k) {
@@ -103,7 +103,7 @@ class SpliceRow {
     }
   }
 
-  // Of the slots before this thread's; `total`: of all.
+  // Returns the sums over the slots before this thread's; `total` receives those over all slots.
   DLM_DEVICE uint64_t sums_before(uint64_t& total) const {
     uint64_t mine = uint64_t(__popc(leaves_));
 #pragma unroll
@@ -133,7 +133,7 @@ class SpliceRow {
             p_.commit_confidence ? p_.commit_confidence[i] : 0.0f};
   }
 
-  // State with which content stands at position t, which holds what it held before the call.
+  // The new state of position t, which still holds its previous state, with this content.
   DLM_DEVICE uint32_t state_at(int32_t t, const Content& c) const {
     if (!p_.state) return 0;
     const uint32_t dirty =
@@ -174,7 +174,7 @@ class SpliceRow {
 
   DLM_DEVICE void write_slots(uint64_t before) const {
     const Content fill{p_.fill_token_id, kStateOpen, -1, 0.0f};
-    // May pass 2^31 behind the limit.
+    // May exceed 2^31 beyond the limit.
     int64_t at = start_ + slot(0) + int64_t(before >> kRemovedBits) -
                  int64_t(before & ((1u << kRemovedBits) - 1));
 #pragma unroll
@@ -190,7 +190,7 @@ class SpliceRow {
     }
   }
 
-  // Positions outside what was spliced are their own sources.
+  // Positions outside the changed range are their own sources.
   DLM_DEVICE void keep_sources() const {
     const int32_t end = shift_ == 0 ? start_ + held_ : max(limit_, live_);
     for (int32_t t = int32_t(threadIdx.x); t < T_; t += int32_t(blockDim.x)) {

@@ -4,13 +4,13 @@
 
 namespace dlm::cuda {
 
-// Values are not checked here: a start off the canvas is that of an idle row, a length or an end
-// beyond it is T, and a negative count is 0.
+// Values are not checked here: a row whose start is outside the canvas is left alone, a length or
+// an end beyond the canvas counts as T, and a negative count as 0.
 
-// Why these arguments cannot be run, or null.
+// Returns why these arguments are not supported, or null.
 const char* unsupported_splice(const SpliceParams& p);
 
-// The whole batch in one launch; returns a cudaError_t.
+// Processes the whole batch in one launch; returns a cudaError_t.
 int run_splice(const SpliceParams& p, void* stream);
 
 }  // namespace dlm::cuda

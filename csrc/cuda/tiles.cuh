@@ -9,15 +9,16 @@
 
 namespace dlm::cuda {
 
-// Byte offset of a 16-byte chunk in a tile whose rows have `chunks` of them, a multiple of 8: eight
-// rows at one chunk, and eight chunks of one row, lie in different banks.
+// Byte offset of a 16-byte chunk in a tile whose rows have `chunks` of them, a multiple of 8. The
+// same chunk of eight rows, and eight chunks of one row, are in different banks.
 template <int chunks>
 DLM_DEVICE uint32_t chunk_offset(int row, int chunk) {
   return uint32_t(row * chunks * 16 + chunk / 8 * 128 + ((chunk ^ row) & 7) * 16);
 }
 
-// The same in two parts, so that unrolled loops over constant even chunks keep one address: where
-// a row's first chunk lies, or with `odd` its second; and from there, `chunk` chunks on.
+// The same offset in two parts, so that unrolled loops over constant even chunks need only one
+// address: the place of a row's first chunk, or with `odd` of its second; and from there, the place
+// `chunk` chunks on.
 template <int chunks>
 DLM_DEVICE uint32_t row_start(uint32_t tile, int row, int odd) {
   return tile + uint32_t(row * chunks * 16 + ((row ^ odd) & 7) * 16);
@@ -51,13 +52,14 @@ DLM_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
   }
 }
 
-// Sums of a warp's product: blocks of 16 rows, of 8 columns. A lane has rows lane/4 and lane/4 + 8
-// of a block of 16, and of every 8 columns 2 (lane%4) and the next.
+// Sums of a warp's product, in blocks of 16 rows and of 8 columns. A lane holds rows lane/4 and
+// lane/4 + 8 of a block of 16, and of every 8 columns 2 (lane%4) and the next.
 template <int kBlocks16, int kTiles8>
 using Scores = float[kBlocks16][kTiles8][4];
 
-// s += q k^T for 16 * kBlocks16 rows of q from `row` on and 8 * kTiles8 rows of k from `key` on, in
-// tiles of kD columns. A sum takes 16 columns after the other, whatever the other sums are.
+// s += q k^T for 16 * kBlocks16 rows of q starting at `row` and 8 * kTiles8 rows of k starting at
+// `key`, in tiles of kD columns. A sum takes 16 columns after the other, independently of the other
+// sums.
 template <class T, int kD, int kBlocks16, int kTiles8>
 DLM_DEVICE void multiply_tiles(Scores<kBlocks16, kTiles8>& s, uint32_t queries, int row,
                                uint32_t k_tile, int key) {
@@ -71,7 +73,7 @@ DLM_DEVICE void multiply_tiles(Scores<kBlocks16, kTiles8>& s, uint32_t queries, 
       ptx::ldmatrix(q[i], chunk_from(q_row, d * 2) + i * k16Rows);
     }
   };
-  if constexpr (kTiles8 == 1) {  // a load of k has 8 rows and 32 columns
+  if constexpr (kTiles8 == 1) {  // one load of k has 8 rows and 32 columns
     const uint32_t k_row = row_start<kChunks>(k_tile, key + lane % 8, lane / 8);
 #pragma unroll
     for (int d = 0; d < kD / 32; ++d) {

@@ -7,14 +7,14 @@
 namespace dlm::cuda {
 
 inline const char* why_not_token_confidence(const TokenConfidenceParams& p) {
-  // Ids and blocks are counted in 32 bits, and a chunk may reach beyond the last id.
+  // Ids and blocks are counted in 32 bits, and a chunk may extend beyond the last id.
   if (p.V > 0x7fff0000) return "logits must have fewer than 2^31 - 2^16 columns";
   if (p.N * (chunks_of(p) / kScanChunks + 1) > 0x7fffffff) return "logits must have fewer rows";
   return nullptr;
 }
 
 #ifndef DLM_SIMT
-// In files of their own, for the sake of parallel builds.
+// Instantiated in separate files, for parallel builds.
 extern template cudaError_t start_rows<float>(ConfidenceLaunch, cudaStream_t);
 extern template cudaError_t start_rows<BFloat16>(ConfidenceLaunch, cudaStream_t);
 extern template cudaError_t start_rows<Float16>(ConfidenceLaunch, cudaStream_t);

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The floor of a filtered row: the lowest logit that top-k and top-p keep. Both keep whatever is at
-// or above some value, the largest such that it and all above measure more than a limit: logits are
-// counted for top-k, their masses (common/mass.h) added up for top-p. The value is found by a radix
-// search over its bits, without a sort, in three launches: blocks fill 2048 bins in shared memory
-// with a part of the row each, and add them to the row's in global memory; the last one to arrive
-// finds the bin that crosses the limit. A bin's sum of 64 bits is kept in two words: most additions
-// are one atomic of 32 bits, which shared memory does by itself, where 64 bits would take a loop of
-// exchanges. V elements in the first launch of three or six, from L2; then what may still count.
+// The floor of a filtered row: the lowest logit that top-k and top-p keep. Both keep everything at
+// or above some value, which is the largest one such that the measure of all logits at or above it
+// exceeds a limit; top-k counts logits, top-p adds up their masses (common/mass.h). The value is
+// found by a radix search over its bits, without sorting, in three launches: each block fills 2048
+// bins in shared memory from a part of the row, and adds them to the row's bins in global memory;
+// the last block to finish finds the bin that crosses the limit. A bin's 64-bit sum is stored in
+// two words: most additions are a single 32-bit atomic, which shared memory supports natively,
+// while 64 bits would need a compare-exchange loop. Reads V elements in the first of the three
+// or six launches, from L2, then those that may still count.
 #pragma once
 #include "common/mass.h"
 #include "common/order.h"
@@ -16,38 +17,38 @@
 namespace dlm::cuda {
 
 enum class Filter : uint32_t { kCount, kMass };
-constexpr uint32_t kWarpChunks = 8;  // that a warp of the scan describes, and flags together
+constexpr uint32_t kWarpChunks = 8;  // chunks that a warp of the scan summarizes and flags together
 constexpr uint32_t kFilterThreads = 512, kFilterWarps = kFilterThreads / 32, kBins = 2048;
-constexpr uint32_t kFilterChunks = 64;  // of a block
+constexpr uint32_t kFilterChunks = 64;  // per block
 
-// A row's search. All 0 before the first launch, but for the floor.
+// A row's search. All 0 before the first launch, except for the floor.
 struct alignas(16) FloorSearch {
   unsigned long long bins[kBins];
   uint64_t above, limit;
-  uint32_t prefix;     // the value's highest bits, as far as they are known
-  uint32_t arrived;    // blocks of this launch
-  uint32_t abandoned;  // 1 + the filter whose limit nothing exceeds
-  float floor;         // so far
+  uint32_t prefix;     // the highest bits of the value, as far as they are known
+  uint32_t arrived;    // finished blocks of this launch
+  uint32_t abandoned;  // 1 + the filter whose limit is never exceeded
+  float floor;         // result so far
 };
 
-// What describes a row, over its chunks of kRaceChunk logits: see token_confidence_scan.cuh.
+// Summaries of a row, over its chunks of kRaceChunk logits: see token_confidence_scan.cuh.
 struct ChunkArrays {
   float *largest, *weight, *exponent;
-  uint32_t* flags;  // of kWarpChunks chunks each
+  uint32_t* flags;  // one for each kWarpChunks chunks
 };
 
 struct ConfidenceLaunch {
   TokenConfidenceParams p;
   float* sums;            // [N, 4, chunks]
-  FloorSearch* searches;  // [N], where rows may be filtered
-  uint32_t chunks;        // of a row
-  bool refining;          // the second scan, of rows that are described as filtered
+  FloorSearch* searches;  // [N], if rows may be filtered
+  uint32_t chunks;        // per row
+  bool refining;          // the second scan, of rows whose summaries are filtered
   Filter filter;
   uint32_t level;            // of the search: 11, 11 and 10 bits of the value
-  uint32_t first = 0;        // row, of p.N
-  uint32_t first_chunk = 0;  // of the whole vocabulary's, from which on chunks are counted
+  uint32_t first = 0;        // first row, out of p.N
+  uint32_t first_chunk = 0;  // index of the first chunk within the whole vocabulary
 
-  // Of a row that is filtered.
+  // The floor of a filtered row.
   DLM_DEVICE float floor(uint32_t n) const { return searches[n].floor; }
   DLM_DEVICE ChunkArrays sums_of(uint32_t n) const {
     float* own = sums + int64_t(n) * 4 * chunks;
@@ -55,7 +56,7 @@ struct ConfidenceLaunch {
   }
 };
 
-// By all `blocks` blocks of a row together, before its search.
+// Called by all `blocks` blocks of a row before its search.
 DLM_DEVICE void clear_search(FloorSearch& search, uint32_t block, uint32_t blocks) {
   for (uint32_t b = block * blockDim.x + threadIdx.x; b < kBins; b += blocks * blockDim.x)
     search.bins[b] = 0;
@@ -67,7 +68,7 @@ DLM_DEVICE void clear_search(FloorSearch& search, uint32_t block, uint32_t block
 
 template <class T>
 class FloorLevel {
-  struct Crossing {  // the bin that crosses the limit, what lies above it, and in all bins
+  struct Crossing {  // the bin that crosses the limit, the sums above it and in all bins
     uint64_t above, total;
     uint32_t bin;
   };
@@ -99,7 +100,7 @@ class FloorLevel {
     if (!plan_.used() || !plan_.filters || !is_asked()) return;  // all blocks of the row
     if (search_.abandoned == 1 + uint32_t(job_.filter)) return;
     const float max = largest();
-    if (max == -INFINITY) return;  // the whole row
+    if (max == -INFINITY) return;  // all blocks of the row
 
     for (uint32_t b = threadIdx.x; b < kBins; b += kFilterThreads) low_[b] = high_[b] = 0;
     __syncthreads();
@@ -127,7 +128,7 @@ class FloorLevel {
     return ordered_value(block_reduce<Greatest>(top, partial_));
   }
 
-  // Chunks none of whose logits can reach the level's bins are not read.
+  // Chunks that contain no logit in the level's bins are not read.
   DLM_DEVICE void fill(float max) const {
     const LogitsRow<T> row(job_.p, n_, plan_.source);
     // The mass of what top-k left, unless top-p comes first.
@@ -171,7 +172,7 @@ class FloorLevel {
     return last;
   }
 
-  // By the last block: the row's bins decide; then they are cleared for the next launch.
+  // Called by the last block: evaluates the row's bins, then clears them for the next launch.
   DLM_DEVICE void finish(float max) {
     find();
     for (uint32_t b = threadIdx.x; b < kBins; b += kFilterThreads) search_.bins[b] = 0;
@@ -198,7 +199,8 @@ class FloorLevel {
                      : uint64_t(plan_.k - 1);
   }
 
-  // The highest bin at which what lies at and above it exceeds the limit. kBins: there is none.
+  // The highest bin such that the sum of it and all higher bins exceeds the limit; kBins if there
+  // is none.
   DLM_DEVICE void find() const {
     constexpr uint32_t each = kBins / kFilterThreads;
     const uint32_t lane = lane_index(), highest = kBins - 1 - threadIdx.x * each;
@@ -208,7 +210,7 @@ class FloorLevel {
       bin[i] = search_.bins[highest - i];
       mine += bin[i];
     }
-    uint64_t upto = mine;  // of this warp's threads up to this one
+    uint64_t upto = mine;  // over this warp's threads up to this one
 #pragma unroll
     for (uint32_t distance = 1; distance < 32; distance *= 2) {
       const uint64_t other = __shfl_up_sync(kAllLanes, upto, distance);

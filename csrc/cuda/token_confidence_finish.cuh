@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// A row's results, from what describes its chunks (token_confidence_scan.cuh): its statistics, and
-// the token that wins the race (common/race.h). A block takes a row, a thread every
-// kFinishThreads-th chunk; single chunks, which are looked at again, are each warp's by itself, so
-// that all know what is found. A chunk's exact weight, whose bits decide the race, is taken only of
-// chunks that may win: what the scan found bounds it.
+// Computes a row's results from the summaries of its chunks (token_confidence_scan.cuh): its
+// statistics, and the token that wins the race (common/race.h). A block processes a row, a thread
+// every kFinishThreads-th chunk. Single chunks that are read again are processed by each warp
+// separately, so that all of them know the result. A chunk's exact weight, whose bits decide the
+// race, is computed only for chunks that may win: the scan's sums bound it.
 #pragma once
 #include "common/order.h"
 #include "cuda/token_confidence_filter.cuh"
@@ -33,7 +33,7 @@ class RowFinish {
         scale_(job.p.distribution == Distribution::kRaw ? 1.0f : plan_.inverse) {}
 
   DLM_DEVICE void run() {
-    if (!plan_.used()) {  // the whole block
+    if (!plan_.used()) {  // block-uniform
       if (threadIdx.x == 0) write({}, {}, 0);
       return;
     }
@@ -55,7 +55,7 @@ class RowFinish {
     if (threadIdx.x == 0) write(found, drawn, flags);
   }
 
-  // Of a row that is used and not filtered.
+  // For a row that is used and not filtered.
   DLM_DEVICE float logsumexp() {
     uint32_t top = 0;
     each_chunk([&](uint32_t c) { top = max(top, ordered_bits(sums_.largest[c])); });
@@ -70,14 +70,15 @@ class RowFinish {
   DLM_DEVICE void each_chunk(Visit visit) const {
     for (uint32_t c = threadIdx.x; c < job_.chunks; c += kFinishThreads) visit(c);
   }
-  // Over the block. Two arrays take turns, so that a barrier each is enough.
+  // Reduces over the block. Two arrays are used alternately, so that one barrier per reduction is
+  // enough.
   template <class Op>
   DLM_DEVICE uint32_t reduce(uint32_t value) {
     turn_ ^= kMaxWarps;
     return block_reduce<Op>(value, partial_ + turn_);
   }
 
-  // A lane's logits of a chunk; without those below `floor`.
+  // Loads a lane's logits of a chunk, leaving out those below `floor`.
   DLM_DEVICE void load(const Row& row, uint32_t chunk, float floor, float (&z)[8]) const {
     uint32_t flags = 0;
     row.effective(job_.first_chunk + chunk, z, flags);
@@ -126,7 +127,7 @@ class RowFinish {
     return found;
   }
 
-  // The chunk of the argmax, without it.
+  // The chunk of the argmax, without the argmax.
   struct OwnChunk {
     uint32_t argmax;
     float second;
@@ -157,19 +158,20 @@ class RowFinish {
     own.exponent = sum_over_warp(exponent);
     return own;
   }
-  // Of the whole vocabulary.
+  // The id within the whole vocabulary.
   DLM_DEVICE uint32_t id_of(uint32_t chunk, uint32_t j) const {
     return Row::id_of(job_.first_chunk + chunk, j);
   }
 
-  // A chunk's weight at the row's own temperature is bounded by that at a higher one, or by the
-  // number of its logits; by that of all its logits, where a filter drops some. From the chunk
-  // whose bound gives the highest key on, exact keys are made, until one is above all other bounds.
+  // A chunk's weight at the row's own temperature is bounded by its weight at a higher temperature,
+  // or by the number of its logits; and by the weight of all its logits if a filter drops some.
+  // Exact keys are computed starting with the chunk whose bound gives the highest key, until one
+  // exceeds all other bounds.
   DLM_DEVICE Drawn race(const Row& row) {
-    constexpr float kRounding = 1.0001f;  // covers that of all sums and logarithms
+    constexpr float kRounding = 1.0001f;  // covers the rounding of all sums and logarithms
     const RowRandom random(job_.p, n_);
     const bool colder = plan_.inverse >= scale_;
-    uint32_t* const bound = reinterpret_cast<uint32_t*>(sums_.weight);  // nobody needs it any more
+    uint32_t* const bound = reinterpret_cast<uint32_t*>(sums_.weight);  // no longer needed
     each_chunk([&](uint32_t c) {
       const float top = sums_.largest[c];
       const bool races = top > -INFINITY && top >= floor_;
@@ -200,7 +202,7 @@ class RowFinish {
     return drawn;
   }
 
-  // Ordered bits.
+  // Returns ordered bits.
   DLM_DEVICE uint32_t exact_key(const Row& row, uint32_t chunk, const RowRandom& random) const {
     float z[8];
     load(row, chunk, floor_, z);
@@ -214,7 +216,7 @@ class RowFinish {
     return race_tokens<Row>(z, job_.first_chunk + chunk, plan_.inverse, random);
   }
 
-  // By one thread.
+  // Called by one thread.
   DLM_DEVICE void write(const RowStatistics& found, const Drawn& drawn, uint32_t flags) const {
     const uint32_t id = plan_.used() ? given_id(job_.p, n_) : kNoToken;
     const float given = id == kNoToken ? -INFINITY : Row(job_.p, n_, plan_.source).at(id);

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The launches of token_confidence. A scan describes a row chunk by chunk
-// (token_confidence_scan.cuh); where rows are filtered, a search finds their floors
-// (token_confidence_filter.cuh), and where the statistics are about what is kept, chunks that reach
-// the floor are scanned again; a block then finishes each row (token_confidence_finish.cuh). A
-// chunk is described by itself, so a row's bits do not depend on the batch. Other rows than
-// filtered ones are read once: V elements. Needs sm_80.
+// The launches of token_confidence. A scan summarizes a row chunk by chunk
+// (token_confidence_scan.cuh). If rows are filtered, a search finds their floors
+// (token_confidence_filter.cuh); if moreover the statistics describe what is kept, the chunks that
+// reach the floor are scanned again. A block then finishes each row (token_confidence_finish.cuh).
+// Chunks are summarized independently, so a row's bits do not depend on the batch. Rows that are
+// not filtered are read once: V elements. Needs sm_80.
 #pragma once
 #include "cuda/token_confidence_filter.cuh"
 #include "cuda/token_confidence_finish.cuh"
@@ -20,7 +20,7 @@ inline bool may_filter(const TokenConfidenceParams& p) {
 inline int64_t chunks_of(const TokenConfidenceParams& p) {
   return (p.columns() + kRaceChunk - 1) / kRaceChunk;
 }
-// Searches first: they are aligned to 16 bytes.
+// Searches come first, because they are aligned to 16 bytes.
 inline int64_t searches_of(const TokenConfidenceParams& p) { return may_filter(p) ? p.N : 0; }
 inline int64_t workspace_of(const TokenConfidenceParams& p) {
   return searches_of(p) * int64_t(sizeof(FloorSearch)) +

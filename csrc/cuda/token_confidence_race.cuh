@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The race of a row (common/race.h), a chunk of whose logits a warp holds, a lane eight of them.
+// The race of a row (common/race.h), where a warp holds a chunk of logits, eight per lane.
 #pragma once
 #include "common/order.h"
 #include "cuda/chunk_sum.cuh"
@@ -26,7 +26,7 @@ class RowRandom {
   const uint32_t n_;
 };
 
-// The key of a chunk whose largest logit is `top`, in ordered bits, which are never 0.
+// The key of a chunk whose largest logit is `top`, as ordered bits, which are never 0.
 template <bool two_runs>
 DLM_DEVICE uint32_t exact_chunk_key(const float (&z)[8], float top, float inverse, uint32_t r) {
   float weight[8];
@@ -35,7 +35,7 @@ DLM_DEVICE uint32_t exact_chunk_key(const float (&z)[8], float top, float invers
   return ordered_bits(chunk_key(top, inverse, chunk_sum_over_warp<two_runs>(weight), r));
 }
 
-// The token with the largest key of the chunk that has won, in which there is one.
+// The token with the largest key of the winning chunk, which must contain one that can be drawn.
 template <class Row>
 DLM_DEVICE Drawn race_tokens(const float (&z)[8], uint32_t chunk, float inverse,
                              const RowRandom& random) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What is known of a row once its chunks are described, and the results that come of it.
+// What is known of a row once its chunks are summarized, and the results that follow.
 #pragma once
 #include "cuda/token_confidence_row.cuh"
 
@@ -7,7 +7,7 @@ namespace dlm::cuda {
 
 constexpr uint32_t kNoToken = 0xffffffffu;
 
-// The sums leave out the argmax.
+// The sums exclude the argmax.
 struct RowStatistics {
   uint32_t argmax = kNoToken;
   float max = -INFINITY, second = -INFINITY;
@@ -16,7 +16,7 @@ struct RowStatistics {
 struct Drawn {
   uint32_t token = kNoToken;
   float logit = -INFINITY;
-  uint32_t key = 0;  // of its chunk, in ordered bits
+  uint32_t key = 0;  // of its chunk, as ordered bits
 };
 
 DLM_DEVICE double sum_over_warp(double x) {
@@ -25,13 +25,13 @@ DLM_DEVICE double sum_over_warp(double x) {
   return x;
 }
 
-// The id whose probability row n is asked for, or kNoToken: also where it is another shard's.
+// The id whose probability is requested for row n, or kNoToken, also if it is in another shard.
 DLM_DEVICE uint32_t given_id(const TokenConfidenceParams& p, uint32_t n) {
   const int64_t given = p.given ? p.given[n] : -1;
   return given >= p.first && given < p.V ? uint32_t(given) : kNoToken;
 }
 
-// `given`: the logit of given_id, -inf without one. By one thread.
+// `given` is the logit of given_id, -inf if there is none. Called by one thread.
 DLM_DEVICE void write_row(const TokenConfidenceParams& p, uint32_t n, const RowPlan& plan,
                           const RowStatistics& found, const Drawn& drawn, uint32_t flags,
                           float floor, float given) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A row of logits as the kernels of token_confidence see it: chunks of 16 bytes, from any address;
-// each logit guided and biased in the CPU's arithmetic, bit for bit (common/exact.h).
+// A row of logits as the kernels of token_confidence see it: 16-byte chunks from any address, with
+// guidance and bias applied to each logit in the CPU's arithmetic, bit for bit (common/exact.h).
 #pragma once
 #include <cmath>
 
@@ -54,7 +54,7 @@ struct Word<Float16> {
 template <class T>
 constexpr uint32_t kPerChunk = 16 / sizeof(T);
 
-// Elements first, first + 1, ... of a row of V: one by one, `absent` where there are none.
+// Elements first, first + 1, ... of a row of V, read one by one; `absent` where there are none.
 template <class T>
 DLM_DEVICE uint4 edge_chunk(const T* row, int64_t first, uint32_t V,
                             uint32_t absent = Word<T>::kMinusInfinity) {
@@ -77,7 +77,7 @@ DLM_DEVICE uint4 edge_chunk(const T* row, int64_t first, uint32_t V,
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// 16 bytes that start `shift` bytes, an even number, after the first of two adjacent chunks.
+// The 16 bytes that start `shift` bytes, an even number, into two adjacent chunks.
 DLM_DEVICE uint4 across(uint4 a, uint4 b, uint32_t shift) {
   uint32_t w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
@@ -89,9 +89,9 @@ DLM_DEVICE uint4 across(uint4 a, uint4 b, uint32_t shift) {
   return make_uint4(w[0], w[1], w[2], w[3]);
 }
 
-// Sixteen bytes a lane: elements first + kPerChunk<T> * lane ... of a row of [begin, V). Vector
-// loads stay within the row. Where it starts between addresses of vector loads, lanes take the rest
-// from their neighbours.
+// Sixteen bytes per lane: elements first + kPerChunk<T> * lane ... of a row of [begin, V). Vector
+// loads stay within the row. If the row is not aligned for vector loads, lanes take the remaining
+// bytes from their neighbors.
 template <class T>
 DLM_DEVICE uint4 load_run(const T* row, uint32_t first, uint32_t V, uint32_t begin = 0) {
   constexpr uint32_t n = kPerChunk<T>;
@@ -124,7 +124,7 @@ DLM_DEVICE uint4 load_chunk(const T* row, uint32_t first, uint32_t V, uint32_t b
   return edge_chunk(row, first, V);
 }
 
-// What a row is to be sampled from, filtered to and described by.
+// How a row is sampled, filtered and described.
 struct RowPlan {
   int64_t source;  // row of logits; -1: unused
   float temperature, inverse;
@@ -162,15 +162,16 @@ class LogitsRow {
         banned_count_(uint32_t(p.banned_count)),
         bitmask_(shared_row(p.bitmask, n, p.bitmask_rows_per_value, p.bitmask_words)) {}
 
-  // kPerChunk<T> logits from `first` on, guided, biased, without NaN and +inf; -inf beyond the
-  // row's end.
+  // kPerChunk<T> logits starting at `first`, with guidance and bias, without NaN and +inf; -inf
+  // beyond the row's end.
   DLM_DEVICE void values(uint32_t first, float* z, uint32_t& flags) const {
     spread<T>(load_chunk(logits, first, V, begin_), z);
     if (uncond_) guide(z, load_chunk(uncond_, first, V, begin_));
     adjust(first, z, flags);
   }
 
-  // A run of logits that are at hand, raw: biased, without NaN and +inf; -inf beyond the row's end.
+  // Processes a run of given raw logits: adds the bias, replaces NaN and +inf, and sets -inf beyond
+  // the row's end.
   DLM_DEVICE void adjust(uint32_t first, float* z, uint32_t& flags) const {
     constexpr uint32_t n = kPerChunk<T>;
     if (bias_) {
@@ -189,16 +190,16 @@ class LogitsRow {
     }
   }
 
-  // A warp's lane has eight logits of a chunk of kRaceChunk: the eight from 8 lane on, or of 32-bit
-  // elements four from 4 lane on and the four 128 after them.
+  // A warp's lane has eight logits of a chunk of kRaceChunk: the eight starting at 8 lane or, for
+  // 32-bit elements, four starting at 4 lane and the four 128 after them.
   static constexpr bool kTwoRuns = kPerChunk<T> == 4;
   static constexpr uint32_t kRuns = 8 / kPerChunk<T>;
   static DLM_DEVICE uint32_t id_of(uint32_t chunk, uint32_t j) {
     constexpr uint32_t n = kPerChunk<T>;
     return chunk * kRaceChunk + j / n * 128 + lane_index() * n + j % n;
   }
-  // Whether logits of `count` chunks are what is in memory, read by aligned vector loads: inside
-  // the row, and none of them guided, biased, banned or left out by a bitmask.
+  // Whether the logits of `count` chunks can be used as they are in memory, read by aligned vector
+  // loads: inside the row, without guidance, bias, bans or a bitmask.
   DLM_DEVICE bool is_simple(uint32_t chunk, uint32_t count) const {
     const bool aligned = reinterpret_cast<uintptr_t>(logits) % 16 == 0;
     if (!aligned || uncond_ || bias_ || bitmask_ || (chunk + count) * kRaceChunk > V) return false;
@@ -215,7 +216,7 @@ class LogitsRow {
 #pragma unroll
     for (uint32_t r = 0; r < kRuns; ++r) spread<T>(raw[r], z + r * kPerChunk<T>);
   }
-  // NaN if there is any.
+  // Returns NaN if there is any.
   static DLM_DEVICE float largest_of(const uint4 (&raw)[kRuns]) {
     uint32_t most = Word<T>::kMinusInfinity;
 #pragma unroll
@@ -226,8 +227,8 @@ class LogitsRow {
     return Word<T>::largest(most);
   }
 
-  // Any chunk's logits: guided, biased, without NaN and +inf, -inf where they are banned, not
-  // allowed or beyond the row's end.
+  // Any chunk's logits: with guidance and bias, without NaN and +inf, -inf where they are banned,
+  // not allowed or beyond the row's end.
   DLM_DEVICE void effective(uint32_t chunk, float (&z)[8], uint32_t& flags) const {
     constexpr uint32_t n = kPerChunk<T>;
 #pragma unroll
@@ -245,8 +246,8 @@ class LogitsRow {
     leave_out(chunk, z);
   }
 
-  // The same of logits that are not in the row's memory but at hand: a lane's eight, and if they
-  // are `to_guide`, those of the unconditional row.
+  // The same for logits that are given instead of read from memory: a lane's eight and, with
+  // guidance, those of the unconditional row (`to_guide`).
   DLM_DEVICE void effective_of(uint32_t chunk, const uint4 (&own)[kRuns], bool to_guide,
                                const uint4 (&uncond)[kRuns], float (&z)[8], uint32_t& flags) const {
     constexpr uint32_t n = kPerChunk<T>;
@@ -259,7 +260,7 @@ class LogitsRow {
     leave_out(chunk, z);
   }
 
-  // -inf where a chunk's ids are banned or not allowed.
+  // Sets -inf where a chunk's ids are banned or not allowed.
   DLM_DEVICE void leave_out(uint32_t chunk, float (&z)[8]) const {
     constexpr uint32_t n = kPerChunk<T>;
 #pragma unroll
@@ -274,8 +275,8 @@ class LogitsRow {
     });
   }
 
-  // Bit j: whether id first + j may be chosen, by the bitmask. first is a multiple of 4, and what
-  // is asked for lies in one word.
+  // Bit j: whether the bitmask allows id first + j. first is a multiple of 4, and the requested
+  // bits lie in one word.
   DLM_DEVICE uint32_t allowed(uint32_t first) const {
     return bitmask_ && first < V ? uint32_t(bitmask_[first / 32]) >> first % 32 : 0xffffffffu;
   }
@@ -289,7 +290,7 @@ class LogitsRow {
     }
   }
 
-  // One logit, -inf where it is banned or not allowed.
+  // A single logit, -inf where it is banned or not allowed.
   DLM_DEVICE float at(uint32_t v) const {
     float z = to_float(logits[v]);
     if (uncond_) z = guided(z, to_float(uncond_[v]));
@@ -302,7 +303,7 @@ class LogitsRow {
   }
 
   const uint32_t V;       // ids are those of the whole vocabulary,
-  const uint32_t begin_;  // of which this is the first that is there
+  const uint32_t begin_;  // of which this is the first one present
   const T* const logits;
 
  private:

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// A row of logits described chunk by chunk (common/race.h: 256 logits), each by itself: its largest
-// logit, and relative to it the sums
+// Summarizes a row of logits chunk by chunk (common/race.h: 256 logits): its largest logit and,
+// relative to it, the sums
 //   weight = sum of e^x, exponent = sum of x e^x / ln 2, x = (z - largest) * scale
-// A warp takes a chunk, a lane eight of its logits; four chunks share the reductions over lanes.
-// Neither shared memory nor a barrier: loads of many warps hide each other. V elements and 3 % of
-// that written. A chunk's bits depend on nothing outside it.
+// A warp processes a chunk, a lane eight of its logits; four chunks share the reductions over
+// lanes. Uses neither shared memory nor barriers: the loads of many warps hide each other's
+// latency. Reads V elements and writes 3 % of that. A chunk's bits depend on nothing outside it.
 #pragma once
 #include "common/race.h"
 #include "cuda/chunk_sum.cuh"
@@ -15,7 +15,7 @@ namespace dlm::cuda {
 
 constexpr uint32_t kScanThreads = 256, kScanWarps = kScanThreads / 32;
 constexpr uint32_t kTogether = 4;                           // of a warp's kWarpChunks chunks
-constexpr uint32_t kScanChunks = kScanWarps * kWarpChunks;  // of a block
+constexpr uint32_t kScanChunks = kScanWarps * kWarpChunks;  // per block
 
 template <class T, bool adjusted>
 class ChunkScan {
@@ -32,7 +32,7 @@ class ChunkScan {
         scale_((job.p.distribution == Distribution::kRaw ? 1.0f : plan_.inverse) * 1.44269504f) {}
 
   DLM_DEVICE void run() {
-    if (!plan_.used() || (job_.refining && !plan_.filters)) return;  // the whole block
+    if (!plan_.used() || (job_.refining && !plan_.filters)) return;  // block-uniform
     if (plan_.filters && !job_.refining) clear_search(job_.searches[n_], block_, blocks_);
     const Row row(job_.p, n_, plan_.source);
     const uint32_t first = block_ * kScanChunks + warp_index() * kWarpChunks;
@@ -44,7 +44,7 @@ class ChunkScan {
     for (uint32_t c = first; c < first + kWarpChunks; c += kTogether) {
       Described own;
       if (!(simple && describe_simple(row, c, own))) own = describe(row, c, flags);
-      __syncwarp();  // all have seen what the first scan left
+      __syncwarp();  // all lanes have seen what the first scan stored
       write(c + lane_index() / 8, own);
     }
     flags = __reduce_or_sync(kAllLanes, flags);
@@ -52,12 +52,12 @@ class ChunkScan {
   }
 
  private:
-  // Of kTogether chunks, the one that is a lane's own.
+  // Of kTogether chunks, the one that belongs to this lane.
   struct Described {
     float largest = -INFINITY, weight = 0.0f, exponent = 0.0f;
   };
 
-  // Chunks in which nothing but NaN and +inf needs attention; false if there is any.
+  // Chunks in which only NaN and +inf need attention; returns false if there are any.
   DLM_DEVICE bool describe_simple(const Row& row, uint32_t first, Described& own) const {
     uint4 raw[kTogether][Row::kRuns];
 #pragma unroll
@@ -84,13 +84,13 @@ class ChunkScan {
     return true;
   }
 
-  // The same of any chunks: one by one, with the same order of sums.
+  // The same for any chunks, one by one, with the same order of sums.
   DLM_DEVICE Described describe(const Row& row, uint32_t first, uint32_t& flags) const {
     const float floor = job_.refining ? job_.floor(n_) : -INFINITY;
     Described own;
 #pragma unroll 1
     for (uint32_t c = 0; c < kTogether && first + c < job_.chunks; ++c) {
-      if (job_.refining && sums_.largest[first + c] < floor) continue;  // the whole warp
+      if (job_.refining && sums_.largest[first + c] < floor) continue;  // warp-uniform
       float z[8], top = -INFINITY;
       row.effective(job_.first_chunk + first + c, z, flags);
 #pragma unroll
@@ -119,14 +119,14 @@ class ChunkScan {
     return ordered_value(__reduce_max_sync(kAllLanes, ordered_bits(x)));
   }
 
-  // Without any logit, of a chunk whose largest is -inf, nothing weighs anything.
+  // In a chunk without any logits, whose largest is -inf, nothing has weight.
   DLM_DEVICE void add_up(const float (&z)[8], float top, float& weight, float& exponent) const {
     const float base = top > -INFINITY ? top : 0.0f;
     weight = exponent = 0.0f;
 #pragma unroll
     for (uint32_t j = 0; j < 8; ++j) {
-      // Differences first: a product of its own could overflow. 2^-127 counts as zero, so -inf
-      // weighs nothing in either sum.
+      // The difference is taken first, because a product could overflow. 2^-127 counts as zero, so
+      // -inf has no weight in either sum.
       const float x = fmaxf((z[j] - base) * scale_, -127.0f);
       const float w = ptx::exp2_approx(x);
       weight += w;
@@ -140,8 +140,9 @@ class ChunkScan {
     return x;
   }
 
-  // Over the warp, of four values a lane: lanes 8 i ... 8 i + 7 get the sum of the i-th. Each of a
-  // pair of lanes keeps half of the values, and gets what the other has of these.
+  // Reduces over the warp, with four values per lane: lanes 8 i ... 8 i + 7 receive the sum of the
+  // i-th. Each lane of a pair keeps half of the values, and receives the other lane's part of
+  // these.
   static DLM_DEVICE float sum_of_four(const float (&x)[kTogether]) {
     static_assert(kTogether == 4);
     const bool later = lane_index() & 16, odd = lane_index() & 8;

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a shard of the vocabulary says of a row (common/shard.h), from what describes its chunks.
-// The sums over chunks are whole numbers, of which each thread has its own until the end.
+// Computes the summary of a row over a shard of the vocabulary (common/shard.h) from the summaries
+// of its chunks. The sums over chunks are integers, of which each thread has its own until the end.
 #pragma once
 #include "common/shard.h"
 #include "cuda/token_confidence_finish.cuh"
 
 namespace dlm::cuda {
 
-// What a block knows of its row. Sums: of the argmax's chunk, all of it and without the argmax; of
-// x e^x in powers of two.
+// What a block knows of its row. The sums are those of the argmax's chunk, with and without the
+// argmax; those of x e^x are in powers of two.
 struct ShardRow {
   uint32_t argmax = kNoToken, flags = 0;
   float largest = -INFINITY, second = -INFINITY;
@@ -18,8 +18,8 @@ struct ShardRow {
   float given = 0.0f;
 };
 
-// Words of a row whose argmax is known or of which nothing is allowed, but for the sums over
-// chunks. By one thread.
+// Writes the words of a row whose argmax is known, or in which nothing is allowed, except for the
+// sums over chunks. Called by one thread.
 DLM_DEVICE void write_shard(int64_t* words, const ShardRow& row, bool with_entropy) {
   constexpr float kLn2 = 0.693147181f;
   const bool found = row.argmax != kNoToken, drawn = row.drawn.token != kNoToken;
@@ -36,7 +36,7 @@ DLM_DEVICE void write_shard(int64_t* words, const ShardRow& row, bool with_entro
   words[kShardGiven] = row.is_given ? two_floats(row.given, bits_to_float(1)) : 0;
 }
 
-// The sums over chunks, in shared memory: words of each thread.
+// The sums over chunks, in shared memory: separate words for each thread.
 class ShardDigits {
  public:
   static constexpr uint32_t kWords = kFinishThreads * kShardWords;
@@ -46,7 +46,7 @@ class ShardDigits {
   }
   DLM_DEVICE int64_t* own() const { return all_ + threadIdx.x * kShardWords; }
 
-  // By the whole block, when all threads have added what they have.
+  // Called by the whole block when all threads have added their parts.
   DLM_DEVICE void write(int64_t* words) const {
     __syncthreads();
     const uint32_t word = kShardWeights + threadIdx.x;
@@ -60,7 +60,7 @@ class ShardDigits {
   int64_t* const all_;
 };
 
-// 1 / T of what the statistics are about.
+// 1 / T of the distribution that the statistics describe.
 DLM_DEVICE double exact_scale(const TokenConfidenceParams& p, const RowPlan& plan) {
   return p.distribution == Distribution::kRaw ? 1.0 : 1.0 / double(plan.temperature);
 }
@@ -82,7 +82,7 @@ class ShardFinish : public RowFinish<T> {
     int64_t* const words = job_.p.partial + int64_t(n_) * kShardWords;
     ShardRow found;
     found.flags = kFlagUnused;
-    if (plan_.used()) describe_shard(found);  // the whole block
+    if (plan_.used()) describe_shard(found);  // block-uniform
     digits_.write(words);
     if (threadIdx.x == 0) write_shard(words, found, job_.p.entropy != nullptr);
   }
@@ -97,7 +97,7 @@ class ShardFinish : public RowFinish<T> {
     });
     found.flags = this->template reduce<Union>(flags);
     const float largest = ordered_value(this->template reduce<Greatest>(top));
-    if (!(largest > -INFINITY)) return;  // the whole block
+    if (!(largest > -INFINITY)) return;  // block-uniform
     this->each_chunk([&](uint32_t c) {
       if (sums_.largest[c] == largest) own = min(own, c);
     });

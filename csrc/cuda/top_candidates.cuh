@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The k largest logits of a row, ties by the lowest id, and its logsumexp. token_confidence's scan
-// describes the row chunk by chunk, many blocks a row; then a block finishes each row. The k-th
-// largest of the chunks' largest logits is a bound that k logits reach, so only chunks whose largest
-// reaches it, some k, are read again: each by a warp, which keeps the 64 best keys that it has seen
-// in its registers, two a lane. What the warps have kept is sorted. V elements, and 256 k from L2.
+// summarizes the row chunk by chunk, with many blocks per row; then a block finishes each row. The
+// k-th largest of the chunks' largest logits is a bound that at least k logits reach, so only
+// chunks whose largest logit reaches it, about k of them, are read again: each by a warp, which
+// keeps the 64 best keys that it has seen in its registers, two per lane. The keys kept by all
+// warps are sorted. Reads V elements, and 256 k from L2.
 #pragma once
 #include "cuda/sort.cuh"
 #include "cuda/token_confidence.cuh"
@@ -18,7 +19,7 @@ struct CandidatesLaunch {
   float *values, *logsumexp;
 };
 
-// The best 64 of the keys (common/order.h) that a warp has been given: lane l holds those of ranks l
+// The best 64 of the keys (common/order.h) that a warp has been given: lane l holds those of rank l
 // and l + 32.
 class WarpBest {
  public:
@@ -26,7 +27,7 @@ class WarpBest {
 
   DLM_DEVICE explicit WarpBest(uint32_t k) : last_(k - 1) {}
 
-  // Each lane's key; kNone, or one that was not given before.
+  // Adds each lane's key, which is kNone or has not been given before.
   DLM_DEVICE void add(uint64_t key) {
     uint64_t worst = of_rank(last_);
     uint32_t pending = __ballot_sync(kAllLanes, key < worst);
@@ -64,7 +65,7 @@ class WarpBest {
 template <class T>
 class CandidatesFinish {
   static constexpr uint32_t kKept = kFinishWarps * kMostCandidates;
-  static_assert(kKept == 2 * kFinishThreads);  // two a thread are sorted
+  static_assert(kKept == 2 * kFinishThreads);  // two per thread are sorted
 
  public:
   static constexpr SmemSize smem() {
@@ -85,7 +86,7 @@ class CandidatesFinish {
   DLM_DEVICE void run() {
     uint64_t key[2] = {WarpBest::kNone, WarpBest::kNone};
     float logsumexp = -INFINITY;
-    if (plan_.used()) {  // the whole block
+    if (plan_.used()) {  // block-uniform
       logsumexp = statistics_.logsumexp();
       collect();
       __syncthreads();
@@ -99,14 +100,14 @@ class CandidatesFinish {
   }
 
  private:
-  // Each warp's best of every kFinishWarps-th chunk.
+  // Collects each warp's best of every kFinishWarps-th chunk.
   DLM_DEVICE void collect() {
     const LogitsRow<T> row(job_.rows.p, n_, plan_.source);
     const float bound = kth_largest();
     WarpBest best(job_.k);
 #pragma unroll 1
     for (uint32_t c = warp_index(); c < job_.rows.chunks; c += kFinishWarps) {
-      if (!(largest_[c] >= bound)) continue;  // the whole warp
+      if (!(largest_[c] >= bound)) continue;  // warp-uniform
       float z[8];
       uint32_t flags = 0;
       row.effective(c, z, flags);
@@ -119,8 +120,8 @@ class CandidatesFinish {
     best.store(kept_ + warp_index() * kMostCandidates);
   }
 
-  // Of the chunks' largest logits; -inf if there are fewer chunks. Bit after bit, from the highest
-  // on: the largest value that k of them reach.
+  // The k-th largest of the chunks' largest logits; -inf if there are fewer chunks. Determined bit
+  // by bit, starting with the highest: the largest value that k of them reach.
   DLM_DEVICE float kth_largest() const {
     if (job_.rows.chunks < job_.k) return -INFINITY;
     uint32_t value = 0;

@@ -4,15 +4,16 @@
 
 namespace dlm::cuda {
 
-// Values are not checked here: a source row outside [0, R) is unused, an id outside [0, V) is none.
+// Values are not checked here: a source row outside [0, R) is unused, an id outside [0, V) is
+// ignored.
 
-// Why these arguments cannot be run, or null.
+// Returns why these arguments are not supported, or null.
 const char* unsupported_top_candidates(const TopCandidatesParams& p);
 
-// Bytes of scratch for the call, aligned to 16; it need not be cleared.
+// Bytes of scratch memory for the call, aligned to 16; it need not be cleared.
 int64_t top_candidates_workspace(const TopCandidatesParams& p);
 
-// All rows: two launches; returns a cudaError_t.
+// Processes all rows in two launches; returns a cudaError_t.
 int run_top_candidates(const TopCandidatesParams& p, void* workspace, void* stream);
 
 }  // namespace dlm::cuda

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Accepts a prefix of each row's drafts and finds the token after it: see
-// cpu/verify_drafts_generic.cpp for the formulas. Drafts are tested one a lane, from single logits,
-// by the first warp of every block that asks. Where one fails by ratio, race_chunks reads that
-// draft's two rows of logits, 16 chunks a block, and finds each block's best chunk of max(p - q, 0)
-// (common/race.h); verify_drafts, a block a row, then races the tokens of the best of these. All
-// arithmetic is the CPU's, bit for bit. Bytes: two rows of logits where a draft is rejected; some
-// 40 operations a logit. Needs sm_80.
+// cpu/verify_drafts_generic.cpp for the formulas. Drafts are tested from single logits, one per
+// lane, by the first warp of every block that needs the result. If one fails by ratio, race_chunks
+// reads that draft's two rows of logits, 16 chunks per block, and finds each block's best chunk of
+// max(p - q, 0) (common/race.h); verify_drafts, with one block per row, then races the tokens of
+// the best of these. All arithmetic is the CPU's, bit for bit. Bytes: two rows of logits where a
+// draft is rejected; about 40 operations per logit. Needs sm_80.
 #pragma once
 #include <algorithm>
 
@@ -17,10 +17,10 @@
 namespace dlm::cuda {
 
 constexpr uint32_t kVerifyThreads = 128, kVerifyWarps = kVerifyThreads / 32;
-constexpr uint32_t kVerifyTurns = 4;  // chunks of a warp
+constexpr uint32_t kVerifyTurns = 4;  // chunks per warp
 constexpr uint32_t kVerifyChunks = kVerifyWarps * kVerifyTurns;
 
-// The best of some chunks or tokens. `value`: bits of a float that is not negative; 0: there is
+// The best of some chunks or tokens. `value` holds the bits of a non-negative float; 0: there is
 // none.
 struct BestKey {
   uint32_t value, id;
@@ -53,10 +53,10 @@ class VerifyRow {
     position_ = uint32_t(p.random.position[row_]);
   }
 
-  // By each of the blocks that share the row's chunks.
+  // Called by each of the blocks that share the row's chunks.
   DLM_DEVICE void race_chunks(uint32_t block, BestKey* best_of_row) {
     find_failure();
-    if (!accepted_[1]) return;  // the whole block
+    if (!accepted_[1]) return;  // block-uniform
     const BestKey best = best_of_block(best_chunk(accepted_[0], block * kVerifyChunks), of_warp_);
     if (threadIdx.x == 0) best_of_row[block] = best;
   }
@@ -65,7 +65,7 @@ class VerifyRow {
     find_failure();
     const uint32_t accepted = accepted_[0];
     int64_t next = p_.token[first_token_ + accepted];
-    if (accepted_[1]) {  // the whole block
+    if (accepted_[1]) {  // block-uniform
       BestKey best{0, ~0u};
       for (uint32_t i = threadIdx.x; i < blocks; i += kVerifyThreads) {
         if (best_of_row[i].value > best.value) best = best_of_row[i];  // chunks ascend
@@ -84,7 +84,7 @@ class VerifyRow {
   }
 
  private:
-  // Rows of logits of draft i; -1: none.
+  // The logits row of draft i; -1: none.
   DLM_DEVICE int64_t target_row(uint32_t i) const {
     const int64_t at = first_token_ + i, row = p_.row_map ? p_.row_map[at] : at;
     return row < p_.R ? row : -1;
@@ -112,7 +112,8 @@ class VerifyRow {
     if (warp_index() == 0) accept();
     __syncthreads();
   }
-  // By the first warp: how many drafts are accepted, and whether the next one failed by ratio.
+  // Called by the first warp: determines how many drafts are accepted, and whether the next one
+  // failed by ratio.
   DLM_DEVICE void accept() const {
     uint32_t accepted = 0;
     bool fails_by_ratio = false;
@@ -143,7 +144,7 @@ class VerifyRow {
     return bernoulli(bits.word[0], div_rn(p, mul_rn(p_.leniency, q)));
   }
 
-  // Of this warp's of the chunks from `first` on; a lane makes the key of one of them.
+  // The best of this warp's chunks starting at `first`; each lane computes the key of one of them.
   DLM_DEVICE BestKey best_chunk(uint32_t i, uint32_t first) const {
     const uint32_t own = first + lane_index() * kVerifyWarps + warp_index();
     float sum = 0.0f;
@@ -160,7 +161,7 @@ class VerifyRow {
     return {float_to_bits(weight_key(sum, word(Stream::kResidualChunk, i, own))), own};
   }
 
-  // Of a chunk, in which there is one.
+  // The best token of a chunk, which must contain one.
   DLM_DEVICE BestKey best_token(uint32_t i, uint32_t chunk) const {
     BestKey best{0, ~0u};
 #pragma unroll 1
@@ -232,7 +233,7 @@ class VerifyRow {
   uint32_t step_ = 0, position_ = 0;
 };
 
-// Blocks that share a row's chunks; a function of the vocabulary alone.
+// Number of blocks that share a row's chunks; depends only on the vocabulary.
 inline uint32_t blocks_of_row(const VerifyDraftsParams& p) {
   constexpr int64_t kLogits = int64_t(kVerifyChunks) * kRaceChunk;
   return p.draft_logits ? uint32_t((p.V + kLogits - 1) / kLogits) : 0;
@@ -241,7 +242,7 @@ inline uint32_t blocks_of_row(const VerifyDraftsParams& p) {
 struct VerifyLaunch {
   VerifyDraftsParams p;
   BestKey* best;    // [B, blocks]
-  uint32_t blocks;  // of a row
+  uint32_t blocks;  // per row
 };
 
 template <class T>

@@ -19,7 +19,7 @@ void copy_strides(const Tensor& t, int64_t* strides) {
   for (int i = 0; i < 3; ++i) strides[i] = t.stride(i);
 }
 
-// Of `rows` rows a batch row.
+// Checks the slots of B batch rows with `rows` rows each.
 void check_slots(const Check& check, const char* name, const int32_t* slots, int64_t rows,
                  const BlockAttentionParams& p) {
   for (int64_t i = 0; slots && i < p.B * rows; ++i) {
@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor> block_attention(
     p.kv_range = one_range ? check.dense<int32_t>("kv_range", *kv_range, {p.B, 2})
                            : check.dense<int32_t>("kv_range", *kv_range, {p.B, -1, 2});
     check.that(p.N > 0,
-               "kv_range must hold at least one range a batch row (it may be empty); got shape ",
+               "kv_range must hold at least one range per batch row (it may be empty); got shape ",
                Check::shape(*kv_range));
   }
   p.block_origin = check.per_row<int32_t>("block_origin", block_origin, p.B);
@@ -116,14 +116,14 @@ std::tuple<Tensor, Tensor> block_attention(
 
   check.that(causal_block >= 0, "causal_block must be 0 (full), 1 (causal) or a block length; got ",
              causal_block);
-  check.that(window_left >= -1, "window_left must be -1 (all) or a count of slots; got ",
+  check.that(window_left >= -1, "window_left must be -1 (unbounded) or a number of slots; got ",
              window_left);
-  check.that(window_right >= -1, "window_right must be -1 (all) or a count of slots; got ",
+  check.that(window_right >= -1, "window_right must be -1 (unbounded) or a number of slots; got ",
              window_right);
   p.softcap = check.float_or_zero("softcap", softcap, "none");
   p.scale = check.finite_float("scale", scale.value_or(1.0 / std::sqrt(double(p.D))));
-  // Beyond what two slots (or a slot and an origin) can be apart nothing changes, and no sum
-  // overflows.
+  // Larger values than the maximum distance between two slots (or a slot and an origin) make no
+  // difference; clamping prevents sums from overflowing.
   p.causal_block = std::min(causal_block, int64_t(1) << 33);
   p.window_left = std::min(window_left, p.S);
   p.window_right = std::min(window_right, p.S);
@@ -184,7 +184,7 @@ std::tuple<Tensor, Tensor> block_attention(
   }
 #endif
 
-  // Threads are worth waking for some tens of microseconds of work.
+  // Waking a thread pays off for some tens of microseconds of work.
   if (k_new) {
     const int64_t grain =
         std::max<int64_t>(1, (int64_t(1) << 16) / (std::max<int64_t>(p.K, 1) * p.D));

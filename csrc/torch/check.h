@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Argument checks: one sentence that names the argument, what was expected and what came. All
-// checks of an op run before it writes anything.
+// Argument checks. A message is one sentence that names the argument, what was expected and what
+// was given. All checks of an op run before it writes anything.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -45,10 +45,10 @@ struct Argument {
 using Arguments = std::initializer_list<Argument>;
 
 // Checks the arguments of one op. Every method throws std::runtime_error (RuntimeError in Python).
-// Messages are put together only when needed: that would cost more than all the checks of a call.
+// Messages are only assembled when needed: that takes longer than all the checks of a call.
 class Check {
  public:
-  // `anchor` is the argument whose device all others must share.
+  // `anchor` is the argument whose device all others must be on.
   Check(const char* op, const char* anchor_name, const Tensor& anchor)
       : op_(op), anchor_name_(anchor_name), anchor_(anchor) {
     given(anchor_name, anchor);
@@ -59,7 +59,7 @@ class Check {
     if (!fact) throw std::runtime_error(text(op_, ": ", message...));
   }
 
-  // What is no fault of an argument.
+  // Reports a failure that is not the fault of an argument.
   template <class... Args>
   [[noreturn]] void failed(const Args&... message) const {
     throw std::runtime_error(text(op_, " failed: ", message...));
@@ -67,7 +67,7 @@ class Check {
 
   static std::string shape(const Tensor& t) { return listed(t.sizes()); }
 
-  // Python's None arrives as a tensor without content where the schema has no `Tensor?`.
+  // Python's None arrives as an undefined tensor if the schema does not declare `Tensor?`.
   void given(const char* name, const Tensor& t) const {
     if (!t.defined()) that(false, name, " must be a tensor; got None");
   }
@@ -116,7 +116,7 @@ class Check {
     that(false, name, " must have stride 1 in its last dimension; got strides ", strides(t));
   }
 
-  // A contiguous tensor of one dtype and shape: the usual case.
+  // The usual case: a contiguous tensor of a given dtype and shape.
   template <class T>
   const T* dense(const char* name, const Tensor& t, std::initializer_list<int64_t> want) const {
     device(name, t);
@@ -145,7 +145,7 @@ class Check {
     return t ? dense_mutable<T>(name, *t, want) : nullptr;
   }
 
-  // How many consecutive rows share one of `values` values: all, some, or one each.
+  // Returns how many consecutive rows share each of `values` values: all, some, or one.
   int64_t rows_per_value(const char* name, int64_t values, int64_t rows) const {
     that(values > 0 ? rows % values == 0 : rows == 0, name,
          " must hold one value, or one for each group of consecutive rows (their number divides ",
@@ -162,12 +162,12 @@ class Check {
     return {static_cast<const T*>(t->const_data_ptr()), rows_per_value(name, t->numel(), rows)};
   }
 
-  // Numbers that the kernels take as float32.
+  // Checks a number that the kernels take as float32.
   float finite_float(const char* name, double value) const {
     if (!std::isfinite(float(value))) that(false, name, " must be finite in float32; got ", value);
     return float(value);
   }
-  // Where 0 has a meaning of its own, a number that becomes 0 in float32 is refused, too.
+  // Where 0 has a special meaning, also rejects a nonzero number that becomes 0 in float32.
   float float_or_zero(const char* name, double value, const char* zero) const {
     const float x = float(value);
     if (!(x >= 0 && std::isfinite(x)) || (x == 0 && value != 0)) {
@@ -176,7 +176,7 @@ class Check {
     return x;
   }
 
-  // Indices in CPU memory, -1 for none.
+  // Checks indices in CPU memory; -1 means none.
   template <class T>
   void indices(const char* name, const T* values, int64_t count, int64_t end) const {
     for (int64_t i = 0; values && i < count; ++i) {
@@ -185,7 +185,7 @@ class Check {
     }
   }
 
-  // Each value of a temperature in CPU memory: its inverse must be finite.
+  // Checks each value of a temperature in CPU memory: its inverse must be finite.
   void temperatures(const char* name, const MaybeTensor& t) const {
     if (!t) return;
     const float* values = static_cast<const float*>(t->const_data_ptr());
@@ -196,7 +196,7 @@ class Check {
     }
   }
 
-  // For an op whose results are of floating point, or that writes such a tensor.
+  // For ops that return or write floating-point tensors.
   void not_differentiable(Arguments arguments) const {
     if (!grad_mode()) return;
     for (const Argument& a : arguments) {
@@ -206,8 +206,8 @@ class Check {
     }
   }
 
-  // What an op writes may share no memory with anything else it is given. Tells autograd what is
-  // written.
+  // Checks that tensors which the op writes to do not share memory with any other argument, and
+  // tells autograd that they are written.
   void written(Arguments written, Arguments read) const {
     std::vector<std::pair<const char*, Footprint>> targets;
     targets.reserve(written.size());
@@ -215,17 +215,17 @@ class Check {
       const Footprint memory(*a.tensor);
       for (const auto& [name, target] : targets) {
         if (!memory.overlaps(target)) continue;
-        that(false, name, " is written and must share no memory with ", a.name,
+        that(false, name, " is written to and must not share memory with ", a.name,
              "; pass a clone of one of them");
       }
       return memory;
     };
     for (const Argument& a : written) {
       if (!a.tensor) continue;
-      a.tensor->mutable_data_ptr();  // a lazy clone gets memory of its own here
+      a.tensor->mutable_data_ptr();  // a lazy clone gets its own memory here
       targets.emplace_back(a.name, apart_from_targets(a));
       if (!targets.back().second.overlaps_itself()) continue;
-      that(false, a.name, " is written and must not overlap itself (an expanded tensor?); got ",
+      that(false, a.name, " is written to and must not overlap itself (an expanded tensor?); got ",
            "shape ", shape(*a.tensor), " and strides ", strides(*a.tensor));
     }
     for (const Argument& a : read) {
@@ -236,7 +236,7 @@ class Check {
     }
   }
 
-  // A new tensor on the anchor's device.
+  // Allocates a tensor on the anchor's device.
   Tensor empty(const char* name, std::initializer_list<int64_t> size, ScalarType type) const {
     try {
       return allocated(size, type);
@@ -256,7 +256,7 @@ class Check {
   }
 
  private:
-  // By torch's C function: a call through its dispatcher takes several times as long.
+  // Uses torch's C function: a call through its dispatcher takes several times as long.
   Tensor allocated(std::initializer_list<int64_t> size, ScalarType type) const {
     std::vector<int64_t> stride(size.size(), 1);
     for (size_t i = size.size(); i-- > 1;)
@@ -279,7 +279,7 @@ class Check {
   }
   static std::string strides(const Tensor& t) { return listed(t.strides()); }
 
-  // The stable ABI says only that a call failed; torch itself keeps the reason, from 2.13 on.
+  // The stable ABI only reports that a call failed; from 2.13 on, torch itself keeps the reason.
   static std::string torch_message(const std::exception& error) {
     static const auto reason = torch_symbol<const char*()>(
         "libtorch_cpu.so", "torch_exception_get_what_without_backtrace");

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // What an op needs around its CUDA kernel:
-//   const CudaCall call(check, score);              torch's device and stream, until the end of the
-//   scope call.supports(cuda::unsupported_<op>(p));       before anything is written
+//   const CudaCall call(check, score);              sets torch's device and stream for the scope
+//   call.supports(cuda::unsupported_<op>(p));       before anything is written
 //   call.succeeded(cuda::run_<op>(p, call.stream()));
-// The getter of torch's current stream lives in libtorch_cuda, which a CPU-only torch does not
-// have, and which torch has loaded by the time there is a CUDA tensor: it is looked up then.
+// The function that returns torch's current stream is in libtorch_cuda, which a CPU-only torch does
+// not have, and which torch has loaded by the time a CUDA tensor exists: it is looked up then.
 #pragma once
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -14,13 +14,14 @@
 
 namespace dlm {
 
-// Null for the default stream, as CUDA has it.
+// Null for the default stream, as in CUDA.
 inline void* current_cuda_stream(int32_t device) {
   static const auto getter = torch_symbol<int32_t(int32_t, void**)>(
       "libtorch_cuda.so", "aoti_torch_get_current_cuda_stream");
   void* stream = nullptr;
   if (!getter || getter(device, &stream) != 0) {
-    throw std::runtime_error("dlmkernels: this torch tells no current CUDA stream");
+    throw std::runtime_error(
+        "dlmkernels: this build of torch does not provide the current CUDA stream");
   }
   return stream;
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What was built and what is in use: all that the library exports besides the ops it registers.
+// What was built and what is in use: everything the library exports besides the registered ops.
 #pragma once
 #include <map>
 #include <string>
@@ -11,10 +11,10 @@ namespace diagnostics __attribute__((visibility("default"))) {
 // version, torch_headers, compiler, cuda_architectures, cuda_state
 std::map<std::string, std::string> build_info();
 std::vector<std::string> cpu_isas();  // available on this machine in this build, ascending
-std::string cpu_isa();                // in use; throws if DLMKERNELS_CPU_ISA names none of them
-std::string cpu_isa_reason();         // why this one and no better one
+std::string cpu_isa();                // in use; throws if DLMKERNELS_CPU_ISA is not one of them
+std::string cpu_isa_reason();         // why this one was chosen and not a better one
 void set_cpu_isa(const std::string& name);
-// Op -> instruction set -> that of the kernels which are used where it is in use.
+// Op -> instruction set in use -> instruction set whose kernels the op then runs.
 std::map<std::string, std::map<std::string, std::string>> cpu_kernels();
 
 }  // namespace diagnostics

@@ -14,7 +14,7 @@
 namespace dlm {
 namespace {
 
-// Slices of rows, one after the other.
+// Processes slices of rows one after the other.
 void run_on_cpu(const Check& check, const LmHeadCandidatesParams& p) {
   const cpu::HeadCandidatesPlan plan =
       cpu::plan_lm_head_candidates(p, torch::stable::get_num_threads());

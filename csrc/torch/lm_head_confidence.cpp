@@ -14,9 +14,9 @@
 namespace dlm {
 namespace {
 
-// Slices of rows, one after the other.
+// Processes slices of rows one after the other.
 void run_on_cpu(const Check& check, LmHeadConfidenceParams p) {
-  // Unused rows cost nothing.
+  // Leave out unused rows, so that they cost nothing.
   Tensor used = check.empty("workspace", {p.rows.row_map ? p.rows.N : 0}, ScalarType::Int);
   if (p.rows.row_map) {
     int32_t* rows = static_cast<int32_t*>(used.mutable_data_ptr());
@@ -34,7 +34,7 @@ void run_on_cpu(const Check& check, LmHeadConfidenceParams p) {
   Tensor workspace = check.empty("workspace", {plan.workspace / 8 + 8}, ScalarType::Long);
   const uintptr_t memory = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
   void* aligned = reinterpret_cast<void*>((memory + 63) / 64 * 64);
-  // Waking a second thread pays from some 50 microseconds of work on.
+  // Waking a second thread pays off from about 50 microseconds of work.
   const int64_t grain =
       std::max<int64_t>(1, (int64_t(1) << 23) / (1024 * std::max<int64_t>(plan.rows * p.D, 1)));
   for (int64_t begin = 0; begin < p.count(); begin += plan.rows) {

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every op's schema, on one screen. (a!) marks an argument that the op writes.
+// The schemas of all ops on one screen. (a!) marks an argument that the op writes to.
 #include "torch/ops.h"
 
 #include "torch/schema.h"
 
-// The namespace of the ops. A build that must live beside others in one process gives it another
-// name. torch's macros take the name as it is written, so one more level expands it first.
+// The namespace of the ops. A build that has to coexist with others in one process uses a different
+// name. torch's macros do not expand the name, so one more macro level does that first.
 #ifndef TORCH_EXTENSION_NAME
 #define TORCH_EXTENSION_NAME dlmkernels
 #endif

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The ops as C++ functions: each checks its arguments, allocates its outputs, fills its params
-// struct and calls a back end. Shapes, dtypes and meaning of every argument:
+// struct and calls a back end. The shape, dtype and meaning of every argument are documented in
 // python/dlmkernels/ops.
 #pragma once
 #include <torch/csrc/stable/tensor.h>

@@ -23,8 +23,8 @@ bool StridedSum::reaches(int64_t value) {
     most += terms_[i].stride * (terms_[i].count - 1);
     terms_[i].most = most;
   }
-  // Where dimensions nest, as they do but for artificial strides, a term has one or two values to
-  // try. What would take long counts as reached.
+  // If dimensions nest, as they do except with artificial strides, a term has only one or two
+  // values to try. Cases that would take long count as reached.
   budget_ = 10000;
   return reaches(0, value);
 }
@@ -58,8 +58,8 @@ Footprint::Footprint(const torch::stable::Tensor& t)
 bool Footprint::overlaps(const Footprint& other) const {
   if (begin_ >= other.end_ || other.begin_ >= end_) return false;
   if (dense_ && other.dense_) return true;
-  // begin + sum of x * stride + byte = other's begin + the same of it, whose terms are counted from
-  // its end so that all are positive.
+  // begin + sum of x * stride + byte = the same expression for the other tensor, whose terms are
+  // counted from its end so that all of them are positive.
   StridedSum sum;
   for (const Footprint* f : {this, &other}) {
     for (int64_t i = 0; i < f->tensor_->dim(); ++i) {
@@ -72,8 +72,8 @@ bool Footprint::overlaps(const Footprint& other) const {
 
 bool Footprint::overlaps_itself() const {
   if (dense_ || begin_ == end_) return false;
-  // Two elements whose indices first differ in dimension k lie this far apart: a positive multiple
-  // of its stride, and any difference in the dimensions after it.
+  // Two elements whose indices first differ in dimension k are this far apart: a positive multiple
+  // of its stride, plus any difference in the dimensions after it.
   for (int64_t k = 0; k < tensor_->dim(); ++k) {
     const int64_t size = tensor_->size(k), stride = tensor_->stride(k);
     if (size == 1) continue;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Whether tensors share memory: decided exactly, from addresses, sizes and strides. Two views that
-// interleave in one buffer (keys and values side by side) do not.
+// Whether tensors share memory, decided exactly from addresses, sizes and strides. Two views that
+// are interleaved in one buffer without common elements (such as keys and values) do not share
+// memory.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
@@ -8,8 +9,8 @@
 
 namespace dlm {
 
-// Whether a sum of terms, each a multiple 0 <= x < count of a positive stride, can have a given
-// value.
+// Decides whether a sum of terms, each a multiple 0 <= x < count of a positive stride, can equal a
+// given value.
 class StridedSum {
  public:
   void add(int64_t stride, int64_t count);
@@ -18,11 +19,11 @@ class StridedSum {
  private:
   struct Term {
     int64_t stride, count;
-    int64_t most;  // of this term and those after it
+    int64_t most;  // maximum of this term and those after it
   };
   bool reaches(int from, int64_t value);
 
-  static constexpr int kMaxTerms = 130;  // of two tensors; torch's have at most 64 dimensions
+  static constexpr int kMaxTerms = 130;  // for two tensors; torch allows at most 64 dimensions
   Term terms_[kMaxTerms];
   int count_ = 0, budget_ = 0;
 };
@@ -37,9 +38,9 @@ class Footprint {
 
  private:
   const torch::stable::Tensor* tensor_;
-  uintptr_t begin_, end_;  // of the hull; equal where there is no element
+  uintptr_t begin_, end_;  // of the bounding range; equal if there is no element
   int64_t width_;
-  bool dense_;  // no byte of the hull is unused, none is used twice
+  bool dense_;  // every byte of the range is used exactly once
 };
 
 }  // namespace dlm

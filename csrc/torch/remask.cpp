@@ -20,13 +20,13 @@ EosPolicy policy_named(const Check& check, const std::string& name) {
   return EosPolicy::kNone;
 }
 
-// Every position is on the canvas or -1, and no canvas position has two slots of a row.
+// Every position must be on the canvas or -1, and distinct within a row.
 void check_positions(const Check& check, const RemaskParams& p) {
   std::vector<int32_t> sorted;
   for (int64_t b = 0; b < p.B; ++b) {
     const int32_t* row = p.position + b * p.W;
     int32_t last = -1;
-    bool ascending = true;  // the usual window: distinct at a glance
+    bool ascending = true;  // the usual window; ascending positions are distinct
     for (int64_t w = 0; w < p.W; ++w) {
       const int32_t at = row[w];
       check.that(at >= -1 && at < p.T, "position must be -1 or a canvas position below ", p.T,
@@ -53,7 +53,7 @@ void check_ends(const Check& check, const RemaskParams& p) {
   }
 }
 
-// No token id beyond the vocabulary would be committed or edited in.
+// No token id outside the vocabulary may be committed or edited in.
 void check_proposals(const Check& check, const RemaskParams& p) {
   for (int64_t i = 0; i < p.B * p.W; ++i) {
     if (p.proposal[i] < p.vocab_size || p.position[i] < 0) continue;
@@ -98,7 +98,7 @@ Tensor remask_(const Tensor& tokens, const Tensor& state, const Tensor& position
 
   check.that(W <= kMaxSlots, "position must have at most ", kMaxSlots, " slots (W); got W = ", W);
   check.that(T <= std::numeric_limits<int32_t>::max(),
-             "tokens must have int32 canvas positions; got T = ", T);
+             "tokens must have fewer than 2^31 canvas positions; got T = ", T);
   check.that(confidence || !commit_confidence || !(commit || edit),
              "confidence is required when commit_confidence is to be recorded; got None");
   check.that(mask_token_id >= 0 || !remask,
@@ -151,8 +151,8 @@ Tensor remask_(const Tensor& tokens, const Tensor& state, const Tensor& position
   }
 #endif
 
-  // Waking a second thread pays from some 50 microseconds of work on: a position costs about a
-  // nanosecond, a slot some ten.
+  // Waking a second thread pays off from about 50 microseconds of work: a position costs about a
+  // nanosecond, a slot about ten.
   const int64_t grain = std::max<int64_t>(1, 50000 / std::max<int64_t>(T + 10 * W, 1));
   torch::stable::parallel_for(0, B, grain,
                               [&](int64_t begin, int64_t end) { cpu::remask(p, begin, end); });

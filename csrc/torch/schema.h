@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // DLM_DEF(m, schema, function): registers an op's schema after comparing it with the C++ signature.
-// The stable ABI passes 64-bit words and trusts both sides: an `int` read as a `float` would be
-// silent garbage.
+// The stable ABI passes 64-bit words and trusts both sides: an `int` read as a `float` would
+// silently produce garbage.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -69,8 +69,8 @@ struct Signature<R (*)(A...)> {
   static std::string get() { return names<A...>() + " -> " + Results<R>::get(); }
 };
 
-// "(Tensor(a!) x, str rule=\"none\", *, int[] ids=[])" -> "(Tensor, str, int[])": of each
-// comma-separated item, its first word without the alias mark.
+// "(Tensor(a!) x, str rule=\"none\", *, int[] ids=[])" -> "(Tensor, str, int[])": the first word of
+// each comma-separated item, without the alias annotation.
 inline std::string types(std::string_view list) {
   std::string out, item;
   int depth = 0;
@@ -111,7 +111,7 @@ const char* checked(const char* schema) {
   const std::string declared = normalized(schema), defined = Signature<F>::get();
   if (declared != defined) {
     throw std::logic_error(std::string("schema ") + schema + " reads as " + declared +
-                           " but the function is " + defined);
+                           " but the function has " + defined);
   }
   return schema;
 }

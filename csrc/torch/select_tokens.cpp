@@ -16,7 +16,7 @@ namespace {
 struct RuleName {
   const char* name;
   Rule rule;
-  bool parameter, cost, random;  // what it cannot do without
+  bool parameter, cost, random;  // arguments that the rule requires
 };
 constexpr RuleName kRules[] = {
     {"none", Rule::kNone, false, false, false},
@@ -90,8 +90,8 @@ std::tuple<Tensor, Tensor> select_tokens(const Tensor& score, const Tensor& elig
   }
 #endif
 
-  // Waking a second thread pays from some 50 microseconds of work on: a slot costs one or two
-  // nanoseconds, about ten where it is sorted, more where it draws.
+  // Waking a second thread pays off from about 50 microseconds of work: a slot costs one or two
+  // nanoseconds, about ten if slots are sorted, more if random numbers are drawn.
   const bool sorts =
       p.rule == Rule::kFactor || p.rule == Rule::kEntropyBound || p.rule == Rule::kEntropySum;
   const int64_t slots = random ? 1024 : sorts ? 4096 : 32768;

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kMostTokens = int64_t(1) << 31;
 
-// The address that element 0 would have, of an array whose element `first` is at `at`.
+// The address that element 0 would have in an array whose element `first` is at `at`.
 const void* before(const void* at, int64_t first, int64_t size) {
   return at ? reinterpret_cast<const void*>(uintptr_t(at) - uintptr_t(first) * uintptr_t(size))
             : nullptr;
@@ -21,7 +21,7 @@ const T* before(const T* at, int64_t first) {
   return static_cast<const T*>(before(at, first, sizeof(T)));
 }
 
-// From a vocabulary of its own to its place in the whole one.
+// Shifts parameters of the shard's own vocabulary to its place in the whole vocabulary.
 void place(TokenConfidenceParams& p, int64_t first) {
   const int64_t size = element_size(p.dtype);
   p.first = first;
@@ -94,7 +94,7 @@ Tensor shard_confidence(const Tensor& logits, int64_t first, const MaybeTensor& 
 
   Tensor partial = check.empty("partial", {p.N, kShardWords}, ScalarType::Long);
   p.partial = static_cast<int64_t*>(partial.mutable_data_ptr());
-  float wanted;  // never written: it says that entropies are
+  float wanted;  // never written; being non-null requests entropies
   p.entropy = with_entropy ? &wanted : nullptr;
   if (p.N == 0) return partial;
   place(p, first);

@@ -15,8 +15,8 @@
 namespace dlm {
 namespace {
 
-// Where each row has its maximum, and what top-k keeps: token_confidence, with its other outputs
-// thrown away. Holds the memory of all.
+// The maximum of each row, and what top-k keeps, computed by token_confidence; its other outputs
+// are discarded. Owns the memory of all outputs.
 struct RowStatistics {
   RowStatistics(const Check& check, const SoftEmbeddingParams& p, PerRow<int32_t> top_k)
       : ids(check.empty("workspace", {2, p.N}, ScalarType::Long)),
@@ -40,7 +40,7 @@ struct RowStatistics {
   Tensor ids, floats, flags;
 };
 
-// The values, on the CPU: there, looking at them costs no wait.
+// Checks values on the CPU, where reading them does not make the host wait.
 void check_values(const Check& check, const SoftEmbeddingParams& p, const MaybeTensor& temperature,
                   const MaybeTensor& top_k, PerRow<int32_t> k) {
   check.indices("row_map", p.row_map, p.N, p.R);

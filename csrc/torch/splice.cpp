@@ -14,7 +14,7 @@
 namespace dlm {
 namespace {
 
-// The values, on the CPU: there, looking at them costs no wait.
+// Checks values on the CPU, where reading them does not make the host wait.
 void check_values(const Check& check, const SpliceParams& p) {
   for (int64_t b = 0; b < p.B; ++b) {
     const auto within = [&](const char* name, int64_t value, int64_t least) {
@@ -57,8 +57,8 @@ std::tuple<Tensor, Tensor> splice_(const Tensor& tokens, const Tensor& start,
   check.that(p.W <= kMaxSlots, insert ? "insert" : "remove", " must have at most ", kMaxSlots,
              " slots (W); got W = ", p.W);
   check.that(T <= std::numeric_limits<int32_t>::max(),
-             "tokens must have int32 canvas positions; got T = ", T);
-  check.that(!length || !end, "end must be None where length is given");
+             "tokens must have fewer than 2^31 canvas positions; got T = ", T);
+  check.that(!length || !end, "end must be None when length is given");
   check.that(fill_token_id >= 0 || !(insert || (remove && !length)),
              "fill_token_id must be a token id when ", insert ? "insert" : "remove",
              " is given; got ", fill_token_id);
@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor> splice_(const Tensor& tokens, const Tensor& start,
   }
 #endif
 
-  // Waking a second thread pays from some 50 microseconds of work on.
+  // Waking a second thread pays off from about 50 microseconds of work.
   const int64_t grain = std::max<int64_t>(1, 25000 / std::max<int64_t>(T + p.W, 1));
   torch::stable::parallel_for(0, B, grain,
                               [&](int64_t begin, int64_t end) { cpu::splice(p, begin, end); });

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Functions of torch's libraries that the stable ABI has not, or not in every version: looked up by
-// name when first needed, in libraries that torch has loaded. Null where there is none, so that one
-// build loads beside every torch.
+// Functions of torch's libraries that the stable ABI lacks, or has only in some versions. They are
+// looked up by name when first needed, in libraries that torch has loaded. Null if there is none,
+// so that one build works with every version of torch.
 #pragma once
 #include <dlfcn.h>
 

@@ -36,7 +36,8 @@ Distribution distribution_named(const Check& check, const std::string& name) {
 
 }  // namespace
 
-// Whole rows while there are enough of them to keep the threads evenly busy; else parts of rows.
+// Distributes whole rows if there are enough of them to keep the threads evenly busy, otherwise
+// parts of rows.
 void token_confidence_on_cpu(const Check& check, const TokenConfidenceParams& p) {
   const bool filters = p.top_k || p.top_p;
   if (p.N == 0) return;
@@ -54,7 +55,7 @@ void token_confidence_on_cpu(const Check& check, const TokenConfidenceParams& p)
         0, p.N * parts, std::max<int64_t>(1, grain / cpu::kPart),
         [&](int64_t begin, int64_t end) { cpu::token_confidence_scan(p, workspace, begin, end); });
   }
-  // Each share of the rows has scratch memory of its own.
+  // Each share of the rows has its own scratch memory.
   const int64_t shares = threads(p.N, whole || filters ? p.columns() : 1);
   const int64_t bytes = filters ? cpu::token_confidence_scratch(p.V) : 0;
   Tensor scratch = check.empty("workspace", {shares * bytes / 8}, ScalarType::Long);
@@ -110,7 +111,7 @@ void check_confidence_arguments(const Check& check, const ConfidenceArguments& a
   check.that(a.seed || !a.redraw, "seed is required by redraw; got None");
 
   if (ids < 0) ids = p.V;
-  if (on_cpu) {  // there, a look at the values would have the host wait for them
+  if (on_cpu) {  // on CUDA, checking values would make the host wait for them
     check.indices("row_map", p.row_map, N, p.R);
     check.indices("given", p.given, N, ids);
     check.indices("banned", p.banned, a.banned ? a.banned->numel() : 0, ids);

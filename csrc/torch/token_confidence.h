@@ -9,8 +9,7 @@
 
 namespace dlm {
 
-// A [V]-like vector shared by all rows, or [P, V] with a row for each group of N / P consecutive
-// rows.
+// A [V]-like vector shared by all rows, or [P, V] with one row per group of N / P consecutive rows.
 template <class T>
 const T* shared_rows(const Check& check, const char* name, const MaybeTensor& t, int64_t columns,
                      int64_t N, int64_t* rows_per_value) {
@@ -25,7 +24,7 @@ const T* shared_rows(const Check& check, const char* name, const MaybeTensor& t,
   return static_cast<const T*>(t->const_data_ptr());
 }
 
-// Fills in what of the vocabulary may be chosen, of `p` whose N and V are known.
+// Sets the bans and bitmask of `p`, whose N and V are already known.
 inline void check_bans(const Check& check, const MaybeTensor& banned, const MaybeTensor& bitmask,
                        TokenConfidenceParams& p) {
   p.banned = shared_rows<int64_t>(check, "banned", banned, -1, p.N, &p.banned_rows_per_value);
@@ -35,7 +34,7 @@ inline void check_bans(const Check& check, const MaybeTensor& banned, const Mayb
                                    &p.bitmask_rows_per_value);
 }
 
-// The arguments that every op with token_confidence's results takes.
+// The arguments shared by all ops that return the results of token_confidence.
 struct ConfidenceArguments {
   const MaybeTensor &row_map, &given, &cfg_scale, &bias, &banned, &bitmask, &temperature, &top_k,
       &top_p;
@@ -43,9 +42,9 @@ struct ConfidenceArguments {
   const std::string& distribution;
   const MaybeTensor &seed, &step, &position, &redraw;
 };
-// Fills in `p`, whose R and V are known. `uncond`: the argument that guidance needs, whose name is
-// given.
-// `on_cpu`: values are looked at. `ids`: how many there are of them, -1: V.
+// Fills in `p`, whose R and V are already known. `uncond` is the argument that guidance needs,
+// `uncond_name` its name. If `on_cpu`, values are checked as well. `ids` is the number of valid
+// ids; -1 means V.
 void check_confidence_arguments(const Check& check, const ConfidenceArguments& a, bool on_cpu,
                                 const MaybeTensor& uncond, const char* uncond_name,
                                 TokenConfidenceParams& p, int64_t ids = -1);
@@ -53,7 +52,7 @@ void check_confidence_arguments(const Check& check, const ConfidenceArguments& a
 struct ConfidenceResults {
   Tensor token, argmax, confidence, margin, entropy, logsumexp, p_given, flags;
 
-  // Of `p`, whose pointers to results are set.
+  // Allocates the results and sets the pointers of `p` to them.
   ConfidenceResults(const Check& check, bool with_margin, bool with_entropy,
                     TokenConfidenceParams& p);
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> all() const {
@@ -61,9 +60,9 @@ struct ConfidenceResults {
   }
 };
 
-// The rows of checked parameters, in torch's threads and memory.
+// Computes the rows of checked parameters in torch's threads, allocating memory from torch.
 void token_confidence_on_cpu(const Check& check, const TokenConfidenceParams& p);
-// The same, or in torch's stream, on the device of `anchor`.
+// Does the same, or runs on the device of `anchor` in torch's current stream.
 void run_token_confidence(const Check& check, const Tensor& anchor, const TokenConfidenceParams& p);
 void run_lm_head_confidence(const Check& check, const Tensor& anchor,
                             const LmHeadConfidenceParams& p);

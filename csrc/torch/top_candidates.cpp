@@ -23,7 +23,7 @@ void run_on_cpu(const Check& check, const TopCandidatesParams& p) {
   torch::stable::parallel_for(
       0, N * parts, std::max<int64_t>(1, grain / part),
       [&](int64_t begin, int64_t end) { cpu::top_candidates_scan(p, sums, begin, end); });
-  // A row's second look is at some k chunks.
+  // The second pass over a row reads about k chunks.
   const int64_t looked_at = std::min(p.rows.V, p.k * kRaceChunk);
   torch::stable::parallel_for(
       0, N, std::max<int64_t>(1, grain / looked_at),

@@ -8,9 +8,9 @@
 
 namespace dlm {
 
-// What ops with top_candidates' results have in common: the number of candidates, the row map, what
-// may be chosen; and the results. Fills in `p` and its `rows`, whose R and V are known; `on_cpu`:
-// values are looked at.
+// What ops with the results of top_candidates have in common: the number of candidates, the row
+// map, bans and bitmask, and the results. Fills in `p` and its `rows`, whose R and V are already
+// known. If `on_cpu`, values are checked as well.
 struct Candidates {
   Tensor ids, values, logsumexp;
 
@@ -23,7 +23,7 @@ struct Candidates {
     const int64_t N = rows.N = row_map ? row_map->numel() : rows.R;
     rows.bias_rows_per_value = std::max<int64_t>(N, 1);
     check_bans(check, banned, bitmask, rows);
-    if (on_cpu) {  // elsewhere, a look at the values would have the host wait for them
+    if (on_cpu) {  // on CUDA, checking values would make the host wait for them
       check.indices("row_map", rows.row_map, N, rows.R);
       check.indices("banned", rows.banned, banned ? banned->numel() : 0, rows.V);
     }

@@ -13,7 +13,7 @@
 namespace dlm {
 namespace {
 
-// Rows of logits, of which there are `rows` unless a map says which.
+// Checks a tensor of logits with `rows` rows, unless a map selects its rows.
 const void* logits_rows(const Check& check, const char* name, const Tensor& t, const Tensor& like,
                         const MaybeTensor& row_map, int64_t rows, int64_t* stride) {
   check.device(name, t);
@@ -29,7 +29,7 @@ const void* logits_rows(const Check& check, const char* name, const Tensor& t, c
   return t.const_data_ptr();
 }
 
-// The values, on the CPU: there, looking at them costs no wait.
+// Checks values on the CPU, where reading them does not make the host wait.
 void check_values(const Check& check, const VerifyDraftsParams& p, const MaybeTensor& temperature) {
   check.indices("row_map", p.row_map, p.B * (p.W + 1), p.R);
   check.indices("draft_row_map", p.draft_row_map, p.B * p.W, p.Q);
@@ -78,7 +78,8 @@ std::tuple<Tensor, Tensor> verify_drafts(
   p.random.seed = check.per_row<int64_t>("seed", seed, B);
   p.random.step = check.per_row<int32_t>("step", step, B);
   p.random.position = check.dense<int32_t>("position", position, {B});
-  p.leniency = check.float_or_zero("leniency", leniency, "accept all that can be drawn");
+  p.leniency =
+      check.float_or_zero("leniency", leniency, "accept every draft that the target can draw");
   check.that(draft_logits || !logits, "draft_logits is required by logits; got None");
   if (logits) {
     const auto required = [&](const char* name, const MaybeTensor& t) {
@@ -109,8 +110,8 @@ std::tuple<Tensor, Tensor> verify_drafts(
   }
 #endif
 
-  // A row that rejects a draft reads two rows of logits, at some nanoseconds a logit; waking a
-  // second thread pays from some 50 microseconds of work on.
+  // A row that rejects a draft reads two rows of logits, at a few nanoseconds per logit; waking a
+  // second thread pays off from about 50 microseconds of work.
   const int64_t grain = std::max<int64_t>(1, 20000 / std::max<int64_t>(p.V + W, 1));
   torch::stable::parallel_for(
       0, B, grain, [&](int64_t begin, int64_t end) { cpu::verify_drafts(p, begin, end); });

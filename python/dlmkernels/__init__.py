@@ -4,8 +4,8 @@
 >>> import dlmkernels as dk
 >>> out = dk.generate(model, input_ids, rule=dk.Threshold(0.9), block_length=32, cache="dual")
 
-The kernels are `torch.ops.dlmkernels.*`, documented in `dlmkernels.ops`; they need torch alone. What works on models
-needs transformers, which is imported at first use.
+The kernels are `torch.ops.dlmkernels.*`, documented in `dlmkernels.ops`; they need only torch. Everything that works
+on models needs transformers, which is imported at first use.
 """
 
 import importlib
@@ -16,9 +16,9 @@ from . import wait_policy as _wait_policy
 _wait_policy.choose()
 _host_memory.choose()
 
-# ruff: noqa: E402  (what follows loads torch)
+# ruff: noqa: E402  (the imports below load torch)
 try:
-    import torch  # noqa: F401  (its library must be loaded before ours)
+    import torch  # noqa: F401  (its library must be loaded before _C)
 
     from . import _C  # registers torch.ops.dlmkernels
 except ImportError as error:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place that knows the namespace of the ops in C++.
+"""The only module that names the C++ namespace of the ops.
 
-Several builds can live in one process if each registers its ops under another name; such a build replaces this module
-(`hub/`). The two names in it are those that Hub kernels have in theirs.
+Several builds can coexist in one process if each registers its ops under a different name; such a build replaces this
+module (`hub/`). Its two names are the ones that Hub kernels use for this purpose.
 """
 
 import torch
@@ -11,5 +11,5 @@ ops = torch.ops.dlmkernels
 
 
 def add_op_namespace_prefix(name: str) -> str:
-    """The name of an op as `torch.library` takes it."""
+    """Return the qualified name of an op, as `torch.library` takes it."""
     return f"dlmkernels::{name}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Python values as arguments of the ops: numbers for one-value tensors, and errors that say what is wrong."""
+"""Convert Python values to arguments of the ops: numbers to one-value tensors, and torch's errors to helpful ones."""
 
 import math
 import numbers
@@ -12,9 +12,9 @@ from torch import Tensor
 
 
 class ArgumentError(ValueError, RuntimeError):
-    """An argument that an op cannot take; nothing has been written.
+    """Raised when an op cannot accept an argument; nothing has been written.
 
-    A ValueError, and a RuntimeError like the refusals of torch's own ops.
+    It is a ValueError, and also a RuntimeError like the errors of torch's own ops.
     """
 
 
@@ -30,7 +30,7 @@ _TEMPERATURE = _Range(
 )
 _COUNT = _Range(torch.int32, lambda x: x >= 0, "0 or positive")
 _INTEGER = _Range(torch.int32, lambda x: True, "an integer")
-#: The arguments that a number can be given for.
+#: The arguments that accept a number.
 _ONE_VALUE = {
     "temperature": _TEMPERATURE,
     "order_temperature": _TEMPERATURE,
@@ -51,9 +51,10 @@ _ONE_VALUE = {
 
 
 def one_value(name: str, value: Any, like: Tensor) -> Any:
-    """The tensor that an op's argument `name` takes for a number; tensors of any other kind and None as they are.
+    """Convert a number to the one-value tensor that the op argument `name` takes.
 
-    Numbers are Python's and numpy's, and tensors without a dimension in CPU memory.
+    Numbers are Python's and numpy's, and zero-dimensional tensors in CPU memory. None and all other tensors are
+    returned unchanged.
     """
     if value is None or not isinstance(like, Tensor):
         return value
@@ -79,25 +80,28 @@ def _number(name: str, value: Any) -> float | int:
         return float(value)
     bounds = torch.iinfo(dtype)
     if not bounds.min <= value <= bounds.max:
-        raise ArgumentError(f"{name} must be an integer of {bounds.bits} bits; got {value}")
+        raise ArgumentError(f"{name} must be a {bounds.bits}-bit integer; got {value}")
     return int(value)
 
 
 _TYPES = {
     "Tensor": "a tensor",
     "Optional[Tensor]": "a tensor or None",
-    "int": "an integer of 64 bits",
+    "int": "a 64-bit integer",
     "float": "a number",
     "Optional[float]": "a number or None",
     "bool": "True or False",
     "str": "a string",
-    "List[int]": "a list of integers of 64 bits",
+    "List[int]": "a list of 64-bit integers",
 }
 _MISMATCH = re.compile(r"Expected a value of type '([^']+)' for argument '(\w+)' but instead found type '(\w+)'")
 
 
 def call(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """``op(*args, **kwargs)``, an op of torch.ops, with refusals that are a TypeError or an ArgumentError."""
+    """Call ``op(*args, **kwargs)``, an op of torch.ops.
+
+    Errors about an argument are raised as a TypeError or an ArgumentError.
+    """
     try:
         return op(*args, **kwargs)
     except RuntimeError as error:
@@ -108,7 +112,7 @@ def call(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _explained(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], message: str) -> Exception | None:
-    """What the error of a call of `op` means, if it is about an argument."""
+    """Return a clearer exception for an error of `op` that is about an argument, else None."""
     arguments = op._schema.arguments
     name = op._schema.name.split("::")[1]
     given = dict(zip((a.name for a in arguments), args)) | kwargs

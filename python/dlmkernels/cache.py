@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Key/value buffers: one slot a canvas position, written in place, never copied."""
+"""Key/value buffers with one slot per canvas position, written in place and never copied."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from torch import Tensor
 class KVCache:
     """Dense key and value buffers of every layer, `[B, S, G, D]` each, allocated when a layer first writes.
 
-    In memory a head's slots lie side by side (`[B, G, S, D]`): attention reads one head at a time, and rows that
-    a whole slot of all heads keeps apart share few sets of a processor's cache.
+    In memory, the slots of a head are adjacent (`[B, G, S, D]`): attention reads one head at a time, and if its rows
+    were a whole slot of all heads apart, they would share only a few sets of the processor's cache.
 
-    Keys are stored rotated (position-encoded), so a slot keeps the position it was written for. Which slots hold
-    something is the business of the windows that read them: a cache has no length and nothing is ever copied out of it.
+    Keys are stored rotated (position-encoded), so a slot keeps the position that it was written for. The windows that
+    read the cache determine which slots hold valid data: the cache itself has no length, and nothing is copied out of
+    it.
 
     Parameters
     ----------
     num_slots : int
         S, the number of canvas positions.
     num_rows : int, optional
-        B. None: as many as there are in the first `k` of a layer.
+        B. If None, the number of rows of the first `k` that each layer writes.
     """
 
     def __init__(self, num_slots: int, num_rows: int | None = None):
@@ -29,7 +30,10 @@ class KVCache:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layer(self, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Buffers of one layer; shape, dtype and device follow the first `k`, `v` `[n, Q, G, D]` seen."""
+        """Return the buffers of one layer.
+
+        They are allocated with the shape, dtype and device of the first `k` and `v` `[n, Q, G, D]`.
+        """
         if index not in self._layers:
             self._layers[index] = tuple(  # type: ignore[assignment]
                 torch.empty(
@@ -40,20 +44,20 @@ class KVCache:
         return self._layers[index]
 
     def reserve_as(self, other: KVCache) -> None:
-        """Allocate the buffers of the layers that another cache has."""
+        """Allocate the buffers of all layers that another cache has."""
         for index, (k, v) in other._layers.items():
             self.layer(index, k, v)
 
     def values(self, index: int) -> Tensor:
-        """The value buffer of a layer that has written, `[B, S, G, D]`."""
+        """Return the value buffer `[B, S, G, D]` of a layer that has written."""
         return self._layers[index][1]
 
     def layers(self) -> list[tuple[Tensor, Tensor]]:
-        """Buffers of all layers that have written."""
+        """Return the buffers of all layers that have written."""
         return list(self._layers.values())
 
     def dtype(self, index: int) -> torch.dtype | None:
-        """What one layer's buffers hold, None before the layer has written."""
+        """Return the dtype of a layer's buffers, or None before the layer has written."""
         return self._layers[index][0].dtype if index in self._layers else None
 
     @property

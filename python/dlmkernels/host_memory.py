@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the C library treats memory that a forward on the CPU has given back.
+"""Make the C library keep memory that a forward pass on the CPU has freed.
 
-A forward allocates and frees activations of some megabytes again and again. By default glibc hands such memory back to
-the system as soon as it is free, and the system gives out fresh pages the next time, each zeroed at its first touch: a
-page fault for every four kilobytes. Where a forward of one step takes many rows, that is up to a third of its time.
-Told to, glibc keeps what is free (mallopt(3), M_MMAP_THRESHOLD and M_TRIM_THRESHOLD).
+A forward pass allocates and frees activations of several megabytes again and again. By default, glibc returns such
+memory to the system as soon as it is freed, and the system hands out fresh pages the next time, which it zeroes at the
+first access: one page fault for every four kilobytes. In steps that process many rows, this takes up to a third of
+the time of a forward pass. glibc can be configured to keep freed memory (mallopt(3), M_MMAP_THRESHOLD and
+M_TRIM_THRESHOLD).
 """
 
 from __future__ import annotations
@@ -15,23 +16,23 @@ import sys
 
 from .wait_policy import is_command_line
 
-#: of malloc.h
+#: Constants of malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-#: blocks up to this size come out of memory that is kept: the largest that glibc accepts
+#: Blocks up to this size are allocated from memory that is kept. This is the largest value that glibc accepts.
 MMAP_THRESHOLD = 32 * 2**20
-#: so much free memory is kept
+#: Amount of free memory that is kept.
 TRIM_THRESHOLD = 512 * 2**20
-#: where one of these is set, the user has chosen
+#: If any of these environment variables is set, the user has made a choice.
 VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
 
 
 def keep() -> bool:
-    """Let the C library keep memory that has become free, up to half a gigabyte, for the whole process.
+    """Make the C library keep freed memory, up to half a gigabyte, for the whole process.
 
     Returns
     -------
     bool
-        Whether it does so now. False where it is not glibc, or refuses.
+        Whether it now does so. False if the C library is not glibc, or if it refuses.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -41,6 +42,6 @@ def keep() -> bool:
 
 
 def choose() -> None:
-    """Keep memory in a process of our own; in any other, and where the user has chosen, change nothing."""
+    """Keep freed memory if this process is the `dlmkernels` command and the user has not configured malloc."""
     if is_command_line(sys.orig_argv) and not any(name in os.environ for name in VARIABLES):
         keep()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this installation has, what it uses, and what it lacks."""
+"""Report what this installation contains, what it uses, and what is missing."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# package -> what it is needed for; none of them is imported here
+# package -> what needs it; none of them is imported here
 OPTIONAL = {
     "transformers": "models: generate, infill, load, the demo",
     "safetensors": "loading checkpoints",
-    "matplotlib": "pictures: Trace.plot, the demo's plot",
+    "matplotlib": "plots: Trace.plot, the demo's plot",
     "fastapi": "`dlmkernels serve`",
-    "interegular": "answers in JSON: json_schema, json_object, regex",
+    "interegular": "constrained answers: json_schema, json_object, regex",
     "lm_eval": "`python -m dlmkernels.evaluation`",
     "pytest_benchmark": "`dlmkernels bench`",
 }
 
 
 def collect() -> dict[str, Any]:
-    """Versions, what was built, what is in use, and what is missing.
+    """Collect versions, build options, the kernels in use, and what is missing.
 
     Returns
     -------
     dict
-        Can be written as JSON. `versions`: package -> version or None; `build`: compiler, the torch it was built with,
-        CUDA architectures and why there are no others; `cuda_devices`: names that torch sees; `cpu`: its name, the
-        instruction set in use and why not a better one, threads, processors; `missing`: a list of {what, needed_for,
-        how}.
+        Can be serialized as JSON. `versions`: package -> version or None. `build`: compiler, the torch version it was
+        built with, CUDA architectures, and the reason if there are none. `torch_cuda`: torch's CUDA version or None.
+        `cuda_devices`: names of the devices that torch sees. `cpu`: name, instruction set in use, the reason why not a
+        better one, threads, processors. `missing`: a list of {what, needed_for, how}.
     """
     import numpy
     import torch
@@ -64,12 +64,12 @@ def collect() -> dict[str, Any]:
         })  # fmt: skip
     if architectures and not devices:
         missing.append({
-            "what": "CUDA device", "needed_for": "the CUDA kernels of this build",
-            "how": "torch sees none: " + ("no driver or no GPU" if torch.version.cuda else "it is a CPU-only torch"),
+            "what": "CUDA device", "needed_for": "running the CUDA kernels of this build",
+            "how": "torch sees none: " + ("no driver or no GPU" if torch.version.cuda else "this torch is CPU-only"),
         })  # fmt: skip
     if not (MODEL_DIR / "model.safetensors").is_file():
         missing.append({
-            "what": "demonstration model", "needed_for": "`dlmkernels demo`", "how": f"not found in {MODEL_DIR}",
+            "what": "demo model", "needed_for": "`dlmkernels demo`", "how": f"not found in {MODEL_DIR}",
         })  # fmt: skip
     return {
         "versions": versions,
@@ -94,7 +94,7 @@ def collect() -> dict[str, Any]:
 
 
 def processor(cpuinfo: str | None = None) -> str:
-    """Name of this machine's processor, from the text of /proc/cpuinfo or what else the system says."""
+    """Return the name of this machine's processor, from the text of /proc/cpuinfo or from the platform module."""
     if cpuinfo is None:
         file = Path("/proc/cpuinfo")
         cpuinfo = file.read_text(errors="replace") if file.exists() else ""
@@ -103,12 +103,12 @@ def processor(cpuinfo: str | None = None) -> str:
 
 
 def usable_processors() -> int:
-    """Processors this process may run on."""
+    """Return the number of processors that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def text(info: dict[str, Any]) -> str:
-    """`collect()` laid out for people."""
+    """Format the result of `collect` for people."""
     build, cpu = info["build"], info["cpu"]
     rows: list[tuple[str, str]] = [
         (name, version or "not installed") for name, version in info["versions"].items()
@@ -135,7 +135,7 @@ def text(info: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print what `collect` found, as text or with `--json` as JSON."""
+    """Print the result of `collect`, as text or, with `--json`, as JSON."""
     parser = argparse.ArgumentParser(prog="dlmkernels info", description=__doc__)
     add_arguments(parser)
     return run(parser.parse_args(argv))
@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _version(package: str) -> str | None:
-    """Version of an installed package, read without importing it."""
+    """Return the version of an installed package without importing it."""
     if importlib.util.find_spec(package) is None:
         return None
     try:

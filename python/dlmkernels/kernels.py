@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of the kernels in use, for those who choose between two ways to the same result."""
+"""Report which kernels are in use, for callers that choose between two equivalent methods."""
 
 from . import _C
 
 
 def cpu_kernel(op: str) -> str:
-    """Whose kernel an op has on this processor: "generic" or the name of an instruction set, such as "avx512"."""
+    """Return the kernel that an op uses on this processor: "generic" or an instruction set, such as "avx512"."""
     return _C.cpu_kernels()[op][_C.cpu_isa()]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory a decoding takes, found out before any weight is loaded.
+"""Compute how much memory a decoding needs before any weights are loaded.
 
-The model is built of tensors that have shapes and no memory, a forward of it is run, and what would be alive at the
-same time is counted. So the numbers are those of the model's own code, whatever its architecture.
+The model is built from tensors that have shapes but no storage, a forward pass is run, and the sizes of all tensors
+that would be alive at the same time are added up. The numbers therefore come from the model's own code, whatever its
+architecture.
 """
 
 from __future__ import annotations
@@ -34,25 +35,27 @@ UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a decoding needs, in bytes.
+    """Memory that a decoding needs, in bytes.
 
     Attributes
     ----------
     batch, length, block_length : int
-        Requests decoded at a time, columns of each with its prompt, and how many of them a step decides among.
+        Number of requests decoded at a time, number of columns of each including its prompt, and number of columns that
+        a step decides among.
     parameters : int
-        Numbers in the model's weights; tied ones count once.
+        Number of model parameters; tied weights count once.
     weights : int
         The model's weights and buffers.
     cache : int
         Keys and values of all columns; 0 without a cache.
     forward : int
-        The most that a forward of the whole canvas has in memory at a time, beside weights and cache. With a cache it
-        is needed where a prompt is read and where the cache is renewed.
+        Peak memory of a forward pass over the whole canvas (prompt and answer), in addition to weights and cache. With
+        a cache, such a forward happens when a prompt is read and when the cache is refreshed.
     step : int
-        The same for a forward of one block; without a cache every forward is of the whole canvas.
+        Peak memory of a forward pass over one block, in addition to weights and cache. Without a cache, every forward
+        covers the whole canvas.
     logits : int
-        Logits of a block, or the budget where they would take more.
+        Logits of a block, or the logits budget if that is smaller, but at least one row of logits.
     """
 
     batch: int
@@ -67,13 +70,13 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """The most that is needed at a time: a forward is over before there are logits."""
+        """Peak memory of the decoding. The logits exist only after a forward pass has finished."""
         return self.weights + self.cache + max(self.forward, self.logits)
 
     def longest(self, memory: int | str) -> int:
-        """The largest `length` for which `memory` bytes suffice at this batch; 0 if the weights alone do not fit.
+        """Return the largest `length` for which `memory` bytes suffice at this batch size.
 
-        `memory` may be text with a unit: "24G" is 24 · 2³⁰ bytes.
+        Returns 0 if the weights alone do not fit. `memory` may be a string with a unit: "24G" is 24 · 2³⁰ bytes.
         """
         memory = read_bytes("memory", memory)
         fixed = self.weights + self.logits
@@ -87,7 +90,7 @@ class MemoryPlan:
             "forward of the whole canvas": self.forward,
             "forward of a block": self.step,
             "logits of a step": self.logits,
-            "at most at a time": self.total,
+            "peak": self.total,
         }
         head = f"batch {self.batch}, {self.length} tokens each, blocks of {self.block_length}"
         return "\n".join([head, *(f"  {name:<44}{_readable(size):>12}" for name, size in rows.items() if size)])
@@ -97,24 +100,24 @@ def plan(
     model: Any, batch: int = 1, length: int | None = None, *, block_length: int | None = None, cache: bool = True,
     logits_budget: int | str = 256 << 20, dtype: str | torch.dtype | None = None, family: str | None = None,
 ) -> MemoryPlan:  # fmt: skip
-    """How much memory a decoding takes. Of a path or a hub id the configuration alone is read.
+    """Compute how much memory a decoding needs. For a path or a hub id, only the configuration is read.
 
     Parameters
     ----------
     model : str, path or DiffusionModel
-        What `load` takes (a folder or a hub id), or what `adapt` returned.
+        A folder or a hub id, as for `load`, or the result of `adapt`.
     batch, length : int
-        Requests decoded at a time, and tokens of each, its prompt included (None: 2048, or as many as the model can
-        encode). With guidance the batch counts twice.
+        Number of requests decoded at a time, and number of tokens of each, including its prompt. If `length` is None,
+        2048, or as many as the model can encode if that is fewer. With guidance, count each request twice.
     block_length : int, optional
-        Positions that a step decides among. None: all.
+        Number of positions that a step decides among. If None, all.
     cache : bool
-        Whether keys and values are kept. The caches that look into layers keep more than this counts: see the memory
-        they state, or `Engine.memory`.
+        Whether keys and values are cached. Caches that look inside layers store more than is counted here: see the
+        memory that their documentation states, or `Engine.memory`.
     logits_budget : int or str
-        Bytes that the logits of a step may take (see `DecodingConfig.logits_budget`).
+        Maximum number of bytes for the logits of a step (see `DecodingConfig.logits_budget`).
     dtype : str or torch.dtype, optional
-        Of the weights. None: as the configuration says, else bfloat16.
+        Dtype of the weights. If None, as given by the configuration, or bfloat16 if it gives none.
     family : str, optional
         As in `load`.
 
@@ -125,14 +128,14 @@ def plan(
     Raises
     ------
     ValueError
-        When there is no such model, the length is more than it can encode, or a number is out of range.
+        If there is no such model, the length exceeds what it can encode, or a number is out of range.
 
     Notes
     -----
-    Not counted: what the allocator and CUDA itself take (some hundred megabytes), workspaces of matrix products, and
-    the pools of captured graphs. Where shapes within a forward depend on values (some mixtures of experts, ModernBERT),
-    `forward` and `step` are estimates, of 16 hidden vectors a column. A quantised model takes less than its
-    configuration's dtype says.
+    Not counted: the memory that the allocator and CUDA use themselves (a few hundred megabytes), workspaces of matrix
+    products, and the pools of captured graphs. If shapes within a forward pass depend on values (some mixtures of
+    experts, ModernBERT), `forward` and `step` are estimates, of 16 hidden vectors per column. A quantized model needs
+    less memory than its configuration's dtype suggests.
 
     Examples
     --------
@@ -154,7 +157,7 @@ def plan(
         length = length or min(2048, adapted.max_length or 2048)
         block = min(block_length or length, length)
         if adapted.max_length is not None and length > adapted.max_length:
-            raise ValueError(f"length must be at most {adapted.max_length}, which the model can encode; got {length}")
+            raise ValueError(f"length must be at most {adapted.max_length}, the model's maximum; got {length}")
         weights = list(adapted.model.parameters())
         kept = KVCache(length, batch) if cache and adapted.reuses_kv else None
         try:
@@ -173,7 +176,7 @@ def plan(
 
 
 def read_bytes(name: str, value: int | str) -> int:
-    """A number of bytes, as a number or as text with a unit (K, M, G, T: powers of 1024)."""
+    """Parse a number of bytes, given as a number or as a string with a unit (K, M, G, T: powers of 1024)."""
     if isinstance(value, str):
         text = value.strip().upper().removesuffix("IB").removesuffix("B")
         number, unit = (text[:-1], text[-1:]) if text[-1:] in UNITS and text[-1:].isalpha() else (text, "")
@@ -187,11 +190,11 @@ def read_bytes(name: str, value: int | str) -> int:
 
 
 def _as_loaded(model: Any, family: str | None, dtype: Any) -> tuple[Callable[[], Any], str]:
-    """What `outline` returns, of a model that is loaded."""
+    """Return what `outline` returns, for a model that is already loaded."""
     adapted = adapt(model, family=family)
     within: Any = adapted.model
     if not isinstance(within, PreTrainedModel):
-        raise ValueError(f"model must be one of transformers'; got {type(within).__name__}")
+        raise ValueError(f"model must be a transformers PreTrainedModel; got {type(within).__name__}")
     config = copy.deepcopy(within.config)
     return lambda: type(within)._from_config(config, dtype=dtype or within.dtype).eval(), adapted.family.name
 
@@ -205,7 +208,7 @@ def _readable(size: float) -> str:
 
 
 def _peak(model: DiffusionModel, batch: int, columns: int, length: int, cache: KVCache | None) -> int:
-    """The most that a forward of so many columns of a canvas has alive at a time, beside weights and cache."""
+    """Return the peak memory of a forward pass over `columns` columns of a canvas, besides weights and cache."""
     tokens, position = torch.zeros(batch, columns, dtype=torch.int64, device="cpu"), torch.arange(columns, device="cpu")
     position = position.expand(batch, columns)
     slots = None if cache is None and columns == length else position.int().contiguous()
@@ -218,7 +221,7 @@ def _peak(model: DiffusionModel, batch: int, columns: int, length: int, cache: K
 
 
 def _estimated(model: DiffusionModel) -> tuple[int, int]:
-    """Bytes that a column takes in a forward, and in a cache, by the configuration."""
+    """Estimate the bytes per column of a forward pass, and of a cache, from the configuration."""
     config, size = model.config, next(model.model.parameters()).element_size()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -226,17 +229,17 @@ def _estimated(model: DiffusionModel) -> tuple[int, int]:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Of all of them, each counted once."""
+    """Return the total size of the tensors in bytes, counting each tensor once."""
     return sum(x.numel() * x.element_size() for x in {id(x): x for x in tensors}.values())
 
 
 class _Alive(TorchDispatchMode):
-    """Counts the bytes that operations have allocated and that are still in use.
+    """Count the bytes that operations have allocated and that are still in use.
 
     Attributes
     ----------
     most : int
-        The most there ever was.
+        The peak.
     """
 
     def __init__(self) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import codecs
 from typing import TextIO
 
-#: what stands for a character that the output's encoding lacks
+#: Replacements for characters that the output's encoding lacks.
 PLAIN = str.maketrans({
     "…": "...", "–": "-", "—": "-", "·": ".", "×": "x", "│": "|", "─": "-", "┼": "+", "▶": ">", "“": '"', "”": '"',
     "‘": "'", "’": "'",
@@ -24,6 +24,6 @@ codecs.register_error("dlmkernels.plain", _plain)
 
 
 def make_printable(stream: TextIO) -> None:
-    """Let a stream write what its encoding lacks in plain characters, or as escapes, where it would raise."""
+    """Make a stream write unencodable characters as plain ones or escapes, instead of raising an error."""
     if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="dlmkernels.plain")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happened in a decoding, forward by forward: as events, as text, as a picture, as a page to watch."""
+"""Record what a decoding did in each forward pass: as events, as text, as a picture, or as an interactive page."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from torch import Tensor
 
 from .page import page_of
 
-#: What can happen at a position: an open one is given a token; a decided one another token; a decided one is opened
-#: again; an open one is given other noise; an open position is inserted; one is removed; one becomes padding.
+#: Kinds of events, in this order: an open position is given a token; a decided one is given another token; a decided
+#: one is opened again; an open one is given new noise; an open position is inserted; a position is removed; a position
+#: becomes padding.
 KINDS = ("commit", "edit", "remask", "renoise", "insert", "remove", "fill")
 
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that happened at one position.
+    """One change at one position.
 
     Attributes
     ----------
     forward : int
-        Number of the request's forward, from 0.
+        Number of the request's forward pass, counted from 0.
     kind : str
         One of `KINDS`.
     position : int
-        Canvas column when it happened. Insertions and removals move what stands behind them.
+        Canvas column at the time of the event. Insertions and removals shift the columns behind them.
     token : int
-        Id that stands there from then on.
+        Token id at this position from then on.
     confidence : float
-        Probability of a token that is committed, or edited in; 0 otherwise.
+        Probability of a token that is committed or edited in; 0 otherwise.
     """
 
     forward: int
@@ -46,16 +47,16 @@ class Event:
 
 @dataclass(frozen=True)
 class Recording:
-    """A decoding from its first canvas on, recorded by `generate(…, trace=True)`.
+    """All events of a decoding, from its initial canvas on, as recorded by `generate(…, trace=True)`.
 
     Attributes
     ----------
     tokens, is_open : Tensor
-        int64 and bool `[B, T]`: the canvas before the first forward, and where it was open.
+        int64 and bool `[B, T]`: the canvas (prompt and answer) before the first forward pass, and its open positions.
     events : tuple of tuples of Event
-        What happened, a tuple for each row, in order.
+        The events of each row, in order.
     blocks : tuple of tuples of int
-        For each row the columns at which its blocks begin.
+        The columns at which the blocks of each row begin.
     mask_token_id : int
         -1 for models without a mask token.
     """
@@ -67,7 +68,7 @@ class Recording:
     mask_token_id: int
 
     def without_columns(self, count: int) -> Recording:
-        """The same without the first `count` columns."""
+        """Return this recording without the first `count` columns."""
         return replace(
             self, tokens=self.tokens[:, count:], is_open=self.is_open[:, count:],
             events=tuple(tuple(replace(e, position=e.position - count) for e in row) for row in self.events),
@@ -82,20 +83,21 @@ class Trace:
     Attributes
     ----------
     tokens : Tensor
-        int64 `[B, T]`, the finished canvas.
+        int64 `[B, T]`, the finished canvas: prompt and answer.
     commit_step : Tensor
-        int32 `[B, T]`, -1 for tokens that were given, for masks that are left and for padding.
+        int32 `[B, T]`: the forward pass that committed each token, -1 for tokens that were given, for remaining masks
+        and for padding.
     confidence : Tensor
-        float32 `[B, T]`.
+        float32 `[B, T]`: the confidence recorded when each token was committed.
     prompt_length : int
-        Columns before the first decoded one.
+        Number of columns before the first decoded one.
     origin, length : Tensor, optional
-        int32 `[B]`: the first column of each row, and the one behind its last. None: the whole canvas.
+        int32 `[B]`: the first column of each row, and the column after its last. If None, the whole canvas.
     tokenizer : optional
-        Anything with transformers' `decode(ids)`, for pages. Without one they show ids.
+        Any object with the `decode(ids)` method of transformers, for pages. Without one, pages show ids.
     recording : Recording, optional
-        Everything that happened, if the decoding was recorded (`trace=True`). Otherwise what is known is when each of
-        the final tokens was committed.
+        All events, if the decoding was recorded (`trace=True`). Otherwise only the time at which each of the final
+        tokens was committed is known.
     top_ids, top_log_probability, entropy : Tensor, optional
         With `top_logprobs=k`, `[B, T, k]`, `[B, T, k]` and `[B, T]`: see `DecodingOutput`.
     """
@@ -118,12 +120,13 @@ class Trace:
         return f"Trace(batch={batch}, columns={columns}, forwards={int(self.commit_step.max()) + 1}, {kind})"
 
     def events(self, row: int = 0) -> list[Event]:
-        """What happened in one row, in the order of forwards, and of positions where nothing was inserted or removed.
+        """Return the events of one row, in the order of the forward passes.
 
-        Without a recording: the commitments of the final tokens.
+        Within a forward pass, events are in the order of their positions unless something was inserted or removed.
+        Without a recording, these are the commits of the final tokens.
         """
         if isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < len(self.tokens):
-            raise ValueError(f"row must be a number from 0 to {len(self.tokens) - 1}; got {row!r}")
+            raise ValueError(f"row must be an integer from 0 to {len(self.tokens) - 1}; got {row!r}")
         if self.recording is not None:
             return list(self.recording.events[row])
         steps, tokens, confidence = (x[row].tolist() for x in (self.commit_step, self.tokens, self.confidence))
@@ -131,21 +134,21 @@ class Trace:
         return sorted(found, key=lambda event: event.forward)
 
     def canvas_at(self, step: int, mask_token_id: int) -> Tensor:
-        """The canvas after forward number `step` (from 0; -1: before the first), int64 `[B, T]`.
+        """Return the canvas after forward number `step` (from 0; -1 for before the first), int64 `[B, T]`.
 
-        Of the final tokens: those that were committed later are masks. What no forward has committed, padding after an
-        end token too, is there from the start. What a decoding took back or changed is among the `events` of a
-        recording.
+        It is made from the final tokens: those that were committed later are masked. Whatever no forward has committed,
+        including padding after an end token, is there from the start. Tokens that were later remasked or edited are
+        found only in the `events` of a recording.
         """
         return self.tokens.masked_fill(self.commit_step > step, mask_token_id)
 
     def order(self, row: int = 0) -> list[list[int]]:
-        """Canvas positions of one row in the order of their commitment, one list a forward."""
+        """Return the canvas positions of one row in the order of their commits, one list per forward pass."""
         steps = self.commit_step[row].tolist()
         return [[p for p, s in enumerate(steps) if s == i] for i in range(max(steps, default=-1) + 1)]
 
     def text(self, decode: Callable[[list[int]], str], mask_token_id: int, row: int = 0) -> str:
-        """One line a forward: the generated part as it stood, masks included; `decode` maps ids to a string."""
+        """Return one line per forward pass: the answer at that time, masks included; `decode` maps ids to a string."""
         lines = []
         for step in range(-1, int(self.commit_step[row].max()) + 1):
             canvas = self.canvas_at(step, mask_token_id)[row, self.prompt_length :]
@@ -156,19 +159,19 @@ class Trace:
         self, path: str | PathLike | None = None, *, beside: Trace | Sequence[Trace] = (),
         names: Sequence[str] | None = None, title: str = "A decoding",
     ) -> str:  # fmt: skip
-        """A page on which the decoding can be watched: play it, step through it, point at a token to read about it.
+        """Build an interactive page that shows the decoding: play it, step through it, or point at a token for details.
 
-        One HTML file that holds all it needs and loads nothing, neither scripts nor fonts nor anything else. It shows
-        the canvas after each forward, a map of positions and forwards, and how many tokens were decided when.
+        The page is a single self-contained HTML file that loads no scripts, fonts or other resources. It shows the
+        canvas after each forward pass, a map of positions and forward passes, and how many tokens were decided when.
 
         Parameters
         ----------
         path : path, optional
-            Where to write it, in UTF-8. None: it is only returned.
+            File to write the page to, in UTF-8. If None, the page is only returned.
         beside : Trace or sequence of Trace
             Other decodings to show next to this one, forward by forward.
         names : sequence of str, optional
-            What each of them is called.
+            Names of this decoding and of those in `beside`.
         title : str
             The page's title.
 
@@ -179,8 +182,10 @@ class Trace:
 
         Raises
         ------
+        TypeError
+            If `beside` is not a Trace or a sequence of them.
         ValueError
-            When there are not as many names as decodings.
+            If the number of names differs from the number of decodings.
         """
         others = [beside] if isinstance(beside, Trace) else beside
         if not isinstance(others, Sequence) or not all(isinstance(one, Trace) for one in others):
@@ -192,7 +197,7 @@ class Trace:
         return page
 
     def _repr_html_(self) -> str:
-        """The page within a notebook, in a frame of its own that may run the page's script and nothing else."""
+        """Return the page for a notebook, in an iframe that may run only the page's own script."""
         source = html.escape(self.html(), quote=True)
         return (
             f'<iframe srcdoc="{source}" sandbox="allow-scripts" title="A decoding" '
@@ -200,7 +205,7 @@ class Trace:
         )
 
     def plot(self, path: str | PathLike, row: int = 0) -> None:
-        """Save a PNG: position against the forward that committed it, coloured by confidence (needs matplotlib)."""
+        """Save a PNG: position against the forward that committed it, colored by confidence. Needs matplotlib."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -216,23 +221,23 @@ class Trace:
         figure.colorbar(dots, label="confidence")
         figure.savefig(path, dpi=120)
 
-    # --- what a page shows --------------------------------------------------------------------------------------------
+    # --- data for the page --------------------------------------------------------------------------------------------
 
     def start(self, row: int = 0) -> tuple[list[int], list[bool]]:
-        """The row before the first forward: ids, and which positions were open."""
+        """Return the token ids of a row before the first forward pass, and which of its positions were open."""
         if self.recording is not None:
             return self.recording.tokens[row].tolist(), self.recording.is_open[row].tolist()
         decided = self.commit_step[row] >= 0
         return torch.where(decided, -1, self.tokens[row]).tolist(), decided.tolist()
 
     def bounds(self, row: int = 0) -> tuple[int, int]:
-        """First column of a row that is no padding, and the column behind its last."""
+        """Return the first column of a row that is not padding, and the column after its last."""
         first = 0 if self.origin is None else int(self.origin[row])
         return first, self.tokens.shape[1] if self.length is None else int(self.length[row])
 
 
 def page_data(traces: Sequence[Trace], names: Sequence[str] | None) -> dict[str, Any]:
-    """What the page is told of one or more decodings, side by side."""
+    """Return the data of a page that shows one or more decodings side by side."""
     if names is None:
         names = [""] if len(traces) == 1 else [f"decoding {i + 1}" for i in range(len(traces))]
     if isinstance(names, str) or len(names) != len(traces):
@@ -241,7 +246,7 @@ def page_data(traces: Sequence[Trace], names: Sequence[str] | None) -> dict[str,
 
 
 def _decoding(trace: Trace, name: str) -> dict[str, Any]:
-    """What the page is told of one decoding: its rows, and what the tokens in them are called."""
+    """Return the page's data for one decoding: its rows, and the texts of their tokens."""
     rows = [_row(trace, row) for row in range(len(trace.tokens))]
     ids = {token for row in rows for token in row["start"] if token >= 0}
     ids |= {event[3] for row in rows for event in row["events"]}
@@ -252,7 +257,7 @@ def _decoding(trace: Trace, name: str) -> dict[str, Any]:
 
 
 def _row(trace: Trace, row: int) -> dict[str, Any]:
-    """One row as the page needs it. Events are [forward, number of the kind, position, token, confidence]."""
+    """Return the page's data for one row. Events are [forward, index of the kind, position, token, confidence]."""
     tokens, is_open = trace.start(row)
     first, last = trace.bounds(row)
     events = [
@@ -275,7 +280,7 @@ def _row(trace: Trace, row: int) -> dict[str, Any]:
 
 
 def text_of(tokenizer: Any, token: int) -> str:
-    """What a token is called: its text, with the space before it if it begins a word; its id without a tokenizer."""
+    """Return a token's text, including a leading space if it begins a word; without a tokenizer, its id."""
     if tokenizer is None or token < 0:
         return str(token)
     try:
@@ -284,10 +289,10 @@ def text_of(tokenizer: Any, token: int) -> str:
     except (IndexError, KeyError, OverflowError, TypeError, ValueError):  # an id that the tokenizer does not know
         return f"[{token}]"
     if isinstance(piece, str) and piece.startswith("▁") and not text.startswith(" "):
-        text = f" {text}"  # SentencePiece's mark of a word's beginning, dropped where a text begins
+        text = f" {text}"  # SentencePiece marks the beginning of a word, but decode drops it at the start
     return text if text and "\ufffd" not in text else f"[{token}]"
 
 
 def _short(value: float) -> float:
-    """Four digits; 0 for what JSON cannot hold."""
+    """Round to four digits; return 0 for values that JSON cannot represent."""
     return round(value, 4) if value == value and abs(value) != float("inf") else 0

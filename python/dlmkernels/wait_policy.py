@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How OpenMP's threads wait for each other, chosen before torch is loaded: afterwards it is too late.
+"""Choose how idle OpenMP threads wait. This has to happen before torch is loaded.
 
-A thread that has nothing to do spins by default, ready for the next piece of work. That is harmless while every thread
-has a processor of its own. Once other programs need the processors, the threads that spin take them from those that
-work, and a decoding of many small steps becomes many times slower. With ``OMP_WAIT_POLICY=PASSIVE`` a thread without
-work sleeps.
+By default, an idle thread spins, ready for its next piece of work. That is harmless while every thread has a processor
+to itself. Once other programs need the processors, the spinning threads take time from the working ones, and a
+decoding with many small steps becomes many times slower. With ``OMP_WAIT_POLICY=PASSIVE``, idle threads sleep.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ VARIABLE = "OMP_WAIT_POLICY"
 
 
 def is_command_line(words: Sequence[str]) -> bool:
-    """Whether a process that was started with these words runs the command `dlmkernels`.
+    """Return whether a process started with these command-line words runs the `dlmkernels` command.
 
-    Either as the program of that name or as `python -m dlmkernels`.
+    It may be started as the program of that name or as `python -m dlmkernels`.
     """
     script = Path(words[1]).stem if len(words) > 1 else ""
     return script == "dlmkernels" or any(pair == ("-m", "dlmkernels") for pair in pairwise(words))
 
 
 def choose() -> None:
-    """Let idle threads sleep in a process of our own; in any other, and where the user has chosen, change nothing."""
+    """Let idle threads sleep if this process is the `dlmkernels` command and the user has not set the policy."""
     if "torch" not in sys.modules and is_command_line(sys.orig_argv):
         os.environ.setdefault(VARIABLE, "PASSIVE")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one forward reads, writes and attends to."""
+"""Describe what one forward pass reads, writes and attends to."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from .cache import KVCache
 
 @dataclass(frozen=True)
 class Rows:
-    """The n of S rows that a forward takes, in which some may be unused.
+    """The n of S batch rows that a forward pass processes, some of which may be unused.
 
     Attributes
     ----------
     index : Tensor
-        int64 `[n]`: which they are; any for an unused one.
+        int64 `[n]`: the index of each row among the S; arbitrary for an unused row.
     cache : Tensor
-        int32 `[n]`: the same, but -1 for an unused one.
+        int32 `[n]`: like `index`, but -1 for an unused row.
     taken, place : Tensor
-        bool and int64 `[S]`: which of the S rows are among them, and where (any place for one that is not).
+        bool and int64 `[S]`: whether each of the S rows is processed, and its place among the n (arbitrary if it is
+        not).
     """
 
     index: Tensor
@@ -35,13 +36,13 @@ class Rows:
 
     @classmethod
     def chosen(cls, rows: Tensor, count: int) -> Rows:
-        """The first `count` of the chosen rows bool `[S]`, or all if there are fewer."""
+        """Return the first `count` of the chosen rows, bool `[S]`, or all of them if there are fewer."""
         index = torch.nonzero_static(rows, size=count, fill_value=-1)[:, 0]
         place = rows.cumsum(0) - 1
         return cls(index.clamp(min=0), index.int(), rows & (place < count), place.clamp(0, count - 1))
 
     def twice(self) -> Rows:
-        """The same rows of both halves of a batch of 2 S."""
+        """Return these rows in both halves of a batch of 2 S rows."""
         half, count = len(self.place), len(self.index)
         other = torch.where(self.cache >= 0, self.cache + half, -1)
         return Rows(
@@ -50,56 +51,59 @@ class Rows:
         )  # fmt: skip
 
     def of(self, x: Tensor) -> Tensor:
-        """`x` `[S, …]` in these rows, `[n, …]`."""
+        """Return these rows of `x` `[S, …]`, `[n, …]`."""
         return x.index_select(0, self.index)
 
     def write(self, to: Tensor, values: Tensor) -> None:
-        """Let `values` `[n, …]` stand in these rows of `to` `[S, …]`; the others stay what they are."""
+        """Write `values` `[n, …]` to these rows of `to` `[S, …]`, leaving the others unchanged."""
         taken = self.taken.view(-1, *[1] * (to.dim() - 1))
         to.copy_(torch.where(taken, values.index_select(0, self.place), to))
 
 
 @dataclass(frozen=True)
 class AttentionWindow:
-    """The rows of one forward and what they may see; handed to every layer as the keyword argument `dlm_window`.
+    """The rows of one forward pass and what they may attend to.
+
+    It is passed to every layer as the keyword argument `dlm_window`.
 
     Attributes
     ----------
     slots : Tensor, optional
-        int32 `[B, Q]`: cache slot (= canvas position) of each row, -1 for an unused row. None: row i has slot i.
+        int32 `[B, Q]`: cache slot (= canvas position) of each row, -1 for an unused row. If None, row i has slot i.
     kv_range : Tensor, optional
-        int32 `[B, 2]` or `[B, N, 2]`: half-open ranges of slots that may be attended. None: all.
+        int32 `[B, 2]` or `[B, N, 2]`: half-open ranges of slots that may be attended to. If None, all.
     cache : KVCache, optional
-        Where the rows' keys and values are written and the other slots' are found. None: the rows attend to each
-        other alone and nothing is kept.
+        Holds the keys and values: those of the rows are written to it, and those of other slots are read from it. If
+        None, the rows attend only to each other and nothing is stored.
     causal_block : int
         0: bidirectional; 1: causal; n: block-causal with blocks of n.
     block_origin : Tensor, optional
         int32 `[B]`: slot at which block 0 starts.
     q_limit, k_order : Tensor, optional
-        int32 `[B, Q]` and `[B, S]`: slot j is seen only if its order does not exceed the row's limit.
+        int32 `[B, Q]` and `[B, S]`: slot j is visible only if its order does not exceed the row's limit.
     context_end : Tensor, optional
-        int32 `[B]`: where the open block starts. In layers with a sliding window all of its rows then see the block,
-        and of what stands left of it the same slots as its first row. None: the window slides with each row.
+        int32 `[B]`: start of the open block. In layers with a sliding window, all rows then see the whole block, and to
+        the left of it the same slots as the block's first row. If None, the window slides with each row.
     shadow : Tensor, optional
-        int32 `[B, n]`: the slots that the last n rows stand for a second time, unused ones, with -1, behind the others.
-        Such a row sees all that `kv_range` says but this slot, and those of the last n rows that are used; the other
-        rows do not see these. Full attention without a cache only.
+        int32 `[B, n]`: for each of the last n rows, the slot that it represents a second time. Unused rows have -1 and
+        come last. Such a row sees everything in `kv_range` except this slot, and also the used ones of the last n rows;
+        the other rows do not see the last n rows. Full attention without a cache only.
     cache_rows : Tensor, optional
-        int32 `[B]`: row of the cache that each row of the batch reads and writes, -1 for an unused one. None: its own.
+        int32 `[B]`: row of the cache that each batch row reads and writes, -1 for an unused one. If None, row b uses
+        cache row b.
     rotations : object, optional
-        What `DiffusionModel.rotations` made of the requests' lengths, for models whose rotary embedding depends on
-        them. None: each row of the batch is as long as the largest of its positions says.
+        Result of `DiffusionModel.rotations` for the requests' lengths, for models whose rotary embedding depends on the
+        length. If None, the length of each batch row is taken from the largest of its positions.
     visible : Tensor, optional
-        int32 `[B, Q, words]`, with a cache: which of the other rows of this forward each row sees, as
-        `ops.block_attention` takes it. None: all that the other conditions let it see.
+        int32 `[B, Q, words]`, only with a cache: which of the other rows of this forward pass each row sees, in the
+        format of `ops.block_attention`. If None, all that the other conditions allow.
     layers : callable, optional
-        What each layer computes: a function of a `models.layerwise.LayerCall`, for models that
-        `DiffusionModel.by_layers` has made. None: every layer all rows.
+        Computes each layer from a `models.layerwise.LayerCall`, for models made by `DiffusionModel.by_layers`. If None,
+        every layer computes all rows.
     watch : callable, optional
-        Called in every layer when its keys and values have been written, with the layer's index, its queries
-        `[B, Q, H, D]`, the layer's buffers of keys and values, and what products of these are multiplied by. Not in
-        layers with a sliding window.
+        Called in every layer once its keys and values have been written, with the layer's index, its queries
+        `[B, Q, H, D]`, the layer's key and value buffers, and the scale of the attention logits. Not called in layers
+        with a sliding window.
     """
 
     slots: Tensor | None = None
@@ -116,9 +120,9 @@ class AttentionWindow:
     visible: Tensor | None = None
     layers: Callable[..., Tensor] | None = None
     watch: Callable[[int, Tensor, Tensor, Tensor, float], None] | None = None
-    #: the layers that have attended so far
+    #: Indices of the layers that have attended so far.
     attended: set[int] = field(default_factory=set, init=False, repr=False, compare=False)
-    #: where the tensors are, None without any; and the same window on other devices
+    #: Device of the tensors (None without any), and copies of this window on other devices.
     _home: torch.device | None = field(default=None, init=False, repr=False, compare=False)
     _copies: dict[torch.device, AttentionWindow] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -127,7 +131,7 @@ class AttentionWindow:
         object.__setattr__(self, "_home", next((tensor.device for tensor in tensors), None))
 
     def of(self, rows: Rows) -> AttentionWindow:
-        """The window of some of its rows."""
+        """Return the window restricted to some of its batch rows."""
         chosen: dict[str, Any] = {
             f.name: rows.of(value)
             for f in fields(self)
@@ -136,9 +140,9 @@ class AttentionWindow:
         return replace(self, **chosen, cache_rows=None if self.cache is None else rows.cache)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> AttentionWindow:
-        """The same window with its tensors on `device`: itself, or a copy that is made once for each device.
+        """Return this window with its tensors on `device`: itself, or a copy that is made once per device.
 
-        The cache stays what it is, since each of its layers lives where that layer of the model does.
+        The cache is not moved, since each of its layers is on the device of that layer of the model.
         """
         device = torch.device(device)
         if self._home is None or device == self._home:
@@ -150,7 +154,7 @@ class AttentionWindow:
                 if f.init and isinstance(value := getattr(self, f.name), Tensor)
             }
             copy = replace(self, **moved)
-            # of which there is one set for all devices
+            # All devices share these.
             vars(copy).update(attended=self.attended, _copies=self._copies)
             self._copies.update({self._home: self, device: copy})
         return self._copies[device]
@@ -173,17 +177,17 @@ class TokenWindow:
 
     @classmethod
     def of(cls, positions: Tensor, origin: Tensor, used: Tensor) -> TokenWindow:
-        """The window of `positions` whose slots are known to be `used`, bool `[B, W]`, so that nothing need compare."""
+        """Return the window of `positions` with its `used` slots, bool `[B, W]`, given, which saves the comparison."""
         window = cls(positions, origin)
         vars(window)["used"] = used
         return window
 
     @cached_property
     def used(self) -> Tensor:
-        """Slots that stand for a position, bool `[B, W]`."""
+        """Slots that have a position, bool `[B, W]`."""
         return self.positions >= 0
 
     @property
     def request_positions(self) -> Tensor:
-        """Positions counted from the start of the request: what random draws depend on, whatever the padding."""
+        """Positions counted from the start of the request. Random draws depend on these, so padding has no effect."""
         return self.positions - self.origin[:, None]

@@ -35,7 +35,7 @@ def test_overlapping_arguments_are_refused(op, target, other):
     call = op_calls.CALLS[op]()
     shared = side_by_side(call, target, other, apart=False)
     before = op_calls.cloned(shared)
-    named = rf"({target} is written and must share no memory with {other}|{other} is written and .* with {target}); "
+    named = rf"({target} is written to and must not share .* {other}|{other} is written to and .* with {target}); "
     with pytest.raises(RuntimeError, match=f"^{op}: {named}"):
         getattr(ops, op)(**shared)
     with pytest.raises(RuntimeError, match=f"^{op}: {named}"):
@@ -55,12 +55,12 @@ def test_neighbours_in_one_storage_are_not(op, target, other):
 def test_the_same_tensor_twice():
     tokens, state = torch.full((1, 8), 3), torch.ones(1, 8, dtype=torch.uint8)
     x = torch.arange(8, dtype=torch.int32)[None]
-    with pytest.raises(RuntimeError, match="commit_step is written and must share no memory with position"):
+    with pytest.raises(RuntimeError, match="commit_step is written to and must not share memory with position"):
         ops.remask_(tokens, state, x, tokens.clone(), commit=state.bool(), commit_step=x)
-    with pytest.raises(RuntimeError, match="tokens is written and must share no memory with position"):
+    with pytest.raises(RuntimeError, match="tokens is written to and must not share memory with position"):
         ops.remask_(tokens, state, tokens.view(torch.int32)[:, :1], tokens[:, :1].clone())
     new, k, v = torch.zeros(1, 1, 1, 8), torch.zeros(1, 4, 1, 8), torch.zeros(1, 4, 1, 8)
-    with pytest.raises(RuntimeError, match="k_cache is written and must share no memory with slots"):
+    with pytest.raises(RuntimeError, match="k_cache is written to and must not share memory with slots"):
         ops.block_attention(new, new, new, k, v, k.view(torch.int32)[0, :1, 0, :1])
 
 
@@ -128,7 +128,7 @@ def test_any_strides():
             refused = None
         except RuntimeError as error:
             refused = "itself" if "must not overlap itself" in str(error) else "each other"
-            assert "must share no memory" in str(error) or refused == "itself"
+            assert "must not share memory" in str(error) or refused == "itself"
         assert (refused is not None) == (itself or each_other), (strides, offsets, refused)
         assert refused is None or (itself if refused == "itself" else each_other)
         outcomes.add((refused, itself, each_other))

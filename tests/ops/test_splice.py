@@ -345,7 +345,7 @@ class TestErrors:
             "fill_token_id must be a token id when remove is given", fill_token_id=-1, insert=None, length=None
         )
         self.refuses("pad_token_id must be a token id when remove and length are given; got -1", pad_token_id=-1)
-        self.refuses("end must be None where length is given", end=torch.tensor([3], dtype=torch.int32))
+        self.refuses("end must be None when length is given", end=torch.tensor([3], dtype=torch.int32))
 
     def test_values(self):
         for name, least in (("start", -1), ("length", 0)):

@@ -402,7 +402,7 @@ class TestErrors:
 
     def test_values(self):
         self.refuses(
-            r"leniency must be 0 \(accept all that can be drawn\) or positive and finite in float32; got -0.5",
+            r"leniency must be 0 \(accept every draft that the target can draw\) or positive and finite in float32; got -0.5",
             leniency=-0.5,
         )
         self.refuses("leniency must be 0 .* or positive and finite in float32; got nan", leniency=math.nan)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops, one function each: documentation, defaults, and a call of torch.ops.dlmkernels.
+"""The ops, one function each: documentation, default values, and a call of torch.ops.dlmkernels.
 
-Where an argument may hold one value for all rows, a number of Python or numpy will do: ``temperature=0.7``. No op is
-differentiable: where a gradient could be asked for, the call is an error. What an op writes must share no memory with
-its other arguments.
+An argument that may hold a single value for all rows also accepts a Python or numpy number: ``temperature=0.7``. No op
+is differentiable: calling one where a gradient would be recorded raises an error. Tensors that an op writes to must not
+share memory with its other arguments.
 """
 
 from ..arguments import ArgumentError as ArgumentError

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`block_attention`: contract, call of torch.ops.dlmkernels, and what its results look like to torch.compile."""
+"""`block_attention`: documentation, the call of torch.ops.dlmkernels, and the fake for torch.compile."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from .fakes import check_devices, check_gradients
 
 
 class BlockAttention(NamedTuple):
-    """What `block_attention` returns."""
+    """Result of `block_attention`."""
 
     out: Tensor
     lse: Tensor
@@ -40,86 +40,90 @@ def block_attention(
     k_slots: Tensor | None = None,
     visible: Tensor | None = None,
 ) -> BlockAttention:
-    """Scatter, then attend: write new K/V rows at given cache slots, then attend over given ranges of the cache.
+    """Write new K/V rows into the given cache slots, then attend over the given ranges of the cache.
 
-    Every way to reuse keys and values is a choice of slots and ranges: a full forward without a cache (`k_new` None,
-    the fresh keys as the cache), appending a finished block, refreshing a window in the middle of a canvas, attending
-    to a prompt and a suffix but not to what lies between them.
+    Every scheme for reusing keys and values is a choice of slots and ranges: a full forward pass without a cache
+    (`k_new` None, the fresh keys passed as the cache), appending a finished block, refreshing a window in the middle of
+    a canvas, attending to a prompt and a suffix but not to what lies between them.
 
-    Letters: B batch, Q query rows, H query heads, G key/value heads (H is a multiple of G; query head h reads key
-    head h // (H / G)), D head dimension, S cache slots, N ranges. Tensors of floats may have any strides in their
-    first three dimensions; index tensors are contiguous. All writing is complete before any row attends.
+    Dimensions: B batch, Q query rows, H query heads, G key/value heads (H is a multiple of G; query head h reads key
+    head h // (H / G)), D head dimension, K new rows, S cache slots, N ranges. Floating-point tensors may have any
+    strides in their first three dimensions; index tensors are contiguous. All writes finish before any row attends.
 
     Parameters
     ----------
     q : Tensor
         [B, Q, H, D], float32, bfloat16 or float16; D a multiple of 8, at most 512.
     k_new, v_new : Tensor or None
-        [B, K, G, D], dtype of `q`: keys and values to be written into the cache, those of the query rows (K = Q) unless
-        `k_slots` says otherwise. Both or neither; without them nothing is written.
+        [B, K, G, D], dtype of `q`: keys and values to write into the cache. They belong to the query rows (K = Q)
+        unless `k_slots` is given. Pass both or neither; without them nothing is written.
     k_cache, v_cache : Tensor
-        [B, S, G, D] (see `cache_rows`), dtype of `q`; written at `slots` when `k_new` is given, and then not an
-        expanded tensor. Slots that no row sees may hold anything, NaN included.
+        [B, S, G, D] (see `cache_rows`), dtype of `q`. Written at `slots` when `k_new` is given, in which case they must
+        not be expanded tensors. Slots that no row attends to may hold anything, including NaN.
     slots : Tensor or None
-        int32 [B, Q]: the cache slot of each query row. It says where the row's `k_new` and `v_new` go, and is the
-        row's own place for `causal_block` and the sliding window. -1: unused row, nothing is written for it, its
-        output is zero and its lse -inf. The other slots of a batch row should be distinct; if two rows name one slot,
-        the later row is written. None: row i has slot i (then Q <= S).
+        int32 [B, Q]: the cache slot of each query row. It determines where the row's `k_new` and `v_new` are written,
+        and is the row's own position for `causal_block` and the sliding window. -1 marks an unused row: nothing is
+        written for it, its output is zero and its lse is -inf. The other slots of a batch row should be distinct; if
+        two rows name the same slot, the later row is written. If None, row i has slot i (this requires Q <= S).
     kv_range : Tensor or None
-        int32 [B, N, 2], or [B, 2] for one range: half-open ranges of attended slots, ascending. A range starts no
-        earlier than the ranges before it end, so an overlap counts once; start >= end is an empty range; N >= 1. None:
-        [0, S). Left padding of p slots is a range that starts at p.
+        int32 [B, N, 2], or [B, 2] for a single range: half-open ranges of slots to attend to, in ascending order,
+        N >= 1. A range starts no earlier than the ranges before it end, so an overlap counts once. A range with
+        start >= end is empty. Left padding of p slots is a range that starts at p. If None, [0, S).
     causal_block : int
-        0: no order between slots. n > 0: block-causal with blocks of n slots, a row sees the slots of its own block and
-        of earlier ones; 1 is plain causal.
+        0 imposes no order between slots. n > 0 is block-causal with blocks of n slots: a row sees the slots of its own
+        block and of earlier blocks. 1 is ordinary causal attention.
     block_origin : Tensor or None
-        int32, one value or [B]: the slot at which block 0 starts, so that blocks can be counted from the prompt's end.
-        Slots before it form one block that sees itself and is seen by all. None: 0.
+        int32, one value or [B]: the slot at which block 0 starts, so that blocks can be counted from the end of the
+        prompt. Slots before it form one block that sees only itself and is seen by all. If None, 0.
     q_limit, k_order : Tensor or None
-        int32 [B, Q] and [B, S], both or neither: slot j is seen only if ``k_order[b, j] <= q_limit[b, row]``. Any
-        nesting of visible sets, in addition to the other conditions.
+        int32 [B, Q] and [B, S], both or neither: slot j is visible only if ``k_order[b, j] <= q_limit[b, row]``. This
+        expresses any nesting of visible sets, and applies in addition to the other conditions.
     window_left, window_right : int
-        Sliding window: the row with slot i sees slots i - window_left ... i + window_right. -1: open on that side.
+        Sliding window: the row with slot i sees slots i - window_left through i + window_right. -1 leaves that side
+        unbounded.
     softcap : float
-        Positive: logits become ``softcap * tanh(s / softcap)``. 0: none.
+        If positive, logits become ``softcap * tanh(s / softcap)``. 0 disables it.
     scale : float or None
-        Factor of the logits ``q . k``. None: 1 / sqrt(D).
+        Factor applied to the logits ``q . k``. If None, 1 / sqrt(D).
     cache_rows : Tensor or None
-        int32 [B]: which row of the caches, then [C, S, G, D], each batch row reads and writes, so that some requests of
-        many are a batch without moving anything. Distinct where `k_new` is written. -1: an unused batch row, whose rows
-        are all like those of slot -1. None: batch row b has cache row b, and C = B.
-
+        int32 [B]: the row of the caches, which then have shape [C, S, G, D], that each batch row reads and writes. This
+        lets a subset of the requests form a batch without moving any data. Must be distinct where `k_new` is written.
+        -1 marks an unused batch row, all of whose rows are treated like rows with slot -1. If None, batch row b uses
+        cache row b, and C = B.
     k_slots : Tensor or None
-        int32 [B, K]: the cache slot of each new row, where new rows are not those of the queries: context without
-        queries, which a drafter injects, alone (Q = 0) or before its queries' own rows. -1 is written nowhere, and of
-        two rows that name one slot the later is written. None: K = Q, and the new rows have the queries' `slots`.
+        int32 [B, K]: the cache slot of each new row, for new rows that are not those of the queries, such as the
+        context that a drafter injects, either alone (Q = 0) or ahead of its queries' own rows. Rows with slot -1 are
+        not written; if two rows name the same slot, the later one is written. If None, K = Q and the new rows use the
+        queries' `slots`.
     visible : Tensor or None
-        int32 [B, Q, ceil(K / 32)]: bit i % 32 of word i / 32 tells whether a query sees new row i, in addition to the
-        other conditions: a tree of drafts, where each sees its ancestors and itself, or drafts beside masks. Slots that
-        no new row is written to are not concerned. A slot that several new rows name is seen only where all of them
-        are. None: all are seen.
+        int32 [B, Q, ceil(K / 32)]: bit i % 32 of word i // 32 is 1 where the query may see new row i, in addition to
+        the other conditions. Use it for a tree of drafts, in which each draft sees its ancestors and itself, or for
+        drafts alongside masks. Slots to which no new row is written are not affected. A slot named by several new rows
+        is visible only where the bits of all of them are set. If None, all new rows are visible.
 
     Returns
     -------
     BlockAttention
         `out` [B, Q, H, D], contiguous, dtype of `q`: softmax-weighted values. `lse` [B, Q, H], float32: natural
-        logarithm of the sum of the exponentials of the visible logits. A row that sees nothing: zeros and -inf.
+        logarithm of the sum of the exponentials of the visible logits. For a row that sees nothing, `out` is zero and
+        `lse` is -inf.
 
     Raises
     ------
     ArgumentError
-        Wrong device, dtype, shape, stride, or a row, slot or range outside the cache (checked on CPU only). The message
-        names the argument; nothing has been written.
+        Wrong device, dtype, shape or stride, or a row, slot or range outside the cache (checked on CPU only). The
+        message names the argument; nothing has been written.
 
     Notes
     -----
-    Arithmetic is float32. A row's result has the same bits whatever the batch, the other query rows and the number of
-    threads; on the CPU also whatever the left padding (as `kv_range`), and a block attending to a cache gives the bits
-    of the same rows in a full forward. NaN in a row of `q` stays in that row. A visible logit of -inf weighs nothing,
-    one of +inf makes its row NaN.
+    Arithmetic is float32. A row's result is bitwise identical whatever the batch, the other query rows and the number
+    of threads. On the CPU it is also independent of left padding (given as `kv_range`), and a block that attends to a
+    cache gets the same bits as the same rows in a full forward pass. NaN in a row of `q` stays in that row. A visible
+    logit of -inf has no weight; one of +inf makes its row NaN.
 
-    Rows of a tree that were accepted move to the front of its slots by two calls of fixed shape, which a captured step
-    may hold: a gather of the cache at the accepted slots, padded to the depth of the tree, and this op, no queries::
+    To move the accepted rows of a draft tree to the front of its slots, use two calls of fixed shape, which a captured
+    step may contain: gather the cache at the accepted slots, padded to the depth of the tree, then call this op without
+    queries::
 
         # accepted: int32 [B, depth], slots or -1; first: [B, 1]
         rows = accepted.clamp(min=0).long()[:, :, None, None].expand(-1, -1, *k_cache.shape[2:])

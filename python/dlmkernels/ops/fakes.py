@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of the ops' fakes, which stand in for the kernels while torch.compile traces: what kernels refuse, they do."""
+"""Checks shared by the ops' fake implementations, which replace the kernels while torch.compile traces.
+
+They reject what the kernels would reject.
+"""
 
 import torch
 
 
 def check_devices(op, needed, optional):
-    """Refuse tensors on several devices: with one of them on "meta" no kernel, and so none of its checks, would run.
+    """Raise unless all tensors are on the device of the first required one.
 
-    The first of those that are needed is the one on whose device all others must be.
+    With one tensor on the "meta" device no kernel would run, and so none of the kernel's own checks.
     """
     for name, value in needed.items():
         if value is None:
@@ -19,7 +22,10 @@ def check_devices(op, needed, optional):
 
 
 def check_gradients(op, **arguments):
-    """Refuse what a gradient is asked for: a compiled graph runs the kernels, and their checks, without gradients."""
+    """Raise if a gradient is requested for one of the arguments.
+
+    A compiled graph runs the kernels, and their checks, with gradients disabled, so the check has to be made here.
+    """
     if not torch.is_grad_enabled():
         return
     for name, value in arguments.items():

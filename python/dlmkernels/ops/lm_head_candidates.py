@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lm_head_candidates`: contract, call of torch.ops.dlmkernels, and what its results look like to torch.compile."""
+"""`lm_head_candidates`: documentation, the call of torch.ops.dlmkernels, and the fake for torch.compile."""
 
 import torch
 from torch import Tensor
@@ -20,11 +20,11 @@ def lm_head_candidates(
     banned: Tensor | None = None,
     bitmask: Tensor | None = None,
 ) -> TopCandidates:
-    """`top_candidates` of ``hidden @ weight.T``, the logits of an LM head, without the logits in memory.
+    """Compute `top_candidates` of ``hidden @ weight.T``, the logits of an LM head, without materializing the logits.
 
-    Works in at most 8 MB beyond its arguments and results, whatever the number of rows and tokens (for up to some 4,000
-    elements a row). Logits are summed in float32 and rounded to the dtype of `hidden`, as a linear layer rounds its
-    result; what differs from top_candidates of such a layer's logits are near ties.
+    Needs at most 8 MB of memory beyond its arguments and results, whatever the number of rows and tokens (for rows of
+    up to about 4,000 elements). Logits are summed in float32 and rounded to the dtype of `hidden`, as a linear layer
+    rounds its result. Results differ from `top_candidates` of such a layer's logits only in near ties.
 
     Parameters
     ----------
@@ -32,30 +32,32 @@ def lm_head_candidates(
         float32, bfloat16 or float16 [R, d]: the hidden states that the LM head takes; stride 1 in the last dimension,
         any row stride.
     weight : Tensor
-        [V, d], dtype of `hidden`, V >= 1: the head's weights; strides likewise.
+        [V, d], dtype of `hidden`, V >= 1: the weights of the head; stride 1 in the last dimension, any row stride.
     k : int
-        Candidates of a row, 1 to 64.
+        Number of candidates per row, 1 to 64.
     row_map : Tensor, optional
-        int32 [N]: the row of `hidden` that each output row takes, in [-1, R); -1 marks an unused row. Default: output
-        row n takes row n, N = R.
+        int32 [N]: the row of `hidden` that each output row reads, in [-1, R); -1 marks an unused row. By default,
+        output row n reads row n and N = R.
     banned, bitmask : Tensor, optional
-        Ids that are no candidates, and which may be: as in `top_candidates`.
+        Token ids to exclude, and token ids that are allowed, as in `top_candidates`.
 
     Returns
     -------
     TopCandidates
-        As `top_candidates` returns it.
+        As returned by `top_candidates`.
 
     Raises
     ------
     ArgumentError
-        For a wrong device, dtype, shape or stride; and, on the CPU, for a value out of range. Elsewhere a source row or
-        an id out of range is none. The message names the argument.
+        For a wrong device, dtype, shape or stride; and, on the CPU, for a value out of range. On CUDA, where values are
+        not checked, a source row out of range is treated as unused and an id out of range is ignored. The message names
+        the argument.
 
     Notes
     -----
-    A row's result has the same bits whatever the batch and the number of threads. On a GPU the logits of as many rows
-    as 8 MB have room for (14 of 262,144 bfloat16) are made at a time, and `weight` is read once for as many.
+    A row's result is bitwise identical whatever the batch and the number of threads. On a GPU, logits are computed for
+    as many rows at a time as fit into 8 MB (14 rows of 262,144 bfloat16 logits), and `weight` is read once for each
+    such group of rows.
     """
     return TopCandidates(
         *call(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lm_head_confidence`: contract, call of torch.ops.dlmkernels, and what its results look like to torch.compile."""
+"""`lm_head_confidence`: documentation, the call of torch.ops.dlmkernels, and the fake for torch.compile."""
 
 import torch
 from torch import Tensor
@@ -35,15 +35,16 @@ def lm_head_confidence(
     with_margin: bool = True,
     with_entropy: bool = True,
 ) -> TokenConfidence:
-    """`token_confidence` of ``hidden @ weight.T``, the logits of an LM head, without the logits in memory.
+    """Compute `token_confidence` of ``hidden @ weight.T``, the logits of an LM head, without materializing the logits.
 
-    ``lm_head_confidence(h, head.weight, ...)`` is ``token_confidence(torch.nn.functional.linear(h, head.weight), ...)``
-    in at most 8 MB of memory beyond its arguments and results, whatever the number of rows and tokens (for up to some
-    4,000 elements a row; wider rows need room of their own). The logits of a chunk of the vocabulary exist for some
-    rows at a time, in a cache of the processor or the shared memory of a GPU. They are summed in float32 and rounded to
-    the dtype of `hidden`, as the linear layer rounds its result. So the tokens are the same, but for near ties: two
-    programs add up in different orders, and where a sum lies between two values of the dtype, they may round it to
-    different ones.
+    ``lm_head_confidence(h, head.weight, ...)`` is
+    ``token_confidence(torch.nn.functional.linear(h, head.weight), ...)`` in at most 8 MB of memory beyond its arguments
+    and results, whatever the number of rows and tokens (for rows of up to about 4,000 elements; wider rows need
+    additional memory). At any time only the logits of some rows and one chunk of the vocabulary exist, in a processor
+    cache or in the shared memory of a GPU. They are summed in float32 and rounded to the dtype of `hidden`, as the
+    linear layer rounds its result. The tokens are therefore the same except for near ties: two programs add in
+    different orders, and where a sum lies close to the midpoint between two values of the dtype, they may round it
+    differently.
 
     Parameters
     ----------
@@ -51,54 +52,56 @@ def lm_head_confidence(
         float32, bfloat16 or float16 [R, d]: the hidden states that the LM head takes; stride 1 in the last dimension,
         any row stride.
     weight : Tensor
-        [V, d], dtype of `hidden`, V >= 1: the head's weights; strides likewise. On the CPU, bfloat16 weights are read
-        where they are if rows start at multiples of 4 bytes and d is even; others are copied first, which is slower. A
-        GPU is fast if all rows of `hidden` and `weight` start at multiples of 16 bytes and have as many.
+        [V, d], dtype of `hidden`, V >= 1: the weights of the head; stride 1 in the last dimension, any row stride. On
+        the CPU, bfloat16 weights are read in place if rows start at multiples of 4 bytes and d is even; otherwise they
+        are copied first, which is slower. A GPU is fast if all rows of `hidden` and `weight` start at multiples of 16
+        bytes and their length in bytes is a multiple of 16.
     row_map : Tensor, optional
-        int32 [N]: the row of `hidden` that each output row takes, in [-1, R); -1 marks an unused row. Default: output
-        row n takes row n, N = R.
+        int32 [N]: the row of `hidden` that each output row reads, in [-1, R); -1 marks an unused row. By default,
+        output row n reads row n and N = R.
     given : Tensor, optional
-        int64 [N]: the ids whose probabilities are wanted, -1 for none.
+        int64 [N]: the token id of each row whose probability to return, -1 for none.
     uncond_hidden : Tensor, optional
-        As `hidden`, same shape and dtype: those of the unconditional pass, for classifier-free guidance.
+        Hidden states of the unconditional pass, for classifier-free guidance; same shape and dtype as `hidden`.
     cfg_scale : Tensor, optional
-        float32, the guidance scale, required by and only with `uncond_hidden`.
+        float32, the guidance scale. Required with `uncond_hidden`, and allowed only with it.
     bias : Tensor, optional
         float32 [V] or [P, V], added to the rounded logits.
     banned, bitmask : Tensor, optional
-        Ids that must not be chosen, and which may be.
+        Token ids that must not be chosen, and token ids that are allowed.
     temperature, top_k, top_p, top_p_first, keep_crossing
-        What tokens are drawn from. Filters need a row's whole logits: rows are then taken so few at a time that these
-        fit into the memory, and `weight` is read once for as many.
+        Control the distribution that tokens are sampled from. Filters need all logits of a row at once, so fewer rows
+        are processed at a time, as many as fit into the memory limit, and `weight` is read once for each such group.
     distribution : str
-        What the statistics describe: "raw", "tempered" or "filtered".
+        The distribution that the statistics describe: "raw", "tempered" or "filtered".
     seed, step, position, redraw : Tensor, optional
-        What the random numbers depend on.
+        Determine the random numbers.
     with_margin, with_entropy : bool
-        Whether these are wanted.
+        Whether to compute the margin and the entropy.
 
-    All that `token_confidence` has, too, has the same meaning, shape and dtype there, where it is explained.
+    Parameters shared with `token_confidence` have the meaning, shape and dtype documented there.
 
     Returns
     -------
     TokenConfidence
-        As `token_confidence` returns it.
+        As returned by `token_confidence`.
 
     Raises
     ------
     ArgumentError
         For a wrong device, dtype, shape or stride, an unknown distribution, a missing `seed`, `position`, `cfg_scale`
-        or `uncond_hidden`; and, on the CPU, for a value out of range. Elsewhere a source row or an id out of range is
-        none, as with `token_confidence`. The message names the argument.
+        or `uncond_hidden`; and, on the CPU, for a value out of range. On CUDA, where values are not checked, a source
+        row out of range is treated as unused and an id out of range is ignored, as in `token_confidence`. The message
+        names the argument.
 
     Notes
     -----
-    A row's result has the same bits whatever the batch and the number of threads. With AVX512_BF16 or
-    AMX, products of bfloat16 take subnormal numbers as zeros.
+    A row's result is bitwise identical whatever the batch and the number of threads. With AVX512_BF16 or AMX, products
+    of bfloat16 values treat subnormal numbers as zero.
 
-    On a GPU, tensor cores (`mma.sync`) make the products of 16-bit elements, for up to 128 rows at a time (64 with
-    guidance); float32 elements are multiplied one by one, for up to 32 rows. Devices add in different orders, so their
-    tokens may differ in near ties, as those of two programs may.
+    On a GPU, tensor cores (`mma.sync`) multiply 16-bit elements, for up to 128 rows at a time (64 with guidance);
+    float32 elements are multiplied one by one, for up to 32 rows. Devices add in different orders, so their tokens may
+    differ in near ties, as those of any two programs may.
     """
     return TokenConfidence(
         *call(

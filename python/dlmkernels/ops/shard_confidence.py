@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`shard_confidence`: contract, call of torch.ops.dlmkernels, and fake; and `combine_shards`, which follows it."""
+"""`shard_confidence`: documentation, call and fake implementation; and `combine_shards`, which merges its results."""
 
 import torch
 from torch import Tensor
@@ -10,9 +10,9 @@ from ..arguments import call, one_value
 from .fakes import check_devices, check_gradients
 from .token_confidence import FLAG_NAN, FLAG_NOTHING_ALLOWED, FLAG_POSITIVE_INFINITY, TokenConfidence
 
-#: int64 words that a shard has for each row
+#: Number of int64 words per row and shard.
 SHARD_WORDS = 23
-# csrc/common/shard.h says what they are
+# Indices of the words; see csrc/common/shard.h.
 _ARGMAX, _TOKEN, _FLAGS, _LARGEST, _WEIGHT, _EXPONENT, _DRAWN, _GIVEN, _WEIGHTS, _EXPONENTS = *range(9), 15
 _UNUSED = 8
 _FAR = 2.0**32
@@ -38,61 +38,64 @@ def shard_confidence(
     redraw: Tensor | int | None = None,
     with_entropy: bool = True,
 ) -> Tensor:
-    """What a shard of the vocabulary says of each row, for `combine_shards`.
+    """Summarize the logits of one shard of the vocabulary for each row, for `combine_shards` to merge.
 
-    Where the LM head is divided among ranks, each of which has the logits of some tokens, ranks need not exchange
-    logits: 184 bytes a row and rank are enough for all that `token_confidence` returns. What is combined has the same
-    bits however the vocabulary is divided, ids are those of `token_confidence` on all logits, and statistics are the
-    same up to rounding (its sums are floating point, these are not).
+    When an LM head is divided among ranks, each rank has the logits of some of the tokens. The ranks need not exchange
+    logits: 184 bytes per row and rank are enough for everything that `token_confidence` returns. The combined result is
+    bitwise identical however the vocabulary is divided. Token ids equal those of `token_confidence` on all logits, and
+    statistics agree up to rounding (`token_confidence` sums in floating point, while sums over shards are exact).
 
     Parameters
     ----------
     logits : Tensor
-        float32, bfloat16 or float16 [R, V]: those of tokens [first, first + V) of the vocabulary; or, with `weight`,
-        hidden states [R, d]. Stride 1 in the last dimension, any row stride.
+        float32, bfloat16 or float16 [R, V]: the logits of tokens [first, first + V) of the vocabulary; with `weight`,
+        hidden states [R, d] instead. Stride 1 in the last dimension, any row stride.
     first : int
-        The shard's first token, a multiple of 256. So a shard has a multiple of 256 tokens, but the last of a
-        vocabulary.
+        First token of the shard, a multiple of 256. Hence every shard except the last one of a vocabulary holds a
+        multiple of 256 tokens.
     weight : Tensor, optional
-        [V, d], dtype of `logits`: the shard's rows of an LM head. The logits are then never made, as in
+        [V, d], dtype of `logits`: the shard's rows of an LM head. The logits are then never materialized, as in
         `lm_head_confidence`.
     row_map : Tensor, optional
-        int32 [N]: the row that each output row reads, -1 for an unused one. Default: row n, N = R.
+        int32 [N]: the row that each output row reads; -1 marks an unused row. By default, output row n reads row n and
+        N = R.
     given : Tensor, optional
-        int64 [N]: ids in the whole vocabulary whose probabilities are wanted, -1 for none.
+        int64 [N]: the token id of each row whose probability to return, counted in the whole vocabulary; -1 for none.
     uncond : Tensor, optional
-        As `logits`, those of the unconditional pass, for classifier-free guidance; with `weight`, hidden states.
+        Logits of the unconditional pass, for classifier-free guidance (with `weight`, hidden states); same shape and
+        dtype as `logits`.
     cfg_scale : Tensor, optional
-        float32, the guidance scale, required by and only with `uncond`.
+        float32, the guidance scale. Required with `uncond`, and allowed only with it.
     bias, bitmask : Tensor, optional
-        The shard's part of what `token_confidence` takes: [V] or [P, V], and [ceil(V / 32)] or [P, ceil(V / 32)].
+        The shard's part of the arguments of `token_confidence`: [V] or [P, V], and [ceil(V / 32)] or [P, ceil(V / 32)].
     banned : Tensor, optional
-        int64 [K] or [P, K]: ids in the whole vocabulary, -1 for none.
+        int64 [K] or [P, K]: token ids that must not be chosen, counted in the whole vocabulary; -1 for none.
     temperature, seed, step, position, redraw : Tensor, optional
-        What tokens are drawn with, as in `token_confidence`; the same on all ranks.
+        Sampling parameters, as in `token_confidence`. Must be equal on all ranks.
     distribution : {"raw", "tempered", "filtered"}
-        What the statistics describe. Nothing is filtered here: the last two are the same. Top-k and top-p look at a row
-        as a whole; for them, gather the logits.
+        The distribution that the statistics describe. No filter is applied here, so "tempered" and "filtered" are
+        equivalent. Top-k and top-p depend on a whole row; to use them, gather the logits.
     with_entropy : bool
-        Whether the entropy is wanted.
+        Whether to compute the entropy.
 
     Returns
     -------
     Tensor
-        int64 [N, 23]: words whose meaning `reference.shard_confidence` and csrc/common/shard.h tell.
+        int64 [N, 23]: words whose meaning is documented in `reference.shard_confidence` and csrc/common/shard.h.
 
     Raises
     ------
     ArgumentError
-        For a wrong device, dtype, shape or stride, a `first` that is no multiple of 256, a missing `seed`, `position`,
-        `cfg_scale` or `uncond`; and, on the CPU, for a value out of range. Elsewhere a source row or an id out of range
-        is none. The message names the argument.
+        For a wrong device, dtype, shape or stride, a `first` that is not a multiple of 256, a missing `seed`,
+        `position`, `cfg_scale` or `uncond`; and, on the CPU, for a value out of range. On CUDA, where values are not
+        checked, a source row out of range is treated as unused and an id out of range is ignored. The message names the
+        argument.
 
     Notes
     -----
-    On the CPU the words are those of the specification, to the bit. A GPU adds up a chunk's exponentials in its own
-    way: what is combined has the same bits however the vocabulary is divided among GPUs of one kind, with the ids that
-    the CPU gives for the same logits.
+    On the CPU the words equal those of the specification bit for bit. A GPU sums the exponentials of a chunk in its own
+    order: combined results are bitwise identical however the vocabulary is divided among GPUs of the same kind, and the
+    token ids are those that the CPU gives for the same logits.
     """
     return call(
         native.shard_confidence.default,
@@ -132,31 +135,33 @@ def combine_shards(
     with_margin: bool = True,
     with_entropy: bool = True,
 ) -> TokenConfidence:
-    """What all shards of a vocabulary say together: `token_confidence` of logits that nobody has as a whole.
+    """Merge the summaries of all shards of a vocabulary into the result of `token_confidence` on the whole vocabulary.
 
     Parameters
     ----------
     partials : Tensor
-        int64 [S, N, 23]: what `shard_confidence` returned for each of the S shards, in any order. Together they hold
-        the vocabulary, each token once.
+        int64 [S, N, 23]: the results of `shard_confidence` for each of the S shards, in any order. Together the shards
+        hold the whole vocabulary, each token once.
     temperature, distribution
-        What the shards were called with.
+        The values that the shards were computed with.
     with_margin, with_entropy : bool
-        Whether these are wanted; entropies only if the shards were asked for them.
+        Whether to compute the margin and the entropy. The entropy requires shards computed with `with_entropy`.
 
     Returns
     -------
     TokenConfidence
-        As `token_confidence` returns it, with the same bits for any shards of the same vocabulary.
+        As returned by `token_confidence`, bitwise identical for any division of the same vocabulary.
 
     Raises
     ------
-    ArgumentError, TypeError
-        When `partials` has another shape or dtype.
+    TypeError
+        If `partials` is not an int64 tensor.
+    ValueError
+        If the shape of `partials` or `temperature`, or the value of `distribution`, is invalid.
 
     Notes
     -----
-    Some hundred small tensor operations without a host round trip, on any device.
+    Runs about a hundred small tensor operations, on any device, without synchronizing with the host.
 
     >>> own = ops.shard_confidence(hidden, rank * size, weight=weight, temperature=0.7, seed=seed, position=position)
     >>> everyone = [torch.empty_like(own) for _ in range(ranks)]
@@ -165,7 +170,7 @@ def combine_shards(
     """
     _check_partials(partials)
     device, rows = partials.device, partials.shape[1]
-    # words as pairs of floats, the one in the low bits first
+    # The words as pairs of floats, the one in the low bits first.
     pair = partials.contiguous().view(torch.float32).unflatten(-1, (SHARD_WORDS, 2))
     argmax, largest, flags = partials[..., _ARGMAX], pair[..., _LARGEST, 0], partials[..., _FLAGS]
     best = largest.amax(0)
@@ -192,7 +197,7 @@ def combine_shards(
         (_EXPONENTS, SHARD_WORDS, 2, (exponent * weight + of_exponent) * factor),
     ):
         count = end - begin
-        digits = torch.zeros(rows, count + 1, dtype=torch.int64, device=device)  # the last is for what is dropped
+        digits = torch.zeros(rows, count + 1, dtype=torch.int64, device=device)  # last column: dropped digits
         top = (top_power >> 5) + above
         _add_words(digits, partials[..., begin:end], (top_power >> 5) - (power >> 5), counts)
         _add_terms(digits, torch.where(own_chunk, term, 0.0), power, top)
@@ -247,12 +252,12 @@ def _check_partials(partials: Tensor) -> None:
 
 
 def _lowest(candidates: Tensor, ids: Tensor) -> Tensor:
-    """Of the candidates bool `[S, N]`, which has the lowest id, int64 `[1, N]`; any where there is none."""
+    """Return the index of the candidate (bool `[S, N]`) with the lowest id, int64 `[1, N]`; any if there is none."""
     return torch.where(candidates, ids, torch.iinfo(torch.int64).max).argmin(0, keepdim=True)
 
 
 def _scale(temperature: Tensor | float | None, distribution: str, rows: int, device: torch.device) -> Tensor:
-    """1 / T of what the statistics are about, float64 `[N]`."""
+    """Return 1 / T of the distribution that the statistics describe, float64 `[N]`."""
     if distribution not in ("raw", "tempered", "filtered"):
         raise ValueError(f"combine_shards: distribution must be raw, tempered or filtered; got {distribution!r}")
     if temperature is None or distribution == "raw":
@@ -273,8 +278,8 @@ def _is_far(t: Tensor) -> Tensor:
 
 
 def _exact_exp(t: Tensor) -> tuple[Tensor, Tensor]:
-    """e^t as a float64 factor times 2 to the power of an int64: common/shard.h, to the bit."""
-    t = torch.where(_is_far(t), 0.0, t)  # of no account
+    """Return e^t as a float64 factor and an int64 power of two, bit for bit as in csrc/common/shard.h."""
+    t = torch.where(_is_far(t), 0.0, t)  # the result is not used there
     y = t * 1.4426950408889634
     n = (y + torch.where(y < 0, -0.5, 0.5)).long()
     x = (y - n.double()) * 0.6931471805599453
@@ -285,7 +290,7 @@ def _exact_exp(t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _add_words(digits: Tensor, words: Tensor, lower: Tensor, counts: Tensor) -> None:
-    """Add digits int64 `[S, N, n]`, whose first stands `lower` `[S, N]` places behind that of `digits` `[N, n + 1]`."""
+    """Add digits int64 `[S, N, n]`, the first of them `lower` `[S, N]` places below that of `digits` `[N, n + 1]`."""
     last = digits.shape[1] - 1
     place = (lower[..., None] + torch.arange(words.shape[2], device=words.device)).clamp(max=last)
     place = torch.where(counts[..., None], place, last)
@@ -293,7 +298,7 @@ def _add_words(digits: Tensor, words: Tensor, lower: Tensor, counts: Tensor) -> 
 
 
 def _add_terms(digits: Tensor, value: Tensor, power: Tensor, top: Tensor) -> None:
-    """Add value * 2^power `[S, N]` to `digits` `[N, n + 1]`, of which the first counts 2^(32 top)."""
+    """Add value * 2^power `[S, N]` to `digits` `[N, n + 1]`, whose first digit has the weight 2^(32 top)."""
     last = digits.shape[1] - 1
     bits = value.view(torch.int64)
     exponent = (bits >> 52) & 0x7FF
@@ -308,10 +313,13 @@ def _add_terms(digits: Tensor, value: Tensor, power: Tensor, top: Tensor) -> Non
 
 
 def _value(digits: Tensor, above: int, within: Tensor) -> Tensor:
-    """The sum over 2^power, float64 `[N]`. Digit 0 counts 2^(32 above - within) of these; the lowest come first."""
+    """Return the digits' sum over 2^power, float64 `[N]`, adding the lowest digits first.
+
+    In these units digit 0 has the weight 2^(32 above - within).
+    """
     place = 32 * (above - torch.arange(digits.shape[1], device=digits.device)[:, None])
     terms = digits.t().double() * ((place - within + 1023) << 52).view(torch.float64)
     total = terms[-1]
-    for i in reversed(range(len(terms) - 1)):  # in an order that is the same for any number of rows
+    for i in reversed(range(len(terms) - 1)):  # an order that does not depend on the number of rows
         total = total + terms[i]
     return total

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`splice_`: contract, call of torch.ops.dlmkernels, and what its results look like to torch.compile."""
+"""`splice_`: documentation, the call of torch.ops.dlmkernels, and the fake for torch.compile."""
 
 from typing import NamedTuple
 
@@ -16,9 +16,9 @@ SPLICE_FIELDS = ("inserted", "removed", "overflow")
 
 
 class Spliced(NamedTuple):
-    """What `splice_` returns."""
+    """Result of `splice_`."""
 
-    source: Tensor  #: int32 [B, T], where each position's content was before the call; -1: it is new
+    source: Tensor  #: int32 [B, T], position of the content before the call, -1 if it is new
     info: Tensor  #: int32 [B, 3], the columns SPLICE_FIELDS
 
 
@@ -36,53 +36,57 @@ def splice_(
     fill_token_id: int = -1,
     pad_token_id: int = -1,
 ) -> Spliced:
-    """Insert positions into a window of each row and remove others, in place; what lies behind moves along.
+    """Insert positions into a window of each row and remove others, in place; everything behind them moves along.
 
-    Slot w of row b is canvas position ``start[b] + w``. Before it go ``insert[b, w]`` new positions, and it is itself
-    taken out where ``remove[b, w]``; both together replace it. A new position holds `fill_token_id`, is open, and has
-    -1 and 0 for step and confidence. All other content keeps its order, and its state and records with it. A row of
-    the batch has one of two kinds of room:
+    Slot w of row b is canvas position ``start[b] + w``. ``insert[b, w]`` new positions are inserted before it, and the
+    position itself is removed where ``remove[b, w]`` is set; both together replace it. A new position holds
+    `fill_token_id`, is open, and has -1 and 0 as step and confidence. All other content keeps its order, its state and
+    its records. There are two modes:
 
-    - with `length`, positions ``[0, length[b])`` are live and their number grows and shrinks. The slot at ``length[b]``
-      inserts at the end. Positions that become free at the end hold `pad_token_id` and are frozen. A row that would
-      need more than T positions is left as it is, and `info` says how many are missing.
-    - without, ``[start[b], end[b])`` keeps its size: what is pushed beyond the end is dropped, what becomes free at the
-      end is filled like an insertion. Positions from the end on stay as they are.
+    - With `length`, positions ``[0, length[b])`` are live, and their number grows and shrinks. The slot at
+      ``length[b]`` inserts at the end. Positions freed at the end hold `pad_token_id` and are frozen. A row that would
+      need more than T positions is left unchanged, and `info` reports how many positions are missing.
+    - Without `length`, ``[start[b], end[b])`` keeps its size: what is pushed beyond the end is dropped, and positions
+      freed at the end are filled like inserted ones. Positions from `end` on are unchanged.
 
     Published decoders in these terms: LLaDA2.2 splits and deletes within a block of fixed size (its SPLIT is an
-    insertion before the token); DreamOn's expanded masks and deleted ends, and DAEDAL's replacement of a doubtful
-    position by eight masks (``insert=7`` before it, itself remasked) or its longer canvas, change the length.
+    insertion before the token). DreamOn, which expands masks and deletes the end of a canvas, and DAEDAL, which
+    replaces a doubtful position by eight masks (``insert=7`` before it, with the position itself remasked) or extends
+    the canvas, change the length.
 
     Parameters
     ----------
     tokens : Tensor
-        int64 [B, T], contiguous like all others; written.
+        int64 [B, T], contiguous like all other tensors; written.
     start : Tensor
-        int32 [B]: canvas position of slot 0, -1: nothing happens in this row. Slots beyond the live positions or the
-        end are ignored.
+        int32 [B]: canvas position of slot 0; -1 leaves the row unchanged. Slots beyond the live positions or beyond
+        `end` are ignored.
     insert : Tensor, optional
-        int32 [B, W], W at most 4096: how many positions to insert before each slot. On CUDA, where values are not
-        checked, a negative one counts as 0.
+        int32 [B, W], W at most 4096: number of positions to insert before each slot. On CUDA, where values are not
+        checked, a negative number counts as 0.
     remove : Tensor, optional
-        bool [B, W]: the slots to take out. A frozen position stays.
+        bool [B, W]: the slots to remove. Frozen positions are not removed.
     length : Tensor, optional
         int32 [B], in [0, T]; written.
     end : Tensor, optional
-        int32, one value, one a row or one a group of consecutive rows, in [0, T]; default T. Not with `length`.
+        int32, one value, one per row or one per group of consecutive rows, in [0, T]; default T. Not allowed with
+        `length`.
     state, commit_step, commit_confidence : Tensor, optional
-        uint8, int32 and float32 [B, T], as `remask_` keeps them; written. ``STATE_DIRTY`` stays with the position,
-        whose keys and values it is about, and is set where the token is not what it was before the call.
+        uint8, int32 and float32 [B, T], as maintained by `remask_`; written. Unlike the other bits, ``STATE_DIRTY``
+        does not move with the content: it describes the keys and values of a position. It is set where the token
+        differs from the one before the call.
     fill_token_id : int
-        Needed by `insert`, and by `remove` without `length`: the mask token.
+        Required by `insert`, and by `remove` without `length`: the mask token.
     pad_token_id : int
-        Needed by `remove` with `length`.
+        Required by `remove` with `length`.
 
     Returns
     -------
     Spliced
-        `source`, to move anything else that is kept by position: ``x.gather(1, source.clamp(min=0).long())``, new
-        where it is -1. `info` int32 [B, 3]: positions inserted (asked for, of those dropped too), removed, and
-        positions that found no room: dropped without `length`, missing with it (then nothing was done).
+        `source` [B, T] moves anything else that is stored by position: ``x.gather(1, source.clamp(min=0).long())``,
+        where positions with a source of -1 are new. `info` int32 [B, 3]: number of positions inserted (as requested,
+        including any that were dropped), number removed, and number for which there was no room: dropped without
+        `length`, or missing with `length` (the row is then unchanged).
 
     Raises
     ------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`top_candidates`: contract, call of torch.ops.dlmkernels, and what its results look like to torch.compile."""
+"""`top_candidates`: documentation, the call of torch.ops.dlmkernels, and the fake for torch.compile."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from .fakes import check_devices, check_gradients
 
 
 class TopCandidates(NamedTuple):
-    """The best tokens of each row, best first."""
+    """Result of `top_candidates`: the best tokens of each row, best first."""
 
     ids: Tensor
     values: Tensor
@@ -28,10 +28,10 @@ def top_candidates(
     banned: Tensor | None = None,
     bitmask: Tensor | None = None,
 ) -> TopCandidates:
-    """The k tokens with the largest logits of each row, and what turns their logits into log-probabilities.
+    """Return the k tokens with the largest logits of each row, and the logsumexp that yields their log-probabilities.
 
-    ``values - logsumexp[:, None]`` are the log-probabilities of the candidates. Drafters choose among them, trees of
-    drafts branch into them, and servers report them. The logits are read once.
+    ``values - logsumexp[:, None]`` are the log-probabilities of the candidates. Drafters choose among the candidates,
+    trees of drafts branch into them, and servers report them. The logits are read once.
 
     Parameters
     ----------
@@ -39,34 +39,35 @@ def top_candidates(
         float32, bfloat16 or float16 [R, V], V >= 1; stride 1 in the last dimension, any row stride. NaN counts as
         -inf, +inf as the largest finite float.
     k : int
-        Candidates of a row, 1 to 64. It may be larger than V.
+        Number of candidates per row, 1 to 64. May exceed V.
     row_map : Tensor, optional
-        int32 [N]: the row of logits that each output row reads, in [-1, R); -1 marks an unused row. Default: output
-        row n reads row n, N = R.
+        int32 [N]: the row of logits that each output row reads, in [-1, R); -1 marks an unused row. By default, output
+        row n reads row n and N = R.
     banned : Tensor, optional
-        int64 [K] or [P, K], P dividing N: ids that are no candidates and have no probability, such as the mask token;
-        -1 is none. A row of them serves N / P consecutive output rows.
+        int64 [K] or [P, K], P dividing N: token ids to exclude from the candidates and from the logsumexp, such as the
+        mask token; -1 for none. Each of the P rows serves N / P consecutive output rows.
     bitmask : Tensor, optional
-        int32 [ceil(V / 32)] or [P, ceil(V / 32)]: bit v % 32 of word v / 32 tells whether token v is allowed, as
-        grammar checkers make it.
+        int32 [ceil(V / 32)] or [P, ceil(V / 32)]: bit v % 32 of word v // 32 is 1 where token v is allowed, the layout
+        that grammar checkers produce.
 
     Returns
     -------
     TopCandidates
-        ids : int64 [N, k], in descending order of their logits, equal ones in ascending order of ids; values : float32
-        [N, k], the logits; logsumexp : float32 [N], of all logits that are not banned. Where fewer than k tokens have
-        a logit above -inf, the other ids are -1 and the values -inf; so in unused rows, whose logsumexp is -inf, too.
+        ids : int64 [N, k], in descending order of their logits, equal logits in ascending order of ids; values :
+        float32 [N, k], the logits; logsumexp : float32 [N], over all logits of tokens that are not excluded. If fewer
+        than k tokens have a logit above -inf, the remaining ids are -1 and their values -inf. In unused rows this holds
+        for all k, and logsumexp is -inf.
 
     Raises
     ------
     ArgumentError
-        For a wrong device, dtype, shape or stride, a k out of range; and, on the CPU, for a value out of range in
-        `row_map` or `banned`. The message names the argument. On CUDA, where values are not checked, a row or an id
-        out of range is none.
+        For a wrong device, dtype, shape or stride, or a k out of range; and, on the CPU, for a value out of range in
+        `row_map` or `banned`. The message names the argument. On CUDA, where values are not checked, a row out of range
+        is treated as unused and an id out of range is ignored.
 
     Notes
     -----
-    A row's result has the same bits whatever the batch and the number of threads.
+    A row's result is bitwise identical whatever the batch and the number of threads.
     """
     return TopCandidates(
         *call(native.top_candidates.default, logits, k, row_map=row_map, banned=banned, bitmask=bitmask)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The specification of every op in plain torch: any device, no regard for speed.
+"""Specification of every op in plain torch, for any device and without regard for speed.
 
-A kernel is right when it agrees with the function of the same name here: ids, masks and counts exactly, floats within
+A kernel is correct if it agrees with the function of the same name here: ids, masks and counts exactly, floats within
 the tolerance policy of the tests.
 """
 

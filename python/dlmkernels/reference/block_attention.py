@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The specification of `block_attention` in plain torch."""
+"""Specification of `block_attention` in plain torch."""
 
 import torch
 from torch import Tensor
@@ -23,7 +23,10 @@ def block_attention_mask(
     k_slots: Tensor | None = None,
     visible: Tensor | None = None,
 ) -> Tensor:
-    """Which cache slot each query row sees: bool [B, Q, S]. `k_slots`: of the new rows, which `visible` is about."""
+    """Return which cache slots each query row sees: bool [B, Q, S].
+
+    `k_slots` holds the slots of the new rows, to which `visible` refers.
+    """
     i = slots.long().unsqueeze(-1)
     j = torch.arange(S, device=slots.device)
     in_range = torch.ones(B, S, dtype=torch.bool, device=slots.device)
@@ -76,25 +79,25 @@ def block_attention(
     k_slots: Tensor | None = None,
     visible: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Scatter, then attend: write the new K/V rows into the cache, then let every query row attend to what it sees.
+    """Write the new K/V rows into the cache, then let every query row attend to the slots that it sees.
 
-    Batch row b reads and writes row ``cache_rows[b]`` of the caches (default: b), c below; where that is -1, all its
-    slots are -1.
+    Batch row b reads and writes row c = ``cache_rows[b]`` of the caches (default: b). If ``cache_rows[b]`` is -1, all
+    slots of the batch row count as -1.
 
     1. Row (b, i) has the cache slot ``slots[b, i]`` (default: i), and new row (b, i) the slot ``k_slots[b, i]``
-       (default: ``slots[b, i]``). If that is not -1, ``k_new[b, i]`` and ``v_new[b, i]`` are written there, in row c;
-       of new rows with the same slot the highest i wins.
-    2. The query in slot i sees slot j when all of these hold:
+       (default: ``slots[b, i]``). If the new row's slot is not -1, ``k_new[b, i]`` and ``v_new[b, i]`` are written
+       there, in row c; of new rows with the same slot, the one with the highest i wins.
+    2. The query in slot i sees slot j if all of these conditions hold:
        - j lies in one of the half-open ranges ``kv_range[b]`` (default [0, S)); a range starts no earlier than the
          ranges before it end;
-       - ``causal_block`` is 0 or block(j) <= block(i), block(x) = -1 before ``block_origin[b]`` (default 0) and
+       - ``causal_block`` is 0 or block(j) <= block(i), where block(x) is -1 before ``block_origin[b]`` (default 0) and
          (x - origin) // causal_block from there on;
-       - ``k_order[b, j] <= q_limit[b, row]``, where these are given;
-       - i - window_left <= j <= i + window_right, a side of -1 being open;
-       - of all new rows whose slot is j, the bit in ``visible[b, row]`` is 1, where it is given.
+       - ``k_order[b, j] <= q_limit[b, row]``, if these are given;
+       - i - window_left <= j <= i + window_right, where -1 leaves that side unbounded;
+       - the bit in ``visible[b, row]``, if given, is 1 for all new rows whose slot is j.
     3. s = scale * q.k over the visible slots (scale: 1/sqrt(D)), then softcap * tanh(s / softcap) if softcap > 0;
-       out = softmax(s) . v, lse = log sum exp(s). A row that sees nothing (but logits of -inf), or has slot -1: zeros
-       and -inf. What it does not see has no influence, NaN included.
+       out = softmax(s) . v, lse = log sum exp(s). A row with slot -1, or one that sees nothing (or only logits of
+       -inf), has zeros and -inf. Slots that a row does not see have no influence on it, even if they hold NaN.
     """
     (B, Q, H, D), (S, G) = q.shape, k_cache.shape[1:3]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The specification of `lm_head_candidates` in plain torch."""
+"""Specification of `lm_head_candidates` in plain torch."""
 
 import torch
 from torch import Tensor
@@ -16,10 +16,10 @@ def lm_head_candidates(
     banned: Tensor | None = None,
     bitmask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`top_candidates` of the logits ``hidden @ weight.T``.
+    """Compute `top_candidates` of the logits ``hidden @ weight.T``.
 
-    Products are added up in float32 (float64 if `hidden` is float64), in any order, and logits rounded to the dtype of
-    `hidden`.
+    Products are summed in float32 (float64 if `hidden` is float64), in any order, and logits are rounded to the dtype
+    of `hidden`.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     logits = (hidden.to(wide) @ weight.to(wide).t()).to(hidden.dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The specification of `lm_head_confidence` in plain torch."""
+"""Specification of `lm_head_confidence` in plain torch."""
 
 import torch
 from torch import Tensor
@@ -31,10 +31,10 @@ def lm_head_confidence(
     with_margin: bool = True,
     with_entropy: bool = True,
 ) -> tuple[Tensor, ...]:
-    """`token_confidence` of the logits ``hidden @ weight.T``, and with guidance of ``uncond_hidden @ weight.T``.
+    """Compute `token_confidence` of the logits ``hidden @ weight.T`` and, with guidance, ``uncond_hidden @ weight.T``.
 
-    Products are added up in float32 (float64 if `hidden` is float64), in any order, and logits rounded to the dtype of
-    `hidden`.
+    Products are summed in float32 (float64 if `hidden` is float64), in any order, and logits are rounded to the dtype
+    of `hidden`.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws by a race in two levels, chunks of 256 tokens and then the tokens of one (csrc/common/race.h), to the bit."""
+"""Two-level races, over chunks of 256 tokens and then within one chunk, bit for bit as in csrc/common/race.h."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ CHUNK = 256
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """a * b + c in float32, rounded once, for sums that are 0 or normal floats."""
+    """Return a * b + c in float32, rounded once. The sums must be 0 or normal floats."""
     product, c = a.double() * b.double(), c.double()  # the product is exact
     total = product + c
     of_c = total - product
@@ -24,7 +24,7 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def chunk_exp(x: Tensor) -> Tensor:
-    """Exponentials of float32 values up to 0; 0 below -87.33654."""
+    """Return the exponentials of float32 values that are at most 0; the result is 0 below -87.33654."""
 
     def c(value: float) -> Tensor:
         return torch.tensor(value, dtype=torch.float32, device="cpu")
@@ -42,19 +42,19 @@ def chunk_exp(x: Tensor) -> Tensor:
 
 
 def chunk_sum(weight: Tensor) -> Tensor:
-    """Sums over the last dimension, 256 float32 values: element i is added to i + 128, then to i + 64, and so on."""
+    """Sum the last dimension of 256 float32 values: element i is added to i + 128, then to i + 64, and so on."""
     while weight.shape[-1] > 1:
         weight = weight[..., : weight.shape[-1] // 2] + weight[..., weight.shape[-1] // 2 :]
     return weight.squeeze(-1)
 
 
 def _chunks(x: Tensor, absent: float) -> Tensor:
-    """`[N, V]` as `[N, ceil(V / 256), 256]`."""
+    """Reshape `[N, V]` to `[N, ceil(V / 256), 256]`, padding with `absent`."""
     return pad(x, (0, -x.shape[1] % CHUNK), value=absent).unflatten(1, (-1, CHUNK))
 
 
 def _winner(chunk_key: Tensor, token_keys, chunked: Tensor) -> Tensor:
-    """The token with the largest key of the chunk with the largest key, the first of either; int64 `[N]`."""
+    """Return the token with the largest key in the chunk with the largest key, int64 `[N]`; the first of equal ones."""
     chunk = chunk_key.argmax(-1, keepdim=True)
     token = chunk * CHUNK + torch.arange(CHUNK, device=chunk.device)
     weights = chunked.gather(1, chunk.unsqueeze(-1).expand(-1, 1, CHUNK)).squeeze(1)
@@ -62,18 +62,18 @@ def _winner(chunk_key: Tensor, token_keys, chunked: Tensor) -> Tensor:
 
 
 def tempered(z: Tensor, inverse: Tensor) -> Tensor:
-    """Finite logits over the temperature; what overflows becomes the largest float with its sign."""
+    """Divide finite logits by the temperature; what overflows becomes the largest float of its sign."""
     largest = torch.finfo(torch.float32).max
     return (z * inverse).clamp(-largest, largest)
 
 
 def race(z: Tensor, inverse: Tensor, seed: Tensor, position: Tensor, step: Tensor, redraw: Tensor | int = 0) -> Tensor:
-    """A token of each row, drawn from softmax(z * inverse).
+    """Draw a token for each row from softmax(z * inverse).
 
     Parameters
     ----------
     z : Tensor
-        float32 `[N, V]`: finite logits, -inf for tokens that are not to be drawn.
+        float32 `[N, V]`: finite logits, with -inf for tokens that must not be drawn.
     inverse : Tensor
         float32 `[N, 1]`: 1 / temperature.
     seed, position, step, redraw : Tensor
@@ -82,8 +82,8 @@ def race(z: Tensor, inverse: Tensor, seed: Tensor, position: Tensor, step: Tenso
     Returns
     -------
     Tensor
-        int64 `[N]`: of the chunk with the largest key of the stream "chunk", the token with the largest key of the
-        stream "token". Undefined where all of a row is -inf.
+        int64 `[N]`: the token with the largest key of the stream "token", within the chunk with the largest key of the
+        stream "chunk". Undefined if all of a row is -inf.
     """
     chunked = _chunks(z, -torch.inf)
     largest = chunked.max(-1).values
@@ -101,20 +101,22 @@ def race(z: Tensor, inverse: Tensor, seed: Tensor, position: Tensor, step: Tenso
 
 
 def race_of_weights(weight: Tensor, seed: Tensor, position: Tensor, step: Tensor) -> Tensor:
-    """The same for weights instead of logits, and the streams "residual_chunk" and "residual".
+    """Draw a token for each row with probability proportional to its weight.
+
+    Uses the streams "residual_chunk" and "residual".
 
     Parameters
     ----------
     weight : Tensor
-        float32 `[N, V]`, not negative.
+        float32 `[N, V]`, non-negative.
     seed, position, step : Tensor
         int64 `[N, 1]`.
 
     Returns
     -------
     Tensor
-        int64 `[N]`: of the chunk with the largest sum / e, the token with the largest weight / e, e being exponential
-        noise. Undefined where all of a row is 0.
+        int64 `[N]`: the token with the largest weight / e, within the chunk with the largest sum / e, where e is
+        exponential noise. Undefined if all of a row is 0.
     """
     chunked = _chunks(weight, 0.0)
     total = chunk_sum(chunked)

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counter-based random numbers (csrc/common/philox.h), to the bit as the kernels draw them."""
+"""Counter-based random numbers (csrc/common/philox.h), bit for bit as the kernels draw them."""
 
 import torch
 from torch import Tensor
 
 STREAMS = {
     "token": 0, "order": 1, "bernoulli": 2, "renoise": 3, "verify": 4, "residual": 5, "chunk": 6, "residual_chunk": 7,
-    # drawn in torch alone
+    # drawn only in torch, not by kernels
     "normal": 8, "time": 9,
 }  # fmt: skip
 _LOW32 = 0xFFFFFFFF
 
 
 def _multiply32(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low words of a 32 x 32 bit product, in int64 without overflow."""
+    """Return the high and low words of a 32 x 32 bit product, computed in int64 without overflow."""
     low = a * (b & 0xFFFF)
     middle = a * (b >> 16) + (low >> 16)
     return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
@@ -22,7 +22,9 @@ def _multiply32(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 def philox(
     seed: Tensor, position: Tensor, step: Tensor, stream: str, index: Tensor, redraw: Tensor | int = 0
 ) -> Tensor:
-    """32 random bits (int64) an element: Philox4x32-10, key = seed, counter = (position, step, stream, index / 4).
+    """Return 32 random bits (int64) per element.
+
+    Philox4x32-10 with key = seed and counter = (position, step, stream, index / 4).
 
     Parameters
     ----------
@@ -31,7 +33,8 @@ def philox(
     stream : str
         A key of `STREAMS`.
     redraw : Tensor or int
-        How often what the position drew in this step was refused; 256 times it is added to the stream.
+        How many times a token drawn for the position has been rejected in this step; 256 times this number is added to
+        the stream.
     """
     refusals = torch.as_tensor(redraw, device=seed.device)
     seed, position, step, index, refusals = torch.broadcast_tensors(seed, position, step, index, refusals)
@@ -47,7 +50,7 @@ def philox(
 
 
 def plain_log(x: Tensor) -> Tensor:
-    """Logarithm of positive normal float32 values with one rounding an operation (Cephes' logf polynomial)."""
+    """Return the logarithm of positive normal float32 values, rounding each operation (Cephes' logf polynomial)."""
     bits = x.view(torch.int32)
     exponent = (bits - 0x3F3504F3) >> 23
     f = (bits - (exponent << 23)).view(torch.float32) - 1.0
@@ -64,7 +67,7 @@ def plain_log(x: Tensor) -> Tensor:
 
 
 def plain_exp(x: Tensor) -> Tensor:
-    """Exponentials of float32 values up to 0, with one rounding an operation (Cephes' expf); 0 below -87.33654."""
+    """Return e^x of float32 x at most 0, rounding each operation (Cephes' expf); the result is 0 below -87.33654."""
 
     def c(value: float) -> Tensor:
         return torch.tensor(value, dtype=torch.float32, device="cpu")
@@ -82,7 +85,7 @@ def plain_exp(x: Tensor) -> Tensor:
 
 
 def exponential(bits: Tensor) -> Tensor:
-    """Standard exponential variates (float32) from 32 random bits; the same bits as the kernels give."""
+    """Return standard exponential variates (float32) from 32 random bits, bit for bit as the kernels do."""
     u = ((bits.to(torch.float32) + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
     y = 1.0 - u
     lost = (1.0 - y) - u
@@ -90,15 +93,15 @@ def exponential(bits: Tensor) -> Tensor:
 
 
 def gumbel(bits: Tensor) -> Tensor:
-    """Standard Gumbel variates (float32) from 32 random bits; the same bits as the kernels give."""
+    """Return standard Gumbel variates (float32) from 32 random bits, bit for bit as the kernels do."""
     return -plain_log(exponential(bits))
 
 
 def bernoulli(bits: Tensor, p: Tensor) -> Tensor:
-    """True with probability p."""
+    """Return True with probability p."""
     return bits.double() < p.double() * 2.0**32
 
 
 def uniform_below(bits: Tensor, n: int) -> Tensor:
-    """Uniform integers in [0, n)."""
+    """Return uniform integers in [0, n)."""
     return _multiply32(n, bits)[0] if n <= _LOW32 else bits

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The specification of `remask_` in plain torch."""
+"""Specification of `remask_` in plain torch."""
 
 import torch
 from torch import Tensor
@@ -35,19 +35,20 @@ def remask_(
 ) -> Tensor:
     """Write one denoising step into tokens, state and the records, in place; return the info of every row.
 
-    A frozen position has been given: it is neither open nor decided and is never written. What stands from `end` on
-    is not the request's: it is neither open, decided nor given, and is never written. Of the masks that apply to a slot
-    the last one of commit, edit, remask, renoise acts, and the others leave no trace:
+    A frozen position has been given: it is neither open nor decided and is never written. Positions from `end` on do
+    not belong to the request: they are neither open, decided nor given, and are never written. If several masks apply
+    to a slot, only the last one of commit, edit, remask, renoise takes effect, and the others leave no trace:
 
-    - commit (open, proposal >= 0): the proposal; the position is decided; step and confidence are recorded.
-    - edit (decided, proposal >= 0 and another token): the proposal; marked as edited; confidence is recorded.
-    - remask (decided, or to be committed in this call): the mask token; open; records -1 and 0.
-    - renoise: a uniform token; open; records -1 and 0.
+    - commit (if open and proposal >= 0): write the proposal; the position is decided; step and confidence are recorded.
+    - edit (if decided and the proposal is >= 0 and a different token): write the proposal; the position is marked as
+      edited; confidence is recorded.
+    - remask (if decided, or about to be committed in this call): write the mask token; open; record -1 and 0.
+    - renoise: write a uniform token; open; record -1 and 0.
 
-    The end of a request is the first end-of-sequence token at a decided position with nothing given behind it. Then,
+    The end of a request is the first end-of-sequence token at a decided position with no given position after it. Then,
     with eos_policy "fill", a row in which nothing before its end is open gets `fill_token_id` in all positions after
-    it; they are decided, with records -1 and 0. Positions whose token is not what it was before the call are marked
-    dirty. The step of rows with a used slot grows by one.
+    it; they are decided, with records -1 and 0. Positions whose token differs from that before the call are marked
+    dirty. The step of rows with a used slot increases by one.
     """
     B, T = tokens.shape
     row, slot = (position >= 0).nonzero(as_tuple=True)
@@ -92,7 +93,7 @@ def remask_(
         step += (position >= 0).any(-1)
 
     def first(where: Tensor) -> Tensor:
-        """Index of the first True of each row, or T."""
+        """Return the index of the first True of each row, or T."""
         return torch.where(where, index, T).amin(1) if T else torch.zeros(B, dtype=torch.long, device=tokens.device)
 
     def opens() -> Tensor:

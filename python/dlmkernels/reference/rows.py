@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters that hold one value, one a group of rows or one a row."""
+"""Parameters that hold one value, one per group of rows or one per row."""
 
 import torch
 from torch import Tensor
 
 
 def per_row(values: Tensor | None, rows: int, absent: float) -> Tensor:
-    """Expand a parameter given once, once a group of consecutive rows, or once a row, to one value a row."""
+    """Expand a parameter with one value, one per group of consecutive rows, or one per row, to one value per row."""
     if values is None:
         return torch.full((rows,), absent, device="cpu")
     values = values.reshape(-1)

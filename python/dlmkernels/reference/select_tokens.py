@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The specification of `select_tokens` in plain torch."""
+"""Specification of `select_tokens` in plain torch."""
 
 import torch
 from torch import Tensor
@@ -11,18 +11,18 @@ _MAX_COST = 2.0**20
 
 
 def _fixed_point(costs: Tensor, if_nan: float) -> Tensor:
-    """Costs as int64 with 32 fractional bits (csrc/common/fixed_point.h): their sums are exact in any order."""
+    """Convert costs to int64 with 32 fractional bits (csrc/common/fixed_point.h), whose sums are exact in any order."""
     clamped = costs.double().nan_to_num(if_nan).clamp(0.0, _MAX_COST)
     return (clamped * 2.0**32 + 0.5).floor().long()
 
 
 def _longest_prefix(holds: Tensor) -> Tensor:
-    """True up to, not including, the first False."""
+    """Return True up to, but not including, the first False."""
     return holds.long().cumprod(-1).bool()
 
 
 def _rule_passes(rule: str, score: Tensor, parameter: Tensor, strict: bool, cost: Tensor, bits: Tensor) -> Tensor:
-    """Which slots pass, given one row's E within the gate in order, best first."""
+    """Return which slots pass the rule, given the slots of one row's E that pass the gate, best first."""
     n = score.numel()
     if rule in ("threshold", "factor"):
         if rule == "factor":
@@ -34,7 +34,7 @@ def _rule_passes(rule: str, score: Tensor, parameter: Tensor, strict: bool, cost
         return _longest_prefix(reaches | (rank == 1))
     if rule in ("entropy-bound", "entropy-sum"):
         cost, budget = _fixed_point(cost, _MAX_COST), _fixed_point(parameter, 0.0)
-        total = cost.cumsum(-1)  # may overflow, but only beyond the first that exceeds the budget
+        total = cost.cumsum(-1)  # may overflow, but only after the first one that exceeds the budget
         if rule == "entropy-sum":
             return _longest_prefix(total < budget)
         largest = cost.cummax(-1).values if n else cost
@@ -63,22 +63,22 @@ def select_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Choose slots of a window by score.
 
-    E is the eligible slots whose score is neither NaN nor -inf. The order of E is: score descending (-0 equals +0),
-    then slot ascending; where `order_temperature` is positive it is instead score / temperature + Gumbel noise
-    descending (NaN last, like -inf), which draws from softmax(score / temperature) without replacement. P is what the
-    gate and the rule leave of E:
+    E is the set of eligible slots whose score is neither NaN nor -inf. E is ordered by score, descending (-0 equals
+    +0), then by slot, ascending. Where `order_temperature` is positive, it is ordered by score / temperature + Gumbel
+    noise instead, descending (NaN last, like -inf), which draws from softmax(score / temperature) without replacement.
+    P is the subset of E that passes the gate and the rule:
 
-    - "none": nothing. "all": everything within the gate.
+    - "none": nothing. "all": everything that passes the gate.
     - "threshold": score >= parameter (strict: >).
-    - "factor": in order, the longest prefix of E within the gate whose score of rank i is >= 1 - parameter / (i + 1)
-      (strict: >); rank 1 always.
+    - "factor": in order, the longest prefix of E within the gate whose score at rank i is >= 1 - parameter / (i + 1)
+      (strict: >); rank 1 always passes.
     - "entropy-bound": the longest prefix with sum(cost) - max(cost) <= parameter.
-    - "entropy-sum": the longest prefix with sum(cost) < parameter. Costs and parameter of both entropy rules are
-      clamped to [0, 2^20] (a NaN cost to 2^20, a NaN parameter to 0) and taken as integers of 2^-32.
-    - "bernoulli": each slot by itself with probability `cost`.
+    - "entropy-sum": the longest prefix with sum(cost) < parameter. For both entropy rules, costs and parameter are
+      clamped to [0, 2^20] (a NaN cost to 2^20, a NaN parameter to 0) and rounded to integer multiples of 2^-32.
+    - "bernoulli": each slot independently with probability `cost`.
 
     If the rule is not "none" and P has at least min(need, |E|) slots, its best `cap` are selected; otherwise the best
-    `fill` of E, whatever the gate. Negative need, fill and cap count as 0.
+    `fill` of E, regardless of the gate. Negative need, fill and cap count as 0.
     """
     B, W = score.shape
     selected = torch.zeros_like(eligible)

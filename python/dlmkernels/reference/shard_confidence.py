@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The specification of `shard_confidence`, to the bit, in plain torch and Python's numbers."""
+"""Specification of `shard_confidence`, bit for bit, in plain torch and Python numbers."""
 
 import struct
 
@@ -13,13 +13,13 @@ from .rows import per_row
 from .token_confidence import FLAG_NOTHING_ALLOWED, effective_logits
 
 FLAG_UNUSED = 8
-WORDS, WEIGHTS, EXPONENTS = 23, 8, 15  # of a row; where the digits of the two sums begin
+WORDS, WEIGHTS, EXPONENTS = 23, 8, 15  # words per row; first digits of the two sums
 FAR = 2.0**32
 INF = float("inf")
 
 
 def exact_exp(t: float) -> tuple[float, int]:
-    """e^t as a factor times a power of two, of doubles whose operations are rounded one by one."""
+    """Return e^t as a factor and a power of two, computed in doubles with each operation rounded."""
     y = t * 1.4426950408889634
     n = int(y + (-0.5 if y < 0 else 0.5))
     x = (y - n) * 0.6931471805599453
@@ -30,7 +30,7 @@ def exact_exp(t: float) -> tuple[float, int]:
 
 
 def add_digits(words: list[int], begin: int, count: int, top: int, value: float, power: int) -> None:
-    """Add value * 2^power to digits of 32 bits, of which the first counts 2^(32 top); those below are dropped."""
+    """Add value * 2^power to 32-bit digits, the first of which has the weight 2^(32 top); lower ones are dropped."""
     mantissa, denominator = abs(value).as_integer_ratio()
     place = power - (denominator.bit_length() - 1)
     while mantissa and mantissa.bit_length() < 53:
@@ -45,7 +45,7 @@ def add_digits(words: list[int], begin: int, count: int, top: int, value: float,
 
 
 def two_floats(low: float, high: float) -> int:
-    """Two float32 values in the low and the high bits of an int64."""
+    """Pack two float32 values into the low and the high bits of an int64."""
     return struct.unpack("<q", struct.pack("<ff", low, high))[0]
 
 
@@ -69,29 +69,29 @@ def shard_confidence(
     redraw: Tensor | None = None,
     with_entropy: bool = True,
 ) -> Tensor:
-    """What tokens [first, first + V) of a vocabulary say of each row, int64 [N, 23].
+    """Summarize tokens [first, first + V) of a vocabulary for each row, int64 [N, 23].
 
-    The rows' effective logits z are those of `token_confidence`, of the shard's columns. They are described by chunks
-    of 256 tokens (race.py): the largest logit l of a chunk, and the float32 sums w of e^x and e of x e^x, x = (z - l)
-    s, with s = 1, or 1 / T where `distribution` is another than "raw". Chunk c of the shard is chunk first / 256 + c of
-    the vocabulary. The words of a row, two float32 values each where it says so:
+    The rows' effective logits z are those of `token_confidence`, restricted to the shard's columns. They are described
+    by chunks of 256 tokens (race.py): the largest logit l of a chunk, and the float32 sums w of e^x and e of x e^x,
+    where x = (z - l) s, and s = 1, or 1 / T if `distribution` is not "raw". Chunk c of the shard is chunk first / 256 +
+    c of the vocabulary. The words of a row, two float32 values each where two are listed:
 
-    0. the id of the largest logit, the lowest of them; -1 where nothing is allowed, and then
-       words 2 and 7 alone are of account
-    1. the id of the token that wins the race among the shard's, -1 where none is drawn
+    0. the lowest id with the largest logit; -1 where nothing is allowed, in which case only words 2 and 7 are
+       meaningful
+    1. the id of the token that wins the race among the shard's tokens, -1 where none is drawn
     2. flags: 1 for a NaN, 2 for +inf, 8 for an unused row
     3. the largest logit L, and the second largest
-    4. w of the chunk of word 0, and w of its other tokens, relative to L
-    5. e likewise
-    6. the key of the chunk that wins the race, and the logit of the token
+    4. w of the chunk that contains word 0, and w of its other tokens, relative to L
+    5. e, likewise
+    6. the key of the chunk that wins the race, and the logit of the drawn token
     7. the logit of the given token, and the integer 1; 0 where it is not in the shard
     8. seven digits of the sum of w e^t over all other chunks, t = l s as a double
     15. eight digits of the sum of (t w + e) e^t
 
-    With n = round(L s / ln 2), the first digit of word 8 counts 2^(32 (floor(n / 32) + 1)), that of word 15
-    2^(32 (floor(n / 32) + 2)), each next one 2^32 less; what lies below the last is dropped, digit by digit. Terms are
-    doubles times powers of two (`exact_exp`). Where |L s| >= 2^32, only chunks with l = L count, and t is 0; elsewhere
-    chunks with |t| >= 2^32 do not count.
+    With n = round(L s / ln 2), the first digit of word 8 has the weight 2^(32 (floor(n / 32) + 1)), that of word 15
+    2^(32 (floor(n / 32) + 2)), and each following digit 2^32 less. Whatever lies below the last digit is dropped, digit
+    by digit. Terms are doubles times powers of two (`exact_exp`). Where |L s| >= 2^32, only chunks with l = L count,
+    and t is 0; elsewhere, chunks with |t| >= 2^32 do not count.
     """
     if weight is not None:
         wide = torch.promote_types(logits.dtype, torch.float32)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The specification of `soft_embedding` in plain torch."""
+"""Specification of `soft_embedding` in plain torch."""
 
 import torch
 from torch import Tensor
@@ -16,14 +16,14 @@ def soft_embedding(
     top_k: Tensor | None = None,
     mask_token_id: int = -1,
 ) -> Tensor:
-    """The embedding of a distribution: sum over v of P(v) * weight[v].
+    """Embed a distribution over tokens: the sum over v of P(v) * weight[v].
 
-    z = logits[row_map[n]], NaN being -inf and +inf the largest finite float32; P = softmax(z / T), T = 1 where the
-    temperature is 0. With top_k[n] > 0 only logits at or above the k-th largest keep their probability; the others'
-    goes to `mask_token_id`, or if that is -1 the kept ones are divided by their sum. Rows with nothing but -inf, and
-    those with row_map -1, give zeros.
+    z = logits[row_map[n]], with NaN as -inf and +inf as the largest finite float32; P = softmax(z / T), with T = 1
+    where the temperature is 0. With top_k[n] > 0, only logits at or above the k-th largest keep their probability. The
+    probability of the others goes to `mask_token_id`, or, if that is -1, the kept probabilities are divided by their
+    sum. Rows that hold only -inf, and rows with row_map -1, give zeros.
 
-    The result has the dtype of `weight`; the arithmetic is float64 if `weight` is, else float32.
+    The result has the dtype of `weight`; arithmetic is float64 if `weight` is, else float32.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
     row = torch.arange(len(logits), device=logits.device) if row_map is None else row_map.long()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The specification of `splice_` in plain torch."""
+"""Specification of `splice_` in plain torch."""
 
 import torch
 from torch import Tensor
@@ -26,18 +26,18 @@ def splice_(
 ) -> tuple[Tensor, Tensor]:
     """Insert positions before the slots of a window, and remove others.
 
-    Slot w is position start + w; a start of -1 leaves the row alone. Slots below n = length (or end, by default T)
-    are positions; the slot at n can only be inserted at; slots above are ignored, and a frozen position is not removed.
-    The content of [start, n), spliced, is written from start on:
+    Slot w is position start + w; a start of -1 leaves the row unchanged. Slots below n = length (or end, by default T)
+    are positions; the slot at n can only be inserted at; slots above n are ignored, and a frozen position is not
+    removed. The content of [start, n), after insertions and removals, is written from start on:
 
-    - with length, all of it; the length becomes n + inserted - removed, and positions from there to n are padding:
-      `pad_token_id`, frozen. If it exceeds T, nothing is done and the excess is reported.
-    - else as much as [start, n) holds; the rest is dropped and its number reported, or the span is filled up with new
-      positions.
+    - With length, all of it. The length becomes n + inserted - removed, and positions from there to n become padding:
+      `pad_token_id`, frozen. If the new length exceeds T, nothing is done and the excess is reported.
+    - Without length, as much as [start, n) holds. The rest is dropped and its number reported, or the span is filled up
+      with new positions.
 
     A new position holds `fill_token_id` and is open; new positions and padding have step -1 and confidence 0. Other
-    content takes its state and records along, but for the dirty bit: a position is dirty if it was before or if its
-    token changed.
+    content keeps its state and records when it moves, except for the dirty bit: a position is dirty if it was dirty
+    before or if its token changed.
     """
     B, T = tokens.shape
     before = tokens.clone()
@@ -58,7 +58,7 @@ def splice_(
         first, n = int(start[b]), int(length[b] if length is not None else given_end[b])
         if first < 0 or first > n:
             continue
-        content: list[int] = []  # positions before the call, -1 for a new one
+        content: list[int] = []  # source positions, -1 for a new one
         inserted = removed = 0
         window = insert if insert is not None else remove
         for t in range(first, n + 1):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The specification of `token_confidence` in plain torch."""
+"""Specification of `token_confidence` in plain torch."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ FLAG_NAN, FLAG_POSITIVE_INFINITY, FLAG_NOTHING_ALLOWED = 1, 2, 4
 
 
 def effective_logits(logits, row, uncond_logits=None, cfg_scale=None, bias=None, banned=None, bitmask=None):
-    """Logits that everything is computed from, float32 [N, V], and flags: guided, biased, sanitised, banned."""
+    """Return the logits after guidance, bias, sanitizing and bans, float32 [N, V], and the flags of each row."""
     rows, vocabulary = len(row), logits.shape[1]
 
     def gathered(table: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def effective_logits(logits, row, uncond_logits=None, cfg_scale=None, bias=None,
 
 
 def _kept(z: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, top_p_first: bool, keep_crossing: bool):
-    """Top-k and top-p as rules on values: whatever ties with a kept logit is kept."""
+    """Return which tokens top-k and top-p keep. The filters compare values: whatever ties with a kept logit is kept."""
     z = z.double()
     descending = z.sort(-1, descending=True).values
     kth = descending.gather(1, top_k.clamp(1, z.shape[1]).long().unsqueeze(1) - 1)
@@ -50,8 +50,8 @@ def _kept(z: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, top_p_fi
 
     candidates = z if top_p_first else z.masked_fill(~in_k, -torch.inf)
     p = torch.softmax((candidates / temperature.double().unsqueeze(1)).sort(-1, descending=True).values, -1)
-    mass = torch.nn.functional.pad(p.cumsum(-1), (1, 0))  # of the i largest
-    larger = mass.gather(1, torch.searchsorted(-descending, -z))  # of the strictly larger logits
+    mass = torch.nn.functional.pad(p.cumsum(-1), (1, 0))  # mass of the i largest
+    larger = mass.gather(1, torch.searchsorted(-descending, -z))  # mass of the strictly larger logits
     at_least = mass.gather(1, torch.searchsorted(-descending, -z, right=True))
     limit = top_p.double().unsqueeze(1)
     in_p = larger <= limit if keep_crossing else (at_least <= limit) | (z == descending[:, :1])
@@ -83,8 +83,8 @@ def token_confidence(
 ) -> tuple[Tensor, ...]:
     """Choose a token for each row, and describe the distribution it comes from.
 
-    Output row n reads logits row m = row_map[n] (n without a map); -1 is an unused row. In float32, each operation
-    rounded by itself::
+    Output row n reads logits row m = row_map[n] (n without a map); -1 is an unused row. In float32, with each operation
+    rounded separately::
 
         z = logits[m]                    or   u + (cfg_scale[n] + 1) * (c - u),   c = logits[m], u = uncond_logits[m]
         z = z + bias
@@ -94,18 +94,18 @@ def token_confidence(
     With T = temperature[n], or 1 where it is 0 or absent:
 
     - argmax: the lowest id with the largest z.
-    - kept set: top-k keeps v iff z_v >= the k-th largest z. Top-p looks at q = softmax(z / T), renormalised over what
-      top-k keeps unless top_p_first. With keep_crossing v is kept iff the mass of strictly larger z is <= p; without,
+    - kept set: top-k keeps v iff z_v >= the k-th largest z. Top-p uses q = softmax(z / T), renormalized over what
+      top-k keeps unless top_p_first. With keep_crossing, v is kept iff the mass of strictly larger z is <= p; without,
       iff the mass of all z >= z_v is <= p or z_v is the maximum. Both filters must keep v.
-    - token: argmax where temperature is 0; else drawn from the kept set by a race in two levels (race.py) of z * (1/T),
-      in float32.
+    - token: argmax where the temperature is 0; elsewhere drawn from the kept set by a two-level race (race.py) of
+      z * (1/T), in float32.
     - the distribution P: softmax(z), softmax(z / T), or softmax(z / T) over the kept set. confidence = P(token),
       margin = P_1 - P_2 of the two largest (P_2 = 0 if there is no second), entropy = -sum P log P, logsumexp = that
       of the (kept) logits z or z / T, p_given = P(given[n]), 0 where given is -1.
     - where every z is -inf (flag 4) and in unused rows (no flag): token and argmax -1, confidence and logsumexp
       -inf, margin, entropy and p_given 0.
 
-    The statistics have the dtype float64 if logits have, else float32; masses of top-p are always float64.
+    The statistics are float64 if the logits are, else float32; the masses of top-p are always float64.
     """
     device = logits.device
     row = torch.arange(len(logits), device=device) if row_map is None else row_map.long()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The specification of `top_candidates` in plain torch."""
+"""Specification of `top_candidates` in plain torch."""
 
 import torch
 from torch import Tensor
@@ -15,13 +15,13 @@ def top_candidates(
     banned: Tensor | None = None,
     bitmask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The k largest logits of each row: ids, values and the row's logsumexp.
+    """Return the k largest logits of each row: ids, values and the row's logsumexp.
 
-    Output row n reads logits row m = row_map[n]; -1 is an unused row. z is logits[m] in float32 with NaN as -inf and
-    +inf as the largest finite float, banned ids and ids whose bit is 0 being -inf. Ids are in descending order of z,
-    equal ones in ascending order of ids. What has z = -inf is no candidate: where fewer than k are left, and in unused
-    rows, ids are -1 and values -inf. logsumexp is that of z, float64 if logits are, else float32; -inf where all of z
-    is.
+    Output row n reads logits row m = row_map[n]; -1 is an unused row. z is logits[m] in float32, with NaN as -inf, +inf
+    as the largest finite float, and -inf for banned ids and ids whose bit is 0. Ids are in descending order of z, with
+    equal z in ascending order of ids. Ids with z = -inf are not candidates: where fewer than k remain, and in unused
+    rows, the missing ids are -1 and their values -inf. logsumexp is that of z, float64 if the logits are, else float32;
+    it is -inf if all of z is.
     """
     row = torch.arange(len(logits), device=logits.device) if row_map is None else row_map.long()
     z, _ = effective_logits(logits, row, banned=banned, bitmask=bitmask)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The specification of `verify_drafts` in plain torch."""
+"""Specification of `verify_drafts` in plain torch."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,10 @@ from .rows import per_row
 
 
 def _tempered_probabilities(z: Tensor, temperature: Tensor, logsumexp: Tensor, banned: Tensor | None) -> Tensor:
-    """softmax(z / T) of one row of logits, float32, given its logsumexp; 0 where z is NaN and where an id is banned."""
+    """Return softmax(z / T) of one row of logits, float32, given its logsumexp.
+
+    It is 0 where z is NaN and for banned ids.
+    """
     z = z.float().clamp(max=torch.finfo(torch.float32).max)
     p = plain_exp((z * (1.0 / temperature) - logsumexp).clamp(max=0.0))
     return p if banned is None else p.index_fill(0, banned[banned >= 0], 0.0)
@@ -35,14 +38,14 @@ def verify_drafts(
 ) -> tuple[Tensor, Tensor]:
     """Accept a prefix of each row's drafts and find the token after it.
 
-    A row's drafts end at its first -1. Left to right, until one fails:
+    A row's drafts end at its first -1. From left to right, until one fails:
 
-    - without draft logits, at temperature 0 and where one of the two rows is -1, draft i passes iff it is token[i];
-      when it fails, token[i] takes its place;
-    - else, with p and q = exp(z / T - logsumexp) in float32 (at most 1; 0 for NaN and for banned ids) of the target's
-      and the draft's row, it passes with probability min(1, p(s) / (leniency * q(s))), 0 / 0 being 0, by the bits
-      (position + i, step, "verify", 0); when it fails, a token drawn from max(p - q, 0) takes its place, by a
-      race in two levels (race.py), and token[i] where p exceeds q nowhere.
+    - Without draft logits, at temperature 0, and where one of the two rows is -1, draft i passes iff it equals
+      token[i]. If it fails, token[i] replaces it.
+    - Otherwise, with p and q = exp(z / T - logsumexp) in float32 (at most 1; 0 for NaN and for banned ids) of the
+      target's and the draft's row, it passes with probability min(1, p(s) / (leniency * q(s))), where 0 / 0 is 0, by
+      the bits (position + i, step, "verify", 0). If it fails, it is replaced by a token drawn from max(p - q, 0) by a
+      two-level race (race.py), or by token[i] if p exceeds q nowhere.
 
     After the last draft comes token[i] of the row after it. Results: the number of drafts accepted, and the accepted
     drafts, the token after them, and -1 to the end.
