@@ -12,8 +12,8 @@ def add(commands) -> None:
         description="Show how the small model in the package solves a Sudoku, then compare unmasking rules on held-out "
         "problems of three tasks. Writes two pictures and a Markdown table.",
     )  # fmt: skip
-    demo.add_argument("--problems", type=positive, metavar="N", help="problems per set (default 48)")
-    demo.add_argument("--quick", action="store_true", help="8 problems per set and fewer rules; takes a few seconds")
+    demo.add_argument("--problems", type=positive, metavar="N", help="problems per task (default 48)")
+    demo.add_argument("--quick", action="store_true", help="8 problems per task and fewer rules, for a quick look")
     demo.add_argument(
         "--rules", choices=("few", "all"), default="few",
         help="few: a selection of rules (default); all: every published decoder that this model can run",

@@ -44,7 +44,7 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, metavar="P",
         help="sample from the most likely tokens whose probabilities add up to P")  # fmt: skip
     add("--cfg-scale", type=float, metavar="S", help="strength of classifier-free guidance (default 0: off)")
-    add("--seed", type=seed_value, help="random seed (default: a fresh one, printed with the statistics)")
+    add("--seed", type=seed_value, help="random seed (default: a fresh one, printed by generate; 0 with --input)")
     add("--mask-token-id", type=int, metavar="ID", help="id of the mask token, if the model's configuration lacks it")
 
 

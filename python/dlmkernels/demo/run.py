@@ -159,7 +159,7 @@ def run(
     continuous.show(seed)
 
     count = problems or (8 if quick else 48)
-    say(f"\n{count} held-out problems per set, decoded {min(BATCH, count)} at a time\n")
+    say(f"\n{count} held-out problems per task, decoded {min(BATCH, count)} at a time; forwards: mean per problem\n")
     cases = list(PUBLISHED) if rules == "all" else [c for c in CASES if c.quick or not quick]
     results = compare(model, tokenizer, count, cases, seed)
     (plot_grid if rules == "all" else plot)(results, folder / "dlmkernels-demo.png")
