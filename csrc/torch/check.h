@@ -67,6 +67,16 @@ class Check {
 
   static std::string shape(const Tensor& t) { return listed(t.sizes()); }
 
+  static std::string device_name(const Tensor& t) {
+    using torch::headeronly::DeviceType;
+    const auto device = t.device();
+    const char* type = device.type() == DeviceType::CPU    ? "cpu"
+                       : device.type() == DeviceType::CUDA ? "cuda"
+                       : device.type() == DeviceType::Meta ? "meta"
+                                                           : "another kind of device";
+    return device.has_index() ? text(type, ":", int(device.index())) : type;
+  }
+
   // Python's None arrives as an undefined tensor if the schema does not declare `Tensor?`.
   void given(const char* name, const Tensor& t) const {
     if (!t.defined()) that(false, name, " must be a tensor; got None");
@@ -74,8 +84,8 @@ class Check {
 
   void device(const char* name, const Tensor& t) const {
     given(name, t);
-    that(t.device() == anchor_.device(), name, " must be on the device of ", anchor_name_,
-         "; got another device");
+    that(t.device() == anchor_.device(), name, " must be on the device of ", anchor_name_, ", ",
+         device_name(anchor_), "; got ", device_name(t));
   }
 
   void dtype(const char* name, const Tensor& t, std::initializer_list<ScalarType> allowed) const {

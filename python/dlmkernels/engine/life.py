@@ -12,6 +12,8 @@ import torch
 from .rounds import Rounds
 
 Own = TypeVar("Own", bound="Life")
+#: `RequestOutput.error` of requests that were unfinished when the engine was stopped
+STOPPED = "the engine was stopped"
 
 
 class Life:
@@ -97,7 +99,7 @@ class Life:
         """Stop decoding, and fail the remaining requests."""
         with self._rounds.lock:
             self._is_closed = True
-        self._rounds.end("the engine was stopped" if self._fatal is None else f"the engine failed: {self._fatal!r}")
+        self._rounds.end(STOPPED if self._fatal is None else f"the engine failed: {self._fatal!r}")
 
     @property
     def background_thread_status(self) -> SimpleNamespace:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
@@ -101,6 +101,11 @@ class RequestOutput:
     def is_finished(self) -> bool:
         """Return whether this is the request's last output."""
         return self.status >= RequestStatus.FINISHED
+
+    def tokens_before(self, ends: Collection[int]) -> list[int]:
+        """Return the tokens of the answer before the first of the tokens `ends`; all of them if it contains none."""
+        tokens = self.generated_tokens
+        return tokens[: next((k for k, token in enumerate(tokens) if token in ends), len(tokens))]
 
     @property
     def tokens_per_forward(self) -> float:

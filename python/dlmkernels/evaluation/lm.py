@@ -249,18 +249,16 @@ class EngineLM(TemplateLM):
     def _answer(self, job: Job, output: RequestOutput) -> str:
         if output.error is not None:
             raise RuntimeError(f"could not decode an answer: {output.error}")
-        ends = {*self.special.eos, *job.ends}
-        tokens = output.generated_tokens
-        length = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-        text = before_stop(self.tokenizer.decode(tokens[:length], skip_special_tokens=True), job.how.until)
+        tokens = output.tokens_before({*self.special.eos, *job.ends})
+        text = before_stop(self.tokenizer.decode(tokens, skip_special_tokens=True), job.how.until)
         tally, decoded = self.tally, sum(step >= 0 for step in output.commit_step)
         tally.answers += 1
-        tally.new_tokens += length
+        tally.new_tokens += len(tokens)
         tally.forwards += output.num_forwards
         tally.decoded_tokens += decoded
         self.records.add(
-            **_name(job.request), repeat=job.repeat, seed=job.seed, prompt_tokens=len(job.prompt), new_tokens=length,
-            decoded_tokens=decoded, forwards=output.num_forwards,
+            **_name(job.request), repeat=job.repeat, seed=job.seed, prompt_tokens=len(job.prompt),
+            new_tokens=len(tokens), decoded_tokens=decoded, forwards=output.num_forwards,
             tokens_per_forward=decoded / max(output.num_forwards, 1), finish_reason=output.finish_reason, text=text,
         )  # fmt: skip
         self.cache_hook.add_partial("generate_until", job.request.args, text)

@@ -85,10 +85,9 @@ def _take(
 def _record(output: RequestOutput, engine: Engine, token_ids: bool) -> dict[str, Any]:
     if output.status is not RequestStatus.FINISHED:
         return {"error": output.error}
-    tokens, ends = output.generated_tokens, set(engine.special_tokens.eos)
-    length = next((k for k, token in enumerate(tokens) if token in ends), len(tokens))
+    tokens = output.tokens_before(engine.special_tokens.eos)
     record = {
         "text": output.text, "finish_reason": "length" if output.finish_reason == "length" else "stop",
-        "prompt_tokens": len(output.prompt_ids), "completion_tokens": length, "num_forwards": output.num_forwards,
+        "prompt_tokens": len(output.prompt_ids), "completion_tokens": len(tokens), "num_forwards": output.num_forwards,
     }  # fmt: skip
-    return record | ({"token_ids": tokens[:length]} if token_ids else {})
+    return record | ({"token_ids": tokens} if token_ids else {})

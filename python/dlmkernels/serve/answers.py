@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..engine.life import STOPPED
 from ..engine.request import RequestOutput, RequestStatus
 from .errors import APIError
 
@@ -38,9 +39,7 @@ class Answers:
 
     def tokens(self, output: RequestOutput) -> list[int]:
         """Return the answer's tokens before its end token."""
-        tokens = output.generated_tokens
-        end = next((k for k, token in enumerate(tokens) if token in self.ends), len(tokens))
-        return tokens[:end]
+        return output.tokens_before(self.ends)
 
     def usage(self, outputs: Sequence[RequestOutput], n: int) -> dict[str, Any]:
         """Return the `usage` object of a request with `n` answers per prompt: token counts and number of forwards."""
@@ -97,7 +96,7 @@ def check(output: RequestOutput) -> RequestOutput:
     """Return the output if it has been decoded. Raises APIError if decoding failed or the server is stopping."""
     if output.status is RequestStatus.FINISHED:
         return output
-    if output.error == "the engine was stopped":
+    if output.error == STOPPED:
         raise APIError(503, "the server is shutting down", code="shutting_down")
     raise APIError(500, f"the answer could not be decoded: {output.error}")
 
