@@ -124,7 +124,7 @@ class TestErrors:
         good = self.good()
         self.refuses("hidden must have dtype .*; got Double", hidden=good["hidden"].double())
         self.refuses("weight must have dtype", weight=good["weight"].half())
-        self.refuses("weight must be on the device of hidden, cpu; got meta", weight=good["weight"].to("meta"))
+        self.refuses("weight must be on the device of hidden; got meta", weight=good["weight"].to("meta"))
         self.refuses("hidden must have shape", hidden=good["hidden"][0])
         self.refuses(r"weight must have shape \[\*, 8\]; got \[40, 7\]", weight=good["weight"][:, 1:])
         self.refuses("weight must have at least one row", weight=good["weight"][:0])
