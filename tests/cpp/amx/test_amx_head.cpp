@@ -177,7 +177,6 @@ TEST(work_done) {
 // What a kernel with a wrong instruction would do is noticed. (Sums of even and of odd blocks may
 // change places.)
 TEST(slips_are_noticed) {
-  if (amx::on_processor()) return;  // it makes none
   uint64_t seed = 100;
   const std::pair<Slip, const char*> slips[] = {
       {Slip::kNone, ""},
@@ -191,6 +190,7 @@ TEST(slips_are_noticed) {
       {Slip::kSwappedOperands, "value"},
   };
   for (const auto& [slip, expected] : slips) {
+    if (amx::on_processor() && slip != Slip::kNone) continue;        // a processor makes none
     if (simt::under_asan() && slip == Slip::kStridedLoad) continue;  // ends the process: an overrun
     HeadTiles tiles(20, 33, 96, 32, true, ++seed);
     const std::string wrong = tiles.wrong(slip), by = wrong.substr(0, wrong.find(':'));
