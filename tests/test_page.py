@@ -148,7 +148,7 @@ def cells(document):
 @needs_chromium
 def test_shows_each_forward(tmp_path):
     path = tmp_path / "page.html"
-    made().html(path)
+    assert made().html(path) is None and path.read_text("utf-8") == made().html()
     now = {n: cells(browse(path, f"forward={n}", tmp_path, "--dump-dom")) for n in (0, 1, 2, 3, 4)}
     mask = "▁"
     assert [text for text, _ in now[0]] == ["zero", " one", mask, mask, mask, mask]

@@ -78,6 +78,10 @@ __all__ = [
 __all__ += rules.__all__
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 def __getattr__(name: str):
     if name in _LAZY:
         try:

@@ -158,7 +158,7 @@ class Trace:
     def html(
         self, path: str | PathLike | None = None, *, beside: Trace | Sequence[Trace] = (),
         names: Sequence[str] | None = None, title: str = "A decoding",
-    ) -> str:  # fmt: skip
+    ) -> str | None:  # fmt: skip
         """Build an interactive page that shows the decoding: play it, step through it, or point at a token for details.
 
         The page is a single self-contained HTML file that loads no scripts, fonts or other resources. It shows the
@@ -167,7 +167,7 @@ class Trace:
         Parameters
         ----------
         path : path, optional
-            File to write the page to, in UTF-8. If None, the page is only returned.
+            File to write the page to, in UTF-8. If None, the page is returned.
         beside : Trace or sequence of Trace
             Other decodings to show next to this one, forward by forward.
         names : sequence of str, optional
@@ -177,8 +177,8 @@ class Trace:
 
         Returns
         -------
-        str
-            The page.
+        str or None
+            The page, or None if it was written to `path`.
 
         Raises
         ------
@@ -191,14 +191,15 @@ class Trace:
         if not isinstance(others, Sequence) or not all(isinstance(one, Trace) for one in others):
             raise TypeError(f"beside must be a Trace or several of them; got {type(beside).__name__}")
         page = page_of(page_data([self, *others], names), title)
-        if path is not None:
-            with open(path, "w", encoding="utf-8", newline="\n") as file:
-                file.write(page)
-        return page
+        if path is None:
+            return page
+        with open(path, "w", encoding="utf-8", newline="\n") as file:
+            file.write(page)
+        return None
 
     def _repr_html_(self) -> str:
         """Return the page for a notebook, in an iframe that may run only the page's own script."""
-        source = html.escape(self.html(), quote=True)
+        source = html.escape(self.html() or "", quote=True)
         return (
             f'<iframe srcdoc="{source}" sandbox="allow-scripts" title="A decoding" '
             'style="width: 100%; height: 640px; border: 0"></iframe>'

@@ -475,9 +475,9 @@ class TestChecker:
 
         tokens = prompts(1, 40)
         tokens[0, 10:12] = MASK
-        free = dk.infill(model, tokens, score="position")
+        free = dk.infill(model, tokens, score="position", rule=dk.Quota())
         assert free.commit_step[0, 10:12].tolist() == [0, 1]
-        out = dk.infill(model, tokens, score="position", constraint=NotAtFirst())
+        out = dk.infill(model, tokens, score="position", rule=dk.Quota(), constraint=NotAtFirst())
         assert out.commit_step[0, 10:12].tolist() == [1, 2] and out.num_forwards[0] == 3
 
     def test_draws_follow_the_renormalised_distribution(self):
@@ -655,3 +655,12 @@ class TestErrors:
     def test_checkers_need_masks(self, model, rule):
         with pytest.raises(ValueError, match=r"Balanced.accepts cannot be used with rule .*; override `allowed`"):
             dk.generate(model, prompts(2, 5), constraint=Balanced(5), **options_for(rule))
+
+
+def test_one_that_overrides_nothing():
+    class Misspelled(dk.Constraint):
+        def accept(self, tokens, proposed):
+            return proposed < 50
+
+    with pytest.raises(ValueError, match="constraint has no effect: Misspelled overrides neither allowed nor accepts"):
+        dk.generate(build(), prompts(1, 4), max_new_tokens=4, constraint=Misspelled())

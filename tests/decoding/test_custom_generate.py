@@ -117,8 +117,12 @@ def test_end_and_padding_tokens(model):
     plain = theirs(model, ids)[0, 6:].tolist()
     end = plain[4]
     first = plain.index(end)
-    out = theirs(model, ids, eos_token_id=end, pad_token_id=7, decoding_config={"score": "position"})
-    ours = dk.generate(model, ids, max_new_tokens=N, eos_token_id=end, pad_token_id=7, score="position").sequences
+    out = theirs(
+        model, ids, eos_token_id=end, pad_token_id=7, decoding_config={"score": "position", "rule": dk.Quota()}
+    )
+    ours = dk.generate(
+        model, ids, max_new_tokens=N, eos_token_id=end, pad_token_id=7, score="position", rule="quota"
+    ).sequences
     assert torch.equal(out, ours) and first >= 0
     where = ours[0, 6:].tolist()
     if end in where:

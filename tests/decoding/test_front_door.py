@@ -442,3 +442,9 @@ def test_what_a_backbone_cannot_be():
         dk.generate(dk.Backbone(nn.Identity().eval()), [[1, 2]], max_new_tokens=4, **IDS)
     with pytest.raises(ValueError, match="training"):
         dk.generate(dk.Backbone(Net().train(), vocab_size=20), [[1, 2]], max_new_tokens=4, **IDS)
+
+
+def test_dir_lists_what_is_public():
+    names = dir(dk)
+    assert {"generate", "infill", "load", "Engine", "regex", "Threshold"} <= set(names)
+    assert not {"torch", "importlib"} & set(names) and names == sorted(set(names))

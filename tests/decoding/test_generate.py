@@ -274,8 +274,27 @@ class TestErrors:
             dk.generate(model, prompts(1, 4), blocklength=4)
 
     def test_rule_of_the_wrong_kind(self, model):
-        with pytest.raises(TypeError, match=r"rule must be a Rule.*'threshold'"):
-            dk.generate(model, prompts(1, 4), rule="threshold")
+        with pytest.raises(TypeError, match=r"rule must be a Rule.*got 0\.9"):
+            dk.generate(model, prompts(1, 4), rule=0.9)
+        with pytest.raises(ValueError, match="unknown rule 'luck'"):
+            dk.generate(model, prompts(1, 4), rule="luck")
+
+    @pytest.mark.parametrize(("rule", "score", "limit"), [
+        (dk.Threshold(95), "probability", "threshold=95 of Threshold can never be reached, since score='probability' is at most 1"),
+        (dk.Threshold(0.95), "entropy", "threshold=0.95 of Threshold can never be reached, since score='entropy' is at most 0"),
+        (dk.Threshold((0.5, 1.5)), "margin", "threshold=1.5 of Threshold can never be reached, since score='margin' is at most 1"),
+        (dk.HierarchicalThreshold(0.9, 2), "probability", "low=2 of HierarchicalThreshold can never be reached"),
+        (None, "random", "threshold=0.95 of Threshold can never be reached, since score='random' is at most 0"),
+    ])  # fmt: skip
+    def test_thresholds_that_no_score_reaches(self, model, rule, score, limit):
+        with pytest.raises(ValueError, match=limit):
+            dk.generate(model, prompts(2, 4), max_new_tokens=4, rule=rule, score=score)
+
+    def test_thresholds_that_a_score_reaches(self, model):
+        by_entropy = dk.generate(model, prompts(1, 4), max_new_tokens=8, rule=dk.Threshold(-50.0), score="entropy")
+        assert by_entropy.num_forwards.tolist() == [1]
+        one_each = dk.generate(model, prompts(1, 4), max_new_tokens=8, rule=dk.Threshold(1.0, strict=True))
+        assert one_each.num_forwards.tolist() == [8]
 
     def test_training_mode(self):
         with pytest.raises(ValueError, match=r"model\.eval\(\)"):

@@ -64,7 +64,7 @@ OPTIONS = {
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_generate_by_replayed_steps(models, record, device, name):
-    model, options = models(device), COMMON | {"rule": dk.Threshold(2.0)} | OPTIONS[name]
+    model, options = models(device), COMMON | {"rule": dk.Threshold(1.0, strict=True)} | OPTIONS[name]
     _, ids, valid = (x.to(device) if isinstance(x, torch.Tensor) else x for x in ragged())
     want = dk.generate(model, ids, valid, graphs=False, **options)
     assert not record
@@ -132,7 +132,7 @@ def undecided():
 
 
 def test_what_cannot_be_captured_runs_as_it_is(undecided, record):
-    options = COMMON | {"mask_token_id": MASK, "pad_token_id": PAD, "rule": dk.Threshold(2.0)}
+    options = COMMON | {"mask_token_id": MASK, "pad_token_id": PAD, "rule": dk.Threshold(1.0, strict=True)}
     want = dk.generate(undecided, prompts(1, 5), graphs=False, **options)
     with pytest.warns(RuntimeWarning, match="run without CUDA graphs, since one could not be captured: .* reads a val"):
         out = dk.generate(undecided, prompts(1, 5), graphs="auto", **options)
@@ -152,7 +152,7 @@ def test_without_a_gpu_nothing_is_captured(models):
 
 def test_a_form_is_recorded_once(models, record):
     _, ids, valid = ragged()
-    dk.generate(models("cpu"), ids, valid, graphs=True, **COMMON | {"rule": dk.Threshold(2.0)})
+    dk.generate(models("cpu"), ids, valid, graphs=True, **COMMON | {"rule": dk.Threshold(1.0, strict=True)})
     (steps,) = record
     assert len(steps._recordings) == len(steps._recorder.recordings) == 2  # enter and denoise
     assert steps.made == steps.replayed + len(steps._recordings) * (WARM_UP + 1)
@@ -165,6 +165,6 @@ def test_why_masks_are_left_is_known_of_replayed_steps(record):
     found = []
     for graphs in (False, True):
         with pytest.warns(RuntimeWarning, match="masks are left") as caught:
-            dk.generate(broken, prompts(1, 5), graphs=graphs, **COMMON | {"rule": dk.Threshold(2.0)})
+            dk.generate(broken, prompts(1, 5), graphs=graphs, **COMMON | {"rule": dk.Threshold(1.0, strict=True)})
         found.append(str(caught[-1].message))
     assert found[0] == found[1]

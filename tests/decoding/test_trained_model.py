@@ -129,3 +129,28 @@ def test_the_order_matters_where_little_is_known(model):
     assert shares[1] + 0.05 < shares[4] < shares[32]
     at_random, _ = recovered(model, 0.9, steps=32, score="random", seed=1)
     assert at_random < shares[32] - 0.04
+
+
+def test_characters_that_the_tokenizer_does_not_know():
+    from transformers import AutoTokenizer
+
+    from dlmkernels.demo import MODEL_DIR
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    with pytest.raises(
+        ValueError, match="input_ids contains characters that the tokenizer does not know; got 'Why A1=.'"
+    ):
+        dk.generate(dk.load("demo"), "Why A1=?", tokenizer=tokenizer, max_new_tokens=4)
+
+
+def test_a_streamed_answer_has_the_text_so_far():
+    from transformers import AutoTokenizer
+
+    from dlmkernels.demo import MODEL_DIR
+
+    with dk.Engine(dk.load("demo"), slots=2, max_length=96, tokenizer=AutoTokenizer.from_pretrained(MODEL_DIR),
+                   block_length=4) as engine:  # fmt: skip
+        request = engine.add_request("A1234567890123456+8765432109876544=", max_new_tokens=17, streaming=True)
+        texts = [output.text for output in engine.request_id_iter(request)]
+    assert texts[-1] == "10000000000000000" and len(texts) > 3
+    assert all(texts[-1].startswith(text) for text in texts) and sorted(texts, key=len) == texts

@@ -278,7 +278,7 @@ def test_a_model_without_kv_reuse():
 
 
 def test_metrics(model):
-    engine = engine_for(model, slots=3, rule=dk.Threshold(2.0))  # a token a forward
+    engine = engine_for(model, slots=3, rule=dk.Threshold(1.0, strict=True))  # a token a forward
     for new in (6, 6, 3):
         engine.add_request([5, 6, 7], max_new_tokens=new)
     cancelled = engine.add_request([5], max_new_tokens=3)
@@ -301,7 +301,9 @@ def test_forwards_take_the_rows_that_work(model):
     watched.hidden = lambda tokens, *args: shapes.append(tuple(tokens.shape)) or hidden(tokens, *args)
     for deterministic in (False, True):
         shapes.clear()
-        engine = engine_for(watched, slots=4, max_length=60, rule=dk.Threshold(2.0), deterministic=deterministic)
+        engine = engine_for(
+            watched, slots=4, max_length=60, rule=dk.Threshold(1.0, strict=True), deterministic=deterministic
+        )
         for new in (3, 6, 9):
             engine.add_request([5, 6, 7], max_new_tokens=new)
         list(engine)

@@ -247,7 +247,7 @@ class TestProgress:
             assert out.num_forwards <= ask.new
 
     def test_no_more_forwards_than_tokens(self, model, ten):
-        engine = engine_for(model, rule=dk.Threshold(2.0))
+        engine = engine_for(model, rule=dk.Threshold(1.0, strict=True))
         outputs = serve(model, ten, engine)
         assert [out.num_forwards for out in outputs] == [ask.new for ask in ten]
 
@@ -473,7 +473,7 @@ class TestDelivery:
 
     def test_first_done_first_out(self, model):
         """A slot is free within two steps of its request's end."""
-        engine = engine_for(model, slots=2, rule=dk.Threshold(2.0))  # a token a forward
+        engine = engine_for(model, slots=2, rule=dk.Threshold(1.0, strict=True))  # a token a forward
         long = engine.add_request([5, 6, 7], max_new_tokens=32)
         short = [engine.add_request([5, 6, 7], max_new_tokens=2, seed=k) for k in range(6)]
         order = [output.request_id for output in engine]

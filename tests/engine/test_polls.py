@@ -52,7 +52,9 @@ def test_answers_do_not_depend_on_it(model, monkeypatch, options, lag):
 
 
 def rounds_and_steps(model, steps_per_poll, **options):
-    engine = engine_for(model, slots=3, rule=dk.Threshold(2.0), block_length=None, steps_per_poll=steps_per_poll)
+    engine = engine_for(
+        model, slots=3, rule=dk.Threshold(1.0, strict=True), block_length=None, steps_per_poll=steps_per_poll
+    )
     for k in range(3):
         engine.add_request([5, 6, 7], max_new_tokens=30 if k else 13, seed=k, **options)
     rounds = 0
@@ -79,7 +81,7 @@ def test_whoever_follows_a_request_sees_every_step(model, options):
 def test_who_waits_is_admitted_as_soon_as_with_single_steps(model):
     found = []
     for steps in (1, 6):
-        engine = engine_for(model, slots=2, rule=dk.Threshold(2.0), steps_per_poll=steps)
+        engine = engine_for(model, slots=2, rule=dk.Threshold(1.0, strict=True), steps_per_poll=steps)
         long = engine.add_request([5, 6, 7], max_new_tokens=32)
         short = [engine.add_request([5, 6, 7], max_new_tokens=2, seed=k) for k in range(6)]
         found.append([output.request_id for output in engine])

@@ -146,6 +146,8 @@ def test_a_callback_may_use_the_engine(model):
             engine.add_request([8, 9], request_id="more", max_new_tokens=4)
             engine.cancel_request(output.request_id)
 
-    engine.add_request([5, 6, 7], request_id="first", max_new_tokens=30, rule=dk.Threshold(2.0), on_step=more)
+    engine.add_request(
+        [5, 6, 7], request_id="first", max_new_tokens=30, rule=dk.Threshold(1.0, strict=True), on_step=more
+    )
     found = {output.request_id: output.status for output in engine}
     assert found == {"first": dk.RequestStatus.CANCELLED, "more": dk.RequestStatus.FINISHED} and set(seen) == {1}

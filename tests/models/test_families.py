@@ -330,8 +330,8 @@ class TestBlockDecoding:
         assert streamer.got == [*out.sequences[0].tolist(), "end"]
 
     @pytest.mark.parametrize("options,match", [
-        ({"cache": "dual"}, r"cache must be one of \('none', 'block'\) with attention='block'; got 'dual'"),
-        ({"attention": "full"}, r"cache must be one of \('none', .*, 'delayed'\) with attention='full'; got 'block'"),
+        ({"cache": "dual"}, r"cache must be one of none, block, focus with attention='block'; got 'dual'"),
+        ({"attention": "full"}, r"cache must be one of none, prefix, dual, delayed, dllm-cache, sparse-dllm, d2cache with attention='full'; got 'block'"),
         ({"attention": "full", "cache": "none", "seeded": True}, "seeded needs a context"),
         ({"attention": "diagonal"}, "attention must be one of"),
         ({"block_grid": "hexagonal"}, "block_grid must be one of"),

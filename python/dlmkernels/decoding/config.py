@@ -32,9 +32,10 @@ from .checks import (
     several,
     temperature,
 )
-from .constraint import Constraint
+from .constraint import Constraint, check_constraint
 from .features import FeatureCache, cache_or
 from .rules import Quota, Rule, Threshold
+from .rules.named import parse_rule
 from .scores import SCORES, Score
 
 CACHES = ("none", "prefix", "dual", "delayed", "block")
@@ -187,8 +188,9 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
     sub_block_length : int, optional
         Decode each block in parts of this length, from left to right; each part attends to the whole block (Fast-dLLM
         v2, arXiv:2509.26328).
-    rule : Rule, optional
-        Chooses the positions that a step commits. If None, `DEFAULT_RULE`, which commits every token that the model is
+    rule : Rule or str, optional
+        Chooses the positions that a step commits; a string is a rule's name on the command line, such as
+        "threshold:0.9". If None, `DEFAULT_RULE`, which commits every token that the model is
         confident about; if `steps` is given, `Quota()`, which takes exactly that many forward passes.
     temperature : float or sequence of float
         If 0, take the most likely token; otherwise sample at this temperature (Gumbel-max). A sequence gives each
@@ -282,17 +284,14 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
     logits_budget: int = 256 << 20
 
     def __post_init__(self):
-        if self.rule is None:
-            object.__setattr__(self, "rule", DEFAULT_RULE if self.steps is None else FIXED_RULE)
+        rule = parse_rule(self.rule) if isinstance(self.rule, str) else self.rule
+        object.__setattr__(self, "rule", rule or (DEFAULT_RULE if self.steps is None else FIXED_RULE))
         check_logit_bias(self.logit_bias)
         if not isinstance(self.score, Score) and (not isinstance(self.score, str) or self.score not in SCORES):
             raise ValueError(f"score must be one of {tuple(SCORES)} or a Score; got {self.score!r}")
         if not isinstance(self.rule, Rule):
             raise TypeError(f"rule must be a Rule such as dlmkernels.Threshold(0.9); got {self.rule!r}")
-        if isinstance(self.constraint, Tensor) and self.constraint.dim() == 0:
-            raise ValueError("constraint must have at least one dimension, that of tokens; got a tensor of shape []")
-        if self.constraint is not None and not isinstance(self.constraint, (Constraint, Tensor)):
-            raise TypeError(f"constraint must be a Constraint or a tensor; got {self.constraint!r}")
+        check_constraint(self.constraint)
         normalize(self, LIMITS)
         self._ask(f.name for f in dataclasses.fields(self))
 

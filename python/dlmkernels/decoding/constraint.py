@@ -103,6 +103,21 @@ class Constraint:
         raise NotImplementedError
 
 
+def check_constraint(value: Any) -> None:
+    """Raise unless `value` is None, a tensor with a dimension of tokens, or a Constraint."""
+    if isinstance(value, Tensor) and value.dim() == 0:
+        raise ValueError("constraint must have at least one dimension, that of tokens; got a tensor of shape []")
+    if value is not None and not isinstance(value, (Constraint, Tensor)):
+        raise TypeError(f"constraint must be a Constraint or a tensor; got {value!r}")
+
+
+def check_overrides(constraint: Constraint) -> None:
+    """Raise a ValueError if a constraint restricts nothing, for example because a method's name is misspelled."""
+    kind = type(constraint)
+    if all(getattr(kind, name) is getattr(Constraint, name) for name in ("allowed", "accepts", "bound")):
+        raise ValueError(f"constraint has no effect: {kind.__name__} overrides neither allowed nor accepts")
+
+
 @dataclass(frozen=True)
 class AllowedTokens(Constraint):
     """Fixed bitmasks of allowed tokens: int32 `[n]`, or `[B, N, n]` for the N columns from `start` on.

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from .checks import each
 from .config import APPROXIMATE, DecodingConfig
+from .constraint import Constraint, check_overrides
 from .features import is_by_block
 from .rules import VariableLength
 from .scores import Random, score_named
@@ -79,11 +80,27 @@ NEEDS_TO_INFILL = NEEDS | {
 }
 
 
+def _check_thresholds(config: DecodingConfig) -> None:
+    """Raise a ValueError if the rule compares scores with a threshold that none can reach."""
+    highest = score_named(config.score).highest
+    for name in config.rule.thresholds:
+        for value in each(getattr(config.rule, name)):
+            if value > highest:
+                raise ValueError(
+                    f"rule: {name}={value} of {type(config.rule).__name__} can never be reached, since "
+                    f"score={config.score!r} is at most {highest:g}: pass a lower threshold, or a rule without one, "
+                    "such as Quota"
+                )
+
+
 def check_effects(wanted: DecodingConfig, resolved: DecodingConfig, infills: bool = False) -> None:
     """Raise a ValueError for an option that the user has set but that has no effect.
 
     `wanted` is the user's configuration. `resolved` is the one used for decoding, with the model's defaults filled in.
     """
+    if isinstance(resolved.constraint, Constraint):
+        check_overrides(resolved.constraint)
+    _check_thresholds(resolved)
     needs, rule = NEEDS_TO_INFILL if infills else NEEDS, type(resolved.rule).__name__
     for name in sorted(wanted.asked):
         need = needs.get(name)

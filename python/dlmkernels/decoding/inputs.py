@@ -165,6 +165,11 @@ def _ids_of(name: str, item, tokenizer) -> list[int]:
     ids = [int(i) for i in tokenizer(item, add_special_tokens=not is_chat)["input_ids"]]
     if not ids:
         raise ValueError(f"{name} must contain at least one token; the tokenizer returned none for {item!r}")
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is not None and unknown in ids and unknown == tokenizer.pad_token_id:
+        raise ValueError(
+            f"{name} contains characters that the tokenizer does not know, and encodes as padding: {item!r}"
+        )
     return ids
 
 

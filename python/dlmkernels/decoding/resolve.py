@@ -13,7 +13,7 @@ from ..models.adapt import DiffusionModel, EncoderDecoderModel, LogitsModel, ada
 from .config import APPROXIMATE, DecodingConfig, SpecialTokens, check_names
 from .effects import check_effects
 from .ends import end_ids
-from .features import D2Cache, FeatureCache, FocusCache, LayerwiseCache, features_of
+from .features import FEATURE_CACHES, D2Cache, FeatureCache, FocusCache, LayerwiseCache, features_of
 from .presets import default_config, preset
 from .rules import Reordered, Rule, VariableLength
 
@@ -155,11 +155,16 @@ def _check_combination(model: DiffusionModel, config: DecodingConfig) -> None:
             f"attention='{attention}' needs a model of a known type; the attention of {type(model.model).__name__} "
             "cannot be changed"
         )
-    allowed = ("none", *APPROXIMATE) if attention == "full" else ("none", "block")
     if (features := features_of(cache)) is not None:
         _check_features(model, config, features)
-    elif cache not in allowed:
-        raise ValueError(f"cache must be one of {allowed} with attention='{attention}'; got '{cache}'")
+    elif cache != "none" and (cache == "block") == (attention == "full"):
+        is_full = attention == "full"
+        of_layers = [name for name, cache in FEATURE_CACHES.items() if isinstance(cache, FocusCache) != is_full]
+        allowed = ["none", *(APPROXIMATE if is_full else ["block"]), *of_layers]
+        raise ValueError(
+            f"cache must be one of {', '.join(allowed)} with attention='{attention}'; got '{cache}'"
+            + ("" if "cache" in config.asked else "; the preset is for models with other attention: pass cache='none'")
+        )
     if attention == "reordered" and cache == "block" and not isinstance(config.rule, Reordered):
         raise ValueError(
             f"cache='block' with attention='reordered' needs the rule Reordered; got {rule}: use cache='none'"

@@ -28,6 +28,8 @@ class Score:
     needs: ClassVar[frozenset[str]] = frozenset({"margin", "entropy"})
     #: score of proposals in `defer_token_ids`: not above any other score, and still finite
     lowest: ClassVar[float] = torch.finfo(torch.float32).min
+    #: no score is above this; a threshold beyond it is an error
+    highest: ClassVar[float] = math.inf
     #: temperature of the Gumbel noise added to the score, if the configuration sets none
     order_temperature: ClassVar[float] = 0.0
     limits: ClassVar[Mapping[str, Check]] = {}
@@ -46,6 +48,7 @@ class Probability(Score):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     lowest: ClassVar[float] = 0.0
+    highest: ClassVar[float] = 1.0
 
     def __call__(self, step: Step) -> Tensor:
         return step.confidence
@@ -57,6 +60,7 @@ class Margin(Score):
 
     needs: ClassVar[frozenset[str]] = frozenset({"margin"})
     lowest: ClassVar[float] = 0.0
+    highest: ClassVar[float] = 1.0
 
     def __call__(self, step: Step) -> Tensor:
         return step.margin
@@ -67,6 +71,7 @@ class NegativeEntropy(Score):
     """Negative entropy in nats: the lowest entropy comes first."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
+    highest: ClassVar[float] = 0.0
 
     def __call__(self, step: Step) -> Tensor:
         return -step.entropy
@@ -77,6 +82,7 @@ class Random(Score):
     """Random order: Gumbel noise on equal scores."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    highest: ClassVar[float] = 0.0
     order_temperature: ClassVar[float] = 1.0
 
     def __call__(self, step: Step) -> Tensor:
@@ -88,6 +94,7 @@ class LeftToRight(Score):
     """Order from left to right, as in autoregressive models."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    highest: ClassVar[float] = 0.0
 
     def __call__(self, step: Step) -> Tensor:
         return -step.index_in_block.float()
@@ -150,6 +157,7 @@ class DensityWeighted(Score):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     lowest: ClassVar[float] = 0.0
+    highest: ClassVar[float] = 1.0
     limits: ClassVar[Mapping[str, Check]] = {"sigma": number(0, 1000, above=True)}
 
     sigma: float = 10.0

@@ -37,13 +37,15 @@ def final_output(request: Request, answer: Answer, tokenizer, **fields: Any) -> 
     return request.output(status, **found)
 
 
-def interim_output(request: Request, answer: Answer) -> RequestOutput:
+def interim_output(request: Request, answer: Answer, tokenizer) -> RequestOutput:
     """Build an output of an unfinished request: the tokens that are final so far and, if requested, the draft."""
     length = answer.length(answer.final)
     _note_times(request, length)
     has_draft = request.drafts or request.on_step is not None
     draft, confidence = (list(answer.tokens), list(answer.confidence)) if has_draft else (None, None)
     fields = _tokens(answer, length)
+    if tokenizer is not None:
+        fields["text"] = text_of(fields["generated_tokens"], tokenizer, request.stop_strings)
     return request.output(RequestStatus.DECODING, draft=draft, draft_confidence=confidence, **fields)
 
 

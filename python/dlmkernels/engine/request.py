@@ -65,7 +65,8 @@ class RequestOutput:
         "length" (the whole answer was decoded), "eos" (it contains an end token), "stop" (it contains a stop string),
         "error" or "cancelled". None while the request is being decoded.
     text : str, optional
-        The answer as text, up to a stop string. None if the engine has no tokenizer.
+        `generated_tokens` as text, up to a stop string. None if the engine has no tokenizer. While the request is being
+        decoded, its last characters may still change: a character can consist of several tokens.
     top_logprobs : list, optional
         With `top_logprobs=k`, k pairs of id and log-probability for each token, most likely first. None for given
         tokens.

@@ -171,7 +171,9 @@ class Rounds:
             lane.release(row, False)
             self._deliver(request, final_output(request, answer, tokenizer))
             return
-        output = interim_output(request, answer)
+        grew = answer.length(answer.final) > request.shown
+        is_due = request.drafts or (request.streaming and grew)
+        output = interim_output(request, answer, tokenizer if is_due or request.on_step is not None else None)
         try:
             if request.on_step is not None:
                 request.on_step(output)
@@ -179,9 +181,8 @@ class Rounds:
             lane.release(row, False)
             self._fail(request, error)
             return
-        grew = len(output.generated_tokens) > request.shown
         request.shown = len(output.generated_tokens)
-        if request.drafts or (request.streaming and grew):
+        if is_due:
             self.deliveries.put(output)
 
     def _fail(self, request: Request, error: BaseException) -> None:

@@ -113,6 +113,8 @@ class Rule:
         works, but is slower: the LM head runs a second time for what it reads.
     reads_ends : bool
         Whether the rule asks which tokens are end tokens (`Step.is_end`).
+    thresholds : tuple of str
+        Names of the fields that scores are compared with: a position qualifies if its score is at least this large.
     limits : dict
         Checks of the rule's fields, made on construction: field name to check (see `decoding.checks`). A field whose
         check is a `PerRequest` also takes one value per request. Within a step, these values are a tensor `[B, 1]`.
@@ -128,6 +130,7 @@ class Rule:
     by_block: ClassVar[bool] = True
     reads_logits: ClassVar[bool] = False
     reads_ends: ClassVar[bool] = False
+    thresholds: ClassVar[tuple[str, ...]] = ()
     limits: ClassVar[Mapping[str, Check]] = {}
 
     def __post_init__(self):

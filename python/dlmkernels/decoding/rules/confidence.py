@@ -152,6 +152,7 @@ class Threshold(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    thresholds: ClassVar[tuple[str, ...]] = ("threshold",)
     limits: ClassVar[Mapping[str, Check]] = {
         "threshold": PerRequest(number()), "strict": flag, "tie": number(0, optional=True),
     }  # fmt: skip
@@ -176,6 +177,7 @@ class DynamicThreshold(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    thresholds: ClassVar[tuple[str, ...]] = ("threshold",)
     limits: ClassVar[Mapping[str, Check]] = {"threshold": PerRequest(number()), "strict": flag}
 
     threshold: float = 0.9
@@ -286,6 +288,7 @@ class HierarchicalThreshold(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    thresholds: ClassVar[tuple[str, ...]] = ("threshold", "low")
     limits: ClassVar[Mapping[str, Check]] = {"threshold": PerRequest(number()), "low": PerRequest(number())}
 
     threshold: float = 0.9
@@ -314,6 +317,7 @@ class LocalThreshold(Rule):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    thresholds: ClassVar[tuple[str, ...]] = ("threshold", "relaxed")
     limits: ClassVar[Mapping[str, Check]] = {
         "threshold": PerRequest(number()), "relaxed": PerRequest(number()), "radius": integer(0),
     }  # fmt: skip

@@ -30,6 +30,7 @@ class StableThreshold(Rule):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     reads_logits: ClassVar[bool] = True
+    thresholds: ClassVar[tuple[str, ...]] = ("threshold",)
     limits: ClassVar[Mapping[str, Check]] = {
         "threshold": PerRequest(number()), "divergence": PerRequest(number(0)), "history": integer(1),
     }  # fmt: skip
@@ -70,6 +71,7 @@ class CreditThreshold(Rule):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     reads_logits: ClassVar[bool] = True
+    thresholds: ClassVar[tuple[str, ...]] = ("threshold",)
     limits: ClassVar[Mapping[str, Check]] = {
         "threshold": PerRequest(number()), "weight": amount, "exponent": amount, "decay": amount,
     }  # fmt: skip
@@ -103,6 +105,7 @@ class SmoothedThreshold(Rule):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     reads_logits: ClassVar[bool] = True
+    thresholds: ClassVar[tuple[str, ...]] = ("threshold",)
     limits: ClassVar[Mapping[str, Check]] = {
         name: amount for name in ("threshold", "fall", "first_weight", "growth", "most_weight")
     }  # fmt: skip

@@ -128,6 +128,7 @@ class Lengthening(VariableLength):
 
     slots: ClassVar[str] = "canvas"
     decodes: ClassVar[str] = "continuations"
+    thresholds: ClassVar[tuple[str, ...]] = ("threshold",)
     limits: ClassVar[Mapping[str, Check]] = {
         **{name: PerRequest(number()) for name in ("threshold", "doubt")},
         **{name: number() for name in ("end_enough", "end_certain")},

@@ -42,6 +42,7 @@ class Pipeline(Rule):
     decodes: ClassVar[str] = "continuations"
     #: whether an end token overwrites everything after it at once, even if positions before it are still open
     closes_at_eos: ClassVar[bool] = False
+    thresholds: ClassVar[tuple[str, ...]] = ("threshold",)
     limits: ClassVar[Mapping[str, Check]] = {
         "threshold": number(), "open_at": SHARE, "activate_at": SHARE,
         "buffer": integer(1, optional=True),
@@ -84,6 +85,7 @@ class EntropyPipeline(Pipeline):
 
     needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
     closes_at_eos: ClassVar[bool] = True
+    thresholds: ClassVar[tuple[str, ...]] = ()
     limits: ClassVar[Mapping[str, Check]] = {**Pipeline.limits, "delay": integer(1), "best_of_all": flag}
 
     threshold: float = 0.5

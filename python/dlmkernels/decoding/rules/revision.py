@@ -32,6 +32,7 @@ class TokenEditing(Rule):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     slots: ClassVar[str] = "block"
+    thresholds: ClassVar[tuple[str, ...]] = ("threshold",)
     limits: ClassVar[Mapping[str, Check]] = {
         "threshold": PerRequest(number()), "edit_threshold": PerRequest(number()), "max_post_steps": integer(0),
     }  # fmt: skip
@@ -66,6 +67,7 @@ class RunEditing(Rule):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     slots: ClassVar[str] = "block"
+    thresholds: ClassVar[tuple[str, ...]] = ("threshold",)
     limits: ClassVar[Mapping[str, Check]] = {
         "threshold": PerRequest(number()), "sure": PerRequest(number()), "soft": flag,
     }  # fmt: skip
@@ -146,6 +148,7 @@ class WideInNarrowOut(Rule):
     needs: ClassVar[frozenset[str]] = frozenset({"p_current"})
     slots: ClassVar[str] = "block"
     shadow: ClassVar[bool] = True
+    thresholds: ClassVar[tuple[str, ...]] = ("threshold",)
     limits: ClassVar[Mapping[str, Check]] = {
         name: PerRequest(number()) for name in ("threshold", "back_threshold")
     }  # fmt: skip

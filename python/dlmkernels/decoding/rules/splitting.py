@@ -51,6 +51,7 @@ class SplitEditing(Rule):
     slots: ClassVar[str] = "block"
     decodes: ClassVar[str] = "continuations"
     token_ids: ClassVar[dict[str, bool]] = {"delete_token_id": True, "split_token_id": True}
+    thresholds: ClassVar[tuple[str, ...]] = ("threshold",)
     limits: ClassVar[Mapping[str, Check]] = {
         **TokenEditing.limits,
         **{name: integer(0, optional=True) for name in ("delete_token_id", "split_token_id")},
