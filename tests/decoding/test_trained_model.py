@@ -138,7 +138,7 @@ def test_characters_that_the_tokenizer_does_not_know():
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     with pytest.raises(
-        ValueError, match="input_ids contains characters that the tokenizer does not know; got 'Why A1=.'"
+        ValueError, match=r"input_ids contains characters that the tokenizer does not know; got 'Why A1=.'"
     ):
         dk.generate(dk.load("demo"), "Why A1=?", tokenizer=tokenizer, max_new_tokens=4)
 
