@@ -80,6 +80,8 @@ def test_constraints():
     names = {"dk": dk, "torch": torch, "model": model, "ids": ids, "OPEN": opening, "CLOSE": closing, "MASK": MASK}
     pytest.importorskip("interegular", reason="needs the extra 'grammar'")
     names = pages.run("docs/constraints.md", names | {"tokenizer": json_model.tokenizer()})
+    (promised,) = re.findall(r"^print\(alternating.text\(\)\)  +# (.*)$", text_of("docs/constraints.md"), re.M)
+    assert str(names["alternating"].text()) == promised
     assert all(person.keys() == {"name", "age"} and person["age"] >= 0 for person in names["people"])
     assert names["guided"].complete.all()
     assert names["out"].complete.all() and (names["out"].generated == opening).any()
@@ -114,9 +116,8 @@ def test_a_program_of_your_own():
 
 
 def test_a_drafter():
-    ids = torch.from_numpy(tasks.encode(SUM)).expand(2, -1)
-    names = pages.run("docs/drafters.md", {"dk": dk, "ids": ids})
-    assert tasks.decode(names["out"].generated[1].tolist()) == ANSWER
+    names = pages.run("docs/drafters.md", {})
+    assert names["out"].text() == [ANSWER, f"{42:017d}"]
     assert names["out"].num_forwards.max() <= 5
 
 
@@ -177,10 +178,11 @@ def test_a_model_of_your_own(tmp_path, capsys):
     assert re.search(r"^masked llama$", capsys.readouterr().out, re.M)
 
 
-def test_the_first_model_to_try(tmp_path, capsys):
+def test_the_first_model_to_try(tmp_path, monkeypatch, capsys):
     stand_ins, tokenizer = StandIns(tmp_path), pages.letters()
-    hub = type("AutoTokenizer", (), {"from_pretrained": staticmethod(lambda name: tokenizer)})
-    names = pages.run("docs/models.md", {"dk": InPlaceOfTheLibrary(stand_ins), "AutoTokenizer": hub})
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tokenizer)
+    changes = {"import dlmkernels as dk": ""}
+    names = pages.run("docs/models.md", {"dk": InPlaceOfTheLibrary(stand_ins)}, changes)
     assert names["out"].complete.all() and names["model"].config.dlm_family == "a2d-bd3lm"
     assert stand_ins.loaded == [names["model_id"]] and capsys.readouterr().out.strip()
 
