@@ -16,8 +16,7 @@ import dlmkernels as dk
 import json_model
 import pages
 from dlmkernels.cli import build_parser, main
-from dlmkernels.demo import MODEL_DIR, tasks
-from dlmkernels.demo.tasks import TASKS
+from dlmkernels.demo import MODEL_DIR
 from pages import PAGES, ROOT, InPlaceOfTheLibrary, StandIns, text_of
 from small_models import MASK, build, prompts
 
