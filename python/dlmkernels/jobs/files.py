@@ -200,7 +200,7 @@ def _check_same(path: Path, before: dict[str, Any], job: dict[str, Any]) -> None
     if differing:
         name = differing[0]
         raise ValueError(
-            f"--output: {path} belongs to a job with a different {name} (was {before.get(name)!r}, is now "
+            f"--output: {path} belongs to another job, as {name} differs (was {before.get(name)!r}, is now "
             f"{job.get(name)!r}): choose another name, or pass --restart to start over"
         )
 
