@@ -21,7 +21,8 @@ def add(commands) -> None:
         "statistics to stderr. Options that you leave out come from --preset, or else from the model family's default "
         "decoder. An option that would have no effect is an error (except --seed).",
         epilog="To try it out, run `dlmkernels generate --model demo`, which is short for "
-        f"`dlmkernels generate --model demo --prompt '{PROMPT}'`.",
+        f"`dlmkernels generate --model demo --prompt '{PROMPT}'`. With --model demo, --max-new-tokens defaults to the "
+        "length of the solution.",
     )  # fmt: skip
     add_model(generate)
     add = generate.add_argument

@@ -114,7 +114,8 @@ def as_typed(message: str) -> str:
     if message.startswith("input_ids ("):
         return message.replace("input_ids (", "--prompt (", 1).replace("max_new_tokens (", "--max-new-tokens (", 1)
     name, _, rest = message.partition(" must ")
-    return f"--{name.replace('_', '-')} must {rest}" if rest and name in FIELDS else message
+    is_option = rest and name in (*FIELDS, "batch", "length", "max_length", "slots")
+    return f"--{name.replace('_', '-')} must {rest}" if is_option else message
 
 
 def writable(option: str, path: str) -> None:

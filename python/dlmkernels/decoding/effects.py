@@ -96,7 +96,7 @@ def check_effects(wanted: DecodingConfig, resolved: DecodingConfig, infills: boo
             what = f"{name} needs {need.text}"
         else:
             continue
-        other = f", or choose another rule than {rule}" if "rule" in wanted.asked and name != "rule" else ""
+        other = ", or choose another rule" if "rule" in wanted.asked and name != "rule" else ""
         raise ValueError(
             f"{name}={getattr(wanted, name)!r} has no effect with rule {rule} here: {what}. Leave out {name}{other}"
         )
