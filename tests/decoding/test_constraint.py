@@ -673,3 +673,13 @@ def test_one_that_overrides_nothing():
 
     with pytest.raises(ValueError, match="constraint has no effect: Misspelled overrides neither allowed nor accepts"):
         dk.generate(build(), prompts(1, 4), max_new_tokens=4, constraint=Misspelled())
+
+
+@pytest.mark.parametrize(("value", "hint"), [
+    ("[0-9]+", r"got '\[0-9\]\+': for a regular expression, pass dlmkernels.regex\('\[0-9\]\+', tokenizer\)"),
+    (NoRepeats, r"pass an instance, NoRepeats\(…\)"),
+    (3, "got 3$"),
+])  # fmt: skip
+def test_what_is_no_constraint(value, hint):
+    with pytest.raises(TypeError, match="constraint must be a Constraint or a tensor; " + ".*" + hint):
+        dk.DecodingConfig(constraint=value)

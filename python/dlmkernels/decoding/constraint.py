@@ -108,7 +108,12 @@ def check_constraint(value: Any) -> None:
     if isinstance(value, Tensor) and value.dim() == 0:
         raise ValueError("constraint must have at least one dimension, that of tokens; got a tensor of shape []")
     if value is not None and not isinstance(value, (Constraint, Tensor)):
-        raise TypeError(f"constraint must be a Constraint or a tensor; got {value!r}")
+        hint = ""
+        if isinstance(value, str):
+            hint = f": for a regular expression, pass dlmkernels.regex({value!r}, tokenizer)"
+        elif isinstance(value, type):
+            hint = f": pass an instance, {value.__name__}(…)"
+        raise TypeError(f"constraint must be a Constraint or a tensor; got {value!r}{hint}")
 
 
 def check_overrides(constraint: Constraint) -> None:
