@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convert Python values to arguments of the ops: numbers to one-value tensors, and torch's errors to helpful ones."""
 
+import functools
 import math
 import numbers
+import operator
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -35,7 +37,7 @@ _ONE_VALUE = {
     "temperature": _TEMPERATURE,
     "order_temperature": _TEMPERATURE,
     "top_p": _Range(torch.float32, lambda x: 0 <= x <= 1, "in [0, 1]"),
-    "cfg_scale": _ANY,
+    "cfg_scale": _Range(torch.float32, lambda x: not math.isnan(x), "a number other than NaN"),
     "parameter": _ANY,
     "top_k": _COUNT,
     "need": _COUNT,
@@ -102,6 +104,8 @@ def call(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
     Errors about an argument are raised as a TypeError or an ArgumentError.
     """
+    if not torch.compiler.is_compiling():
+        _check_kinds(op, args, kwargs)
     try:
         return op(*args, **kwargs)
     except RuntimeError as error:
@@ -111,14 +115,57 @@ def call(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         raise refusal from None
 
 
+def _check_kinds(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise a TypeError for a flag or an integer that torch would convert from a value of another kind, such as 2.7."""
+    for index, name, kind in _flags_and_integers(op):
+        value = args[index] if index < len(args) else kwargs.get(name, _DEFAULT)
+        if value is not _DEFAULT and not _IS_KIND[kind](value):
+            raise TypeError(f"{_name(op)}: {name} must be {_TYPES[kind]}; got {_shown(value)}")
+
+
+@functools.cache
+def _flags_and_integers(op: Any) -> list[tuple[int, str, str]]:
+    """Return the index, name and type of each argument of an op that is a flag or an integer."""
+    return [(i, a.name, str(a.type)) for i, a in enumerate(op._schema.arguments) if str(a.type) in _IS_KIND]
+
+
+def _name(op: Any) -> str:
+    return op._schema.name.split("::")[1]
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool | torch.SymBool) or (
+        getattr(value, "ndim", None) == 0 and value.dtype in (torch.bool, "bool")
+    )
+
+
+def _is_integer(value: Any) -> bool:
+    if isinstance(value, int | torch.SymInt):
+        return not isinstance(value, bool)
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
+
+
+_DEFAULT = object()
+_IS_KIND: dict[str, Callable[[Any], bool]] = {"bool": _is_flag, "int": _is_integer}
+
+
 def _explained(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], message: str) -> Exception | None:
     """Return a clearer exception for an error of `op` that is about an argument, else None."""
     arguments = op._schema.arguments
-    name = op._schema.name.split("::")[1]
+    name = _name(op)
     given = dict(zip((a.name for a in arguments), args)) | kwargs
     for argument in arguments:
         if str(argument.type) == "Tensor" and given.get(argument.name) is None:
             return TypeError(f"{name}: {argument.name} must be a tensor; got None")
+    for argument_name, value in given.items():
+        if isinstance(value, Tensor) and value.layout != torch.strided:
+            return ArgumentError(f"{name}: {argument_name} must be a dense tensor; got layout {value.layout}")
+        if isinstance(value, Tensor) and value.dim() == 0 and "aoti_torch_get_size" in message:
+            return ArgumentError(f"{name}: {argument_name} must have at least one dimension; got a tensor of shape []")
     if mismatch := _MISMATCH.search(message):
         expected, argument_name, _ = mismatch.groups()
         value = given.get(argument_name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any, TypeAlias
 
 import torch
@@ -23,14 +23,36 @@ ELSEWHERE = {
     "drafter": "drafter is an argument of generate; elsewhere, pass rule=dlmkernels.Drafted(drafter)",
     "steps_per_poll": "steps_per_poll is an argument of generate and of Engine",
 }
+#: types that can be iterated over, but are no sequence of numbers
+UNORDERED = (str, bytes, bytearray, Mapping, Set)
 
 
 def plain(value: Any) -> Any:
     """Convert a NumPy scalar or a 0-dimensional array or tensor to a Python number; return anything else as it is."""
     is_array = isinstance(value, Tensor) or type(value).__module__ == "numpy"
-    if is_array and getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+    if is_array and getattr(value, "ndim", None) == 0 and hasattr(value, "item") and _is_readable(value):
         return value.item()
     return value
+
+
+def listed(name: str, values: Any) -> Any:
+    """Convert a tensor or an array to a (nested) list; return anything else as it is.
+
+    A tensor without values (on the device "meta") or with another layout than strided raises a ValueError.
+    """
+    check_readable(name, values)
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
+def check_readable(name: str, value: Any) -> None:
+    """Raise a ValueError for a tensor whose values cannot be read: one on the device "meta", or a sparse one."""
+    if not _is_readable(value):
+        kind = "one on the device meta" if value.is_meta else f"one of layout {value.layout}"
+        raise ValueError(f"{name} must be a dense tensor that holds values; got {kind}")
+
+
+def _is_readable(value: Any) -> bool:
+    return not isinstance(value, Tensor) or (value.layout == torch.strided and not value.is_meta)
 
 
 def number(low: float = -math.inf, high: float = math.inf, *, above: bool = False, optional: bool = False) -> Check:
@@ -44,7 +66,7 @@ def number(low: float = -math.inf, high: float = math.inf, *, above: bool = Fals
             return None
         x = plain(value)
         is_number = isinstance(x, int | float) and not isinstance(x, bool)
-        fits = is_number and (math.isinf(x) or abs(x) <= FLOAT32.max)
+        fits = is_number and (x in (math.inf, -math.inf) or abs(x) <= FLOAT32.max)
         if not fits or not (low < x if above else low <= x) or not x <= high:
             beyond = " within the range of float32" if is_number and abs(x) > FLOAT32.max else ""
             what = _or_none(optional) + _number_in(low, high, above) + beyond
@@ -127,8 +149,8 @@ def several(check_one: Check, count: int | None = None, *, optional: bool = Fals
     def check(name: str, value: Any) -> tuple | None:
         if value is None and optional:
             return None
-        values = value.tolist() if hasattr(value, "tolist") else value
-        if not isinstance(values, Iterable) or isinstance(values, str | Mapping):
+        values = listed(name, value)
+        if not isinstance(values, Iterable) or isinstance(values, UNORDERED):
             raise ValueError(f"{name} must be a sequence of numbers; got {value!r}")
         values = tuple(values)
         if count is not None and len(values) != count:
@@ -146,7 +168,7 @@ class PerRequest:
 
     def __call__(self, name: str, value: Any) -> Any:
         value = plain(value)
-        if isinstance(value, str | Mapping) or not hasattr(value, "__len__"):
+        if isinstance(value, UNORDERED) or not hasattr(value, "__len__"):
             return self._one(name, value)
         values = self._all(name, value)
         if not values:
@@ -163,6 +185,13 @@ def normalize(owner: Any, limits: Mapping[str, Check]) -> None:
     """Check fields of a frozen dataclass, and store the value that each check returns."""
     for name, check in limits.items():
         object.__setattr__(owner, name, check(name, getattr(owner, name)))
+
+
+def ordered(owner: Any, low: str, high: str, *, strict: bool = False) -> None:
+    """Raise a ValueError unless the first of two fields is at most (`strict`: less than) the second."""
+    a, b = getattr(owner, low), getattr(owner, high)
+    if a > b or (strict and a == b):
+        raise ValueError(f"{low} must be {'less than' if strict else 'at most'} {high}={b}; got {a}")
 
 
 class ComparedByValue:
