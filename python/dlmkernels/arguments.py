@@ -37,7 +37,7 @@ _ONE_VALUE = {
     "temperature": _TEMPERATURE,
     "order_temperature": _TEMPERATURE,
     "top_p": _Range(torch.float32, lambda x: 0 <= x <= 1, "in [0, 1]"),
-    "cfg_scale": _Range(torch.float32, lambda x: not math.isnan(x), "a number other than NaN"),
+    "cfg_scale": _Range(torch.float32, lambda x: x == x, "a number other than NaN"),
     "parameter": _ANY,
     "top_k": _COUNT,
     "need": _COUNT,
@@ -118,8 +118,8 @@ def call(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def _check_kinds(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise a TypeError for a flag or an integer that torch would convert from a value of another kind, such as 2.7."""
     for index, name, kind in _flags_and_integers(op):
-        value = args[index] if index < len(args) else kwargs.get(name, _DEFAULT)
-        if value is not _DEFAULT and not _IS_KIND[kind](value):
+        value = args[index] if index < len(args) else kwargs.get(name)
+        if value is not None and not _IS_KIND[kind](value):
             raise TypeError(f"{_name(op)}: {name} must be {_TYPES[kind]}; got {_shown(value)}")
 
 
@@ -140,8 +140,10 @@ def _is_flag(value: Any) -> bool:
 
 
 def _is_integer(value: Any) -> bool:
+    if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+        return False
     if isinstance(value, int | torch.SymInt):
-        return not isinstance(value, bool)
+        return True
     try:
         operator.index(value)
     except TypeError:
@@ -149,7 +151,6 @@ def _is_integer(value: Any) -> bool:
     return True
 
 
-_DEFAULT = object()
 _IS_KIND: dict[str, Callable[[Any], bool]] = {"bool": _is_flag, "int": _is_integer}
 
 

@@ -188,6 +188,60 @@ def test_bad_parameters_are_named(kind):
                 kind(**{field.name: True})
 
 
+@pytest.mark.parametrize("name", ["temperature", "top_k", "cfg_scale", "max_new_tokens", "vicinity", "seed"])
+def test_what_holds_no_readable_values(name):
+    """Tensors without values, sets, whose order is arbitrary, and bytes; integers beyond any float."""
+    sparse = torch.ones(2, dtype=torch.int64).to_sparse()
+    for value in (torch.empty((), device="meta"), torch.empty(2, device="meta"), sparse, {1, 2}, frozenset([1]), b"x"):
+        if name == "seed" and isinstance(value, torch.Tensor):  # `generate` checks these
+            continue
+        with pytest.raises((ValueError, TypeError), match=f"^{name} must"):
+            dk.DecodingConfig(**{name: value})
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), [10**400]])
+def test_integers_beyond_any_float(value):
+    for name in ("temperature", "top_p", "cfg_scale"):
+        with pytest.raises(ValueError, match=rf"^{name}(\[0\])? must be .* got"):
+            dk.DecodingConfig(**{name: value})
+    with pytest.raises(ValueError, match=r"threshold(\[0\])? must be a number within the range of float32; got"):
+        dk.Threshold(value)
+
+
+def test_tensors_that_generate_reads(model):
+    ids = prompts(1, 5)
+    nothing = torch.zeros(1, 5, dtype=torch.int64, device="meta")
+    for options in (
+        {"attention_mask": nothing}, {"seed": nothing[0, :1]}, {"negative_prompt": nothing, "cfg_scale": 1.0},
+        {"rule": lambda: dk.Quota(schedule=torch.empty(2, device="meta"))},
+    ):  # fmt: skip
+        name = next(iter(options)).replace("rule", "schedule")
+        with pytest.raises(ValueError, match=f"^{name} must be a dense tensor that holds values; got one on"):
+            dk.generate(model, ids, **{k: v() if callable(v) else v for k, v in options.items()})
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: dk.RenoisedEntropyBound(t_min=5, t_max=1), "t_min must be at most t_max=1; got 5"),
+    (lambda: dk.AncestralRemask(strategy="loop", t_on=0.1, t_off=0.9), "t_off must be less than t_on=0.1; got 0.9"),
+    (lambda: dk.PredictorCorrector(strategy="constant", t_on=0.1, t_off=0.1), "t_off must be less than t_on=0.1"),
+    (lambda: scores.PositionWeighted(torch.tensor([0.5, torch.nan])), "frequency must hold finite numbers of at least"),
+    (lambda: scores.PositionWeighted(torch.tensor([0.5, -1.0])), "frequency must hold finite numbers of at least 0"),
+    (lambda: scores.PositionWeighted(torch.ones(2, device="meta")), "frequency must be a dense tensor that holds"),
+    (lambda: dk.Quota(schedule=[10**400]), r"schedule\[0\] must be a number within the range of float32"),
+    (lambda: dk.KVCache(-1), "num_slots must be an integer of at least 0; got -1"),
+    (lambda: dk.KVCache("x"), "num_slots must be an integer of at least 0; got 'x'"),
+])  # fmt: skip
+def test_bad_ranges(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+    assert dk.RenoisedEntropyBound(t_min=0.5, t_max=0.5).temperature(3, 8) == 0.5
+
+
+def test_frequencies_of_another_vocabulary(model):
+    with pytest.raises(ValueError, match="frequency must have one value for each of the 97 tokens of the model; got 3"):
+        dk.generate(model, prompts(1, 5), score=scores.PositionWeighted(torch.ones(3)), rule=dk.Quota(), **SHORT)
+
+
 @pytest.mark.parametrize("make", [
     lambda: dk.Threshold("x"), lambda: dk.Threshold(float("nan")), lambda: dk.Factor(-1), lambda: dk.Strided(0),
     lambda: dk.Threshold(strict="no"), lambda: dk.EarlyAnswer(answer=(5, 2)), lambda: dk.EarlyAnswer((1, 2)),
@@ -208,6 +262,8 @@ def test_forms_of_a_configuration(model):
         dk.generate(model, ids, config=5)
     with pytest.raises(TypeError, match=r"unknown decoding option ruler; known: .*rule"):
         dk.generate(model, ids, config={"ruler": 1})
+    with pytest.raises(TypeError, match="config must be a dict of fields of DecodingConfig; got the key 1"):
+        dk.generate(model, ids, config={1: 2, "steps": 3})
     with pytest.raises(ValueError, match="unknown preset 'klasse'"):
         dk.generate(model, ids, config="klasse")
 
