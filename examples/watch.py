@@ -6,7 +6,7 @@ The picture in the README is a screenshot of this page after the third forward:
     chromium --headless --window-size=1200,560 --screenshot=docs/images/watch.png "file://$PWD/watch.html#forward=3"
 """
 
-import sys
+import argparse
 
 import torch
 import transformers
@@ -15,7 +15,9 @@ import dlmkernels as dk
 from dlmkernels.demo import MODEL_DIR
 from dlmkernels.demo.tasks import TASKS
 
-path = sys.argv[1] if len(sys.argv) > 1 else "watch.html"
+parser = argparse.ArgumentParser(description="Write a page that plays two decodings of the same Sudoku side by side.")
+parser.add_argument("page", nargs="?", default="watch.html", help="the file to write (default watch.html)")
+path = parser.parse_args().page
 model = dk.load(MODEL_DIR, dtype=torch.float32)
 tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL_DIR)
 board = torch.from_numpy(TASKS["sudoku"].make(2, seed=1)[1].ids)[None]

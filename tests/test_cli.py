@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,39 @@ def test_info_needs_torch_alone():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_info_says_what_a_missing_device_means():
+    found = info.collect()
+    found["build"] |= {"cuda_architectures": ["9.0"], "cuda_state": "built with nvcc 13.0 for 9.0"}
+    found["missing"] = [{"what": "CUDA device", "needed_for": "the CUDA kernels", "how": "no driver"}]
+    said = info.text(found)
+    assert "not available\n  CUDA device  no driver (needed for the CUDA kernels)" in said
+    assert said.count("for 9.0") == 1 and "9.0 (" not in said
+    found["build"] |= {"cuda_architectures": [], "cuda_state": "no nvcc"}
+    assert re.search(r"^CUDA kernels +none \(no nvcc\)$", info.text(found), re.M)
+
+
+# --- plan -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--memory", "100M"), "100M is enough for 256 tokens per request, the model's maximum"),
+        (("--memory", "5M"), "5M is enough for "),
+        (("--memory", "1M"), "1M is too little: the weights and logits alone need 3."),
+    ],
+)
+def test_plan_says_what_memory_is_enough_for(capsys, options, message):
+    code, out, _ = run(capsys, "plan", "--model", "demo", *options)
+    assert code == 0 and message in out.splitlines()[-1]
+
+
+def test_plan_checks_its_options_first(capsys):
+    code, out, err = run(capsys, "plan", "--model", "demo", "--memory", "lots")
+    assert code == 2 and out == "" and "--memory must be a number of bytes, such as 24G; got 'lots'" in err
+    assert "--length must be at most 256" in run(capsys, "plan", "--model", "demo", "--length", "300")[2]
+
+
 # --- generate --------------------------------------------------------------------------------------------------------
 
 
@@ -139,13 +173,19 @@ def test_draft_needs_a_terminal(capsys, monkeypatch):
     ("options", "message"),
     [
         (("--rule", "greedy"), "unknown rule 'greedy'; known: quota"),
+        (("--rule", "treshold:0.5"), "did you mean 'threshold:0.5'?"),
+        (("--rule", "klass"), "that is a preset; pass config='klass', or --preset klass"),
+        (("--preset", "klas"), "did you mean 'klass'?"),
+        (("--steps", "4", "--rule", "threshold:0.9"), "Leave out steps, or choose another rule"),
+        (("--trace", "/nonexistent/page.html"), "--trace: folder /nonexistent does not exist"),
+        (("--trace", "."), "--trace: . is a folder"),
         (("--rule", "threshold:high"), "takes a number"),
         (("--rule", "quota:3"), "--steps"),
         (("--preset", "gpt"), "unknown preset 'gpt'"),
-        (("--max-new-tokens", "0"), "max_new_tokens"),
-        (("--max-new-tokens", "300"), "max_position_embeddings"),
+        (("--max-new-tokens", "0"), "--max-new-tokens must be an integer of at least 1; got 0"),
+        (("--max-new-tokens", "300"), "--prompt (35 tokens) and --max-new-tokens (300) make a canvas of 335"),
         (("--block-length", "10", "--steps", "2", "--max-new-tokens", "30"), "at least the number of blocks"),
-        (("--top-p", "2"), "top_p"),
+        (("--top-p", "2"), "--top-p must be a number from 0 to 1"),
         (("--mask-token-id", "99"), "mask_token_id"),
         (("--device", "tpu"), "--device"),
         (("--infill",), "no mask token"),
@@ -165,7 +205,8 @@ def test_masks_in_a_prompt(capsys):
 
 def test_a_model_that_is_not_there(capsys, tmp_path):
     code, out, err = run(capsys, "generate", "--model", str(tmp_path), "--prompt", "A")
-    assert code == 2 and out == "" and str(tmp_path) in err and err.count("\n") == 1
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert f"error: --model: no readable model configuration at '{tmp_path}'" in err
 
 
 def test_unknown_arguments(capsys):

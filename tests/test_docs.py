@@ -352,6 +352,8 @@ def test_the_pictures_example_runs(tmp_path):
     run = [sys.executable, ROOT / "examples" / "watch.py", tmp_path / "watch.html"]
     assert "in a browser" in subprocess.run(run, check=True, capture_output=True, text=True).stdout
     assert "One Sudoku" in (tmp_path / "watch.html").read_text("utf-8")
+    told = subprocess.run([*run[:2], "--help"], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert told.stdout.startswith("usage: watch.py") and not (tmp_path / "--help").exists()
 
 
 def test_the_site_builds_without_a_warning(tmp_path):

@@ -115,5 +115,5 @@ def test_unknown_models(tmp_path):
 def test_command_line(capsys):
     assert main(["plan", "--model", "demo", "--batch", "2", "--length", "82", "--memory", "1G"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "batch 2, 82 tokens each, blocks of 82" and lines[-1].startswith("1G suffice for ")
+    assert lines[0] == "batch 2, 82 tokens each, blocks of 82" and lines[-1].startswith("1G is enough for 256 tokens")
     assert main(["plan", "--model", "demo", "--memory", "lots"]) == 2

@@ -64,8 +64,8 @@ def collect() -> dict[str, Any]:
         })  # fmt: skip
     if architectures and not devices:
         missing.append({
-            "what": "CUDA device", "needed_for": "running the CUDA kernels of this build",
-            "how": "torch sees none: " + ("no driver or no GPU" if torch.version.cuda else "this torch is CPU-only"),
+            "what": "CUDA device", "needed_for": "the CUDA kernels; the CPU kernels do not need it",
+            "how": "torch finds no driver or no GPU" if torch.version.cuda else "this is a CPU-only build of torch",
         })  # fmt: skip
     if not (MODEL_DIR / "model.safetensors").is_file():
         missing.append({
@@ -121,16 +121,16 @@ def text(info: dict[str, Any]) -> str:
         ("built with torch", build["torch"]),
         ("CPU kernels", _with_reason(cpu["instruction_set"], cpu["why_not_better"])),
         ("CPU threads", f"{cpu['threads']} of {cpu['processors']} processors"),
-        ("CUDA kernels", _with_reason(", ".join(build["cuda_architectures"]) or "none", build["cuda_state"])),
+        ("CUDA kernels", build["cuda_state"] if build["cuda_architectures"] else f"none ({build['cuda_state']})"),
         ("CUDA of torch", info["torch_cuda"] or "none (CPU-only torch)"),
         ("CUDA devices", ", ".join(info["cuda_devices"]) or "none visible to torch"),
     ]
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}".rstrip() for name, value in rows]
     if info["missing"]:
-        lines += ["", "missing"]
+        lines += ["", "not available"]
         width = max(len(m["what"]) for m in info["missing"])
-        lines += [f"  {m['what']:<{width}}  for {m['needed_for']}: {m['how']}" for m in info["missing"]]
+        lines += [f"  {m['what']:<{width}}  {m['how']} (needed for {m['needed_for']})" for m in info["missing"]]
     return "\n".join(lines)
 
 

@@ -56,6 +56,8 @@ class MemoryPlan:
         covers the whole canvas.
     logits : int
         Logits of a block, or the logits budget if that is smaller, but at least one row of logits.
+    max_length : int, optional
+        Largest `length` that the model can encode; None if it has no limit.
     """
 
     batch: int
@@ -67,6 +69,7 @@ class MemoryPlan:
     forward: int
     step: int
     logits: int
+    max_length: int | None = None
 
     @property
     def total(self) -> int:
@@ -76,7 +79,8 @@ class MemoryPlan:
     def longest(self, memory: int | str) -> int:
         """Return the largest `length` for which `memory` bytes suffice at this batch size.
 
-        Returns 0 if the weights alone do not fit. `memory` may be a string with a unit: "24G" is 24 · 2³⁰ bytes.
+        Returns 0 if the weights alone do not fit. The model's `max_length` is not considered. `memory` may be a string
+        with a unit: "24G" is 24 · 2³⁰ bytes.
         """
         memory = read_bytes("memory", memory)
         fixed = self.weights + self.logits
@@ -171,7 +175,7 @@ def plan(
         row = (adapted.vocab_size or 0) * weights[0].element_size()
         return MemoryPlan(
             batch, length, block, sum(x.numel() for x in weights), _bytes([*weights, *adapted.model.buffers()]),
-            cached, forward, step, max(row, min(row * batch * block, logits_budget)),
+            cached, forward, step, max(row, min(row * batch * block, logits_budget)), adapted.max_length,
         )  # fmt: skip
 
 

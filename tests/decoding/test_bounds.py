@@ -312,7 +312,9 @@ class TestErrors:
             dk.log_likelihood(made("duo")[1], torch.tensor([1]), torch.tensor([1]), **options)
 
     def test_families_without_a_bound(self):
-        with pytest.raises(ValueError, match="method='bound' is not defined for models of family 'masked'"):
+        with pytest.raises(
+            ValueError, match="method='bound' is not defined for models of family 'masked': use 'monte-carlo'"
+        ):
             dk.log_likelihood(lively(), prompts(1, 2), prompts(1, 2), method="bound")
         model = lively()
         model.config.dlm_family = "fast-dllm-v2"

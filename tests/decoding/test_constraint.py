@@ -5,6 +5,7 @@ import itertools
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -576,11 +577,19 @@ class TestGiven:
         assert (out.generated[:, given >= 0] == given[given >= 0]).all() and out.complete.all()
         assert (out.commit_step[:, 6:][:, given >= 0] == -1).all()
 
+    def test_lists(self, model):
+        given = [20, 21] + [-1] * (NEW - 2)
+        want = dk.generate(model, prompts(2, 6), given=torch.tensor(given), **SHORT)
+        for form in (given, [given, given], np.array(given)):
+            assert torch.equal(dk.generate(model, prompts(2, 6), given=form, **SHORT).sequences, want.sequences)
+
     @pytest.mark.parametrize("given,match", [
-        ([1, 2], r"given must be int64 of shape \[1, 12\].*got list"),
+        ("1", r"given must be token ids, in a list or an int64 tensor; got '1': pass tokenizer"),
+        ([[1] * NEW, [2]], r"given must have the same number of ids in each row; got \[12, 1\]"),
+        ([1, 2], r"given must be int64 of shape \[1, 12\].*int64 of shape \[2\]"),
         (torch.zeros(1, NEW), r"given must be int64.*float32 of shape \[1, 12\]"),
         (torch.zeros(2, NEW, dtype=torch.int64), r"given must be int64 of shape \[1, 12\].*\[2, 12\]"),
-        (torch.full((NEW,), 97), r"given must hold ids from 0 to 97 - 1, or -1; got ids from 97 to 97"),
+        (torch.full((NEW,), 97), r"given must hold ids from 0 to 96, or -1; got ids from 97 to 97"),
         (torch.full((NEW,), -2), r"given must hold ids.*got ids from -2"),
         (torch.zeros(NEW, dtype=torch.int64, device="meta"), r"given must be on the model's device cpu; got meta"),
     ], ids=str)  # fmt: skip

@@ -156,7 +156,7 @@ class TestSampler:
         assert out.complete.all()
 
     def test_errors(self):
-        with pytest.raises(ValueError, match=r"eta must be None or a number from 0\.0 to 1"):
+        with pytest.raises(ValueError, match=r"eta must be None or a number from 0 to 1"):
             dk.VectorDenoising(eta=2.0)
 
 

@@ -190,7 +190,7 @@ def test_it_saves(one):
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: dk.FocusCache(0.5), "alpha must be a number from 1; got 0.5"),
+    (lambda: dk.FocusCache(0.5), "alpha must be a number of at least 1; got 0.5"),
     (lambda: dk.FocusCache(delayed=1), "delayed must be True or False; got 1"),
 ], ids=["alpha", "delayed"])  # fmt: skip
 def test_bad_numbers(make, message):

@@ -84,7 +84,10 @@ def test_text_and_chats():
         ("ab", {}, ValueError, "tokenizer=transformers.AutoTokenizer"),
         (["ab"], {"tokenizer": 3}, TypeError, "tokenizer must be"),
         ([{"role": "user", "content": "b"}], {"tokenizer": Letters()}, ValueError, "no chat template"),
-        (["ab", 3], {"tokenizer": Chatting()}, TypeError, "must contain texts, or chats"),
+        (["ab", 3], {"tokenizer": Chatting()}, TypeError, "must contain texts, or chats.*do not mix text and ids.* 3$"),
+        ([{"content": "b"}], {"tokenizer": Chatting()}, TypeError, "got a message without 'role' in"),
+        ([[5], "ab"], {"tokenizer": Letters()}, TypeError, "got a list of list and str"),
+        (b"ab", {"tokenizer": Letters()}, TypeError, "texts or chats with tokenizer=…; got bytes"),
         ("ab", {"tokenizer": Letters(), "attention_mask": torch.ones(1, 3)}, ValueError, "attention_mask can only"),
         ([[]], {}, ValueError, "no tokens in row 0"),
         ([[5], []], {}, ValueError, "no tokens in row 1"),
@@ -350,21 +353,34 @@ def test_probability_of_a_token_under_a_bias():
 @pytest.mark.parametrize(
     ("bias", "message"),
     [
-        (torch.zeros(3), "each of the 97 logits"),
+        (torch.zeros(3), r"logit_bias must have shape \[97\], one number for each logit; got \[3\]"),
         (torch.zeros(1, 97), r"logit_bias must be a float tensor .* got torch.float32 of shape \[1, 97\]$"),
         (torch.full((97,), torch.nan), r"logit_bias must be a float tensor .* shape \[97\] with NaN or \+inf in it$"),
         (torch.zeros(97, dtype=torch.int64), r"logit_bias must be a float tensor .* got torch.int64 of shape \[97\]$"),
-        ({97: 1.0}, "ids from 0 to 97 - 1; got 97"),
-        ({-1: 1.0}, "logit_bias must be"),
-        ({"a": 1.0}, "logit_bias must be"),
-        ({3: float("inf")}, "logit_bias must be"),
-        ({3: float("nan")}, "logit_bias must be"),
+        ({97: 1.0}, "ids from 0 to 96; got 97"),
+        ({-1: 1.0}, "logit_bias must have token ids"),
+        ({"a": 1.0}, "logit_bias must have token ids"),
+        ({3: float("inf")}, "logit_bias must have numbers"),
+        ({3: float("nan")}, "logit_bias must have numbers"),
         ([1.0], "logit_bias must be"),
     ],
 )
 def test_what_is_no_bias(bias, message):
     with pytest.raises(ValueError, match=message):
         dk.generate(build(), prompts(1, 4), logit_bias=bias, max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        ("demo", r"'demo': load it first, with dlmkernels\.load\('demo'\)"),
+        (nn.Linear, "the class Linear: pass an instance"),
+    ],
+)
+def test_what_is_no_model(wrong, hint):
+    for use in (lambda: dk.generate(wrong, prompts(1, 4)), lambda: dk.Engine(wrong)):
+        with pytest.raises(TypeError, match=f"model must be a torch module that returns logits; got {hint}"):
+            use()
 
 
 # --- backbones of any kind -------------------------------------------------------------------------------------------

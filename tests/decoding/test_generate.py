@@ -217,6 +217,11 @@ class TestStreaming:
         assert masks == list(range(15, -1, -1))
 
     def test_one_request_only(self, model):
+        for bad in (print, [print]):
+            with pytest.raises(
+                TypeError, match=r"streamer must have the methods put and end, such as .*function print"
+            ):
+                dk.generate(model, prompts(1, 6), streamer=bad, **SHORT)
         with pytest.raises(ValueError, match=r"streamer can follow only one request; got a batch of 2"):
             dk.generate(model, prompts(2, 6), streamer=self.Recorder(), **SHORT)
         with pytest.raises(ValueError, match=r"streamer can follow only one request; got a batch of 2"):
@@ -254,7 +259,7 @@ class TestErrors:
         ({"input_ids": [-(2**63) - 1]}, r"input_ids must contain token ids, which fit into 64 bits; got -9223372036854775809"),
         ({"input_ids": torch.zeros(0, 4, dtype=torch.int64)}, r"input_ids must have shape.*\[0, 4\]"),
         ({"input_ids": torch.zeros(1, 2, 3, dtype=torch.int64)}, r"input_ids must have shape"),
-        ({"input_ids": torch.full((1, 4), 97)}, r"input_ids must hold ids from 0 to 97 - 1; got ids from 97"),
+        ({"input_ids": torch.full((1, 4), 97)}, r"input_ids must hold ids from 0 to 96; got ids from 97"),
         ({"input_ids": torch.full((1, 4), -5)}, r"input_ids must hold ids"),
         ({"input_ids": torch.full((1, 4), MASK)}, r"input_ids holds the mask token.*infill"),
         ({"input_ids": torch.zeros(1, 4, dtype=torch.int64, device="meta")}, r"input_ids must be on the model's device"),
@@ -263,9 +268,9 @@ class TestErrors:
         ({"attention_mask": torch.tensor([[1, 1, 1, 0]])}, r"pad prompts on the left"),
         ({"attention_mask": torch.zeros(1, 4)}, r"attention_mask leaves row 0"),
         ({"max_new_tokens": 0}, r"max_new_tokens must be an integer of at least 1; got 0"),
-        ({"temperature": -1.0}, r"temperature must be a number from 0"),
+        ({"temperature": -1.0}, r"temperature must be a number of at least 0; got -1"),
         ({"temperature": float("nan")}, r"temperature must be a number"),
-        ({"top_p": 1.5}, r"top_p must be a number from 0.0 to 1.0; got 1.5"),
+        ({"top_p": 1.5}, r"top_p must be a number from 0 to 1; got 1.5"),
         ({"score": "luck"}, r"score must be one of.*'luck'"),
         ({"cache": "paged"}, r"cache must be one of.*'paged'"),
         ({"steps": 1, "block_length": 8, "max_new_tokens": 16}, r"steps must be at least the number of blocks, 2"),
@@ -278,7 +283,7 @@ class TestErrors:
             dk.generate(model, ids, **{"max_new_tokens": 8} | kwargs)
 
     def test_unknown_option(self, model):
-        with pytest.raises(TypeError, match=r"unknown decoding option blocklength; known: .*block_length"):
+        with pytest.raises(TypeError, match=r"unknown decoding option blocklength: did you mean block_length\?"):
             dk.generate(model, prompts(1, 4), blocklength=4)
 
     def test_rule_of_the_wrong_kind(self, model):
@@ -511,7 +516,7 @@ def test_first_position_of_a_padded_row(model, options):
 def test_preset():
     config = dk.preset("fast-dllm", max_new_tokens=64)
     assert config.cache == "dual" and config.rule == dk.Threshold(0.9) and config.max_new_tokens == 64
-    with pytest.raises(ValueError, match=r"unknown preset 'fastdllm'; known: llada, .*fast-dllm"):
+    with pytest.raises(ValueError, match=r"unknown preset 'fastdllm': did you mean 'fast-dllm'\?"):
         dk.preset("fastdllm")
 
 

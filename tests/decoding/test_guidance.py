@@ -133,7 +133,7 @@ def test_given_tokens_of_the_answer_are_seen_by_both():
         ([5, 6], {"cfg_scale": 0.0}, "cfg_scale above 0"),
         (torch.tensor([1.0]), {}, "int64"),
         ([[5], [6], [7]], {}, "each of the 2 requests"),
-        ([97], {}, "from 0 to 97 - 1"),
+        ([97], {}, "from 0 to 96"),
         ("no", {}, "negative_prompt is text"),
         ([[]], {}, "negative_prompt"),
     ],

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import inspect
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ import torch
 
 import dlmkernels as dk
 from dlmkernels import scores
+from dlmkernels.decoding import names
+from dlmkernels.decoding.rules.named import parse_rule
 from small_models import MASK, build, prompts
 
 
@@ -154,7 +157,8 @@ EACH_BAD = [*NO_NUMBERS, [1, "x"], [1, -1], [], torch.zeros(2, 2), {1: 2}]
     *((name, ["x", 1.5, True]) for name in ("mask_token_id", "pad_token_id", "eos_token_id")),
     *((name, ["x", 5, [1.5], [True]]) for name in ("suppress_token_ids", "defer_token_ids")),
     ("rule", ["quota", 5]), ("constraint", ["x", 5]),
-    ("logit_bias", ["x", 5, {"a": 1.0}, {5: float("nan")}, {5: float("inf")}, torch.zeros(2, 2), torch.zeros(3).int()]),
+    ("logit_bias", ["x", 5, {"a": 1.0}, {5: float("nan")}, {5: float("inf")}, {5: 1e39}, {5: 10**400}, {5: True}, torch.zeros(2, 2),
+                    torch.zeros(3).int(), torch.zeros(3, device="meta")]),
 ])  # fmt: skip
 def test_bad_values_are_named(name, values):
     default = getattr(dk.DecodingConfig(), name)
@@ -188,7 +192,9 @@ def test_bad_parameters_are_named(kind):
                 kind(**{field.name: True})
 
 
-@pytest.mark.parametrize("name", ["temperature", "top_k", "cfg_scale", "max_new_tokens", "vicinity", "seed"])
+@pytest.mark.parametrize(
+    "name", ["temperature", "top_k", "cfg_scale", "max_new_tokens", "vicinity", "seed", "eos_token_id"]
+)
 def test_what_holds_no_readable_values(name):
     """Tensors without values, sets, whose order is arbitrary, and bytes; integers beyond any float."""
     sparse = torch.ones(2, dtype=torch.int64).to_sparse()
@@ -252,6 +258,67 @@ def test_bad_rules(make):
         make()
 
 
+@pytest.mark.parametrize(("name", "hint"), [
+    ("temprature", "did you mean temperature?"), ("Temperature", "did you mean temperature?"),
+    ("do_sample", "pass temperature=…"), ("max_tokens", "pass max_new_tokens=…"), ("num_beams", "not available"),
+    ("threshold", r"pass rule=dlmkernels.Threshold(…)"), ("slot", "did you mean slots, an argument of Engine?"),
+    ("slots", "it is an argument of Engine, and is not accepted here"),
+    ("foo", "Known options: steps, "), ("foo", "Further arguments of generate: attention_mask, "),
+])  # fmt: skip
+def test_unknown_options_are_explained(model, name, hint):
+    with pytest.raises(TypeError, match=re.escape(f"unknown decoding option {name}") + ".*" + re.escape(hint)):
+        dk.generate(model, prompts(1, 5), **{name: 1})
+
+
+def test_hints_about_options_are_true():
+    """Names with a hint are unknown, and the arguments of functions are those that they have."""
+    fields = dk.DecodingConfig.__dataclass_fields__
+    assert not names.HINTS.keys() & fields.keys()
+    for function, known in (
+        (dk.generate, names.OF_GENERATE), (dk.Engine.__init__, names.OF_ENGINE),
+        (dk.Engine.add_request, names.OF_REQUESTS),
+    ):  # fmt: skip
+        parameters = inspect.signature(function).parameters
+        assert set(known) <= set(parameters)
+        left_out = {"self", "model", "input_ids", "overrides", "options"}
+        assert function is dk.Engine.add_request or set(parameters) - left_out == set(known)
+    for hint in names.HINTS.values():
+        for option in re.findall(r"pass (\w+)=", hint):
+            assert option in {*fields, *names.OF_GENERATE}, option
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("KLASS", "did you mean 'klass'?"), ("gpt", "has 70 of them, such as llada"),
+    ("threshold:0.9", "that is a rule; pass rule='threshold:0.9', or --rule threshold:0.9"),
+])  # fmt: skip
+def test_unknown_presets_are_explained(name, message):
+    with pytest.raises(ValueError, match=re.escape(message.replace("70", str(len(dk.PRESETS))))):
+        dk.preset(name)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("EntropyBound:0.1", "did you mean 'entropy-bound:0.1'?"), ("Threshold(0.9)", "did you mean 'threshold:0.9'?"),
+    ("treshold", "did you mean 'threshold'?"), ("klass", "that is a preset"), ("beam", "known: quota, time-quota"),
+])  # fmt: skip
+def test_unknown_rules_are_explained(text, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_rule(text)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"eos_policy": "stop"}, r"eos_policy must be one of none, fill, block; got 'stop'\. An end token ends"),
+    ({"eos_token_id": "</s>"}, r"got '</s>': pass tokenizer\.convert_tokens_to_ids\('</s>'\)"),
+    ({"suppress_token_ids": "0"}, r"sequence of token ids; got '0': pass tokenizer\.convert_tokens_to_ids"),
+    ({"logit_bias": {"0": -5}}, r"logit_bias must have token ids \(integers of at least 0\) as keys; got '0'"),
+    ({"logit_bias": {0: "a"}}, "logit_bias must have -inf or numbers that fit into float32 as values; got 'a'"),
+    ({"seed": "a"}, "seed must be an integer; got 'a'"), ({"seed": 2**63}, "seed must be an integer of at most 92"),
+    ({"top_k": -1}, "top_k must be an integer of at least 0; got -1"),
+])  # fmt: skip
+def test_messages_teach(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        dk.DecodingConfig(**options)
+
+
 def test_forms_of_a_configuration(model):
     ids = prompts(1, 5)
     named = dk.generate(model, ids, config="klass", max_new_tokens=8)
@@ -260,11 +327,11 @@ def test_forms_of_a_configuration(model):
     assert outcome(fields) == outcome(dk.generate(model, ids, rule=dk.Threshold(0.3), max_new_tokens=8))
     with pytest.raises(TypeError, match="config must be a DecodingConfig, the name of a preset, or a dict"):
         dk.generate(model, ids, config=5)
-    with pytest.raises(TypeError, match=r"unknown decoding option ruler; known: .*rule"):
+    with pytest.raises(TypeError, match=r"unknown decoding option ruler: did you mean rule\?"):
         dk.generate(model, ids, config={"ruler": 1})
     with pytest.raises(TypeError, match="config must be a dict of fields of DecodingConfig; got the key 1"):
         dk.generate(model, ids, config={1: 2, "steps": 3})
-    with pytest.raises(ValueError, match="unknown preset 'klasse'"):
+    with pytest.raises(ValueError, match=r"unknown preset 'klasse': did you mean 'klass'\?"):
         dk.generate(model, ids, config="klasse")
 
 

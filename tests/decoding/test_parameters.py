@@ -96,7 +96,7 @@ def test_any_sequence_will_do(kind):
 @pytest.mark.parametrize(("options", "message"), [
     ({"temperature": (0.5, 1.0)}, r"temperature must have one value for each of the 3 requests; got 2"),
     ({"rule": dk.Threshold((0.5,))}, r"rule\.threshold must have one value for each of the 3 requests; got 1"),
-    ({"temperature": (0.5, -1.0, 0.0)}, r"temperature\[1\] must be a number from 0.0; got -1.0"),
+    ({"temperature": (0.5, -1.0, 0.0)}, r"temperature\[1\] must be a number of at least 0; got -1.0"),
     ({"temperature": 1.0, "top_k": (1, 2.5, 3)}, r"top_k\[1\] must be an integer"),
     ({"temperature": ()}, r"temperature must be one number, or one for each request; got \(\)"),
     ({"top_p": (0.5, 0.6, 0.7)}, r"top_p=\(0.5, 0.6, 0.7\) has no effect"),

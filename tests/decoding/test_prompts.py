@@ -203,7 +203,7 @@ class TestUniformNoise:
         assert torch.equal(
             dk.infill(model, tokens.masked_fill(tokens == MASK, -1)).sequences, dk.infill(model, tokens).sequences
         )
-        with pytest.raises(ValueError, match="tokens must hold ids from 0 to 97 - 1, or -1"):
+        with pytest.raises(ValueError, match="tokens must hold ids from 0 to 96, or -1"):
             dk.infill(model, tokens - 90)
 
 

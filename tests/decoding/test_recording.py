@@ -129,7 +129,9 @@ def test_infill_and_top_logprobs():
 
 def test_refusals():
     model = build(seed=3)
-    with pytest.raises(TypeError, match=r"trace must be True or False; got 'page\.html'"):
+    with pytest.raises(
+        TypeError, match=r"trace must be True or False; got 'page\.html': pass trace=True, then call out\.trace\.html"
+    ):
         dk.generate(model, prompts(1, 3), max_new_tokens=4, trace="page.html")
     with pytest.raises(ValueError, match="graphs=True cannot be used with trace=True"):
         dk.generate(model, prompts(1, 3), max_new_tokens=4, trace=True, graphs=True)

@@ -124,7 +124,7 @@ def test_several_answers(model):
         assert len(set(map(tuple, answers))) == 3
         if row == 0:
             assert served[0].generated_tokens == answers[0]
-    with pytest.raises(ValueError, match="num_return_sequences=2 needs randomness"):
+    with pytest.raises(ValueError, match=r"num_return_sequences=2 needs randomness.* Pass a temperature above 0"):
         dk.generate(model, ids, valid, num_return_sequences=2, **COMMON)
 
 
@@ -157,7 +157,9 @@ def test_suffixes_behind_answers_of_their_own_length(model):
 
 
 @pytest.mark.parametrize(("suffix", "message"), [
-    ([MASK], r"suffix holds the mask token \(96\)"), ([VOCAB], r"suffix must hold ids from 0 to 97 - 1"),
+    ("9", r"suffix must be token ids, in a list or an int64 tensor; got '9': pass tokenizer"),
+    ([1.5], r"suffix must be token ids, in a list or an int64 tensor; got \[1\.5\]"),
+    ([MASK], r"suffix holds the mask token \(96\)"), ([VOCAB], r"suffix must hold ids from 0 to 96"),
     (torch.zeros(2, 1).long(), r"suffix must have one row for each of the 3 requests; got 2"),
     (torch.zeros(1), r"suffix must hold at least one token id, int64"),
 ])  # fmt: skip
@@ -234,6 +236,7 @@ def test_bad_processors(model):
     for bad, error, message in [
         (lambda ids, scores: scores[:, 1:], ValueError, r"must return scores of shape \[\d+, 97\]"),
         (lambda ids, scores: 1 / 0, ZeroDivisionError, "division"), (3, TypeError, "must be a function .* got 3"),
+        (lambda ids: ids, TypeError, r"logits_processor must be a function of two arguments, the decided token ids"),
         ([3], TypeError, "logits_processor must be a function of token ids and scores, .* got 3"),
     ]:  # fmt: skip
         with pytest.raises(error, match=message):

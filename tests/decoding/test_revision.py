@@ -430,7 +430,7 @@ def test_row_mean():
     (lambda: dk.AncestralRemask(eta=-1), "eta must be a number from 0 to 1"),
     (lambda: dk.TokenEditing(max_post_steps=-1), "max_post_steps must be an integer of at least 0"),
     (lambda: dk.Backtracking(0), "count must be an integer of at least 1"),
-    (lambda: dk.RenoisedEntropyBound(bound=-1), "bound must be a number from 0"),
+    (lambda: dk.RenoisedEntropyBound(bound=-1), "bound must be a number of at least 0"),
 ])  # fmt: skip
 def test_parameters(make, match):
     with pytest.raises(ValueError, match=match):

@@ -490,7 +490,7 @@ class TestErrors:
         (lambda: dk.DilatedSchedule(1), "base must be an integer of at least 2; got 1"),
         (lambda: dk.StableThreshold(history=0), "history must be an integer of at least 1"),
         (lambda: dk.Threshold(math.nan), "threshold must be a number"),
-        (lambda: dk.Threshold(0.9, tie=-1), "tie must be None or a number from 0"),
+        (lambda: dk.Threshold(0.9, tie=-1), "tie must be None or a number of at least 0"),
         (lambda: dk.Ancestral(eps=2), "eps must be a number from 0 to 1"),
         (lambda: scores.DensityWeighted(0.0), "sigma must be a positive number"),
     ])  # fmt: skip

@@ -488,7 +488,7 @@ class TestNoDeadlock:
         ([5] * 30, {"max_new_tokens": 20}, r"input_ids \(30 tokens\) and the answer \(20 tokens .*\) need 50 columns, more than this engine's max_length"),
         ([5] * 5, {"max_new_tokens": 20, "suffix": [6] * 20}, r"need 45 columns"),
         ([5] * 5, {"max_new_tokens": 16, "rule": dk.Quota(), "steps": 1}, r"steps must be at least the number of blocks"),
-        ([5, 200], {}, r"input_ids must hold ids from 0 to 97 - 1; got 200"),
+        ([5, 200], {}, r"input_ids must hold ids from 0 to 96; got 200"),
         ([5, 96], {}, r"input_ids holds the mask token \(96\)"),
         ([5], {"max_new_tokens": 0}, r"max_new_tokens must be None or an integer of at least 1"),
         ([5], {"temperature": (0.5, 1.0)}, r"temperature of an engine must be one number"),

@@ -38,10 +38,11 @@ def test_what_has_been_told_stays(model, rule, policy):
 @pytest.mark.parametrize(("options", "message"), [
     ({"result_handler": 5}, "result_handler must be a callable that takes a RequestOutput; got int"),
     ({"on_step": 5}, "on_step must be a callable that takes a RequestOutput; got int"),
-    ({"logit_bias": {1000: 1.0}}, "logit_bias must have token ids from 0 to 97 - 1 as keys; got 1000"),
+    ({"logit_bias": {1000: 1.0}}, "logit_bias must have token ids from 0 to 96 as keys; got 1000"),
     ({"constraint": torch.ones(4, VOCAB, dtype=torch.bool)}, r"constraint must have shape \[n\], \[3, n\]"),
     ({"constraint": torch.ones(2, 3, VOCAB, dtype=torch.bool)}, r"constraint must have shape .* got \[2, 3, 97\]"),
     ({"constraint": torch.tensor(True)}, "constraint must have at least one dimension"),
+    ({"request_id": 17}, "request_id must be a string; got int: pass max_new_tokens=17 by keyword"),
     ({"given": 5}, "given must be a sequence of token ids; got int"),
     ({"given": torch.tensor([[-1, 5, 6]])}, r"given must be one sequence of token ids, \[n\]; got shape \[1, 3\]"),
     ({"suffix": torch.ones(2, dtype=torch.int64, device="meta")}, "suffix must be a dense tensor that holds values"),
@@ -169,5 +170,5 @@ def test_what_no_program_can_decode_is_refused_at_once(options, match):
 
 
 def test_where_a_drafter_goes():
-    with pytest.raises(TypeError, match=r"unknown decoding option drafter; .*rule=dlmkernels\.Drafted\(drafter\)"):
+    with pytest.raises(TypeError, match=r"unknown decoding option drafter: .*rule=dlmkernels\.Drafted\(drafter\)"):
         dk.Engine(build(), drafter=3)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dlmkernels.decoding.bitmask import unpack
 from dlmkernels.decoding.constraint import AnswerPlace
-from dlmkernels.grammars.automaton import TokenAutomaton
+from dlmkernels.grammars.automaton import TokenAutomaton, why_empty
 from dlmkernels.grammars.grammar import Grammar
 from dlmkernels.grammars.numbers import integers
 from dlmkernels.grammars.texts import token_texts
@@ -122,6 +122,15 @@ def test_what_cannot_be_read():
         automaton(r"(?=a)(b)\1")
     with pytest.raises(ValueError, match="the tokenizer's tokens cannot form any text"):
         Grammar(automaton("xyz"), "regex")
+    with pytest.raises(ValueError, match="unterminated character set at position 0"):
+        automaton("[0-")
+
+
+def test_why_a_pattern_matches_nothing():
+    assert why_empty("[a-c]+1", ["1", "a", None]).endswith("no token contains any of the characters 'bc'")
+    assert why_empty("xyz", ["y", "xy"]).endswith("no token contains any of the characters 'z'")
+    assert why_empty("(?=1)2", ["1", "2"]) == "no text matches the pattern '(?=1)2'"
+    assert why_empty("12", ["21", "1"]) == "the tokenizer's tokens cannot form any text that matches"
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 0), (3, 1200), (-25, 7), (-120, -5), (99, 1001), (10, 10), (-1, 1)])

@@ -153,6 +153,23 @@ def test_options_that_do_not_go_together(capsys, options, words):
     assert words in capsys.readouterr().err
 
 
+def test_files_are_checked_before_decoding(tmp_path, capsys):
+    source = write(tmp_path / "in.jsonl", requests(2))
+    assert main(command(tmp_path / "none.jsonl", tmp_path / "out.jsonl")[3:]) == 2
+    assert f"--input: {tmp_path / 'none.jsonl'}: No such file" in capsys.readouterr().err
+    assert main(command(source, tmp_path)[3:]) == 2
+    assert f"--output: {tmp_path} is a folder" in capsys.readouterr().err
+
+
+def test_errors_are_counted_apart(tmp_path, capsys):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": ""}\n{"prompt": 5}\n')
+    assert main(command(source, target)[3:]) == 2
+    assert "(and 1 more invalid line); pass --skip-errors" in capsys.readouterr().err
+    assert main(command(source, target, "--skip-errors")[3:]) == 0
+    assert "0 lines answered, 2 recorded as errors" in capsys.readouterr().err
+
+
 # --- jobs that end before their end ----------------------------------------------------------------------------------
 
 
@@ -205,7 +222,7 @@ def test_an_output_of_something_else_is_not_touched(done, tmp_path, capsys):
     target.write_bytes(text)
     for more, name in ((("--seed", "3"), "seed"), (("--temperature", "1"), "options"), (("--token-ids",), "token_ids")):
         assert main(command(source, target, *more)[3:]) == 2 and target.read_bytes() == text
-        assert f"a job with a different {name}" in capsys.readouterr().err
+        assert f"belongs to another job: {name} was" in capsys.readouterr().err
     other = write(tmp_path / "other.jsonl", requests(2, seed=5))
     assert main(command(other, target)[3:]) == 2
     assert "input_sha256" in capsys.readouterr().err

@@ -119,6 +119,19 @@ def test_missing_folder(tmp_path):
         dk.load(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"family": "lada"}, ValueError, r"^family must be one of masked, .*; got 'lada'\. Did you mean 'llada'\?$"),
+        ({"dtype": "fp8"}, ValueError, r"^dtype must be a dtype of torch or its name, .*; got 'fp8'$"),
+        ({"device": "cuda"}, TypeError, r"load does not accept device: pass device_map=…"),
+    ],
+)
+def test_arguments_are_named(checkpoint, options, error, message):
+    with pytest.raises(error, match=message):
+        dk.load(checkpoint, **options)
+
+
 def test_pickle_is_refused(checkpoint):
     torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / "pytorch_model.bin")
     (checkpoint / "model.safetensors").unlink()

@@ -61,13 +61,14 @@ COMPLETIONS = [
     ({"stop": ""}, "stop"), ({"stop": [""]}, "stop"), ({"stop": 5}, "stop"), ({"stop": [5]}, "stop"),
     ({"stop": ["a"] * 17}, "stop"), ({"stop": {"a": 1}}, "stop"),
     ({"stream": "perhaps"}, "stream"), ({"stream": {}}, "stream"),
-    ({"stream_options": {"drafts": True}}, None), ({"stream": True, "stream_options": 5}, "stream_options"),
+    ({"stream_options": {"drafts": True}}, "stream_options"), ({"stream": True, "stream_options": 5}, "stream_options"),
     ({"stream": True, "stream_options": {"speed": 1}}, "stream_options.speed"),
     ({"logprobs": -1}, "logprobs"), ({"logprobs": 21}, "logprobs"), ({"logprobs": "all"}, "logprobs"),
     ({"repetition_penalty": 0}, "repetition_penalty"), ({"repetition_penalty": -2}, "repetition_penalty"),
     ({"suffix": 5}, "suffix"), ({"user": 5}, "user"), ({"rule": "threshold:0.5"}, "rule"), ({"steps": 4}, "steps"),
-    ({"block_length": 4}, "block_length"), ({"best_of": 3}, None), ({"echo": True}, None),
-    ({"frequency_penalty": 1}, None), ({"presence_penalty": 0.5}, None), ({"logit_bias": {"5": 10}}, None),
+    ({"block_length": 4}, "block_length"), ({"best_of": 3}, "best_of"), ({"echo": True}, "echo"),
+    ({"frequency_penalty": 1}, "frequency_penalty"), ({"presence_penalty": 0.5}, "presence_penalty"),
+    ({"logit_bias": {"5": 10}}, "logit_bias"),
     ({"messages": []}, "messages"), ({"speed": "high"}, "speed"), ({"Prompt": "A"}, "Prompt"),
 ]  # fmt: skip
 CHATS = [
@@ -81,16 +82,16 @@ CHATS = [
     ({"messages": [{"role": "user", "content": ""}]}, "messages"),
     ({"messages": [{"role": "user", "content": "refuse"}]}, "messages"),
     ({"max_completion_tokens": 0}, "max_completion_tokens"), ({"max_completion_tokens": 5}, None),
-    ({"logprobs": 5}, "logprobs"), ({"top_logprobs": 3}, None), ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"logprobs": 5}, "logprobs"), ({"top_logprobs": 3}, "top_logprobs"), ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"tools": [5]}, "tools.0"), ({"tools": [{"type": "function", "function": {"name": "a b"}}]},
                                  "tools.0.function.name"),
-    ({"tool_choice": "required"}, None), ({"tool_choice": "maybe"}, "tool_choice"),
+    ({"tool_choice": "required"}, "tool_choice"), ({"tool_choice": "maybe"}, "tool_choice"),
     ({"tools": [{"type": "function", "function": {"name": "a"}}],
-      "tool_choice": {"type": "function", "function": {"name": "b"}}}, None),
+      "tool_choice": {"type": "function", "function": {"name": "b"}}}, "tool_choice"),
     ({"response_format": {"type": "xml"}}, "response_format.type"), ({"response_format": "json"}, "response_format"),
     ({"response_format": {"type": "json_schema"}}, "response_format"),
     ({"response_format": {"type": "text", "json_schema": {"name": "a", "schema": {}}}}, "response_format"),
-    ({"audio": {"voice": "x"}}, None), ({"modalities": ["audio"]}, None), ({"prompt": "A"}, "prompt"),
+    ({"audio": {"voice": "x"}}, "audio"), ({"modalities": ["audio"]}, "modalities"), ({"prompt": "A"}, "prompt"),
 ]  # fmt: skip
 
 

@@ -163,7 +163,7 @@ def _is_up(url):
 @pytest.mark.parametrize(("options", "words"), [
     (("--host", "0.0.0.0"), "may be reachable from other machines"), (("--port", "70000"), "65535"),
     (("--api-key", "a b"), "without spaces"), (("--max-waiting", "-1"), "non-negative"),
-    (("--request-timeout", "0"), "positive"), (("--rule", "best"), "unknown rule"), (("--top-p", "2"), "top_p"),
+    (("--request-timeout", "0"), "positive"), (("--rule", "best"), "unknown rule"), (("--top-p", "2"), "--top-p"),
     (("--drain-timeout", "nan"), "positive"),
 ])  # fmt: skip
 def test_options_that_cannot_be(capsys, options, words, monkeypatch):

@@ -9,6 +9,7 @@ import sys
 
 from ..terminal import make_printable
 from . import bench, demo, generate, info, plan, serve
+from .options import as_typed
 
 #: Command modules, in the order in which `dlmkernels --help` lists them.
 COMMANDS = (demo, generate, serve, plan, bench, info)
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         return 141
     except USER_ERRORS as error:
         message = " ".join(str(error).split()) or type(error).__name__
-        print(f"dlmkernels: error: {message}", file=sys.stderr)
+        print(f"dlmkernels: error: {as_typed(message)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)

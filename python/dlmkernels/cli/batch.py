@@ -75,8 +75,9 @@ def run(args: argparse.Namespace) -> int:
         print("\ndlmkernels: interrupted; run the same command again to resume", file=sys.stderr)
         return 130
     total = job.share.lines_of(job.input.lines)
-    rest = "" if answered == total else f", {total - answered} already answered by an earlier run"
-    print(f"{count(answered, 'line')} answered{rest}", file=sys.stderr)
+    rest = f", {job.errors} recorded as errors" if job.errors else ""
+    rest += "" if answered == total else f", {total - answered} already answered by an earlier run"
+    print(f"{count(answered - job.errors, 'line')} answered{rest}", file=sys.stderr)
     return 0
 
 

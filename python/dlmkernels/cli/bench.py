@@ -13,8 +13,9 @@ def add(commands) -> None:
     bench = commands.add_parser(
         "bench", help="benchmark the kernels against baselines (needs a source checkout)",
         description="Benchmark every kernel and the decoding loop against named baselines, by running `pytest "
-        "benchmarks --benchmark-only` in the source checkout. Other arguments, such as --full or -k attention, are "
-        "passed on to pytest.",
+        "benchmarks --benchmark-only` in the source checkout. All arguments are passed on to pytest: --full measures "
+        "every shape, -k attention only the benchmarks with that word in their name.",
+        usage="dlmkernels bench [-h] [PYTEST_ARGUMENT ...]",
     )  # fmt: skip
     bench.set_defaults(run=run)
 

@@ -8,7 +8,7 @@ from .options import positive, require
 
 def add(commands) -> None:
     demo = commands.add_parser(
-        "demo", help="decode the small model in the package and compare unmasking rules",
+        "demo", help="decode with the small model in the package and compare unmasking rules",
         description="Show how the small model in the package solves a Sudoku, then compare unmasking rules on held-out "
         "problems of three tasks. Writes two pictures and a Markdown table.",
     )  # fmt: skip

@@ -11,7 +11,7 @@ from ..decoding.config import DecodingConfig
 from ..decoding.presets import default_config, preset
 from ..demo import PROMPT
 from . import batch
-from .options import add_decoding, add_model, count, decoding_options, device_named, is_random, load, require
+from .options import add_decoding, add_model, count, decoding_options, device_named, is_random, load, require, writable
 
 
 def add(commands) -> None:
@@ -19,9 +19,10 @@ def add(commands) -> None:
         "generate", help="decode the answer to one prompt, or to a file of prompts",
         description="Decode the answer to a prompt with a model in Hugging Face format. The text is printed to stdout, "
         "statistics to stderr. Options that you leave out come from --preset, or else from the model family's default "
-        "decoder. An option that would have no effect is an error.",
+        "decoder. An option that would have no effect is an error (except --seed).",
         epilog="To try it out, run `dlmkernels generate --model demo`, which is short for "
-        f"`dlmkernels generate --model demo --prompt '{PROMPT}'`.",
+        f"`dlmkernels generate --model demo --prompt '{PROMPT}'`. With --model demo, --max-new-tokens defaults to the "
+        "length of the solution.",
     )  # fmt: skip
     add_model(generate)
     add = generate.add_argument
@@ -38,6 +39,8 @@ def add(commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     batch.check(args)
+    if args.trace:
+        writable("--trace", args.trace)
     if args.input is not None:
         return batch.run(args)
     require("transformers", "safetensors", wanted_for="generate")

@@ -4,15 +4,21 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import Any
 
 from ..decoding.config import CACHES, SCORES, DecodingConfig
 from ..decoding.features import FEATURE_CACHES
 from ..decoding.presets import PRESETS
-from ..decoding.rules.named import parse_rule
+from ..decoding.rules.named import RULES, parse_rule
 from ..decoding.scores import score_named
 
+#: fields of `DecodingConfig` that are options of the same name
+FIELDS = (
+    "max_new_tokens", "block_length", "steps", "score", "cache", "temperature", "top_k", "top_p", "cfg_scale", "seed",
+    "mask_token_id",
+)  # fmt: skip
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -29,12 +35,13 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--preset", metavar="NAME", help=f"settings of a published decoder: {', '.join(PRESETS)}")
     add("--rule", metavar="RULE",
-        help="which tokens each forward pass commits: threshold:0.9, quota, factor:1.0, …")  # fmt: skip
+        help="which tokens each forward pass commits, with an optional number, as in threshold:0.9; one of "
+        f"{', '.join(RULES)}")  # fmt: skip
     add("--max-new-tokens", type=int, metavar="N", help="length of the answer in tokens (default 128)")
     add("--block-length", type=int, metavar="N",
         help="decode blocks of N tokens from left to right (default: one block)")  # fmt: skip
     add("--steps", type=int, metavar="N",
-        help="number of forward passes, for rules with a fixed schedule such as quota")  # fmt: skip
+        help="number of forward passes, for rules with a fixed schedule; without --rule, selects quota")  # fmt: skip
     add("--score", choices=SCORES, help="score by which masked positions are ranked; the highest are committed first")
     add("--cache", choices=(*CACHES, *FEATURE_CACHES),
         help="how keys and values are reused between forward passes (default: depends on the model)")  # fmt: skip
@@ -43,18 +50,15 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=int, metavar="K", help="sample from the K most likely tokens")
     add("--top-p", type=float, metavar="P",
         help="sample from the most likely tokens whose probabilities add up to P")  # fmt: skip
-    add("--cfg-scale", type=float, metavar="S", help="strength of classifier-free guidance (default 0: off)")
+    add("--cfg-scale", type=float, metavar="S",
+        help="strength of classifier-free guidance (default 0: off); negative prompts need Python")  # fmt: skip
     add("--seed", type=seed_value, help="random seed (default: a fresh one, printed by generate; 0 with --input)")
     add("--mask-token-id", type=int, metavar="ID", help="id of the mask token, if the model's configuration lacks it")
 
 
 def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of `DecodingConfig` that were given on the command line."""
-    names = (
-        "max_new_tokens", "block_length", "steps", "score", "cache", "temperature", "top_k", "top_p", "cfg_scale",
-        "seed", "mask_token_id",
-    )  # fmt: skip
-    options: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options: dict[str, Any] = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
     if args.rule:
         options["rule"] = parse_rule(args.rule)
     return options
@@ -101,6 +105,28 @@ def device_named(name: str):
     if device.type == "cuda" and not _C.build_info()["cuda_architectures"]:
         raise ValueError(f"--device cuda: this build has no CUDA kernels ({_C.build_info()['cuda_state']})")
     return device
+
+
+def as_typed(message: str) -> str:
+    """Return an error message with the options of the command line in place of the Python arguments that it names."""
+    if message.startswith(("path_or_id: ", "path_or_id must")):
+        return "--model" + message.removeprefix("path_or_id")
+    if message.startswith("input_ids ("):
+        return message.replace("input_ids (", "--prompt (", 1).replace("max_new_tokens (", "--max-new-tokens (", 1)
+    name, _, rest = message.partition(" must ")
+    is_option = rest and name in (*FIELDS, "batch", "length", "max_length", "slots")
+    return f"--{name.replace('_', '-')} must {rest}" if is_option else message
+
+
+def writable(option: str, path: str) -> None:
+    """Raise ValueError if no file can be written to `path`, the value of an option."""
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(path):
+        raise ValueError(f"{option}: {path} is a folder; expected a file name")
+    if not os.path.isdir(folder):
+        raise ValueError(f"{option}: folder {folder} does not exist")
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise ValueError(f"{option}: no permission to write {path}")
 
 
 def count(n: int, noun: str) -> str:

@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dlmkernels plan`."""
 
+from __future__ import annotations
+
 import argparse
+from typing import TYPE_CHECKING
 
 from .options import DTYPES, require
+
+if TYPE_CHECKING:
+    from ..planning import MemoryPlan
 
 
 def add(commands) -> None:
@@ -27,12 +33,24 @@ def add(commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     require("transformers", "safetensors", wanted_for="plan")
-    from ..planning import plan
+    from ..planning import plan, read_bytes
 
     dtype = None if args.dtype == "auto" else args.dtype
     how = {"block_length": args.block_length, "cache": not args.no_cache, "dtype": dtype}
+    memory = None if args.memory is None else read_bytes("--memory", args.memory)
     needed = plan(args.model, args.batch, args.length, **how)
     print(needed)
-    if args.memory:
-        print(f"{args.memory} is enough for {needed.longest(args.memory)} tokens per request at this batch size")
+    if memory is not None:
+        print(f"{args.memory} is {_enough(needed, memory)}")
     return 0
+
+
+def _enough(needed: MemoryPlan, memory: int) -> str:
+    """Describe what an amount of memory is enough for."""
+    longest = needed.longest(memory)
+    if longest == 0:
+        return f"too little: the weights and logits alone need {(needed.weights + needed.logits) / 2**20:,.1f} MiB"
+    limit = needed.max_length
+    if limit is not None and longest >= limit:
+        return f"enough for {limit} tokens per request, the model's maximum, at this batch size"
+    return f"enough for {longest} tokens per request at this batch size"

@@ -28,10 +28,10 @@ class ActiveForward(BlockForward):
 
     def __init__(self, how: D2Cache, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        if self.grid.count > 1 or self.rows_change:
-            raise ValueError(
-                f"cache='{how.name}' decodes the answer as a single block, and in batches only: leave out block_length"
-            )
+        if self.rows_change:
+            raise ValueError(f"cache='{how.name}' needs requests that start together, as those of generate do")
+        if self.grid.count > 1:
+            raise ValueError(f"cache='{how.name}' decodes the answer as a single block: leave out block_length")
         self.how = how
         rows = len(self.slots)
         # one extra row, into which unused rows write

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..models.adapt import DiffusionModel
-from .checks import check_readable
+from .checks import check_readable, id_range
 from .config import DecodingConfig, SpecialTokens
 from .resolve import check_block_by_block
 
@@ -38,7 +41,7 @@ def check_tokens(
         if low < lowest or (model.vocab_size is not None and high >= model.vocab_size):
             open_too = ", or -1" if lowest < 0 else ""
             raise ValueError(
-                f"{name} must hold ids from 0 to {model.vocab_size} - 1{open_too}; got ids from {low} to {high}"
+                f"{name} must hold ids {id_range(model.vocab_size)}{open_too}; got ids from {low} to {high}"
             )
     if attention_mask is None:
         return tokens, _infer_origin(name, tokens, special, mask_name)
@@ -111,19 +114,40 @@ def check_prompt(tokens: Tensor, attention_mask: Tensor | None, special: Special
         )
 
 
+def as_ids(name: str, values: Any, device: torch.device) -> Tensor:
+    """Return token ids in a list, or in a list of lists of one length, as a tensor; return a tensor unchanged."""
+    if isinstance(values, Tensor):
+        return values
+    values = values.tolist() if hasattr(values, "tolist") else values
+    is_list = isinstance(values, Sequence) and not isinstance(values, str | bytes) and len(values) > 0
+    several = is_list and all(isinstance(row, Sequence) and not isinstance(row, str | bytes) for row in values)
+    rows = values if several else [values]
+    if not is_list or any(not isinstance(i, Integral) or isinstance(i, bool) for row in rows for i in row):
+        hint = ""
+        if isinstance(values, str):
+            hint = ": pass tokenizer(…, add_special_tokens=False)['input_ids']"
+        raise ValueError(f"{name} must be token ids, in a list or an int64 tensor; got {values!r:.80}{hint}")
+    if len({len(row) for row in rows}) > 1:
+        raise ValueError(f"{name} must have the same number of ids in each row; got {[len(row) for row in rows]}")
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
 def check_given(
-    model: DiffusionModel, given: Tensor, batch: int, config: DecodingConfig, special: SpecialTokens
+    model: DiffusionModel, given: Any, batch: int, config: DecodingConfig, special: SpecialTokens
 ) -> Tensor:  # fmt: skip
     """Check `given`, the fixed tokens of the answers, and return it as int64 `[B, max_new_tokens]`."""
     shapes = ((config.longest,), (batch, config.longest))
-    if not isinstance(given, Tensor) or given.dtype != torch.int64 or given.shape not in shapes:
-        got = f"{given.dtype} of shape {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
-        raise ValueError(f"given must be int64 of shape {list(shapes[1])} (max_new_tokens); got {got}")
+    given = as_ids("given", given, model.device)
+    if given.dtype != torch.int64 or given.shape not in shapes:
+        raise ValueError(
+            f"given must be int64 of shape {list(shapes[1])} (max_new_tokens); got {given.dtype} of shape "
+            f"{list(given.shape)}"
+        )
     if given.device != model.device:
         raise ValueError(f"given must be on the model's device {model.device}; got {given.device}")
     low, high = given.min().item(), given.max().item()
     if low < -1 or (model.vocab_size is not None and high >= model.vocab_size):
-        raise ValueError(f"given must hold ids from 0 to {model.vocab_size} - 1, or -1; got ids from {low} to {high}")
+        raise ValueError(f"given must hold ids {id_range(model.vocab_size)}, or -1; got ids from {low} to {high}")
     if special.mask >= 0 and bool((given == special.mask).any()):
         raise ValueError(f"given holds the mask token ({special.mask}): use -1 for each token that is to be decoded")
     check_block_by_block("given", config.rule)
@@ -148,6 +172,15 @@ def check_embeds(model: DiffusionModel, embeds: Tensor, pad: int) -> Tensor:
             "inputs_embeds cannot be used with this model: its embedding of a token depends on the whole sequence"
         )
     return torch.full(embeds.shape[:2], pad, dtype=torch.int64, device=embeds.device)
+
+
+def check_is_streamer(streamer: Any) -> None:
+    """Raise a TypeError for an object that has not the methods of transformers' streamers."""
+    if not all(callable(getattr(streamer, method, None)) for method in ("put", "end")):
+        raise TypeError(
+            "streamer must have the methods put and end, such as transformers.TextStreamer(tokenizer), or be a list of "
+            f"such objects; got {streamer!r:.80}"
+        )
 
 
 def seeds_of(seed: int | Tensor | None, batch: int, device: torch.device) -> Tensor:

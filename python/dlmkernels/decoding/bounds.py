@@ -163,7 +163,11 @@ class Bound:
     ):  # fmt: skip
         process = process_of(model, special)
         if process is None:
-            raise ValueError(f"method='bound' is not defined for models of family '{model.family.name}'")
+            others = model.family.attention == "full" and model.family.noise == "mask"
+            raise ValueError(
+                f"method='bound' is not defined for models of family '{model.family.name}'"
+                + (": use 'monte-carlo', 'mean-field' or 'coupled'" if others else "")
+            )
         if config.logit_alignment != "same" or config.seeded:
             raise ValueError(
                 "method='bound' needs a model that predicts each token of a block at its own position; models of "

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Set
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, TypeAlias
 
 import torch
@@ -18,11 +19,6 @@ FLOAT32 = torch.finfo(torch.float32)
 INT64 = torch.iinfo(torch.int64)
 #: upper limit of all lengths and counts, so that the sum of two of them fits into int32
 LONGEST = 2**30
-#: options that are not fields of a configuration, and how to pass them instead
-ELSEWHERE = {
-    "drafter": "drafter is an argument of generate; elsewhere, pass rule=dlmkernels.Drafted(drafter)",
-    "steps_per_poll": "steps_per_poll is an argument of generate and of Engine",
-}
 #: types that can be iterated over, but are no sequence of numbers
 UNORDERED = (str, bytes, bytearray, Mapping, Set)
 
@@ -79,8 +75,10 @@ def number(low: float = -math.inf, high: float = math.inf, *, above: bool = Fals
 def _number_in(low: float, high: float, above: bool) -> str:
     if math.isinf(low):
         return "a number"
-    start = "a positive number" if above and low == 0 else f"a number above {low}" if above else f"a number from {low}"
-    return start if high >= FLOAT32.max else f"{start} to {high}"
+    if above:
+        start = "a positive number" if low == 0 else f"a number above {low:g}"
+        return start if high >= FLOAT32.max else f"{start}, up to {high:g}"
+    return f"a number of at least {low:g}" if high >= FLOAT32.max else f"a number from {low:g} to {high:g}"
 
 
 def integer(low: int, high: int = LONGEST, *, optional: bool = False) -> Check:
@@ -92,8 +90,9 @@ def integer(low: int, high: int = LONGEST, *, optional: bool = False) -> Check:
         x = plain(value)
         if not isinstance(x, int) or isinstance(x, bool) or not low <= x <= high:
             is_too_large = isinstance(x, int) and x > high
-            limits = f"of at least {low}" + (f" and at most {high}" if is_too_large else "")
-            raise ValueError(f"{name} must be {_or_none(optional)}an integer {limits}; got {value!r}")
+            limits = [f"of at least {low}"] if low > INT64.min or (isinstance(x, int) and x < low) else []
+            limits += [f"of at most {high}" if not limits else f"and at most {high}"] if is_too_large else []
+            raise ValueError(f"{name} must be {' '.join([_or_none(optional) + 'an integer', *limits])}; got {value!r}")
         return x
 
     return check
@@ -129,12 +128,12 @@ def optional_flag(name: str, value: Any) -> bool | None:
     return None if value is None else flag(name, value)
 
 
-def one_of(*choices: str | None) -> Check:
-    """Return a check for one of the `choices`."""
+def one_of(*choices: str | None, note: str = "") -> Check:
+    """Return a check for one of the `choices`. `note`: explains them at the end of the error message."""
 
     def check(name: str, value: Any) -> str | None:
         if not isinstance(value, str | None) or value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
+            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}{note}")
         return value
 
     return check
@@ -158,6 +157,64 @@ def several(check_one: Check, count: int | None = None, *, optional: bool = Fals
         return tuple(check_one(f"{name}[{i}]", one) for i, one in enumerate(values))
 
     return check
+
+
+def token_id(name: str, value: Any) -> Any:
+    """Check a token id. The model's vocabulary size is not known here."""
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        hint = f": pass tokenizer.convert_tokens_to_ids({value!r})" if isinstance(value, str) else ""
+        raise ValueError(f"{name} must be a token id, an integer; got {value!r}{hint}")
+    return value
+
+
+def optional_token_id(name: str, value: Any) -> Any:
+    """Check a token id, or None."""
+    return None if value is None else token_id(name, value)
+
+
+def token_ids(name: str, value: Any) -> tuple:
+    """Check a sequence of token ids, and return it as a tuple."""
+    if isinstance(value, str):
+        raise ValueError(
+            f"{name} must be a sequence of token ids; got {value!r}: pass tokenizer.convert_tokens_to_ids([{value!r}])"
+        )
+    return several(token_id)(name, value) or ()
+
+
+def end_token_ids(name: str, value: Any) -> int | tuple | None:
+    """Check one token id, several, or several per request."""
+    value = plain(value)
+    if value is None or isinstance(value, int | float | str):
+        return optional_token_id(name, value)
+    value = listed(name, value)
+    if isinstance(value, Sequence) and any(isinstance(one, Sequence) and not isinstance(one, str) for one in value):
+        return several(token_ids)(name, value)
+    return token_ids(name, value)
+
+
+def id_range(vocab: int | None, low: int = 0) -> str:
+    """Describe the valid token ids of a vocabulary of `vocab` tokens, for error messages: "from 0 to 31"."""
+    return f"from {low} to {vocab - 1}" if vocab is not None else f"of at least {low}"
+
+
+def check_logit_bias(bias: Mapping[int, float] | Tensor | None) -> None:
+    """Raise unless `bias` is None, a float tensor `[V]`, or a mapping from ids to numbers, without NaN and +inf."""
+    if isinstance(bias, Tensor):
+        check_readable("logit_bias", bias)
+        fits = bias.dim() == 1 and bias.is_floating_point()
+        if not fits or bool((bias.isnan() | (bias == torch.inf)).any()):
+            kind = f"{bias.dtype} of shape {list(bias.shape)}" + (" with NaN or +inf in it" if fits else "")
+            raise ValueError(f"logit_bias must be a float tensor [V] without NaN or +inf; got {kind}")
+    elif isinstance(bias, Mapping):
+        for key, value in bias.items():
+            if not isinstance(key, numbers.Integral) or isinstance(key, bool) or key < 0:
+                raise ValueError(f"logit_bias must have token ids (integers of at least 0) as keys; got {key!r}")
+            is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            if not is_number or not (value == -math.inf or abs(value) <= FLOAT32.max):
+                raise ValueError(f"logit_bias must have -inf or numbers that fit into float32 as values; got {value!r}")
+    elif bias is not None:
+        raise ValueError(f"logit_bias must be {{token id: number}} or a float tensor [V]; got {bias!r}")
 
 
 class PerRequest:

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +12,14 @@ import torch
 from torch import Tensor
 
 from .checks import (
-    ELSEWHERE,
     FLOAT32,
     INT64,
     Check,
     ComparedByValue,
     PerRequest,
+    check_logit_bias,
     each,
+    end_token_ids,
     equal,
     flag,
     integer,
@@ -28,12 +27,15 @@ from .checks import (
     number,
     one_of,
     optional_flag,
+    optional_token_id,
     plain,
     several,
     temperature,
+    token_ids,
 )
 from .constraint import Constraint
 from .features import FeatureCache, cache_or
+from .names import explain_unknown
 from .rules import Quota, Rule, Threshold
 from .scores import SCORES, Score
 
@@ -45,30 +47,10 @@ GRIDS = ("absolute", "prompt", "both-ways")
 LM_HEADS = ("auto", "fused", "logits", "sharded")
 DISTRIBUTIONS = ("raw", "tempered", "filtered")
 EOS_POLICIES = ("none", "fill", "block")
-
-
-def _token_ids(name: str, value: Any) -> int | tuple | None:
-    """Check one token id, several, or several per request. The model's vocabulary size is not known here."""
-    value = plain(value)
-    if value is None:
-        return None
-    if isinstance(value, int | float):
-        return _token_id(name, value)
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(value, Sequence) and any(isinstance(one, Sequence) and not isinstance(one, str) for one in value):
-        return several(several(_token_id))(name, value)
-    return several(_token_id)(name, value)
-
-
-def _token_id(name: str, value: Any) -> Any:
-    value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} must be a token id, an integer; got {value!r}")
-    return value
-
-
-def _optional_token_id(name: str, value: Any) -> Any:
-    return None if value is None else _token_id(name, value)
+ENDING = (
+    ". An end token ends the answer at once with 'fill', after its block with 'block', and not at all with 'none', "
+    "which decodes the full length"
+)
 
 
 def _seed(name: str, value: Any) -> int | Tensor | None:
@@ -98,10 +80,10 @@ LIMITS: dict[str, Check] = {
     **{name: flag for name in ("top_p_first", "keep_crossing", "sub_block_cache", "fuse_commit")},
     "seeded": optional_flag, "cache": cache_or(*CACHES), "distribution": one_of(*DISTRIBUTIONS),
     "lm_head": one_of(*LM_HEADS), "logits_budget": integer(1),
-    "eos_policy": one_of(*EOS_POLICIES), "logit_alignment": one_of(None, *ALIGNMENTS),
+    "eos_policy": one_of(*EOS_POLICIES, note=ENDING), "logit_alignment": one_of(None, *ALIGNMENTS),
     "attention": one_of(None, *ATTENTIONS), "block_grid": one_of(None, *GRIDS),
-    "mask_token_id": _optional_token_id, "pad_token_id": _optional_token_id, "eos_token_id": _token_ids,
-    "suppress_token_ids": several(_token_id), "defer_token_ids": several(_token_id),
+    "mask_token_id": optional_token_id, "pad_token_id": optional_token_id, "eos_token_id": end_token_ids,
+    "suppress_token_ids": token_ids, "defer_token_ids": token_ids,
 }  # fmt: skip
 
 
@@ -321,7 +303,7 @@ class DecodingConfig(OfTheFamily, OfTheRule, ComparedByValue):
         return max(each(self.max_new_tokens))
 
     def replace(self, **changes) -> DecodingConfig:
-        """Return a copy with some fields changed. An unknown field raises a TypeError that lists the known ones.
+        """Return a copy with some fields changed. An unknown field raises a TypeError that names a similar one.
 
         A default rule is chosen again if `steps` changes: `steps` without a rule asks for a fixed schedule.
         """
@@ -351,24 +333,8 @@ def _default(name: str) -> Any:
 def check_names(options: Iterable[str]) -> None:
     """Raise a TypeError unless every option is a field of `DecodingConfig`."""
     known = DecodingConfig.__dataclass_fields__
-    if unknown := sorted(set(options) - set(known)):
-        hint = "".join(f"; {text}" for name, text in ELSEWHERE.items() if name in unknown)
-        raise TypeError(f"unknown decoding option {', '.join(unknown)}{hint}; known: {', '.join(known)}")
-
-
-def check_logit_bias(bias: Mapping[int, float] | Tensor | None) -> None:
-    """Raise unless `bias` is None, a float tensor `[V]`, or a mapping from ids to numbers, without NaN and +inf."""
-    if isinstance(bias, Tensor):
-        fits = bias.dim() == 1 and bias.is_floating_point()
-        if not fits or bool((bias.isnan() | (bias == torch.inf)).any()):
-            kind = f"{bias.dtype} of shape {list(bias.shape)}" + (" with NaN or +inf in it" if fits else "")
-            raise ValueError(f"logit_bias must be a float tensor [V] without NaN or +inf; got {kind}")
-    elif bias is not None and not (
-        isinstance(bias, Mapping)
-        and all(isinstance(i, numbers.Integral) and not isinstance(i, bool) and i >= 0 for i in bias)
-        and all(isinstance(x, numbers.Real) and -math.inf <= x < math.inf for x in bias.values())
-    ):
-        raise ValueError(f"logit_bias must be {{id: number}} or a float tensor [V], without NaN or +inf; got {bias!r}")
+    if unknown := set(options) - set(known):
+        raise TypeError(explain_unknown(unknown, tuple(known)))
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,10 @@ NEEDS: dict[str, Need] = {
 
 #: The same for `infill`.
 NEEDS_TO_INFILL = NEEDS | {
-    "max_new_tokens": Need(lambda c: isinstance(c.rule, VariableLength), "a rule that changes the length"),
+    "max_new_tokens": Need(
+        lambda c: isinstance(c.rule, VariableLength),
+        "a rule that changes the length, such as Expanding; other rules decode exactly the mask tokens that are there",
+    ),
 }
 
 
@@ -88,9 +91,12 @@ def check_effects(wanted: DecodingConfig, resolved: DecodingConfig, infills: boo
     for name in sorted(wanted.asked):
         need = needs.get(name)
         if name in resolved.rule.ignores:
-            what = f"rule {rule} ignores it"
+            what = f"the rule ignores {name}"
         elif need is not None and not need.is_met(resolved):
-            what = f"it needs {need.text}"
+            what = f"{name} needs {need.text}"
         else:
             continue
-        raise ValueError(f"{name}={getattr(wanted, name)!r} has no effect with rule {rule} here: {what}; leave it out")
+        other = ", or choose another rule" if "rule" in wanted.asked and name != "rule" else ""
+        raise ValueError(
+            f"{name}={getattr(wanted, name)!r} has no effect with rule {rule} here: {what}. Leave out {name}{other}"
+        )

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..models.adapt import DiffusionModel
-from .arguments import check_given
+from .arguments import as_ids, check_given, check_is_streamer
 from .capture import steps_of
-from .checks import integer
+from .checks import id_range, integer
 from .config import DecodingConfig, SpecialTokens
 from .finality import finished_columns
 from .output import DecodingOutput
@@ -42,7 +42,8 @@ def check_copies(count: Any, config: DecodingConfig) -> int:
     drawn_order = config.order_temperature > 0 or config.score == "random"
     if count > 1 and not (config.samples or config.rule.draws or drawn_order):
         raise ValueError(
-            f"num_return_sequences={count} needs randomness: temperature is 0, so all answers would be equal"
+            f"num_return_sequences={count} needs randomness: temperature is 0, so all answers would be equal. Pass a "
+            "temperature above 0"
         )
     return count
 
@@ -53,13 +54,7 @@ def check_suffix(
     """Check the tokens that follow the answers; return them as int64 `[B, K]`, or None if there are none."""
     if suffix is None:
         return None
-    if not isinstance(suffix, Tensor):
-        try:
-            suffix = torch.tensor(suffix, dtype=torch.int64, device="cpu")
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"suffix must be token ids, the same number in each row: int64 [K] or [B, K]; got {suffix!r}"
-            ) from None
+    suffix = as_ids("suffix", suffix, torch.device("cpu"))
     if suffix.dtype != torch.int64 or suffix.dim() not in (1, 2) or suffix.numel() == 0:
         raise ValueError(
             f"suffix must hold at least one token id, int64 [K] or [B, K]; got {suffix.dtype} of shape "
@@ -69,7 +64,7 @@ def check_suffix(
         raise ValueError(f"suffix must have one row for each of the {batch} requests; got {len(suffix)}")
     low, high = int(suffix.min()), int(suffix.max())
     if low < 0 or (model.vocab_size is not None and high >= model.vocab_size):
-        raise ValueError(f"suffix must hold ids from 0 to {model.vocab_size} - 1; got ids from {low} to {high}")
+        raise ValueError(f"suffix must hold ids {id_range(model.vocab_size)}; got ids from {low} to {high}")
     if special.mask >= 0 and bool((suffix == special.mask).any()):
         raise ValueError(f"suffix holds the mask token ({special.mask})")
     check_block_by_block("suffix", config.rule)
@@ -77,7 +72,7 @@ def check_suffix(
 
 
 def check_given_tokens(
-    model: DiffusionModel, given: Tensor | None, suffix: Any, lengths: Tensor, config: DecodingConfig,
+    model: DiffusionModel, given: Any, suffix: Any, lengths: Tensor, config: DecodingConfig,
     special: SpecialTokens,
 ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
     """Return the fixed tokens of the answers and suffixes, and the length of each answer with its suffix.
@@ -107,7 +102,8 @@ def listeners_of(
     if on_step is not None and not callable(on_step):
         raise TypeError(f"on_step must be callable with a StepReport; got {type(on_step).__name__}")
     if not isinstance(trace, bool):
-        raise TypeError(f"trace must be True or False; got {trace!r}")
+        hint = f": pass trace=True, then call out.trace.html({trace!r})" if isinstance(trace, str) else ""
+        raise TypeError(f"trace must be True or False; got {trace!r}{hint}")
     streamers = streamer if isinstance(streamer, Sequence) else [streamer]
     if isinstance(streamer, Sequence) and len(streamer) != batch:
         raise ValueError(f"streamer must have an entry (or None) for each of the {batch} requests; got {len(streamer)}")
@@ -115,6 +111,9 @@ def listeners_of(
         raise ValueError(
             f"streamer can follow only one request; got a batch of {batch}: pass a list with one streamer per request"
         )
+    for one in streamers:
+        if one is not None:
+            check_is_streamer(one)
     found = Listeners([s for s in streamers] if streamer is not None else [], on_step, stops, tokenizer, trace)
     if not found:
         return None

@@ -41,8 +41,8 @@ def generate(
     tokenizer=None,
     negative_prompt=None,
     inputs_embeds: Tensor | None = None,
-    given: Tensor | None = None,
-    suffix: Tensor | None = None,
+    given: Tensor | Sequence | None = None,
+    suffix: Tensor | Sequence | None = None,
     num_return_sequences: int = 1,
     stop_strings: str | Sequence[str] | None = None,
     repetition_penalty: float = 1.0,
@@ -93,11 +93,12 @@ def generate(
     inputs_embeds : Tensor, optional
         `[B, P, hidden]`: input embeddings of the prompts, in place of `input_ids`. The result then holds padding tokens
         in the columns of the prompts.
-    given : Tensor, optional
-        int64 `[B, max_new_tokens]` or `[max_new_tokens]`: tokens of the answer that are fixed from the start, -1 where
-        one is to be decoded. Needs a rule that decodes block by block, as does `suffix`.
-    suffix : Tensor, optional
-        int64 `[K]` or `[B, K]`: fixed tokens that follow each answer. They do not count toward `max_new_tokens`.
+    given : Tensor or list, optional
+        int64 `[B, max_new_tokens]` or `[max_new_tokens]`, or ids in lists of that form: tokens of the answer that are
+        fixed from the start, -1 where one is to be decoded. Needs a rule that decodes block by block, as does `suffix`.
+    suffix : Tensor or list, optional
+        int64 `[K]` or `[B, K]`, or ids in lists of that form: fixed tokens that follow each answer. They do not count
+        toward `max_new_tokens`.
     num_return_sequences : int
         Number of answers to each prompt, in adjacent rows of the result. Above 1, decoding must involve randomness.
     stop_strings : str or sequence of str, optional
@@ -151,7 +152,10 @@ def generate(
         "input_ids", input_ids, attention_mask, tokenizer, model.device, filler(special)
     )  # fmt: skip
     if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        raise ValueError(
+            "exactly one of input_ids and inputs_embeds must be given; got "
+            + ("None for both" if input_ids is None else "both")
+        )
     if inputs_embeds is not None:
         input_ids = check_embeds(model, inputs_embeds, special.pad)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -283,7 +287,7 @@ def _check_length(model, config: DecodingConfig, length: int, prompt_length: int
     )
 
 
-def _check_without_prompt(config: DecodingConfig, given: Tensor | None, negative_prompt) -> None:
+def _check_without_prompt(config: DecodingConfig, given: Any, negative_prompt) -> None:
     """Raise a ValueError if the rule or guidance needs a prompt; called for empty prompts."""
     if isinstance(config.rule, (Strided, SelfSpeculative, NextToken)):
         raise ValueError(

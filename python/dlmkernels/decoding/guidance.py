@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .checks import listed
+from .checks import id_range, listed
 from .config import DecodingConfig, SpecialTokens
 from .inputs import filler, read_prompts
 from .state import NegativePrompt, State, put
@@ -59,7 +59,7 @@ def pair_prompts(
         raise ValueError(f"{name} must be one prompt or one for each of the {batch} requests; got {len(other)}")
     low, high = other.min().item(), other.max().item()
     if low < 0 or (vocab is not None and high >= vocab):
-        raise ValueError(f"{name} must hold ids from 0 to {vocab} - 1; got ids from {low} to {high}")
+        raise ValueError(f"{name} must hold ids {id_range(vocab)}; got ids from {low} to {high}")
     start = torch.zeros(len(other), dtype=torch.int32, device=tokens.device)
     if mask is not None:
         start = (mask == 0).sum(1, dtype=torch.int32)

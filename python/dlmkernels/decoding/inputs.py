@@ -159,9 +159,11 @@ def _ids_of(name: str, item, tokenizer) -> list[int]:
     is_chat = not isinstance(item, str)
     if is_chat:
         if not isinstance(item, Sequence) or not all(isinstance(m, Mapping) and "role" in m for m in item):
+            is_chat = isinstance(item, Sequence) and any(isinstance(m, Mapping) for m in item)
+            why = "a message without 'role' in" if is_chat else "something that is neither (do not mix text and ids):"
             raise TypeError(
                 f"{name} must contain texts, or chats whose messages are dicts such as "
-                f"{{'role': 'user', 'content': '…'}}; got {item!r}"
+                f"{{'role': 'user', 'content': '…'}}; got {why} {item!r:.80}"
             )
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(
@@ -216,13 +218,14 @@ def _rows_of_mapping(name: str, inputs: Mapping) -> list[list[int]]:
 
 def _rows_of_ids(name: str, inputs) -> list[list[int]]:
     """Return a list of ids, or of lists of ids, as rows."""
-    if isinstance(inputs, Sequence) and inputs and all(isinstance(i, Integral) for i in inputs):
+    is_list = isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes)
+    if is_list and inputs and all(isinstance(i, Integral) for i in inputs):
         inputs = [inputs]
-    rows = [_as_lists(row) for row in inputs] if isinstance(inputs, Sequence) and not isinstance(inputs, str) else None
+    rows = [_as_lists(row) for row in inputs] if is_list else None
     if rows is None or not all(isinstance(row, (list, tuple)) for row in rows):
         raise TypeError(
             f"{name} must be an int64 tensor of token ids, a list of ids, a list of lists of ids, the output of a "
-            f"tokenizer, or text with tokenizer=…; got {_kind(inputs)}"
+            f"tokenizer, or texts or chats with tokenizer=…; got {_kind(inputs)}"
         )
     for row in rows:
         if not all(isinstance(i, Integral) and not isinstance(i, bool) for i in row):
@@ -251,6 +254,7 @@ def _flat(values) -> list[int]:
 
 
 def _kind(inputs) -> str:
-    if isinstance(inputs, Sequence) and not isinstance(inputs, str) and inputs:
-        return f"a {type(inputs).__name__} of {type(inputs[0]).__name__}"
+    if isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes) and inputs:
+        kinds = dict.fromkeys(type(one).__name__ for one in inputs)
+        return f"a {type(inputs).__name__} of {' and '.join(kinds)}"
     return f"text ({inputs!r})" if isinstance(inputs, str) else type(inputs).__name__

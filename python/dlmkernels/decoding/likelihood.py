@@ -139,7 +139,7 @@ def log_likelihood(
         If an argument has the wrong type, shape, dtype, device or range, or has no effect; the message names it.
     """
     if method is not None and (not isinstance(method, str) or method not in METHODS):
-        raise ValueError(f"method must be one of {METHODS}; got {method!r}")
+        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     model = adapt(model)
     if method is None:
         method = "bound" if _has_bound(model) else "monte-carlo"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from .config import DecodingConfig
 from .features import DLLMCache
+from .names import close_match
 from .rules import (
     Ancestral,
     AncestralRemask,
@@ -45,6 +46,7 @@ from .rules import (
     VectorDenoising,
     WideInNarrowOut,
 )
+from .rules.named import RULES
 from .scores import DensityWeighted, PositionWeighted
 
 LLADA = DecodingConfig(rule=Quota(), score="probability", eos_policy="none")
@@ -213,8 +215,18 @@ def preset(name: str, **overrides) -> DecodingConfig:
         If there is no preset of this name.
     """
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+        raise ValueError(f"unknown preset {name!r}{_hint(name)}")
     return PRESETS[name].replace(**overrides)
+
+
+def _hint(name: object) -> str:
+    """Return what to add to the message about an unknown preset."""
+    if near := close_match(str(name), PRESETS):
+        return f": did you mean {near!r}?"
+    if str(name).partition(":")[0] in RULES:
+        return f": that is a rule; pass rule={name!r}, or --rule {name} on the command line"
+    some = "llada, dream, fast-dllm, klass, sdar"
+    return f"; dlmkernels.PRESETS has {len(PRESETS)} of them, such as {some}. `dlmkernels generate --help` lists all"
 
 
 def default_config(preset_of_family: str | None) -> DecodingConfig:

@@ -8,6 +8,7 @@ float32 copy of the request's logits, and steps cannot be captured.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -69,6 +70,7 @@ class Wishes:
                 raise TypeError(
                     f"logits_processor must be a function of token ids and scores, or a list of them; got {one!r}"
                 )
+            _check_signature(one)
         return cls(float(penalty), tuple(processors), integer(0)("top_logprobs", top_logprobs))
 
     def __bool__(self) -> bool:
@@ -100,6 +102,21 @@ class Wishes:
                 )
         if vocab is not None and self.top_logprobs > vocab:
             raise ValueError(f"top_logprobs must be at most the vocabulary size, {vocab}; got {self.top_logprobs}")
+
+
+def _check_signature(processor: Processor) -> None:
+    """Raise a TypeError if a processor cannot be called with two arguments."""
+    try:
+        signature = inspect.signature(processor)
+    except (TypeError, ValueError):  # some builtins have none
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise TypeError(
+            "logits_processor must be a function of two arguments, the decided token ids int64 [n, t] and the scores "
+            f"float32 [n, V]; got {processor!r} ({error})"
+        ) from None
 
 
 class RequestProposer(Proposer):

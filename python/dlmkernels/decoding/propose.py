@@ -13,6 +13,7 @@ from .. import ops
 from ..models.adapt import DiffusionModel
 from ..window import TokenWindow
 from .calls import token_confidence
+from .checks import id_range
 from .config import DecodingConfig, SpecialTokens
 from .ends import ENDS, is_end
 from .head import Head
@@ -193,7 +194,7 @@ def bias_tensor(bias: Mapping[int, float] | Tensor, vocab: int, device: torch.de
             raise ValueError(f"logit_bias must have shape [{vocab}], one number for each logit; got {list(bias.shape)}")
         return bias.to(device, torch.float32)
     if bias and max(bias) >= vocab:
-        raise ValueError(f"logit_bias must have token ids from 0 to {vocab} - 1 as keys; got {max(bias)}")
+        raise ValueError(f"logit_bias must have token ids {id_range(vocab)} as keys; got {max(bias)}")
     full = torch.zeros(vocab, dtype=torch.float32, device="cpu")
     for i, value in bias.items():
         full[i] = value

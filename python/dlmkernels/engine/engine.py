@@ -203,7 +203,8 @@ class Engine(Life):
                 request_id = f"req_{self._count}"
                 self._count += 1
         if not isinstance(request_id, str):
-            raise TypeError(f"request_id must be a string; got {type(request_id).__name__}")
+            hint = f": pass max_new_tokens={request_id} by keyword" if isinstance(request_id, int) else ""
+            raise TypeError(f"request_id must be a string; got {type(request_id).__name__}{hint}")
         if eos_token_id is not None:
             options["eos_token_id"] = eos_token_id
         requests = self._intake.requests(

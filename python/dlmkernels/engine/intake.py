@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..decoding.bitmask import check_kind
-from ..decoding.checks import INT64, flag, integer, listed
+from ..decoding.checks import INT64, flag, id_range, integer, listed
 from ..decoding.config import DecodingConfig, SpecialTokens, check_names
 from ..decoding.constraint import Constraint
 from ..decoding.copies import seed_of_copy
@@ -169,7 +169,7 @@ class Intake:
             if not isinstance(i, Integral) or isinstance(i, bool):
                 raise TypeError(f"{name} must hold token ids, which are integers; got {i!r}")
             if i < lowest or (vocab is not None and i >= vocab):
-                raise ValueError(f"{name} must hold ids from {lowest} to {vocab} - 1; got {i}")
+                raise ValueError(f"{name} must hold ids {id_range(vocab, lowest)}; got {i}")
             if i == special.mask and i >= 0:
                 raise ValueError(f"{name} holds the mask token ({special.mask})")
 

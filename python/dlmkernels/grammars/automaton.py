@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ def _of_characters(pattern: str) -> tuple[dict, np.ndarray, int, np.ndarray]:
     try:
         machine = interegular.parse_pattern(pattern).to_fsm()
     except (interegular.InvalidSyntax, interegular.Unsupported, NotImplementedError) as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        text = str(error).splitlines()[0] if str(error) else _python_error(pattern) or type(error).__name__
         raise ValueError(f"pattern: {pattern!r} is not a supported regular expression: {text}") from error
     names = {state: k for k, state in enumerate(sorted(machine.states))}
     keys = {key: k for k, key in enumerate(sorted(set(machine.alphabet.values())))}
@@ -110,6 +111,32 @@ def _of_characters(pattern: str) -> tuple[dict, np.ndarray, int, np.ndarray]:
     symbols = {character: keys[key] for character, key in machine.alphabet.items() if character is not anything_else}
     symbols[None] = keys[machine.alphabet[anything_else]]
     return symbols, delta, names[machine.initial], final
+
+
+def _python_error(pattern: str) -> str | None:
+    """Return the error that Python's own parser reports, with its position; None if the pattern is valid in Python."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return str(error)
+    return None
+
+
+def why_empty(pattern: str, texts: Sequence[str | None]) -> str:
+    """Explain why no sequence of tokens matches a pattern: name the characters that no token contains."""
+    symbols, delta, start, final = _of_characters(pattern)
+    dead, seen, queue = len(final) - 1, {start}, [start]
+    while queue:
+        onward = set(delta[queue.pop()].tolist()) - seen - {dead}
+        seen |= onward
+        queue += onward
+    if not any(final[state] for state in seen):
+        return f"no text matches the pattern {pattern!r:.80}"
+    known = set().union(*(text for text in texts if text))
+    used = np.unique([k for state in seen for k in np.flatnonzero(delta[state] != dead)])
+    absent = "".join(sorted(c for c, symbol in symbols.items() if c is not None and symbol in used and c not in known))
+    what = f", since no token contains any of the characters {absent[:40]!r}" if absent else ""
+    return "the tokenizer's tokens cannot form any text that matches" + what
 
 
 def _bury(delta: np.ndarray, final: np.ndarray) -> None:

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
-from .automaton import TokenAutomaton
+from .automaton import TokenAutomaton, why_empty
 from .grammar import Grammar
 from .schema import OBJECT, pattern_of
 from .texts import token_texts
@@ -32,7 +32,10 @@ class _Compiled:
             if pattern in self._kept:
                 self._kept.move_to_end(pattern)
                 return self._kept[pattern]
-        made = Grammar(TokenAutomaton.of(pattern, self._texts), name)
+        automaton = TokenAutomaton.of(pattern, self._texts)
+        if automaton.shortest < 0:
+            raise ValueError(f"{name}: {why_empty(pattern, self._texts)}")
+        made = Grammar(automaton, name)
         with self._lock:
             self._kept[pattern] = made
             if len(self._kept) > KEPT:

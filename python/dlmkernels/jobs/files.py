@@ -200,8 +200,8 @@ def _check_same(path: Path, before: dict[str, Any], job: dict[str, Any]) -> None
     if differing:
         name = differing[0]
         raise ValueError(
-            f"--output: {path} belongs to a job with a different {name} (was {before.get(name)!r}, is now "
-            f"{job.get(name)!r}): choose another name, or pass --restart to start over"
+            f"--output: {path} belongs to another job: {name} was {before.get(name)!r} and is now {job.get(name)!r}. "
+            "Choose another name, or pass --restart to start over"
         )
 
 

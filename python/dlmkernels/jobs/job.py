@@ -38,6 +38,11 @@ class Job:
     token_ids, chat : bool
         See `answers`.
 
+    Attributes
+    ----------
+    errors : int
+        Number of lines that this process has recorded as errors, out of those that it has answered.
+
     Raises
     ------
     ValueError
@@ -59,13 +64,22 @@ class Job:
             raise ValueError("--restart works with one process only: remove the output files of all processes instead")
         if self.output.parent != Path() and not self.output.parent.is_dir():
             raise ValueError(f"--output: folder {self.output.parent} does not exist")
-        self.input = Input.scan(Path(input))
+        if self.output.is_dir():
+            raise ValueError(f"--output: {output} is a folder; expected a file name")
+        try:
+            self.input = Input.scan(Path(input))
+        except OSError as error:
+            raise OSError(f"--input: {input}: {error.strerror or error}") from error
+        self.errors = 0
         if not self.input.lines:
             raise ValueError(f"--input: {input} is empty")
         if self.input.errors and not skip_errors:
             more = self.input.error_count - 1
-            raise ValueError(f"--input: {self.input.errors[0]}" + (f" (and {more} more invalid lines)" if more else "")
-                             + "; pass --skip-errors to record such lines as errors in the output")  # fmt: skip
+            others = f" (and {more} more invalid line{'s' * (more > 1)})" if more else ""
+            raise ValueError(
+                f"--input: {self.input.errors[0]}{others}; pass --skip-errors to record such lines as errors in the "
+                "output"
+            )
         self.description = description | {
             "input_sha256": self.input.digest, "seed": seed, "token_ids": token_ids, "chat": chat,
             "processes": self.share.count,
@@ -104,4 +118,5 @@ class Job:
         with tqdm(total=total, initial=output.done, unit="line", disable=not sys.stderr.isatty()) as bar:
             for record in answers(engine, left, self.seed, self.token_ids, self.chat):
                 output.write(record)
+                self.errors += "error" in record
                 bar.update()

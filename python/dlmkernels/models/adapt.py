@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import os
 import threading
 import warnings
 from typing import Any
@@ -591,8 +592,8 @@ def adapt(
         _check_unused(causal, model)
         return model.renewed(FAMILIES[family] if family else None)
     within = unwrap(model)
-    if not callable(getattr(within, "forward", None)):
-        raise TypeError(f"model must be a torch module that returns logits; got {type(model).__name__}")
+    if isinstance(model, type) or not callable(getattr(within, "forward", None)):
+        raise TypeError(f"model must be a torch module that returns logits; got {_no_model(model)}")
     known = _adapt_known(within, family)
     if known is not None:
         _check_unused(causal, known)
@@ -635,6 +636,13 @@ def _adapt_known(model, family: str | None) -> DiffusionModel | None:
             name = family or getattr(config, "dlm_family", None) or architecture.family
             return _adapted(model, architecture, FAMILIES[name])
     return None if form_of(config.to_dict()) is None else _restock(model, family)
+
+
+def _no_model(model: Any) -> str:
+    """Describe an argument that is not a model, and what to pass instead."""
+    if isinstance(model, str | os.PathLike):
+        return f"{str(model)!r}: load it first, with dlmkernels.load({str(model)!r})"
+    return f"the class {model.__name__}: pass an instance" if isinstance(model, type) else type(model).__name__
 
 
 def _adapted(model: PreTrainedModel, architecture: Architecture, family: Family) -> DiffusionModel:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import os
@@ -37,6 +38,7 @@ OWN = {
     "state_dict": "weights come from the checkpoint", "use_safetensors": "use allow_pickle",
     "dlm_family": "use family", "gguf_file": "GGUF files are not supported", "weights_only": "it is always True",
     "adapter_kwargs": "adapters are merged", "adapter_name": "adapters are merged",
+    "device": "pass device_map=…, such as 'cuda', or call .to(…) on the model",
 }  # fmt: skip
 
 
@@ -97,6 +99,9 @@ def load(
             "trust_remote_code is not supported: load never runs code from a checkpoint. Load the model yourself and "
             "pass it to dlmkernels.generate"
         )
+    _check_family(family)
+    for name in ("dtype", "torch_dtype"):
+        _check_dtype(name, kwargs.get(name))
     if str(path_or_id).endswith(training_files.SUFFIXES) and os.path.isfile(os.path.expanduser(path_or_id)):
         return _load_training_file(os.path.expanduser(path_or_id), family, allow_pickle, kwargs)
     path, where = locate(path_or_id, {name: kwargs[name] for name in WHERE if name in kwargs})
@@ -118,6 +123,8 @@ def outline(
     Reads only the configuration. `dtype` is the dtype of the parameters; if None, the one in the configuration, or
     bfloat16 if it has none. Raises the same errors as `load`.
     """
+    _check_family(family)
+    _check_dtype("dtype", dtype)
     path, where = locate(path_or_id, {})
     raw, _ = _read(path, CONFIG_NAME, where)
     if not raw:
@@ -128,6 +135,20 @@ def outline(
         raise ValueError(f"path_or_id: '{path}' cannot be loaded: {_say(error)}") from error
     dtype = dtype or how.config.dtype or torch.bfloat16
     return lambda: how.model_class._from_config(how.config, dtype=dtype).eval(), how.family.name
+
+
+def _check_family(family: Any) -> None:
+    if family is not None and family not in FAMILIES:
+        near = difflib.get_close_matches(str(family), FAMILIES, 1)
+        hint = f". Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {family!r}{hint}")
+
+
+def _check_dtype(name: str, dtype: Any) -> None:
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(
+            f"{name} must be a dtype of torch or its name, such as float32, bfloat16 or float16, or auto; got {dtype!r}"
+        )
 
 
 def _load_training_file(path: str | PathLike, family: str | None, allow_pickle: bool, kwargs: dict[str, Any]):

@@ -99,6 +99,9 @@ def from_validation(errors: Any) -> APIError:
         whats = dict.fromkeys(_plain(error["msg"]) for error in errors if list(error["loc"])[: branch + 1][1:] ==
                               path[:branch])  # fmt: skip
         return APIError(400, f"{param} matches none of its allowed types: {'; or '.join(whats)}", param)
+    named = getattr(first.get("ctx", {}).get("error"), "param", None)
+    if named is not None:
+        return APIError(400, _plain(first["msg"]), ".".join([*map(str, path), named]))
     got = f"; got {_short(first['input'])}" if first["type"] != "value_error" else ""
     return APIError(400, f"{param or 'the body'}: {_plain(first['msg'])}{got}", param)
 

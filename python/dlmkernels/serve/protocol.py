@@ -22,6 +22,14 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
+class ParameterError(ValueError):
+    """An error about one parameter, raised by a check of the whole request."""
+
+    def __init__(self, param: str, message: str):
+        super().__init__(f"{param} {message}")
+        self.param = param
+
+
 class Strict(BaseModel):
     """Base class that rejects unknown fields."""
 
@@ -68,13 +76,13 @@ class GenerationParameters(Strict):
             if name in data and name not in cls.model_fields:
                 value = data.pop(name)
                 if value not in values:
-                    raise ValueError(f"{name} is not supported: leave it out")
+                    raise ParameterError(name, "is not supported: leave it out")
         return data
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> GenerationParameters:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options has no effect without stream=true")
+            raise ParameterError("stream_options", "has no effect without stream=true")
         return self
 
 
@@ -96,7 +104,7 @@ class CompletionRequest(GenerationParameters):
     @model_validator(mode="after")
     def _check_prompt(self) -> CompletionRequest:
         if not self.prompt or not all(self.prompts):
-            raise ValueError("prompt must contain at least one token")
+            raise ParameterError("prompt", "must contain at least one token")
         return self
 
 
@@ -217,16 +225,17 @@ class ChatRequest(GenerationParameters):
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs has no effect without logprobs=true")
+            raise ParameterError("top_logprobs", "has no effect without logprobs=true")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise ValueError(
                 f"max_tokens and max_completion_tokens must be equal, or one left out; got {self.max_tokens} and "
                 f"{self.max_completion_tokens}"
             )
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
-            raise ValueError("tool_choice has no effect without tools")
+            raise ParameterError("tool_choice", "has no effect without tools")
         if isinstance(self.tool_choice, ToolChoice):
             names = [tool.function.name for tool in self.tools or ()]
             if self.tool_choice.function.name not in names:
-                raise ValueError(f"tool_choice must name a function in tools; got '{self.tool_choice.function.name}'")
+                name = self.tool_choice.function.name
+                raise ParameterError("tool_choice", f"must name a function in tools; got '{name}'")
         return self

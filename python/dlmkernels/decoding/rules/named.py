@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
+from ..names import close_match
 from . import (
     CreditThreshold,
     DynamicThreshold,
@@ -36,12 +38,24 @@ RULES: dict[str, Callable[..., Rule]] = {
 }
 
 
+def _hint(text: str) -> str:
+    """Return what to add to the message about an unknown rule: a similar one, or all."""
+    from ..presets import PRESETS
+
+    if text in PRESETS:
+        return f": that is a preset; pass config={text!r}, or --preset {text} on the command line"
+    found = re.fullmatch(r"([\w-]+)(?:[:(=]([\d.e-]+)\)?)?", text)
+    near = close_match(found[1], RULES) if found else None
+    if found is not None and near is not None:
+        return f": did you mean '{near}{f':{found[2]}' if found[2] else ''}'?"
+    return f"; known: {', '.join(RULES)}, optionally followed by a colon and a number, as in threshold:0.9"
+
+
 def parse_rule(text: str) -> Rule:
     """Create a rule from its name: `quota`, `threshold:0.9`, `factor:1.0`, `entropy-bound:0.1`, …"""
     name, colon, number = text.partition(":")
     if name not in RULES:
-        raise ValueError(f"unknown rule '{name}'; known: {', '.join(RULES)}, optionally followed by a colon and a "
-                         "number, as in threshold:0.9")  # fmt: skip
+        raise ValueError(f"unknown rule {text!r}{_hint(text)}")
     if not colon:
         return RULES[name]()
     if name == "quota":
