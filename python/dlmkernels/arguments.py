@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convert Python values to arguments of the ops: numbers to one-value tensors, and torch's errors to helpful ones."""
 
-import functools
 import math
 import numbers
 import operator
@@ -117,16 +116,18 @@ def call(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def _check_kinds(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise a TypeError for a flag or an integer that torch would convert from a value of another kind, such as 2.7."""
-    for index, name, kind in _flags_and_integers(op):
+    expected = _FLAGS_AND_INTEGERS.get(id(op))
+    if expected is None:
+        kinds = {"bool": bool, "int": int}
+        named = [(i, a.name, kinds.get(str(a.type))) for i, a in enumerate(op._schema.arguments)]
+        expected = [(i, name, kind) for i, name, kind in named if kind is not None]
+        _FLAGS_AND_INTEGERS[id(op)] = expected
+    for index, name, kind in expected:
         value = args[index] if index < len(args) else kwargs.get(name)
-        if value is not None and not _IS_KIND[kind](value):
-            raise TypeError(f"{_name(op)}: {name} must be {_TYPES[kind]}; got {_shown(value)}")
-
-
-@functools.cache
-def _flags_and_integers(op: Any) -> list[tuple[int, str, str]]:
-    """Return the index, name and type of each argument of an op that is a flag or an integer."""
-    return [(i, a.name, str(a.type)) for i, a in enumerate(op._schema.arguments) if str(a.type) in _IS_KIND]
+        if type(value) is kind or value is None:
+            continue
+        if not (_is_flag if kind is bool else _is_integer)(value):
+            raise TypeError(f"{_name(op)}: {name} must be {_TYPES[kind.__name__]}; got {_shown(value)}")
 
 
 def _name(op: Any) -> str:
@@ -134,7 +135,7 @@ def _name(op: Any) -> str:
 
 
 def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool | torch.SymBool) or (
+    return isinstance(value, torch.SymBool) or (
         getattr(value, "ndim", None) == 0 and value.dtype in (torch.bool, "bool")
     )
 
@@ -142,7 +143,7 @@ def _is_flag(value: Any) -> bool:
 def _is_integer(value: Any) -> bool:
     if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
         return False
-    if isinstance(value, int | torch.SymInt):
+    if isinstance(value, torch.SymInt):
         return True
     try:
         operator.index(value)
@@ -151,7 +152,8 @@ def _is_integer(value: Any) -> bool:
     return True
 
 
-_IS_KIND: dict[str, Callable[[Any], bool]] = {"bool": _is_flag, "int": _is_integer}
+#: by id of an op, which lives as long as the process: index, name and type of its flags and integers
+_FLAGS_AND_INTEGERS: dict[int, list[tuple[int, str, type]]] = {}
 
 
 def _explained(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], message: str) -> Exception | None:
