@@ -7,6 +7,8 @@ import difflib
 import re
 from collections.abc import Collection, Iterable
 
+#: names of the presets, filled in by `presets`, which rules cannot import
+PRESET_NAMES: list[str] = []
 #: keyword arguments of `generate`, `Engine` and `Engine.add_request` that are not fields of a configuration
 OF_GENERATE = (
     "attention_mask", "config", "streamer", "drafter", "tokenizer", "negative_prompt", "inputs_embeds", "given",

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from .config import DecodingConfig
 from .features import DLLMCache
-from .names import close_match
+from .names import PRESET_NAMES, close_match
 from .rules import (
     Ancestral,
     AncestralRemask,
@@ -193,6 +193,8 @@ PRESETS: dict[str, DecodingConfig] = {
     ),
 }  # fmt: skip
 PRESETS = {name: config.as_preset() for name, config in PRESETS.items()}
+
+PRESET_NAMES += PRESETS
 
 
 def preset(name: str, **overrides) -> DecodingConfig:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from ..names import close_match
+from ..names import PRESET_NAMES, close_match
 from . import (
     CreditThreshold,
     DynamicThreshold,
@@ -40,9 +40,7 @@ RULES: dict[str, Callable[..., Rule]] = {
 
 def _hint(text: str) -> str:
     """Return what to add to the message about an unknown rule: a similar one, or all."""
-    from ..presets import PRESETS
-
-    if text in PRESETS:
+    if text in PRESET_NAMES:
         return f": that is a preset; pass config={text!r}, or --preset {text} on the command line"
     found = re.fullmatch(r"([\w-]+)(?:[:(=]([\d.e-]+)\)?)?", text)
     near = close_match(found[1], RULES) if found else None
