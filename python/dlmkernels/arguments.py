@@ -3,6 +3,7 @@
 
 import math
 import numbers
+import operator
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ _ONE_VALUE = {
     "temperature": _TEMPERATURE,
     "order_temperature": _TEMPERATURE,
     "top_p": _Range(torch.float32, lambda x: 0 <= x <= 1, "in [0, 1]"),
-    "cfg_scale": _ANY,
+    "cfg_scale": _Range(torch.float32, lambda x: x == x, "a number other than NaN"),
     "parameter": _ANY,
     "top_k": _COUNT,
     "need": _COUNT,
@@ -102,6 +103,8 @@ def call(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
     Errors about an argument are raised as a TypeError or an ArgumentError.
     """
+    if not torch.compiler.is_compiling():
+        _check_kinds(op, args, kwargs)
     try:
         return op(*args, **kwargs)
     except RuntimeError as error:
@@ -111,14 +114,61 @@ def call(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         raise refusal from None
 
 
+def _check_kinds(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise a TypeError for a flag or an integer that torch would convert from a value of another kind, such as 2.7."""
+    expected = _FLAGS_AND_INTEGERS.get(id(op))
+    if expected is None:
+        kinds = {"bool": bool, "int": int}
+        named = [(i, a.name, kinds.get(str(a.type))) for i, a in enumerate(op._schema.arguments)]
+        expected = [(i, name, kind) for i, name, kind in named if kind is not None]
+        _FLAGS_AND_INTEGERS[id(op)] = expected
+    for index, name, kind in expected:
+        value = args[index] if index < len(args) else kwargs.get(name)
+        if type(value) is kind or value is None:
+            continue
+        if not (_is_flag if kind is bool else _is_integer)(value):
+            raise TypeError(f"{_name(op)}: {name} must be {_TYPES[kind.__name__]}; got {_shown(value)}")
+
+
+def _name(op: Any) -> str:
+    return op._schema.name.split("::")[1]
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, torch.SymBool) or (
+        getattr(value, "ndim", None) == 0 and value.dtype in (torch.bool, "bool")
+    )
+
+
+def _is_integer(value: Any) -> bool:
+    if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+        return False
+    if isinstance(value, torch.SymInt):
+        return True
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
+
+
+#: by id of an op, which lives as long as the process: index, name and type of its flags and integers
+_FLAGS_AND_INTEGERS: dict[int, list[tuple[int, str, type]]] = {}
+
+
 def _explained(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], message: str) -> Exception | None:
     """Return a clearer exception for an error of `op` that is about an argument, else None."""
     arguments = op._schema.arguments
-    name = op._schema.name.split("::")[1]
+    name = _name(op)
     given = dict(zip((a.name for a in arguments), args)) | kwargs
     for argument in arguments:
         if str(argument.type) == "Tensor" and given.get(argument.name) is None:
             return TypeError(f"{name}: {argument.name} must be a tensor; got None")
+    for argument_name, value in given.items():
+        if isinstance(value, Tensor) and value.layout != torch.strided:
+            return ArgumentError(f"{name}: {argument_name} must be a dense tensor; got layout {value.layout}")
+        if isinstance(value, Tensor) and value.dim() == 0 and "aoti_torch_get_size" in message:
+            return ArgumentError(f"{name}: {argument_name} must have at least one dimension; got a tensor of shape []")
     if mismatch := _MISMATCH.search(message):
         expected, argument_name, _ = mismatch.groups()
         value = given.get(argument_name)

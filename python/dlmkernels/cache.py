@@ -26,6 +26,9 @@ class KVCache:
     """
 
     def __init__(self, num_slots: int, num_rows: int | None = None):
+        for name, value in (("num_slots", num_slots), ("num_rows", 0 if num_rows is None else num_rows)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name} must be an integer of at least 0; got {value!r}")
         self.num_slots, self.num_rows = num_slots, num_rows
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 

@@ -604,7 +604,7 @@ class TestErrors:
         (torch.ones(3, 4, dtype=torch.int32), r"constraint must have shape \[n\], \[12, n\] or \[2, 12, n\].*\[1, 3, 4\]"),
         (torch.ones(3, NEW, 4, dtype=torch.int32), r"constraint must have shape.*\[3, 12, 4\]"),
         (torch.ones(1, 1, 1, 4, dtype=torch.int32), r"constraint must have shape.*\[1, 1, 1, 4\]"),
-        (torch.ones(5, dtype=torch.int32), r"n at most 4 for 97 logits; got \[5\]"),
+        (torch.ones(5, dtype=torch.int32), "the bitmask has 5 words of 32 tokens, more than the 4 for 97 logits"),
         (torch.ones(4, dtype=torch.int32, device="meta"), r"constraint must be an int32 bitmask or bool, on cpu; got.*meta"),
     ], ids=str)  # fmt: skip
     def test_bitmasks(self, model, constraint, match):

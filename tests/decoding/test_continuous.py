@@ -366,7 +366,7 @@ class TestFlowBound:
     def test_errors(self, flow):
         with pytest.raises(ValueError, match="gradients are not supported for the bound of family 'langflow'"):
             dk.log_likelihood(flow[1], torch.tensor([3]), torch.tensor([3]), gradients=True)
-        with pytest.raises(ValueError, match=r"exact_divergence must be a bool, .* got 1 for family 'langflow'"):
+        with pytest.raises(TypeError, match="exact_divergence must be True or False; got 1"):
             dk.log_likelihood(flow[1], torch.tensor([3]), torch.tensor([3]), exact_divergence=1)
-        with pytest.raises(ValueError, match="ode_steps must be an integer of at least 1; got 0"):
+        with pytest.raises(ValueError, match="ode_steps must be None or an integer of at least 1; got 0"):
             dk.log_likelihood(flow[1], torch.tensor([3]), torch.tensor([3]), ode_steps=0)

@@ -101,13 +101,54 @@ def test_text_and_chats():
         ({"input_ids": [5], "pixel_values": [1]}, {}, ValueError, "unsupported keys pixel_values"),
         ({"input_ids": [5, 6], "attention_mask": [1]}, {}, ValueError, "same lengths"),
         ({"input_ids": [5, 6, 7], "attention_mask": [1, 0, 1]}, {}, ValueError, "0 between tokens"),
-        ({"input_ids": [5, 6], "token_type_ids": [0, 1]}, {}, ValueError, "token_type_ids must be 0"),
+        ({"input_ids": [5, 6], "token_type_ids": [0, 1]}, {}, ValueError, "token_type_ids must be None, or 0"),
+        ({"input_ids": [5, 6], "token_type_ids": "x"}, {}, ValueError, "token_type_ids must be None, or 0"),
+        ({"input_ids": [5, 6], "attention_mask": 5}, {}, TypeError, "'attention_mask'. must be a list .* got 5"),
+        (
+            {"input_ids": [5, 6], "attention_mask": {"a": 1}},
+            {},
+            TypeError,
+            "'attention_mask'. must be a list or tensor",
+        ),
+        ({"input_ids": [[5], [6]], "attention_mask": [[1], None]}, {}, TypeError, "'attention_mask'. must be a list"),
+        ({"input_ids": torch.ones(2, device="meta")}, {}, ValueError, "'input_ids'. must be a dense tensor that holds"),
+        (
+            "ab",
+            {"tokenizer": len},
+            TypeError,
+            "tokenizer must be .* did not return input_ids for the text of input_ids",
+        ),
+        (
+            "ab",
+            {"tokenizer": lambda text, **k: {}},
+            TypeError,
+            "tokenizer must be .* function did not return input_ids",
+        ),
     ],
 )
 def test_what_is_no_prompt(inputs, options, error, message):
     options = {"attention_mask": None, "tokenizer": None} | options
     with pytest.raises(error, match=message):
         read_prompts("input_ids", inputs, options["attention_mask"], options["tokenizer"], CPU, PAD)
+
+
+def test_no_token_types():
+    assert rows({"input_ids": [5, 6], "token_type_ids": None, "attention_mask": None}) == [[5, 6]]
+
+
+def test_what_is_no_tokenizer():
+    """Also where nothing is tokenized."""
+    model, ids = build(), torch.tensor([[5, MASK]])
+    for call in (dk.generate, dk.infill):
+        with pytest.raises(TypeError, match="tokenizer must be a transformers tokenizer; got int"):
+            call(model, ids, tokenizer=5)
+    with pytest.raises(TypeError, match="tokenizer must be a transformers tokenizer; got int"):
+        dk.Engine(model, tokenizer=5)
+    with pytest.raises(ValueError, match=f"tokens contains no mask token: write token {MASK} wherever"):
+        dk.infill(model, "ab", tokenizer=lambda text, **k: {"input_ids": [5, 6]})
+    for value in (torch.tensor(1), {}, b"ab"):
+        with pytest.raises(TypeError, match="stop_strings must be a string or a sequence of strings; got"):
+            dk.generate(model, ids[:, :1], stop_strings=value, tokenizer=Letters())
 
 
 def test_padding_is_never_a_mask():
@@ -316,11 +357,11 @@ def test_probability_of_a_token_under_a_bias():
         (torch.zeros(1, 97), r"logit_bias must be a float tensor .* got torch.float32 of shape \[1, 97\]$"),
         (torch.full((97,), torch.nan), r"logit_bias must be a float tensor .* shape \[97\] with NaN or \+inf in it$"),
         (torch.zeros(97, dtype=torch.int64), r"logit_bias must be a float tensor .* got torch.int64 of shape \[97\]$"),
-        ({97: 1.0}, "ids from 0 to 96; got 97"),
+        ({97: 1.0}, "ids from 0 to 96 as keys; got 97"),
         ({-1: 1.0}, "logit_bias must have token ids"),
         ({"a": 1.0}, "logit_bias must have token ids"),
-        ({3: float("inf")}, "logit_bias must have numbers"),
-        ({3: float("nan")}, "logit_bias must have numbers"),
+        ({3: float("inf")}, "logit_bias must have -inf or numbers"),
+        ({3: float("nan")}, "logit_bias must have -inf or numbers"),
         ([1.0], "logit_bias must be"),
     ],
 )

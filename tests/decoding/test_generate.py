@@ -224,6 +224,14 @@ class TestStreaming:
                 dk.generate(model, prompts(1, 6), streamer=bad, **SHORT)
         with pytest.raises(ValueError, match=r"streamer can follow only one request; got a batch of 2"):
             dk.generate(model, prompts(2, 6), streamer=self.Recorder(), **SHORT)
+        with pytest.raises(ValueError, match=r"streamer can follow only one request; got a batch of 2"):
+            dk.infill(model, torch.tensor([[5, MASK], [MASK, 6]]), streamer=self.Recorder())
+
+    def test_infill_takes_one_for_each_row(self, model):
+        recorders = [self.Recorder(), None, self.Recorder()]
+        out = dk.infill(model, torch.tensor([[5, MASK, 7], [6, 7, MASK], [MASK, 7, 8]]), streamer=recorders)
+        for row in (0, 2):
+            assert torch.equal(torch.cat(recorders[row].blocks), out.sequences[row]) and recorders[row].ended
 
 
 class TestTrace:

@@ -5,6 +5,7 @@ import copy
 import itertools
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 
@@ -213,18 +214,19 @@ def test_absolute_positions_count_from_the_request():
         numerics.assert_same_probabilities(out.per_token[row, : len(answer)].exp(), alone.exp())
 
 
-def test_what_has_no_probability(model):
-    """A token the model excludes, the mask itself for one, has log-likelihood -inf; the others are unharmed."""
-    answer = torch.tensor([[5, MASK, 7]])
-    out = dk.log_likelihood(model, prompts(1, 4), answer, method="mean-field")
-    assert torch.isfinite(out.per_token[0]).tolist() == [True, False, True] and out.total[0] == -torch.inf
-    joint = Joint(3, 2)
-    with torch.no_grad():
-        texts = torch.tensor([[0, 3], [0, 1]])
-        out = dk.log_likelihood(joint, torch.zeros(2, 1, dtype=torch.int64), texts, method="mean-field",
-                                mask_token_id=3)  # fmt: skip
-    assert out.total[0] == -torch.inf and torch.isfinite(out.total[1])
-    assert torch.isfinite(out.per_token[0, 0])
+def test_mask_tokens_belong_into_prompts_and_padding_only(model):
+    with pytest.raises(ValueError, match=r"answer holds the mask token \(96\), which is never predicted"):
+        dk.log_likelihood(model, prompts(1, 4), torch.tensor([[5, MASK, 7]]), method="mean-field")
+    with pytest.raises(ValueError, match=r"answer holds the mask token \(3\)"):
+        dk.log_likelihood(Joint(3, 2), torch.zeros(1, 1, dtype=torch.int64), torch.tensor([[0, 3]]), mask_token_id=3)
+    out = [
+        dk.log_likelihood(model, torch.tensor([[5, MASK]]), answer, answer_mask=mask, method="mean-field").total
+        for answer, mask in (
+            (torch.tensor([[5, 7]]), None), (torch.tensor([[5, 7, MASK]]), torch.tensor([[1, 1, 0]]))
+        )
+    ]  # fmt: skip
+    assert torch.isfinite(out[0]).all()
+    numerics.assert_same_probabilities(out[0].exp(), out[1].exp())
 
 
 @pytest.mark.parametrize("change,match", [
@@ -238,11 +240,42 @@ def test_what_has_no_probability(model):
     ({"answer_mask": torch.tensor([[0, 1, 1]] * 2)}, "answer_mask must be 0 for padding on the right and 1 before it"),
     ({"answer_mask": torch.tensor([[0, 0, 0]] * 2)}, "answer_mask leaves row 0 of answer empty"),
     ({"prompt": torch.full((2, 254), 5)}, "longer than the model's max_position_embeddings of 256"),
+    ({"answer": torch.empty(2, 0, dtype=torch.int64)}, r"answer must hold at least one token in each row; got .*2, 0"),
+    ({"answer": torch.tensor([5, 6])}, "answer must have as many rows as prompt, 2; got 1"),
+    ({"answer_mask": [[1, 1, 1]] * 2}, "answer_mask must be a tensor; got list"),
+    ({"answer_mask": torch.full((2, 3), 2)}, "answer_mask must hold 0 for padding and 1 for tokens; got 2"),
+    ({"answer_mask": torch.tensor([[0, 1, 1]] * 2)}, "pad answers on the right$"),
+    ({"prompt_mask": True}, "prompt_mask must be a tensor; got bool"),
+    ({"prompt_mask": torch.tensor([[1, 1, 1, 1, 0]] * 2)}, "prompt_mask must be 0 .* left and 1 after it: pad prompts"),
+    ({"prompt_mask": torch.ones(2, 5, device="meta")}, "prompt_mask must be a dense tensor .* got one on .* meta"),
+    ({"prompt_mask_probability": True}, "prompt_mask_probability must be a number from 0 to 1; got True"),
+    ({"prompt_mask_probability": None}, "prompt_mask_probability must be a number from 0 to 1; got None"),
+    ({"seed": 1.5}, "seed must be .*integer.*; got 1.5"), ({"seed": True}, "seed must be .*integer.*; got True"),
+    ({"seed": "x"}, "seed must be .*integer.*; got 'x'"), ({"seed": 2**63}, "seed must be an? .*integer.*; got 9223"),
+    ({"seed": torch.tensor([1.0, 2.0])}, r"seed must be int64 of shape \[2\]; got torch.float32"),
+    ({"num_samples": True}, "num_samples must be an integer"), ({"batch_size": 1.5}, "batch_size must be an integer"),
+    ({"gradients": "no"}, "gradients must be True or False; got 'no'"),
+    ({"method": np.array([1])}, "method must be one of"),
+    ({"ode_steps": 7}, "ode_steps=7 has no effect for models of family 'masked'"),
+    ({"ode_steps": 0}, "ode_steps must be None or an integer of at least 1; got 0"),
+    ({"exact_divergence": True}, "exact_divergence=True has no effect for models of family 'masked'"),
 ], ids=lambda v: None if isinstance(v, str) else ",".join(v))  # fmt: skip
 def test_errors(model, change, match):
     arguments = {"prompt": prompts(2, 5), "answer": prompts(2, 3, seed=2)} | change
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((ValueError, TypeError), match=match):
         dk.log_likelihood(model, **arguments)
+
+
+def test_numbers_of_any_kind(model):
+    prompt, answer = prompts(2, 5), prompts(2, 3, seed=2)
+    for options, other in (
+        ({"prompt_mask_probability": 1.0}, {"prompt_mask_probability": 1}),
+        ({"prompt_mask_probability": 1.0}, {"prompt_mask_probability": torch.tensor(1)}),
+        ({"batch_size": 2}, {"batch_size": np.int64(2)}), ({"seed": 4}, {"seed": np.int64(4)}),
+    ):  # fmt: skip
+        common = {"num_samples": np.int64(3), "seed": 4}
+        want, got = (dk.log_likelihood(model, prompt, answer, **common | o) for o in (options, other))
+        assert want.num_forwards == 3 and torch.equal(want.per_token, got.per_token)
 
 
 def test_attention_must_be_full():

@@ -157,7 +157,8 @@ EACH_BAD = [*NO_NUMBERS, [1, "x"], [1, -1], [], torch.zeros(2, 2), {1: 2}]
     *((name, ["x", 1.5, True]) for name in ("mask_token_id", "pad_token_id", "eos_token_id")),
     *((name, ["x", 5, [1.5], [True]]) for name in ("suppress_token_ids", "defer_token_ids")),
     ("rule", ["quota", 5]), ("constraint", ["x", 5]),
-    ("logit_bias", ["x", 5, {"a": 1.0}, {5: float("nan")}, {5: float("inf")}, torch.zeros(2, 2), torch.zeros(3).int()]),
+    ("logit_bias", ["x", 5, {"a": 1.0}, {5: float("nan")}, {5: float("inf")}, {5: 1e39}, {5: 10**400}, {5: True}, torch.zeros(2, 2),
+                    torch.zeros(3).int(), torch.zeros(3, device="meta")]),
 ])  # fmt: skip
 def test_bad_values_are_named(name, values):
     default = getattr(dk.DecodingConfig(), name)
@@ -189,6 +190,62 @@ def test_bad_parameters_are_named(kind):
             assert kind(**{field.name: np.asarray(field.default)}) == kind()
             with pytest.raises(ValueError, match=field.name):
                 kind(**{field.name: True})
+
+
+@pytest.mark.parametrize(
+    "name", ["temperature", "top_k", "cfg_scale", "max_new_tokens", "vicinity", "seed", "eos_token_id"]
+)
+def test_what_holds_no_readable_values(name):
+    """Tensors without values, sets, whose order is arbitrary, and bytes; integers beyond any float."""
+    sparse = torch.ones(2, dtype=torch.int64).to_sparse()
+    for value in (torch.empty((), device="meta"), torch.empty(2, device="meta"), sparse, {1, 2}, frozenset([1]), b"x"):
+        if name == "seed" and isinstance(value, torch.Tensor):  # `generate` checks these
+            continue
+        with pytest.raises((ValueError, TypeError), match=f"^{name} must"):
+            dk.DecodingConfig(**{name: value})
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), [10**400]])
+def test_integers_beyond_any_float(value):
+    for name in ("temperature", "top_p", "cfg_scale"):
+        with pytest.raises(ValueError, match=rf"^{name}(\[0\])? must be .* got"):
+            dk.DecodingConfig(**{name: value})
+    with pytest.raises(ValueError, match=r"threshold(\[0\])? must be a number within the range of float32; got"):
+        dk.Threshold(value)
+
+
+def test_tensors_that_generate_reads(model):
+    ids = prompts(1, 5)
+    nothing = torch.zeros(1, 5, dtype=torch.int64, device="meta")
+    for options in (
+        {"attention_mask": nothing}, {"seed": nothing[0, :1]}, {"negative_prompt": nothing, "cfg_scale": 1.0},
+        {"rule": lambda: dk.Quota(schedule=torch.empty(2, device="meta"))},
+    ):  # fmt: skip
+        name = next(iter(options)).replace("rule", "schedule")
+        with pytest.raises(ValueError, match=f"^{name} must be a dense tensor that holds values; got one on"):
+            dk.generate(model, ids, **{k: v() if callable(v) else v for k, v in options.items()})
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: dk.RenoisedEntropyBound(t_min=5, t_max=1), "t_min must be at most t_max=1; got 5"),
+    (lambda: dk.AncestralRemask(strategy="loop", t_on=0.1, t_off=0.9), "t_off must be less than t_on=0.1; got 0.9"),
+    (lambda: dk.PredictorCorrector(strategy="constant", t_on=0.1, t_off=0.1), "t_off must be less than t_on=0.1"),
+    (lambda: scores.PositionWeighted(torch.tensor([0.5, torch.nan])), "frequency must hold finite numbers of at least"),
+    (lambda: scores.PositionWeighted(torch.tensor([0.5, -1.0])), "frequency must hold finite numbers of at least 0"),
+    (lambda: scores.PositionWeighted(torch.ones(2, device="meta")), "frequency must be a dense tensor that holds"),
+    (lambda: dk.Quota(schedule=[10**400]), r"schedule\[0\] must be a number within the range of float32"),
+    (lambda: dk.KVCache(-1), "num_slots must be an integer of at least 0; got -1"),
+    (lambda: dk.KVCache("x"), "num_slots must be an integer of at least 0; got 'x'"),
+])  # fmt: skip
+def test_bad_ranges(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+    assert dk.RenoisedEntropyBound(t_min=0.5, t_max=0.5).temperature(3, 8) == 0.5
+
+
+def test_frequencies_of_another_vocabulary(model):
+    with pytest.raises(ValueError, match="frequency must have one value for each of the 97 tokens of the model; got 3"):
+        dk.generate(model, prompts(1, 5), score=scores.PositionWeighted(torch.ones(3)), rule=dk.Quota(), **SHORT)
 
 
 @pytest.mark.parametrize("make", [
@@ -253,7 +310,7 @@ def test_unknown_rules_are_explained(text, message):
     ({"eos_token_id": "</s>"}, r"got '</s>': pass tokenizer\.convert_tokens_to_ids\('</s>'\)"),
     ({"suppress_token_ids": "0"}, r"sequence of token ids; got '0': pass tokenizer\.convert_tokens_to_ids"),
     ({"logit_bias": {"0": -5}}, r"logit_bias must have token ids \(integers of at least 0\) as keys; got '0'"),
-    ({"logit_bias": {0: "a"}}, "logit_bias must have numbers other than NaN and .inf as values; got 'a'"),
+    ({"logit_bias": {0: "a"}}, "logit_bias must have -inf or numbers that fit into float32 as values; got 'a'"),
     ({"seed": "a"}, "seed must be an integer; got 'a'"), ({"seed": 2**63}, "seed must be an integer of at most 92"),
     ({"top_k": -1}, "top_k must be an integer of at least 0; got -1"),
 ])  # fmt: skip
@@ -272,6 +329,8 @@ def test_forms_of_a_configuration(model):
         dk.generate(model, ids, config=5)
     with pytest.raises(TypeError, match=r"unknown decoding option ruler: did you mean rule\?"):
         dk.generate(model, ids, config={"ruler": 1})
+    with pytest.raises(TypeError, match="config must be a dict of fields of DecodingConfig; got the key 1"):
+        dk.generate(model, ids, config={1: 2, "steps": 3})
     with pytest.raises(ValueError, match=r"unknown preset 'klasse': did you mean 'klass'\?"):
         dk.generate(model, ids, config="klasse")
 

@@ -224,7 +224,7 @@ def test_generate_batch_with_given_tokens(model):
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"max_new_tokens": [3]}, r"max_new_tokens must be one value, or one for each of the 2 prompts; got 1 values"),
-    ({"inputs": [[5], [200]]}, r"input_ids must hold ids from 0 to 96; got 200"),
+    ({"inputs": [[5], [200]]}, r"inputs\[1\] must hold ids from 0 to 96; got 200"),
     ({"temprature": 1.0}, "unknown decoding option temprature"),
 ])  # fmt: skip
 def test_bad_batches(model, options, message):

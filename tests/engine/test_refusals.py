@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What strangers ask of an engine: refusals at once, what was told stays so, models without a mask token."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -43,7 +44,11 @@ def test_what_has_been_told_stays(model, rule, policy):
     ({"constraint": torch.tensor(True)}, "constraint must have at least one dimension"),
     ({"request_id": 17}, "request_id must be a string; got int: pass max_new_tokens=17 by keyword"),
     ({"given": 5}, "given must be a sequence of token ids; got int"),
-    ({"given": torch.tensor([[-1, 5, 6]])}, r"given must be the ids of one answer, \[n\]; got shape \[1, 3\]"),
+    ({"given": torch.tensor([[-1, 5, 6]])}, r"given must be one sequence of token ids, \[n\]; got shape \[1, 3\]"),
+    ({"suffix": torch.ones(2, dtype=torch.int64, device="meta")}, "suffix must be a dense tensor that holds values"),
+    ({"constraint": torch.ones(VOCAB)}, "constraint must be an int32 bitmask or bool, on cpu; got torch.float32 on cpu"),
+    ({"constraint": torch.ones(4, dtype=torch.int32, device="meta")}, "constraint must be .* got torch.int32 on meta"),
+    ({"constraint": torch.ones(4, dtype=torch.int32).to_sparse()}, "constraint must be an int32 bitmask or bool, on"),
     ({"logits_processor": 5}, "logits_processor must be a function of token ids and scores, .* got 5"),
 ])  # fmt: skip
 def test_what_can_never_be_decoded(model, options, message):
@@ -53,12 +58,70 @@ def test_what_can_never_be_decoded(model, options, message):
     assert list(engine) == []
 
 
+@pytest.mark.parametrize("constraint", [
+    torch.ones(VOCAB), torch.ones(1, 1, 1, 4, dtype=torch.int32), torch.ones(4, dtype=torch.int32).to_sparse(),
+    torch.ones(VOCAB, dtype=torch.complex64),
+], ids=str)  # fmt: skip
+def test_what_can_constrain_no_request_of_an_engine(model, constraint):
+    with pytest.raises(ValueError, match="constraint must "):
+        dk.Engine(model, slots=1, max_length=32, constraint=constraint)
+
+
+@pytest.mark.parametrize(("name", "good", "bad"), [
+    ("temperature", 1, True), ("temperature", 1.0, True), ("block_length", 1, 1.0), ("block_length", 1, True),
+    ("eos_token_id", 1, True), ("eos_token_id", (1,), (True,)), ("eos_token_id", (1,), (1.0,)),
+])  # fmt: skip
+def test_equal_values_of_another_type(model, name, good, bad):
+    """What an earlier request had does not make them valid."""
+    engine = engine_for(model)
+    engine.add_request([5], max_new_tokens=2, **{name: good})
+    with pytest.raises(ValueError, match=rf"{name}(\[0\])? must be"):
+        engine.add_request([5], max_new_tokens=2, **{name: bad})
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"rule": dk.NextToken()}, "since rule NextToken predicts the first token of the answer from the last of the prompt"),
+    ({"cfg_scale": 1.0}, r"since guidance \(cfg_scale\) masks the prompt"),
+])  # fmt: skip
+def test_without_a_prompt(model, options, message):
+    with pytest.raises(ValueError, match="input_ids must hold at least one token, " + message):
+        dk.Engine(model, slots=1, max_length=32, reserve=False).add_request([], max_new_tokens=2, **options)
+
+
+@pytest.mark.parametrize(("call", "error", "message"), [
+    (lambda e: e.get_result(timeout="x"), ValueError, "timeout must be None or a number; got 'x'"),
+    (lambda e: e.get_result(timeout=float("nan")), ValueError, "timeout must be None or a number; got nan"),
+    (lambda e: e.join("x"), ValueError, "timeout must be None or a number; got 'x'"),
+    (lambda e: e.stop(timeout="x"), ValueError, "timeout must be None or a number; got 'x'"),
+    (lambda e: e.get_result([]), TypeError, "request_id must be a string; got list"),
+    (lambda e: e.cancel_request([]), TypeError, "request_id must be a string; got list"),
+    (lambda e: e.register_result_handler(5, print), TypeError, "request_id must be a string; got int"),
+    (lambda e: e.add_requests(5), TypeError, "inputs must be a list of prompts; got int"),
+    (lambda e: e.add_requests("ab"), TypeError, "inputs must be a list of prompts; got str"),
+    (lambda e: e.add_requests([[5], [2**40]]), ValueError, r"inputs\[1\] must hold ids .*; got 1099511627776"),
+    (lambda e: e.add_requests([[5], [6] * 99]), ValueError, r"inputs\[1\] \(99 tokens\) and the answer"),
+])  # fmt: skip
+def test_calls(model, call, error, message):
+    engine = engine_for(model)
+    with pytest.raises(error, match=message):
+        call(engine)
+    engine.join(float("inf"))
+    engine.add_request([5], "again", max_new_tokens=2)  # has not been stopped
+    assert engine.get_result("again", timeout=np.float32(60)).is_finished()
+
+
 @pytest.mark.parametrize(("inputs", "options", "message"), [
     (None, {}, "inputs must be a list of prompts; got NoneType"), (5, {}, "inputs must be a list of prompts; got int"),
     ([None], {}, r"inputs\[0\] must be a prompt; got None"),
     ([[5]], {"num_return_sequences": 0}, "num_return_sequences must be an integer of at least 1; got 0"),
     ([[5]], {"max_new_tokens": ["a"]}, "max_new_tokens must be an integer of at least 1; got 'a'"),
     ([[5]], {"suffix": 5}, "suffix must be a sequence of token ids; got int"),
+    (torch.tensor(5), {}, r"inputs must be a list of prompts; got a tensor of shape \[\]"),
+    ([[5], [2**40]], {}, r"inputs\[1\] must hold ids .*; got 1099511627776"),
+    ([[5], torch.ones(1, device="meta")], {}, r"inputs\[1\] must be a dense tensor that holds values; got one on"),
+    ([[5]], {"seed": torch.ones(1, device="meta")}, "seed must be a dense tensor that holds values; got one on"),
+    ([[5]], {"generation_config": {"max_new_tokens": 4}}, "generation_config must be a .* GenerationConfig; got dict"),
+    ([[5]], {"generation_config": object()}, "generation_config must be a .* GenerationConfig; got object"),
 ], ids=str)  # fmt: skip
 def test_batches(model, inputs, options, message):
     with pytest.raises((ValueError, TypeError), match=message):

@@ -74,7 +74,7 @@ OUT_OF_RANGE = {
     "temperature": [-1, -1e-9, inf, nan, 1e-40, 1e39, 10**400, np.float32(inf), torch.tensor(1e-40)],
     "order_temperature": [-1, inf, nan, 1e-40, 1e39],
     "top_p": [-0.1, 1.1, nan, inf, -inf, 10**400],
-    "cfg_scale": [1e39, -1e39, 10**400],
+    "cfg_scale": [1e39, -1e39, 10**400, nan],
     "parameter": [1e39, -1e39, torch.tensor(1e300, dtype=torch.float64)],
     "top_k": [-1, 2**31, np.int64(2**31), torch.tensor(2**31), -(2**40)],
     "need": [-1, 2**31], "fill": [-1, 2**31], "cap": [-1, 2**31],
@@ -161,6 +161,50 @@ def test_refusals_are_value_errors_and_runtime_errors():
     for kind in (ValueError, RuntimeError):
         with pytest.raises(kind, match=r"^token_confidence: logits must have dtype .*; got Double"):
             ops.token_confidence(torch.zeros(1, 3, dtype=torch.float64))
+
+
+KINDS = [
+    (op, a.name, str(a.type))
+    for op in op_calls.CALLS
+    for a in op_calls.registered(op)._schema.arguments
+    if str(a.type) in ("int", "bool")
+]
+
+
+@pytest.mark.parametrize(("op", "name", "kind"), KINDS)
+def test_what_torch_would_convert(op, name, kind):
+    """A number with a fraction is no integer, and neither is a flag or a dtype; a number is no flag."""
+    wrong = [np.float32(2.7), torch.float16, True, torch.tensor(1.0), torch.tensor(True)]
+    if kind == "bool":
+        wrong = [1, 1.5, nan, 1j, range(2), torch.tensor(1), torch.ones(2, dtype=torch.bool), np.int64(1)]
+    for value in wrong:
+        with pytest.raises(TypeError, match=f"^{op}: {name} must be (a 64-bit integer|True or False); got"):
+            getattr(ops, op)(**(op_calls.CALLS[op]() | {name: value}))
+    call = op_calls.CALLS[op]()
+    for form in [np.bool_, torch.tensor] if kind == "bool" else [np.int64, torch.tensor]:
+        assert same(op, call | {name: form(call[name])}, call)
+
+
+@pytest.mark.parametrize("op", op_calls.CALLS)
+def test_sparse_tensors(op):
+    for name in op_calls.tensors(op_calls.CALLS[op]()):
+        with pytest.raises(ValueError, match=f"^{op}: {name} must be a dense tensor; got layout torch.sparse_coo"):
+            getattr(ops, op)(**(op_calls.CALLS[op]() | {name: torch.ones(2, 2).to_sparse()}))
+
+
+@pytest.mark.parametrize("op", op_calls.CALLS)
+def test_tensors_without_a_dimension(op):
+    """Also where nothing is computed."""
+    anchor = next(iter(op_calls.CALLS[op]()))
+    for device in ("cpu", "meta"):
+        with pytest.raises((ValueError, RuntimeError), match=f"^{op}: {anchor} must"):
+            call = op_calls.CALLS[op]() | {anchor: torch.tensor(1.0)}
+            getattr(ops, op)(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in call.items()})
+    if op == "shard_confidence":
+        with pytest.raises(
+            ValueError, match=r"^shard_confidence: weight must have at least one dimension; got a tensor"
+        ):
+            ops.shard_confidence(torch.ones(3, 40), 0, weight=torch.tensor(1.0))
 
 
 @pytest.mark.parametrize("op", op_calls.CALLS)

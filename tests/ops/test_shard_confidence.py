@@ -328,6 +328,27 @@ class TestErrors:
         with pytest.raises(ValueError, match="temperature must hold one value"):
             ops.combine_shards(partial[None], distribution="tempered", temperature=torch.ones(3))
 
+    @pytest.mark.parametrize("distribution", ["raw", "tempered"])
+    @pytest.mark.parametrize(("temperature", "error", "message"), [
+        (float("nan"), ValueError, "temperature must be 0, or finite and at least 1.2e-38; got nan"),
+        (-1, ValueError, "temperature must be 0, or finite and at least 1.2e-38; got -1"),
+        ("x", TypeError, "temperature must be a number or a tensor; got 'x'"),
+        (torch.tensor([1.0, torch.nan, 1.0, 1.0]), ValueError, "temperature must be 0, or finite .* got nan"),
+        (torch.tensor([-0.5]), ValueError, "temperature must be 0, or finite .* got -0.5"),
+        (torch.ones(1, dtype=torch.float64), ValueError, "temperature must be float32 on cpu; got torch.float64 on cpu"),
+        (torch.ones(1, device="meta"), ValueError, "temperature must be float32 on cpu; got torch.float32 on meta"),
+        (torch.ones(3), ValueError, r"temperature must hold .* whose number divides the 4 rows; got shape \[3\]"),
+    ], ids=str)  # fmt: skip
+    def test_temperatures_to_combine_with(self, distribution, temperature, error, message):
+        partial = ops.shard_confidence(**self.good())
+        with pytest.raises(error, match=message):
+            ops.combine_shards(partial[None], distribution=distribution, temperature=temperature)
+
+    def test_flags_to_combine_with(self):
+        for value in (torch.ones(2), 1, None):
+            with pytest.raises(TypeError, match="combine_shards: with_margin must be True or False; got"):
+                ops.combine_shards(ops.shard_confidence(**self.good())[None], with_margin=value)
+
 
 class TestRegistration:
     def test_fake(self):

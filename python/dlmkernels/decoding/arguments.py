@@ -12,19 +12,20 @@ import torch
 from torch import Tensor
 
 from ..models.adapt import DiffusionModel
-from .checks import id_range
+from .checks import check_readable, id_range
 from .config import DecodingConfig, SpecialTokens
 from .resolve import check_block_by_block
 
 
 def check_tokens(
     name: str, model: DiffusionModel, tokens: Tensor | None, attention_mask: Tensor | None, special: SpecialTokens,
-    lowest: int = 0,
+    lowest: int = 0, mask_name: str = "attention_mask", side: str = "left",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the validated tokens `[B, T]` and the column at which each row starts, int32 `[B]`.
 
     Without an attention mask, the model's padding token at the left of a row counts as padding, unless it has another
-    meaning too. `lowest`: the smallest valid id, 0, or -1 if that marks positions to decode.
+    meaning too. `lowest`: the smallest valid id, 0, or -1 if that marks positions to decode. For messages: `mask_name`,
+    the caller's name for the mask, and `side`, "right" if the caller has mirrored tokens that are padded on the right.
     """
     if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
         got = f"a tensor of {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
@@ -43,34 +44,36 @@ def check_tokens(
                 f"{name} must hold ids {id_range(model.vocab_size)}{open_too}; got ids from {low} to {high}"
             )
     if attention_mask is None:
-        return tokens, _infer_origin(name, tokens, special)
-    return tokens, _check_mask(name, tokens, attention_mask)
+        return tokens, _infer_origin(name, tokens, special, mask_name)
+    return tokens, _check_mask(name, tokens, attention_mask, mask_name, side)
 
 
-def _check_mask(name: str, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+def _check_mask(name: str, tokens: Tensor, attention_mask: Tensor, mask_name: str, side: str) -> Tensor:
     """Check the attention mask, and return the column at which each row starts, int32 `[B]`."""
     if not isinstance(attention_mask, Tensor):
-        raise ValueError(f"attention_mask must be a tensor; got {type(attention_mask).__name__}")
+        raise ValueError(f"{mask_name} must be a tensor; got {type(attention_mask).__name__}")
     if attention_mask.dim() == 1:
         attention_mask = attention_mask[None]
     if attention_mask.shape != tokens.shape:
         raise ValueError(
-            f"attention_mask must have the shape of {name}, {list(tokens.shape)}; got {list(attention_mask.shape)}"
+            f"{mask_name} must have the shape of {name}, {list(tokens.shape)}; got {list(attention_mask.shape)}"
         )
+    check_readable(mask_name, attention_mask)
     other = attention_mask[(attention_mask != 0) & (attention_mask != 1)]
     if len(other):
-        raise ValueError(f"attention_mask must hold 0 for padding and 1 for tokens; got {other[0].item()}")
+        raise ValueError(f"{mask_name} must hold 0 for padding and 1 for tokens; got {other[0].item()}")
     valid = attention_mask.to(tokens.device) != 0
     origin = (~valid).sum(1, dtype=torch.int32)
     if not torch.equal(valid, torch.arange(tokens.shape[1], device=tokens.device) >= origin[:, None]):
-        raise ValueError("attention_mask must be 0 for padding on the left and 1 after it: pad prompts on the left")
+        what, then = ("prompts", "after") if side == "left" else ("answers", "before")
+        raise ValueError(f"{mask_name} must be 0 for padding on the {side} and 1 {then} it: pad {what} on the {side}")
     is_empty = (origin == tokens.shape[1]) & (origin > 0)
     if is_empty.any():
-        raise ValueError(f"attention_mask leaves row {int(is_empty.nonzero()[0])} of {name} empty")
+        raise ValueError(f"{mask_name} leaves row {int(is_empty.nonzero()[0])} of {name} empty")
     return origin
 
 
-def _infer_origin(name: str, tokens: Tensor, special: SpecialTokens) -> Tensor:
+def _infer_origin(name: str, tokens: Tensor, special: SpecialTokens, mask_name: str) -> Tensor:
     """Return the column at which each row starts, int32 `[B]`, after the padding tokens on its left."""
     nothing = torch.zeros(len(tokens), dtype=torch.int32, device=tokens.device)
     if special.padding is None or tokens.numel() == 0:
@@ -80,7 +83,7 @@ def _infer_origin(name: str, tokens: Tensor, special: SpecialTokens) -> Tensor:
         if (leading != leading[0]).any():
             warnings.warn(
                 f"{name} may be padded with token {special.padding}, but nothing is treated as padding, since that "
-                "token can also be part of a text: pass attention_mask (of generate and infill), 0 for padding",
+                f"token can also be part of a text: pass {mask_name}, 0 for padding",
                 UserWarning, stacklevel=4,
             )  # fmt: skip
         return nothing
@@ -88,7 +91,7 @@ def _infer_origin(name: str, tokens: Tensor, special: SpecialTokens) -> Tensor:
     if is_empty.any():
         raise ValueError(
             f"row {int(is_empty.nonzero()[0])} of {name} holds nothing but padding (token {special.padding}); pass "
-            "attention_mask if that token is not padding"
+            f"{mask_name} if that token is not padding"
         )
     return leading
 
@@ -180,11 +183,6 @@ def check_is_streamer(streamer: Any) -> None:
         )
 
 
-def check_streamer(streamer, batch: int) -> None:
-    if streamer is not None and batch != 1:
-        raise ValueError(f"streamer can follow only one request; got a batch of {batch}")
-
-
 def seeds_of(seed: int | Tensor | None, batch: int, device: torch.device) -> Tensor:
     """Return the seed of each request, int64 `[B]`; drawn by torch if `seed` is None."""
     if seed is None:
@@ -192,5 +190,6 @@ def seeds_of(seed: int | Tensor | None, batch: int, device: torch.device) -> Ten
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.shape != (batch,):
             raise ValueError(f"seed must be int64 of shape [{batch}]; got {seed.dtype} of shape {list(seed.shape)}")
+        check_readable("seed", seed)
         return seed.to(device)
     return torch.full((batch,), seed, dtype=torch.int64, device=device)

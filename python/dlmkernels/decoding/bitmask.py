@@ -32,20 +32,28 @@ def _to_int32(words: Tensor) -> Tensor:
     return torch.where(words < 2**31, words, words - 2**32).int()
 
 
+def check_kind(bitmask: Tensor, device: torch.device) -> None:
+    """Raise a ValueError unless a tensor of allowed tokens has the right dtype, layout, device and dimensions."""
+    if bitmask.dtype not in (torch.bool, torch.int32) or bitmask.device != device or bitmask.layout != torch.strided:
+        layout = "" if bitmask.layout == torch.strided else f", {bitmask.layout}"
+        raise ValueError(
+            f"constraint must be an int32 bitmask or bool, on {device}; got {bitmask.dtype} on {bitmask.device}{layout}"
+        )
+    if bitmask.dim() not in (1, 2, 3):
+        raise ValueError(
+            f"constraint must have shape [n], [N, n] or [B, N, n], for N positions; got {list(bitmask.shape)}"
+        )
+
+
 def check_bitmask(bitmask: Tensor, tokens: Tensor, columns: int) -> Tensor:
     """Check a bitmask, or bools, and return it as a bitmask `[n]` or `[B or 1, N or 1, n]`; N is `columns`."""
+    check_kind(bitmask, tokens.device)
     if bitmask.dtype == torch.bool:
         bitmask = pack(bitmask)
-    if bitmask.dtype != torch.int32 or bitmask.device != tokens.device:
-        raise ValueError(
-            f"constraint must be an int32 bitmask or bool, on {tokens.device}; got {bitmask.dtype} on {bitmask.device}"
-        )
     batch = len(tokens)
     if bitmask.dim() == 2:
         bitmask = bitmask[None]
-    if bitmask.dim() not in (1, 3) or (
-        bitmask.dim() == 3 and (bitmask.shape[0] not in (1, batch) or bitmask.shape[1] not in (1, columns))
-    ):
+    if bitmask.dim() == 3 and (bitmask.shape[0] not in (1, batch) or bitmask.shape[1] not in (1, columns)):
         raise ValueError(
             f"constraint must have shape [n], [{columns}, n] or [{batch}, {columns}, n], with n bools or n words of 32 "
             f"tokens; got {list(bitmask.shape)} as a bitmask"

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, TypeAlias
 
 import torch
@@ -19,14 +19,36 @@ FLOAT32 = torch.finfo(torch.float32)
 INT64 = torch.iinfo(torch.int64)
 #: upper limit of all lengths and counts, so that the sum of two of them fits into int32
 LONGEST = 2**30
+#: types that can be iterated over, but are no sequence of numbers
+UNORDERED = (str, bytes, bytearray, Mapping, Set)
 
 
 def plain(value: Any) -> Any:
     """Convert a NumPy scalar or a 0-dimensional array or tensor to a Python number; return anything else as it is."""
     is_array = isinstance(value, Tensor) or type(value).__module__ == "numpy"
-    if is_array and getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+    if is_array and getattr(value, "ndim", None) == 0 and hasattr(value, "item") and _is_readable(value):
         return value.item()
     return value
+
+
+def listed(name: str, values: Any) -> Any:
+    """Convert a tensor or an array to a (nested) list; return anything else as it is.
+
+    A tensor without values (on the device "meta") or with another layout than strided raises a ValueError.
+    """
+    check_readable(name, values)
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
+def check_readable(name: str, value: Any) -> None:
+    """Raise a ValueError for a tensor whose values cannot be read: one on the device "meta", or a sparse one."""
+    if not _is_readable(value):
+        kind = "one on the device meta" if value.is_meta else f"one of layout {value.layout}"
+        raise ValueError(f"{name} must be a dense tensor that holds values; got {kind}")
+
+
+def _is_readable(value: Any) -> bool:
+    return not isinstance(value, Tensor) or (value.layout == torch.strided and not value.is_meta)
 
 
 def number(low: float = -math.inf, high: float = math.inf, *, above: bool = False, optional: bool = False) -> Check:
@@ -40,7 +62,7 @@ def number(low: float = -math.inf, high: float = math.inf, *, above: bool = Fals
             return None
         x = plain(value)
         is_number = isinstance(x, int | float) and not isinstance(x, bool)
-        fits = is_number and (math.isinf(x) or abs(x) <= FLOAT32.max)
+        fits = is_number and (x in (math.inf, -math.inf) or abs(x) <= FLOAT32.max)
         if not fits or not (low < x if above else low <= x) or not x <= high:
             beyond = " within the range of float32" if is_number and abs(x) > FLOAT32.max else ""
             what = _or_none(optional) + _number_in(low, high, above) + beyond
@@ -126,8 +148,8 @@ def several(check_one: Check, count: int | None = None, *, optional: bool = Fals
     def check(name: str, value: Any) -> tuple | None:
         if value is None and optional:
             return None
-        values = value.tolist() if hasattr(value, "tolist") else value
-        if not isinstance(values, Iterable) or isinstance(values, str | Mapping):
+        values = listed(name, value)
+        if not isinstance(values, Iterable) or isinstance(values, UNORDERED):
             raise ValueError(f"{name} must be a sequence of numbers; got {value!r}")
         values = tuple(values)
         if count is not None and len(values) != count:
@@ -165,7 +187,7 @@ def end_token_ids(name: str, value: Any) -> int | tuple | None:
     value = plain(value)
     if value is None or isinstance(value, int | float | str):
         return optional_token_id(name, value)
-    value = value.tolist() if hasattr(value, "tolist") else value
+    value = listed(name, value)
     if isinstance(value, Sequence) and any(isinstance(one, Sequence) and not isinstance(one, str) for one in value):
         return several(token_ids)(name, value)
     return token_ids(name, value)
@@ -179,6 +201,7 @@ def id_range(vocab: int | None, low: int = 0) -> str:
 def check_logit_bias(bias: Mapping[int, float] | Tensor | None) -> None:
     """Raise unless `bias` is None, a float tensor `[V]`, or a mapping from ids to numbers, without NaN and +inf."""
     if isinstance(bias, Tensor):
+        check_readable("logit_bias", bias)
         fits = bias.dim() == 1 and bias.is_floating_point()
         if not fits or bool((bias.isnan() | (bias == torch.inf)).any()):
             kind = f"{bias.dtype} of shape {list(bias.shape)}" + (" with NaN or +inf in it" if fits else "")
@@ -187,8 +210,9 @@ def check_logit_bias(bias: Mapping[int, float] | Tensor | None) -> None:
         for key, value in bias.items():
             if not isinstance(key, numbers.Integral) or isinstance(key, bool) or key < 0:
                 raise ValueError(f"logit_bias must have token ids (integers of at least 0) as keys; got {key!r}")
-            if not isinstance(value, numbers.Real) or not -math.inf <= value < math.inf:
-                raise ValueError(f"logit_bias must have numbers other than NaN and +inf as values; got {value!r}")
+            is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            if not is_number or not (value == -math.inf or abs(value) <= FLOAT32.max):
+                raise ValueError(f"logit_bias must have -inf or numbers that fit into float32 as values; got {value!r}")
     elif bias is not None:
         raise ValueError(f"logit_bias must be {{token id: number}} or a float tensor [V]; got {bias!r}")
 
@@ -201,7 +225,7 @@ class PerRequest:
 
     def __call__(self, name: str, value: Any) -> Any:
         value = plain(value)
-        if isinstance(value, str | Mapping) or not hasattr(value, "__len__"):
+        if isinstance(value, UNORDERED) or not hasattr(value, "__len__"):
             return self._one(name, value)
         values = self._all(name, value)
         if not values:
@@ -218,6 +242,13 @@ def normalize(owner: Any, limits: Mapping[str, Check]) -> None:
     """Check fields of a frozen dataclass, and store the value that each check returns."""
     for name, check in limits.items():
         object.__setattr__(owner, name, check(name, getattr(owner, name)))
+
+
+def ordered(owner: Any, low: str, high: str, *, strict: bool = False) -> None:
+    """Raise a ValueError unless the first of two fields is at most (`strict`: less than) the second."""
+    a, b = getattr(owner, low), getattr(owner, high)
+    if a > b or (strict and a == b):
+        raise ValueError(f"{low} must be {'less than' if strict else 'at most'} {high}={b}; got {a}")
 
 
 class ComparedByValue:

@@ -117,7 +117,11 @@ def checked_bitmask(bitmask: object, positions: Tensor, vocab: int) -> Tensor:
     if not isinstance(bitmask, Tensor) or bitmask.dtype != torch.int32 or bitmask.dim() == 0:
         raise ValueError(f"constraint: allowed tokens must be an int32 bitmask; got {kind_of(bitmask)}")
     shape = tuple(bitmask.shape)
-    if shape[:-1] not in ((), tuple(positions.shape)) or shape[-1] > words:
+    if shape[-1] > words:
+        raise ValueError(
+            f"constraint: the bitmask has {shape[-1]} words of 32 tokens, more than the {words} for {vocab} logits"
+        )
+    if shape[:-1] not in ((), tuple(positions.shape)):
         slots = ", ".join(map(str, positions.shape))
         raise ValueError(
             f"constraint: the bitmask must have shape [n] or [{slots}, n] with n at most {words} for {vocab} logits; "

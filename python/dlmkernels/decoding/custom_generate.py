@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.generation.configuration_utils import GenerationConfig
 from transformers.utils import ModelOutput
 
 from ..models.adapt import adapt
@@ -256,6 +257,8 @@ def _check_generation_config(model, config) -> set[str]:
 
 def refuse_others(model, config) -> None:
     """Reject fields of a generation config that would change the tokens but have no counterpart here."""
+    if not isinstance(config, GenerationConfig):
+        raise TypeError(f"generation_config must be a transformers GenerationConfig; got {type(config).__name__}")
     _check_generation_config(model, config)
 
 

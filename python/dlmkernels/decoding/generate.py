@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .agreement import agree
-from .arguments import check_embeds, check_prompt, check_streamer, check_tokens, seeds_of
+from .arguments import check_embeds, check_prompt, check_tokens, seeds_of
 from .config import DecodingConfig
 from .copies import seeds_of_copies
 from .extras import check_copies, check_given_tokens, completed, drafting, equip, listeners_of, put_prompts
@@ -256,7 +256,7 @@ def infill(
             f"tokens has length {length}{grown}, more than the model's max_position_embeddings of {model.max_length}"
         )
     more = (0, width - length)
-    check_streamer(streamer, batch)
+    listeners = listeners_of(streamer, batch, tokenizer=tokenizer, trace=trace)
     seeds = seeds_of(config.seed, batch, tokens.device)
     parameters = parameters_of(config, batch, tokens.device)
     canvas = pad(tokens, more, value=special.pad)
@@ -264,7 +264,6 @@ def infill(
     agree(model, {"tokens": canvas, "attention_mask": origin}, config, state.seed)
     grid = Grid.of(config, state.origin, 0 if varies else state.origin, width, grows=False)
     program = program_of(config.rule)(Task(model, state, config, special, grid, 0, length))
-    listeners = listeners_of(streamer, batch, tokenizer=tokenizer, trace=trace)
     equip(program, listeners, Wishes(), False)
     return completed(run(program, listeners), listeners, None, special.pad).known_by(tokenizer)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .checks import id_range
+from .checks import id_range, listed
 from .config import DecodingConfig, SpecialTokens
 from .inputs import filler, read_prompts
 from .state import NegativePrompt, State, put
@@ -52,7 +52,7 @@ def pair_prompts(
     if isinstance(negative_prompt, Tensor):
         if negative_prompt.dtype != torch.int64 or negative_prompt.dim() not in (1, 2):
             raise ValueError(f"{name} must be int64 [P] or [B, P]; got {_shape(negative_prompt)}")
-        negative_prompt = negative_prompt.tolist()
+        negative_prompt = listed(name, negative_prompt)
     prompts = read_prompts(name, negative_prompt, None, tokenizer, tokens.device, filler(special))
     other, mask = prompts.tokens, prompts.attention_mask
     if len(other) not in (1, batch):

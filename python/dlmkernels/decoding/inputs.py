@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import check_readable, listed
 from .config import SpecialTokens
 
 #: keys of a tokenizer's output that decoding does not need
@@ -69,7 +70,7 @@ def read_prompts(
     elif _is_text(inputs):
         rows = _tokenized(name, inputs, tokenizer)
     elif hasattr(inputs, "dtype") and hasattr(inputs, "tolist"):  # a numpy array
-        rows = _rows_of_ids(name, inputs.tolist())
+        rows = _rows_of_ids(name, listed(name, inputs))
     else:
         rows = _rows_of_ids(name, inputs)
     if not rows:
@@ -85,8 +86,11 @@ def read_canvases(
     """Like `read_prompts`, for canvases whose masks are to be filled in: text must contain the mask token."""
     found = read_prompts(name, inputs, attention_mask, tokenizer, device, filler(special))
     if _is_text(inputs) and not bool((found.tokens == special.mask).any()):
-        mask = getattr(tokenizer, "mask_token", None) or tokenizer.decode([special.mask])
-        raise ValueError(f"{name} contains no mask token: write {mask!r} wherever a token is to be filled in")
+        mask = getattr(tokenizer, "mask_token", None)
+        if mask is None and hasattr(tokenizer, "decode"):
+            mask = tokenizer.decode([special.mask])
+        what = f"token {special.mask}" if mask is None else repr(mask)
+        raise ValueError(f"{name} contains no mask token: write {what} wherever a token is to be filled in")
     return found
 
 
@@ -108,6 +112,8 @@ def read_options(model, config, options: Mapping[str, Any], tokenizer) -> dict[s
 
     The tokenizer's mask id is used only if neither the options, nor `config`, nor the model's configuration has one.
     """
+    if not (tokenizer is None or callable(tokenizer) or hasattr(tokenizer, "decode")):
+        raise TypeError(f"tokenizer must be a transformers tokenizer; got {type(tokenizer).__name__}")
     options = dict(options)
     for key in SEGMENTS:
         if key in options:
@@ -164,7 +170,13 @@ def _ids_of(name: str, item, tokenizer) -> list[int]:
                 f"{name} is a chat, but this tokenizer has no chat template: pass text, or set tokenizer.chat_template"
             )
         item = tokenizer.apply_chat_template(list(item), add_generation_prompt=True, tokenize=False)
-    ids = [int(i) for i in tokenizer(item, add_special_tokens=not is_chat)["input_ids"]]
+    try:
+        ids = [int(i) for i in tokenizer(item, add_special_tokens=not is_chat)["input_ids"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise TypeError(
+            f"tokenizer must be a transformers tokenizer; {type(tokenizer).__name__} did not return input_ids for the "
+            f"text of {name}: {error!r}"
+        ) from error
     if not ids:
         raise ValueError(f"{name} must contain at least one token; the tokenizer returned none for {item!r}")
     unknown = getattr(tokenizer, "unk_token_id", None)
@@ -185,11 +197,17 @@ def _rows_of_mapping(name: str, inputs: Mapping) -> list[list[int]]:
     for key in SEGMENTS:
         if key in inputs:
             _check_segment(key, inputs[key])
-    rows = _rows_of_ids(f"{name}['input_ids']", _as_lists(inputs["input_ids"]))
+    rows = _rows_of_ids(f"{name}['input_ids']", listed(f"{name}['input_ids']", inputs["input_ids"]))
     if (mask := inputs.get("attention_mask")) is None:
         return rows
-    mask = _as_lists(mask)
-    masks = [_as_lists(row) for row in (mask if mask and isinstance(_as_lists(mask[0]), (list, tuple)) else [mask])]
+    mask = listed(f"{name}['attention_mask']", mask)
+    masks = [_as_lists(row) for row in mask] if isinstance(mask, (list, tuple)) else []
+    if masks and not any(isinstance(row, (list, tuple)) for row in masks):
+        masks = [masks]
+    if not masks or not all(isinstance(row, (list, tuple)) for row in masks):
+        raise TypeError(
+            f"{name}['attention_mask'] must be a list or tensor of 0 and 1, or one for each row; got {mask!r}"
+        )
     if [len(row) for row in masks] != [len(row) for row in rows]:
         raise ValueError(
             f"{name}: attention_mask and input_ids must have the same lengths; got {[len(row) for row in masks]} and "
@@ -223,14 +241,15 @@ def _rows_of_ids(name: str, inputs) -> list[list[int]]:
 
 
 def _as_lists(values):
+    check_readable("token ids", values)
     return values.tolist() if hasattr(values, "tolist") else values
 
 
 def _check_segment(key: str, values) -> None:
-    if bool(torch.as_tensor(_flat(values), device="cpu").ne(0).any()):
+    if values is not None and any(not isinstance(x, (int, float)) or x != 0 for x in _flat(values)):
         raise ValueError(
-            f"{key} must be 0 everywhere, because a prompt and its answer form one segment: tokenize a single text, or "
-            f"omit {key}"
+            f"{key} must be None, or 0 everywhere, because a prompt and its answer form one segment: tokenize a single "
+            f"text, or omit {key}"
         )
 
 

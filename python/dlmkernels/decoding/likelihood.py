@@ -18,13 +18,16 @@ from ..window import AttentionWindow
 from .agreement import agree
 from .arguments import check_tokens, seeds_of
 from .bounds import Bound
-from .config import DecodingConfig, SpecialTokens
+from .checks import flag, integer, number
+from .config import LIMITS, DecodingConfig, SpecialTokens
 from .presets import default_config
 from .resolve import prepare
 from .state import State
 from .vector_bounds import DenoisingBound, FlowBound, NoiseBound
 
 METHODS = ("monte-carlo", "mean-field", "coupled", "bound")
+#: default number of integration steps of LangFlow's bound
+ODE_STEPS = 128
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def log_likelihood(
     mask_token_id: int | None = None,
     logit_alignment: str | None = None,
     block_length: int | None = None,
-    ode_steps: int = 128,
+    ode_steps: int | None = None,
     exact_divergence: bool = False,
     gradients: bool = False,
 ) -> LogLikelihood:
@@ -80,7 +83,7 @@ def log_likelihood(
         int64 `[B, P]`, shorter prompts padded on the left; or `[P]` for one prompt.
     answer : Tensor
         int64 `[B, L]`, shorter answers padded on the right; or `[L]` for one answer. Every token is scored, including
-        the end token if there is one.
+        the end token if there is one. It must not hold the mask token.
     prompt_mask, answer_mask : Tensor, optional
         `[B, P]` and `[B, L]`, 0 for padding and 1 for tokens.
     method : {"monte-carlo", "mean-field", "coupled", "bound"}, optional
@@ -115,8 +118,8 @@ def log_likelihood(
         Number of sequences per forward pass. Does not change the masks.
     mask_token_id, logit_alignment, block_length
         Same as in `DecodingConfig`.
-    ode_steps : int
-        Number of integration steps; only used by LangFlow's bound.
+    ode_steps : int, optional
+        Only for LangFlow's bound: number of integration steps. If None, 128.
     exact_divergence : bool
         Only for LangFlow's bound. If True, compute the divergence of the flow exactly, with one backward pass per
         element of the answer's embedding vectors in each evaluation. If False, estimate it from one random vector. With
@@ -132,27 +135,28 @@ def log_likelihood(
 
     Raises
     ------
-    ValueError
-        If an argument has the wrong shape, dtype, device or range; the message names it.
+    ValueError, TypeError
+        If an argument has the wrong type, shape, dtype, device or range, or has no effect; the message names it.
     """
-    if method is not None and method not in METHODS:
+    if method is not None and (not isinstance(method, str) or method not in METHODS):
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     model = adapt(model)
     if method is None:
         method = "bound" if _has_bound(model) else "monte-carlo"
     is_flow = model.family.noise == "continuous"
     samples = _default_samples(model, method) if num_samples is None else num_samples
-    for name, value in (("num_samples", samples), ("batch_size", batch_size), ("ode_steps", ode_steps)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
-    if not 0 <= prompt_mask_probability <= 1:
-        raise ValueError(f"prompt_mask_probability must be a number from 0 to 1; got {prompt_mask_probability!r}")
+    samples, batch_size = integer(1)("num_samples", samples), integer(1)("batch_size", batch_size)
+    ode_steps = integer(1, optional=True)("ode_steps", ode_steps)
+    prompt_mask_probability = float(number(0, 1)("prompt_mask_probability", prompt_mask_probability))
+    seed = LIMITS["seed"]("seed", seed)
+    exact_divergence, gradients = flag("exact_divergence", exact_divergence), flag("gradients", gradients)
     _check_method(model, method, prompt_mask_probability, block_length)
-    if not isinstance(exact_divergence, bool) or (exact_divergence and model.family.name != "langflow"):
-        raise ValueError(
-            "exact_divergence must be a bool, and can only be True for models of family 'langflow'; got "
-            f"{exact_divergence!r} for family '{model.family.name}'"
-        )
+    for name, value in (("exact_divergence", exact_divergence or None), ("ode_steps", ode_steps)):
+        if value is not None and model.family.name != "langflow":
+            raise ValueError(
+                f"{name}={value} has no effect for models of family '{model.family.name}': only the bound of family "
+                "'langflow' integrates a flow"
+            )
     if is_flow and gradients:
         raise ValueError(f"gradients are not supported for the bound of family '{model.family.name}'")
     has_blocks = model.family.attention == "block"
@@ -161,7 +165,7 @@ def log_likelihood(
         block_length=block_length, cache="block" if has_blocks else "none",
     )  # fmt: skip
     model, config, special = prepare(model, config, {})
-    prompt, origin = check_tokens("prompt", model, prompt, prompt_mask, special)
+    prompt, origin = check_tokens("prompt", model, prompt, prompt_mask, special, mask_name="prompt_mask")
     answer, lengths = _check_answer(model, answer, answer_mask, len(prompt), special)
     tokens = torch.cat((prompt, answer), 1)
     if model.max_length is not None and tokens.shape[1] > model.max_length:
@@ -175,7 +179,7 @@ def log_likelihood(
     if is_flow:
         about = (model, config, special, tokens, origin, prompt.shape[1], lengths, seeds)
         if model.family.name == "langflow":
-            weighted = FlowBound(*about, steps=ode_steps, exact=exact_divergence).samples(samples)
+            weighted = FlowBound(*about, steps=ode_steps or ODE_STEPS, exact=exact_divergence).samples(samples)
         else:
             weighted = (NoiseBound if model.family.name == "plaid" else DenoisingBound)(*about).samples(samples)
     elif method == "bound":
@@ -249,17 +253,18 @@ def _check_answer(
     model: DiffusionModel, answer: Tensor, mask: Tensor | None, batch: int, special: SpecialTokens
 ) -> tuple[Tensor, Tensor]:
     """Validate the answers; return them as `[B, L]` with their lengths, int32 `[B]`."""
-    if isinstance(answer, Tensor) and answer.dim() == 2 and len(answer) != batch:
-        raise ValueError(f"answer must have as many rows as prompt, {batch}; got {len(answer)}")
-    flipped = None if mask is None else mask.flip(-1)  # mirrored, right padding becomes left padding
-    mirrored = answer.flip(-1) if isinstance(answer, Tensor) and answer.dim() > 0 else answer
-    try:
-        mirrored, padding = check_tokens("answer", model, mirrored, flipped, special)
-    except ValueError as error:
-        text = str(error).replace("attention_mask", "answer_mask").replace("left", "right").replace(
-            "right and 1 after it: pad prompts on the right", "right and 1 before it"
-        )  # fmt: skip
-        raise ValueError(text) from None
+    # mirrored, right padding becomes left padding
+    mirrored, flipped = (x.flip(-1) if isinstance(x, Tensor) and x.dim() > 0 else x for x in (answer, mask))
+    mirrored, padding = check_tokens(
+        "answer", model, mirrored, flipped, special, mask_name="answer_mask", side="right"
+    )  # fmt: skip
+    if len(mirrored) != batch:
+        raise ValueError(f"answer must have as many rows as prompt, {batch}; got {len(mirrored)}")
+    if mirrored.shape[1] == 0:
+        raise ValueError(f"answer must hold at least one token in each row; got shape {list(mirrored.shape)}")
+    is_token = torch.arange(mirrored.shape[1], device=mirrored.device) >= padding[:, None]
+    if special.mask >= 0 and bool((is_token & (mirrored == special.mask)).any()):
+        raise ValueError(f"answer holds the mask token ({special.mask}), which is never predicted: its likelihood is 0")
     return mirrored.flip(-1), (mirrored.shape[1] - padding).int()
 
 
@@ -334,7 +339,7 @@ class _Task:
                 logits, row_map=row_map, banned=banned, with_margin=False, with_entropy=False
             ).logsumexp.double()
         given = true.gather(1, at.clamp(min=0)).flatten()
-        z = logits.gather(1, given[:, None])[:, 0].double().masked_fill(given == self.mask, -torch.inf)
+        z = logits.gather(1, given[:, None])[:, 0].double()
         logp = (z - lse).view(at.shape).masked_fill(at < 0, 0.0)
         out = torch.zeros((n * batch, length + 1), dtype=torch.float64, device=at.device)
         out = out.scatter(1, torch.where(at >= 0, at, length), logp)

@@ -71,6 +71,8 @@ def configuration(model: DiffusionModel, config: ConfigLike) -> DecodingConfig:
     if isinstance(config, str):
         return preset(config)
     if isinstance(config, Mapping):
+        if others := [name for name in config if not isinstance(name, str)]:
+            raise TypeError(f"config must be a dict of fields of DecodingConfig; got the key {others[0]!r}")
         check_names(config)
         return DecodingConfig(**config)
     if config is not None:

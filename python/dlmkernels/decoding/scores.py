@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .checks import Check, ComparedByValue, amount, normalize, number
+from .checks import Check, ComparedByValue, amount, check_readable, normalize, number
 from .step import Step
 
 
@@ -103,6 +103,9 @@ class LeftToRight(Score):
 def _frequency(name: str, value: Any) -> Tensor | None:
     if value is not None and (not isinstance(value, Tensor) or value.dim() != 1 or not value.is_floating_point()):
         raise ValueError(f"{name} must be a floating-point tensor of one dimension; got {value!r}")
+    check_readable(name, value)
+    if value is not None and not bool(((value >= 0) & (value < torch.inf)).all()):
+        raise ValueError(f"{name} must hold finite numbers of at least 0; got {value!r}")
     return value
 
 
@@ -134,6 +137,11 @@ class PositionWeighted(ComparedByValue, Score):
     def __call__(self, step: Step) -> Tensor:
         value = step.confidence
         if self.frequency is not None:
+            if len(self.frequency) != step.vocab_size:
+                raise ValueError(
+                    f"frequency must have one value for each of the {step.vocab_size} tokens of the model; got "
+                    f"{len(self.frequency)}"
+                )
             rarity = -torch.log(self.frequency.to(value.device, torch.float32) + 1e-9)
             corrected = (value * rarity[step.token.clamp(min=0)]).clamp(max=self.clip)
             value = torch.where(value == -torch.inf, value, corrected)

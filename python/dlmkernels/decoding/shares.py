@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import plain
+from .checks import check_readable, number, plain
 
 Schedule = str | Callable[[float], float] | tuple[float, ...]
 
@@ -35,13 +35,14 @@ def check_schedule(name: str, schedule: Any) -> Schedule:
     if callable(schedule):
         return schedule
     if isinstance(schedule, Tensor):
+        check_readable(name, schedule)
         schedule = schedule.detach().double().flatten().tolist() if schedule.dim() == 1 else schedule
     if not isinstance(schedule, Sequence) or not all(isinstance(plain(x), (int, float)) for x in schedule):
         raise TypeError(
             f"{name} must be one of {tuple(NAMED)}, a callable from the share of steps done to the share of positions "
             f"decided by then, or a sequence (or tensor [S]) of such shares; got {schedule!r}"
         )
-    shares = tuple(float(x) for x in schedule)
+    shares = tuple(float(number()(f"{name}[{i}]", x)) for i, x in enumerate(schedule))
     _check_shares((0.0, *shares), shares)
     return shares
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -13,7 +13,11 @@ def check_stop_strings(stop_strings: Any, tokenizer) -> tuple[str, ...]:
         return ()
     if isinstance(stop_strings, str):
         stop_strings = (stop_strings,)
-    if not isinstance(stop_strings, Iterable):
+    if (
+        not isinstance(stop_strings, Iterable)
+        or isinstance(stop_strings, bytes | Mapping)
+        or getattr(stop_strings, "ndim", 1) == 0
+    ):
         raise TypeError(f"stop_strings must be a string or a sequence of strings; got {type(stop_strings).__name__}")
     found = tuple(stop_strings)
     for text in found:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..decoding.checks import integer
+from ..decoding.checks import integer, listed
 from ..decoding.custom_generate import refuse_others
 from ..decoding.inputs import filler, read_options, read_prompts
 from ..decoding.resolve import ConfigLike, configuration, resolve
 from ..models.adapt import DiffusionModel, adapt
 from .engine import Engine
-from .intake import ids_of
+from .intake import ids_of, naming
 from .request import RequestOutput, id_of_copy
 from .slots import grid_of
 
@@ -71,8 +71,10 @@ def generate_batch(
     ValueError, TypeError
         If any of the requests cannot be decoded. In this case none of them is.
     """
-    if isinstance(inputs, str) or not isinstance(inputs, Sequence | Tensor):
-        raise TypeError(f"inputs must be a list of prompts; got {type(inputs).__name__}")
+    is_scalar = isinstance(inputs, Tensor) and inputs.dim() == 0
+    if isinstance(inputs, str | bytes) or not isinstance(inputs, Sequence | Tensor) or is_scalar:
+        got = "a tensor of shape []" if is_scalar else type(inputs).__name__
+        raise TypeError(f"inputs must be a list of prompts; got {got}")
     if len(inputs) == 0:
         return {}
     model = adapt(model)
@@ -100,12 +102,12 @@ def generate_batch(
         model, slots=min(SLOTS, count * copies) if slots is None else slots, max_length=max(width, 2),
         config=configuration(model, config).replace(**options), tokenizer=tokenizer, reserve=False, **of_engine,
     )  # fmt: skip
-    ids = [
-        engine.add_request(
-            prompt, max_new_tokens=n, seed=s, given=g, record_timestamps=record_timestamps, **of_request
-        )
-        for prompt, n, s, g in zip(prompts, lengths, seeds, stand)
-    ]  # fmt: skip
+    ids = []
+    for number, (prompt, n, s, g) in enumerate(zip(prompts, lengths, seeds, stand)):
+        with naming(number):
+            ids.append(engine.add_request(
+                prompt, max_new_tokens=n, seed=s, given=g, record_timestamps=record_timestamps, **of_request
+            ))  # fmt: skip
     found = {output.request_id: output for output in engine if output.is_finished()}
     engine.stop()
     names = [id_of_copy(one, k) for one in ids for k in range(copies)]
@@ -118,8 +120,7 @@ def _prompts(inputs: Any, tokenizer, pad: int) -> list[list[int]]:
         inputs = list(inputs[None] if inputs.dim() == 1 else inputs)
     found: list[list[int]] = []
     for number, one in enumerate(inputs):
-        if isinstance(one, Tensor) or hasattr(one, "tolist"):
-            one = one.tolist()
+        one = listed(f"inputs[{number}]", one)
         if one is None:
             raise TypeError(f"inputs[{number}] must be a prompt; got None")
         if isinstance(one, Sequence) and len(one) == 0 and not isinstance(one, str):
@@ -136,7 +137,7 @@ def _one_each(name: str, value: Any, count: int, otherwise: Any) -> list[Any]:
     """Return one value for each of `count` requests, given one value for all or a sequence with one for each."""
     if value is None:
         return [otherwise] * count
-    value = value.tolist() if hasattr(value, "tolist") else value
+    value = listed(name, value)
     if isinstance(value, str) or not isinstance(value, Sequence):
         return [value] * count
     if len(value) != count:

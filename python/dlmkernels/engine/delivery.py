@@ -11,7 +11,20 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from ..decoding.checks import number
 from .request import RequestOutput
+
+
+def deadline(timeout: Any) -> float | None:
+    """Return the time on the monotonic clock at which a timeout in seconds ends, or None if there is none."""
+    seconds = number(optional=True)("timeout", timeout)
+    return None if seconds is None else time.monotonic() + seconds
+
+
+def check_id(value: Any) -> None:
+    """Raise a TypeError unless a request id is a string."""
+    if not isinstance(value, str):
+        raise TypeError(f"request_id must be a string; got {type(value).__name__}")
 
 
 class Deliveries:
@@ -86,7 +99,7 @@ class Deliveries:
 
         Returns None after `timeout` seconds, or once `may_come` says that no further output can arrive.
         """
-        until = None if timeout is None else time.monotonic() + timeout
+        until = deadline(timeout)
         with self._changed:
             while (found := self._take(request_id)) is None:
                 left = None if until is None else until - time.monotonic()

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from ..decoding.poll import check_polls
 from ..decoding.processing import Wishes
 from ..decoding.resolve import ConfigLike, configuration
 from ..models.adapt import adapt
-from .intake import Intake, check_flags, check_handler
+from .delivery import check_id, deadline
+from .intake import Intake, check_flags, check_handler, naming
 from .life import Life
 from .memory import EngineMemory
 from .metrics import EngineMetrics
@@ -240,16 +241,20 @@ class Engine(Life):
         record_timestamps: bool = False, **options: Any,
     ) -> list[str]:  # fmt: skip
         """Add several requests that differ only in their prompts, and return their ids."""
-        return [
-            self.add_request(
-                prompt, max_new_tokens=max_new_tokens, streaming=streaming, record_timestamps=record_timestamps,
-                **options,
-            )
-            for prompt in inputs
-        ]  # fmt: skip
+        if not isinstance(inputs, Iterable) or isinstance(inputs, str | bytes | Mapping):
+            raise TypeError(f"inputs must be a list of prompts; got {type(inputs).__name__}")
+        ids = []
+        for number, prompt in enumerate(inputs):
+            with naming(number):
+                ids.append(self.add_request(
+                    prompt, max_new_tokens=max_new_tokens, streaming=streaming, record_timestamps=record_timestamps,
+                    **options,
+                ))  # fmt: skip
+        return ids
 
     def cancel_request(self, request_id: str) -> None:
         """End a request now, and deliver it as cancelled, with the tokens that are final so far. Ignore unknown ids."""
+        check_id(request_id)
         with self._rounds.lock:
             if request_id in self._rounds.live:
                 self._rounds.inbox.append(request_id)
@@ -261,6 +266,7 @@ class Engine(Life):
         If an event loop is running in the calling thread, the function is called in that loop. Otherwise it is called
         in the engine's thread, or in the calling thread for outputs that are already waiting.
         """
+        check_id(request_id)
         check_handler("callback", callback)
         self._rounds.deliveries.register(request_id, callback)
 
@@ -272,8 +278,10 @@ class Engine(Life):
         Returns None after `timeout` seconds, or once no further output can arrive. Each output is returned once. If the
         engine has no thread, this method runs steps until there is an output.
         """
+        if request_id is not None:
+            check_id(request_id)
         if not self.is_running():
-            until = None if timeout is None else time.monotonic() + timeout
+            until = deadline(timeout)
             while (found := self._rounds.deliveries.take(request_id)) is None and self._may_come(request_id):
                 if until is not None and time.monotonic() >= until:
                     return None

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..decoding.checks import INT64, flag, id_range, integer
+from ..decoding.bitmask import check_kind
+from ..decoding.checks import INT64, flag, id_range, integer, listed
 from ..decoding.config import DecodingConfig, SpecialTokens, check_names
 from ..decoding.constraint import Constraint
 from ..decoding.copies import seed_of_copy
@@ -71,7 +73,7 @@ class Intake:
         if "constraint" in options:  # each request has its own, which must not be kept alive
             return self._resolved(options)
         try:
-            key = tuple(sorted(options.items()))
+            key = tuple((name, _typed(options[name])) for name in sorted(options))
             hash(key)
         except TypeError:  # an unhashable value, such as a list
             return self._resolved(options)
@@ -91,6 +93,8 @@ class Intake:
         by_itself = goes_by_itself(self.model, config)
         key = common(config, by_itself), ends_width(config, special)
         known = Known(config, special, key, has_fixed_length(config))
+        if isinstance(config.constraint, Tensor):
+            check_kind(config.constraint, self.model.device)
         if not by_itself:  # build a program for a dummy request, so that an unsupported configuration raises now
             if isinstance(config.constraint, Tensor):  # its shape depends on the length of the answer
                 known = known._replace(config=dataclasses.replace(config, constraint=None).as_preset())
@@ -144,7 +148,7 @@ class Intake:
                     "input_ids must be the ids of one prompt, int64 [P] or [1, P]; got "
                     f"{input_ids.dtype} of shape {list(input_ids.shape)}"
                 )
-            prompt = input_ids.flatten().tolist()
+            prompt = listed("input_ids", input_ids.flatten())
         elif input_ids is None:
             raise TypeError("input_ids must be the ids of one prompt, or text with tokenizer=…; got None")
         elif isinstance(input_ids, Sequence) and len(input_ids) == 0 and not isinstance(input_ids, str):
@@ -212,7 +216,12 @@ class Intake:
             plan_blocks(config, grid)
         self._check_tensors(config, len(answer))
         if not prompt and (isinstance(config.rule, (NextToken, Strided, SelfSpeculative)) or config.cfg_scale > 0):
-            raise ValueError("input_ids must hold at least one token with this configuration")
+            why = (
+                f"rule {type(config.rule).__name__} predicts the first token of the answer from the last of the prompt"
+            )
+            if config.cfg_scale > 0:
+                why = "guidance (cfg_scale) masks the prompt"
+            raise ValueError(f"input_ids must hold at least one token, since {why}")
         if any(i >= 0 for i in answer) and not config.rule.by_block:
             raise ValueError(f"given and suffix cannot be used with rule {type(config.rule).__name__}")
         wishes.check(config, self.model.vocab_size)
@@ -242,14 +251,31 @@ class Intake:
         return int(torch.randint(2**63 - 1, (1,), device="cpu")) if chosen is None else chosen
 
 
+def _typed(value: Any) -> Hashable:
+    """Return a key for a value that differs from those of equal values of other types: 1, 1.0 and True."""
+    return type(value), tuple(map(_typed, value)) if isinstance(value, tuple) else value
+
+
+@contextmanager
+def naming(number: int) -> Iterator[None]:
+    """Within this context, errors about the `input_ids` of a request name `inputs[number]` instead."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        text = str(error)
+        if not text.startswith("input_ids"):
+            raise
+        raise type(error)(f"inputs[{number}]{text.removeprefix('input_ids')}") from None
+
+
 def ids_of(name: str, values: Any) -> list[int]:
     """Return token ids as a list, which is empty for None."""
     if values is None:
         return []
     if getattr(values, "ndim", 1) != 1:
-        raise ValueError(f"{name} must be the ids of one answer, [n]; got shape {list(values.shape)}")
-    values = values.tolist() if hasattr(values, "tolist") else values
-    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise ValueError(f"{name} must be one sequence of token ids, [n]; got shape {list(values.shape)}")
+    values = listed(name, values)
+    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
         raise TypeError(f"{name} must be a sequence of token ids; got {type(values).__name__}")
     return list(values)
 

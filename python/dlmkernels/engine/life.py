@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from types import SimpleNamespace
 from typing import TypeVar
 
 import torch
 
+from .delivery import deadline
 from .rounds import Rounds
 
 Own = TypeVar("Own", bound="Life")
@@ -58,6 +60,7 @@ class Life:
         hard_stop : bool
             Whether to fail unfinished requests instead of finishing them. They are delivered as failed.
         """
+        deadline(timeout)  # raises now if it is no number
         with self._rounds.lock:
             self._is_stopping, self._must_stop = True, self._must_stop or hard_stop
         self._wake.set()
@@ -68,8 +71,10 @@ class Life:
 
     def join(self, timeout: float | None = None) -> None:
         """Wait until the thread has ended, but at most `timeout` seconds."""
+        until = deadline(timeout)
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout)
+            left = None if until is None else until - time.monotonic()
+            self._thread.join(None if left is None or left > threading.TIMEOUT_MAX else max(left, 0.0))
 
     def destroy(self) -> None:
         """Shut down at once; unfinished requests fail."""

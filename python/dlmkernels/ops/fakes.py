@@ -8,13 +8,16 @@ import torch
 
 
 def check_devices(op, needed, optional):
-    """Raise unless all tensors are on the device of the first required one.
+    """Raise unless all tensors are on the device of the first required one, and those with rows have a dimension.
 
     With one tensor on the "meta" device no kernel would run, and so none of the kernel's own checks.
     """
     for name, value in needed.items():
         if value is None:
             raise RuntimeError(f"{op}: {name} must be a tensor; got None")
+    for name, value in (needed | {"row_map": optional.get("row_map")}).items():
+        if value is not None and value.dim() == 0:
+            raise RuntimeError(f"{op}: {name} must have at least one dimension; got a tensor of shape []")
     anchor_name, anchor = next(iter(needed.items()))
     for name, value in (needed | optional).items():
         if isinstance(value, torch.Tensor) and value.device != anchor.device:

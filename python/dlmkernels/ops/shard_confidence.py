@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .._ops import add_op_namespace_prefix
 from .._ops import ops as native
-from ..arguments import call, one_value
+from ..arguments import ArgumentError, call, one_value
 from .fakes import check_devices, check_gradients
 from .token_confidence import FLAG_NAN, FLAG_NOTHING_ALLOWED, FLAG_POSITIVE_INFINITY, TokenConfidence
 
@@ -155,9 +155,10 @@ def combine_shards(
     Raises
     ------
     TypeError
-        If `partials` is not an int64 tensor.
-    ValueError
-        If the shape of `partials` or `temperature`, or the value of `distribution`, is invalid.
+        If `partials` is not an int64 tensor, `temperature` is not a number or a tensor, or a flag is not a bool.
+    ArgumentError
+        If the shape of `partials`, the shape, dtype, device or (on the CPU) a value of `temperature`, or the value of
+        `distribution` is invalid.
 
     Notes
     -----
@@ -169,6 +170,9 @@ def combine_shards(
     >>> stats = ops.combine_shards(torch.stack(everyone), temperature=0.7)
     """
     _check_partials(partials)
+    for name, value in (("with_margin", with_margin), ("with_entropy", with_entropy)):
+        if not isinstance(value, bool):
+            raise TypeError(f"combine_shards: {name} must be True or False; got {value!r}")
     device, rows = partials.device, partials.shape[1]
     # The words as pairs of floats, the one in the low bits first.
     pair = partials.contiguous().view(torch.float32).unflatten(-1, (SHARD_WORDS, 2))
@@ -176,7 +180,7 @@ def combine_shards(
     best = largest.amax(0)
     any_allowed = best > -torch.inf
     winner = _lowest(largest == best, argmax)
-    scale = _scale(temperature, distribution, rows, device)
+    scale = _scale(one_value("temperature", temperature, partials), distribution, rows, device)
 
     def of_winner(word: int, half: int) -> Tensor:
         return pair[..., word, half].gather(0, winner)[0].double()
@@ -245,7 +249,7 @@ def _check_partials(partials: Tensor) -> None:
         got = partials.dtype if isinstance(partials, Tensor) else type(partials).__name__
         raise TypeError(f"combine_shards: partials must be an int64 tensor; got {got}")
     if partials.dim() != 3 or partials.shape[0] < 1 or partials.shape[2] != SHARD_WORDS:
-        raise ValueError(
+        raise ArgumentError(
             f"combine_shards: partials must have shape [S, N, {SHARD_WORDS}] with S at least 1; got "
             f"{list(partials.shape)}"
         )
@@ -256,21 +260,36 @@ def _lowest(candidates: Tensor, ids: Tensor) -> Tensor:
     return torch.where(candidates, ids, torch.iinfo(torch.int64).max).argmin(0, keepdim=True)
 
 
-def _scale(temperature: Tensor | float | None, distribution: str, rows: int, device: torch.device) -> Tensor:
+def _scale(temperature: Tensor | None, distribution: str, rows: int, device: torch.device) -> Tensor:
     """Return 1 / T of the distribution that the statistics describe, float64 `[N]`."""
     if distribution not in ("raw", "tempered", "filtered"):
-        raise ValueError(f"combine_shards: distribution must be raw, tempered or filtered; got {distribution!r}")
+        raise ArgumentError(f"combine_shards: distribution must be raw, tempered or filtered; got {distribution!r}")
+    if temperature is not None:
+        _check_temperature(temperature, rows, device)
     if temperature is None or distribution == "raw":
         return torch.ones(rows, dtype=torch.float64, device=device)
-    if not isinstance(temperature, Tensor):
-        temperature = torch.full((1,), temperature, dtype=torch.float32, device=device)
-    if temperature.dim() > 1 or temperature.numel() == 0 or rows % temperature.numel():
-        raise ValueError(
-            "combine_shards: temperature must hold one value, or one for each group of consecutive rows (their number "
-            f"divides {rows}); got {list(temperature.shape)}"
-        )
     inverse = 1.0 / torch.where(temperature > 0, temperature, 1.0).double()
     return inverse.reshape(-1, 1).expand(-1, rows // temperature.numel()).flatten()
+
+
+def _check_temperature(temperature: Tensor, rows: int, device: torch.device) -> None:
+    if temperature.dtype != torch.float32 or temperature.device != device:
+        raise ArgumentError(
+            f"combine_shards: temperature must be float32 on {device}; got {temperature.dtype} on {temperature.device}"
+        )
+    if temperature.dim() > 1 or temperature.numel() == 0 or rows % temperature.numel():
+        raise ArgumentError(
+            "combine_shards: temperature must hold one value, or one for each group of consecutive rows, whose number "
+            f"divides the {rows} rows; got shape {list(temperature.shape)}"
+        )
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        low = torch.finfo(torch.float32).tiny
+        fits = (temperature == 0) | ((temperature >= low) & (temperature < torch.inf))
+        if not fits.all():
+            raise ArgumentError(
+                "combine_shards: temperature must be 0, or finite and at least 1.2e-38; got "
+                f"{temperature[~fits].flatten()[0].item()}"
+            )
 
 
 def _is_far(t: Tensor) -> Tensor:

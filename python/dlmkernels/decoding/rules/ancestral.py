@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import Check, flag, one_of
+from ..checks import Check, flag, one_of, ordered
 from ..step import Step
 from .base import SHARE, Action, Rule
 
@@ -236,6 +236,11 @@ class PredictorCorrector(UniformState):
     t_on: float = 0.55
     t_off: float = 0.05
     alpha_on: float = 0.9
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.strategy in ("loop", "constant"):
+            ordered(self, "t_off", "t_on", strict=True)
 
     def alpha(self, t: float) -> float:
         if self.strategy == "loop":

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import Check, PerRequest, amount, flag, integer, number, one_of, temperature
+from ..checks import Check, PerRequest, amount, flag, integer, number, one_of, ordered, temperature
 from ..step import Step
 from .ancestral import TimeGrid
 from .base import SHARE, Action, Rule, row_mean
@@ -234,6 +234,11 @@ class AncestralRemask(TimeGrid):
     t_off: float = 0.05
     alpha_on: float = 0.9
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.strategy == "loop":
+            ordered(self, "t_off", "t_on", strict=True)
+
     def act(self, step: Step) -> Action:
         most, sigma, keeps, takes = step.planned("shares", self.shares)
         decide = ((keeps + sigma * takes) / (1 - takes)).float()
@@ -295,6 +300,10 @@ class RenoisedEntropyBound(Rule):
     stability: int = 1
     entropy: float = 0.005
     steps: int = 48
+
+    def __post_init__(self):
+        super().__post_init__()
+        ordered(self, "t_min", "t_max")
 
     @property
     def ignores(self) -> frozenset[str]:
