@@ -10,6 +10,8 @@ from functools import cached_property
 
 import numpy as np
 
+from .expression import TooLarge, automaton_of
+
 #: Maximum number of int32 entries in an automaton's tables (256 MB).
 LARGEST = 1 << 26
 
@@ -54,9 +56,9 @@ class TokenAutomaton:
         ValueError
             If the pattern is not supported, or its automaton becomes too large.
         """
-        symbols, delta, start, final = _of_characters(pattern)
-        table, class_of = _lifted(symbols, delta, texts)
-        return cls(table, class_of, start, final)
+        characters = automaton_of(pattern)
+        table, class_of = _lifted(characters.symbols, characters.delta, texts)
+        return cls(table, class_of, characters.start, characters.final)
 
     @cached_property
     def shortest(self) -> int:
@@ -72,55 +74,6 @@ class TokenAutomaton:
                     seen.add(after)
                     queue.append((after, length + 1))
         return -1
-
-
-def _of_characters(pattern: str) -> tuple[dict, np.ndarray, int, np.ndarray]:
-    """Build the automaton of a pattern over characters.
-
-    Returns
-    -------
-    symbols : dict
-        Index of the symbol of each character; None stands for all characters that are not listed.
-    delta : ndarray
-        int32 `[Q + 1, K]`: the next state for each state and symbol; state Q is the dead state.
-    start : int
-        The initial state.
-    final : ndarray
-        bool `[Q + 1]`: the accepting states.
-    """
-    import interegular
-    from interegular.fsm import anything_else
-
-    try:
-        machine = interegular.parse_pattern(pattern).to_fsm()
-    except (interegular.InvalidSyntax, interegular.Unsupported, NotImplementedError) as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"pattern: {pattern!r} is not a supported regular expression: {text}") from error
-    names = {state: k for k, state in enumerate(sorted(machine.states))}
-    keys = {key: k for k, key in enumerate(sorted(set(machine.alphabet.values())))}
-    dead = len(names)
-    delta = np.full((dead + 1, len(keys)), dead, dtype=np.int32)
-    for state, ways in machine.map.items():
-        for key, after in ways.items():
-            if key in keys:
-                delta[names[state], keys[key]] = names[after]
-    final = np.zeros(dead + 1, dtype=bool)
-    final[[names[state] for state in machine.finals]] = True
-    _bury(delta, final)
-    symbols = {character: keys[key] for character, key in machine.alphabet.items() if character is not anything_else}
-    symbols[None] = keys[machine.alphabet[anything_else]]
-    return symbols, delta, names[machine.initial], final
-
-
-def _bury(delta: np.ndarray, final: np.ndarray) -> None:
-    """Redirect transitions to states that reach no final state to the dead state, which is the last one."""
-    lives = final.copy()
-    while True:
-        wider = lives | lives[delta].any(1)
-        if (wider == lives).all():
-            break
-        lives = wider
-    delta[~lives[delta]] = len(final) - 1
 
 
 def _lifted(symbols: dict, delta: np.ndarray, texts: Sequence[str | None]) -> tuple[np.ndarray, np.ndarray]:
@@ -142,7 +95,7 @@ def _lifted(symbols: dict, delta: np.ndarray, texts: Sequence[str | None]) -> tu
             if found == len(functions):
                 functions.append(new)
                 if len(functions) * states > LARGEST:
-                    raise ValueError(f"pattern: its automaton of {states} states is too large for {len(texts)} tokens")
+                    raise TooLarge(f"its automaton of {states} states is too large for {len(texts)} tokens")
         return found
 
     class_of = np.zeros(len(texts), dtype=np.int32)
