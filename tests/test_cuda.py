@@ -244,7 +244,9 @@ def test_launches_go_by_the_tensors_device(path):
 class TestErrors:
     def test_head_dim(self):
         q, kv = torch.zeros(1, 4, 2, 20, device="cuda").half(), torch.zeros(1, 8, 2, 20, device="cuda").half()
-        with pytest.raises(RuntimeError, match=r"q must have a head dimension that is a multiple of 8 and at most \d+; got 20"):
+        with pytest.raises(
+            RuntimeError, match=r"q must have a head dimension that is a multiple of 8 and at most \d+; got 20"
+        ):
             ops.block_attention(
                 q, None, None, kv, kv.clone(), kv_range=torch.tensor([[0, 8]], dtype=torch.int32).cuda()
             )

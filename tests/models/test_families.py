@@ -523,7 +523,7 @@ class TestFacts:
         config = json.loads((folder / "config.json").read_text())
         del config[field]
         (folder / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match=f"cannot be loaded: it lacks '{field}'"):
+        with pytest.raises(ValueError, match=f"cannot be loaded: '{field}' is missing or unknown"):
             dk.load(folder)
 
     @pytest.mark.parametrize("block_size", [0, -4, "four", 4.0])

@@ -62,7 +62,7 @@ def _token_ids(name: str, value: Any) -> int | tuple | None:
 
 def _token_id(name: str, value: Any) -> Any:
     value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 2**31:
         raise ValueError(f"{name} must be a token id, an integer; got {value!r}")
     return value
 

@@ -212,7 +212,7 @@ def preset(name: str, **overrides) -> DecodingConfig:
     ValueError
         If there is no preset of this name.
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
     return PRESETS[name].replace(**overrides)
 

@@ -69,7 +69,8 @@ class Job:
             more = self.input.error_count - 1
             rest = f" (and {more} more invalid line{'s' * (more > 1)})" if more else ""
             raise ValueError(
-                f"--input: {self.input.errors[0]}{rest}; pass --skip-errors to record such lines as errors in the output"
+                f"--input: {self.input.errors[0]}{rest}; pass --skip-errors to record such lines as errors in the "
+                "output"
             )
         self.description = description | {
             "input_sha256": self.input.digest, "seed": seed, "token_ids": token_ids, "chat": chat,
