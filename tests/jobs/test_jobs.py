@@ -145,6 +145,14 @@ def test_lines_with_errors_can_be_skipped(tmp_path):
     assert "earlier line" in found[5]["error"] and "text" in found[1] and "text" in found[2]
 
 
+def test_texts_that_have_no_utf8_form(tmp_path):
+    lines = ['{"prompt": "1+1=", "id": "\\ud800"}', '{"prompt": "\\udc00"}', *requests(1)]
+    source = write(tmp_path / "in.jsonl", lines)
+    assert main(command(source, tmp_path / "out.jsonl", "--skip-errors")[3:]) == 0
+    found = read(tmp_path / "out.jsonl")
+    assert [record["line"] for record in found] == [1, 2, 3] and found[0]["id"] == "\ud800" and "text" in found[2]
+
+
 @pytest.mark.parametrize(("options", "words"), [
     (("--output", "x"), "no effect without --input"), (("--restart",), "no effect without --input"),
     (("--input", "x"), "--input needs --output"), (("--input", "x", "--output", "y", "--prompt", "A"), "--prompt"),

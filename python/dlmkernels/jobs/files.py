@@ -145,7 +145,11 @@ class Output:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append the record of an answer."""
-        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        try:
+            text = json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # half of a surrogate pair, in an id or a message, has no UTF-8 form
+            text = json.dumps(record).encode()
+        self._file.write(text + b"\n")
         self._file.flush()
         self.done += 1
         if time.monotonic() - self._synced > SYNC_SECONDS:
