@@ -197,6 +197,15 @@ def test_compiled_once_for_each_tokenizer(words):
     assert "min_tokens=14" in repr(dk.json_schema(PERSON, words)), repr(dk.json_schema(PERSON, words))
 
 
+def many(more):
+    """A short schema that becomes huge when its references are followed."""
+    names = [f"a{k}" for k in range(12)]
+    after = [*({"$ref": f"#/$defs/{name}"} for name in names[1:]), {"type": "null"}]
+    return {"$ref": "#/$defs/a0", "$defs": {
+        name: {"type": "array", "prefixItems": [inner] * 10, **more} for name, inner in zip(names, after)
+    }}  # fmt: skip
+
+
 CIRCULAR = []
 CIRCULAR.append(CIRCULAR)
 REFUSED = [
@@ -240,6 +249,10 @@ REFUSED = [
     ({"type": "string", "pattern": "a(?=b)b"}, "'a(?=b)b' is not a supported regular expression: lookahead and"),
     ({"type": "string", "pattern": "a{1000000}"}, "schema.pattern: 'a{1000000}' is too large: written without"),
     ({"type": "array", "maxItems": 4096}, "schema is too large: written without repetition counts, it has more than"),
+    ({"type": "array", "minItems": None}, "schema.minItems must be an integer from 0 to 4096; got None"),
+    (many({}), "schema is too large: the regular expression of #/$defs/"),
+    (many({"maxItems": 0}), "schema is too large: with its references followed, it has over 20000 subschemas"),
+    ({"anyOf": [{"pattern": f"^(a|b)*a(a|b){{10}}{k}$"} for k in range(40)]}, "its patterns together take too long"),
     ({"properties": {"a": {"multipleOf": 2, "type": "integer"}}}, "schema.a: unsupported keyword multipleOf"),
 ]  # fmt: skip
 

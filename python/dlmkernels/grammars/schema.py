@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .expression import LONGEST, TooLarge, automaton_of
+from .expression import LONGEST, WORK, TooLarge, automaton_of
 from .numbers import DIGITS, integers
 
 CHARACTER = r'(?:[^"\\\x00-\x1f\x7f-\x9f]|\\["\\/bfnrt])'
@@ -24,6 +24,8 @@ FORMATS = {
 DEPTH = 1
 #: Maximum nesting depth of schemas.
 DEEPEST = 32
+#: Maximum number of subschemas, each counted as often as it is referenced.
+MOST_SCHEMAS = 20_000
 #: Maximum number of digits of an integer's bound.
 MOST_DIGITS = 100
 LARGEST = 10**MOST_DIGITS
@@ -52,10 +54,7 @@ def pattern_of(schema: Mapping[str, Any] | bool) -> str:
     ValueError
         If the schema is invalid or not supported.
     """
-    pattern = _Reader(schema).value(schema, "schema", ())
-    if len(pattern) > LONGEST:
-        raise ValueError(f"schema: its regular expression must have at most {LONGEST} characters; got {len(pattern)}")
-    return pattern
+    return _Reader(schema).value(schema, "schema", ())
 
 
 def literal(text: str) -> str:
@@ -87,8 +86,23 @@ class _Reader:
 
     def __init__(self, root: Any):
         self.root = root
+        self.count = self.work = 0
 
     def value(self, schema: Any, place: str, refs: tuple[str, ...], depth: int = 0) -> str:
+        self.count += 1
+        if self.count > MOST_SCHEMAS:
+            raise ValueError(
+                f"schema is too large: with its references followed, it has over {MOST_SCHEMAS} subschemas"
+            )
+        pattern = self._value(schema, place, refs, depth)
+        if len(pattern) > LONGEST:
+            raise ValueError(
+                f"schema is too large: the regular expression of {place:.200} has {len(pattern)} characters; at most "
+                f"{LONGEST} are possible"
+            )
+        return pattern
+
+    def _value(self, schema: Any, place: str, refs: tuple[str, ...], depth: int) -> str:
         if depth > DEEPEST:
             raise ValueError(f"{place}: schemas must not be nested more than {DEEPEST} deep")
         if schema is True:
@@ -228,8 +242,7 @@ class _Reader:
         whole = f"{begun[0]}{tail}"
         return rf"\[{whole}\]" if low else rf"\[(?:{whole})?\]"
 
-    @staticmethod
-    def _string(schema: Mapping[str, Any], place: str, refs: tuple[str, ...], depth: int) -> str:
+    def _string(self, schema: Mapping[str, Any], place: str, refs: tuple[str, ...], depth: int) -> str:
         low, high = _range(schema, "minLength", "maxLength", place)
         shapes = [word for word in ("pattern", "format") if word in schema]
         if not shapes:
@@ -240,7 +253,11 @@ class _Reader:
             if not isinstance(schema["format"], str) or schema["format"] not in FORMATS:
                 raise ValueError(f"{place}.format must be one of {', '.join(FORMATS)}; got {schema['format']!r:.80}")
             return f'"{FORMATS[schema["format"]]}"'
-        return f'"{_safe_pattern(schema["pattern"], f"{place}.pattern")}"'
+        pattern, work = _safe_pattern(schema["pattern"], f"{place}.pattern")
+        self.work += work
+        if self.work > WORK:
+            raise ValueError("schema is too large: its patterns together take too long to compile")
+        return f'"{pattern}"'
 
     @staticmethod
     def _integer(schema: Mapping[str, Any], place: str, refs: tuple[str, ...], depth: int) -> str:
@@ -291,33 +308,36 @@ def _sequence(pairs: Sequence[tuple[str, bool]]) -> str:
 def _range(schema: Mapping[str, Any], least: str, most: str, place: str) -> tuple[int, int | None]:
     low, high = schema.get(least, 0), schema.get(most)
     for word, bound in ((least, low), (most, high)):
-        if bound is not None and (not isinstance(bound, int) or isinstance(bound, bool) or not 0 <= bound <= 4096):
+        if word in schema and (not isinstance(bound, int) or isinstance(bound, bool) or not 0 <= bound <= 4096):
             raise ValueError(f"{place}.{word} must be an integer from 0 to 4096; got {bound!r:.80}")
     if high is not None and low > high:
         raise ValueError(f"{place}: {least} must be at most {most}; got {low} and {high}")
     return low, high
 
 
-def _safe_pattern(pattern: Any, place: str) -> str:
-    """Convert a `pattern` to one for the inside of a JSON string, after checking that it cannot end the string."""
+def _safe_pattern(pattern: Any, place: str) -> tuple[str, int]:
+    """Convert a `pattern` to one for the inside of a JSON string, after checking that it cannot end the string.
+
+    Also returns the effort of that check, in the units of `WORK`.
+    """
     if not isinstance(pattern, str):
         raise ValueError(f"{place} must be a string; got {pattern!r:.80}")
     begins, ends = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith(r"\$")
     inside = f"(?:{pattern[begins : len(pattern) - ends]})"
     try:
-        leaves = automaton_of(inside).can_contain(ESCAPED)
+        automaton = automaton_of(inside)
     except TooLarge as error:
         raise ValueError(f"{place}: {pattern!r:.80} is too large: {error}") from None
     except ValueError as error:
         reason = str(error).partition(" regular expression: ")[2]
         raise ValueError(f"{place}: {pattern!r:.80} is not a supported regular expression: {reason}") from error
-    if leaves:
+    if automaton.can_contain(ESCAPED):
         raise ValueError(
             f"{place}: {pattern!r:.80} can match a quotation mark, a backslash or a control character, which JSON "
             r'must escape: use [^"\\\x00-\x1f\x7f-\x9f] instead of a dot'
         )
     rest = f"{CHARACTER}*"
-    return f"{'' if begins else rest}{inside}{'' if ends else rest}"
+    return f"{'' if begins else rest}{inside}{'' if ends else rest}", automaton.work
 
 
 def _no_integer(low: int | None, high: int | None) -> str:
