@@ -89,9 +89,9 @@ def automaton_of(pattern: str) -> CharacterAutomaton:
         if text in ("'^'", "'$'"):
             text = f"{text} is not needed, because the pattern always matches the whole answer"
         raise ValueError(f"pattern: {pattern!r:.80} is not a supported regular expression: {text}") from error
-    *deterministic, work = _deterministic(nondeterministic)
+    symbols, rows, final, width, work = _deterministic(nondeterministic)
     # measured: a state costs about as much as ten transitions, and parsing a character as twenty
-    return _minimal(*deterministic, work + 10 * len(nondeterministic.edges) + 20 * len(pattern))
+    return _minimal(symbols, rows, final, width, work + 10 * len(nondeterministic.edges) + 20 * len(pattern))
 
 
 class _Nondeterministic:
