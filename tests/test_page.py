@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -90,6 +91,39 @@ def test_side_by_side_and_rows():
     with pytest.raises(ValueError, match="names must hold one name for each of the 2 decodings; got 'ab'"):
         trace.html(beside=trace, names="ab")
     assert "sandbox=&quot;" not in trace._repr_html_() and 'sandbox="allow-scripts"' in trace._repr_html_()
+
+
+def test_titles_and_names_of_any_kind(tmp_path):
+    trace = made()
+    path = tmp_path / "page.html"
+    trace.html(path, title="a\ud800b", names=["\udc00"])
+    page = path.read_text("utf-8")
+    assert "<title>a?b</title>" in page and told(page)["decodings"][0]["name"] == "?"
+    for title in (None, 5):
+        with pytest.raises(TypeError, match=f"title must be a string; got {title}"):
+            trace.html(title=title)
+    for names in (5, "a", {"a"}, ["a", "b"]):
+        with pytest.raises(ValueError, match="names must hold one name for each of the 1 decodings; got"):
+            trace.html(names=names)
+
+
+def test_rows_and_steps():
+    trace = made()
+    assert trace.events(np.int64(0)) == trace.events(torch.tensor(0)) == trace.events()
+    assert trace.start(np.int64(0)) == trace.start() and trace.bounds(np.int64(0)) == trace.bounds()
+    calls = [
+        trace.events, trace.order, trace.start, trace.bounds, lambda row: trace.plot("never.png", row=row),
+        lambda row: trace.text(str, 0, row=row),
+    ]  # fmt: skip
+    for call in calls:
+        for row in (1, -1, 5, True, 0.0, "x", None):
+            with pytest.raises(ValueError, match=f"row must be an integer from 0 to 0; got {row!r}"):
+                call(row)
+    for step in ("x", -2, 0.5, None, True):
+        with pytest.raises(ValueError, match=f"step must be the number of a forward pass, from 0, or -1; got {step!r}"):
+            trace.canvas_at(step, 0)
+    with pytest.raises(ValueError, match="mask_token_id must be a token id; got 'x'"):
+        trace.canvas_at(0, "x")
 
 
 def test_without_a_recording():
@@ -196,5 +230,9 @@ def test_two_decodings_and_their_rows(tmp_path):
 def test_refused():
     with pytest.raises(TypeError, match="beside must be a Trace or several of them; got int"):
         made().html(beside=3)
+    with pytest.raises(TypeError, match="beside must be a Trace or several of them; got list with int"):
+        made().html(beside=[made(), 5])
+    with pytest.raises(TypeError, match="beside must be a Trace or several of them; got str"):
+        made().html(beside="")
     with pytest.raises(ValueError, match="row must be an integer from 0 to 0; got 1"):
         made().events(1)

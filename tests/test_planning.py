@@ -3,6 +3,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -64,6 +65,23 @@ def test_published_forms_of_which_the_configuration_alone_is_there(make, tmp_pat
     assert half.parameters == plan.parameters and half.cache * 2 == plan.cache
 
 
+def test_what_came_is_named():
+    for value in ("0.5", "-5G", 0):
+        with pytest.raises(ValueError, match=f"memory must be a number of bytes, at least 1; got {value!r}"):
+            read_bytes("memory", value)
+    assert read_bytes("memory", torch.tensor(7)) == read_bytes("memory", np.int64(7)) == 7
+
+
+def test_numbers_of_any_kind():
+    plan = dk.plan("demo", 2, 64, block_length=8)
+    for kind in (np.int64, torch.tensor):
+        assert dk.plan("demo", kind(2), kind(64), block_length=kind(8), logits_budget=kind(256 << 20)) == plan
+    assert dk.plan("demo", 2, 64, block_length=8, dtype="torch.float32") == dk.plan(
+        "demo", 2, 64, block_length=8, dtype=torch.float32
+    )
+    assert plan.longest(10**400) > 10**380
+
+
 def test_longest():
     plan = dk.plan("demo", batch=4, length=64)
     longest = plan.longest(plan.total)
@@ -78,7 +96,7 @@ def test_units(text, value):
     assert read_bytes("memory", text) == value
 
 
-@pytest.mark.parametrize("value", ["", "G", "many", "-1", 0, True, 1.5, "1e"])
+@pytest.mark.parametrize("value", ["", "G", "many", "-1", 0, True, 1.5, "1e", "inf", "nan", "1e400", "1e400T"])
 def test_no_bytes(value):
     with pytest.raises(ValueError, match="memory must be a number of bytes"):
         read_bytes("memory", value)
@@ -92,6 +110,10 @@ def test_no_bytes(value):
         ({"block_length": 0}, "block_length must be None or an integer of at least 1; got 0"),
         ({"logits_budget": "x"}, "logits_budget must be a number of bytes, such as 24G; got 'x'"),
         ({"family": "x"}, "'x'"),
+        *(
+            ({"dtype": dtype}, "dtype must be None or a floating-point dtype, such as 'bfloat16'; got")
+            for dtype in ("x", "Tensor", "int32", torch.int32, 5, 0, "", False, {})
+        ),
     ],
 )
 def test_refused(options, match):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from os import PathLike
 from typing import Any
 
@@ -24,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from .cache import KVCache
-from .decoding.checks import flag, integer
+from .decoding.checks import flag, integer, plain
 from .models.adapt import DiffusionModel, adapt, unloaded
 from .models.load import outline
 from .models.moment import Moment
@@ -85,7 +86,7 @@ class MemoryPlan:
         memory = read_bytes("memory", memory)
         fixed = self.weights + self.logits
         per_column = (self.cache + self.forward) / self.length
-        return max(int((memory - fixed) / per_column), 0) if memory > fixed else 0
+        return int((memory - fixed) // Fraction(per_column)) if memory > fixed else 0
 
     def __str__(self) -> str:
         rows = {
@@ -132,7 +133,7 @@ def plan(
     Raises
     ------
     ValueError
-        If there is no such model, the length exceeds what it can encode, or a number is out of range.
+        If there is no such model, the length exceeds what it can encode, or a number or `dtype` is out of range.
 
     Notes
     -----
@@ -145,10 +146,11 @@ def plan(
     --------
     >>> print(dlmkernels.plan("GSAI-ML/LLaDA-8B-Instruct", batch=8, length=4096, block_length=32))
     """
-    integer(1)("batch", batch)
+    batch = integer(1)("batch", batch)
     cache = flag("cache", cache)
-    integer(1, optional=True)("length", length)
-    integer(1, optional=True)("block_length", block_length)
+    length = integer(1, optional=True)("length", length)
+    block_length = integer(1, optional=True)("block_length", block_length)
+    dtype = _dtype(dtype)
     logits_budget = read_bytes("logits_budget", logits_budget)
     if isinstance(model, (str, PathLike)):
         make, own_family = outline(model, family, dtype)
@@ -181,16 +183,27 @@ def plan(
 
 def read_bytes(name: str, value: int | str) -> int:
     """Parse a number of bytes, given as a number or as a string with a unit (K, M, G, T: powers of 1024)."""
+    size = plain(value)
     if isinstance(value, str):
         text = value.strip().upper().removesuffix("IB").removesuffix("B")
         number, unit = (text[:-1], text[-1:]) if text[-1:] in UNITS and text[-1:].isalpha() else (text, "")
         try:
-            value = int(float(number) * UNITS[unit])
-        except ValueError:
+            size = int(float(number) * UNITS[unit])
+        except (ValueError, OverflowError):
             raise ValueError(f"{name} must be a number of bytes, such as 24G; got '{value}'") from None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ValueError(f"{name} must be a number of bytes, at least 1; got {value!r}")
-    return value
+    return size
+
+
+def _dtype(dtype: Any) -> torch.dtype | None:
+    """Check the dtype of weights, given by name or itself."""
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if found is not None and isinstance(found, torch.dtype) and found.is_floating_point:
+        return found
+    if dtype is None:
+        return None
+    raise ValueError(f"dtype must be None or a floating-point dtype, such as 'bfloat16'; got {dtype!r}")
 
 
 def _as_loaded(model: Any, family: str | None, dtype: Any) -> tuple[Callable[[], Any], str]:

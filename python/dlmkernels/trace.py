@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import html
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -125,13 +126,19 @@ class Trace:
         Within a forward pass, events are in the order of their positions unless something was inserted or removed.
         Without a recording, these are the commits of the final tokens.
         """
-        if isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < len(self.tokens):
-            raise ValueError(f"row must be an integer from 0 to {len(self.tokens) - 1}; got {row!r}")
+        row = self._row(row)
         if self.recording is not None:
             return list(self.recording.events[row])
         steps, tokens, confidence = (x[row].tolist() for x in (self.commit_step, self.tokens, self.confidence))
         found = [Event(s, "commit", p, tokens[p], confidence[p]) for p, s in enumerate(steps) if s >= 0]
         return sorted(found, key=lambda event: event.forward)
+
+    def _row(self, row: Any) -> int:
+        """Return a row's number as an int; raise ValueError if there is no such row."""
+        number = _index(row)
+        if number is None or not 0 <= number < len(self.tokens):
+            raise ValueError(f"row must be an integer from 0 to {len(self.tokens) - 1}; got {row!r}")
+        return number
 
     def canvas_at(self, step: int, mask_token_id: int) -> Tensor:
         """Return the canvas after forward number `step` (from 0; -1 for before the first), int64 `[B, T]`.
@@ -140,16 +147,21 @@ class Trace:
         including padding after an end token, is there from the start. Tokens that were later remasked or edited are
         found only in the `events` of a recording.
         """
-        return self.tokens.masked_fill(self.commit_step > step, mask_token_id)
+        number, mask = _index(step), _index(mask_token_id)
+        if number is None or not -1 <= number < 2**31:
+            raise ValueError(f"step must be the number of a forward pass, from 0, or -1; got {step!r}")
+        if mask is None or not -1 <= mask < 2**31:
+            raise ValueError(f"mask_token_id must be a token id; got {mask_token_id!r}")
+        return self.tokens.masked_fill(self.commit_step > number, mask)
 
     def order(self, row: int = 0) -> list[list[int]]:
         """Return the canvas positions of one row in the order of their commits, one list per forward pass."""
-        steps = self.commit_step[row].tolist()
+        steps = self.commit_step[self._row(row)].tolist()
         return [[p for p, s in enumerate(steps) if s == i] for i in range(max(steps, default=-1) + 1)]
 
     def text(self, decode: Callable[[list[int]], str], mask_token_id: int, row: int = 0) -> str:
         """Return one line per forward pass: the answer at that time, masks included; `decode` maps ids to a string."""
-        lines = []
+        row, lines = self._row(row), []
         for step in range(-1, int(self.commit_step[row].max()) + 1):
             canvas = self.canvas_at(step, mask_token_id)[row, self.prompt_length :]
             lines.append(f"{step + 1:4d}  {decode(canvas.tolist())}")
@@ -183,13 +195,16 @@ class Trace:
         Raises
         ------
         TypeError
-            If `beside` is not a Trace or a sequence of them.
+            If `beside` is not a Trace or a sequence of them, or `title` is not a string.
         ValueError
-            If the number of names differs from the number of decodings.
+            If `names` is not a sequence, or the number of names differs from the number of decodings.
         """
         others = [beside] if isinstance(beside, Trace) else beside
-        if not isinstance(others, Sequence) or not all(isinstance(one, Trace) for one in others):
-            raise TypeError(f"beside must be a Trace or several of them; got {type(beside).__name__}")
+        is_several = isinstance(others, Sequence) and not isinstance(others, (str, bytes))
+        if not is_several or not all(isinstance(one, Trace) for one in others):
+            other = [type(one).__name__ for one in others if not isinstance(one, Trace)] if is_several else []
+            got = f"{type(beside).__name__} with {other[0]}" if other else type(beside).__name__
+            raise TypeError(f"beside must be a Trace or several of them; got {got}")
         page = page_of(page_data([self, *others], names), title)
         if path is None:
             return page
@@ -210,6 +225,7 @@ class Trace:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
+        row = self._row(row)
         steps = self.commit_step[row].cpu()
         decided = (steps >= 0).nonzero().flatten()
         figure = Figure(figsize=(max(6.0, len(decided) / 12), 4), layout="constrained")
@@ -226,6 +242,7 @@ class Trace:
 
     def start(self, row: int = 0) -> tuple[list[int], list[bool]]:
         """Return the token ids of a row before the first forward pass, and which of its positions were open."""
+        row = self._row(row)
         if self.recording is not None:
             return self.recording.tokens[row].tolist(), self.recording.is_open[row].tolist()
         decided = self.commit_step[row] >= 0
@@ -233,6 +250,7 @@ class Trace:
 
     def bounds(self, row: int = 0) -> tuple[int, int]:
         """Return the first column of a row that is not padding, and the column after its last."""
+        row = self._row(row)
         first = 0 if self.origin is None else int(self.origin[row])
         return first, self.tokens.shape[1] if self.length is None else int(self.length[row])
 
@@ -241,7 +259,7 @@ def page_data(traces: Sequence[Trace], names: Sequence[str] | None) -> dict[str,
     """Return the data of a page that shows one or more decodings side by side."""
     if names is None:
         names = [""] if len(traces) == 1 else [f"decoding {i + 1}" for i in range(len(traces))]
-    if isinstance(names, str) or len(names) != len(traces):
+    if isinstance(names, (str, bytes)) or not isinstance(names, Sequence) or len(names) != len(traces):
         raise ValueError(f"names must hold one name for each of the {len(traces)} decodings; got {names!r}")
     return {"kinds": KINDS, "decodings": [_decoding(trace, name) for trace, name in zip(traces, names)]}
 
@@ -292,6 +310,14 @@ def text_of(tokenizer: Any, token: int) -> str:
     if isinstance(piece, str) and piece.startswith("▁") and not text.startswith(" "):
         text = f" {text}"  # SentencePiece marks the beginning of a word, but decode drops it at the start
     return text if text and "\ufffd" not in text else f"[{token}]"
+
+
+def _index(value: Any) -> int | None:
+    """Return an integer of any kind as an int, and None for anything else."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def _short(value: float) -> float:

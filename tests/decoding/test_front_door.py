@@ -468,6 +468,27 @@ def test_a_loop_of_its_own_tells_the_share_of_masks():
     assert all(x.moment.progress is None for x in inputs)
 
 
+def test_logits_that_pad_the_vocabulary_are_dropped():
+    def padded(z):
+        return torch.cat([z, torch.full((*z.shape[:2], 12), 50.0)], -1)
+
+    exact, wide = (dk.Backbone(Net(wrap).eval(), vocab_size=20) for wrap in (lambda z: z, padded))
+    for how in ({}, {"temperature": 1.0, "seed": 3}, {"cfg_scale": 1.0}):
+        options = {"max_new_tokens": 6, **IDS, **how}
+        want, found = (dk.generate(one, [[1, 2], [3]], **options) for one in (exact, wide))
+        assert torch.equal(found.sequences, want.sequences) and int(found.sequences.max()) < 20
+
+
+def test_ids_that_no_vocabulary_has():
+    backbone = dk.Backbone(Net().eval())
+    for name, value in (("mask_token_id", 2**70), ("pad_token_id", 2**31), ("eos_token_id", -(2**63)),
+                        ("suppress_token_ids", [2**70]), ("defer_token_ids", [2**70])):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"{name}\S* must be a token id, an integer; got -?\d+"):
+            dk.generate(backbone, [[1, 2]], **{"max_new_tokens": 4} | IDS | {name: value})
+    with pytest.raises(ValueError, match="top_logprobs must be at most the number of logits, 20; got 100"):
+        dk.generate(backbone, [[1, 2]], max_new_tokens=4, top_logprobs=100, **IDS)
+
+
 def test_what_a_backbone_cannot_be():
     net = Net().eval()
     with pytest.raises(TypeError, match=r"torch.nn.Module"):
@@ -486,6 +507,12 @@ def test_what_a_backbone_cannot_be():
     ):
         with pytest.raises(error, match=message):
             dk.generate(dk.Backbone(Net(wrap).eval(), vocab_size=20), [[1, 2]], max_new_tokens=4, **IDS)
+    for device in ("x", "", "cuda:x"):
+        with pytest.raises(ValueError, match=f"device must be a torch.device or its name, .* got '{device}'"):
+            dk.Backbone(net, device=device)
+    for device in (-1, 5, []):
+        with pytest.raises(TypeError, match=r"device must be a torch\.device or its name"):
+            dk.Backbone(net, device=device)
     for options, message in (
         ({"cache": "dual"}, "cache"),
         ({"attention": "causal"}, "attention"),

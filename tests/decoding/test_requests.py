@@ -234,7 +234,12 @@ def test_a_penalty_of_one_request_is_not_the_others(model):
 
 def test_bad_processors(model):
     for bad, error, message in [
-        (lambda ids, scores: scores[:, 1:], ValueError, r"must return scores of shape \[\d+, 97\]"),
+        (lambda ids, scores: scores[:, 1:], ValueError, r"must return floating-point scores of shape \[\d+, 97\]"),
+        (lambda ids, scores: scores.to("meta"), ValueError, r"floating-point scores of .* on cpu; got .* on meta"),
+        (lambda ids, scores: scores.long(), ValueError, r"must return floating-point .* got torch\.int64 of shape"),
+        (lambda ids, scores: None, ValueError, r"must return floating-point .* got NoneType"),
+        ("", TypeError, "must be a function .* got ''"), ({}, TypeError, "must be a function .* got {}"),
+        (torch.tensor(1.0), TypeError, r"must be a function .* got tensor\(1\.\)"),
         (lambda ids, scores: 1 / 0, ZeroDivisionError, "division"), (3, TypeError, "must be a function .* got 3"),
         (lambda ids: ids, TypeError, r"logits_processor must be a function of two arguments, the decided token ids"),
         ([3], TypeError, "logits_processor must be a function of token ids and scores, .* got 3"),

@@ -2,6 +2,7 @@
 """JSON schemas held in decodings: every answer of every rule is valid, however long, alone, in a batch, in an engine."""
 
 import json
+import time
 
 import jsonschema
 import numpy as np
@@ -196,6 +197,17 @@ def test_compiled_once_for_each_tokenizer(words):
     assert "min_tokens=14" in repr(dk.json_schema(PERSON, words)), repr(dk.json_schema(PERSON, words))
 
 
+def many(more):
+    """A short schema that becomes huge when its references are followed."""
+    names = [f"a{k}" for k in range(12)]
+    after = [*({"$ref": f"#/$defs/{name}"} for name in names[1:]), {"type": "null"}]
+    return {"$ref": "#/$defs/a0", "$defs": {
+        name: {"type": "array", "prefixItems": [inner] * 10, **more} for name, inner in zip(names, after)
+    }}  # fmt: skip
+
+
+CIRCULAR = []
+CIRCULAR.append(CIRCULAR)
 REFUSED = [
     ("{", "schema is not valid JSON"), ([], "schema must be an object or true; got"),
     (False, "schema must be an object or true; got False"),
@@ -208,7 +220,7 @@ REFUSED = [
     ({"anyOf": []}, "schema.anyOf must be a non-empty list of schemas"),
     ({"anyOf": [{}], "type": "null"}, "schema: anyOf cannot be combined with type"),
     ({"allOf": [{}, {}]}, "schema.allOf must be a list of exactly one schema"), ({"$ref": "#/x"}, "there is no #/x"),
-    ({"$ref": "http://a/b"}, "must point into this schema"),
+    ({"$ref": "http://a/b"}, "which point into this schema"),
     ({"properties": {"a": {"$ref": "#"}}}, "# contains itself, but recursive schemas"),
     ({"enum": []}, "schema.enum must be a non-empty list"), ({"type": "null", "const": 1}, "have no value in common"),
     ({"type": "string", "format": "email"}, "schema.format must be one of date, time"),
@@ -219,15 +231,47 @@ REFUSED = [
     ({"prefixItems": [{}], "items": False, "minItems": 2}, "no array has at least 2 and at most 1 items"),
     ({"properties": []}, "schema.properties must be an object"), ({"required": "a"}, "schema.required must be a list"),
     ({"required": ["a"], "additionalProperties": False}, "names 'a', which is not in properties"),
+    ({"type": "integer", "minimum": 5, "maximum": 20, "exclusiveMinimum": True},
+     "schema.exclusiveMinimum: bounds of an integer must be integers; got True"),
+    ({"type": "integer", "maximum": 10**5000}, "schema.maximum must have at most 100 digits"),
+    ('{"maximum": 1' + "0" * 5000 + "}", "schema is not valid JSON: Exceeds the limit"),
+    ({"type": "integer", "minimum": 10**20}, "integers have at most 18 digits, so none is at least 1000"),
+    ({"properties": {1: {"type": "integer"}}}, "schema.properties must have strings as names; got 1"),
+    ({1: 2}, "schema: keywords must be strings; got 1"), ("[" * 100_000, "schema is not valid JSON: it is nested too deeply"),
+    ({"type": "string", "format": []}, "schema.format must be one of date, time"),
+    ({"const": {1, 2}}, "schema.const must be a JSON value; got {1, 2}"),
+    ({"enum": [1, float("nan")]}, "schema.enum must be a JSON value; got nan"),
+    ({"const": CIRCULAR}, "schema.const must be a JSON value; got [[...]]"),
+    ({"const": 10**5000}, "schema.const must be a JSON value; got an integer of too many digits"),
+    ({"const": {1: 2}}, "schema.const must be a JSON value; got {1: 2}"),
+    ({"$ref": "#foo"}, "schema.$ref must be '#' or '#/…', which point into this schema; got '#foo'"),
+    ({"type": "number", "minimum": 0, "maximum": 5}, "schema: unsupported keywords maximum, minimum (see json_schema)"),
+    ({"type": "string", "pattern": "a(?=b)b"}, "'a(?=b)b' is not a supported regular expression: lookahead and"),
+    ({"type": "string", "pattern": "a{1000000}"}, "schema.pattern: 'a{1000000}' is too large: written without"),
+    ({"type": "array", "maxItems": 4096}, "schema is too large: written without repetition counts, it has more than"),
+    ({"type": "array", "minItems": None}, "schema.minItems must be an integer from 0 to 4096; got None"),
+    (many({}), "schema is too large: the regular expression of #/$defs/"),
+    (many({"maxItems": 0}), "schema is too large: with its references followed, it has over 20000 subschemas"),
+    ({"anyOf": [{"pattern": f"^(a|b)*a(a|b){{10}}{k}$"} for k in range(40)]}, "its patterns together take too long"),
     ({"properties": {"a": {"multipleOf": 2, "type": "integer"}}}, "schema.a: unsupported keyword multipleOf"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("schema", "message"), REFUSED, ids=str)
+@pytest.mark.parametrize(("schema", "message"), REFUSED, ids=range(len(REFUSED)))
 def test_refused_by_name(schema, message, words):
     with pytest.raises(ValueError) as raised:
         dk.json_schema(schema, words)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("schema", [
+    {"type": "string", "maxLength": 4096}, {"type": "array", "items": {"type": "string", "maxLength": 1000}},
+    {"enum": [f"{k * 123456789:032x}" for k in range(1000)]},
+])  # fmt: skip
+def test_large_schemas_compile_quickly(schema, words):
+    begin = time.process_time()
+    dk.json_schema(schema, words)
+    assert time.process_time() - begin < 8  # about one second on an idle core
 
 
 def test_schemas_nested_without_end_are_refused(words):

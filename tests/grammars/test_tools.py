@@ -35,6 +35,10 @@ def test_schema_of_one_call():
     ("tools", "choice", "message"),
     [
         ([CLOCK], {"type": "function", "function": {"name": "x"}}, "must name one of the tools; got 'x'"),
+        (5, "required", "tools must be a list of tools; got 5"), ([5], "required", r"tools\[0\] must be .*; got 5"),
+        ([CLOCK, {"function": {}}], "required", r"tools\[1\] must be .*'name': .*; got {'function': {}}"),
+        ([CLOCK], {}, "must be 'required' or name a function; got {}"), ([CLOCK], 5, "name a function; got 5"),
+        ([CLOCK], {"function": {"name": []}}, "must be 'required' or name a function; got"),
         ([CLOCK], "auto", "must be 'required' or name a function"), ([], "required", "at least one function"),
     ],
 )  # fmt: skip

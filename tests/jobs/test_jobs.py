@@ -124,7 +124,10 @@ def test_lines_that_are_no_requests(text):
 def test_mistakes_are_said_before_anything_is_decoded(tmp_path, capsys):
     source = write(tmp_path / "in.jsonl", [*requests(3), '{"prompt": 5}', '{"promt": "A"}', *requests(1)])
     assert main(command(source, tmp_path / "out.jsonl", "--model", "/nowhere")[3:]) == 2
-    assert "line 4: prompt must be a non-empty string" in (err := capsys.readouterr().err) and "and 1 more" in err
+    assert (
+        "line 4: prompt must be a non-empty string" in (err := capsys.readouterr().err)
+        and "(and 1 more invalid line);" in err
+    )
     assert not (tmp_path / "out.jsonl").exists()
     twice = write(tmp_path / "twice.jsonl", [{"prompt": "A", "id": 5}, {"prompt": "B"}, {"prompt": "C", "id": 5}])
     assert main(command(twice, tmp_path / "out.jsonl")[3:]) == 2
@@ -140,6 +143,14 @@ def test_lines_with_errors_can_be_skipped(tmp_path):
     assert [record["line"] for record in found] == [1, 2, 3, 4, 5, 6]
     assert "prompt must be" in found[0]["error"] and "max_length" in found[3]["error"]
     assert "earlier line" in found[5]["error"] and "text" in found[1] and "text" in found[2]
+
+
+def test_texts_that_have_no_utf8_form(tmp_path):
+    lines = ['{"prompt": "1+1=", "id": "\\ud800"}', '{"prompt": "\\udc00"}', *requests(1)]
+    source = write(tmp_path / "in.jsonl", lines)
+    assert main(command(source, tmp_path / "out.jsonl", "--skip-errors")[3:]) == 0
+    found = read(tmp_path / "out.jsonl")
+    assert [record["line"] for record in found] == [1, 2, 3] and found[0]["id"] == "\ud800" and "text" in found[2]
 
 
 @pytest.mark.parametrize(("options", "words"), [
@@ -229,6 +240,45 @@ def test_an_output_of_something_else_is_not_touched(done, tmp_path, capsys):
     assert main(command(other, target, "--restart")[3:]) == 0 and len(read(target)) == 2
 
 
+@pytest.mark.parametrize("more", [(), ("--restart",)])
+def test_the_output_cannot_be_the_input(done, tmp_path, capsys, more):
+    source = write(tmp_path / "a.jsonl", requests(2))
+    text = source.read_bytes()
+    (tmp_path / "link.jsonl").symlink_to(source)
+    os.link(source, tmp_path / "out.jsonl.job")
+    for target, words in (
+        (source, f"--output must be another file than --input, which would be overwritten; got --input {source} and"),
+        (tmp_path / "link.jsonl", f"--output {tmp_path}/link.jsonl"),
+        (tmp_path / "out.jsonl", f"(the job also writes {tmp_path}/out.jsonl.job)"),
+        (tmp_path, f"--output: {tmp_path} is a folder; expected a file"),
+    ):
+        assert main(command(source, target, *more)[3:]) == 2
+        assert words in capsys.readouterr().err and source.read_bytes() == text
+    assert main(command(tmp_path, tmp_path / "out.jsonl", *more)[3:]) == 2
+    assert f"--input: {tmp_path} is a folder" in capsys.readouterr().err
+
+
+def test_the_output_of_a_process_cannot_be_the_input(tmp_path):
+    source = write(tmp_path / "out.rank-1-of-2.jsonl", requests(2))
+    for rank in range(2):
+        with pytest.raises(ValueError, match=r"also writes .*/out.rank-1-of-2.jsonl\)"):
+            Job(source, tmp_path / "out.jsonl", {}, share=Share(rank, 2))
+
+
+@pytest.mark.parametrize("text", [b"{", b"[]", b"\xff", b"", b"[" * 100_000])
+def test_a_damaged_description_is_named(done, tmp_path, capsys, text):
+    source, answers_of = done
+    target = tmp_path / "out.jsonl"
+    target.write_bytes(answers_of)
+    (tmp_path / "out.jsonl.job").write_bytes(text)
+    assert main(command(source, target)[3:]) == 2 and target.read_bytes() == answers_of
+    err = capsys.readouterr().err
+    assert f"--output: {target}.job, the description of the job that wrote {target}, is damaged: choose" in err
+    assert "pass --restart" in err
+    with pytest.raises(ValueError, match=r"is damaged: .*or remove the output files of all processes"):
+        Job(source, target, {}, share=Share(0, 2)).run(lambda: None)
+
+
 def test_two_processes_do_not_write_one_file(done, tmp_path, capsys):
     import fcntl
 
@@ -265,7 +315,8 @@ def test_shares_are_all_of_it():
 
 
 @pytest.mark.parametrize(("variables", "words"), [
-    ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK must be"), ({"RANK": "x"}, "must be integers"),
+    ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK must be from 0 to 1, because WORLD_SIZE is 2; got 2"), ({"RANK": "x"}, "must be integers"),
+    ({"WORLD_SIZE": "0"}, "WORLD_SIZE must be at least 1; got 0"),
 ])  # fmt: skip
 def test_environments_that_cannot_be(done, monkeypatch, capsys, variables, words):
     for name, value in variables.items():

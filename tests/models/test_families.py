@@ -503,7 +503,7 @@ class TestFacts:
         ("llada-moe", "model.layers.0.mlp.experts.3.up_proj.weight", None, r"layers\.0\.mlp\.experts\.gate_up_proj does not"),
         ("llada-moe", "model.layers.1.mlp.experts.3.down_proj.weight", (5, 24), r"layers\.1\.mlp\.experts\.down_proj does not"),
         ("llada2", "model.layers.0.attention.query_key_value.weight", (5, HIDDEN),
-         r"layers\.0\.self_attn\.q_proj\.weight does not fit: query_key_value has 5 rows, expected 160"),
+         r"layers\.0\.self_attn\.q_proj\.weight does not fit: query_key_value has 5 rows; expected 160"),
     ], ids=["missing", "shape", "in one matrix"])  # fmt: skip
     def test_weights_that_cannot_be_put_together(self, name, key, damage, match, tmp_path):
         """Experts become one tensor, and a matrix of queries, keys and values three."""
@@ -523,7 +523,7 @@ class TestFacts:
         config = json.loads((folder / "config.json").read_text())
         del config[field]
         (folder / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match=f"cannot be loaded: it lacks '{field}'"):
+        with pytest.raises(ValueError, match=f"cannot be loaded: '{field}' is missing or unknown"):
             dk.load(folder)
 
     @pytest.mark.parametrize("block_size", [0, -4, "four", 4.0])

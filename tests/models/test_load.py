@@ -54,7 +54,7 @@ def cut(path, end=-999):
     (lambda f: (f / "config.json").write_bytes(b"\xff\xfe{"), r"no readable model configuration"),
     (lambda f: (f / "config.json").write_text("[1, 2]"), r"no readable model configuration at .*: config.json must contain a JSON object"),
     (lambda f: (f / "config.json").write_text("null"), r"no readable model configuration at .*: config.json must contain a JSON object"),
-    (lambda f: edit_config(f, hidden_size="64"), r"'hidden_size' expected int, got str \(value: '64'\)"),
+    (lambda f: edit_config(f, hidden_size="64"), r"its configuration has hidden_size='64'; expected an integer"),
     (lambda f: edit_config(f, num_attention_heads=7), r"not a multiple of the number of attention heads \(7\)"),
     (lambda f: edit_config(f, num_attention_heads=0), r"its configuration has num_attention_heads=0; expected 1"),
     (lambda f: edit_config(f, num_hidden_layers=9), r"num_hidden_layers=9, but its weights have 2 layers"),
@@ -130,6 +130,42 @@ def test_missing_folder(tmp_path):
 def test_arguments_are_named(checkpoint, options, error, message):
     with pytest.raises(error, match=message):
         dk.load(checkpoint, **options)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"hidden_act": "nope"}, "'nope' is missing or unknown"),
+    ({"rope_parameters": {"rope_type": "x", "rope_theta": 1e4}}, "'x' is missing or unknown"),
+    ({"num_key_value_heads": 0}, "its configuration has num_key_value_heads=0; expected 1 to"),
+    ({"max_position_embeddings": -1}, "its configuration has max_position_embeddings=-1; expected 1 to"),
+    ({"layer_types": 5}, "its configuration has layer_types=5; expected a list of strings"),
+])  # fmt: skip
+def test_fields_of_no_use(checkpoint, change, message):
+    edit_config(checkpoint, **change)
+    with pytest.raises(ValueError, match=f"cannot be loaded: .*{message}"):
+        dk.load(checkpoint)
+
+
+def test_arguments_of_no_use(checkpoint):
+    for value in ("False", 1, None):
+        with pytest.raises(TypeError, match=f"allow_pickle must be True or False; got {value!r}"):
+            dk.load("demo", allow_pickle=value)
+        with pytest.raises(TypeError, match=f"compile must be True or False; got {value!r}"):
+            dk.adapt(dk.load("demo"), compile=value)
+    with pytest.raises(ValueError, match="base has no effect: 'demo' is not an adapter, so it has no base model"):
+        dk.load("demo", base="nonsense")
+    with pytest.raises(ValueError, match=r"there is no folder 'a+…' \(5000 characters\), and the name is not a valid"):
+        dk.load("a" * 5000)
+    with pytest.raises(ValueError, match="there is no folder 'a--b', and the name is not a valid Hub id"):
+        dk.load("a--b")
+    with pytest.raises(ValueError, match="which contains a null character"):
+        dk.load("a\0b")
+    for family in ([], 5, "x"):
+        with pytest.raises(ValueError, match=r"family must be one of masked, .*; got"):
+            dk.adapt(dk.load("demo"), family=family)
+    with pytest.raises(TypeError, match=r"model must be a torch module that returns logits; got the class \w+ itself"):
+        dk.generate(type(dk.load("demo")), [[1]], max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"unknown preset \[\]"):
+        dk.preset([])
 
 
 def test_pickle_is_refused(checkpoint):

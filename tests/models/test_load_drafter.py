@@ -165,6 +165,15 @@ def test_mask_embedding(model, tmp_path):
         dk.load_drafter(path, model, allow_pickle=True)
 
 
+def test_arguments_of_no_use(model, tmp_path):
+    with pytest.raises(TypeError, match="target must be a causal language model; got NoneType"):
+        dk.load_drafter(tmp_path, None)
+    with pytest.raises(TypeError, match=r"target must be a causal language model; got the class \w+ itself"):
+        dk.load_drafter(tmp_path, type(model))
+    with pytest.raises(TypeError, match="allow_pickle must be True or False; got 'False'"):
+        dk.load_drafter(tmp_path, model, allow_pickle="False")
+
+
 def test_refused_targets(tmp_path):
     path, _, _ = written(tmp_path)
     with pytest.raises(ValueError, match="target must be a causal"):

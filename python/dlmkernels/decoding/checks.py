@@ -162,7 +162,7 @@ def several(check_one: Check, count: int | None = None, *, optional: bool = Fals
 def token_id(name: str, value: Any) -> Any:
     """Check a token id. The model's vocabulary size is not known here."""
     value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 2**31:
         hint = f": pass tokenizer.convert_tokens_to_ids({value!r})" if isinstance(value, str) else ""
         raise ValueError(f"{name} must be a token id, an integer; got {value!r}{hint}")
     return value

@@ -216,7 +216,7 @@ def preset(name: str, **overrides) -> DecodingConfig:
     ValueError
         If there is no preset of this name.
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}{_hint(name)}")
     return PRESETS[name].replace(**overrides)
 

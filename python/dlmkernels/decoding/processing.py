@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,7 +63,8 @@ class Wishes:
         if logits_processor is None:
             processors: Sequence[Any] = ()
         else:
-            is_several = isinstance(logits_processor, Iterable) and not callable(logits_processor)
+            is_value = isinstance(logits_processor, (str, bytes, Mapping)) or hasattr(logits_processor, "ndim")
+            is_several = isinstance(logits_processor, Iterable) and not callable(logits_processor) and not is_value
             processors = list(logits_processor) if is_several else [logits_processor]
         for one in processors:
             if not callable(one):
@@ -205,11 +206,14 @@ class RequestProposer(Proposer):
         scores = logits.float()
         for process in self.wishes[row].processors:
             new = process(tokens.expand(len(scores), -1), scores)
-            if not isinstance(new, Tensor) or new.shape != scores.shape:
-                got = f"shape {list(new.shape)}" if isinstance(new, Tensor) else type(new).__name__
+            fits = isinstance(new, Tensor) and new.shape == scores.shape and new.device == scores.device
+            if not fits or not new.is_floating_point():
+                got = type(new).__name__
+                if isinstance(new, Tensor):
+                    got = f"{new.dtype} of shape {list(new.shape)} on {new.device}"
                 raise ValueError(
-                    f"logits_processor: {type(process).__name__} must return scores of shape {list(scores.shape)}; "
-                    f"got {got}"
+                    f"logits_processor: {type(process).__name__} must return floating-point scores of shape "
+                    f"{list(scores.shape)} on {scores.device}; got {got}"
                 )
             scores = new
         return scores
@@ -250,6 +254,11 @@ class RequestProposer(Proposer):
     def _record(self, step: Step) -> None:
         """Record the most likely tokens of every position that the step may decide."""
         count = len(step.raw_logits) // (2 if self.config.cfg_scale > 0 else 1)
+        if self.top_ids.shape[2] > step.raw_logits.shape[1]:
+            raise ValueError(
+                f"top_logprobs must be at most the number of logits, {step.raw_logits.shape[1]}; got "
+                f"{self.top_ids.shape[2]}"
+            )
         z = self.clean(step.raw_logits, torch.arange(count, device=step.raw_logits.device))
         log_p = z.log_softmax(-1)
         best, entropy = log_p.topk(self.top_ids.shape[2], -1), -(log_p.exp() * log_p).nansum(-1)  # 0 · -inf counts as 0

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+
+from .expression import TooLarge, automaton_of
 
 #: Maximum number of int32 entries in an automaton's tables (256 MB).
 LARGEST = 1 << 26
@@ -55,9 +56,9 @@ class TokenAutomaton:
         ValueError
             If the pattern is not supported, or its automaton becomes too large.
         """
-        symbols, delta, start, final = _of_characters(pattern)
-        table, class_of = _lifted(symbols, delta, texts)
-        return cls(table, class_of, start, final)
+        characters = automaton_of(pattern)
+        table, class_of = _lifted(characters.symbols, characters.delta, texts)
+        return cls(table, class_of, characters.start, characters.final)
 
     @cached_property
     def shortest(self) -> int:
@@ -75,79 +76,16 @@ class TokenAutomaton:
         return -1
 
 
-def _of_characters(pattern: str) -> tuple[dict, np.ndarray, int, np.ndarray]:
-    """Build the automaton of a pattern over characters.
-
-    Returns
-    -------
-    symbols : dict
-        Index of the symbol of each character; None stands for all characters that are not listed.
-    delta : ndarray
-        int32 `[Q + 1, K]`: the next state for each state and symbol; state Q is the dead state.
-    start : int
-        The initial state.
-    final : ndarray
-        bool `[Q + 1]`: the accepting states.
-    """
-    import interegular
-    from interegular.fsm import anything_else
-
-    try:
-        machine = interegular.parse_pattern(pattern).to_fsm()
-    except (interegular.InvalidSyntax, interegular.Unsupported, NotImplementedError) as error:
-        text = str(error).splitlines()[0] if str(error) else _python_error(pattern) or type(error).__name__
-        raise ValueError(f"pattern: {pattern!r} is not a supported regular expression: {text}") from error
-    names = {state: k for k, state in enumerate(sorted(machine.states))}
-    keys = {key: k for k, key in enumerate(sorted(set(machine.alphabet.values())))}
-    dead = len(names)
-    delta = np.full((dead + 1, len(keys)), dead, dtype=np.int32)
-    for state, ways in machine.map.items():
-        for key, after in ways.items():
-            if key in keys:
-                delta[names[state], keys[key]] = names[after]
-    final = np.zeros(dead + 1, dtype=bool)
-    final[[names[state] for state in machine.finals]] = True
-    _bury(delta, final)
-    symbols = {character: keys[key] for character, key in machine.alphabet.items() if character is not anything_else}
-    symbols[None] = keys[machine.alphabet[anything_else]]
-    return symbols, delta, names[machine.initial], final
-
-
-def _python_error(pattern: str) -> str | None:
-    """Return the error that Python's own parser reports, with its position; None if the pattern is valid in Python."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        return str(error)
-    return None
-
-
 def why_empty(pattern: str, texts: Sequence[str | None]) -> str:
     """Explain why no sequence of tokens matches a pattern: name the characters that no token contains."""
-    symbols, delta, start, final = _of_characters(pattern)
-    dead, seen, queue = len(final) - 1, {start}, [start]
-    while queue:
-        onward = set(delta[queue.pop()].tolist()) - seen - {dead}
-        seen |= onward
-        queue += onward
-    if not any(final[state] for state in seen):
+    found = automaton_of(pattern)
+    if not found.final.any():
         return f"no text matches the pattern {pattern!r:.80}"
     known = set().union(*(text for text in texts if text))
-    used = np.unique([k for state in seen for k in np.flatnonzero(delta[state] != dead)])
-    absent = "".join(sorted(c for c, symbol in symbols.items() if c is not None and symbol in used and c not in known))
+    is_used = (found.delta != len(found.final) - 1).any(0)
+    absent = "".join(sorted(c for c, k in found.symbols.items() if c is not None and is_used[k] and c not in known))
     what = f", since no token contains any of the characters {absent[:40]!r}" if absent else ""
     return "the tokenizer's tokens cannot form any text that matches" + what
-
-
-def _bury(delta: np.ndarray, final: np.ndarray) -> None:
-    """Redirect transitions to states that reach no final state to the dead state, which is the last one."""
-    lives = final.copy()
-    while True:
-        wider = lives | lives[delta].any(1)
-        if (wider == lives).all():
-            break
-        lives = wider
-    delta[~lives[delta]] = len(final) - 1
 
 
 def _lifted(symbols: dict, delta: np.ndarray, texts: Sequence[str | None]) -> tuple[np.ndarray, np.ndarray]:
@@ -169,7 +107,7 @@ def _lifted(symbols: dict, delta: np.ndarray, texts: Sequence[str | None]) -> tu
             if found == len(functions):
                 functions.append(new)
                 if len(functions) * states > LARGEST:
-                    raise ValueError(f"pattern: its automaton of {states} states is too large for {len(texts)} tokens")
+                    raise TooLarge(f"its automaton of {states} states is too large for {len(texts)} tokens")
         return found
 
     class_of = np.zeros(len(texts), dtype=np.int32)

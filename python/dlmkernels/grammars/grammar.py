@@ -45,7 +45,7 @@ class Grammar(Constraint):
     def __init__(self, automaton: TokenAutomaton, name: str):
         self.automaton, self.name = automaton, name
         if automaton.shortest < 0:
-            raise ValueError(f"{name}: the tokenizer's tokens cannot form any text that matches")
+            raise ValueError(f"{name}: no text of the tokenizer's tokens matches")
         self.min_tokens = automaton.shortest
         self._machine = lru_cache(maxsize=8)(lambda *key: Machine(automaton, *key))
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .automaton import TokenAutomaton, why_empty
+from .expression import TooLarge
 from .grammar import Grammar
 from .schema import OBJECT, pattern_of
 from .texts import token_texts
@@ -58,7 +59,16 @@ def _grammar(pattern: str, name: str, tokenizer: Any) -> Grammar:
         if tokenizer not in _compiled:
             _compiled[tokenizer] = _Compiled(tokenizer)
         of_tokenizer = _compiled[tokenizer]
-    return of_tokenizer.grammar(pattern, name)
+    try:
+        return of_tokenizer.grammar(pattern, name)
+    except TooLarge as error:
+        if name == "regex":
+            raise ValueError(
+                f"pattern: {pattern!r:.80} is too large: {error}. Lower its repetition counts, or shorten it"
+            ) from None
+        raise ValueError(
+            f"schema is too large: {error}. Lower maxLength or maxItems, or describe fewer values"
+        ) from None
 
 
 def json_schema(schema: Mapping[str, Any] | bool | str, tokenizer: Any) -> Grammar:
@@ -86,7 +96,8 @@ def json_schema(schema: Mapping[str, Any] | bool | str, tokenizer: Any) -> Gramm
     Raises
     ------
     ValueError
-        If the schema is invalid, or uses a keyword that is not listed here. The message names it.
+        If the schema is invalid, uses a keyword that is not listed here (the message names it), or describes so many
+        texts that its automaton would have more than 10,000 states (each character of `maxLength` needs two).
     TypeError
         If `tokenizer` is not a tokenizer of transformers.
     ImportError
@@ -96,7 +107,9 @@ def json_schema(schema: Mapping[str, Any] | bool | str, tokenizer: Any) -> Gramm
     if isinstance(schema, str):
         try:
             found = json.loads(schema)
-        except json.JSONDecodeError as error:
+        except RecursionError as error:
+            raise ValueError("schema is not valid JSON: it is nested too deeply") from error
+        except ValueError as error:  # also integers of too many digits
             raise ValueError(f"schema is not valid JSON: {error}") from error
     return _grammar(pattern_of(found), "json_schema", tokenizer)
 
@@ -127,7 +140,7 @@ def regex(pattern: str, tokenizer: Any) -> Grammar:
     Raises
     ------
     ValueError
-        If the pattern is not supported.
+        If the pattern is not supported, or its automaton would have more than 10,000 states.
     TypeError
         If `pattern` is not a string, or `tokenizer` is not a tokenizer of transformers.
     ImportError

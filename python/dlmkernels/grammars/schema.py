@@ -7,7 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .numbers import integers
+from .expression import LONGEST, WORK, TooLarge, automaton_of
+from .numbers import DIGITS, integers
 
 CHARACTER = r'(?:[^"\\\x00-\x1f\x7f-\x9f]|\\["\\/bfnrt])'
 STRING = f'"{CHARACTER}*"'
@@ -21,8 +22,15 @@ FORMATS = {
 }  # fmt: skip
 #: Nesting depth of values that a schema does not describe.
 DEPTH = 1
-#: Maximum nesting depth of schemas, and maximum length of their regular expressions.
-DEEPEST, LONGEST = 32, 200_000
+#: Maximum nesting depth of schemas.
+DEEPEST = 32
+#: Maximum number of subschemas, each counted as often as it is referenced.
+MOST_SCHEMAS = 20_000
+#: Maximum number of digits of an integer's bound.
+MOST_DIGITS = 100
+LARGEST = 10**MOST_DIGITS
+#: Characters that JSON strings must escape.
+ESCAPED = '"\\' + "".join(map(chr, (*range(0x20), *range(0x7F, 0xA0))))
 COMMA = ", ?"
 OBJECT = {"type": "object"}
 
@@ -46,10 +54,7 @@ def pattern_of(schema: Mapping[str, Any] | bool) -> str:
     ValueError
         If the schema is invalid or not supported.
     """
-    pattern = _Reader(schema).value(schema, "schema", ())
-    if len(pattern) > LONGEST:
-        raise ValueError(f"schema: its regular expression must have at most {LONGEST} characters; got {len(pattern)}")
-    return pattern
+    return _Reader(schema).value(schema, "schema", ())
 
 
 def literal(text: str) -> str:
@@ -81,14 +86,32 @@ class _Reader:
 
     def __init__(self, root: Any):
         self.root = root
+        self.count = self.work = 0
 
     def value(self, schema: Any, place: str, refs: tuple[str, ...], depth: int = 0) -> str:
+        self.count += 1
+        if self.count > MOST_SCHEMAS:
+            raise ValueError(
+                f"schema is too large: with its references followed, it has over {MOST_SCHEMAS} subschemas"
+            )
+        pattern = self._value(schema, place, refs, depth)
+        if len(pattern) > LONGEST:
+            raise ValueError(
+                f"schema is too large: the regular expression of {place:.200} has {len(pattern)} characters; at most "
+                f"{LONGEST} are possible"
+            )
+        return pattern
+
+    def _value(self, schema: Any, place: str, refs: tuple[str, ...], depth: int) -> str:
         if depth > DEEPEST:
             raise ValueError(f"{place}: schemas must not be nested more than {DEEPEST} deep")
         if schema is True:
             return _anything(DEPTH)
         if not isinstance(schema, Mapping):
             raise ValueError(f"{place} must be an object or true; got {schema!r:.80}")
+        strange = [word for word in schema if not isinstance(word, str)]
+        if strange:
+            raise ValueError(f"{place}: keywords must be strings; got {strange[0]!r:.80}")
         words = {word for word in schema if word not in NOTES}
         for word, read in (("$ref", self._ref), ("anyOf", self._any_of), ("allOf", self._all_of)):
             if word in words:
@@ -100,7 +123,9 @@ class _Reader:
             return self._listed(schema, words, kinds, place)
         known = {"type"}.union(*(WORDS[kind] for kind in kinds or WORDS))
         if words - known:
-            raise ValueError(f"{place}: unsupported keyword {', '.join(sorted(words - known))} (see json_schema)")
+            more = sorted(words - known)
+            noun = "keyword" if len(more) == 1 else "keywords"
+            raise ValueError(f"{place}: unsupported {noun} {', '.join(more)} (see json_schema)")
         if kinds is None:
             return _anything(DEPTH)
         return _any([getattr(self, f"_{kind}")(schema, place, refs, depth) for kind in kinds])
@@ -127,6 +152,8 @@ class _Reader:
         values = schema.get("enum", [schema.get("const")])
         if not isinstance(values, list) or not values:
             raise ValueError(f"{place}.enum must be a non-empty list of values; got {values!r:.80}")
+        for word, value in (("const", schema.get("const")), *(("enum", value) for value in values)):
+            _check_json(value, f"{place}.{word}" if word in words else f"{place}.const")
         if "const" in words:
             values = [value for value in values if _same(value, schema["const"])]
         values = [value for value in values if kinds is None or any(_is(value, kind) for kind in kinds)]
@@ -135,8 +162,8 @@ class _Reader:
         return _any([literal(json.dumps(value, ensure_ascii=False)) for value in values])
 
     def _ref(self, name: Any, place: str, refs: tuple[str, ...], depth: int) -> str:
-        if not isinstance(name, str) or not name.startswith("#"):
-            raise ValueError(f"{place} must point into this schema (#/…); got {name!r:.80}")
+        if not isinstance(name, str) or not (name == "#" or name.startswith("#/")):
+            raise ValueError(f"{place} must be '#' or '#/…', which point into this schema; got {name!r:.80}")
         if name in refs:
             raise ValueError(
                 f"{place}: {name} contains itself, but recursive schemas are not supported: write out the levels needed"
@@ -166,6 +193,9 @@ class _Reader:
         more = schema.get("additionalProperties", True)
         if not isinstance(named, Mapping):
             raise ValueError(f"{place}.properties must be an object; got {named!r:.80}")
+        strange = [name for name in named if not isinstance(name, str)]
+        if strange:
+            raise ValueError(f"{place}.properties must have strings as names; got {strange[0]!r:.80}")
         if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
             raise ValueError(f"{place}.required must be a list of names; got {required!r:.80}")
         unknown = [name for name in required if name not in named]
@@ -212,8 +242,7 @@ class _Reader:
         whole = f"{begun[0]}{tail}"
         return rf"\[{whole}\]" if low else rf"\[(?:{whole})?\]"
 
-    @staticmethod
-    def _string(schema: Mapping[str, Any], place: str, refs: tuple[str, ...], depth: int) -> str:
+    def _string(self, schema: Mapping[str, Any], place: str, refs: tuple[str, ...], depth: int) -> str:
         low, high = _range(schema, "minLength", "maxLength", place)
         shapes = [word for word in ("pattern", "format") if word in schema]
         if not shapes:
@@ -221,24 +250,33 @@ class _Reader:
         if len(shapes) > 1 or low or high is not None:
             raise ValueError(f"{place}: {shapes[0]} cannot be combined with minLength, maxLength, pattern or format")
         if "format" in schema:
-            if schema["format"] not in FORMATS:
+            if not isinstance(schema["format"], str) or schema["format"] not in FORMATS:
                 raise ValueError(f"{place}.format must be one of {', '.join(FORMATS)}; got {schema['format']!r:.80}")
             return f'"{FORMATS[schema["format"]]}"'
-        return f'"{_safe_pattern(schema["pattern"], f"{place}.pattern")}"'
+        pattern, work = _safe_pattern(schema["pattern"], f"{place}.pattern")
+        self.work += work
+        if self.work > WORK:
+            raise ValueError("schema is too large: its patterns together take too long to compile")
+        return f'"{pattern}"'
 
     @staticmethod
     def _integer(schema: Mapping[str, Any], place: str, refs: tuple[str, ...], depth: int) -> str:
         bounds: list[int | None] = []
         for word, exclusive, step in (("minimum", "exclusiveMinimum", 1), ("maximum", "exclusiveMaximum", -1)):
-            found = [schema[word]] if word in schema else []
-            if exclusive in schema:
-                found.append(schema[exclusive] + step if isinstance(schema[exclusive], int) else schema[exclusive])
-            if not all(isinstance(bound, int) and not isinstance(bound, bool) for bound in found):
-                raise ValueError(f"{place}: bounds of an integer must be integers; got {found!r:.80}")
+            found = []
+            for name, shift in ((word, 0), (exclusive, step)):
+                if name in schema:
+                    bound = schema[name]
+                    if not isinstance(bound, int) or isinstance(bound, bool):
+                        raise ValueError(f"{place}.{name}: bounds of an integer must be integers; got {bound!r:.80}")
+                    if abs(bound) >= LARGEST:
+                        raise ValueError(f"{place}.{name} must have at most {MOST_DIGITS} digits; got more")
+                    found.append(bound + shift)
             bounds.append((max if step > 0 else min)(found) if found else None)
         low, high = bounds
-        if low is not None and high is not None and low > high:
-            raise ValueError(f"{place}: no integer is at least {low} and at most {high}")
+        most = 10**DIGITS - 1
+        if (-most if low is None else low) > (most if high is None else high):
+            raise ValueError(f"{place}: {_no_integer(low, high)}")
         return INTEGER if low is None and high is None else integers(low, high)
 
     @staticmethod
@@ -270,34 +308,56 @@ def _sequence(pairs: Sequence[tuple[str, bool]]) -> str:
 def _range(schema: Mapping[str, Any], least: str, most: str, place: str) -> tuple[int, int | None]:
     low, high = schema.get(least, 0), schema.get(most)
     for word, bound in ((least, low), (most, high)):
-        if bound is not None and (not isinstance(bound, int) or isinstance(bound, bool) or not 0 <= bound <= 4096):
+        if word in schema and (not isinstance(bound, int) or isinstance(bound, bool) or not 0 <= bound <= 4096):
             raise ValueError(f"{place}.{word} must be an integer from 0 to 4096; got {bound!r:.80}")
     if high is not None and low > high:
         raise ValueError(f"{place}: {least} must be at most {most}; got {low} and {high}")
     return low, high
 
 
-def _safe_pattern(pattern: Any, place: str) -> str:
-    """Convert a `pattern` to one for the inside of a JSON string, after checking that it cannot end the string."""
-    import interegular
+def _safe_pattern(pattern: Any, place: str) -> tuple[str, int]:
+    """Convert a `pattern` to one for the inside of a JSON string, after checking that it cannot end the string.
 
+    Also returns the effort of that check, in the units of `WORK`.
+    """
     if not isinstance(pattern, str):
         raise ValueError(f"{place} must be a string; got {pattern!r:.80}")
     begins, ends = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith(r"\$")
     inside = f"(?:{pattern[begins : len(pattern) - ends]})"
     try:
-        core = interegular.parse_pattern(inside).to_fsm()
-        unsafe = interegular.parse_pattern(r'(?:.|\n)*["\\\x00-\x1f\x7f-\x9f](?:.|\n)*').to_fsm()
-        leaves = not (core & unsafe).empty()
-    except Exception as error:  # the library has no common base class for its parsing errors
-        raise ValueError(f"{place}: {pattern!r:.80} is not a supported regular expression") from error
-    if leaves:
+        automaton = automaton_of(inside)
+    except TooLarge as error:
+        raise ValueError(f"{place}: {pattern!r:.80} is too large: {error}") from None
+    except ValueError as error:
+        reason = str(error).partition(" regular expression: ")[2]
+        raise ValueError(f"{place}: {pattern!r:.80} is not a supported regular expression: {reason}") from error
+    if automaton.can_contain(ESCAPED):
         raise ValueError(
             f"{place}: {pattern!r:.80} can match a quotation mark, a backslash or a control character, which JSON "
             r'must escape: use [^"\\\x00-\x1f\x7f-\x9f] instead of a dot'
         )
     rest = f"{CHARACTER}*"
-    return f"{'' if begins else rest}{inside}{'' if ends else rest}"
+    return f"{'' if begins else rest}{inside}{'' if ends else rest}", automaton.work
+
+
+def _no_integer(low: int | None, high: int | None) -> str:
+    if low is None:
+        return f"without a minimum, integers have at most {DIGITS} digits, so none is at most {high}"
+    if high is None:
+        return f"without a maximum, integers have at most {DIGITS} digits, so none is at least {low}"
+    return f"no integer is at least {low} and at most {high}"
+
+
+def _check_json(value: Any, place: str) -> None:
+    """Raise ValueError unless a value can be written as JSON and read back."""
+    try:
+        written = json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        written = None if value is not None else 0
+    if written != value:
+        is_long = isinstance(value, int) and abs(value) >= LARGEST
+        shown = "an integer of too many digits" if is_long else f"{value!r:.80}"
+        raise ValueError(f"{place} must be a JSON value; got {shown}")
 
 
 def _is(value: Any, kind: str) -> bool:

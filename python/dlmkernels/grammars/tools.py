@@ -32,11 +32,15 @@ def call_schema(
     Raises
     ------
     ValueError
-        If `tools` is empty, or `tool_choice` is not one of these values or names a tool that is not in `tools`.
+        If `tools` is empty or has an entry that is not such a tool, or `tool_choice` is not one of these values or
+        names a tool that is not in `tools`.
     """
-    functions = [tool["function"] for tool in tools]
+    functions = _functions(tools)
     if not isinstance(tool_choice, str):
-        name = tool_choice["function"]["name"]
+        chosen = tool_choice.get("function") if isinstance(tool_choice, Mapping) else None
+        name = chosen.get("name") if isinstance(chosen, Mapping) else None
+        if not isinstance(name, str):
+            raise ValueError(f"tool_choice must be 'required' or name a function; got {tool_choice!r:.200}")
         functions = [function for function in functions if function["name"] == name]
         if not functions:
             raise ValueError(f"tool_choice must name one of the tools; got {name!r}")
@@ -54,6 +58,22 @@ def call_schema(
             "properties": {"name": {"const": function["name"]}, "arguments": {"$ref": f"#/$defs/{k}"}},
         })  # fmt: skip
     return {"anyOf": calls, "$defs": definitions}
+
+
+def _functions(tools: Any) -> list[Mapping[str, Any]]:
+    """Return the functions of the tools; raise ValueError if one is not in OpenAI's format."""
+    if not isinstance(tools, Sequence) or isinstance(tools, str):
+        raise ValueError(f"tools must be a list of tools; got {tools!r:.200}")
+    functions = []
+    for k, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ValueError(
+                f"tools[{k}] must be {{'type': 'function', 'function': {{'name': …, 'parameters': …}}}}; "
+                f"got {tool!r:.200}"
+            )
+        functions.append(function)
+    return functions
 
 
 def _moved(schema: Any, to: str) -> Any:

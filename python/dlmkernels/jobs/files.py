@@ -45,8 +45,12 @@ class Share:
             share = cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
         except ValueError as error:
             raise ValueError(f"RANK and WORLD_SIZE in the environment must be integers: {error}") from None
+        if share.count < 1:
+            raise ValueError(f"WORLD_SIZE must be at least 1; got {share.count}")
         if not 0 <= share.rank < share.count:
-            raise ValueError(f"RANK must be from 0 to WORLD_SIZE - 1; got {share.rank} of {share.count}")
+            raise ValueError(
+                f"RANK must be from 0 to {share.count - 1}, because WORLD_SIZE is {share.count}; got {share.rank}"
+            )
         return share
 
     def has(self, number: int) -> bool:
@@ -62,6 +66,13 @@ class Share:
         if self.count == 1:
             return output
         return output.with_name(f"{output.stem}.rank-{self.rank}-of-{self.count}{output.suffix}")
+
+    @property
+    def how_to_restart(self) -> str:
+        """How the user can start a job over, for error messages."""
+        if self.count == 1:
+            return "choose another name, or pass --restart to start over"
+        return "choose another name, or remove the output files of all processes to start over"
 
 
 @dataclass(frozen=True)
@@ -134,7 +145,11 @@ class Output:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append the record of an answer."""
-        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        try:
+            text = json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # half of a surrogate pair, in an id or a message, has no UTF-8 form
+            text = json.dumps(record).encode()
+        self._file.write(text + b"\n")
         self._file.flush()
         self.done += 1
         if time.monotonic() - self._synced > SYNC_SECONDS:
@@ -144,6 +159,20 @@ class Output:
         """Flush written answers to disk."""
         os.fsync(self._file.fileno())
         self._synced = time.monotonic()
+
+
+def check_apart(input: Path, output: Path, share: Share) -> None:
+    """Raise ValueError if a file that the job writes or replaces is its input, or if the output is a folder."""
+    names = [output, *(Share(rank, share.count).file(output) for rank in range(share.count))]
+    for path in dict.fromkeys(names):
+        if path.is_dir():
+            raise ValueError(f"--output: {path} is a folder; expected a file")
+        for file in (path, *(path.with_name(path.name + ending) for ending in (".job", ".job.new", ".new", ".lock"))):
+            if file.exists() and input.exists() and os.path.samefile(input, file):
+                raise ValueError(
+                    f"--output must be another file than --input, which would be overwritten; got --input {input} and "
+                    f"--output {output}" + ("" if file == output else f" (the job also writes {file})")
+                )
 
 
 @contextmanager
@@ -178,11 +207,11 @@ def opened(path: Path, job: dict[str, Any], share: Share, restart: bool) -> Iter
             file.truncate(0)
             description.unlink(missing_ok=True)
         if description.exists():
-            _check_same(path, json.loads(description.read_text("utf-8")), job)
+            _check_same(path, description, job, share)
         elif path.stat().st_size:
+            again = "pass --restart to overwrite it" if share.count == 1 else "remove it"
             raise ValueError(
-                f"--output: {path} exists and was not written by a batch job: choose another name, or pass --restart "
-                "to overwrite it"
+                f"--output: {path} exists and was not written by a batch job: choose another name, or {again}"
             )
         else:
             temporary = description.with_name(description.name + ".new")
@@ -195,13 +224,22 @@ def opened(path: Path, job: dict[str, Any], share: Share, restart: bool) -> Iter
             output.sync()
 
 
-def _check_same(path: Path, before: dict[str, Any], job: dict[str, Any]) -> None:
+def _check_same(path: Path, description: Path, job: dict[str, Any], share: Share) -> None:
+    """Raise ValueError if the description of an output is damaged, or differs from that of this job."""
+    try:
+        before = json.loads(description.read_text("utf-8"))
+    except (ValueError, RecursionError):  # also bytes that are not UTF-8
+        before = None
+    if not isinstance(before, dict):
+        raise ValueError(
+            f"--output: {description}, the description of the job that wrote {path}, is damaged: {share.how_to_restart}"
+        )
     differing = [name for name in {**before, **job} if before.get(name) != job.get(name)]
     if differing:
         name = differing[0]
         raise ValueError(
-            f"--output: {path} belongs to another job: {name} was {before.get(name)!r} and is now {job.get(name)!r}. "
-            "Choose another name, or pass --restart to start over"
+            f"--output: {path} belongs to another job: {name} was {before.get(name)!r} and is now {job.get(name)!r}: "
+            f"{share.how_to_restart}"
         )
 
 
@@ -220,7 +258,7 @@ def _whole_lines(path: Path, file: IO[bytes], share: Share) -> int:
         if not is_right:
             raise ValueError(
                 f"--output: line {count + 1} of {path} is not the answer to line {number} of the input, so the file "
-                "has been modified: choose another name, or pass --restart to start over"
+                f"has been modified: {share.how_to_restart}"
             )
         end += len(text)
         count += 1
@@ -228,14 +266,14 @@ def _whole_lines(path: Path, file: IO[bytes], share: Share) -> int:
     return count
 
 
-def is_whole(output: Path, job: dict[str, Any], lines: int) -> bool:
+def is_whole(output: Path, job: dict[str, Any], lines: int, share: Share) -> bool:
     """Return whether an earlier run of the same job has already merged the answers of all processes."""
     description = output.with_name(output.name + ".job")
     if not output.exists():
         return False
     if not description.exists():
         raise ValueError(f"--output: {output} exists and was not written by a batch job: choose another name")
-    _check_same(output, json.loads(description.read_text("utf-8")), job)
+    _check_same(output, description, job, share)
     if _count(output) != lines:
         raise ValueError(f"--output: {output} must contain {lines} answers, but it has been modified: remove it")
     return True

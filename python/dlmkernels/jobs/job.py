@@ -10,7 +10,7 @@ from typing import Any
 
 from ..engine.engine import Engine
 from .answers import answers
-from .files import Input, Share, is_whole, merge, opened
+from .files import Input, Share, check_apart, is_whole, merge, opened
 
 
 class Job:
@@ -46,8 +46,8 @@ class Job:
     Raises
     ------
     ValueError
-        If the input is empty or has invalid lines (unless `skip_errors`), if the output's folder does not exist, or if
-        `restart` is used with several processes.
+        If the input is empty or has invalid lines (unless `skip_errors`), if the output's folder does not exist, if the
+        input or output is a folder, if the output is the input, or if `restart` is used with several processes.
     OSError
         If the input cannot be read.
     """
@@ -64,8 +64,9 @@ class Job:
             raise ValueError("--restart works with one process only: remove the output files of all processes instead")
         if self.output.parent != Path() and not self.output.parent.is_dir():
             raise ValueError(f"--output: folder {self.output.parent} does not exist")
-        if self.output.is_dir():
-            raise ValueError(f"--output: {output} is a folder; expected a file name")
+        if Path(input).is_dir():
+            raise ValueError(f"--input: {input} is a folder; expected a file")
+        check_apart(Path(input), self.output, self.share)
         try:
             self.input = Input.scan(Path(input))
         except OSError as error:
@@ -99,7 +100,7 @@ class Job:
             Number of lines answered in this run.
         """
         several = self.share.count > 1
-        if several and is_whole(self.output, self.description, self.input.lines):
+        if several and is_whole(self.output, self.description, self.input.lines, self.share):
             return 0
         total = self.share.lines_of(self.input.lines)
         with opened(self.share.file(self.output), self.description, self.share, self.restart) as output:

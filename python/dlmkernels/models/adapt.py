@@ -19,6 +19,7 @@ from .. import ops
 from ..window import AttentionWindow
 from . import layerwise, rotary
 from .attention import NAME
+from .checkpoint import check_flag
 from .devices import check_loaded, input_device
 from .families import ARCHITECTURES, FAMILIES, Architecture, Family
 from .fields import longest_canvas
@@ -521,13 +522,19 @@ class LogitsModel(DiffusionModel):
                     "one at a time"
                 )
             named["attention_mask"] = _valid(tokens, window.kv_range)
-        return self._outermost(*inputs, **named).logits.to(tokens.device)
+        logits = self._outermost(*inputs, **named).logits.to(tokens.device)
+        return without_padding(logits, self.vocab_size)
 
     def linear_head(self) -> None:
         return None
 
     def logits(self, hidden: Tensor) -> Tensor:
         return hidden
+
+
+def without_padding(logits: Tensor, vocab: int | None) -> Tensor:
+    """Drop the logits `[B, T, W]` of ids from `vocab` on, which pad a vocabulary and are not tokens."""
+    return logits if vocab is None or logits.shape[-1] <= vocab else logits[..., :vocab].contiguous()
 
 
 def _valid(tokens: Tensor, kv_range: Tensor) -> Tensor:
@@ -578,14 +585,20 @@ def adapt(
     Raises
     ------
     TypeError
-        If `model` is not a torch module that returns logits, or has no language-model head.
+        If `model` is not a torch module that returns logits, or has no language-model head, or `compile` or `causal` is
+        not a bool.
     ValueError
         If the family is unknown, the configuration fits several families, the model decodes through its own attention
         and is causal, `causal` is given for a model that does not, `compile` cannot be used with the model, or a
         wrapper or adapter has an effect that cannot be followed.
     """
-    if family is not None and family not in FAMILIES:
+    if family is not None and (not isinstance(family, str) or family not in FAMILIES):
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {family!r}")
+    check_flag("compile", compile)
+    if causal is not None:
+        check_flag("causal", causal)
+    if isinstance(model, type):
+        raise TypeError(f"model must be a torch module that returns logits; got the class {model.__name__} itself")
     if compile:
         return adapt(model, family=family, causal=causal).compiled()
     if isinstance(model, DiffusionModel):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..window import AttentionWindow
-from .adapt import LogitsModel, _valid
+from .adapt import LogitsModel, _valid, without_padding
 from .moment import Moment as Moment
 
 
@@ -71,7 +71,8 @@ class Backbone(LogitsModel):
         first element is that tensor, a mapping with the key "logits", or an object with the attribute `logits`. If
         None, the call is `module(tokens)`, or `module(tokens, attention_mask=…)` if there is padding.
     vocab_size : int, optional
-        Vocabulary size V. If None, it is taken from `module.config`, or from the logits.
+        Vocabulary size V. If None, it is taken from `module.config`, or from the logits. If the module returns more
+        than V logits per position (for a vocabulary padded to a round number, say), those from V on are dropped.
     max_length : int, optional
         Maximum length of the canvas, in tokens. If None, `module.config.max_position_embeddings`, if it exists.
     device : torch.device, optional
@@ -80,9 +81,9 @@ class Backbone(LogitsModel):
     Raises
     ------
     TypeError
-        If `module` is not a torch module or `call` is not callable.
+        If `module` is not a torch module, `call` is not callable, or `device` is not a device.
     ValueError
-        If `vocab_size` or `max_length` is not a positive integer.
+        If `vocab_size` or `max_length` is not a positive integer, or torch does not know `device`.
 
     Examples
     --------
@@ -108,7 +109,7 @@ class Backbone(LogitsModel):
                 raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
         super().__init__(module)
         self._call, self._vocab_size, self._longest = call or _plain_call, vocab_size, max_length
-        self._device = None if device is None else torch.device(device)
+        self._device = None if device is None else _device(device)
 
     @property
     def config(self):
@@ -147,7 +148,16 @@ class Backbone(LogitsModel):
             )
         if self.vocab_size is not None and logits.shape[2] < self.vocab_size:
             raise ValueError(f"call must return at least {self.vocab_size} logits per position; got {logits.shape[2]}")
-        return logits
+        return without_padding(logits, self.vocab_size)
+
+
+def _device(device: Any) -> torch.device:
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device must be a torch.device or its name, such as 'cuda:0'; got {device!r}")
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be a torch.device or its name, such as 'cuda:0'; got {device!r}") from None
 
 
 def _plain_call(module, inputs: BackboneInput):

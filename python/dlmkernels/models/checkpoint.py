@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from transformers.utils import (
     CONFIG_NAME,
@@ -42,6 +48,12 @@ HUB_SECONDS = 5.0
 Shapes = dict[str, tuple[int, ...]]
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raise TypeError unless a value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; got {value!r}")
+
+
 # --- where ------------------------------------------------------------------------------------------------------------
 
 
@@ -65,6 +77,8 @@ def locate(path_or_id: str | PathLike, where: dict[str, Any]) -> tuple[str, dict
         from ..demo import MODEL_DIR
 
         return str(MODEL_DIR), where
+    if "\0" in name:
+        raise ValueError(f"path_or_id must be a folder or Hub id; got {name!r:.200}, which contains a null character")
     if os.path.isdir(name):
         return name, where
     if name in (DEMO_CAUSAL, DEMO_DRAFTER):
@@ -74,8 +88,20 @@ def locate(path_or_id: str | PathLike, where: dict[str, Any]) -> tuple[str, dict
     if os.path.exists(name):
         raise ValueError(f"path_or_id: '{name}' is a file; expected the folder that contains {CONFIG_NAME}")
     if isinstance(path_or_id, PathLike) or not HUB_ID.fullmatch(name):
-        raise ValueError(f"path_or_id: there is no folder '{name}'")
+        raise ValueError(f"path_or_id: there is no folder {_shown(name)}")
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise ValueError(
+            f"path_or_id: there is no folder {_shown(name)}, and the name is not a valid Hub id (at most 96 "
+            "characters, without '--' or '..')"
+        ) from None
     return name, where | _reach(name, where)
+
+
+def _shown(name: str) -> str:
+    """Return a name in quotes, shortened if it is long."""
+    return f"'{name}'" if len(name) <= 200 else f"'{name[:200]}…' ({len(name)} characters)"
 
 
 def _reach(name: str, where: Mapping[str, Any]) -> dict[str, Any]:

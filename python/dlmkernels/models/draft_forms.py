@@ -185,7 +185,10 @@ def read_form(raw: Mapping[str, Any], num_layers: int, vocab: int, mask_token_id
         drafted = _integer("draft_vocab_size", raw.get("draft_vocab_size", vocab), 1, vocab)
         form["draft_vocab"] = None if drafted == vocab else drafted
         if kind == "dflash2" and drafted != vocab:
-            raise ValueError("draft_vocab_size smaller than the target's vocabulary is not implemented for dflash2")
+            raise ValueError(
+                f"its configuration has draft_vocab_size={drafted}, less than the target's vocabulary of {vocab} "
+                "tokens, which is not implemented for dflash2"
+            )
     return DraftForm(**form)
 
 

@@ -28,7 +28,7 @@ from ..window import AttentionWindow
 from . import fields
 from .adapt import DiffusionModel, adapt
 from .attention import NAME
-from .checkpoint import QUIET, WHERE, locate, read_object, weight_files, weight_shapes
+from .checkpoint import QUIET, WHERE, check_flag, locate, read_object, weight_files, weight_shapes
 from .draft_forms import DraftForm, read_form
 
 #: weight names in other published forms, and the corresponding names here
@@ -415,6 +415,10 @@ def load_drafter(
             raise TypeError(
                 f"load_drafter got an unexpected argument {name}; in addition to its own it accepts {', '.join(WHERE)}"
             )
+    check_flag("allow_pickle", allow_pickle)
+    if isinstance(target, type) or not callable(getattr(target, "forward", getattr(target, "hidden", None))):
+        got = f"the class {target.__name__} itself" if isinstance(target, type) else type(target).__name__
+        raise TypeError(f"target must be a causal language model; got {got}")
     adapted = adapt(target)
     _check_target(adapted)
     path, where = locate(path_or_id, where)
@@ -432,7 +436,7 @@ def load_drafter(
     except Exception as error:  # errors raised by stock configurations share no base class
         said = " ".join(str(error).split())
         if isinstance(error, KeyError):
-            said = f"it lacks {said}"
+            said = f"{said} is missing or unknown"
         raise ValueError(f"path_or_id: the drafter at '{path}' cannot be loaded: {said}") from error
     return drafter
 

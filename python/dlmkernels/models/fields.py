@@ -53,7 +53,8 @@ REALS = {
 #: Fields that must be at least 1. In others, 0 means "none".
 NEEDED = {
     "vocab_size", "hidden_size", "hidden_dim", "cond_dim", "d_model", "n_embd", "num_attention_heads", "n_heads",
-    "n_head",
+    "n_head", "num_key_value_heads", "n_kv_heads", "max_position_embeddings", "max_sequence_length", "model_length",
+    "n_positions",
 }  # fmt: skip
 MOST_LAYERS, MOST = 10_000, 2**31 - 1
 #: Most weights that one element of a quantized checkpoint can hold: 2 bits each in 64 bits.
@@ -119,6 +120,9 @@ def check(raw: Mapping[str, Any]) -> None:
             _check_number(name, value, 1 if leaf in NEEDED else -1, MOST)
         elif leaf.endswith("_token_id"):
             _check_ids(name, value)
+        elif leaf == "layer_types" and value is not None:
+            if not isinstance(value, list) or not all(isinstance(kind, str) for kind in value):
+                raise ValueError(f"its configuration has {name}={value!r:.200}; expected a list of strings")
         elif leaf in ("dtype", "torch_dtype"):
             if value is not None and str(value).removeprefix("torch.") not in DTYPES:
                 raise ValueError(f"its configuration has {name}={value!r}; expected one of {', '.join(DTYPES)}")
@@ -150,8 +154,7 @@ def _check_number(name: str, value: Any, least: int, most: int) -> None:
     if value is None or value is False:
         return
     if not isinstance(value, int) or isinstance(value, bool):
-        kind = type(value).__name__
-        raise ValueError(f"its configuration: '{name}' expected int, got {kind} (value: {value!r})")
+        raise ValueError(f"its configuration has {name}={value!r}; expected an integer")
     if not least <= value <= most:
         raise ValueError(f"its configuration has {name}={value}; expected {least} to {most}")
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from . import adapters, fields, training_files
-from .checkpoint import ADAPTER_CONFIG, WHERE, locate, read_object, weight_files, weight_shapes
+from .checkpoint import ADAPTER_CONFIG, WHERE, check_flag, locate, read_object, weight_files, weight_shapes
 from .families import FAMILIES
 from .published import Plan, Question, UnknownField, plan, renamed
 
@@ -84,7 +84,8 @@ def load(
         a configuration field.
     ValueError
         If the checkpoint does not exist, its model type is unknown or fits several families, a configuration field has
-        an invalid value, weights are missing, unexpected or of the wrong shape, or the files cannot be read.
+        an invalid value, weights are missing, unexpected or of the wrong shape, the files cannot be read, or `base` is
+        given for a model that is not an adapter.
 
     Notes
     -----
@@ -92,6 +93,7 @@ def load(
     attention or experts), kernels or other files are ignored. Its quantizer must be an installed library unless
     `quantization_config` is passed, and its weight index may only name files in its own folder.
     """
+    check_flag("allow_pickle", allow_pickle)
     for name in OWN.keys() & kwargs.keys():
         raise TypeError(f"load does not accept {name}: {OWN[name]}")
     if kwargs.pop("trust_remote_code", False):
@@ -103,16 +105,24 @@ def load(
     for name in ("dtype", "torch_dtype"):
         _check_dtype(name, kwargs.get(name))
     if str(path_or_id).endswith(training_files.SUFFIXES) and os.path.isfile(os.path.expanduser(path_or_id)):
+        _check_no_base(path_or_id, base)
         return _load_training_file(os.path.expanduser(path_or_id), family, allow_pickle, kwargs)
     path, where = locate(path_or_id, {name: kwargs[name] for name in WHERE if name in kwargs})
     folders = {"plaid": training_files.is_plaid, "ssd-lm": training_files.is_ssd_lm}
     if any(family in (None, name) and is_one(path) for name, is_one in folders.items()):
+        _check_no_base(path_or_id, base)
         return _load_training_file(path, family, allow_pickle, kwargs)
     raw, where = _read(path, CONFIG_NAME, where)
     adapter, where = _read(path, ADAPTER_CONFIG, where)
     if adapter is not None:
         return _load_adapted(path, adapter, base, family, where, allow_pickle, kwargs)
+    _check_no_base(path_or_id, base)
     return _load(path, raw, family, where, allow_pickle, kwargs)
+
+
+def _check_no_base(path_or_id: str | PathLike, base: Any) -> None:
+    if base is not None:
+        raise ValueError(f"base has no effect: '{path_or_id}' is not an adapter, so it has no base model")
 
 
 def outline(
@@ -285,7 +295,8 @@ def from_pretrained(how: Plan, path_or_id: str | PathLike | None, **kwargs: Any)
 def _say(error: Exception) -> str:
     """Return an error's message on one line."""
     text = " ".join(str(error).split())
-    return f"it lacks {text}" if isinstance(error, KeyError) else text or type(error).__name__
+    # a field that the configuration lacks, or a value that a table of transformers lacks
+    return f"{text} is missing or unknown" if isinstance(error, KeyError) else text or type(error).__name__
 
 
 def _unconverted(error: Exception) -> str:

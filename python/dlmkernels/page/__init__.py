@@ -50,6 +50,8 @@ def live_page(kinds: Sequence[str], source: str, title: str = "Decodings") -> Li
 
 
 def _page(name: str, data: dict[str, Any], title: str, more: str = "") -> LivePage:
+    if not isinstance(title, str):
+        raise TypeError(f"title must be a string; got {title!r}")
     folder = files(__name__)
     style, page, panel, script = (
         (folder / file).read_text("utf-8") for file in ("page.css", f"{name}.html", "panel.js", f"{name}.js")
@@ -61,7 +63,9 @@ def _page(name: str, data: dict[str, Any], title: str, more: str = "") -> LivePa
         "data": json.dumps(data, separators=(",", ":"), ensure_ascii=False).translate(ESCAPES),
     }  # fmt: skip
     before, *parts = page.split("{{")
-    return LivePage(before + "".join(values[name] + rest for name, rest in (p.split("}}", 1) for p in parts)), rules)
+    text = before + "".join(values[name] + rest for name, rest in (p.split("}}", 1) for p in parts))
+    # half of a surrogate pair, in a title or a token, has no UTF-8 form
+    return LivePage(text.encode("utf-8", "replace").decode("utf-8"), rules)
 
 
 def policy(style: str, script: str) -> str:
