@@ -7,6 +7,7 @@ import transformers as hf
 
 import checkpoints
 import dlmkernels as dk
+import numerics
 from decodings import LateCount, assert_same, enliven, lively, ragged
 from dlmkernels.decoding.programs import base
 from restated_features import focus, plain
@@ -94,12 +95,14 @@ def test_published_models(tmp_path, family):
     {"block_grid": "prompt"}, {"rule": dk.Quota(), "eos_policy": "fill", "eos_token_id": tuple(range(20, 40))},
 ], ids=["threshold", "guided", "sampled", "apart", "grid", "ends"])  # fmt: skip
 def test_without_approximation(one, options):
-    """All positions, and nothing settled before its block is finished: bit for bit what cache="block" gives."""
+    """All positions, and nothing settled before its block is finished: the decisions of cache="block"."""
     _, ids, valid = ragged()
     want = dk.generate(one, ids, valid, **OPTIONS | options | {"cache": "block"})
     out = dk.generate(one, ids, valid, **OPTIONS | options | {"cache": dk.FocusCache(float("inf"), delayed=False)})
-    assert torch.equal(out.sequences, want.sequences) and torch.equal(out.confidence, want.confidence)
-    assert torch.equal(out.commit_step, want.commit_step) and torch.equal(out.num_forwards, want.num_forwards)
+    assert torch.equal(out.sequences, want.sequences) and torch.equal(out.commit_step, want.commit_step)
+    assert torch.equal(out.num_forwards, want.num_forwards)
+    # not bit for bit: matrix products of another number of rows may round differently
+    numerics.assert_same_probabilities(out.confidence, want.confidence)
 
 
 ALONE = {
