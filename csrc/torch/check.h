@@ -84,8 +84,8 @@ class Check {
 
   void device(const char* name, const Tensor& t) const {
     given(name, t);
-    that(t.device() == anchor_.device(), name, " must be on the device of ", anchor_name_,
-         "; got ", device_name(t));
+    that(t.device() == anchor_.device(), name, " must be on the device of ", anchor_name_, "; got ",
+         device_name(t));
   }
 
   void dtype(const char* name, const Tensor& t, std::initializer_list<ScalarType> allowed) const {
