@@ -121,7 +121,7 @@ def test_calls(model, call, error, message):
     ([[5], torch.ones(1, device="meta")], {}, r"inputs\[1\] must be a dense tensor that holds values; got one on"),
     ([[5]], {"seed": torch.ones(1, device="meta")}, "seed must be a dense tensor that holds values; got one on"),
     ([[5]], {"generation_config": {"max_new_tokens": 4}}, "generation_config must be a .* GenerationConfig; got dict"),
-    ([[5]], {"generation_config": object()}, "generation_config must be a .* GenerationConfig; got object"),
+    ([[5]], {"generation_config": ...}, "generation_config must be a .* GenerationConfig; got ellipsis"),
 ], ids=str)  # fmt: skip
 def test_batches(model, inputs, options, message):
     with pytest.raises((ValueError, TypeError), match=message):
