@@ -243,7 +243,7 @@ class TestLangFlow:
         research.write("mdlm", tmp_path)
         with pytest.raises(ValueError, match="rule EmbeddingFlow decodes noisy vectors, which models of family 'mdlm'"):
             dk.generate(dk.load(tmp_path), torch.tensor([[4]]), max_new_tokens=4, rule=dk.EmbeddingFlow())
-        with pytest.raises(ValueError, match=r"eps must be a positive number to 0\.5; got 0"):
+        with pytest.raises(ValueError, match=r"eps must be a positive number, up to 0\.5; got 0"):
             dk.EmbeddingFlow(0.0)
 
 

@@ -282,7 +282,7 @@ def test_memory_of_an_engine(cache):
 @pytest.mark.parametrize("make, message", [
     (lambda: dk.D2Cache(rollout=-0.1), "rollout must be a number from 0 to 1; got -0.1"),
     (lambda: dk.D2Cache(candidates=0), "candidates must be an integer of at least 1; got 0"),
-    (lambda: dk.D2Cache(sigma=0), "sigma must be a positive number to 1000; got 0"),
+    (lambda: dk.D2Cache(sigma=0), "sigma must be a positive number, up to 1000; got 0"),
     (lambda: dk.SparseCache(keep=1.2), "keep must be a number from 0 to 1; got 1.2"),
     (lambda: dk.SparseCache(pool=2), "pool must be an odd number; got 2"),
     (lambda: dk.SparseCache(pool=0), "pool must be an integer of at least 1; got 0"),
