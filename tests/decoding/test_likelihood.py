@@ -235,7 +235,7 @@ def test_mask_tokens_belong_into_prompts_and_padding_only(model):
     ({"batch_size": 0}, "batch_size must be an integer"),
     ({"prompt_mask_probability": 1.5}, "prompt_mask_probability must be a number from 0 to 1; got 1.5"),
     ({"answer": torch.zeros(2, 3)}, "answer must be an int64 tensor"),
-    ({"answer": torch.zeros(3, 3, dtype=torch.int64)}, "answer must have as many rows as prompt, 2; got 3"),
+    ({"answer": torch.full((3, 3), 5)}, "answer must have as many rows as prompt, 2; got 3"),
     ({"answer": torch.full((2, 3), 97)}, "answer must hold ids"),
     ({"answer_mask": torch.tensor([[0, 1, 1]] * 2)}, "answer_mask must be 0 for padding on the right and 1 before it"),
     ({"answer_mask": torch.tensor([[0, 0, 0]] * 2)}, "answer_mask leaves row 0 of answer empty"),
