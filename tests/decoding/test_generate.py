@@ -112,7 +112,7 @@ class TestRandomness:
         assert not torch.equal(a[0], a[1])
 
     @pytest.mark.parametrize("options", [
-        {"temperature": 1.0}, {"score": "random"}, {"order_temperature": 0.5}, {"temperature": 0.7, "top_p": 0.9},
+        {"temperature": 1.0}, {"score": "random", "rule": dk.Quota()}, {"order_temperature": 0.5}, {"temperature": 0.7, "top_p": 0.9},
     {"rule": dk.Ancestral(), "temperature": 1.0}, {"rule": dk.StableThreshold(0.3, 0.5), "temperature": 1.0},
     {"rule": dk.CreditThreshold(0.6)}, {"rule": dk.SmoothedThreshold(0.4)},
     {"rule": dk.TokenEditing(0.5, 0.3), "temperature": 0.5}, {"rule": dk.RunEditing(0.5, soft=False)},

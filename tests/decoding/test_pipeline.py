@@ -264,7 +264,7 @@ def test_other_grids(grid, loaded):
 
 
 @pytest.mark.parametrize("options", [
-    {"temperature": 0.8, "top_k": 20}, {"score": "random"}, {"score": "margin", "temperature": 0.5},
+    {"temperature": 0.8, "top_k": 20}, {"score": "margin", "temperature": 0.5},
     {"order_temperature": 0.3, "defer_token_ids": (5, 50)},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("family,cache", [

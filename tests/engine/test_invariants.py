@@ -87,7 +87,7 @@ RULES = {
     "sampled": {"temperature": 0.8, "top_k": 20}, "parts": {"sub_block_length": 3},
     "ends": {"eos_policy": "fill", "eos_token_id": tuple(range(20, 40))},
     "ends of blocks": {"rule": dk.TokenEditing(0.4, 0.3), "eos_policy": "block", "eos_token_id": tuple(range(20, 50))},
-    "absolute": {"attention": "block", "block_grid": "absolute"}, "random order": {"score": "random"},
+    "absolute": {"attention": "block", "block_grid": "absolute"}, "random order": {"score": "random", "rule": dk.Quota()},
     "splitting": {"rule": dk.SplitEditing(0.3, 0.2, 3, 90, 91)}, "guided": {"cfg_scale": 0.5},
     "parts alone": {"attention": "block", "cache": "block", "sub_block_length": 3, "sub_block_cache": True},
     "guided, dual": {"cfg_scale": 0.5, "cache": "dual", "temperature": 0.7}, "dual": {"cache": "dual"}, "prefix": {"cache": "prefix"},

@@ -162,7 +162,9 @@ def test_arguments_of_no_use(checkpoint):
     for family in ([], 5, "x"):
         with pytest.raises(ValueError, match=r"family must be one of masked, .*; got"):
             dk.adapt(dk.load("demo"), family=family)
-    with pytest.raises(TypeError, match=r"model must be a torch module that returns logits; got the class \w+ itself"):
+    with pytest.raises(
+        TypeError, match=r"model must be a torch module that returns logits; got the class \w+: pass an instance"
+    ):
         dk.generate(type(dk.load("demo")), [[1]], max_new_tokens=2)
     with pytest.raises(ValueError, match=r"unknown preset \[\]"):
         dk.preset([])

@@ -598,7 +598,7 @@ def adapt(
     if causal is not None:
         check_flag("causal", causal)
     if isinstance(model, type):
-        raise TypeError(f"model must be a torch module that returns logits; got the class {model.__name__} itself")
+        raise TypeError(f"model must be a torch module that returns logits; got {_no_model(model)}")
     if compile:
         return adapt(model, family=family, causal=causal).compiled()
     if isinstance(model, DiffusionModel):
