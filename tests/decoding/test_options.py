@@ -54,7 +54,7 @@ IDLE = [
     ("top_k", 5, {}), ("top_p", 0.9, {}),
     ("top_p_first", True, {"temperature": 1.0, "top_p": 0.5}), ("keep_crossing", False, {"temperature": 1.0}),
     ("distribution", "tempered", {}), ("distribution", "filtered", {}),
-    ("order_temperature", 0.5, {"score": "random"}), ("order_temperature", 0.5, {"rule": dk.RunEditing()}),
+    ("order_temperature", 0.5, {"score": "random", "rule": dk.Quota()}), ("order_temperature", 0.5, {"rule": dk.RunEditing()}),
     ("order_temperature", 0.5, {"rule": dk.Ancestral()}), ("sub_block_cache", True, {}),
     ("sub_block_cache", True, {"attention": "block", "cache": "block"}), ("warmup", 2, {}), ("refresh_interval", 2, {}),
     ("vicinity", (1, 1), {}), ("vicinity", (0, 4), {"cache": "prefix"}), ("fuse_commit", False, {}),
@@ -156,7 +156,7 @@ EACH_BAD = [*NO_NUMBERS, [1, "x"], [1, -1], [], torch.zeros(2, 2), {1: 2}]
         "cache", "distribution", "eos_policy", "logit_alignment", "attention", "block_grid", "score")),
     *((name, ["x", 1.5, True]) for name in ("mask_token_id", "pad_token_id", "eos_token_id")),
     *((name, ["x", 5, [1.5], [True]]) for name in ("suppress_token_ids", "defer_token_ids")),
-    ("rule", ["quota", 5]), ("constraint", ["x", 5]),
+    ("rule", ["luck", "threshold:x", 5]), ("constraint", ["x", 5]),
     ("logit_bias", ["x", 5, {"a": 1.0}, {5: float("nan")}, {5: float("inf")}, {5: 1e39}, {5: 10**400}, {5: True}, torch.zeros(2, 2),
                     torch.zeros(3).int(), torch.zeros(3, device="meta")]),
 ])  # fmt: skip

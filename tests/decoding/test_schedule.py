@@ -85,7 +85,7 @@ def test_shares_of_ones_own():
         ({"schedule": 3}, TypeError, "callable"),
         ({"schedule": (0.5, 0.9)}, ValueError, "end at 1"),
         ({"schedule": (0.5, 0.2, 1)}, ValueError, "not decrease"),
-        ({"schedule": (float("nan"), 1)}, ValueError, "not decrease"),
+        ({"schedule": (float("nan"), 1)}, ValueError, r"schedule\[0\] must be a number; got nan"),
         ({"schedule": ()}, ValueError, "end at 1"),
         ({"rounding": "up"}, ValueError, "rounding must be one of down, nearest; got 'up'"),
         ({"spread": True, "schedule": "cosine"}, ValueError, "spread"),

@@ -179,12 +179,18 @@ def _ids_of(name: str, item, tokenizer) -> list[int]:
         ) from error
     if not ids:
         raise ValueError(f"{name} must contain at least one token; the tokenizer returned none for {item!r}")
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    if unknown is not None and unknown in ids and unknown == tokenizer.pad_token_id:
-        raise ValueError(
-            f"{name} contains characters that the tokenizer does not know, and encodes as padding: {item!r}"
-        )
+    unknown = _unknown_token(tokenizer)
+    if unknown is not None and unknown not in item:
+        token = tokenizer.convert_tokens_to_ids(unknown)
+        if token in ids and token == getattr(tokenizer, "pad_token_id", None):
+            raise ValueError(f"{name} contains characters that the tokenizer does not know; got {item!r}")
     return ids
+
+
+def _unknown_token(tokenizer) -> str | None:
+    """Return the token for unknown characters, which the model of a fast tokenizer may have under another name."""
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    return getattr(model, "unk_token", None) or getattr(tokenizer, "unk_token", None)
 
 
 def _rows_of_mapping(name: str, inputs: Mapping) -> list[list[int]]:
