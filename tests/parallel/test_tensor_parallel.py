@@ -21,7 +21,7 @@ DRAWN = {"temperature": 0.8, "seed": 5}
 FULL = {"attention": "full"}
 SHARDED = {
     "dual": {"rule": dk.Threshold(0.3), "cache": "dual"},
-    "prefix": {"rule": dk.EntropyBound(0.5), "cache": "prefix"},
+    "prefix": {"rule": dk.EntropyBound(2.0), "cache": "prefix"},
     "margin": {"rule": dk.Quota(), "score": "margin", "steps": 6},
     "sampled": DRAWN | {"rule": dk.Quota(), "steps": 8},
     "tempered": DRAWN | {"distribution": "tempered", "rule": dk.Threshold(0.3), "cache": "dual"},
