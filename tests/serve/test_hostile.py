@@ -46,7 +46,7 @@ COMPLETIONS = [
     ({"prompt": [""]}, "prompt"), ({"prompt": ["A", 5]}, "prompt"), ({"prompt": [5, "A"]}, "prompt"),
     ({"prompt": [1.5]}, "prompt"), ({"prompt": [-1]}, "prompt"), ({"prompt": [True]}, "prompt"),
     ({"prompt": [[1], ["A"]]}, "prompt"), ({"prompt": [[[1]]]}, "prompt"), ({"prompt": [None]}, "prompt"),
-    ({"prompt": []}, None), ({"prompt": [[]]}, None), ({"prompt": [[1], []]}, None),
+    ({"prompt": []}, "prompt"), ({"prompt": [[]]}, "prompt"), ({"prompt": [[1], []]}, "prompt"),
     ({"prompt": [10**6]}, "prompt"), ({"prompt": [2**70]}, "prompt"), ({"prompt": "1" * 90}, "prompt"),
     ({"prompt": ["A1+1="] * 9}, "n"),
     ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": -5}, "max_tokens"), ({"max_tokens": 1.5}, "max_tokens"),
