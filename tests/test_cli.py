@@ -186,7 +186,7 @@ def test_draft_needs_a_terminal(capsys, monkeypatch):
         (("--max-new-tokens", "300"), "--prompt (35 tokens) and --max-new-tokens (300) make a canvas of 335"),
         (("--block-length", "10", "--steps", "2", "--max-new-tokens", "30"), "at least the number of blocks"),
         (("--top-p", "2"), "--top-p must be a number from 0 to 1"),
-        (("--mask-token-id", "99"), "mask_token_id"),
+        (("--mask-token-id", "99"), "--mask-token-id must be in the model's vocabulary of 32 tokens; got 99"),
         (("--device", "tpu"), "--device"),
         (("--infill",), "no mask token"),
         (("--chat",), "no chat template"),
